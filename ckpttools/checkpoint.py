@@ -1,0 +1,91 @@
+"""What a training checkpoint holds, whatever its format: tensors by name, optimizer state, counters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckpttools.plan import SourceCheck
+from ckpttools.tensors import TensorRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParamGroup:
+    """One parameter group of the optimizer.
+
+    `params` maps each fully qualified name to its shape, in the group's canonical order (the order of
+    the optimizer that was given to DeepSpeed, before any permutation for a rank count). `state` holds
+    tensors per kind ("fp32" for master weights, else the optimizer's own key such as "exp_avg") and name.
+    `hyper` is lr, betas, weight_decay and so on, as plain values.
+    """
+
+    params: Mapping[str, tuple[int, ...]]
+    state: Mapping[str, Mapping[str, TensorRef]]
+    hyper: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """Counters and schedule as far as the checkpoint states them; None where it does not."""
+
+    step: int | None = None  # optimizer steps
+    iteration: int | None = None  # the framework's own iteration count where it differs from `step`
+    epoch: int | float | None = None
+    samples: int | None = None
+    skipped_steps: int | None = None
+    train_loss: float | None = None
+    val_loss: float | None = None
+    scheduler: Mapping[str, object] = field(default_factory=dict)
+    batch: Mapping[str, int] = field(default_factory=dict)  # global, micro, accumulation, as saved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the state is spread over files."""
+
+    format: str  # "zero2", "pt", "hf" ...: the name that `ckpt inspect` prints
+    zero_stage: int | None = None
+    dp_degree: int = 1
+    tag: str | None = None
+    dtype: str | None = None  # of the saved model weights: "bf16" ...
+    writer: str | None = None  # the library and version that saved it, where known
+    variant: str | None = None  # of the format, e.g. "BF16_Optimizer", "elastic"
+    round_robin: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRole:
+    """What one file of the checkpoint is, for people."""
+
+    path: Path
+    nbytes: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A logical, unpartitioned description; nothing is loaded.
+
+    `tensors` are the model's weights and buffers as saved, by name; tied names share their chunks.
+    `shared` maps an alias to its owner, `frozen` and `buffers` name entries of `tensors`.
+    `extra` is the format's own remainder, opaque to everyone else and written back as read.
+    """
+
+    path: Path
+    layout: Layout
+    tensors: Mapping[str, TensorRef]
+    groups: tuple[ParamGroup, ...] = ()
+    train_state: TrainState = field(default_factory=TrainState)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
+    buffers: frozenset[str] = frozenset()
+    files: tuple[FileRole, ...] = ()
+    checks: tuple[SourceCheck, ...] = ()  # checksums that the files state for their parts
+    notes: tuple[str, ...] = ()  # what a reader should know: unknown classes, missing checksums ...
+    extra: object = None
+
+    @property
+    def master(self) -> Mapping[str, TensorRef]:
+        """The fp32 master weights by name; empty where the checkpoint has none."""
+        return {fqn: ref for group in self.groups for fqn, ref in group.state.get("fp32", {}).items()}

@@ -1,0 +1,138 @@
+"""The click application: the command table, lazy imports, aliases, and one place where errors end."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from ckpttools import __version__
+from ckpttools.errors import CkptError, escape
+
+# command -> (module, one-line help); the function in the module is named `command`
+COMMANDS = {
+    "inspect": "format, step, ranks, dtypes, settings: header reads only",
+    "verify": "check a checkpoint: every byte, or headers with --quick",
+    "explain": "what a check or an error means, and how to mend it",
+    "extract": "weights only, as safetensors or .pt",
+    "reshard": "move a ZeRO checkpoint to another number of ranks, optimizer state kept",
+    "train": "the reference trainer (DeepSpeed ZeRO-2)",
+    "demo": "train, verify, extract, reshard and resume on this machine's CPU",
+}
+ALIASES = {
+    "info": "inspect",
+    "check": "verify",
+    "validate": "verify",
+    "merge": "extract",
+    "consolidate": "extract",
+}
+
+
+class Commands(click.Group):
+    """Imports a command's module only when it is asked for; options accept `-` and `_` alike."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        name = ALIASES.get(name, name)
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"ckpttools.cli.{name.replace('-', '_')}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = {name: [a for a, of in ALIASES.items() if of == name] for name in COMMANDS}
+        rows = [
+            (name, COMMANDS[name] + (f" (also: {', '.join(also)})" if also else ""))
+            for name, also in names.items()
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": None},
+    no_args_is_help=True,
+)
+@click.version_option(__version__, prog_name="ckpt")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def app(debug: bool) -> None:
+    """Trust, understand, move and change training checkpoints."""
+
+
+def show_error(error: CkptError) -> None:
+    """Write the four parts of an error to stderr."""
+    lines = [f"error[{error.id}]: {escape(error.message, 2000)}"]
+    if error.where:
+        lines.append(f"  in {escape(error.where, 1000)}")
+    lines += [f"  {escape(line, 1000)}" for line in error.why.splitlines()]
+    lines += [f"hint: {escape(line, 1000)}" for line in error.hint.splitlines()]
+    click.echo("\n".join(lines), err=True)
+
+
+def _dashes(arg: str) -> str:
+    """`--world_size=4` is `--world-size=4`; values are left alone."""
+    if not arg.startswith("--"):
+        return arg
+    name, eq, value = arg.partition("=")
+    return name.replace("_", "-") + eq + value
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console scripts `ckpt` and `ckpttools`."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    head, dash, tail = args, [], []  # type: tuple[list[str], list[str], list[str]]
+    if "--" in args:
+        cut = args.index("--")
+        head, dash, tail = args[:cut], ["--"], args[cut + 1 :]
+    debug = "--debug" in head
+    head = [_dashes(a) for a in head if a != "--debug"]
+    try:
+        code: Any = app.main(head + dash + tail, prog_name="ckpt", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except CkptError as error:
+        if debug:
+            raise
+        show_error(error)
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo("interrupted: nothing was left behind", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # `ckpt inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (OSError, MemoryError, RecursionError) as problem:
+        if debug:
+            raise
+        show_error(_of_system(problem))
+        sys.exit(2)
+
+
+def _of_system(problem: BaseException) -> CkptError:
+    if isinstance(problem, OSError) and problem.strerror:
+        where = str(problem.filename or "")
+        return CkptError(
+            "system",
+            problem.strerror,
+            where=where,
+            why="the operating system refused; nothing was written under the destination's name",
+            hint="check permissions, free space and that the path is reachable, then run it again",
+        )
+    return CkptError(
+        "system",
+        f"{type(problem).__name__}: {problem}",
+        hint="run again with --debug and report the traceback",
+    )

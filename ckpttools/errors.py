@@ -1,0 +1,55 @@
+"""The one family of errors that ckpttools raises for bad input.
+
+An error says what is wrong, where, why it matters and what to do:
+
+    error[shard-missing]: no optimizer states for dp rank 3 of 4
+      in runs/a/global_step6
+      without them the parameters that rank 3 owned cannot be restored
+    hint: copy bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt from the node that ran rank 3
+
+The id is stable: `ckpt explain ID` tells more about it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class CkptError(Exception):
+    """The checkpoint has a problem: exit code 1."""
+
+    exit_code = 1
+
+    def __init__(
+        self, id: str, message: str, *, where: str | Path = "", why: str = "", hint: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.id = id
+        self.message = message
+        self.where = str(where)
+        self.why = why
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.id}]" + (f" in {self.where}" if self.where else "")
+
+
+class UsageError(CkptError):
+    """The command could not run (bad usage, not a checkpoint, no permission, no space): exit code 2."""
+
+    exit_code = 2
+
+
+class Unsupported(UsageError):
+    """A checkpoint that is recognised but that this operation cannot handle: exit code 2."""
+
+
+def escape(text: object, limit: int = 200) -> str:
+    """Text that came out of a file, safe to print: no control, bidirectional or invalid characters.
+
+    >>> escape("a\\x1b[31m\\n")
+    'a\\\\x1b[31m\\\\n'
+    """
+    s = str(text)
+    cut = s if len(s) <= limit else s[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)

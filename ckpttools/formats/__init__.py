@@ -1,0 +1,23 @@
+"""The formats: each reads a path into a Checkpoint and plans the files of one, moving no tensor bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.formats import hf, monolithic, zero
+from ckpttools.formats.locate import Source, locate
+
+FORMATS = {"zero": zero.read, "pt": monolithic.read, "hf": hf.read}
+
+__all__ = ["FORMATS", "Source", "locate", "open_checkpoint", "read"]
+
+
+def read(source: Source) -> Checkpoint:
+    """Read what `locate` found: headers only."""
+    return FORMATS[source.format](source.target)
+
+
+def open_checkpoint(path: Path, tag: str | None = None) -> Checkpoint:
+    """Read the one checkpoint that a path means: headers only. Raises CkptError."""
+    return read(locate(path, tag))

@@ -1,0 +1,233 @@
+"""Hugging Face model folders: safetensors or pytorch_model.bin, single or sharded, and PEFT adapters.
+
+    model.safetensors | model-00001-of-0000N.safetensors + model.safetensors.index.json
+    pytorch_model.bin | pytorch_model-00001-of-0000N.bin + pytorch_model.bin.index.json
+    adapter_model.safetensors | adapter_model.bin              (PEFT)
+    config.json, tokenizer files, trainer_state.json           (carried as files)
+
+The index is {"metadata": {"total_size": bytes}, "weight_map": {tensor name: shard name}}.
+Tied weights are stored once; transformers ties them again from the model's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout, TrainState
+from ckpttools.errors import CkptError, escape
+from ckpttools.formats import fields, jsons
+from ckpttools.formats.files import entries, plain_name, size_of
+from ckpttools.formats.monolithic import tied
+from ckpttools.formats.safetensors import read_safetensors, safetensors_file
+from ckpttools.formats.torch_file import TorchFile, read_torch_file
+from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck
+from ckpttools.tensors import DType, TensorRef
+
+SINGLE = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "consolidated.safetensors",
+)
+INDEX = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors.index.json",
+)
+ROLES = {
+    "config.json": "the model's architecture",
+    "generation_config.json": "defaults for text generation",
+    "adapter_config.json": "the adapter's settings and base model",
+    "trainer_state.json": "the Trainer's counters and log",
+    "training_args.bin": "the Trainer's arguments (a pickle, not read)",
+    "optimizer.pt": "optimizer state",
+    "scheduler.pt": "scheduler state",
+    "tokenizer.json": "the tokenizer",
+}
+
+
+def weight_files(folder: Path) -> tuple[str | None, str | None]:
+    """The index and the single weights file that the folder holds, transformers' order of preference."""
+    names = {entry.name for entry in entries(folder)}
+    index = next((name for name in INDEX if name in names), None)
+    single = next((name for name in SINGLE if name in names), None)
+    return index, single
+
+
+def looks_like_hf(folder: Path) -> bool:
+    return any(weight_files(folder))
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a folder, or one .safetensors file. Headers only."""
+    if path.is_dir():
+        index, single = weight_files(path)
+        if single is not None and (index is None or single.endswith(".safetensors")):
+            shards = {single: None}
+        elif index is not None:
+            shards = dict.fromkeys(_shards(path, index))
+        else:
+            raise CkptError("no-weights", "no model weights in this folder", where=path)
+        folder = path
+    else:
+        index, shards, folder = None, {path.name: None}, path.parent
+    tensors: dict[str, TensorRef] = {}
+    checks: list[SourceCheck] = []
+    metadata: dict[str, str] = {}
+    files: list[FileRole] = []
+    torch_files: list[TorchFile] = []
+    for name in shards:
+        found = _read_shard(folder / name, checks, metadata, torch_files)
+        twice = next((n for n in found if n in tensors), None)
+        if twice is not None:
+            raise CkptError("tensor-duplicate", f"'{escape(twice)}' is in two shards", where=folder / name)
+        tensors |= found
+        files.append(FileRole(path=folder / name, nbytes=size_of(folder / name), role="weights"))
+    if index is not None:
+        _check_index(folder / index, shards, tensors)
+        files.append(
+            FileRole(path=folder / index, nbytes=size_of(folder / index), role="which shard holds what")
+        )
+    if path.is_dir():
+        files += _other_files(path, {file.path.name for file in files})
+    dtypes = {ref.dtype.short for ref in tensors.values() if ref.dtype.is_float}
+    return Checkpoint(
+        path=path,
+        layout=Layout(
+            format="hf" if path.is_dir() else "safetensors", dtype=dtypes.pop() if len(dtypes) == 1 else None
+        ),
+        tensors=tensors,
+        shared=tied(tensors),
+        train_state=_train_state(path),
+        files=tuple(files),
+        checks=tuple(checks),
+        notes=("safetensors files carry no checksums",) if not checks else (),
+        extra=tuple(torch_files),
+    )
+
+
+def _shards(folder: Path, index: str) -> list[str]:
+    weight_map = _weight_map(folder / index)
+    return sorted({plain_name(shard, folder / index) for shard in weight_map.values()})
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = jsons.read(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise jsons.damaged(path, "weight_map is missing or empty")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise jsons.damaged(path, "weight_map names something that is not a file")
+    return weight_map
+
+
+def _check_index(path: Path, shards: Mapping[str, None], tensors: Mapping[str, TensorRef]) -> None:
+    weight_map = _weight_map(path)
+    missing = [name for name in weight_map if name not in tensors]
+    extra = [name for name in tensors if name not in weight_map]
+    for names, problem in (
+        (missing, "are in the index but in no shard"),
+        (extra, "are in a shard but not in the index"),
+    ):
+        if names:
+            raise CkptError(
+                "index-mismatch",
+                f"{len(names)} tensors {problem}, the first '{escape(names[0])}'",
+                where=path,
+                why="the shards and the index come from different saves",
+                hint="copy the whole folder again from where it was saved",
+            )
+
+
+def _read_shard(
+    path: Path, checks: list[SourceCheck], metadata: dict[str, str], torch_files: list[TorchFile]
+) -> dict[str, TensorRef]:
+    try:
+        if path.name.endswith(".safetensors"):
+            file = read_safetensors(path)
+            metadata |= file.metadata
+            return dict(file.tensors)
+        torch_file = read_torch_file(path)
+    except CkptError as error:
+        if error.id != "not-found":
+            raise
+        raise CkptError(
+            "shard-missing",
+            f"the shard {escape(path.name)} is missing",
+            where=path.parent,
+            why="the index names it: the tensors in it cannot be restored",
+            hint="copy it from where the folder was saved",
+        ) from None
+    torch_files.append(torch_file)
+    checks += torch_file.checks()
+    root = fields.mapping(path, torch_file.value, "the file's value")
+    views = ((name, torch_file.view(node)) for name, node in root.named())
+    return {name: view.ref for name, view in views if view is not None}
+
+
+def _other_files(folder: Path, known: set[str]) -> list[FileRole]:
+    return [
+        FileRole(
+            path=folder / entry.name,
+            nbytes=entry.stat().st_size,
+            role=ROLES.get(entry.name, "not part of the weights"),
+        )
+        for entry in entries(folder)
+        if entry.is_file() and entry.name not in known
+    ]
+
+
+def _train_state(path: Path) -> TrainState:
+    state = path / "trainer_state.json"
+    if not path.is_dir() or not state.is_file():
+        return TrainState()
+    values = jsons.read(state)
+    step, epoch = values.get("global_step"), values.get("epoch")
+    return TrainState(
+        step=step if type(step) is int else None,
+        epoch=epoch if type(epoch) in (int, float) else None,  # type: ignore[arg-type]
+    )
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+def plan(
+    tensors: Mapping[str, TensorRef],
+    *,
+    dtypes: Mapping[str, DType],
+    metadata: Mapping[str, str],
+    max_shard_size: int,
+    stem: str = "model",
+) -> Plan:
+    """A folder of safetensors shards, none larger than `max_shard_size` bytes unless one tensor is.
+
+    Tensors are filled into shards in the order given, as transformers does.
+    """
+    shards: list[dict[str, TensorRef]] = [{}]
+    room = max_shard_size
+    for name, ref in tensors.items():
+        nbytes = ref.numel * dtypes[name].itemsize
+        if shards[-1] and nbytes > room:
+            shards.append({})
+            room = max_shard_size
+        shards[-1][name] = ref
+        room -= nbytes
+    n = len(shards)
+    names = (
+        [f"{stem}.safetensors"]
+        if n == 1
+        else [f"{stem}-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    )
+    files = [
+        safetensors_file(name, shard, metadata, dtypes) for name, shard in zip(names, shards, strict=True)
+    ]
+    if n > 1:
+        total = sum(ref.numel * dtypes[name].itemsize for name, ref in tensors.items())
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        raw = json.dumps(index, indent=2).encode() + b"\n"
+        files.append(OutputFile(path=f"{stem}.safetensors.index.json", segments=(Literal(raw),)))
+    return Plan(files=tuple(files))

@@ -1,0 +1,207 @@
+"""What a path given by a user leads to: which checkpoint, in which format, and what lies around it.
+
+A path may be a file; a folder with a `latest` file (DeepSpeed, HF Trainer, Lightning, accelerate); a tag
+folder (`global_step500/`, MMEngine's `iter_1500.pth/`, which has no `latest`); a bundle with `deepspeed/`
+and `hf_model/`; an HF folder. A run folder that holds several checkpoints is refused with their list.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckpttools.errors import CkptError, Unsupported, UsageError, escape
+from ckpttools.formats.files import entries, opened, plain_name, small_text
+from ckpttools.formats.hf import looks_like_hf
+from ckpttools.formats.torch_file import is_torch_file
+from ckpttools.formats.zero.names import ANY, OPTIM, looks_like_zero
+
+LATEST = "latest"
+BUNDLE = "deepspeed"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+# torch files beside a checkpoint that are no checkpoint themselves
+SIDE_FILES = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state.*|random_states.*|training_args|sampler|dl_state_dict|"
+    r"custom_checkpoint.*)(_\d+)?\.(pt|pth|bin|pkl)"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A checkpoint found. `root` is what belongs to it as a whole: the folder given, or `target` itself."""
+
+    format: str  # "zero", "pt" or "hf"
+    target: Path  # the tag folder, the file, or the HF folder
+    root: Path
+    how: str  # why this one, for people
+
+    @property
+    def inner(self) -> str:
+        """The target's path below the root, with `/`; "" where they are the same."""
+        return "" if self.root == self.target else self.target.relative_to(self.root).as_posix()
+
+
+def locate(path: Path, tag: str | None = None) -> Source:
+    """Find the one checkpoint that a path means. Raises CkptError with a list where it is not one."""
+    if not path.exists():
+        dangling = path.is_symlink()
+        raise UsageError(
+            "not-found",
+            "a symbolic link that leads nowhere" if dangling else "there is no such file or folder",
+            where=path,
+            hint="check the path",
+        )
+    if path.is_dir():
+        return _folder(path, tag)
+    if tag is not None:
+        raise UsageError("bad-usage", "--tag needs a folder", where=path, hint="leave --tag out for a file")
+    return _file(path)
+
+
+def _file(path: Path) -> Source:
+    if path.name.endswith(".safetensors"):
+        return Source(format="hf", target=path, root=path, how="a safetensors file")
+    if ANY.fullmatch(path.name) and OPTIM.fullmatch(path.name):
+        raise Unsupported(
+            "one-shard",
+            "one rank's optimizer file, not a whole checkpoint",
+            where=path,
+            why="each rank holds only its partition",
+            hint=f"name the folder: {escape(path.parent)}",
+        )
+    if path.name.endswith(".index.json"):
+        return Source(format="hf", target=path.parent, root=path.parent, how="the folder of this index")
+    if is_torch_file(path):
+        return Source(format="pt", target=path, root=path, how="a torch file")
+    raise UsageError(
+        "not-a-checkpoint",
+        "the file is not a checkpoint of a known format",
+        where=path,
+        why="it starts neither like a torch file nor like a safetensors file",
+        hint="known: .pt, .pth, .ckpt, .bin of torch.save; .safetensors; DeepSpeed and HF folders",
+    )
+
+
+def _folder(path: Path, tag: str | None) -> Source:
+    if tag is not None:
+        target = path / plain_name(tag, path)
+        if not target.is_dir():
+            raise UsageError("tag-missing", f"there is no tag {escape(tag)}", where=path, hint=_tags(path))
+        return Source(format="zero", target=target, root=path, how=f"tag {escape(tag)}, as asked for")
+    names = [entry.name for entry in entries(path)]
+    if not names:
+        raise CkptError(
+            "empty-folder",
+            "the folder is empty",
+            where=path,
+            why="a save that was killed before its first file leaves such folders",
+            hint="use an older checkpoint",
+        )
+    if looks_like_zero(path):
+        return Source(format="zero", target=path, root=path, how="a DeepSpeed tag folder")
+    if LATEST in names:
+        return _latest(path)
+    if BUNDLE in names and (path / BUNDLE).is_dir():
+        inner = _folder(path / BUNDLE, None)
+        return replace(inner, root=path, how=f"{BUNDLE}/ of this bundle; {inner.how}")
+    _refuse_known(path, names)
+    if looks_like_hf(path):
+        return Source(format="hf", target=path, root=path, how="a Hugging Face folder")
+    return _only_one(path)
+
+
+def _latest(path: Path) -> Source:
+    text = small_text(path / LATEST, 256).strip()
+    tag = plain_name(text, path / LATEST)
+    target = path / tag
+    if not target.is_dir():
+        raise CkptError(
+            "latest-dangling",
+            f"latest names {escape(tag)}, which is not there",
+            where=path / LATEST,
+            why="DeepSpeed would fail to resume from this folder",
+            hint=_tags(path),
+        )
+    if not looks_like_zero(target):
+        raise CkptError(
+            "latest-dangling",
+            f"latest names {escape(tag)}, which holds no DeepSpeed files",
+            where=target,
+            why="the save did not finish, or its files were moved",
+            hint=_tags(path, but=tag),
+        )
+    return Source(format="zero", target=target, root=path, how=f"latest names {escape(tag)}")
+
+
+def _tags(path: Path, but: str = "") -> str:
+    found = [e.name for e in entries(path) if e.is_dir() and e.name != but and looks_like_zero(path / e.name)]
+    if not found:
+        return "no other checkpoint is in this folder: copy it again from where it was saved"
+    shown = ", ".join(map(escape, sorted(found, key=_by_number)[-8:]))
+    return f"the folder holds {shown}: name one with --tag"
+
+
+def _refuse_known(path: Path, names: list[str]) -> None:
+    """Formats that are recognised and not read yet."""
+    if any(name.endswith(".distcp") for name in names) or ".metadata" in names:
+        kind, hint = "a torch distributed checkpoint", "convert it with torch's format_utils dcp_to_torch"
+    elif "zero" in names and (path / "zero").is_dir():
+        kind, hint = "a DeepSpeed universal checkpoint", "use the ZeRO folder that it was made from"
+    else:
+        return
+    raise Unsupported(
+        "layout-unsupported", f"{kind}, which is recognised but not read yet", where=path, hint=hint
+    )
+
+
+def _only_one(path: Path) -> Source:
+    """The single checkpoint of a run folder; several are refused with their list."""
+    found = checkpoints(path)
+    if len(found) == 1:
+        inner = locate(found[0])
+        return replace(inner, how=f"the only checkpoint in {escape(path)}; {inner.how}")
+    if found:
+        newest = found[-1]
+        shown = "\n".join(f"  {escape(p.name)}" for p in found[-10:])
+        more = f"\n  and {len(found) - 10} older ones" if len(found) > 10 else ""
+        raise UsageError(
+            "several-checkpoints",
+            f"the folder holds {len(found)} checkpoints",
+            where=path,
+            why=f"which one is meant?\n{shown}{more}",
+            hint=f"name one of them; the newest by number is {escape(newest)}",
+        )
+    raise UsageError(
+        "not-a-checkpoint",
+        "the folder holds no checkpoint of a known format",
+        where=path,
+        why="neither DeepSpeed, Hugging Face nor torch files were found directly in it",
+        hint="name the checkpoint itself: a tag folder, a checkpoint-N folder or a file",
+    )
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """The checkpoints directly in a run folder, oldest number first."""
+    found: list[Path] = []
+    for entry in entries(path):
+        child = path / entry.name
+        try:
+            if entry.is_dir():
+                inside = {e.name for e in entries(child)}
+                if LATEST in inside or BUNDLE in inside or looks_like_zero(child) or looks_like_hf(child):
+                    found.append(child)
+            elif entry.is_file() and entry.name.endswith((*TORCH_SUFFIXES, ".safetensors")):
+                if SIDE_FILES.fullmatch(entry.name):
+                    continue
+                with opened(child) as file:
+                    if file.size > 8:
+                        found.append(child)
+        except CkptError:
+            continue  # what cannot be listed or opened is no candidate
+    return sorted(found, key=lambda p: _by_number(p.name))
+
+
+def _by_number(name: str) -> tuple[list[int], str]:
+    """Sort by the numbers in a name: epoch_10 after epoch_9."""
+    return [int(n) for n in re.findall(r"\d+", name)[:4]], name

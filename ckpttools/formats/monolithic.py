@@ -1,0 +1,120 @@
+"""Single files of torch.save: `.pt`, `.pth`, `.ckpt`, `.bin`, `.pth.tar`.
+
+The weights are the file's value itself (a bare state dict), or lie under one of the names that training
+code uses. DDP's and torch.compile's prefixes are removed where every name carries them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout
+from ckpttools.errors import CkptError, escape
+from ckpttools.formats import fields
+from ckpttools.formats.counters import train_state
+from ckpttools.formats.torch_file import TorchFile, read_torch_file
+from ckpttools.pickles import Dict, Node
+from ckpttools.tensors import TensorRef
+
+WEIGHTS = (
+    "model_state_dict",
+    "state_dict",
+    "model",
+    "model_state",
+    "module",
+    "net",
+    "params",
+    "weights",
+    "module_state_dict",
+)
+OPTIMIZER = ("optimizer_state_dict", "optimizer", "optim", "optimizer_state", "optimizer_states")
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a single file. Raises CkptError where no weights are found in it."""
+    file = read_torch_file(path)
+    key, found = find_weights(file)
+    tensors, prefix = strip(found)
+    root = fields.as_mapping(file.value)
+    keys = [name for name in (root.names() if root is not None and key else ()) if name != key]
+    notes = [f"the prefix '{prefix}' of every name was removed"] if prefix else []
+    if file.archive is None:
+        notes.append("in torch's older serialization, which has no checksums")
+    elif not file.has_checksums:
+        notes.append("saved without checksums (compute_crc32=False)")
+    held = f"weights under '{key}'" if key else "a bare state dict"
+    also = f", with {', '.join(map(escape, keys[:12]))}" if keys else ""
+    dtypes = {ref.dtype.short for ref in tensors.values() if ref.dtype.is_float}
+    return Checkpoint(
+        path=path,
+        layout=Layout(
+            format="pt",
+            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            writer="torch.save" + (" (older serialization)" if file.archive is None else ""),
+        ),
+        tensors=tensors,
+        shared=tied(tensors),
+        train_state=train_state(root) if root is not None and key else train_state(Dict()),
+        files=(FileRole(path=path, nbytes=file.size, role=held + also),),
+        checks=tuple(file.checks()),
+        notes=tuple(notes),
+        extra=file,
+    )
+
+
+def find_weights(file: TorchFile) -> tuple[str | None, dict[str, TensorRef]]:
+    """The weights and the key they lie under, None for a bare state dict."""
+    root = fields.as_mapping(file.value)
+    if root is None:
+        raise no_weights(file.path, "its value is not a dict")
+    for key in WEIGHTS:
+        tensors = _tensors(file, root.get(key))
+        if tensors:
+            return key, tensors
+    tensors = _tensors(file, root)
+    if not tensors:
+        shown = ", ".join(map(escape, root.names()[:12])) or "none"
+        raise no_weights(file.path, f"its keys are {shown}")
+    return None, tensors
+
+
+def _tensors(file: TorchFile, node: Node) -> dict[str, TensorRef]:
+    pairs = fields.as_mapping(node)
+    if pairs is None:
+        return {}
+    views = ((name, file.view(value)) for name, value in pairs.named())
+    return {name: view.ref for name, view in views if view is not None}
+
+
+def no_weights(path: Path, detail: str) -> CkptError:
+    return CkptError(
+        "no-weights",
+        f"a torch file without model weights: {detail}",
+        where=path,
+        why="none of the names under which training code saves weights holds named tensors",
+        hint=f"the names looked for are {', '.join(WEIGHTS)}",
+    )
+
+
+def strip(tensors: dict[str, TensorRef]) -> tuple[dict[str, TensorRef], str]:
+    """Remove DDP's `module.` and torch.compile's `_orig_mod.` where every name starts with it."""
+    removed = ""
+    while True:
+        prefix = next((p for p in PREFIXES if tensors and all(n.startswith(p) for n in tensors)), "")
+        if not prefix or any(name == prefix for name in tensors):
+            return tensors, removed
+        tensors = {name[len(prefix) :]: ref for name, ref in tensors.items()}
+        removed += prefix
+
+
+def tied(tensors: dict[str, TensorRef]) -> dict[str, str]:
+    """Alias -> owner for names that are the very same bytes with the same shape."""
+    owners: dict[object, str] = {}
+    out: dict[str, str] = {}
+    for name, ref in tensors.items():
+        if ref.numel:
+            owner = owners.setdefault((ref.chunks, ref.shape, ref.dtype.name), name)
+            if owner != name:
+                out[name] = owner
+    return out

@@ -1,0 +1,73 @@
+"""What lies around a ZeRO tag folder and belongs to the checkpoint: `latest`, scheduler files, HF weights.
+
+A resharded checkpoint must be as complete as the one it was made from, whoever wrote it: HF Trainer's
+`checkpoint-N/`, Lightning's `X.ckpt/`, accelerate's folder, a bundle, or a plain DeepSpeed folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ckpttools.errors import escape
+from ckpttools.formats.files import entries, size_of
+from ckpttools.formats.locate import BUNDLE, Source
+from ckpttools.formats.zero.names import looks_like_zero
+from ckpttools.plan import OutputFile, Plan, copy_file
+
+# one file per rank, of no use to another number of ranks: random number states
+RANK_LOCAL = re.compile(r"rng_state_\d+\.pth|random_states_\d+\.pkl")
+CARRIED_FOLDERS = ("hf_model",)
+
+
+def with_surroundings(source: Source, plan: Plan, *, ranks_change: bool) -> Plan:
+    """The plan of a tag folder, placed within everything that belongs to it."""
+    if not source.inner:
+        return plan
+    notes: list[str] = []
+    files = [replace(file, path=f"{source.inner}/{file.path}") for file in plan.files]
+    base = source.root
+    files += _beside(base, "", source, ranks_change, notes)
+    if source.inner.startswith(f"{BUNDLE}/"):
+        files += _beside(base / BUNDLE, f"{BUNDLE}/", source, ranks_change, notes)
+    return replace(plan, files=tuple(files), notes=(*plan.notes, *notes))
+
+
+def _beside(
+    folder: Path, prefix: str, source: Source, ranks_change: bool, notes: list[str]
+) -> Iterator[OutputFile]:
+    dropped: list[str] = []
+    left: list[str] = []
+    for entry in entries(folder):
+        path = folder / entry.name
+        if entry.is_file():
+            if ranks_change and RANK_LOCAL.fullmatch(entry.name):
+                dropped.append(entry.name)
+            else:
+                yield copy_file(path, prefix + entry.name, size_of(path))
+        elif entry.is_dir() and path != source.target and not _holds(path, source.target):
+            if entry.name in CARRIED_FOLDERS:
+                yield from _tree(path, f"{prefix}{entry.name}/")
+            else:
+                left.append(entry.name + ("/ (another checkpoint)" if looks_like_zero(path) else "/"))
+    if dropped:
+        notes.append(
+            f"not carried: {', '.join(map(escape, dropped))}: random states belong to one rank count; "
+            "data order and dropout go on from fresh ones"
+        )
+    if left:
+        notes.append(f"not carried: {', '.join(map(escape, left))} beside the checkpoint")
+
+
+def _holds(folder: Path, target: Path) -> bool:
+    return folder in target.parents
+
+
+def _tree(folder: Path, prefix: str, depth: int = 8) -> Iterator[OutputFile]:
+    for entry in entries(folder):
+        if entry.is_file():
+            yield copy_file(folder / entry.name, prefix + entry.name, size_of(folder / entry.name))
+        elif entry.is_dir(follow_symlinks=False) and depth:
+            yield from _tree(folder / entry.name, f"{prefix}{entry.name}/", depth - 1)

@@ -1,0 +1,125 @@
+"""A plan: the output files of a command as data, before a byte is written.
+
+Each file is a sequence of segments without holes or overlaps; offsets are prefix sums. `--dry-run`
+prints a plan, `execute` carries it out; nothing in between can make them differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpttools.tensors import ByteRange, Chunk, DType, Strided, Zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes that the plan itself carries: headers, pickles, JSON."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The chunks' elements converted from one dtype to another, rounding to nearest even."""
+
+    chunks: tuple[Chunk, ...]
+    source: DType
+    target: DType
+
+    @property
+    def numel(self) -> int:
+        return sum(chunk.nbytes for chunk in self.chunks) // self.source.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.target.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Crc32:
+    """Four bytes, little-endian: the CRC-32 of segments `first` to `last` (exclusive) of the same file."""
+
+    first: int
+    last: int
+
+    @property
+    def nbytes(self) -> int:
+        return 4
+
+
+Segment = Literal | ByteRange | Zeros | Strided | Cast | Crc32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFile:
+    """One file. `path` is relative to the destination, with `/`; "" is the destination itself.
+
+    `Crc32` segments refer only to segments that hold no `Crc32` themselves.
+    """
+
+    path: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(segment.nbytes for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCheck:
+    """A checksum that the source states for one of its byte ranges; `what` names it for a message."""
+
+    source: ByteRange
+    crc32: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a command will write.
+
+    `notes` name everything that is dropped, recomputed or rounded. `checks` are verified while the
+    sources are copied: every byte of a checked range that is used is also checked.
+    """
+
+    files: tuple[OutputFile, ...]
+    notes: tuple[str, ...] = ()
+    checks: tuple[SourceCheck, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def is_single_file(self) -> bool:
+        return len(self.files) == 1 and self.files[0].path == ""
+
+
+def copy_file(source: Path, path: str, nbytes: int) -> OutputFile:
+    """An output file that is a copy of a whole source file of `nbytes` bytes."""
+    return OutputFile(path=path, segments=(ByteRange(source, 0, nbytes),) if nbytes else ())
+
+
+def sources(plan: Plan) -> Iterable[Path]:
+    """Every source file that the plan reads, once."""
+    seen: dict[Path, None] = {}
+    for file in plan.files:
+        for segment in file.segments:
+            chunks: tuple[Chunk, ...]
+            match segment:
+                case Cast():
+                    chunks = segment.chunks
+                case ByteRange() | Strided():
+                    chunks = (segment,)
+                case _:
+                    chunks = ()
+            for chunk in chunks:
+                if not isinstance(chunk, Zeros):
+                    seen.setdefault(chunk.path)
+    return seen

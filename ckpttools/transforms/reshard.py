@@ -1,0 +1,28 @@
+"""Reshard: the same training state, partitioned over another number of data-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.errors import Unsupported, UsageError
+
+MAX_RANKS = 65_536
+
+
+def reshard(checkpoint: Checkpoint, dp_degree: int) -> Checkpoint:
+    """The checkpoint for `dp_degree` ranks. Partitioning itself belongs to the format's encoder.
+
+    Raises UsageError for a rank count that makes no sense, Unsupported for formats without ranks.
+    """
+    if not 1 <= dp_degree <= MAX_RANKS:
+        raise UsageError("bad-usage", f"a world size of {dp_degree} makes no sense", hint="give 1 or more")
+    if checkpoint.layout.zero_stage is None and checkpoint.layout.variant is None:
+        raise Unsupported(
+            "not-zero",
+            f"a {checkpoint.layout.format} checkpoint is not partitioned over ranks",
+            where=checkpoint.path,
+            why="any number of ranks can load it as it is",
+            hint="reshard is for DeepSpeed ZeRO-1 and ZeRO-2 folders",
+        )
+    return replace(checkpoint, layout=replace(checkpoint.layout, dp_degree=dp_degree))
