@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpttools.plan import SourceCheck
-from ckpttools.tensors import TensorRef
+from ckpttools.tensors import DType, TensorRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,3 +89,22 @@ class Checkpoint:
     def master(self) -> Mapping[str, TensorRef]:
         """The fp32 master weights by name; empty where the checkpoint has none."""
         return {fqn: ref for group in self.groups for fqn, ref in group.state.get("fp32", {}).items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Named tensors to be written as a model, in its own order, and the dtype that each one gets.
+
+    `shared` maps an alias to the name that it is tied to; `about` says where the weights come from.
+    """
+
+    tensors: Mapping[str, TensorRef]
+    dtypes: Mapping[str, DType]
+    shared: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
+    checks: tuple[SourceCheck, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def nbytes(self, name: str) -> int:
+        """The size of one tensor as it will be written."""
+        return self.tensors[name].numel * self.dtypes[name].itemsize

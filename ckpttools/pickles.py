@@ -18,6 +18,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ckpttools.errors import CkptError
 
@@ -27,6 +28,30 @@ MAX_STACK = 2_000_000
 MAX_MARKS = 10_000
 MAX_INT_BYTES = 512
 MAX_NAME = 512
+# callables whose arguments decide what a call of them does: every call is kept, not only the first
+ARGUMENTS_DECIDE = {
+    "getattr",
+    "encode",
+    "bytes",
+    "bytearray",
+    "type",
+    "iter",
+    "defaultdict",
+    "partial",
+    "getLogger",
+    "ZoneInfo._unpickle",
+    "__newobj__",
+    "__newobj_ex__",
+    "_reconstructor",
+    "_rebuild_from_type",
+    "_rebuild_from_type_v2",
+    "__bit_generator_ctor",
+    "__generator_ctor",
+    "__randomstate_ctor",
+}
+
+
+T = TypeVar("T")
 
 
 class Reject(CkptError):
@@ -182,7 +207,8 @@ class Pickle:
     value: Node
     end: int  # bytes consumed
     protocol: int
-    calls: list[Object] = field(repr=False)  # the first call of each callable; every getattr
+    # the first call of each callable; every call of those in ARGUMENTS_DECIDE and of computed ones
+    calls: list[Object] = field(repr=False)
 
 
 # --- reading ------------------------------------------------------------------------------------------
@@ -233,7 +259,7 @@ class _Machine:
         self.protocol = 0
         self.frame_end = 0
         self.calls: list[Object] = []
-        self.called: set[str] = set()
+        self.called: set[Global] = set()
 
     def run(self) -> Pickle:
         data, end, table = self.data, self.end, _TABLE
@@ -556,9 +582,15 @@ class _Machine:
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, Object):
+            self.no_state(target)
             target.items.extend(items)
         else:
             raise Reject("APPEND on something that is not a list", self.pos)
+
+    def no_state(self, target: Object) -> None:
+        # no pickler writes items after the state, and a state can name any function as `append`
+        if target.has_state:
+            raise Reject("items are added to an object after its state was set", self.pos)
 
     def append(self) -> None:
         value = self.stack.pop()
@@ -571,6 +603,8 @@ class _Machine:
         target = self.stack[-1]
         if not isinstance(target, _Pairs):
             raise Reject("SETITEM on something that is not a dict", self.pos)
+        if isinstance(target, Object):
+            self.no_state(target)
         target.pairs.extend(self.paired(items))
         target._index = None
 
@@ -610,9 +644,10 @@ class _Machine:
         if kwargs is not None and not isinstance(kwargs, Dict):
             raise Reject("the keyword arguments of a call are not a dict", self.pos)
         made = Object(how, cls, args, kwargs)
-        name = str(cls) if isinstance(cls, Global) else "(a computed callable)"
-        if name not in self.called or name.endswith(".getattr"):
-            self.called.add(name)
+        if not isinstance(cls, Global) or cls.name in ARGUMENTS_DECIDE:
+            self.calls.append(made)
+        elif cls not in self.called:
+            self.called.add(cls)
             self.calls.append(made)
         self.push(made)
 
@@ -752,7 +787,14 @@ class _Writer:
 
     def run(self, value: Node) -> bytes:
         todo: list[Node] = [value]
+        summed = nbytes = 0
         while todo:
+            # values that a pickle shares without a memo entry, such as long ints, can multiply
+            while summed < len(self.out):
+                nbytes += len(self.out[summed])
+                summed += 1
+            if nbytes > MAX_BYTES:
+                raise Reject(f"the pickle to write is over the limit of {MAX_BYTES} bytes")
             node = todo.pop()
             if isinstance(node, _Raw):
                 self.out.append(node.data)
@@ -793,6 +835,7 @@ class _Writer:
             case bytes():
                 self.need(3)
                 self.out.append(b"B" + struct.pack("<I", len(node)) + node)
+                self.memo[id(node)] = self.put()
             case bytearray():
                 self.need(5)
                 self.out.append(b"\x96" + struct.pack("<Q", len(node)) + bytes(node))
@@ -958,32 +1001,50 @@ def walk(value: Node) -> Iterator[Node]:
                 todo += [node.kwargs, node.args, node.cls]
 
 
-def plain(node: Node, depth: int = 12) -> object:
-    """The node as JSON-ready values, for people: classes shown as text, never built."""
-    if depth <= 0:
+def plain(node: Node, depth: int = 12, limit: int = 100_000) -> object:
+    """The node as JSON-ready values, for people: classes shown as text, never built.
+
+    Past `depth` levels or `limit` values, "…": shared nodes are repeated, so a small file can be huge here.
+    """
+    return _plain(node, depth, [limit])
+
+
+def _plain(node: Node, depth: int, left: list[int]) -> object:
+    left[0] -= 1
+    if depth <= 0 or left[0] < 0:
         return "…"
     if node is None or isinstance(node, bool | int | float | str):
         return node
     if isinstance(node, bytes | bytearray):
         return f"<{len(node)} bytes>"
     if (pairs := as_mapping(node)) is not None:
-        return {k if isinstance(k, str) else str(plain(k, 2)): plain(v, depth - 1) for k, v in pairs.pairs}
+        return {
+            k if isinstance(k, str) else str(_plain(k, 2, left)): _plain(v, depth - 1, left)
+            for k, v in _some(pairs.pairs, left)
+        }
     match node:
         case list() | tuple():
-            return [plain(x, depth - 1) for x in node]
+            return [_plain(x, depth - 1, left) for x in _some(node, left)]
         case Set():
-            return [plain(x, depth - 1) for x in node.members]
+            return [_plain(x, depth - 1, left) for x in _some(node.members, left)]
         case Global():
             return str(node)
         case Persistent():
             return "<storage>"
         case Object():
-            shown: dict[str, object] = {"$class": plain(node.cls, 2)}
+            shown: dict[str, object] = {"$class": _plain(node.cls, 2, left)}
             if node.args:
-                shown["args"] = plain(node.args, depth - 1)
+                shown["args"] = _plain(node.args, depth - 1, left)
             if node.items:
-                shown["items"] = plain(node.items, depth - 1)
+                shown["items"] = _plain(node.items, depth - 1, left)
             if node.has_state:
-                shown["state"] = plain(node.state, depth - 1)
+                shown["state"] = _plain(node.state, depth - 1, left)
             return shown
     return f"<{type(node).__name__}>"
+
+
+def _some(values: Iterable[T], left: list[int]) -> Iterator[T]:
+    for value in values:
+        if left[0] < 0:
+            return
+        yield value

@@ -33,6 +33,7 @@ LOCAL_MAGIC, CENTRAL_MAGIC, END_MAGIC = 0x04034B50, 0x02014B50, 0x06054B50
 END64_MAGIC, LOCATOR64_MAGIC, DESCRIPTOR_MAGIC = 0x06064B50, 0x07064B50, 0x08074B50
 ALIGNMENT = 64
 MAX_RECORDS = 1_000_000
+MAX_DIRECTORY = 256 << 20
 BIG = 0xFFFFFFFF
 HAS_DESCRIPTOR, UTF8 = 0x0008, 0x0800
 MAX_INFLATED = 256 << 20
@@ -92,6 +93,7 @@ def read_archive(file: File) -> Archive:
     entries, directory = _directory(file)
     records: dict[str, Record] = {}
     roots: dict[str, None] = {}
+    lowered: set[str] = set()
     at = 0
     for name, offset, flags, method, crc32, nbytes, size in sorted(entries, key=lambda e: e[1]):
         if offset != at:
@@ -101,8 +103,9 @@ def read_archive(file: File) -> Archive:
         if not slash or not rest:
             raise damaged(file.path, f"record '{escape(name)}' has no archive root in its name")
         roots[root] = None
-        if rest in records:
+        if rest.lower() in lowered:  # torch's own reader looks names up without regard to case
             raise damaged(file.path, f"two records are named '{escape(name)}'")
+        lowered.add(rest.lower())
         records[rest] = record
         at = record.end
     if at != directory:
@@ -151,6 +154,8 @@ def _directory(file: File) -> tuple[list[_Entry], int]:
             nbytes, start, end = nbytes64, start64, end64
     if disk or disk0 or here != count or count > MAX_RECORDS or start + nbytes != end:
         raise damaged(path, "the end record does not fit the file")
+    if nbytes > MAX_DIRECTORY:
+        raise damaged(path, f"a directory of {nbytes} bytes is over the limit of {MAX_DIRECTORY}")
     return _entries(file, start, nbytes, count), start
 
 
@@ -231,6 +236,8 @@ def _record(
     if end > limit:
         raise damaged(file.path, f"record '{escape(name)}' reaches past the directory")
     if flags & HAS_DESCRIPTOR:
+        if lcrc32 not in (0, crc32) or lnbytes not in (0, nbytes, BIG) or lsize not in (0, size, BIG):
+            raise damaged(file.path, f"the header of record '{escape(name)}' contradicts the directory")
         end = _descriptor(file, name, end, crc32, nbytes, size, limit)
     elif lcrc32 != crc32 or lnbytes not in (nbytes, BIG) or lsize not in (size, BIG):
         raise damaged(file.path, f"the header of record '{escape(name)}' contradicts the directory")
@@ -283,6 +290,57 @@ def read_record(file: File, record: Record, limit: int) -> bytes:
     return data
 
 
+# --- torch's own bytes --------------------------------------------------------------------------------
+
+
+def unexplained(file: File, archive: Archive) -> list[str] | None:
+    """Where the bytes around the data differ from what torch (and this module) writes; None for a file
+    of some other writer, such as Python's zipfile.
+
+    torch leaves no choice in them: each header, padding, descriptor, directory entry and end record
+    follows from the records' names, order, sizes and checksums. No reader looks at all of these bytes, so a
+    difference is damage that loading does not show.
+    """
+    alignment = _alignment(file, archive)
+    problems: list[str] = []
+    central: list[bytes] = []
+    odd = 0
+    checked = not all(record.unchecked for record in archive.records.values() if record.nbytes)
+    for record in archive.records.values():
+        shown = escape(record.name)
+        raw = f"{archive.root}/{record.name}".encode()
+        header = _header(raw, record.header, record.nbytes, alignment)
+        if record.start - record.header != len(header) or file.read(record.header, len(header)) != header:
+            odd += 1
+            problems.append(f"the header or padding of record '{shown}'")
+        after = record.end - record.start - record.nbytes
+        wide = record.nbytes >= BIG
+        if record.method or after != (0 if not record.nbytes else 24 if wide else 16):
+            problems.append(f"the descriptor of record '{shown}'")
+        if checked and record.unchecked:
+            problems.append(f"the checksum of record '{shown}', which is 0 while others are not")
+        central.append(_entry(raw, record.nbytes, record.header, record.crc32))
+    if odd * 2 > len(archive.records):
+        return None
+    start = max(record.end for record in archive.records.values())
+    at = start
+    for record, entry in zip(archive.records.values(), central, strict=True):
+        if at + len(entry) > file.size or file.read(at, len(entry)) != entry:
+            problems.append(f"the directory entry of record '{escape(record.name)}'")
+        at += len(entry)
+    tail = _end(len(central), sum(map(len, central)), start)
+    if at + len(tail) != file.size or file.read(at, len(tail)) != tail:
+        problems.append("the end record")
+    return problems
+
+
+def _alignment(file: File, archive: Archive) -> int:
+    # torch.utils.serialization.config.save.storage_alignment
+    record = archive.records.get(".storage_alignment")
+    text = file.read(record.start, record.nbytes) if record and record.nbytes <= 8 else b""
+    return int(text) if text.isdigit() and int(text) else ALIGNMENT
+
+
 # --- writing ------------------------------------------------------------------------------------------
 
 
@@ -294,44 +352,53 @@ def archive_segments(root: str, records: Sequence[tuple[str, Sequence[Segment]]]
     for name, data in records:
         raw = f"{root}/{name}".encode()
         nbytes = sum(segment.nbytes for segment in data)
-        flags = UTF8 | (HAS_DESCRIPTOR if nbytes else 0)  # torch writes no descriptor for empty records
-        wide = nbytes >= BIG
-        extra64 = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if wide else b""
-        small = BIG if wide else 0
-        pad = -(at + LOCAL.size + len(raw) + len(extra64) + 4) % ALIGNMENT
-        extra = extra64 + b"FB" + struct.pack("<H", pad) + b"Z" * pad
-        header = LOCAL.pack(LOCAL_MAGIC, 0, flags, 0, 0, 0, 0, small, small, len(raw), len(extra))
-        out.append(Literal(header + raw + extra))
+        header = _header(raw, at, nbytes, ALIGNMENT)
+        out.append(Literal(header))
         first = len(out)
         out += data
         crc = Crc32(first, len(out))
-        nhead = len(header) + len(raw) + len(extra)
-        end = at + nhead + nbytes
+        end = at + len(header) + nbytes
         if nbytes:
-            sizes = struct.pack("<QQ" if wide else "<II", nbytes, nbytes)
+            sizes = struct.pack("<QQ" if nbytes >= BIG else "<II", nbytes, nbytes)
             out += [Literal(struct.pack("<I", DESCRIPTOR_MAGIC)), crc, Literal(sizes)]
             end += 8 + len(sizes)
-        central += _central(raw, flags, nbytes, at, crc)
+        entry = _entry(raw, nbytes, at, 0)
+        cut = 16  # the checksum's place in an entry
+        central += [Literal(entry[:cut]), crc, Literal(entry[cut + 4 :])] if nbytes else [Literal(entry)]
         at = end
     ncentral = sum(segment.nbytes for segment in central)
-    n = len(records)
-    end64 = END64.pack(END64_MAGIC, END64.size - 12, 0x031E, 0x2D, 0, 0, n, n, ncentral, at)
-    locator = LOCATOR64.pack(LOCATOR64_MAGIC, 0, at + ncentral, 1)
-    short = min(n, 0xFFFF)
-    end32 = END.pack(END_MAGIC, 0, 0, short, short, min(ncentral, BIG), min(at, BIG), 0)
-    return (*out, *central, Literal(end64 + locator + end32))
+    return (*out, *central, Literal(_end(len(records), ncentral, at)))
 
 
-def _central(raw: bytes, flags: int, nbytes: int, offset: int, crc: Crc32) -> list[Segment]:
+def _flags(nbytes: int) -> int:
+    return UTF8 | (HAS_DESCRIPTOR if nbytes else 0)  # torch writes no descriptor for empty records
+
+
+def _header(raw: bytes, at: int, nbytes: int, alignment: int) -> bytes:
+    """The local header, name and padding of a record that begins at byte `at`."""
+    wide = nbytes >= BIG
+    extra64 = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if wide else b""
+    small = BIG if wide else 0
+    pad = -(at + LOCAL.size + len(raw) + len(extra64) + 4) % alignment
+    extra = extra64 + b"FB" + struct.pack("<H", pad) + b"Z" * pad
+    header = LOCAL.pack(LOCAL_MAGIC, 0, _flags(nbytes), 0, 0, 0, 0, small, small, len(raw), len(extra))
+    return header + raw + extra
+
+
+def _entry(raw: bytes, nbytes: int, offset: int, crc32: int) -> bytes:
+    """A directory entry."""
     wide = [nbytes, nbytes] if nbytes >= BIG else []
     if offset >= BIG:
         wide.append(offset)
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-    size = min(nbytes, BIG)
-    entry = CENTRAL.pack(
-        CENTRAL_MAGIC, 0, 0, flags, 0, 0, 0, 0, size, size, len(raw), len(extra), 0, 0, 0, 0, min(offset, BIG)
-    )
-    cut = 16  # the checksum's place in an entry
-    if not nbytes:
-        return [Literal(entry + raw + extra)]
-    return [Literal(entry[:cut]), crc, Literal(entry[cut + 4 :] + raw + extra)]
+    size, offset = min(nbytes, BIG), min(offset, BIG)
+    fields = (0, 0, _flags(nbytes), 0, 0, 0, crc32, size, size, len(raw), len(extra), 0, 0, 0, 0, offset)
+    return CENTRAL.pack(CENTRAL_MAGIC, *fields) + raw + extra
+
+
+def _end(n: int, nbytes: int, start: int) -> bytes:
+    """The zip64 end record, its locator and the end record of a directory of `n` entries."""
+    end64 = END64.pack(END64_MAGIC, END64.size - 12, 0x031E, 0x2D, 0, 0, n, n, nbytes, start)
+    locator = LOCATOR64.pack(LOCATOR64_MAGIC, 0, start + nbytes, 1)
+    short = min(n, 0xFFFF)
+    return end64 + locator + END.pack(END_MAGIC, 0, 0, short, short, min(nbytes, BIG), min(start, BIG), 0)

@@ -28,7 +28,16 @@ class File:
             raise truncated(self.path, f"bytes {start} to {start + nbytes} of {self.size}")
         parts: list[bytes] = []
         while nbytes:
-            part = os.pread(self._fd, nbytes, start)
+            try:
+                part = os.pread(self._fd, nbytes, start)
+            except OSError as error:
+                raise CkptError(
+                    "read-error",
+                    f"reading at byte {start} failed: {escape(error.strerror)}",
+                    where=self.path,
+                    why="the disk or the network file system could not deliver the bytes",
+                    hint="look at the system's log; copy the file from another place",
+                ) from None
             if not part:
                 raise truncated(self.path, f"byte {start} is past the end")
             parts.append(part)
@@ -63,6 +72,9 @@ def opened(path: Path) -> Iterator[File]:
         raise UsageError(
             "no-permission", "the file may not be read", where=path, hint="ask its owner for read permission"
         ) from None
+    except (OSError, ValueError) as error:  # a loop of links, a socket, a name that is too long
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError("not-readable", f"cannot be opened: {escape(reason)}", where=path) from None
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
@@ -114,6 +126,9 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
         raise UsageError(
             "not-found", "there is no such folder", where=folder, hint="check the path"
         ) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError("not-readable", f"cannot be listed: {escape(reason)}", where=folder) from None
     return sorted(found, key=lambda entry: entry.name)
 
 

@@ -12,18 +12,27 @@ Tied weights are stored once; transformers ties them again from the model's conf
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout, TrainState
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout, TrainState, Weights
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats import fields, jsons
 from ckpttools.formats.files import entries, plain_name, size_of
 from ckpttools.formats.monolithic import tied
-from ckpttools.formats.safetensors import read_safetensors, safetensors_file
-from ckpttools.formats.torch_file import TorchFile, read_torch_file
-from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck
-from ckpttools.tensors import DType, TensorRef
+from ckpttools.formats.safetensors import cast, read_safetensors, safetensors_file
+from ckpttools.formats.torch_file import (
+    Storage,
+    TorchFile,
+    new_storage,
+    read_torch_file,
+    tensor_node,
+    write_torch_file,
+)
+from ckpttools.pickles import Global, Node, Object
+from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck, copy_file
+from ckpttools.tensors import TensorRef
 
 SINGLE = (
     "model.safetensors",
@@ -193,41 +202,100 @@ def _train_state(path: Path) -> TrainState:
 
 # --- writing ------------------------------------------------------------------------------------------
 
+NO_LIMIT = 1 << 62
+# what transformers needs beside the weights to load a model and its tokenizer
+CONFIG_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|"
+    r"preprocessor_config|processor_config|adapter_config)\.json|merges\.txt|vocab\.txt|.*\.model|"
+    r"chat_template\.(jinja|json)"
+)
 
-def plan(
-    tensors: Mapping[str, TensorRef],
-    *,
-    dtypes: Mapping[str, DType],
-    metadata: Mapping[str, str],
-    max_shard_size: int,
-    stem: str = "model",
-) -> Plan:
+
+def plan(weights: Weights, *, max_shard_size: int = NO_LIMIT, single: bool = False) -> Plan:
     """A folder of safetensors shards, none larger than `max_shard_size` bytes unless one tensor is.
 
-    Tensors are filled into shards in the order given, as transformers does.
+    With `single`, one file at the destination itself. Tied names are stored once, as transformers does;
+    the header maps the others to the stored one, as safetensors' own save_model does.
     """
-    shards: list[dict[str, TensorRef]] = [{}]
-    room = max_shard_size
-    for name, ref in tensors.items():
-        nbytes = ref.numel * dtypes[name].itemsize
-        if shards[-1] and nbytes > room:
-            shards.append({})
-            room = max_shard_size
-        shards[-1][name] = ref
-        room -= nbytes
-    n = len(shards)
-    names = (
-        [f"{stem}.safetensors"]
-        if n == 1
-        else [f"{stem}-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    )
+    tensors = {name: ref for name, ref in weights.tensors.items() if name not in weights.shared}
+    about = {"format": "pt", **weights.about, **weights.shared}
+    tied_notes = [f"{alias} is tied to {owner} and stored once" for alias, owner in weights.shared.items()]
+    shards = shard(weights, tensors, NO_LIMIT if single else max_shard_size)
+    names = shard_names("model", ".safetensors", len(shards))
     files = [
-        safetensors_file(name, shard, metadata, dtypes) for name, shard in zip(names, shards, strict=True)
+        safetensors_file("" if single else name, {n: tensors[n] for n in found}, about, weights.dtypes)
+        for name, found in zip(names, shards, strict=True)
     ]
-    if n > 1:
-        total = sum(ref.numel * dtypes[name].itemsize for name, ref in tensors.items())
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        raw = json.dumps(index, indent=2).encode() + b"\n"
-        files.append(OutputFile(path=f"{stem}.safetensors.index.json", segments=(Literal(raw),)))
-    return Plan(files=tuple(files))
+    files += index_file("model.safetensors.index.json", weights, dict(zip(names, shards, strict=True)))
+    notes = (*weights.notes, *map(escape, tied_notes))
+    return Plan(files=tuple(files), notes=notes, checks=weights.checks)
+
+
+def plan_bin(weights: Weights, *, max_shard_size: int = NO_LIMIT, single: bool = False) -> Plan:
+    """The same as torch files: pytorch_model.bin, or one bare state dict. Tied names share a storage."""
+    shards = shard(weights, weights.tensors, NO_LIMIT if single else max_shard_size)
+    names = shard_names("pytorch_model", ".bin", len(shards))
+    files = [
+        write_torch_file("" if single else name, _state_dict(weights, found))
+        for name, found in zip(names, shards, strict=True)
+    ]
+    files += index_file("pytorch_model.bin.index.json", weights, dict(zip(names, shards, strict=True)))
+    return Plan(files=tuple(files), notes=weights.notes, checks=weights.checks)
+
+
+def _state_dict(weights: Weights, names: Sequence[str]) -> Node:
+    node = Object("reduce", Global("collections", "OrderedDict"), ())
+    storages: dict[str, Storage] = {}
+    for name in names:
+        ref, dtype = weights.tensors[name], weights.dtypes[name]
+        owner = weights.shared.get(name, name)
+        if owner not in storages:
+            storages[owner] = new_storage(dtype, ref.numel, cast(ref, dtype))
+        node.pairs.append((name, tensor_node(TensorRef(dtype, ref.shape, ()), storages[owner])))
+    return node
+
+
+def shard(weights: Weights, names: Iterable[str], limit: int) -> list[list[str]]:
+    """Names filled into shards in order; tied names go where their owner is and take no room."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    where: dict[str, list[str]] = {}
+    for name in names:
+        owner = where.get(weights.shared.get(name, name))
+        if owner is not None:
+            owner.append(name)
+            continue
+        nbytes = weights.nbytes(name)
+        if shards[-1] and nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        where[name] = shards[-1]
+        room -= nbytes
+    return shards
+
+
+def shard_names(stem: str, suffix: str, count: int) -> list[str]:
+    """`model.safetensors`, or `model-00001-of-00003.safetensors` and so on."""
+    if count == 1:
+        return [stem + suffix]
+    return [f"{stem}-{i:05d}-of-{count:05d}{suffix}" for i in range(1, count + 1)]
+
+
+def index_file(name: str, weights: Weights, shards: Mapping[str, Sequence[str]]) -> list[OutputFile]:
+    """The index of several shards; none for a single one."""
+    if len(shards) == 1:
+        return []
+    weight_map = {tensor: file for file, tensors in shards.items() for tensor in tensors}
+    total = sum(weights.nbytes(tensor) for tensor in weight_map if tensor not in weights.shared)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return [OutputFile(path=name, segments=(Literal(json.dumps(index, indent=2).encode() + b"\n"),))]
+
+
+def config_files(folder: Path) -> list[OutputFile]:
+    """Copies of the configuration and tokenizer files of a folder."""
+    return [
+        copy_file(folder / entry.name, entry.name, entry.stat().st_size)
+        for entry in entries(folder)
+        if entry.is_file() and CONFIG_FILES.fullmatch(entry.name)
+    ]

@@ -11,7 +11,9 @@ from ckpttools.formats.files import opened
 
 MAX_BYTES = 100 << 20
 MAX_DEPTH = 32
+MAX_VALUES = 4_000_000
 _BRACKET = re.compile(rb"[\[\]{}]")  # those within strings only make the depth limit stricter
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def damaged(path: Path, problem: str) -> CkptError:
@@ -36,9 +38,11 @@ def parse(path: Path, raw: bytes, what: str = "the file") -> dict[str, object]:
     def constant(name: str) -> object:
         raise damaged(path, f"{what} holds {name}, which is not JSON")
 
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
+        raise damaged(path, f"{what} holds more than {MAX_VALUES} values")
     depth = 0
-    for bracket in _BRACKET.findall(raw):
-        depth += 1 if bracket in b"[{" else -1
+    for bracket in _BRACKET.finditer(raw):
+        depth += 1 if bracket.group() in b"[{" else -1
         if depth > MAX_DEPTH:
             raise damaged(path, f"{what} is nested more than {MAX_DEPTH} deep")
     try:
@@ -47,6 +51,11 @@ def parse(path: Path, raw: bytes, what: str = "the file") -> dict[str, object]:
         raise damaged(path, f"{what} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise damaged(path, f"{what} is not a JSON object")
+    if _SURROGATE.search(raw):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise damaged(path, f"{what} holds half of a surrogate pair, which is no text") from None
     return value
 
 

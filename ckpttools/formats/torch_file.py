@@ -15,7 +15,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckpttools.errors import CkptError, escape
@@ -41,6 +41,14 @@ LEGACY_HEAD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 LEGACY_PROTOCOL = 1001
 MAX_DIMS = 64
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# storages of quantized tensors, which are carried as data, by the type of their bytes
+_QUANTIZED = {
+    "QInt8Storage": DTYPES["int8"],
+    "QUInt8Storage": UINT8,
+    "QInt32Storage": DTYPES["int32"],
+    "QUInt4x2Storage": UINT8,
+    "QUInt2x4Storage": UINT8,
+}
 
 
 class Storage:
@@ -247,6 +255,8 @@ def _storage_id(pid: Node) -> tuple[Global, DType, str, str, int]:
 def _storage_dtype(kind: Global) -> DType:
     if kind.module == "torch" and kind.name in BY_STORAGE:
         return BY_STORAGE[kind.name]
+    if kind.module == "torch" and kind.name in _QUANTIZED:
+        return _QUANTIZED[kind.name]
     if kind in (Global("torch.storage", "UntypedStorage"), Global("torch", "UntypedStorage")):
         return UINT8
     raise Reject(f"storages of class {escape(kind)} are not supported")
@@ -275,14 +285,15 @@ def _read_legacy(file: File) -> TorchFile:
     while True:
         try:
             return _legacy(file, file.read(0, ahead), whole=ahead == file.size)
-        except _NeedMore:
-            ahead = min(file.size, ahead * 8)
-            if ahead > MAX_BYTES:
-                raise Reject("the pickles are over the limit") from None
+        except _NeedMore as need:
+            if ahead >= MAX_BYTES:
+                raise need.error from None
+            ahead = min(file.size, ahead * 8, MAX_BYTES)
 
 
 class _NeedMore(Exception):
-    pass
+    def __init__(self, error: Reject) -> None:
+        self.error = error
 
 
 def _legacy(file: File, data: bytes, *, whole: bool) -> TorchFile:
@@ -300,23 +311,26 @@ def _legacy(file: File, data: bytes, *, whole: bool) -> TorchFile:
         try:
             part = loads(data, start=at, exact=False, persistent=storage)
         except Reject as error:
-            if not whole:
-                raise _NeedMore from None
             error.where = str(file.path)
+            if not whole:
+                raise _NeedMore(error) from None
             raise
         parts.append(part)
         at = part.end
     magic, protocol, system, value, keys = (part.value for part in parts)
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL:
         raise CkptError("not-torch", "the magic number or protocol is not torch's", where=file.path)
-    if isinstance(system, Dict) and system.get("little_endian") is not True:
+    if not isinstance(system, Dict):
+        raise CkptError("pickle-damaged", "the system information is not a dict", where=file.path)
+    if system.get("little_endian") is not True:
         raise CkptError("big-endian", "the tensors are stored big-endian", where=file.path)
-    if not isinstance(keys, list) or len(set(map(str, keys))) != len(keys) or set(keys) != set(storages):
+    names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else None
+    if not isinstance(keys, list) or names != keys or sorted(names) != sorted(storages):
         raise CkptError(
             "pickle-damaged", "the list of storages does not match the tensors that use them", where=file.path
         )
-    for key in keys:
-        made = storages[str(key)]
+    for key in names:
+        made = storages[key]
         (count,) = struct.unpack("<q", _exactly(file, at, 8, f"storage {key}"))
         if count != made.numel:
             raise CkptError(
@@ -335,7 +349,7 @@ def _legacy(file: File, data: bytes, *, whole: bool) -> TorchFile:
         size=file.size,
         value=value,
         storages=storages,
-        pickle=parts[3],
+        pickle=replace(parts[3], calls=[call for part in parts for call in part.calls]),
         archive=None,
     )
 
@@ -357,18 +371,21 @@ def _view(path: Path, node: Object) -> View | None:
         raise
 
 
-def _rebuilt(node: Object) -> View | None:
+def _rebuilt(node: Object, depth: int = 0) -> View | None:
     cls = node.cls
+    if depth > 4:
+        raise Reject("a tensor is wrapped too often")
     if not isinstance(cls, Global) or node.how != "reduce":
         return None
     if cls == Global("torch._tensor", "_rebuild_from_type_v2") and len(node.args) == 4:
         func, _, args, _ = node.args  # ZeRO-3 tensors: (function, type, its arguments, attributes)
-        return _rebuilt(Object("reduce", func, args)) if isinstance(args, tuple) else None
+        return _rebuilt(Object("reduce", func, args), depth + 1) if isinstance(args, tuple) else None
     if cls.module != "torch._utils":
         return None
     match cls.name:
         case "_rebuild_parameter" | "_rebuild_parameter_with_state":
-            return _rebuilt(node.args[0]) if node.args and isinstance(node.args[0], Object) else None
+            inner = node.args[0] if node.args else None
+            return _rebuilt(inner, depth + 1) if isinstance(inner, Object) else None
         case "_rebuild_tensor" | "_rebuild_tensor_v2" if len(node.args) >= 4:
             storage, offset, shape, strides = node.args[:4]
             dtype = None
@@ -394,7 +411,8 @@ def _rebuilt(node: Object) -> View | None:
 def _dtype(node: Node) -> DType:
     if isinstance(node, Global) and node.module == "torch" and node.name in DTYPES:
         return DTYPES[node.name]
-    raise Reject(f"a tensor has the unknown element type {escape(node)}")
+    shown = escape(node) if isinstance(node, Global) else "that is no name"
+    raise Reject(f"a tensor has the unknown element type {shown}")
 
 
 def size(node: Node) -> tuple[int, ...]:
@@ -412,6 +430,47 @@ def _ints(node: Node) -> tuple[int, ...]:
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in node):
         raise Reject("a shape holds something other than sizes")
     return tuple(n for n in node if isinstance(n, int))
+
+
+def labelled(file: TorchFile) -> Iterator[tuple[str, View]]:
+    """Every tensor of a file with its path into the data, such as `module.emb.weight` or `state[0].step`."""
+    seen: set[int] = set()
+    todo: list[tuple[str, Node]] = [("", file.value)]
+    while todo:
+        label, node = todo.pop()
+        if not isinstance(node, list | tuple | Dict | Object) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, Object) and (view := file.view(node)) is not None:
+            yield label, view
+            continue
+        if len(label) > 1000:  # of a hostile file: a label per level would need memory by the square
+            label = "…"
+        inside: list[tuple[str, Node]] = []
+        if isinstance(node, list | tuple):
+            inside = [(f"{label}[{i}]", value) for i, value in enumerate(node)]
+        else:
+            for key, value in node.pairs:
+                step = key if isinstance(key, str) else f"[{key}]" if isinstance(key, int) else "[...]"
+                inside.append((f"{label}.{step}" if label and isinstance(key, str) else label + step, value))
+            if isinstance(node, Object):
+                inside += [(label, node.args), (label, node.items)]
+                inside += [(label, node.state)] if node.has_state else []
+        todo.extend(reversed(inside))
+
+
+_SCALARS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "float16": "<e"}
+
+
+def scalar(view: View) -> float | None:
+    """The value of a tensor of one element, read from the file; None for other dtypes."""
+    form = _SCALARS.get(view.dtype.name)
+    chunk = next(iter(view.ref.chunks), None)
+    if form is None or not isinstance(chunk, ByteRange):
+        return None
+    with opened(chunk.path) as file:
+        (value,) = struct.unpack(form, file.read(chunk.start, chunk.nbytes))
+    return float(value)
 
 
 # --- writing ------------------------------------------------------------------------------------------

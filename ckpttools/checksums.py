@@ -1,0 +1,78 @@
+"""CRC-32 (the checksum of zip archives) at memory speed, also of ranges whose pieces come in any order."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from isal.isal_zlib import crc32 as _crc32
+from isal.isal_zlib import crc32_combine as _crc32_combine
+
+
+def crc32(data: bytes | bytearray | memoryview, seed: int = 0) -> int:
+    """The CRC-32 of `data`, going on from `seed`, the CRC-32 of what precedes it. Releases the GIL."""
+    return int(_crc32(data, seed))
+
+
+def crc32_combine(a: int, b: int, nbytes_b: int) -> int:
+    """The CRC-32 of A + B from those of A and of B, which is `nbytes_b` long."""
+    return int(_crc32_combine(a, b, nbytes_b))
+
+
+class RangeCrcs:
+    """The CRC-32s of byte ranges (start, end) of one file, built from pieces that come in any order.
+
+    crc(A + B) = shift(crc(A), len(B)) ^ crc(B): a piece's CRC, shifted by the bytes that follow it in the
+    range, is its share of the range's CRC whatever the other pieces are. `left` counts the bytes that
+    each range still lacks; each byte must be added once. Ranges may overlap. Not thread-safe.
+    """
+
+    __slots__ = ("_cuts", "_ends", "_owners", "left", "values")
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.values = [0] * len(ranges)
+        self.left = [end - start for start, end in ranges]
+        self._ends = [end for _, end in ranges]
+        self._cuts = sorted({at for span in ranges for at in span})
+        self._owners = _owners(ranges, self._cuts)
+
+    def cuts(self, start: int, end: int) -> list[int]:
+        """The places inside `start` to `end` (both exclusive) where a piece must be cut."""
+        return self._cuts[bisect_right(self._cuts, start) : bisect_left(self._cuts, end)]
+
+    def spans(self, start: int, end: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """Bytes `start` to `end` cut where a range begins or ends, with the ranges that hold each span."""
+        for low, high in _pairs([start, *self.cuts(start, end), end]):
+            at = bisect_right(self._cuts, low) - 1
+            yield low, high, self._owners[at] if at >= 0 else ()
+
+    def add(self, start: int, end: int, crc: int) -> tuple[int, ...]:
+        """Account for a piece, one span of `spans`; returns the ranges that hold it."""
+        at = bisect_right(self._cuts, start) - 1
+        owners = self._owners[at]
+        for k in owners:
+            self.values[k] ^= crc32_combine(crc, 0, self._ends[k] - end)
+            self.left[k] -= end - start
+        return owners
+
+
+def _owners(ranges: Sequence[tuple[int, int]], cuts: Sequence[int]) -> list[tuple[int, ...]]:
+    """For each cut, the ranges that hold the bytes from it to the next cut."""
+    opened: dict[int, list[int]] = {}
+    closed: dict[int, list[int]] = {}
+    for k, (start, end) in enumerate(ranges):
+        opened.setdefault(start, []).append(k)
+        closed.setdefault(end, []).append(k)
+    active: dict[int, None] = {}
+    owners = []
+    for cut in cuts:
+        active.update(dict.fromkeys(opened.get(cut, ())))
+        for k in closed.get(cut, ()):
+            active.pop(k, None)
+        owners.append(tuple(active))
+    return owners
+
+
+def _pairs(points: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return ((low, high) for low, high in pairwise(points) if low < high)

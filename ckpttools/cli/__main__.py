@@ -1,0 +1,5 @@
+"""`python -m ckpttools.cli` is `ckpt`."""
+
+from ckpttools.cli import main
+
+main()

@@ -1,0 +1,196 @@
+"""ckpt inspect: what a checkpoint is. Header reads only; torch is never imported, nor numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpttools.cli import render
+from ckpttools.cli.options import JSON, SRC, TAG
+from ckpttools.errors import escape
+
+STATE_FILES = 24  # files listed before the rest is only counted
+
+
+@click.command("inspect")
+@SRC
+@click.option("--tensors", is_flag=True, help="List every tensor with its dtype, shape and size.")
+@TAG
+@JSON
+def command(src: Path, tensors: bool, tag: str | None, as_json: bool) -> None:
+    """What SRC is: format, tag, step, epoch, losses, ranks, dtypes, settings, and what each file is for.
+
+    Only headers are read: it takes the same fraction of a second for 1 MB and for 1 TB.
+    """
+    from ckpttools.formats import locate, read
+
+    source = locate(src, tag)
+    checkpoint = read(source)
+    if as_json:
+        render.document(_json(source, checkpoint, tensors))
+        return
+    click.echo(escape(src, 4000))
+    rows = [(name, value) for name, value in _summary(source, checkpoint) if value not in (None, "")]
+    click.echo(render.table(rows))
+    if checkpoint.groups:
+        click.echo("\noptimizer groups")
+        click.echo(render.table(_groups(checkpoint), ("", "parameters", "elements", "state", "settings")))
+    click.echo("\nfiles")
+    files = [(render.size(f.nbytes), f.path.name, f.role) for f in checkpoint.files]
+    click.echo(render.table(files[:STATE_FILES]))
+    if len(files) > STATE_FILES:
+        click.echo(f"and {len(files) - STATE_FILES} more")
+    if checkpoint.layout.zero_stage:
+        click.echo("(one optimizer file per rank is normal: ZeRO spreads the optimizer state over the ranks)")
+    for note in checkpoint.notes:
+        click.echo(f"note: {escape(note, 1000)}")
+    if tensors:
+        click.echo("\ntensors")
+        click.echo(render.table(_tensors(checkpoint), ("name", "dtype", "shape", "size", "")))
+
+
+FORMATS = {
+    "zero1": "DeepSpeed ZeRO-1",
+    "zero2": "DeepSpeed ZeRO-2",
+    "pt": "torch file",
+    "hf": "Hugging Face folder",
+    "safetensors": "safetensors file",
+}
+
+
+def _summary(source: Any, checkpoint: Any) -> Iterator[tuple[str, object]]:
+    layout, state = checkpoint.layout, checkpoint.train_state
+    kind = FORMATS.get(layout.format, layout.format)
+    if layout.zero_stage or layout.variant:
+        kind += f", {layout.dp_degree} rank{'s' if layout.dp_degree > 1 else ''}"
+    yield "format", kind + (f", {layout.variant}" if layout.variant else "")
+    yield "found", source.how
+    yield "tag", layout.tag
+    yield "written by", layout.writer
+    yield "step", state.step
+    if state.iteration != state.step:
+        yield "iteration", state.iteration
+    yield "skipped steps", state.skipped_steps or None
+    yield "epoch", state.epoch
+    yield "samples", state.samples
+    yield "train loss", state.train_loss
+    yield "val loss", state.val_loss
+    yield "parameters", _parameters(checkpoint)
+    yield "dtypes", _dtypes(checkpoint)
+    yield "batch", _batch(checkpoint)
+    yield "scheduler", _mapping(state.scheduler)
+    yield "size", f"{render.size(sum(f.nbytes for f in checkpoint.files))} in {len(checkpoint.files)} files"
+
+
+def _parameters(checkpoint: Any) -> str:
+    own = [name for name in checkpoint.tensors if name not in checkpoint.shared]
+    params = [name for name in own if name not in checkpoint.buffers]
+    total = sum(checkpoint.tensors[name].numel for name in params)
+    parts = [f"{render.count(total)} in {len(params)} tensors"]
+    if checkpoint.frozen:
+        parts.append(f"{len(checkpoint.frozen)} frozen")
+    if checkpoint.shared:
+        parts.append(f"{len(checkpoint.shared)} tied")
+    if checkpoint.buffers:
+        parts.append(f"{len(checkpoint.buffers)} buffers")
+    return ", ".join(parts)
+
+
+def _dtypes(checkpoint: Any) -> str:
+    weights = sorted({ref.dtype.short for ref in checkpoint.tensors.values()})
+    text = f"weights {', '.join(weights)}"
+    kinds: dict[str, set[str]] = {}
+    for group in checkpoint.groups:
+        for kind, refs in group.state.items():
+            kinds.setdefault(kind, set()).update(ref.dtype.short for ref in refs.values())
+    for kind, found in kinds.items():
+        text += f"; {'master' if kind == 'fp32' else kind} {', '.join(sorted(found))}"
+    return text
+
+
+def _batch(checkpoint: Any) -> str:
+    batch = checkpoint.train_state.batch
+    if not batch:
+        return ""
+    total = batch.get("global", "?")
+    return (
+        f"{total} = {batch.get('micro', '?')} per rank x {batch.get('accumulation', '?')} accumulation "
+        f"x {checkpoint.layout.dp_degree} ranks"
+    )
+
+
+def _mapping(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+SETTINGS = ("name", "lr", "initial_lr", "betas", "momentum", "eps", "weight_decay")
+
+
+def _groups(checkpoint: Any) -> Iterator[tuple[object, ...]]:
+    for g, group in enumerate(checkpoint.groups):
+        numel = sum(ref.numel for ref in group.state.get("fp32", {}).values())
+        settings = _mapping({key: group.hyper[key] for key in SETTINGS if key in group.hyper})
+        yield g, len(group.params), render.count(numel), ", ".join(group.state), settings
+
+
+def _tensors(checkpoint: Any) -> Iterator[tuple[object, ...]]:
+    for name, ref in checkpoint.tensors.items():
+        role = (
+            f"tied to {checkpoint.shared[name]}"
+            if name in checkpoint.shared
+            else "buffer"
+            if name in checkpoint.buffers
+            else "frozen"
+            if name in checkpoint.frozen
+            else ""
+        )
+        yield name, ref.dtype.short, list(ref.shape), render.size(ref.nbytes), role
+
+
+def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
+    layout, state = checkpoint.layout, checkpoint.train_state
+    out: dict[str, object] = {
+        "path": str(source.root),
+        "target": str(source.target),
+        "found": source.how,
+        "format": layout.format,
+        "tag": layout.tag,
+        "zero_stage": layout.zero_stage,
+        "ranks": layout.dp_degree,
+        "variant": layout.variant,
+        "round_robin": layout.round_robin,
+        "dtype": layout.dtype,
+        "writer": layout.writer,
+        "step": state.step,
+        "iteration": state.iteration,
+        "skipped_steps": state.skipped_steps,
+        "epoch": state.epoch,
+        "samples": state.samples,
+        "train_loss": state.train_loss,
+        "val_loss": state.val_loss,
+        "batch": dict(state.batch),
+        "scheduler": dict(state.scheduler),
+        "parameters": sum(
+            ref.numel
+            for name, ref in checkpoint.tensors.items()
+            if name not in checkpoint.shared and name not in checkpoint.buffers
+        ),
+        "frozen": sorted(checkpoint.frozen),
+        "shared": dict(checkpoint.shared),
+        "buffers": sorted(checkpoint.buffers),
+        "groups": [
+            {"parameters": len(g.params), "state": list(g.state), "settings": dict(g.hyper)}
+            for g in checkpoint.groups
+        ],
+        "files": [{"path": str(f.path), "nbytes": f.nbytes, "role": f.role} for f in checkpoint.files],
+        "notes": list(checkpoint.notes),
+    }
+    if tensors:
+        out["tensors"] = [
+            {"name": name, "dtype": ref.dtype.name, "shape": list(ref.shape), "nbytes": ref.nbytes}
+            for name, ref in checkpoint.tensors.items()
+        ]
+    return out

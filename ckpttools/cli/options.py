@@ -1,0 +1,50 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ckpttools.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SRC = click.argument("src", type=click.Path(path_type=Path))
+DST = click.argument("dst", type=click.Path(path_type=Path), required=False)
+TAG = click.option(
+    "-t", "--tag", metavar="TAG", help="The tag folder to take, instead of what `latest` names."
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and the result's path.")
+FORCE = click.option("--force", is_flag=True, help="Replace an existing DST, atomically.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
+WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(0, 256),
+    default=0,
+    show_default="one per core, at most 8",
+    help="Threads that read and write.",
+)
+NO_PROGRESS = click.option("--no-progress", is_flag=True, help="No progress bar.")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+def writing(command: F) -> F:
+    """The options of every command that writes a checkpoint."""
+    for option in (NO_PROGRESS, WORKERS, QUIET, JSON, FORCE, DRY_RUN, TAG):
+        command = option(command)
+    return command
+
+
+def parse_size(text: str) -> int:
+    """`5GB` is 5 * 10^9 bytes, as in transformers; `5GiB` is 5 * 2^30."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match or float(match[1]) <= 0:
+        raise UsageError("bad-usage", f"'{text}' is not a size", hint="write it as 5GB, 500MB or 2GiB")
+    base = 1024 if match[3] else 1000
+    return max(1, int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " ")))

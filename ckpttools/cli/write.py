@@ -1,0 +1,86 @@
+"""What every writing command does with its plan: show it, or carry it out and say where the result is."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from ckpttools.cli import render
+from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """The common options of a writing command, as given."""
+
+    src: Path
+    dst: Path
+    dry_run: bool
+    force: bool
+    as_json: bool
+    quiet: bool
+    workers: int
+    no_progress: bool
+
+
+def sibling(src: Path, suffix: str, drop: str = "") -> Path:
+    """SRC's sibling with a telling suffix, the default DST; `drop` is a pattern for an older suffix."""
+    whole = src.resolve()
+    if not whole.name:
+        raise UsageError("bad-usage", "there is no place beside the root folder", hint="name a DST")
+    name = re.sub(drop, "", whole.name) if drop else whole.name
+    parent = src.parent if src.name not in ("", ".", "..") else whole.parent
+    return parent / (name + suffix)
+
+
+def write(plan: Plan, how: Writing, label: str) -> None:
+    """Carry out the plan or, with --dry-run, print it."""
+    if how.dry_run:
+        if how.as_json:
+            render.document(render.plan_json(plan, how.src, how.dst, dry_run=True))
+        else:
+            click.echo(render.plan_text(plan, how.dst))
+        return
+    from ckpttools.execute import execute
+
+    started = time.monotonic()
+    source = how.src if how.src.is_dir() else None
+    with render.bar(plan.nbytes, label, enabled=not (how.no_progress or how.quiet)) as progress:
+        report = execute(
+            plan, how.dst, source=source, force=how.force, workers=how.workers, progress=progress
+        )
+    seconds = time.monotonic() - started
+    _read_back(how.dst)
+    if how.as_json:
+        shown = render.plan_json(plan, how.src, how.dst, dry_run=False)
+        render.document(shown | {"seconds": round(seconds, 3), "checksums_verified": report.checked})
+        return
+    for note in render.notes_text((*plan.notes, *report.notes)):
+        render.say(note, quiet=how.quiet)
+    rate = render.size(int(plan.nbytes / max(seconds, 1e-9)))
+    render.say(
+        f"wrote {len(plan.files)} files, {render.size(plan.nbytes)} in {seconds:.1f} s ({rate}/s); "
+        f"{report.checked} source checksums verified",
+        quiet=how.quiet,
+    )
+    click.echo(escape(how.dst, 4000))
+
+
+def _read_back(dst: Path) -> None:
+    """Header checks on what was just written: an error here is a defect of ckpttools."""
+    from ckpttools.verify import verify
+
+    bad = [f for f in verify(dst, quick=True).findings if f.severity == "error"]
+    if bad:
+        raise CkptError(
+            "written-wrong",
+            f"what was written does not verify: {bad[0].message} [{bad[0].id}]",
+            where=bad[0].file,
+            why="this is a defect of ckpttools; the source is unchanged",
+            hint=f"do not use {escape(dst)}; report this with the output of ckpt inspect on the source",
+        )

@@ -1,0 +1,417 @@
+"""What each error and check means and how to mend it: the texts of `ckpt explain ID`.
+
+A test holds that every id which the package can print is here, and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """`kind` is where the id appears; `meaning` what is wrong and why; `mend` what to do."""
+
+    kind: str
+    meaning: str
+    mend: str
+
+
+FILE, ZIP, FOLDER, RANKS, VALUES, INFO, USE, WRITE, TRAIN = (
+    "a file",
+    "a file's structure",
+    "a folder",
+    "the files of a ZeRO folder together",
+    "values",
+    "information",
+    "the command could not run",
+    "writing",
+    "training",
+)
+AGAIN = "Copy the file again from where it was saved, or use an older checkpoint."
+ONE_SAVE = "Copy all files of the folder again, from one save."
+
+
+def _all() -> dict[str, Explanation]:
+    e = Explanation
+    return {
+        # --- one file
+        "file-empty": e(
+            FILE, "The file has no bytes. A save that was killed or ran out of disk leaves such files.", AGAIN
+        ),
+        "file-truncated": e(
+            FILE,
+            "The file is shorter than its own structure says. torch.load may report this as a vague error about "
+            "the central directory, or not at all.",
+            AGAIN,
+        ),
+        "file-appended": e(
+            FILE, "Bytes follow the file's own end. Something was appended, or two files were joined.", AGAIN
+        ),
+        "file-renamed": e(
+            FILE,
+            "torch.save writes the file's name into the archive. This file carries another one: it was renamed. "
+            "If it is the name of another file of the same folder, two files were swapped or one was copied over "
+            "another, which DeepSpeed loads without a word.",
+            "Rename the files back. If that is not possible: " + ONE_SAVE,
+        ),
+        "lfs-pointer": e(
+            FILE,
+            "A git-lfs pointer of about 130 bytes lies where the file should be: the repository was cloned "
+            "without its large files.",
+            "Run `git lfs pull` in the repository.",
+        ),
+        "not-a-file": e(
+            FILE, "A pipe, a device or a folder lies where a file should be. It is not read.", AGAIN
+        ),
+        "not-torch": e(
+            FILE,
+            "The file is neither a zip archive of torch.save nor torch's older serialization.",
+            "Check that it is the right file and that its download finished.",
+        ),
+        "bare-pickle": e(
+            FILE,
+            "A plain pickle, made by pickle.dump. It holds no tensors in torch's form, and unpickling it could run "
+            "anything: ckpt never does.",
+            "Save it again with torch.save, from the program that made it.",
+        ),
+        "big-endian": e(
+            FILE,
+            "The file was saved on a big-endian machine. Its tensors would have to be swapped byte by byte.",
+            "Load and save it once with torch on a little-endian machine.",
+        ),
+        "no-weights": e(
+            FILE,
+            "The file is a good torch file, but none of the names under which training code keeps weights holds "
+            "named tensors. Optimizer, scheduler and random state files look like this.",
+            "Name the file that holds the model.",
+        ),
+        "text-damaged": e(FILE, "A small text file such as `latest` is not UTF-8 text.", AGAIN),
+        "text-too-long": e(FILE, "A small text file such as `latest` is far too long to be one.", AGAIN),
+        "name-unsafe": e(
+            FILE,
+            "A name inside the checkpoint (in `latest` or in an index) leads out of its folder or holds control "
+            "characters. It is never followed.",
+            "Put the plain name of the tag or shard there.",
+        ),
+        # --- structure
+        "zip-damaged": e(
+            ZIP,
+            "The archive contradicts itself: headers against directory, gaps, overlaps, duplicates, bytes that "
+            "belong to nothing. torch.load checks none of this.",
+            AGAIN,
+        ),
+        "pickle-damaged": e(
+            ZIP, "The pickle that describes the tensors is not well formed, or reaches over a limit.", AGAIN
+        ),
+        "field-damaged": e(
+            ZIP, "A value that the format requires is missing or of the wrong kind; its path is given.", AGAIN
+        ),
+        "checksum": e(
+            ZIP,
+            "The bytes are not those that were saved: the CRC-32 in the archive differs. torch writes these "
+            "checksums and never checks them, so such a file loads without a word.",
+            AGAIN,
+        ),
+        "safetensors-header": e(
+            ZIP,
+            "The header of the safetensors file does not fit the file: sizes, offsets, gaps, dtypes.",
+            AGAIN,
+        ),
+        "json-damaged": e(
+            ZIP, "A JSON file is not valid, repeats a key, or holds something else than it must.", AGAIN
+        ),
+        "index-mismatch": e(
+            FOLDER,
+            "The index of a sharded model and the shards name different tensors: they come from different saves.",
+            "Copy the whole folder again from where it was saved.",
+        ),
+        "tensor-duplicate": e(FOLDER, "Two shards hold a tensor of the same name.", ONE_SAVE),
+        # --- folders
+        "empty-folder": e(
+            FOLDER,
+            "The folder is empty: a save that was killed before its first file.",
+            "Use an older checkpoint.",
+        ),
+        "latest-dangling": e(
+            FOLDER,
+            "`latest` names a tag that is not there, or that holds no DeepSpeed files. DeepSpeed would stop with a "
+            "bare assertion, or start anew.",
+            "Choose an existing tag with --tag, or put its name into `latest`.",
+        ),
+        "model-missing": e(
+            FOLDER,
+            "mp_rank_00_model_states.pt is missing: the weights, the shapes of all parameters and the counters.",
+            "Copy it from the node that ran rank 0.",
+        ),
+        "shard-missing": e(
+            FOLDER,
+            "A file that the others speak of is missing. On several nodes with local disks, each node keeps only "
+            "its own ranks' files.",
+            "Copy the missing files from the nodes that ran those ranks.",
+        ),
+        "shard-extra": e(
+            FOLDER,
+            "There are more optimizer files than ranks: left over from an earlier save with more ranks.",
+            "Move the extra files out of the folder.",
+        ),
+        "shard-duplicate": e(
+            FOLDER,
+            "Two files hold the optimizer states of one rank, under different styles of name.",
+            ONE_SAVE,
+        ),
+        "shard-mixed": e(
+            FOLDER,
+            "The optimizer files are named in several styles. DeepSpeed names them by the engine's dtype, so they "
+            "come from several saves.",
+            "Keep the files of one save in the folder.",
+        ),
+        "layout-unsupported": e(
+            USE,
+            "The checkpoint is recognised, but this layout is not read: ZeRO-3, pipeline, tensor or expert "
+            "parallel, FAST writer, universal, torch distributed. It is refused rather than misread.",
+            "Convert it with the framework that wrote it, or save with ZeRO stage 1 or 2.",
+        ),
+        # --- ranks against each other
+        "rank-count": e(
+            RANKS,
+            "The optimizer files were saved with another number of ranks than the model file says.",
+            ONE_SAVE,
+        ),
+        "group-count": e(RANKS, "The model file and the ranks have different numbers of groups.", ONE_SAVE),
+        "partition-size": e(
+            RANKS,
+            "A rank's partition is not as long as the parameters' shapes make it. The file belongs to another "
+            "model, another number of ranks or another rank.",
+            ONE_SAVE,
+        ),
+        "rank-misplaced": e(
+            RANKS,
+            "Each rank's file names the parameter fragments it owns. This one names those of another rank: files "
+            "were swapped, copied over or renamed. DeepSpeed resumes from such a folder without a word.",
+            ONE_SAVE,
+        ),
+        "mapping-mismatch": e(
+            RANKS,
+            "The fragments that a rank says it owns do not follow from the parameters' shapes and order.",
+            ONE_SAVE,
+        ),
+        "padding-mismatch": e(
+            RANKS,
+            "The padding that a rank states is not what the parameters' shapes make it. DeepSpeed's converters "
+            "would cut the state at the wrong place.",
+            ONE_SAVE,
+        ),
+        "moment-missing": e(RANKS, "The ranks hold different kinds of optimizer state.", ONE_SAVE),
+        "moment-size": e(
+            RANKS,
+            "A moment is not as long as its partition. DeepSpeed would fail at the first step, not at load.",
+            ONE_SAVE,
+        ),
+        "ranks-differ": e(
+            RANKS,
+            "Something that is replicated on all ranks (version, stage, learning rates, loss scaler) differs.",
+            ONE_SAVE,
+        ),
+        "step-mismatch": e(
+            RANKS,
+            "The ranks' optimizers made different numbers of steps: the shards come from different saves. "
+            "DeepSpeed resumes from such a folder without a word.",
+            ONE_SAVE,
+        ),
+        "counter-mismatch": e(
+            RANKS,
+            "The optimizer's step count does not follow from the engine's counters. Either the optimizer was reset "
+            "on purpose, or the model file is of another save. A full verify compares the weights and tells which.",
+            "Run ckpt verify without --quick.",
+        ),
+        "tensor-missing": e(
+            RANKS, "A parameter that the optimizer trains is not in the model file.", ONE_SAVE
+        ),
+        "shape-mismatch": e(RANKS, "A parameter has another shape in the model file.", ONE_SAVE),
+        "tied-mismatch": e(RANKS, "Two tied names differ in shape or dtype.", ONE_SAVE),
+        "master-mismatch": e(
+            RANKS,
+            "DeepSpeed keeps each trained weight twice: as fp32 master in the optimizer files, and rounded in the "
+            "model file. Rounding the master must give the model's weight bit for bit. Here it does not: the files "
+            "are of different saves, or one of them was changed. Code that edits the weights after the optimizer's "
+            "step and before saving (such as swapping in an EMA copy) shows up here too.",
+            ONE_SAVE,
+        ),
+        # --- values
+        "nonfinite": e(
+            VALUES,
+            "A tensor holds NaN or Inf. In weights and optimizer state this is an error: training from here stays "
+            "broken. Inf in a file whose weights and buffers cannot be told apart is a warning, since attention "
+            "masks hold it; in buffers and in client state it is information.",
+            "Use a checkpoint from before the divergence.",
+        ),
+        # --- safety and information
+        "pickle-dangerous": e(
+            VALUES,
+            "Loading this file with pickle or with torch.load(weights_only=False) would run what is named. No "
+            "training framework writes such files. ckpt has not run it: it reads pickles as data.",
+            "Do not load the file. Find out where it came from; get the weights from a trusted copy.",
+        ),
+        "class-unknown": e(
+            INFO,
+            "The file names a class that ckpt does not know. It is shown as data, never loaded, and written back "
+            "as it was.",
+            "Nothing to do.",
+        ),
+        "frozen-excluded": e(
+            INFO,
+            "Frozen parameters were left out when saving (exclude_frozen_parameters, as xtuner and LoRA runs do).",
+            "Loading needs load_module_strict=False and the base model's weights.",
+        ),
+        "tensor-unknown": e(
+            INFO,
+            "The model file holds tensors that are neither parameters nor listed as buffers.",
+            "Nothing.",
+        ),
+        "note": e(INFO, "Something worth knowing about the checkpoint.", "Nothing to do."),
+        # --- could not run
+        "not-found": e(USE, "There is no such file or folder.", "Check the path."),
+        "no-permission": e(USE, "The file or folder may not be read.", "Ask its owner for permission."),
+        "not-a-checkpoint": e(
+            USE,
+            "The path holds nothing that ckpt knows: .pt, .pth, .ckpt and .bin files of torch.save, safetensors, "
+            "DeepSpeed ZeRO-1/2 folders, Hugging Face folders.",
+            "Name the checkpoint itself.",
+        ),
+        "several-checkpoints": e(
+            USE,
+            "The folder holds several checkpoints and nothing says which one is meant.",
+            "Name one of them.",
+        ),
+        "tag-missing": e(USE, "There is no such tag in the folder.", "Use one of the tags that are listed."),
+        "one-shard": e(
+            USE,
+            "The path is one rank's optimizer file. Each rank holds only its partition.",
+            "Name the folder.",
+        ),
+        "no-optimizer-shards": e(
+            USE,
+            "The folder has a model file but no optimizer files: they were not copied, or ZeRO was off (stage 0).",
+            "Extract the weights from the model file itself.",
+        ),
+        "shapes-missing": e(
+            USE,
+            "DeepSpeed before 0.4.4 did not save the parameters' shapes, or saved them in an order that is not "
+            "that of the flat groups. Cutting the groups would be a guess.",
+            "Load and save the checkpoint once with a newer DeepSpeed.",
+        ),
+        "too-many-files": e(
+            USE, "The folder holds more entries than any checkpoint.", "Name the checkpoint."
+        ),
+        "bad-usage": e(USE, "The options do not make sense together.", "See ckpt COMMAND --help."),
+        "system": e(
+            USE,
+            "The operating system refused something.",
+            "Check permissions, space and that disks are mounted.",
+        ),
+        "not-zero": e(
+            USE,
+            "Only ZeRO-1 and ZeRO-2 folders are partitioned over ranks. Any number of ranks can load the others.",
+            "Nothing to do: load it as it is.",
+        ),
+        "elastic": e(
+            USE,
+            "With elastic_checkpoint: true, DeepSpeed leaves lr, betas and weight_decay out of the files, and "
+            "current versions cannot load their own elastic checkpoints. The weights can still be extracted.",
+            "ckpt extract --weights-only, or save again without elastic_checkpoint.",
+        ),
+        "alignment-unknown": e(
+            USE,
+            "parameter_alignment is on and the model's dtypes are mixed: the gaps cannot be computed.",
+            "Save without parameter_alignment.",
+        ),
+        "no-master": e(USE, "There are no fp32 master weights.", "Use --source model."),
+        "nothing-selected": e(
+            USE, "The patterns leave no tensor.", "ckpt inspect --tensors lists the names."
+        ),
+        "names-collide": e(
+            USE, "After removing the prefix two names would be the same.", "Use another prefix."
+        ),
+        "no-config": e(
+            USE, "The folder holds no configuration or tokenizer files.", "Give another --hf-config."
+        ),
+        "dtype-unsupported": e(
+            USE, "The output format has no such element type.", "Use --format pt, or leave the tensor out."
+        ),
+        "cast": e(USE, "This conversion between element types does not exist.", "Leave out --dtype."),
+        # --- writing
+        "destination-exists": e(
+            WRITE, "DST exists. Nothing is overwritten unasked.", "Use --force or another DST."
+        ),
+        "destination-in-source": e(
+            WRITE,
+            "DST is, holds or lies within the source, which is never written to.",
+            "Choose another DST.",
+        ),
+        "destination-parent": e(WRITE, "The folder that DST is to appear in does not exist.", "Create it."),
+        "no-space": e(
+            WRITE,
+            "The file system has too little room, or ran full while writing. Nothing was left behind.",
+            "Free the space that is named, or choose a DST elsewhere.",
+        ),
+        "source-truncated": e(WRITE, "A source file ended before its tensors did.", AGAIN),
+        "source-changed": e(
+            WRITE,
+            "A source file changed while it was read: a save is going on. The result was thrown away.",
+            "Wait until the save is finished and run it again.",
+        ),
+        "source-unreadable": e(WRITE, "The system could not read a source file.", "Check the disk."),
+        "written-wrong": e(
+            WRITE,
+            "What was written does not pass the header checks. This is a defect of ckpttools.",
+            "Do not use the result; the source is unchanged. Please report it.",
+        ),
+        # --- training
+        "train-config": e(TRAIN, "The trainer's configuration is wrong at the place named.", "Correct it."),
+        "train-batch": e(
+            TRAIN,
+            "The batch settings do not fit: global = micro x accumulation x ranks.",
+            "Change one of the numbers as the message says.",
+        ),
+        "train-data": e(
+            TRAIN, "The text to train on is missing, empty or too short.", "Give another source."
+        ),
+        "train-requires": e(
+            TRAIN, "A package that training needs is not installed.", "Install ckpttools[train]."
+        ),
+        "train-crash": e(TRAIN, "A training process ended unexpectedly.", "Read the log that is named."),
+        "run-exists": e(
+            TRAIN,
+            "The run folder holds checkpoints already.",
+            "Resume with --resume, or name another folder.",
+        ),
+        "world-size": e(
+            TRAIN,
+            "The checkpoint was saved with another number of ranks, and DeepSpeed refuses to load it.",
+            "ckpt reshard CHECKPOINT --world-size N.",
+        ),
+        "precision": e(
+            TRAIN,
+            "The checkpoint was saved in another precision; DeepSpeed looks for differently named files.",
+            "Train in the precision of the checkpoint.",
+        ),
+        "no-optimizer-states": e(
+            TRAIN, "The checkpoint has no optimizer states to resume from.", "Load its weights only."
+        ),
+        "no-position": e(
+            TRAIN,
+            "The checkpoint does not say where in the data it was saved: another program wrote it.",
+            "Load its weights only: --resume-from without --resume.",
+        ),
+        "data-changed": e(
+            TRAIN,
+            "The text is not the one that the checkpoint was trained on, so the next sample is not defined.",
+            "Give the same text, or load the weights only.",
+        ),
+        "resume-failed": e(TRAIN, "DeepSpeed could not load the checkpoint.", "Run ckpt verify on it."),
+        "demo-failed": e(TRAIN, "A step of the demo failed, or its losses differ.", "Read the output above."),
+    }
+
+
+EXPLANATIONS = _all()

@@ -1,0 +1,18 @@
+"""The reference ZeRO-2 trainer behind `ckpt train`: a small causal LM, real DeepSpeed, real text.
+
+It exists to produce checkpoints as training teams have them, and to prove that a resharded or edited
+checkpoint trains on exactly where the original would have. One file per idea:
+
+    decode, config     YAML -> frozen dataclasses; an error carries the path into the data
+    batch, order       who computes which sample of which update: pure arithmetic
+    text, model        bytes of real text as tokens; Llama or GPT-2 from a config
+    ds_config          our config -> DeepSpeed's
+    folders, startup   run folders, tags, which checkpoint a launch continues from
+    state              what a checkpoint says about progress: written and read side by side
+    engine, loop       the DeepSpeed engine and the training loop
+    output, failures   a terse console, a full log, and errors that cross processes
+    options, launch, worker    the command line, torchrun, and one rank
+
+torch, deepspeed and transformers are imported only by the modules that a rank runs. Nothing else in
+ckpttools imports this package, except the commands `train` and `demo`.
+"""

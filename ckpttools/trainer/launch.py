@@ -1,0 +1,112 @@
+"""Start the ranks under torchrun on this machine, wait, and turn what went wrong into one error."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from ckpttools.errors import CkptError, UsageError
+from ckpttools.trainer import failures, startup
+from ckpttools.trainer.batch import split
+from ckpttools.trainer.config import load
+from ckpttools.trainer.options import Options
+from ckpttools.trainer.worker import EXCHANGE, LAUNCHED
+
+GRACE = 45  # seconds; torchrun gives its ranks 30 before it kills them
+
+
+def launch(options: Options, nproc: int | None) -> None:
+    """Train on `nproc` ranks: default one per GPU, or two on a machine without GPUs. Raises CkptError."""
+    _require("yaml", "torch", "deepspeed", "transformers")
+    config = load(options.config, options.overrides)  # a mistake shows before anything starts
+    gpus = _gpus()
+    ranks = nproc or gpus or 2
+    split(config.batch, ranks)
+    startup.decide(config, options, ranks)
+    with tempfile.TemporaryDirectory(prefix="ckpt-train-") as exchange:
+        folder = Path(exchange)
+        environment = {**os.environ, EXCHANGE: exchange}
+        if gpus == 0:
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+            environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, for a single rank too
+        code = _torchrun(ranks, options, environment, folder / "torchrun.log")
+        if code != 0:
+            raise failures.read(folder) or _silent(folder, code)
+
+
+def _torchrun(ranks: int, options: Options, environment: dict[str, str], messages: Path) -> int:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "ckpttools.trainer", *options.arguments()]
+    with messages.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stderr=None if options.full_log else file,
+            start_new_session=True,  # Ctrl-C reaches only us; torchrun is asked to end its ranks
+        )
+        with _terminate_as_interrupt():
+            try:
+                return process.wait()
+            except BaseException:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+                process.kill()
+                raise
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM, as a batch system sends it, ends the ranks just as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _silent(folder: Path, code: int) -> CkptError:
+    """No rank could say what happened: it was killed, or it never started."""
+    run, messages = folder / LAUNCHED, folder / "torchrun.log"
+    lines = messages.read_text("utf-8", "replace").splitlines() if messages.exists() else []
+    telling = [line.strip() for line in lines if "Error" in line or "exitcode" in line or "Signal" in line]
+    return CkptError(
+        "train-crash",
+        f"a rank ended without a message (torchrun exit code {code})",
+        where=Path(run.read_text("utf-8")) / "logs" if run.exists() else "",
+        why="\n".join(telling[-3:]) or "it was killed from outside, or could not start",
+        hint="exitcode -9 is often too little memory: try a smaller model or fewer ranks"
+        "\nrun again with --full-log to see everything",
+    )
+
+
+def _gpus() -> int:
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            "train-requires",
+            f"the trainer needs {', '.join(missing)}",
+            why="training runs real DeepSpeed; no other command needs these packages",
+            hint="pip install 'ckpttools[train]'",
+        )

@@ -1,0 +1,46 @@
+"""The options of one launch, as an argument list and back: the launcher writes it, each rank reads it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What one launch does with a config; none of it changes the result of an update."""
+
+    config: Path
+    resume: bool = False
+    resume_from: Path | None = None
+    work_dir: Path | None = None
+    max_steps: int | None = None
+    overrides: tuple[str, ...] = ()
+    full_log: bool = False
+
+    def arguments(self) -> list[str]:
+        """The command line that `parse` reads back."""
+        flags = ["--resume"] * self.resume + ["--full-log"] * self.full_log
+        valued = {
+            "--resume-from": self.resume_from,
+            "--work-dir": self.work_dir,
+            "--max-steps": self.max_steps,
+        }
+        pairs = [f"{name}={value}" for name, value in valued.items() if value is not None]
+        return [*flags, *pairs, *(f"--set={text}" for text in self.overrides), "--", str(self.config)]
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read a command line; exits with code 2 on bad usage."""
+    parser = argparse.ArgumentParser(prog="python -m ckpttools.trainer", allow_abbrev=False)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume-from", type=Path)
+    parser.add_argument("--work-dir", type=Path)
+    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--full-log", action="store_true")
+    given = vars(parser.parse_args(arguments))
+    return Options(**{**given, "overrides": tuple(given["overrides"])})

@@ -1,0 +1,70 @@
+"""Is a checkpoint whole? Headers, the files against each other, and every byte.
+
+`verify` reports everything that it finds instead of stopping at the first problem; `quick` leaves the
+bytes of the tensors alone. `check_before_use` is for commands that write from a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.errors import CkptError
+from ckpttools.formats import Source, locate
+from ckpttools.progress import Progress
+from ckpttools.verify.contents import check_contents, tasks_of
+from ckpttools.verify.findings import ERROR, INFO, Finding, Verdict, of_error
+from ckpttools.verify.headers import check_headers
+
+Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar
+
+__all__ = ["Finding", "Verdict", "check_before_use", "verify"]
+
+
+def verify(
+    path: Path, tag: str | None = None, *, quick: bool = False, workers: int = 0, bar: Bar | None = None
+) -> Verdict:
+    """Check the one checkpoint that `path` means.
+
+    Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked; damage is
+    reported in the verdict.
+    """
+    try:
+        source = locate(path, tag)
+    except CkptError as error:
+        if error.exit_code != 1:
+            raise
+        return Verdict(path=path, format=None, step=None, epoch=None, findings=(of_error(error),))
+    findings, found, files = check_headers(source)
+    nbytes = 0
+    if found is not None and not quick:
+        tasks = tasks_of(found, files)
+        nbytes = sum(task.nbytes for task in tasks)
+        with bar(nbytes) if bar else nullcontext() as progress:
+            findings += check_contents(found, tasks, workers, progress)
+    return Verdict(
+        path=path,
+        format=found.layout.format if found else source.format,
+        step=found.train_state.step if found else None,
+        epoch=found.train_state.epoch if found else None,
+        findings=tuple(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO))),
+        nbytes_read=nbytes,
+    )
+
+
+def check_before_use(source: Source) -> Checkpoint:
+    """Read a checkpoint for a command that writes from it: header checks first, the first error raised."""
+    findings, found, _ = check_headers(source)
+    for finding in findings:
+        if finding.severity == ERROR:
+            raise CkptError(
+                finding.id,
+                finding.message,
+                where=finding.file,
+                why=finding.why or (f"at {finding.where}" if finding.where else ""),
+                hint=finding.hint,
+            )
+    assert found is not None
+    return found

@@ -1,0 +1,304 @@
+"""The pass over the bytes: every byte of every record read once, in parallel, in a fixed amount of memory.
+
+A byte passes its record's checksum and, where it belongs to a tensor, the scan for NaN and Inf; where a
+master weight has a 16-bit (or fp32) copy in the model file, both are read side by side and compared.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from ckpttools.checksums import RangeCrcs, crc32
+from ckpttools.plan import SourceCheck
+from ckpttools.progress import Progress
+from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
+from ckpttools.values import BLOCK_NBYTES, Reader, nonfinite, numpy_array, same_after_cast
+
+UNIT_NBYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """A range to be read; with a dtype, its elements are looked at. `name` says what it is a part of."""
+
+    source: ByteRange
+    dtype: DType | None
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compare:
+    """Master weights (fp32) and the same elements of the model file, in `dtype`."""
+
+    master: ByteRange
+    model: ByteRange
+    dtype: DType
+    name: str
+    first: int  # index of the first element within the parameter
+
+    @property
+    def nbytes(self) -> int:
+        return self.master.nbytes + self.model.nbytes
+
+
+Task = Scan | Compare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NonFinite:
+    """NaN or Inf in a block of a tensor; `byte` is where the first one lies in the file."""
+
+    path: Path
+    byte: int
+    name: str
+    nan: int
+    inf: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mismatch:
+    """A model weight that is not its master weight, rounded. `element` counts within the parameter."""
+
+    master: Path
+    model: Path
+    name: str
+    element: int
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadChecksum:
+    check: SourceCheck
+
+
+Result = NonFinite | Mismatch | BadChecksum
+
+
+def pair(name: str, master: TensorRef, model: TensorRef) -> Iterator[Compare]:
+    """The comparisons that hold a parameter's master weights against its model weights."""
+    if master.dtype is not FLOAT32 or not model.dtype.is_float or master.numel != model.numel:
+        return
+    if not all(isinstance(chunk, ByteRange) for chunk in (*master.chunks, *model.chunks)):
+        return
+    cuts = {0, master.numel}
+    for ref in (master, model):
+        at = 0
+        for chunk in ref.chunks:
+            at += chunk.nbytes // ref.dtype.itemsize
+            cuts.add(at)
+    for low, high in pairwise(sorted(cuts)):
+        (here,) = master.flat(low, high - low).chunks
+        (there,) = model.flat(low, high - low).chunks
+        assert isinstance(here, ByteRange) and isinstance(there, ByteRange)
+        yield Compare(master=here, model=there, dtype=model.dtype, name=name, first=low)
+
+
+class Claims:
+    """Which bytes some task reads already: each is to be read once."""
+
+    def __init__(self) -> None:
+        self._spans: dict[Path, list[tuple[int, int]]] = {}  # disjoint, sorted
+
+    def claim(self, whole: ByteRange) -> list[ByteRange]:
+        """The parts of a range that nobody has claimed, claimed from now on."""
+        spans = self._spans.setdefault(whole.path, [])
+        at, end = whole.start, whole.start + whole.nbytes
+        i = bisect_right(spans, (at, at))
+        if i and spans[i - 1][1] > at:
+            i -= 1
+        free: list[ByteRange] = []
+        j = i
+        while j < len(spans) and spans[j][0] < end:
+            if spans[j][0] > at:
+                free.append(ByteRange(whole.path, at, spans[j][0] - at))
+            at = max(at, spans[j][1])
+            j += 1
+        if at < end:
+            free.append(ByteRange(whole.path, at, end - at))
+        low = min(whole.start, spans[i][0]) if j > i else whole.start
+        high = max(end, spans[j - 1][1]) if j > i else end
+        spans[i:j] = [(low, high)]
+        return free
+
+    def claim_all(self, tasks: list[Compare]) -> bool:
+        """Claim everything that some comparisons read, if all of it is free."""
+        ranges = [source for task in tasks for source in (task.master, task.model)]
+        if any(self._is_taken(source) for source in ranges):
+            return False
+        for source in ranges:
+            self.claim(source)
+        return True
+
+    def _is_taken(self, whole: ByteRange) -> bool:
+        spans = self._spans.get(whole.path, [])
+        i = bisect_right(spans, (whole.start, whole.start))
+        before = i > 0 and spans[i - 1][1] > whole.start
+        return before or (i < len(spans) and spans[i][0] < whole.start + whole.nbytes)
+
+
+def run(
+    tasks: list[Task], checks: tuple[SourceCheck, ...], workers: int, progress: Progress | None
+) -> list[Result]:
+    """Carry out the tasks; returns what is wrong, in no particular order.
+
+    Raises CkptError where a file cannot be read to its end.
+    """
+    return _Pass(checks, progress).run(tasks, workers or min(os.cpu_count() or 1, 8))
+
+
+class _Pass:
+    """Threads take units from a shared iterator; results and checksums are gathered under a lock."""
+
+    def __init__(self, checks: tuple[SourceCheck, ...], progress: Progress | None) -> None:
+        self.progress = progress
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.results: list[Result] = []
+        self.failure: BaseException | None = None
+        self.checks: dict[Path, list[SourceCheck]] = {}
+        for check in checks:
+            self.checks.setdefault(check.source.path, []).append(check)
+        self.crcs = {
+            path: RangeCrcs([(c.source.start, c.source.start + c.source.nbytes) for c in found])
+            for path, found in self.checks.items()
+        }
+
+    def run(self, tasks: list[Task], workers: int) -> list[Result]:
+        units = _units(tasks)
+        threads = [threading.Thread(target=self.work, args=(units,), daemon=True) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)  # an endless join would not notice Ctrl-C
+        finally:
+            self.stop.set()
+        if self.failure is not None:
+            raise self.failure
+        self.results += self.bad_checksums()
+        return self.results
+
+    def work(self, units: Iterator[Task]) -> None:
+        try:
+            with Reader() as reader:
+                buffer = memoryview(bytearray(2 * BLOCK_NBYTES))
+                while not self.stop.is_set():
+                    with self.lock:
+                        unit = next(units, None)
+                    if unit is None:
+                        return
+                    found, sums = _process(unit, reader, buffer)
+                    self.gather(found, sums)
+        except BaseException as error:
+            self.failure = self.failure or error
+            self.stop.set()
+
+    def gather(self, found: list[Result], sums: list[tuple[ByteRange, int]]) -> None:
+        with self.lock:
+            self.results += found
+            for source, crc in sums:
+                if source.path in self.crcs:
+                    self.crcs[source.path].add(source.start, source.start + source.nbytes, crc)
+                if self.progress is not None:
+                    self.progress.update(source.nbytes)
+
+    def bad_checksums(self) -> Iterator[Result]:
+        for path, found in self.checks.items():
+            crcs = self.crcs[path]
+            for i, check in enumerate(found):
+                assert crcs.left[i] == 0, "every byte of a record is read"
+                if crcs.values[i] != check.crc32:
+                    yield BadChecksum(check=check)
+
+
+def _units(tasks: Iterable[Task]) -> Iterator[Task]:
+    """The tasks in pieces of at most UNIT_NBYTES."""
+    for task in tasks:
+        match task:
+            case Scan(source=source, dtype=dtype, name=name):
+                for at in range(0, source.nbytes, UNIT_NBYTES):
+                    part = source.cut(at, min(UNIT_NBYTES, source.nbytes - at))
+                    yield Scan(source=part, dtype=dtype, name=name)
+            case Compare(master=master, model=model, dtype=dtype, name=name, first=first):
+                numel, step = master.nbytes // 4, UNIT_NBYTES // 4
+                for at in range(0, numel, step):
+                    n = min(step, numel - at)
+                    yield Compare(
+                        master=master.cut(at * 4, n * 4),
+                        model=model.cut(at * dtype.itemsize, n * dtype.itemsize),
+                        dtype=dtype,
+                        name=name,
+                        first=first + at,
+                    )
+
+
+def _process(
+    unit: Task, reader: Reader, buffer: memoryview
+) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
+    if isinstance(unit, Scan):
+        return _scan(unit, reader, buffer)
+    return _compare(unit, reader, buffer)
+
+
+def _scan(unit: Scan, reader: Reader, buffer: memoryview) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
+    source, crc = unit.source, 0
+    found: list[Result] = []
+    for at in range(0, source.nbytes, BLOCK_NBYTES):
+        block = buffer[: min(BLOCK_NBYTES, source.nbytes - at)]
+        reader.read(block, source.path, source.start + at)
+        crc = crc32(block, crc)
+        if unit.dtype is not None:
+            found += _nonfinite(block, unit.dtype, source.path, source.start + at, unit.name)
+    return found, [(source, crc)]
+
+
+def _nonfinite(block: memoryview, dtype: DType, path: Path, start: int, name: str) -> Iterator[NonFinite]:
+    nan, inf = nonfinite(numpy_array(block, dtype), dtype)
+    if nan or inf:
+        item = dtype.itemsize
+        first = next(
+            at
+            for at in range(0, len(block), item)
+            if any(nonfinite(numpy_array(block[at : at + item], dtype), dtype))
+        )
+        yield NonFinite(path=path, byte=start + first, name=name, nan=nan, inf=inf)
+
+
+def _compare(
+    unit: Compare, reader: Reader, buffer: memoryview
+) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
+    master, model, item = unit.master, unit.model, unit.dtype.itemsize
+    numel, step = master.nbytes // 4, BLOCK_NBYTES // 4
+    sums = [0, 0]
+    found: list[Result] = []
+    for at in range(0, numel, step):
+        n = min(step, numel - at)
+        here, there = buffer[: n * 4], buffer[BLOCK_NBYTES : BLOCK_NBYTES + n * item]
+        reader.read(here, master.path, master.start + at * 4)
+        reader.read(there, model.path, model.start + at * item)
+        sums = [crc32(here, sums[0]), crc32(there, sums[1])]
+        found += _nonfinite(here, FLOAT32, master.path, master.start + at * 4, unit.name)
+        found += _nonfinite(there, unit.dtype, model.path, model.start + at * item, unit.name)
+        different = same_after_cast(numpy_array(here, FLOAT32), numpy_array(there, unit.dtype), unit.dtype)
+        if different is not None:
+            found.append(
+                Mismatch(
+                    master=master.path,
+                    model=model.path,
+                    name=unit.name,
+                    element=unit.first + at + different,
+                    dtype=unit.dtype,
+                )
+            )
+    return found, [(master, sums[0]), (model, sums[1])]

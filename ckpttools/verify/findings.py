@@ -1,0 +1,66 @@
+"""What a verification finds, and the verdict on a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpttools.errors import CkptError
+
+ERROR, WARNING, INFO = "error", "warning", "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing found. `where` is a tensor, rank, record or field within `file`.
+
+    An error means that the checkpoint must not be relied on; a warning that a person should look; an
+    information never makes a checkpoint bad. `ckpt explain ID` tells more.
+    """
+
+    id: str
+    severity: str
+    file: str
+    where: str
+    message: str
+    why: str = ""
+    hint: str = ""
+
+    @property
+    def text(self) -> str:
+        """The message, with the reason why it matters."""
+        return f"{self.message} ({self.why})" if self.why else self.message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The result for one checkpoint: `ok` unless something of severity error was found."""
+
+    path: Path
+    format: str | None
+    step: int | None
+    epoch: int | float | None
+    findings: tuple[Finding, ...]
+    nbytes_read: int = 0  # tensor bytes that were checked
+
+    @property
+    def ok(self) -> bool:
+        return not any(finding.severity == ERROR for finding in self.findings)
+
+
+def of_error(error: CkptError) -> Finding:
+    """An error that a reader raised, as a finding."""
+    return Finding(
+        id=error.id,
+        severity=ERROR,
+        file=error.where,
+        where="",
+        message=error.message,
+        why=error.why,
+        hint=error.hint,
+    )
+
+
+def errors(findings: Iterable[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.severity == ERROR]

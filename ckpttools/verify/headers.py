@@ -1,0 +1,100 @@
+"""The header checks of every format: each file by itself, then all together. No tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from ckpttools.callables import judge
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.errors import CkptError
+from ckpttools.formats import Source, read
+from ckpttools.formats.torch_file import TorchFile
+from ckpttools.formats.zero.names import find
+from ckpttools.formats.zero.read import Rank, ZeroFolder, assemble, checkpoint, read_model, read_rank
+from ckpttools.verify.findings import ERROR, INFO, Finding, of_error
+from ckpttools.verify.zero import archive_roots, check_folder
+
+T = TypeVar("T")
+
+
+def check_headers(source: Source) -> tuple[list[Finding], Checkpoint | None, list[TorchFile]]:
+    """Findings, the checkpoint if it can be read at all, and its torch files."""
+    if source.format == "zero":
+        return _zero_headers(source.target)
+    try:
+        found = read(source)
+    except CkptError as error:
+        if error.exit_code != 1:
+            raise
+        return [of_error(error)], None, []
+    extra = found.extra
+    files = [f for f in (extra if isinstance(extra, tuple) else (extra,)) if isinstance(f, TorchFile)]
+    findings = [finding for file in files for finding in _callables(file)]
+    return findings + list(_notes(found)), found, files
+
+
+def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[TorchFile]]:
+    findings: list[Finding] = []
+
+    def attempt(action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except CkptError as error:
+            if error.exit_code != 1:
+                raise
+            findings.append(of_error(error))
+            return None
+
+    files = attempt(lambda: find(folder))
+    if files is None:
+        return findings, None, []
+    model = attempt(lambda: read_model(files.model))
+    ranks: list[Rank] = []
+    for number, path in files.optim.items():
+        rank = attempt(lambda path=path, number=number: read_rank(path, number))  # type: ignore[misc]
+        if rank is not None:
+            ranks.append(rank)
+    torch_files = [model.file] if model is not None else []
+    torch_files += [rank.file for rank in ranks]
+    for file in torch_files:
+        findings += _callables(file)
+    findings += archive_roots(torch_files)
+    joined: ZeroFolder | None = None
+    if model is not None and len(ranks) == len(files.optim):
+        joined = attempt(lambda: assemble(files, model, tuple(ranks)))
+    if joined is None:
+        return findings, None, torch_files
+    findings += check_folder(joined)
+    found = attempt(lambda: checkpoint(joined))
+    if found is not None:
+        findings += _notes(found)
+    return findings, found, torch_files
+
+
+def _callables(file: TorchFile) -> Iterator[Finding]:
+    """What loading the pickle with torch.load would call: unknown classes, and code that would run."""
+    for judgement in judge(file.pickle.calls):
+        if judgement.verdict == "dangerous":
+            yield Finding(
+                id="pickle-dangerous",
+                severity=ERROR,
+                file=str(file.path),
+                where=judgement.name,
+                message=f"DANGEROUS: {judgement.what}",
+                hint="do not load this file with anything that unpickles; find out where it came from",
+            )
+        elif judgement.verdict == "unknown":
+            yield Finding(
+                id="class-unknown",
+                severity=INFO,
+                file=str(file.path),
+                where=judgement.name,
+                message="an unknown class, shown as data and never loaded",
+            )
+
+
+def _notes(found: Checkpoint) -> Iterator[Finding]:
+    for note in found.notes:
+        yield Finding(id="note", severity=INFO, file=str(found.path), where="", message=note)

@@ -1,0 +1,296 @@
+"""Checks on the headers of a ZeRO-1/2 folder: does each file fit its name, and do all fit together?
+
+Each check takes the decoded folder and yields findings. Nothing but a few scalars is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ckpttools.formats import fields
+from ckpttools.formats.torch_file import TorchFile, scalar
+from ckpttools.formats.zero.read import Rank, ZeroFolder, expected_mapping
+from ckpttools.pickles import Node, plain
+from ckpttools.verify.findings import ERROR, INFO, WARNING, Finding
+
+ONE_SAVE = "copy all files of the folder again from one save"
+
+
+def check_folder(folder: ZeroFolder) -> Iterator[Finding]:
+    """Every header check, in the order of CHECKS."""
+    for check in CHECKS:
+        yield from check(folder)
+
+
+def archive_roots(files: Sequence[TorchFile]) -> Iterator[Finding]:
+    """torch.save writes the file's stem into the archive: a renamed rank file still carries its old name."""
+    stems = {file.path.stem for file in files}
+    for file in files:
+        if file.root in (None, "archive", file.path.stem):
+            continue
+        yield Finding(
+            id="file-renamed",
+            severity=ERROR if file.root in stems else INFO,
+            file=str(file.path),
+            where="archive root",
+            message=f"the file was saved under the name {file.root}.pt",
+            hint="rename it back, or copy the files again from where they were saved",
+        )
+
+
+def slice_mappings(folder: ZeroFolder) -> Iterator[Finding]:
+    """Each rank names the parameter fragments that it owns: they must be those of its place."""
+    for rank in folder.ranks:
+        if rank.mappings is None:
+            continue
+        wanted = _mappings(folder, rank.dp_rank)
+        if rank.mappings == wanted:
+            continue
+        owner = next((r.dp_rank for r in folder.ranks if rank.mappings == _mappings(folder, r.dp_rank)), None)
+        if owner is not None:
+            yield Finding(
+                id="rank-misplaced",
+                severity=ERROR,
+                file=str(rank.file.path),
+                where=f"dp rank {rank.dp_rank}",
+                message=f"the file holds the partition of dp rank {owner}, not of rank {rank.dp_rank}: "
+                "it was swapped, copied over another or renamed",
+                hint=ONE_SAVE,
+            )
+        else:
+            group, name = _first_difference(rank, wanted)
+            yield Finding(
+                id="mapping-mismatch",
+                severity=ERROR,
+                file=str(rank.file.path),
+                where=f"param_slice_mappings[{group}]{'.' + name if name else ''}",
+                message="the fragments of this rank do not follow from the parameters' shapes and order",
+                hint=ONE_SAVE,
+            )
+
+
+def _mappings(folder: ZeroFolder, dp_rank: int) -> tuple[Mapping[str, tuple[int, int]], ...]:
+    return tuple(expected_mapping(group, dp_rank, round_robin=folder.round_robin) for group in folder.groups)
+
+
+def _first_difference(rank: Rank, wanted: tuple[Mapping[str, tuple[int, int]], ...]) -> tuple[int, str]:
+    assert rank.mappings is not None
+    for g, (have, want) in enumerate(zip(rank.mappings, wanted, strict=False)):
+        for name in {**have, **want}:
+            if have.get(name) != want.get(name):
+                return g, name
+    return 0, ""
+
+
+def paddings(folder: ZeroFolder) -> Iterator[Finding]:
+    """group_paddings: each rank's own padding since DeepSpeed 0.16.4, all of it at the last rank before."""
+    for rank in folder.ranks:
+        if rank.paddings is None:
+            continue
+        own = tuple(group.padding(rank.dp_rank) for group in folder.groups)
+        last = rank.dp_rank == len(folder.ranks) - 1
+        at_last = tuple(group.total - group.used if last else 0 for group in folder.groups)
+        if rank.paddings not in (own, at_last):
+            yield Finding(
+                id="padding-mismatch",
+                severity=ERROR,
+                file=str(rank.file.path),
+                where="optimizer_state_dict.group_paddings",
+                message=f"says {list(rank.paddings)}, the parameters' shapes make it {list(own)}",
+                hint=ONE_SAVE,
+            )
+
+
+def moments(folder: ZeroFolder) -> Iterator[Finding]:
+    """Every rank holds the same kinds of optimizer state, each as long as its partition."""
+    for g, group in enumerate(folder.groups):
+        for rank in folder.ranks:
+            kinds, first = set(rank.moments[g]), set(folder.ranks[0].moments[g])
+            if kinds != first:
+                yield Finding(
+                    id="moment-missing",
+                    severity=ERROR,
+                    file=str(rank.file.path),
+                    where=f"group {g}",
+                    message=f"holds the optimizer state {_list(kinds)}, rank 0 holds {_list(first)}",
+                    hint=ONE_SAVE,
+                )
+            for key, node in rank.moments[g].items():
+                view = rank.file.view(node)
+                if view is None or len(view.shape) != 1 or key in folder.partitioned[g]:
+                    continue
+                yield Finding(
+                    id="moment-size",
+                    severity=ERROR,
+                    file=str(rank.file.path),
+                    where=f"group {g} {key}",
+                    message=f"has {view.shape[0]} elements where the partition has {group.part}",
+                    hint=ONE_SAVE,
+                )
+
+
+def _list(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
+    """What is replicated must be equal: version, stage, hyper-parameters, scaler and Adam's step."""
+    first = folder.ranks[0]
+    for rank in folder.ranks[1:]:
+        for name, mine, theirs in (
+            ("ds_version", rank.ds_version, first.ds_version),
+            ("zero_stage", rank.stage, first.stage),
+            ("layout", rank.variant, first.variant),
+            ("param_groups", _hyper(rank), _hyper(first)),
+            ("param_alignment_paddings", rank.gaps, first.gaps),
+            *(
+                (key, plain(rank.state.get(key)), plain(first.state.get(key)))
+                for key in ("loss_scaler", "dynamic_loss_scale", "clip_grad", "overflow")
+            ),
+        ):
+            if mine != theirs:
+                yield Finding(
+                    id="ranks-differ",
+                    severity=ERROR,
+                    file=str(rank.file.path),
+                    where=name,
+                    message=f"rank {rank.dp_rank} says {_short(mine)}, rank 0 says {_short(theirs)}",
+                    hint=ONE_SAVE,
+                )
+        mine_step, first_step = steps(rank), steps(first)
+        if mine_step != first_step:
+            yield Finding(
+                id="step-mismatch",
+                severity=ERROR,
+                file=str(rank.file.path),
+                where=f"dp rank {rank.dp_rank}",
+                message=f"the shard is of optimizer step {_step(mine_step)}, rank 0 of {_step(first_step)}: "
+                "they come from different saves",
+                hint=ONE_SAVE,
+            )
+
+
+def _hyper(rank: Rank) -> object:
+    return None if rank.hyper is None else [plain(group) for group in rank.hyper]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _step(values: tuple[float | None, ...]) -> str:
+    known = sorted({int(v) for v in values if v is not None})
+    return " and ".join(map(str, known)) or "0"
+
+
+def steps(rank: Rank) -> tuple[float | None, ...]:
+    """Adam's step per group, None where the optimizer has none (or has not stepped)."""
+    return tuple(_number(rank, moments.get("step")) for moments in rank.moments)
+
+
+def _number(rank: Rank, node: Node) -> float | None:
+    view = rank.file.view(node)
+    if view is not None:
+        return scalar(view) if math.prod(view.shape) == 1 else None
+    value = fields.number(node)
+    return float(value) if value is not None else None
+
+
+def counters(folder: ZeroFolder) -> Iterator[Finding]:
+    """The optimizer's step against the engine's counters: normally global_steps - skipped_steps.
+
+    One more is normal up to DeepSpeed 0.13.1, which made a dummy step at the start. Anything else happens
+    when the optimizer was reset on purpose, and when the model file is of another save: the comparison of
+    weights tells the two apart.
+    """
+    root = folder.model.root
+    done = fields.integer(root.get("global_steps"))
+    skipped = fields.integer(root.get("skipped_steps")) or 0
+    known = {step for step in steps(folder.ranks[0]) if step is not None}
+    if done is None or not known:
+        return
+    if max(known) - (done - skipped) not in (0, 1):
+        yield Finding(
+            id="counter-mismatch",
+            severity=WARNING,
+            file=str(folder.model.file.path),
+            where="global_steps",
+            message=f"the model file counts {done} steps ({skipped} skipped), the optimizer made "
+            f"{max(known):g}: either the optimizer was reset, or the files are of different saves",
+            hint="a full verify compares the weights and tells which",
+        )
+
+
+def shapes(folder: ZeroFolder) -> Iterator[Finding]:
+    """Every trainable parameter is in module, with the shape that the optimizer knows."""
+    model = folder.model
+    for g, group in enumerate(folder.shapes):
+        for name, shape in group.items():
+            if name not in model.weights:
+                yield Finding(
+                    id="tensor-missing",
+                    severity=ERROR,
+                    file=str(model.file.path),
+                    where=name,
+                    message=f"a trainable parameter of group {g} is not in module",
+                    hint=ONE_SAVE,
+                )
+            elif model.weights[name].shape != shape:
+                yield Finding(
+                    id="shape-mismatch",
+                    severity=ERROR,
+                    file=str(model.file.path),
+                    where=name,
+                    message=f"{list(model.weights[name].shape)} in module, {list(shape)} in the optimizer",
+                    hint=ONE_SAVE,
+                )
+
+
+def module_names(folder: ZeroFolder) -> Iterator[Finding]:
+    """Whatever module holds is trainable, frozen, shared or a buffer."""
+    model = folder.model
+    known = {name for group in folder.shapes for name in group}
+    known |= model.frozen | model.buffers | set(model.shared)
+    stray = [name for name in model.weights if name not in known]
+    if stray:
+        yield Finding(
+            id="tensor-unknown",
+            severity=INFO,
+            file=str(model.file.path),
+            where=stray[0],
+            message=f"{len(stray)} tensors of module are neither trainable, frozen, shared nor buffers",
+        )
+    dropped = [name for name in model.frozen if name not in model.weights]
+    if dropped:
+        yield Finding(
+            id="frozen-excluded",
+            severity=INFO,
+            file=str(model.file.path),
+            where=sorted(dropped)[0],
+            message=f"{len(dropped)} frozen parameters are not in module (exclude_frozen_parameters)",
+        )
+    for alias, owner in model.shared.items():
+        if alias in model.weights and owner in model.weights:
+            a, o = model.weights[alias], model.weights[owner]
+            if (a.shape, a.dtype) != (o.shape, o.dtype):
+                yield Finding(
+                    id="tied-mismatch",
+                    severity=ERROR,
+                    file=str(model.file.path),
+                    where=alias,
+                    message=f"tied to {owner}, which has another shape or dtype",
+                    hint=ONE_SAVE,
+                )
+
+
+CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
+    slice_mappings,
+    paddings,
+    moments,
+    same_on_all_ranks,
+    counters,
+    shapes,
+    module_names,
+)

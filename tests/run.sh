@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Sets up .venv with the pinned set of packages and passes the tests: style, types, then pytest.
+# Arguments go to pytest: bash tests/run.sh -m heavy
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e '.[test]'
+export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1
+# DeepSpeed compiles a small extension at its first launch; a killed launch can leave a lock in that folder
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"
