@@ -52,6 +52,7 @@ class Layout:
     writer: str | None = None  # the library and version that saved it, where known
     variant: str | None = None  # of the format, e.g. "BF16_Optimizer", "elastic"
     round_robin: bool = False
+    stem: str | None = None  # of the weight files, where it is not the usual one: "adapter_model" (PEFT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,8 @@ class Checkpoint:
 class Weights:
     """Named tensors to be written as a model, in its own order, and the dtype that each one gets.
 
-    `shared` maps an alias to the name that it is tied to; `about` says where the weights come from.
+    `shared` maps an alias to the name that it is tied to; `about` says where the weights come from; `stem`
+    begins the file names where it is not the format's usual one.
     """
 
     tensors: Mapping[str, TensorRef]
@@ -104,6 +106,7 @@ class Weights:
     about: Mapping[str, str] = field(default_factory=dict)
     checks: tuple[SourceCheck, ...] = ()
     notes: tuple[str, ...] = ()
+    stem: str | None = None
 
     def nbytes(self, name: str) -> int:
         """The size of one tensor as it will be written."""

@@ -30,6 +30,16 @@ class CkptError(Exception):
         self.why = why
         self.hint = hint
 
+    @property
+    def four_parts(self) -> str:
+        """The error for people: what, where, why it matters, what to do. Text from files is escaped."""
+        lines = [f"error[{self.id}]: {escape(self.message, 2000)}"]
+        if self.where:
+            lines.append(f"  in {escape(self.where, 1000)}")
+        lines += [f"  {escape(line, 1000)}" for line in self.why.splitlines()]
+        lines += [f"hint: {escape(line, 1000)}" for line in self.hint.splitlines()]
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         return f"{self.message} [{self.id}]" + (f" in {self.where}" if self.where else "")
 

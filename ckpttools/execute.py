@@ -40,7 +40,8 @@ from ckpttools.tensors import ByteRange, Chunk, Strided, Zeros
 from ckpttools.values import BLOCK_NBYTES, Cutter, Handles, Reader, cast, numpy_array, truncated
 
 UNIT = 1024 * 1024  # the fastest of 256 KiB to 4 MiB: a buffer that is still in the cache for its CRC
-_SLACK = 64  # an element or a checksum may reach over the end of a unit
+_GATHER = 4 * UNIT  # views are copied in larger parts: the runs that they read get longer with the part
+_SLACK = 64  # bytes: an element or a checksum may reach over the end of a unit
 _PAGE = 4096
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
@@ -453,7 +454,10 @@ class _File:
 
 
 def _parts(segment: Segment, at: int) -> Iterator[tuple[Segment, int]]:
-    """The segment, which begins at byte `at` of its file, cut at multiples of `UNIT`, with the sizes."""
+    """The segment, which begins at byte `at` of its file, in parts with their sizes.
+
+    Cut at multiples of `UNIT`, but for views.
+    """
     end = at + segment.nbytes
     cutter = Cutter(segment.chunks) if isinstance(segment, Cast) else None
     done = 0
@@ -465,7 +469,7 @@ def _parts(segment: Segment, at: int) -> Iterator[tuple[Segment, int]]:
             case ByteRange() | Zeros():
                 part = segment.cut(done, room)
             case Strided():
-                room = max(room // segment.itemsize, 1) * segment.itemsize
+                room = max(min(_GATHER, end - at) // segment.itemsize, 1) * segment.itemsize
                 part = segment.cut(done, room)
             case Cast(_, source, target):
                 assert cutter is not None
@@ -580,6 +584,8 @@ class _Copy:
                         case _Gap():
                             self._gap(job, reader, buffer)
                         case _Unit():
+                            if job.nbytes > len(buffer):
+                                buffer = memoryview(bytearray(UNIT + _GATHER + _SLACK))
                             self._unit(job, reader, writer, buffer, scratch)
         except BaseException as error:
             self._stop = True

@@ -235,7 +235,7 @@ class _Stop(Exception):
     pass
 
 
-_DECIMAL = re.compile(rb"[+-]?[0-9]{1,1200}")
+_DECIMAL = re.compile(rb"[+-]?[0-9]{1,1240}")
 _FLOAT = re.compile(rb"[+-]?(?:[0-9.eE+-]{1,64}|inf|nan)")
 _unpack_u16 = struct.Struct("<H").unpack_from
 _unpack_i32 = struct.Struct("<i").unpack_from
@@ -638,10 +638,12 @@ class _Machine:
         name, module = self.stack.pop(), self.stack.pop()
         self.intern(module, name)
 
-    def call(self, how: str, cls: Node, args: Node, kwargs: Node = None) -> None:
+    def call(self, how: str, cls: Node, args: Node, kwargs: Node = _MISSING) -> None:
         if not isinstance(args, tuple):
             raise Reject("the arguments of a call are not a tuple", self.pos)
-        if kwargs is not None and not isinstance(kwargs, Dict):
+        if kwargs is _MISSING:
+            kwargs = Dict()
+        if not isinstance(kwargs, Dict):
             raise Reject("the keyword arguments of a call are not a dict", self.pos)
         made = Object(how, cls, args, kwargs)
         if not isinstance(cls, Global) or cls.name in ARGUMENTS_DECIDE:
@@ -887,6 +889,8 @@ class _Writer:
             return
         if "\n" in name.module + name.name:
             raise Reject("the name of a class holds a line end")
+        if "." in name.name:  # Python looks up names within a class only from protocol 4 on
+            self.need(4)
         self.out.append(b"c" + f"{name.module}\n{name.name}\n".encode())
         self.names[name] = self.put()
 

@@ -127,24 +127,42 @@ class Reader:
             at += numel
 
     def _read_box(self, out: Array, path: Path, start: int, strides: tuple[int, ...]) -> None:
-        """Read the box in one span, or halve it where the span is long or mostly holes.
+        """Read the box in one span, or in slices where the span is long or mostly holes.
 
         Reading through 8 KiB costs about as much as another call does.
         """
         extents = [(n - 1) * stride for n, stride in zip(out.shape, strides, strict=True)]
-        numel = sum(extents) + 1
-        nbytes = numel * out.itemsize
-        if nbytes <= 8192 or (nbytes <= _GATHER_NBYTES and numel <= 16 * out.size):
-            self.read(self._scratch[:nbytes], path, start)
-            span = np.frombuffer(self._scratch, out.dtype, numel)
-            steps = [stride * out.itemsize for stride in strides]
-            out[...] = np.lib.stride_tricks.as_strided(span, out.shape, steps)
+        if self._fits(sum(extents) + 1, out):
+            self._read_spans(out[np.newaxis], path, start, (0, *strides), sum(extents) + 1)
             return
         axis = extents.index(max(extents))
-        half = out.shape[axis] // 2
-        before = (slice(None),) * axis
-        self._read_box(out[*before, :half], path, start, strides)
-        self._read_box(out[*before, half:], path, start + half * strides[axis] * out.itemsize, strides)
+        rows, stride = np.moveaxis(out, axis, 0), strides[axis]
+        inner = strides[:axis] + strides[axis + 1 :]
+        numel = sum(extents) - extents[axis] + 1  # of the span of one slice
+        step = _GATHER_NBYTES // (numel * out.itemsize)
+        if self._fits(numel, rows[0]):
+            for at in range(0, len(rows), step):
+                low = start + at * stride * out.itemsize
+                self._read_spans(rows[at : at + step], path, low, (stride, *inner), numel)
+            return
+        half = len(rows) // 2
+        self._read_box(rows[:half], path, start, (stride, *inner))
+        self._read_box(rows[half:], path, start + half * stride * out.itemsize, (stride, *inner))
+
+    def _fits(self, span_numel: int, out: Array) -> bool:
+        nbytes = span_numel * out.itemsize
+        return nbytes <= 8192 or (nbytes <= _GATHER_NBYTES and span_numel <= 16 * out.size)
+
+    def _read_spans(
+        self, rows: Array, path: Path, start: int, strides: tuple[int, ...], span_numel: int
+    ) -> None:
+        """One read per row; a row's elements lie in `span_numel` elements of the file."""
+        nbytes, step = span_numel * rows.itemsize, strides[0] * rows.itemsize
+        for k in range(len(rows)):
+            self.read(self._scratch[k * nbytes : (k + 1) * nbytes], path, start + k * step)
+        spans = np.frombuffer(self._scratch, rows.dtype, len(rows) * span_numel)
+        steps = [nbytes, *(stride * rows.itemsize for stride in strides[1:])]
+        rows[...] = np.lib.stride_tricks.as_strided(spans, rows.shape, steps)
 
 
 def truncated(path: Path, need: int, have: int) -> CkptError:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ckpttools import __version__
-from ckpttools.errors import CkptError, escape
+from ckpttools.errors import CkptError
 
 # command -> (module, one-line help); the function in the module is named `command`
 COMMANDS = {
@@ -67,16 +67,6 @@ def app(debug: bool) -> None:
     """Trust, understand, move and change training checkpoints."""
 
 
-def show_error(error: CkptError) -> None:
-    """Write the four parts of an error to stderr."""
-    lines = [f"error[{error.id}]: {escape(error.message, 2000)}"]
-    if error.where:
-        lines.append(f"  in {escape(error.where, 1000)}")
-    lines += [f"  {escape(line, 1000)}" for line in error.why.splitlines()]
-    lines += [f"hint: {escape(line, 1000)}" for line in error.hint.splitlines()]
-    click.echo("\n".join(lines), err=True)
-
-
 def _dashes(arg: str) -> str:
     """`--world_size=4` is `--world-size=4`; values are left alone."""
     if not arg.startswith("--"):
@@ -101,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     except CkptError as error:
         if debug:
             raise
-        show_error(error)
+        click.echo(error.four_parts, err=True)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
@@ -117,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, MemoryError, RecursionError) as problem:
         if debug:
             raise
-        show_error(_of_system(problem))
+        click.echo(_of_system(problem).four_parts, err=True)
         sys.exit(2)
 
 

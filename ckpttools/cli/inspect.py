@@ -43,7 +43,7 @@ def command(src: Path, tensors: bool, tag: str | None, as_json: bool) -> None:
     click.echo(render.table(files[:STATE_FILES]))
     if len(files) > STATE_FILES:
         click.echo(f"and {len(files) - STATE_FILES} more")
-    if checkpoint.layout.zero_stage:
+    if checkpoint.layout.format.startswith("zero"):
         click.echo("(one optimizer file per rank is normal: ZeRO spreads the optimizer state over the ranks)")
     for note in checkpoint.notes:
         click.echo(f"note: {escape(note, 1000)}")
@@ -64,7 +64,7 @@ FORMATS = {
 def _summary(source: Any, checkpoint: Any) -> Iterator[tuple[str, object]]:
     layout, state = checkpoint.layout, checkpoint.train_state
     kind = FORMATS.get(layout.format, layout.format)
-    if layout.zero_stage or layout.variant:
+    if layout.format.startswith("zero"):
         kind += f", {layout.dp_degree} rank{'s' if layout.dp_degree > 1 else ''}"
     yield "format", kind + (f", {layout.variant}" if layout.variant else "")
     yield "found", source.how

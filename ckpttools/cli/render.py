@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,8 +37,19 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> str:
 
 
 def document(value: object) -> None:
-    """One JSON document, ASCII only."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=True, default=str, allow_nan=True))
+    """One JSON document, ASCII only; NaN and Inf, which JSON does not have, as strings."""
+    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=True, default=str, allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case Mapping():
+            return {str(key): _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value
 
 
 def say(text: str, *, quiet: bool = False) -> None:

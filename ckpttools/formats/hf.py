@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, TrainState, Weights
@@ -41,6 +41,7 @@ SINGLE = (
     "adapter_model.bin",
     "consolidated.safetensors",
 )
+ADAPTER = "adapter_model"
 INDEX = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
@@ -106,7 +107,9 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(
         path=path,
         layout=Layout(
-            format="hf" if path.is_dir() else "safetensors", dtype=dtypes.pop() if len(dtypes) == 1 else None
+            format="hf" if path.is_dir() else "safetensors",
+            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            stem=ADAPTER if all(name.startswith(ADAPTER) for name in shards) else None,
         ),
         tensors=tensors,
         shared=tied(tensors),
@@ -219,28 +222,45 @@ def plan(weights: Weights, *, max_shard_size: int = NO_LIMIT, single: bool = Fal
     """
     tensors = {name: ref for name, ref in weights.tensors.items() if name not in weights.shared}
     about = {"format": "pt", **weights.about, **weights.shared}
-    tied_notes = [f"{alias} is tied to {owner} and stored once" for alias, owner in weights.shared.items()]
-    shards = shard(weights, tensors, NO_LIMIT if single else max_shard_size)
-    names = shard_names("model", ".safetensors", len(shards))
-    files = [
-        safetensors_file("" if single else name, {n: tensors[n] for n in found}, about, weights.dtypes)
-        for name, found in zip(names, shards, strict=True)
+    notes = [
+        f"{escape(alias)} is tied to {escape(owner)} and stored once"
+        for alias, owner in weights.shared.items()
     ]
-    files += index_file("model.safetensors.index.json", weights, dict(zip(names, shards, strict=True)))
-    notes = (*weights.notes, *map(escape, tied_notes))
-    return Plan(files=tuple(files), notes=notes, checks=weights.checks)
+
+    def file(path: str, names: Sequence[str]) -> OutputFile:
+        return safetensors_file(path, {name: tensors[name] for name in names}, about, weights.dtypes)
+
+    files = _folder(weights, tensors, file, "model", ".safetensors", max_shard_size, single)
+    return Plan(files=files, notes=(*weights.notes, *notes), checks=weights.checks)
 
 
 def plan_bin(weights: Weights, *, max_shard_size: int = NO_LIMIT, single: bool = False) -> Plan:
     """The same as torch files: pytorch_model.bin, or one bare state dict. Tied names share a storage."""
-    shards = shard(weights, weights.tensors, NO_LIMIT if single else max_shard_size)
-    names = shard_names("pytorch_model", ".bin", len(shards))
-    files = [
-        write_torch_file("" if single else name, _state_dict(weights, found))
-        for name, found in zip(names, shards, strict=True)
-    ]
-    files += index_file("pytorch_model.bin.index.json", weights, dict(zip(names, shards, strict=True)))
-    return Plan(files=tuple(files), notes=weights.notes, checks=weights.checks)
+
+    def file(path: str, names: Sequence[str]) -> OutputFile:
+        return write_torch_file(path, _state_dict(weights, names))
+
+    files = _folder(weights, weights.tensors, file, "pytorch_model", ".bin", max_shard_size, single)
+    return Plan(files=files, notes=weights.notes, checks=weights.checks)
+
+
+def _folder(
+    weights: Weights,
+    names: Iterable[str],
+    file: Callable[[str, Sequence[str]], OutputFile],
+    stem: str,
+    suffix: str,
+    limit: int,
+    single: bool,
+) -> tuple[OutputFile, ...]:
+    """The shards, and their index where there are several; with `single` the one file itself."""
+    if single:
+        return (file("", list(names)),)
+    stem = weights.stem or stem
+    found = shard(weights, names, limit)
+    shards = dict(zip(shard_names(stem, suffix, len(found)), found, strict=True))
+    files = [file(name, tensors) for name, tensors in shards.items()]
+    return (*files, *index_file(f"{stem}{suffix}.index.json", weights, shards))
 
 
 def _state_dict(weights: Weights, names: Sequence[str]) -> Node:

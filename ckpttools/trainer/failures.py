@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import CkptError, UsageError
 
 FILE = "error.json"
 
@@ -51,12 +51,3 @@ def read(folder: Path) -> CkptError | None:
         return from_fields(json.loads((folder / FILE).read_text("utf-8")))
     except (OSError, ValueError):
         return None
-
-
-def render(error: CkptError) -> str:
-    """The four parts as text, for ranks that no launcher watches."""
-    lines = [f"error[{error.id}]: {escape(error.message, 2000)}"]
-    lines += [f"  in {escape(error.where, 1000)}"] if error.where else []
-    lines += [f"  {escape(line, 1000)}" for line in error.why.splitlines()]
-    lines += [f"hint: {escape(line, 1000)}" for line in error.hint.splitlines()]
-    return "\n".join(lines)

@@ -39,7 +39,7 @@ def _report(error: CkptError, output: Output) -> NoReturn:
     if exchange is not None:
         failures.write(Path(exchange), error)
     elif os.environ["LOCAL_RANK"] == "0" or error.id == "train-crash":
-        output.show(failures.render(error))  # an error that all ranks share is shown once per node
+        output.show(error.four_parts)  # an error that all ranks share is shown once per node
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: the process group would wait for ranks that wait for this one.

@@ -17,7 +17,7 @@ def reshard(checkpoint: Checkpoint, dp_degree: int) -> Checkpoint:
     """
     if not 1 <= dp_degree <= MAX_RANKS:
         raise UsageError("bad-usage", f"a world size of {dp_degree} makes no sense", hint="give 1 or more")
-    if checkpoint.layout.zero_stage is None and checkpoint.layout.variant is None:
+    if not checkpoint.layout.format.startswith("zero"):
         raise Unsupported(
             "not-zero",
             f"a {checkpoint.layout.format} checkpoint is not partitioned over ranks",

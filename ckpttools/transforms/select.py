@@ -69,6 +69,7 @@ def weights(
         shared=shared,
         about=_about(checkpoint),
         checks=checkpoint.checks,
+        stem=checkpoint.layout.stem,
         notes=tuple(_notes(checkpoint, chosen, names, use_master)),
     )
 
