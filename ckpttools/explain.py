@@ -273,6 +273,14 @@ def _all() -> dict[str, Explanation]:
         # --- could not run
         "not-found": e(USE, "There is no such file or folder.", "Check the path."),
         "no-permission": e(USE, "The file or folder may not be read.", "Ask its owner for permission."),
+        "not-readable": e(
+            USE, "The system refuses to open the file or list the folder.", "Check the path and disk."
+        ),
+        "read-error": e(
+            FILE,
+            "The disk or the network reported an error while the file was read.",
+            "Check the disk; copy the file again from where it was saved.",
+        ),
         "not-a-checkpoint": e(
             USE,
             "The path holds nothing that ckpt knows: .pt, .pth, .ckpt and .bin files of torch.save, safetensors, "
@@ -354,6 +362,17 @@ def _all() -> dict[str, Explanation]:
             WRITE,
             "The file system has too little room, or ran full while writing. Nothing was left behind.",
             "Free the space that is named, or choose a DST elsewhere.",
+        ),
+        "file-too-big": e(
+            WRITE,
+            "The system refuses files of this size (ulimit -f, or the file system).",
+            "Raise the limit.",
+        ),
+        "write-failed": e(
+            WRITE,
+            "The system could not write, flush or rename. Nothing was left behind; a failed flush is never retried, "
+            "since the data may be gone from memory.",
+            "Check the disk, then run it again.",
         ),
         "source-truncated": e(WRITE, "A source file ended before its tensors did.", AGAIN),
         "source-changed": e(

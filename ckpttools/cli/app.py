@@ -46,6 +46,15 @@ class Commands(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:  # `ckpt inspect ... | head`: nobody wants the rest
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         names = {name: [a for a, of in ALIASES.items() if of == name] for name in COMMANDS}
         rows = [
@@ -86,7 +95,6 @@ def main(argv: list[str] | None = None) -> None:
     head = [_dashes(a) for a in head if a != "--debug"]
     try:
         code: Any = app.main(head + dash + tail, prog_name="ckpt", standalone_mode=False)
-        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except CkptError as error:
         if debug:
@@ -101,9 +109,6 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo("interrupted: nothing was left behind", err=True)
         sys.exit(130)
-    except BrokenPipeError:  # `ckpt inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except (OSError, MemoryError, RecursionError) as problem:
         if debug:
             raise

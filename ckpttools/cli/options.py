@@ -13,8 +13,10 @@ from ckpttools.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SRC = click.argument("src", type=click.Path(path_type=Path))
-DST = click.argument("dst", type=click.Path(path_type=Path), required=False)
+# readable=False: whether a path can be read is found out, and explained, by reading it
+PATH = click.Path(path_type=Path, readable=False)
+SRC = click.argument("src", type=PATH)
+DST = click.argument("dst", type=PATH, required=False)
 TAG = click.option(
     "-t", "--tag", metavar="TAG", help="The tag folder to take, instead of what `latest` names."
 )

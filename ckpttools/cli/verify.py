@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import JSON, NO_PROGRESS, QUIET, TAG, WORKERS
+from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, TAG, WORKERS
 from ckpttools.errors import CkptError, escape
 
 MARK = {"error": "ERROR", "warning": "warning", "info": "note"}
 
 
 @click.command("verify")
-@click.argument("src", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("src", nargs=-1, required=True, type=PATH)
 @click.option("--quick", is_flag=True, help="Headers and the files against each other; no tensor is read.")
 @TAG
 @JSON

@@ -49,10 +49,9 @@ def write(plan: Plan, how: Writing, label: str) -> None:
     from ckpttools.execute import execute
 
     started = time.monotonic()
-    source = how.src if how.src.is_dir() else None
     with render.bar(plan.nbytes, label, enabled=not (how.no_progress or how.quiet)) as progress:
         report = execute(
-            plan, how.dst, source=source, force=how.force, workers=how.workers, progress=progress
+            plan, how.dst, source=how.src, force=how.force, workers=how.workers, progress=progress
         )
     seconds = time.monotonic() - started
     _read_back(how.dst)

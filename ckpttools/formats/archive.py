@@ -3,10 +3,12 @@
 Layout (torch's PyTorchStreamWriter over miniz; PKWARE APPNOTE 6.3 for the fields):
 
     for each record   local header, name, extra ("FB" padding so that the data starts at a multiple of 64),
-                      data (stored), data descriptor (16 bytes, 24 from 4 GiB on; none for empty records)
-    central directory one entry per record, with the CRC-32 and, from 4 GiB on, a zip64 extra
+                      data (stored), data descriptor (16 bytes, 24 for records that are larger than or
+                      begin behind 4 GiB; none for empty records)
+    central directory one entry per record, with the CRC-32
     zip64 end record, zip64 locator, end record; nothing after it
 
+A record that is larger than or begins behind 4 GiB has a zip64 extra, in its header as in the directory.
 Record names are `<root>/<name>`, where the root is the file's stem at the time of saving. A CRC-32 of 0
 for a record that is not empty means that it was saved without checksums (`compute_crc32=False`).
 """
@@ -314,7 +316,7 @@ def unexplained(file: File, archive: Archive) -> list[str] | None:
             odd += 1
             problems.append(f"the header or padding of record '{shown}'")
         after = record.end - record.start - record.nbytes
-        wide = record.nbytes >= BIG
+        wide = _wide(record.nbytes, record.header)
         if record.method or after != (0 if not record.nbytes else 24 if wide else 16):
             problems.append(f"the descriptor of record '{shown}'")
         if checked and record.unchecked:
@@ -359,7 +361,7 @@ def archive_segments(root: str, records: Sequence[tuple[str, Sequence[Segment]]]
         crc = Crc32(first, len(out))
         end = at + len(header) + nbytes
         if nbytes:
-            sizes = struct.pack("<QQ" if nbytes >= BIG else "<II", nbytes, nbytes)
+            sizes = struct.pack("<QQ" if _wide(nbytes, at) else "<II", nbytes, nbytes)
             out += [Literal(struct.pack("<I", DESCRIPTOR_MAGIC)), crc, Literal(sizes)]
             end += 8 + len(sizes)
         entry = _entry(raw, nbytes, at, 0)
@@ -374,23 +376,31 @@ def _flags(nbytes: int) -> int:
     return UTF8 | (HAS_DESCRIPTOR if nbytes else 0)  # torch writes no descriptor for empty records
 
 
+def _wide(nbytes: int, at: int) -> bool:
+    """Whether torch writes a record's descriptor with 8-byte sizes: for large ones and all behind them."""
+    return nbytes >= BIG or at >= BIG
+
+
+def _extra64(nbytes: int, at: int) -> bytes:
+    """The zip64 extra of a record, the same in its header and in the directory."""
+    values = [nbytes, nbytes] if nbytes >= BIG else []
+    if at >= BIG:
+        values.append(at)
+    return struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+
+
 def _header(raw: bytes, at: int, nbytes: int, alignment: int) -> bytes:
     """The local header, name and padding of a record that begins at byte `at`."""
-    wide = nbytes >= BIG
-    extra64 = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if wide else b""
-    small = BIG if wide else 0
+    extra64 = _extra64(nbytes, at)
     pad = -(at + LOCAL.size + len(raw) + len(extra64) + 4) % alignment
     extra = extra64 + b"FB" + struct.pack("<H", pad) + b"Z" * pad
-    header = LOCAL.pack(LOCAL_MAGIC, 0, _flags(nbytes), 0, 0, 0, 0, small, small, len(raw), len(extra))
+    header = LOCAL.pack(LOCAL_MAGIC, 0, _flags(nbytes), 0, 0, 0, 0, 0, 0, len(raw), len(extra))
     return header + raw + extra
 
 
 def _entry(raw: bytes, nbytes: int, offset: int, crc32: int) -> bytes:
     """A directory entry."""
-    wide = [nbytes, nbytes] if nbytes >= BIG else []
-    if offset >= BIG:
-        wide.append(offset)
-    extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    extra = _extra64(nbytes, offset)
     size, offset = min(nbytes, BIG), min(offset, BIG)
     fields = (0, 0, _flags(nbytes), 0, 0, 0, crc32, size, size, len(raw), len(extra), 0, 0, 0, 0, offset)
     return CENTRAL.pack(CENTRAL_MAGIC, *fields) + raw + extra

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
+from ckpttools.formats.monolithic import OPTIMIZER
 from ckpttools.formats.torch_file import TorchFile, labelled
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange, TensorRef
@@ -130,7 +131,8 @@ def _severity(found: Checkpoint, result: data.NonFinite) -> str:
     if name in found.buffers:
         return INFO
     if not found.groups:  # weights and buffers cannot be told apart
-        return ERROR if result.nan else WARNING
+        is_state = name in found.tensors or name.startswith(OPTIMIZER)
+        return (ERROR if result.nan else WARNING) if is_state else INFO
     if name in found.tensors or any(name.endswith(f"({kind})") for g in found.groups for kind in g.state):
         return ERROR
     return INFO

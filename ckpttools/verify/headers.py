@@ -12,7 +12,15 @@ from ckpttools.errors import CkptError
 from ckpttools.formats import Source, read
 from ckpttools.formats.torch_file import TorchFile
 from ckpttools.formats.zero.names import find
-from ckpttools.formats.zero.read import Rank, ZeroFolder, assemble, checkpoint, read_model, read_rank
+from ckpttools.formats.zero.read import (
+    Rank,
+    ZeroFolder,
+    assemble,
+    check_complete,
+    checkpoint,
+    read_model,
+    read_rank,
+)
 from ckpttools.verify.findings import ERROR, INFO, Finding, of_error
 from ckpttools.verify.zero import archive_roots, check_folder
 
@@ -60,9 +68,12 @@ def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[
     torch_files += [rank.file for rank in ranks]
     for file in torch_files:
         findings += _callables(file)
-    findings += archive_roots(torch_files)
+    complete = None
     joined: ZeroFolder | None = None
     if model is not None and len(ranks) == len(files.optim):
+        complete = attempt(lambda: check_complete(files, model, tuple(ranks)))
+    findings += archive_roots(torch_files)
+    if complete and model is not None:
         joined = attempt(lambda: assemble(files, model, tuple(ranks)))
     if joined is None:
         return findings, None, torch_files

@@ -315,8 +315,7 @@ def _address(path: Path, node: Node, field: str) -> tuple[int, int]:
 
 def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> ZeroFolder:
     """Fit the ranks together. Raises CkptError where a parameter's bytes cannot be located for certain."""
-    n = len(ranks)
-    _complete(files, model, ranks)
+    n = check_complete(files, model, ranks)
     shapes = model.shapes if model.shapes is not None else _old_shapes(ranks[0])
     first = ranks[0]
     if any(len(rank.fp32) != len(shapes) for rank in ranks):
@@ -347,8 +346,8 @@ def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> Z
     )
 
 
-def _complete(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> None:
-    """Every rank 0..n-1 once, and as many as the files say."""
+def check_complete(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> int:
+    """How many ranks there are: every one from 0 on, as many as the files say. Raises CkptError otherwise."""
     stated = {rank.partition_count[0] for rank in ranks if rank.partition_count}
     expected = model.dp_world_size or (max(stated) if stated else len(ranks))
     missing = [rank for rank in range(expected) if rank not in files.optim]
@@ -371,6 +370,7 @@ def _complete(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> 
             why="the files do not belong to one save",
             hint="copy all files of the folder again from one save",
         )
+    return expected
 
 
 def missing_shards(files: ZeroFiles, missing: list[int], expected: int) -> CkptError:
