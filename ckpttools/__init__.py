@@ -1,3 +1,25 @@
-"""ckpttools: trust, understand, move and change training checkpoints."""
+"""ckpttools: trust, understand and move training checkpoints without loading or executing them.
+
+1. A `Checkpoint` is a logical, unpartitioned description: tensors by name, each a `TensorRef` (dtype,
+   shape, and the byte ranges that hold it). Nothing is loaded.
+2. A format reads a path into a `Checkpoint` and plans the files of one. Neither moves tensor bytes.
+3. A `Plan` is data: output files, each a tuple of segments (literal bytes, byte ranges, zeros, casts,
+   checksums). `--dry-run` prints it, `execute` carries it out.
+4. What people ask for is `Checkpoint -> Checkpoint` in between: reshard changes one field.
+
+    errors, tensors, plan, checkpoint   values that everything speaks in
+    pickles, callables                  pickles as data, and what loading one would have called
+    formats/                            locate a checkpoint; zero/, torch files, safetensors, HF folders
+    transforms/                         reshard, select: Checkpoint -> Checkpoint or Weights
+    verify/                             headers, files against each other, every byte
+    values, checksums                   the only code that computes on tensor bytes
+    execute                             the only code that writes
+    explain                             what each error and check means
+    cli/, trainer/                      the command line; the reference trainer, which nothing imports
+
+`formats.open_checkpoint(path)` is where to start; `verify.verify(path)` gives a verdict.
+"""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"

@@ -381,9 +381,9 @@ def _wide(nbytes: int, at: int) -> bool:
     return nbytes >= BIG or at >= BIG
 
 
-def _extra64(nbytes: int, at: int) -> bytes:
-    """The zip64 extra of a record, the same in its header and in the directory."""
-    values = [nbytes, nbytes] if nbytes >= BIG else []
+def _extra64(nbytes: int, stored: int, at: int) -> bytes:
+    """The zip64 extra of a record. In its header, torch gives 0 for the size as stored."""
+    values = [nbytes, stored] if nbytes >= BIG else []
     if at >= BIG:
         values.append(at)
     return struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
@@ -391,7 +391,7 @@ def _extra64(nbytes: int, at: int) -> bytes:
 
 def _header(raw: bytes, at: int, nbytes: int, alignment: int) -> bytes:
     """The local header, name and padding of a record that begins at byte `at`."""
-    extra64 = _extra64(nbytes, at)
+    extra64 = _extra64(nbytes, 0, at)
     pad = -(at + LOCAL.size + len(raw) + len(extra64) + 4) % alignment
     extra = extra64 + b"FB" + struct.pack("<H", pad) + b"Z" * pad
     header = LOCAL.pack(LOCAL_MAGIC, 0, _flags(nbytes), 0, 0, 0, 0, 0, 0, len(raw), len(extra))
@@ -400,7 +400,7 @@ def _header(raw: bytes, at: int, nbytes: int, alignment: int) -> bytes:
 
 def _entry(raw: bytes, nbytes: int, offset: int, crc32: int) -> bytes:
     """A directory entry."""
-    extra = _extra64(nbytes, offset)
+    extra = _extra64(nbytes, nbytes, offset)
     size, offset = min(nbytes, BIG), min(offset, BIG)
     fields = (0, 0, _flags(nbytes), 0, 0, 0, crc32, size, size, len(raw), len(extra), 0, 0, 0, 0, offset)
     return CENTRAL.pack(CENTRAL_MAGIC, *fields) + raw + extra

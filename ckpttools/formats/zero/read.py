@@ -393,8 +393,7 @@ def _some(ranks: list[int]) -> str:
 def _old_shapes(rank: Rank) -> tuple[Mapping[str, tuple[int, ...]], ...]:
     """param_shapes of DeepSpeed 0.4.4 to 0.5.10, which kept them in the optimizer files."""
     path, node = rank.file.path, rank.root.get("param_shapes")
-    version = tuple(int(x) for x in re.findall(r"\d+", rank.ds_version or "")[:3])
-    if node is None or version < (0, 4, 4):
+    if node is None or _version(rank.ds_version) < (0, 4, 4):
         raise Unsupported(
             "shapes-missing",
             "the parameters' shapes and order are not in the checkpoint, or not reliably",
@@ -461,12 +460,22 @@ def _is_partitioned(ranks: tuple[Rank, ...], g: int, key: str, group: FlatGroup)
 
 
 def _is_round_robin(model: ModelStates, ranks: tuple[Rank, ...], groups: tuple[FlatGroup, ...]) -> bool:
-    """What ds_config says; where it is silent, what the slice mappings show."""
-    stated = _configured(ranks[0].root.get("ds_config")) or _configured(model.root.get("ds_config"))
-    if stated or len(ranks) == 1:
-        return stated
-    plain_fits = all(mappings_agree(rank, groups, round_robin=False) for rank in ranks)
-    return not plain_fits and all(mappings_agree(rank, groups, round_robin=True) for rank in ranks)
+    """What the slice mappings show; where they fit both orders or neither, what ds_config says.
+
+    Stage 1 ignored the setting until DeepSpeed 0.13 (PR 4887).
+    """
+    in_order = all(mappings_agree(rank, groups, round_robin=False) for rank in ranks)
+    in_turns = all(mappings_agree(rank, groups, round_robin=True) for rank in ranks)
+    if in_order != in_turns:
+        return in_turns
+    if ranks[0].stage == 1 and (_version(ranks[0].ds_version) or (1,)) < (0, 13):
+        return False
+    return _configured(ranks[0].root.get("ds_config")) or _configured(model.root.get("ds_config"))
+
+
+def _version(text: str | None) -> tuple[int, ...]:
+    """A version's first three numbers; () where it is not recorded."""
+    return tuple(int(x) for x in re.findall(r"\d+", text or "")[:3])
 
 
 def _configured(config: Node) -> bool:
