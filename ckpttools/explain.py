@@ -101,6 +101,18 @@ def _all() -> dict[str, Explanation]:
             "belong to nothing. torch.load checks none of this.",
             AGAIN,
         ),
+        "zip-unexplained": e(
+            ZIP,
+            "torch writes every byte of its archives in one way. Here a header, a padding or a descriptor holds "
+            "something else: the file was damaged where no checksum reaches, or another program changed it.",
+            AGAIN,
+        ),
+        "zip-other-writer": e(
+            INFO,
+            "The archive was written by something other than torch.save, such as a script that used Python's "
+            "zipfile. It is checked by the general rules of the format.",
+            "Nothing to do.",
+        ),
         "pickle-damaged": e(
             ZIP, "The pickle that describes the tensors is not well formed, or reaches over a limit.", AGAIN
         ),
@@ -127,6 +139,23 @@ def _all() -> dict[str, Explanation]:
             "Copy the whole folder again from where it was saved.",
         ),
         "tensor-duplicate": e(FOLDER, "Two shards hold a tensor of the same name.", ONE_SAVE),
+        "manifest-mismatch": e(
+            FILE,
+            "The file is not what it was when ckpt-manifest.json was written: another size or other bytes, or it is "
+            "gone. The tensors whose bytes changed are named.",
+            "Restore the file from a copy. If the change was meant, delete ckpt-manifest.json and write it anew with "
+            "ckpt verify --write-manifest.",
+        ),
+        "manifest-damaged": e(
+            FILE,
+            "ckpt-manifest.json is not a manifest of this version.",
+            "Delete it, and write it anew once the checkpoint is known to be good.",
+        ),
+        "manifest-unlisted": e(
+            INFO,
+            "A file lies in the folder that was not there when the manifest was written.",
+            "Nothing to do.",
+        ),
         # --- folders
         "empty-folder": e(
             FOLDER,
@@ -139,6 +168,18 @@ def _all() -> dict[str, Explanation]:
             "bare assertion, or start anew.",
             "Choose an existing tag with --tag, or put its name into `latest`.",
         ),
+        "pointer-dangling": e(
+            FOLDER,
+            "`last_checkpoint` or `latest` names a checkpoint that is not there: it was deleted, or the run was moved "
+            "in part. Frameworks fail on it, or start anew.",
+            "ckpt latest --verified names the newest good one.",
+        ),
+        "none-verified": e(
+            FOLDER,
+            "No checkpoint of the run passes verify.",
+            "ckpt verify each one, and mend the least damaged.",
+        ),
+        "no-checkpoints": e(USE, "The folder holds no checkpoints.", "Name the run's own folder."),
         "model-missing": e(
             FOLDER,
             "mp_rank_00_model_states.pt is missing: the weights, the shapes of all parameters and the counters.",

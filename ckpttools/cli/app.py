@@ -16,6 +16,7 @@ from ckpttools.errors import CkptError
 COMMANDS = {
     "inspect": "format, step, ranks, dtypes, settings: header reads only",
     "verify": "check a checkpoint: every byte, or headers with --quick",
+    "latest": "the checkpoint that a resume would take, and why",
     "explain": "what a check or an error means, and how to mend it",
     "extract": "weights only, as safetensors or .pt",
     "reshard": "move a ZeRO checkpoint to another number of ranks, optimizer state kept",

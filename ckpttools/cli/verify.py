@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ MARK = {"error": "ERROR", "warning": "warning", "info": "note"}
 @click.command("verify")
 @click.argument("src", nargs=-1, required=True, type=PATH)
 @click.option("--quick", is_flag=True, help="Headers and the files against each other; no tensor is read.")
+@click.option(
+    "--write-manifest",
+    is_flag=True,
+    help="Also write ckpt-manifest.json beside the files of each good checkpoint.",
+)
 @TAG
 @JSON
 @QUIET
@@ -25,6 +31,7 @@ MARK = {"error": "ERROR", "warning": "warning", "info": "note"}
 def command(
     src: tuple[Path, ...],
     quick: bool,
+    write_manifest: bool,
     tag: str | None,
     as_json: bool,
     quiet: bool,
@@ -36,6 +43,9 @@ def command(
     Reads every byte once; --quick reads headers only. For ZeRO, the fp32 master weights are compared with the
     16-bit weights bit for bit, which proves that the shards belong to the model file. Exit code 0: clean,
     1: a problem was found, 2: a path is not a checkpoint or cannot be read.
+
+    A ckpt-manifest.json that lies beside the files is always checked: it finds every changed byte in any
+    format. --write-manifest writes it, or writes it anew, when nothing is wrong.
     """
     from ckpttools.verify import Verdict, verify
 
@@ -56,6 +66,8 @@ def command(
             refused.append((path, error))
             continue
         verdicts.append(verdict)
+        if write_manifest and verdict.ok:
+            _write_manifest(path, tag, workers, quiet=quiet)
         if not as_json:
             _show(verdict, quick=quick, quiet=quiet, brief=len(src) > 1)
     ok = all(verdict.ok for verdict in verdicts) and not refused
@@ -69,6 +81,20 @@ def command(
     if any(not verdict.ok for verdict in verdicts) or any(problem.exit_code == 1 for _, problem in refused):
         return 1
     return 2 if refused else 0
+
+
+def _write_manifest(path: Path, tag: str | None, workers: int, *, quiet: bool) -> None:
+    """Write the manifest atomically. The folder keeps its times: some frameworks choose by them."""
+    from ckpttools.execute import execute
+    from ckpttools.plan import Literal, OutputFile, Plan
+    from ckpttools.verify import manifest_of
+
+    place, contents = manifest_of(path, tag, workers=workers)
+    times = place.parent.stat()
+    plan = Plan(files=(OutputFile(path="", segments=(Literal(contents),)),))
+    execute(plan, place, force=True)
+    os.utime(place.parent, ns=(times.st_atime_ns, times.st_mtime_ns))
+    render.say(f"wrote {escape(place)}", quiet=quiet)
 
 
 def _show(verdict: Any, *, quick: bool, quiet: bool, brief: bool) -> None:

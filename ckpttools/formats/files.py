@@ -12,6 +12,7 @@ from ckpttools.errors import CkptError, UsageError, escape
 
 LFS_MAGIC = b"version https://git-lfs"
 MAX_ENTRIES = 100_000
+MANIFEST = "ckpt-manifest.json"  # describes the files beside it: never carried to files that differ
 
 
 class File:

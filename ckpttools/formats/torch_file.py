@@ -466,7 +466,7 @@ def scalar(view: View) -> float | None:
     """The value of a tensor of one element, read from the file; None for other dtypes."""
     form = _SCALARS.get(view.dtype.name)
     chunk = next(iter(view.ref.chunks), None)
-    if form is None or not isinstance(chunk, ByteRange):
+    if form is None or not isinstance(chunk, ByteRange) or view.ref.numel != 1:
         return None
     with opened(chunk.path) as file:
         (value,) = struct.unpack(form, file.read(chunk.start, chunk.nbytes))

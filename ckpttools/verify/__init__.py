@@ -10,17 +10,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.formats import Source, locate
 from ckpttools.progress import Progress
 from ckpttools.verify.contents import check_contents, tasks_of
+from ckpttools.verify.data import Task
 from ckpttools.verify.findings import ERROR, INFO, Finding, Verdict, of_error
 from ckpttools.verify.headers import check_headers
+from ckpttools.verify.manifests import check_manifest, describe
 
 Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar
 
-__all__ = ["Finding", "Verdict", "check_before_use", "verify"]
+__all__ = ["Finding", "Verdict", "check_before_use", "manifest_of", "verify"]
 
 
 def verify(
@@ -39,11 +42,14 @@ def verify(
         return Verdict(path=path, format=None, step=None, epoch=None, findings=(of_error(error),))
     findings, found, files = check_headers(source)
     nbytes = 0
+    tasks: list[Task] = []
     if found is not None and not quick:
         tasks = tasks_of(found, files)
         nbytes = sum(task.nbytes for task in tasks)
-        with bar(nbytes) if bar else nullcontext() as progress:
+    with bar(nbytes) if bar else nullcontext() as progress:
+        if found is not None and not quick:
             findings += check_contents(found, tasks, workers, progress)
+        findings += check_manifest(source.target, found, files, quick=quick, workers=workers)
     return Verdict(
         path=path,
         format=found.layout.format if found else source.format,
@@ -52,6 +58,21 @@ def verify(
         findings=tuple(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO))),
         nbytes_read=nbytes,
     )
+
+
+def manifest_of(path: Path, tag: str | None = None, *, workers: int = 0) -> tuple[Path, bytes]:
+    """Where the manifest of a checkpoint belongs, and its contents as the files are now.
+
+    Entries of other files beside a single-file checkpoint are kept. Raises CkptError for a checkpoint that
+    cannot be read.
+    """
+    source = locate(path, tag)
+    _, found, files = check_headers(source)
+    entries = describe(manifest.own_files(source.target), found, files, workers)
+    place = manifest.place(source.target)
+    if not source.target.is_dir() and place.is_file():
+        entries = manifest.load(place) | entries
+    return place, manifest.dump(entries)
 
 
 def check_before_use(source: Source) -> Checkpoint:

@@ -10,6 +10,8 @@ from ckpttools.callables import judge
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.formats import Source, read
+from ckpttools.formats.archive import unexplained
+from ckpttools.formats.files import opened
 from ckpttools.formats.torch_file import TorchFile
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import (
@@ -39,8 +41,7 @@ def check_headers(source: Source) -> tuple[list[Finding], Checkpoint | None, lis
         return [of_error(error)], None, []
     extra = found.extra
     files = [f for f in (extra if isinstance(extra, tuple) else (extra,)) if isinstance(f, TorchFile)]
-    findings = [finding for file in files for finding in _callables(file)]
-    return findings + list(_notes(found)), found, files
+    return [*_files(files), *_notes(found)], found, files
 
 
 def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[TorchFile]]:
@@ -66,8 +67,7 @@ def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[
             ranks.append(rank)
     torch_files = [model.file] if model is not None else []
     torch_files += [rank.file for rank in ranks]
-    for file in torch_files:
-        findings += _callables(file)
+    findings += _files(torch_files)
     complete = None
     joined: ZeroFolder | None = None
     if model is not None and len(ranks) == len(files.optim):
@@ -82,6 +82,38 @@ def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[
     if found is not None:
         findings += _notes(found)
     return findings, found, torch_files
+
+
+def _files(files: list[TorchFile]) -> Iterator[Finding]:
+    """What each torch file shows by itself."""
+    for file in files:
+        yield from _callables(file)
+        yield from _structure(file)
+
+
+def _structure(file: TorchFile) -> Iterator[Finding]:
+    """Every byte of an archive that torch wrote is explained: headers, paddings, descriptors, directory."""
+    if file.archive is None:
+        return
+    with opened(file.path) as opened_file:
+        problems = unexplained(opened_file, file.archive)
+    if problems is None:
+        yield Finding(
+            id="zip-other-writer",
+            severity=INFO,
+            file=str(file.path),
+            where="",
+            message="not written by torch.save itself: its headers are checked by the general rules only",
+        )
+    for problem in problems or ():
+        yield Finding(
+            id="zip-unexplained",
+            severity=ERROR,
+            file=str(file.path),
+            where=problem,
+            message="holds bytes that torch does not write there",
+            hint="copy the file again from where it was saved, or use an older checkpoint",
+        )
 
 
 def _callables(file: TorchFile) -> Iterator[Finding]:

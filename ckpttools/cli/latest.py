@@ -1,0 +1,50 @@
+"""ckpt latest: the checkpoint that a resume would take, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ckpttools.cli import render
+from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, WORKERS
+from ckpttools.errors import escape
+
+
+@click.command("latest")
+@click.argument("folder", metavar="DIR", type=PATH)
+@click.option("--verified", is_flag=True, help="The newest that passes every check of ckpt verify.")
+@JSON
+@QUIET
+@WORKERS
+@NO_PROGRESS
+def command(
+    folder: Path, verified: bool, as_json: bool, quiet: bool, workers: int, no_progress: bool
+) -> None:
+    """Print the path of the checkpoint in DIR that auto-resume would take; the reason goes to stderr.
+
+    `last_checkpoint` and `latest` are followed; without them the newest by the step inside is taken. With
+    --verified each one is checked, newest first, until one is whole; those passed over are named.
+    """
+    from ckpttools import runs
+    from ckpttools.verify import verify
+
+    if verified:
+        choice = runs.latest_verified(
+            folder,
+            lambda path: verify(
+                path,
+                workers=workers,
+                bar=lambda n: render.bar(n, path.name, enabled=not (no_progress or quiet)),
+            ),
+        )
+    else:
+        choice = runs.latest(folder)
+    if as_json:
+        passed = [{"path": str(path), "reason": reason} for path, reason in choice.passed_over]
+        render.document({"path": str(choice.path), "why": choice.why, "passed_over": passed})
+        return
+    for path, reason in choice.passed_over:
+        render.say(f"passed over {escape(path)}: {escape(reason, 1000)}", quiet=quiet)
+    render.say(escape(choice.why, 1000), quiet=quiet)
+    click.echo(escape(choice.path, 4000))

@@ -1,0 +1,144 @@
+"""The manifest: what a checkpoint's files were when somebody trusted them.
+
+`ckpt-manifest.json` beside the files holds the size and xxh3_128 of each file, and the xxh3_128 of each
+tensor in it, so that a change can be named. It covers what formats without checksums cannot: any changed
+byte, and edits whose checksums were mended. (xxh3 guards against accidents and careless edits, not against
+somebody who can rewrite the manifest too.)
+
+    {"format": "ckpttools-manifest", "version": 1,
+     "files": {name: {"size": bytes, "xxh3_128": hex, "tensors": {path into the file: hex}}}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from ckpttools.errors import CkptError
+from ckpttools.formats import jsons
+from ckpttools.formats.files import MANIFEST, entries, opened, plain_name
+
+FORMAT, VERSION = "ckpttools-manifest", 1
+BLOCK_NBYTES = 1 << 20
+
+Ranges = Mapping[str, tuple[int, int]]  # tensor -> (start, nbytes) within its file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One file: its size, its digest and those of its tensors."""
+
+    size: int
+    digest: str
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A file that is not what the manifest says. `tensors` are those that changed, as far as they tell."""
+
+    name: str
+    problem: str
+    tensors: tuple[str, ...] = ()
+
+
+def place(target: Path) -> Path:
+    """Where the manifest of a checkpoint lies: in its folder, or beside its single file."""
+    return (target if target.is_dir() else target.parent) / MANIFEST
+
+
+def own_files(target: Path) -> list[Path]:
+    """The files that a manifest covers: those directly in the folder, or the single file."""
+    if not target.is_dir():
+        return [target]
+    return [
+        target / e.name
+        for e in entries(target)
+        if e.is_file() and e.name != MANIFEST and ".ckpt-tmp-" not in e.name
+    ]
+
+
+def describe(files: Iterable[Path], tensors: Mapping[Path, Ranges], *, workers: int = 0) -> dict[str, Entry]:
+    """Read each file once, front to back, several at a time."""
+
+    def one(path: Path) -> tuple[str, Entry]:
+        size, digest, parts = hash_file(path, tensors.get(path, {}))
+        return path.name, Entry(size=size, digest=digest, tensors=parts)
+
+    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
+        return dict(pool.map(one, files))
+
+
+def hash_file(path: Path, ranges: Ranges) -> tuple[int, str, dict[str, str]]:
+    """Size and xxh3_128 of a file and of byte ranges in it, in one pass and a fixed amount of memory."""
+    whole = xxhash.xxh3_128()
+    parts = {name: xxhash.xxh3_128() for name in ranges}
+    waiting = sorted(((start, start + n, name) for name, (start, n) in ranges.items()), reverse=True)
+    active: list[tuple[int, int, str]] = []
+    with opened(path) as file:
+        at = 0
+        while at < file.size:
+            block = memoryview(file.read(at, min(BLOCK_NBYTES, file.size - at)))
+            end = at + len(block)
+            whole.update(block)
+            while waiting and waiting[-1][0] < end:
+                active.append(waiting.pop())
+            for start, last, name in active:
+                parts[name].update(block[max(start - at, 0) : last - at])
+            active = [span for span in active if span[1] > end]
+            at = end
+        return file.size, whole.hexdigest(), {name: part.hexdigest() for name, part in parts.items()}
+
+
+def dump(entries: Mapping[str, Entry]) -> bytes:
+    """The manifest as it is written."""
+    files = {
+        name: {"size": entry.size, "xxh3_128": entry.digest, "tensors": dict(entry.tensors)}
+        for name, entry in sorted(entries.items())
+    }
+    return json.dumps({"format": FORMAT, "version": VERSION, "files": files}, indent=1).encode() + b"\n"
+
+
+def load(path: Path) -> dict[str, Entry]:
+    """Read a manifest. Raises CkptError where it is damaged or of another version."""
+    value = jsons.read(path)
+    files = value.get("files")
+    if value.get("format") != FORMAT or value.get("version") != VERSION or not isinstance(files, dict):
+        raise CkptError(
+            "manifest-damaged",
+            "not a manifest of this version of ckpttools",
+            where=path,
+            why="what it says about the files cannot be used",
+            hint="write it anew with ckpt verify --write-manifest, once the checkpoint is known to be good",
+        )
+    return {plain_name(name, path): _entry(path, entry) for name, entry in files.items()}
+
+
+def _entry(path: Path, entry: object) -> Entry:
+    match entry:
+        case {"size": int(size), "xxh3_128": str(digest), "tensors": dict(tensors)} if all(
+            isinstance(part, str) for part in tensors.values()
+        ):
+            return Entry(size=size, digest=digest, tensors=tensors)
+    raise jsons.damaged(path, "the manifest describes a file in another way than it must")
+
+
+def differences(stated: Mapping[str, Entry], found: Mapping[str, Entry]) -> list[Difference]:
+    """What changed since the manifest was written, for the files that both know or that are gone."""
+    out: list[Difference] = []
+    for name, entry in stated.items():
+        now = found.get(name)
+        if now is None:
+            out.append(Difference(name=name, problem="is gone"))
+        elif now.size != entry.size:
+            out.append(Difference(name=name, problem=f"has {now.size} bytes instead of {entry.size}"))
+        elif now.digest and now.digest != entry.digest:
+            changed = tuple(t for t, part in entry.tensors.items() if now.tensors.get(t, part) != part)
+            out.append(Difference(name=name, problem="has other contents", tensors=changed))
+    return out

@@ -1,0 +1,114 @@
+"""The manifest: what it says, what it finds, when it is written, and what it is never carried to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from commands import Ckpt
+from safetensors.torch import load_file, save_file
+from support import FIXTURES
+
+ZERO = FIXTURES / "deepspeed-0.19.8" / "z2_groups_ws2"
+NAME = "ckpt-manifest.json"
+
+
+def test_it_states_sizes_and_digests(ckpt: Ckpt, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "hf" / "sharded", tmp_path / "hf")
+    os.utime(tmp_path / "hf", (1_000_000, 1_000_000))
+    assert ckpt("verify", tmp_path / "hf", "--write-manifest").code == 0
+    assert (tmp_path / "hf").stat().st_mtime == 1_000_000  # frameworks choose checkpoints by time
+    stated = json.loads((tmp_path / "hf" / NAME).read_text())["files"]
+    assert stated.keys() == {p.name for p in (tmp_path / "hf").iterdir()} - {NAME}
+    for name, entry in stated.items():
+        raw = (tmp_path / "hf" / name).read_bytes()
+        assert entry["size"] == len(raw)
+        assert entry["xxh3_128"] == xxhash.xxh3_128_hexdigest(raw)
+        if name.endswith(".safetensors"):
+            tensors = load_file(tmp_path / "hf" / name)
+            assert entry["tensors"] == {
+                k: xxhash.xxh3_128_hexdigest(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                for k, t in tensors.items()
+            }
+    assert ckpt("verify", tmp_path / "hf").code == 0
+
+
+def test_a_changed_weight_in_safetensors_is_named(ckpt: Ckpt, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "hf" / "single", tmp_path / "hf")
+    ckpt("verify", tmp_path / "hf", "--write-manifest")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    ran = ckpt("verify", tmp_path / "hf")
+    assert ran.code == 1 and "ERROR[manifest-mismatch]" in ran.out and f"changed: {name}" in ran.out
+    # a checkpoint with an error gets no new manifest
+    before = (tmp_path / "hf" / NAME).read_bytes()
+    assert ckpt("verify", tmp_path / "hf", "--write-manifest").code == 1
+    assert (tmp_path / "hf" / NAME).read_bytes() == before
+
+
+def test_an_edit_with_right_checksums_is_found(ckpt: Ckpt, tmp_path: Path) -> None:
+    """A moment changed and saved by torch anew: checksums, sizes and master weights all agree."""
+    shutil.copytree(ZERO, tmp_path / "run")
+    ckpt("verify", tmp_path / "run", "--write-manifest")
+    path = next((tmp_path / "run").glob("*/*rank_1*"))
+    state = torch.load(path, weights_only=False)
+    state["optimizer_state_dict"]["base_optimizer_state"]["state"][1]["exp_avg"][2] += 1e-3
+    torch.save(state, path)
+    ran = ckpt("verify", tmp_path / "run")
+    assert ran.code == 1
+    assert "state[1].exp_avg" in ran.out and "state[0].exp_avg" not in ran.out
+    (path.parent / NAME).unlink()
+    assert ckpt("verify", tmp_path / "run").code == 0
+
+
+@pytest.mark.parametrize("edit", ["remove", "grow", "unlisted", "garbage"])
+def test_files_against_the_manifest(edit: str, ckpt: Ckpt, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "hf" / "single", tmp_path / "hf")
+    ckpt("verify", tmp_path / "hf", "--write-manifest")
+    config = tmp_path / "hf" / "config.json"
+    match edit:
+        case "remove":
+            config.unlink()
+        case "grow":
+            config.write_text(config.read_text() + "\n")
+        case "unlisted":
+            (tmp_path / "hf" / "note.txt").write_text("later")
+        case "garbage":
+            (tmp_path / "hf" / NAME).write_text('{"format": "other"}')
+    for options in ([], ["--quick"]):
+        ran = ckpt("verify", tmp_path / "hf", *options)
+        expected = {"unlisted": "note[manifest-unlisted]", "garbage": "ERROR[manifest-damaged]"}
+        assert expected.get(edit, "ERROR[manifest-mismatch]") in ran.out, ran
+        assert ran.code == (0 if edit == "unlisted" else 1)
+
+
+def test_single_files_share_a_manifest(ckpt: Ckpt, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(FIXTURES / "monolithic" / "run", run)
+    first, second = sorted(run.iterdir())
+    for path in (first, second):
+        assert ckpt("verify", path, "--write-manifest").code == 0
+    stated = json.loads((run / NAME).read_text())["files"]
+    assert stated.keys() == {first.name, second.name}
+    with first.open("ab") as file:
+        file.write(b"x")
+    assert ckpt("verify", first).code == 1
+    assert ckpt("verify", second).code == 0
+
+
+def test_it_is_not_carried_to_files_that_differ(ckpt: Ckpt, tmp_path: Path) -> None:
+    shutil.copytree(ZERO, tmp_path / "run")
+    ckpt("verify", tmp_path / "run", "--write-manifest")
+    manifest = next((tmp_path / "run").glob(f"*/{NAME}"))
+    before = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    assert ckpt("reshard", tmp_path / "run", tmp_path / "out", "--world-size", "3").code == 0
+    assert ckpt("verify", tmp_path / "out").code == 0
+    assert hashlib.sha256(manifest.read_bytes()).hexdigest() == before
