@@ -107,6 +107,12 @@ def _all() -> dict[str, Explanation]:
             "something else: the file was damaged where no checksum reaches, or another program changed it.",
             AGAIN,
         ),
+        "records-edited": e(
+            ZIP,
+            "torch folds the checksums of all records into one number when it saves. The number does not fit: a record "
+            "was changed and its own checksum mended, or records were moved between files. Accidents do not do this.",
+            "Get the file again from where it was saved, and ask who edited it.",
+        ),
         "zip-other-writer": e(
             INFO,
             "The archive was written by something other than torch.save, such as a script that used Python's "

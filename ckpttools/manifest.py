@@ -22,7 +22,7 @@ import xxhash
 
 from ckpttools.errors import CkptError
 from ckpttools.formats import jsons
-from ckpttools.formats.files import MANIFEST, entries, opened, plain_name
+from ckpttools.formats.files import MANIFEST, entries, is_file, opened, plain_name
 
 FORMAT, VERSION = "ckpttools-manifest", 1
 BLOCK_NBYTES = 1 << 20
@@ -60,7 +60,7 @@ def own_files(target: Path) -> list[Path]:
     return [
         target / e.name
         for e in entries(target)
-        if e.is_file() and e.name != MANIFEST and ".ckpt-tmp-" not in e.name
+        if is_file(e) and e.name != MANIFEST and ".ckpt-tmp-" not in e.name
     ]
 
 

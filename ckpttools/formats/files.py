@@ -133,6 +133,22 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(found, key=lambda entry: entry.name)
 
 
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a regular file, or a link to one; a link that leads nowhere or in circles is not."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """The same for folders."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def small_text(path: Path, limit: int) -> str:
     """A text file of at most `limit` bytes, such as `latest`."""
     with opened(path) as file:

@@ -19,7 +19,7 @@ from pathlib import Path
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, TrainState, Weights
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats import fields, jsons
-from ckpttools.formats.files import entries, plain_name, size_of
+from ckpttools.formats.files import entries, is_file, plain_name, size_of
 from ckpttools.formats.monolithic import tied
 from ckpttools.formats.safetensors import cast, read_safetensors, safetensors_file
 from ckpttools.formats.torch_file import (
@@ -187,7 +187,7 @@ def _other_files(folder: Path, known: set[str]) -> list[FileRole]:
             role=ROLES.get(entry.name, "not part of the weights"),
         )
         for entry in entries(folder)
-        if entry.is_file() and entry.name not in known
+        if is_file(entry) and entry.name not in known
     ]
 
 
@@ -317,5 +317,5 @@ def config_files(folder: Path) -> list[OutputFile]:
     return [
         copy_file(folder / entry.name, entry.name, entry.stat().st_size)
         for entry in entries(folder)
-        if entry.is_file() and CONFIG_FILES.fullmatch(entry.name)
+        if is_file(entry) and CONFIG_FILES.fullmatch(entry.name)
     ]

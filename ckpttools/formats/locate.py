@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
-from ckpttools.formats.files import entries, opened, plain_name, small_text
+from ckpttools.formats.files import entries, is_file, is_folder, opened, plain_name, small_text
 from ckpttools.formats.hf import looks_like_hf
 from ckpttools.formats.torch_file import is_torch_file
 from ckpttools.formats.zero.names import ANY, OPTIM, looks_like_zero
@@ -108,6 +108,15 @@ def _folder(path: Path, tag: str | None) -> Source:
     _refuse_known(path, names)
     if looks_like_hf(path):
         return Source(format="hf", target=path, root=path, how="a Hugging Face folder")
+    missing = next((name for name in ("config.json", "adapter_config.json") if name in names), None)
+    if missing is not None and not checkpoints(path):
+        raise CkptError(
+            "no-weights",
+            f"{missing} is here, but no model weights",
+            where=path,
+            why="the folder is a Hugging Face model without its weights, or they were not copied",
+            hint="copy model.safetensors (or its shards and index) from where the folder was saved",
+        )
     return _only_one(path)
 
 
@@ -135,7 +144,9 @@ def _latest(path: Path) -> Source:
 
 
 def _tags(path: Path, but: str = "") -> str:
-    found = [e.name for e in entries(path) if e.is_dir() and e.name != but and looks_like_zero(path / e.name)]
+    found = [
+        e.name for e in entries(path) if is_folder(e) and e.name != but and looks_like_zero(path / e.name)
+    ]
     if not found:
         return "no other checkpoint is in this folder: copy it again from where it was saved"
     shown = ", ".join(map(escape, sorted(found, key=_by_number)[-8:]))
@@ -187,11 +198,11 @@ def checkpoints(path: Path) -> list[Path]:
     for entry in entries(path):
         child = path / entry.name
         try:
-            if entry.is_dir():
+            if is_folder(entry):
                 inside = {e.name for e in entries(child)}
                 if LATEST in inside or BUNDLE in inside or looks_like_zero(child) or looks_like_hf(child):
                     found.append(child)
-            elif entry.is_file() and entry.name.endswith((*TORCH_SUFFIXES, ".safetensors")):
+            elif is_file(entry) and entry.name.endswith((*TORCH_SUFFIXES, ".safetensors")):
                 if SIDE_FILES.fullmatch(entry.name):
                     continue
                 with opened(child) as file:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.errors import escape
-from ckpttools.formats.files import MANIFEST, entries, size_of
+from ckpttools.formats.files import MANIFEST, entries, is_file, is_folder, size_of
 from ckpttools.formats.locate import BUNDLE, Source
 from ckpttools.formats.zero.names import looks_like_zero
 from ckpttools.plan import OutputFile, Plan, copy_file
@@ -42,12 +42,12 @@ def _beside(
     left: list[str] = []
     for entry in entries(folder):
         path = folder / entry.name
-        if entry.is_file() and entry.name != MANIFEST:
+        if is_file(entry) and entry.name != MANIFEST:
             if ranks_change and RANK_LOCAL.fullmatch(entry.name):
                 dropped.append(entry.name)
             else:
                 yield copy_file(path, prefix + entry.name, size_of(path))
-        elif entry.is_dir() and path != source.target and not _holds(path, source.target):
+        elif is_folder(entry) and path != source.target and not _holds(path, source.target):
             if entry.name in CARRIED_FOLDERS:
                 yield from _tree(path, f"{prefix}{entry.name}/")
             else:
@@ -67,7 +67,7 @@ def _holds(folder: Path, target: Path) -> bool:
 
 def _tree(folder: Path, prefix: str, depth: int = 8) -> Iterator[OutputFile]:
     for entry in entries(folder):
-        if entry.is_file() and entry.name != MANIFEST:
+        if is_file(entry) and entry.name != MANIFEST:
             yield copy_file(folder / entry.name, prefix + entry.name, size_of(folder / entry.name))
         elif entry.is_dir(follow_symlinks=False) and depth:
             yield from _tree(folder / entry.name, f"{prefix}{entry.name}/", depth - 1)

@@ -132,15 +132,13 @@ class TorchFile:
 
     @property
     def has_checksums(self) -> bool:
-        return self.archive is not None and not all(
-            record.unchecked for record in self.archive.records.values() if record.nbytes
-        )
+        return self.archive is not None and not self.archive.unchecked
 
     def checks(self) -> Iterator[SourceCheck]:
         """The checksum of every record, as the archive states it."""
-        if self.archive:
+        if self.archive and self.has_checksums:
             for name, record in self.archive.records.items():
-                if record.nbytes and not record.unchecked:
+                if record.nbytes:
                     yield SourceCheck(self.archive.range(record), record.crc32, f"record {escape(name)}")
 
     def view(self, node: Node) -> View | None:

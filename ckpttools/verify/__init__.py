@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from ckpttools import manifest
@@ -18,7 +19,7 @@ from ckpttools.progress import Progress
 from ckpttools.verify.contents import check_contents, tasks_of
 from ckpttools.verify.data import Task
 from ckpttools.verify.findings import ERROR, INFO, Finding, Verdict, of_error
-from ckpttools.verify.headers import check_headers
+from ckpttools.verify.headers import check_beside, check_headers
 from ckpttools.verify.manifests import check_manifest, describe
 
 Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar
@@ -41,6 +42,10 @@ def verify(
             raise
         return Verdict(path=path, format=None, step=None, epoch=None, findings=(of_error(error),))
     findings, found, files = check_headers(source)
+    beside, checks = check_beside(source, files)
+    findings += beside
+    if found is not None:
+        found = replace(found, checks=(*found.checks, *checks))
     nbytes = 0
     tasks: list[Task] = []
     if found is not None and not quick:

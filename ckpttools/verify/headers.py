@@ -8,11 +8,12 @@ from typing import TypeVar
 
 from ckpttools.callables import judge
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import Source, read
-from ckpttools.formats.archive import unexplained
-from ckpttools.formats.files import opened
-from ckpttools.formats.torch_file import TorchFile
+from ckpttools.formats.archive import SERIALIZATION_ID, belong_together, unexplained
+from ckpttools.formats.files import entries, is_file, opened
+from ckpttools.formats.safetensors import read_safetensors
+from ckpttools.formats.torch_file import TorchFile, is_torch_file, read_torch_file
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import (
     Rank,
@@ -23,10 +24,38 @@ from ckpttools.formats.zero.read import (
     read_model,
     read_rank,
 )
+from ckpttools.plan import SourceCheck
 from ckpttools.verify.findings import ERROR, INFO, Finding, of_error
 from ckpttools.verify.zero import archive_roots, check_folder
 
 T = TypeVar("T")
+SIDE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".safetensors")
+
+
+def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding], list[SourceCheck]]:
+    """Files beside the weights that a resume needs: schedulers, random states, the Trainer's optimizer ...
+
+    Returns what their headers show, and the checksums that the pass over the bytes is to verify.
+    """
+    findings: list[Finding] = []
+    checks: list[SourceCheck] = []
+    folders = dict.fromkeys(f for f in (source.target, source.root, source.root / "hf_model") if f.is_dir())
+    seen = {file.path for file in known}
+    for folder in folders:
+        for entry in entries(folder):
+            path = folder / entry.name
+            if path in seen or not is_file(entry) or not entry.name.endswith(SIDE_SUFFIXES):
+                continue
+            try:
+                if entry.name.endswith(".safetensors"):
+                    read_safetensors(path)
+                elif is_torch_file(path):
+                    file = read_torch_file(path)
+                    findings += _files([file])
+                    checks += file.checks()
+            except CkptError as error:
+                findings.append(of_error(error))
+    return findings, checks
 
 
 def check_headers(source: Source) -> tuple[list[Finding], Checkpoint | None, list[TorchFile]]:
@@ -50,15 +79,18 @@ def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[
     def attempt(action: Callable[[], T]) -> T | None:
         try:
             return action()
-        except CkptError as error:
-            if error.exit_code != 1:
-                raise
+        except Unsupported:
+            raise
+        except CkptError as error:  # also what may not be read: one file must not hide the others
             findings.append(of_error(error))
             return None
 
-    files = attempt(lambda: find(folder))
-    if files is None:
-        return findings, None, []
+    try:
+        files = find(folder)
+    except CkptError as error:
+        if error.exit_code != 1:
+            raise
+        return [of_error(error)], None, []
     model = attempt(lambda: read_model(files.model))
     ranks: list[Rank] = []
     for number, path in files.optim.items():
@@ -97,6 +129,16 @@ def _structure(file: TorchFile) -> Iterator[Finding]:
         return
     with opened(file.path) as opened_file:
         problems = unexplained(opened_file, file.archive)
+        together = belong_together(opened_file, file.archive)
+    if not together:
+        yield Finding(
+            id="records-edited",
+            severity=ERROR,
+            file=str(file.path),
+            where=SERIALIZATION_ID,
+            message="the records were not saved together: one was changed, and its checksum mended",
+            hint="copy the file again from where it was saved; ask who edited it",
+        )
     if problems is None:
         yield Finding(
             id="zip-other-writer",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported, escape
-from ckpttools.formats.files import MANIFEST, entries
+from ckpttools.formats.files import MANIFEST, entries, is_file
 
 OPTIM = re.compile(
     r"(?P<prefix>bf16_|fp16_)?zero_pp_rank_(?P<dp>\d{1,6})(?P<mp>_mp_rank_\d{2,6})?(?P<bar>_?)optim_states\.pt"
@@ -73,7 +73,7 @@ def find(folder: Path) -> ZeroFiles:
             styles.add((match["prefix"] or "", not match["bar"]))
         elif MODEL.fullmatch(entry.name):
             models.append(path)
-        elif entry.is_file(follow_symlinks=True) and entry.name != MANIFEST:
+        elif is_file(entry) and entry.name != MANIFEST:
             others.append(path)
     if len(models) > 1:
         raise tensor_parallel(folder)
