@@ -134,7 +134,7 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a regular file, or a link to one; a link that leads nowhere or in circles is not."""
+    """Whether an entry is a regular file or a link to one; a link that leads in circles is not."""
     try:
         return entry.is_file()
     except OSError:
