@@ -144,7 +144,6 @@ def _all() -> dict[str, Explanation]:
             "The index of a sharded model and the shards name different tensors: they come from different saves.",
             "Copy the whole folder again from where it was saved.",
         ),
-        "tensor-duplicate": e(FOLDER, "Two shards hold a tensor of the same name.", ONE_SAVE),
         "manifest-mismatch": e(
             FILE,
             "The file is not what it was when ckpt-manifest.json was written: another size or other bytes, or it is "
@@ -186,6 +185,22 @@ def _all() -> dict[str, Explanation]:
             "ckpt verify each one, and mend the least damaged.",
         ),
         "no-checkpoints": e(USE, "The folder holds no checkpoints.", "Name the run's own folder."),
+        "latest-missing": e(
+            FOLDER,
+            "A DeepSpeed tag folder lies in an HF Trainer checkpoint, and the file `latest` that names it is gone. "
+            "DeepSpeed would start anew.",
+            "Put the tag's name into `latest`, if its save was finished.",
+        ),
+        "index-missing": e(
+            FOLDER,
+            "A sharded Hugging Face model without its index: nobody can tell whether shards are missing.",
+            "Copy the *.index.json from where the folder was saved.",
+        ),
+        "shard-unused": e(
+            FOLDER,
+            "A file is named like a shard of the model, and the index does not name it: left over from a larger save.",
+            "Move it away.",
+        ),
         "model-missing": e(
             FOLDER,
             "mp_rank_00_model_states.pt is missing: the weights, the shapes of all parameters and the counters.",
@@ -285,7 +300,31 @@ def _all() -> dict[str, Explanation]:
             "step and before saving (such as swapping in an EMA copy) shows up here too.",
             ONE_SAVE,
         ),
+        "buffer-missing": e(RANKS, "A buffer that the model file lists is not in it.", ONE_SAVE),
+        "dtype-odd": e(
+            RANKS,
+            "A trained weight has another dtype than most, or is not floating point at all. Deliberate mixtures exist.",
+            "Compare with the model's code; " + ONE_SAVE,
+        ),
+        "field-missing": e(
+            RANKS,
+            "A field that DeepSpeed always writes is not there: another program wrote the file.",
+            ONE_SAVE,
+        ),
+        "field-contradicts": e(RANKS, "Two fields of the files contradict each other.", ONE_SAVE),
+        "setting-implausible": e(
+            RANKS,
+            "A learning rate or loss scale is negative or not a number. DeepSpeed takes both from the checkpoint, not "
+            "from the new configuration.",
+            "Use an older checkpoint.",
+        ),
         # --- values
+        "negative-square": e(
+            VALUES,
+            "exp_avg_sq and its like are means of squares. Values below zero mean damage, or that two tensors were "
+            "exchanged.",
+            "Use another copy.",
+        ),
         "nonfinite": e(
             VALUES,
             "A tensor holds NaN or Inf. In weights and optimizer state this is an error: training from here stays "

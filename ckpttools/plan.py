@@ -6,7 +6,6 @@ prints a plan, `execute` carries it out; nothing in between can make them differ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,9 @@ class Literal:
     @property
     def nbytes(self) -> int:
         return len(self.data)
+
+    def cut(self, start: int, nbytes: int) -> Literal:
+        return Literal(self.data[start : start + nbytes])
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +108,12 @@ def copy_file(source: Path, path: str, nbytes: int) -> OutputFile:
     return OutputFile(path=path, segments=(ByteRange(source, 0, nbytes),) if nbytes else ())
 
 
-def sources(plan: Plan) -> Iterable[Path]:
-    """Every source file that the plan reads, once."""
-    seen: dict[Path, None] = {}
-    for file in plan.files:
-        for segment in file.segments:
-            chunks: tuple[Chunk, ...]
-            match segment:
-                case Cast():
-                    chunks = segment.chunks
-                case ByteRange() | Strided():
-                    chunks = (segment,)
-                case _:
-                    chunks = ()
-            for chunk in chunks:
-                if not isinstance(chunk, Zeros):
-                    seen.setdefault(chunk.path)
-    return seen
+def reads(segment: Segment) -> tuple[Chunk, ...]:
+    """The chunks that a segment copies or casts, in order."""
+    match segment:
+        case Cast():
+            return segment.chunks
+        case ByteRange() | Strided() | Zeros():
+            return (segment,)
+        case Literal() | Crc32():
+            return ()

@@ -78,6 +78,10 @@ class ByteRange:
     start: int
     nbytes: int
 
+    @property
+    def end(self) -> int:
+        return self.start + self.nbytes
+
     def cut(self, start: int, nbytes: int) -> ByteRange:
         return ByteRange(self.path, self.start + start, nbytes)
 
@@ -110,6 +114,12 @@ class Strided:
     @property
     def nbytes(self) -> int:
         return self.numel * self.itemsize
+
+    @property
+    def end(self) -> int:
+        """The end of the whole view in the file, whatever part of it this is; no dimension is 0."""
+        last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        return self.start + (last + 1) * self.itemsize
 
     def cut(self, start: int, nbytes: int) -> Strided:
         assert start % self.itemsize == 0 and nbytes % self.itemsize == 0

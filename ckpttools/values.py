@@ -62,10 +62,11 @@ class Reader:
     """Reads chunks for one thread: open descriptors and one scratch buffer of fixed size.
 
     Raises `CkptError` "source-truncated" where a file ends too early, `UsageError` "source-unreadable"
-    where the system refuses.
+    where the system refuses. `nbytes_read` counts what was read so far.
     """
 
     def __init__(self) -> None:
+        self.nbytes_read = 0
         self._files = Handles(os.O_RDONLY)
         self._scratch = memoryview(b"")
 
@@ -112,6 +113,7 @@ class Reader:
             ) from error
         if got < len(view):
             raise truncated(path, start + len(view), start + got)
+        self.nbytes_read += got
 
     def _gather(self, view: memoryview, chunk: Strided) -> None:
         """Copy a view that is not contiguous on disk, in boxes that are."""
@@ -288,6 +290,11 @@ def _nonfinite_slow(block: Array, dtype: DType) -> tuple[int, int]:
     wide = block.astype(np.complex128 if dtype.name.startswith("complex") else np.float32)
     nan = np.isnan(wide)
     return int(np.count_nonzero(nan)), int(np.count_nonzero(np.isinf(wide) & ~nan))
+
+
+def negatives(block: Array) -> int:
+    """How many elements of a float block are below zero."""
+    return int(np.count_nonzero(block < 0)) if block.size and block.min() < 0 else 0
 
 
 def same_after_cast(master: Array, model: Array, dtype: DType) -> int | None:

@@ -51,10 +51,17 @@ def write(plan: Plan, how: Writing, label: str) -> None:
     started = time.monotonic()
     with render.bar(plan.nbytes, label, enabled=not (how.no_progress or how.quiet)) as progress:
         report = execute(
-            plan, how.dst, source=how.src, force=how.force, workers=how.workers, progress=progress
+            plan,
+            how.dst,
+            source=how.src,
+            force=how.force,
+            workers=how.workers,
+            progress=progress,
+            finish=None if plan.is_single_file else lambda staged: _finish(staged, how.workers),
         )
     seconds = time.monotonic() - started
-    _read_back(how.dst)
+    if plan.is_single_file:
+        _read_back(how.dst)
     if how.as_json:
         shown = render.plan_json(plan, how.src, how.dst, dry_run=False)
         render.document(shown | {"seconds": round(seconds, 3), "checksums_verified": report.checked})
@@ -68,6 +75,15 @@ def write(plan: Plan, how: Writing, label: str) -> None:
         quiet=how.quiet,
     )
     click.echo(escape(how.dst, 4000))
+
+
+def _finish(staged: Path, workers: int) -> dict[str, bytes]:
+    """Check what is about to appear, and give it a manifest of the bytes that are on disk now."""
+    from ckpttools.verify import manifest_of
+
+    _read_back(staged)
+    place, contents = manifest_of(staged, workers=workers)
+    return {place.relative_to(staged).as_posix(): contents}
 
 
 def _read_back(dst: Path) -> None:

@@ -42,6 +42,7 @@ SINGLE = (
     "consolidated.safetensors",
 )
 ADAPTER = "adapter_model"
+SHARD = re.compile(r"(model|pytorch_model|adapter_model)-\d{5}-of-\d{5}\.(safetensors|bin)")
 INDEX = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
@@ -76,7 +77,7 @@ def read(path: Path) -> Checkpoint:
     if path.is_dir():
         index, single = weight_files(path)
         if single is not None and (index is None or single.endswith(".safetensors")):
-            shards = {single: None}
+            index, shards = None, {single: None}
         elif index is not None:
             shards = dict.fromkeys(_shards(path, index))
         else:
@@ -89,15 +90,18 @@ def read(path: Path) -> Checkpoint:
     metadata: dict[str, str] = {}
     files: list[FileRole] = []
     torch_files: list[TorchFile] = []
+    weight_map = _weight_map(folder / index) if index is not None else None
+    for name in shards:
+        if not (folder / name).exists():
+            raise _missing(folder / name)
     for name in shards:
         found = _read_shard(folder / name, checks, metadata, torch_files)
-        twice = next((n for n in found if n in tensors), None)
-        if twice is not None:
-            raise CkptError("tensor-duplicate", f"'{escape(twice)}' is in two shards", where=folder / name)
+        if weight_map is not None:
+            _check_shard(folder / name, found, weight_map)
         tensors |= found
         files.append(FileRole(path=folder / name, nbytes=size_of(folder / name), role="weights"))
     if index is not None:
-        _check_index(folder / index, shards, tensors)
+        _check_index(folder / index, tensors)
         files.append(
             FileRole(path=folder / index, nbytes=size_of(folder / index), role="which shard holds what")
         )
@@ -135,43 +139,54 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(path: Path, shards: Mapping[str, None], tensors: Mapping[str, TensorRef]) -> None:
-    weight_map = _weight_map(path)
-    missing = [name for name in weight_map if name not in tensors]
-    extra = [name for name in tensors if name not in weight_map]
-    for names, problem in (
-        (missing, "are in the index but in no shard"),
-        (extra, "are in a shard but not in the index"),
-    ):
-        if names:
-            raise CkptError(
-                "index-mismatch",
-                f"{len(names)} tensors {problem}, the first '{escape(names[0])}'",
-                where=path,
-                why="the shards and the index come from different saves",
-                hint="copy the whole folder again from where it was saved",
-            )
+def _check_shard(path: Path, tensors: Mapping[str, TensorRef], weight_map: Mapping[str, str]) -> None:
+    """Each tensor of a shard is one that the index says is there."""
+    for name in tensors:
+        if name not in weight_map:
+            problem = f"holds '{escape(name)}', which the index does not name"
+        elif weight_map[name] != path.name:
+            problem = f"holds '{escape(name)}', which the index says is in {escape(weight_map[name])}"
+        else:
+            continue
+        raise _mismatch(path, problem)
+
+
+def _check_index(path: Path, tensors: Mapping[str, TensorRef]) -> None:
+    missing = [name for name in _weight_map(path) if name not in tensors]
+    if missing:
+        raise _mismatch(
+            path, f"names {len(missing)} tensors that no shard holds, first '{escape(missing[0])}'"
+        )
+
+
+def _mismatch(path: Path, problem: str) -> CkptError:
+    return CkptError(
+        "index-mismatch",
+        f"{escape(path.name)} {problem}",
+        where=path,
+        why="the shards and the index come from different saves",
+        hint="copy the whole folder again from where it was saved",
+    )
+
+
+def _missing(path: Path) -> CkptError:
+    return CkptError(
+        "shard-missing",
+        f"the shard {escape(path.name)} is missing",
+        where=path.parent,
+        why="the index names it: the tensors in it cannot be restored",
+        hint="copy it from where the folder was saved",
+    )
 
 
 def _read_shard(
     path: Path, checks: list[SourceCheck], metadata: dict[str, str], torch_files: list[TorchFile]
 ) -> dict[str, TensorRef]:
-    try:
-        if path.name.endswith(".safetensors"):
-            file = read_safetensors(path)
-            metadata |= file.metadata
-            return dict(file.tensors)
-        torch_file = read_torch_file(path)
-    except CkptError as error:
-        if error.id != "not-found":
-            raise
-        raise CkptError(
-            "shard-missing",
-            f"the shard {escape(path.name)} is missing",
-            where=path.parent,
-            why="the index names it: the tensors in it cannot be restored",
-            hint="copy it from where the folder was saved",
-        ) from None
+    if path.name.endswith(".safetensors"):
+        file = read_safetensors(path)
+        metadata |= file.metadata
+        return dict(file.tensors)
+    torch_file = read_torch_file(path)
     torch_files.append(torch_file)
     checks += torch_file.checks()
     root = fields.mapping(path, torch_file.value, "the file's value")
@@ -195,7 +210,7 @@ def _train_state(path: Path) -> TrainState:
     state = path / "trainer_state.json"
     if not path.is_dir() or not state.is_file():
         return TrainState()
-    values = jsons.read(state)
+    values = jsons.read(state, allow_nan=True)  # a loss may be NaN, and Python writes it so
     step, epoch = values.get("global_step"), values.get("epoch")
     return TrainState(
         step=step if type(step) is int else None,

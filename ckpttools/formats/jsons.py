@@ -26,8 +26,8 @@ def damaged(path: Path, problem: str) -> CkptError:
     )
 
 
-def parse(path: Path, raw: bytes, what: str = "the file") -> dict[str, object]:
-    """A JSON object. Raises CkptError for anything else, for duplicate keys and for NaN."""
+def parse(path: Path, raw: bytes, what: str = "the file", *, allow_nan: bool = False) -> dict[str, object]:
+    """A JSON object. Raises CkptError for anything else, for duplicate keys and, unless allowed, for NaN."""
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
         out = dict(items)
@@ -36,6 +36,8 @@ def parse(path: Path, raw: bytes, what: str = "the file") -> dict[str, object]:
         return out
 
     def constant(name: str) -> object:
+        if allow_nan:
+            return float(name)
         raise damaged(path, f"{what} holds {name}, which is not JSON")
 
     if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
@@ -59,9 +61,9 @@ def parse(path: Path, raw: bytes, what: str = "the file") -> dict[str, object]:
     return value
 
 
-def read(path: Path, limit: int = MAX_BYTES) -> dict[str, object]:
+def read(path: Path, limit: int = MAX_BYTES, *, allow_nan: bool = False) -> dict[str, object]:
     """A JSON object from a file of at most `limit` bytes."""
     with opened(path) as file:
         if file.size > limit:
             raise damaged(path, f"{file.size} bytes of JSON, over the limit of {limit}")
-        return parse(path, file.head(limit))
+        return parse(path, file.head(limit), allow_nan=allow_nan)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats.files import entries, is_file, is_folder, opened, plain_name, small_text
-from ckpttools.formats.hf import looks_like_hf
+from ckpttools.formats.hf import SHARD, looks_like_hf
 from ckpttools.formats.torch_file import is_torch_file
 from ckpttools.formats.zero.names import ANY, OPTIM, looks_like_zero
 
@@ -44,19 +44,35 @@ class Source:
 
 def locate(path: Path, tag: str | None = None) -> Source:
     """Find the one checkpoint that a path means. Raises CkptError with a list where it is not one."""
-    if not path.exists():
-        dangling = path.is_symlink()
-        raise UsageError(
-            "not-found",
-            "a symbolic link that leads nowhere" if dangling else "there is no such file or folder",
-            where=path,
-            hint="check the path",
-        )
+    _look_up(path)
     if path.is_dir():
         return _folder(path, tag)
     if tag is not None:
         raise UsageError("bad-usage", "--tag needs a folder", where=path, hint="leave --tag out for a file")
     return _file(path)
+
+
+def _look_up(path: Path) -> None:
+    """Raise UsageError where a path leads to nothing, or may not be followed."""
+    try:
+        path.stat()
+        return
+    except PermissionError:
+        id, problem = "no-permission", "a folder above it may not be entered"
+    except FileNotFoundError:
+        id, problem = "not-found", "there is no such file or folder"
+    except (OSError, ValueError) as error:  # a name that is too long, a NUL in it, links in circles
+        id, problem = "not-readable", f"the path cannot be looked up: {escape(error)}"
+    if id != "no-permission" and path.name and _is_link(path):
+        id, problem = "not-found", "a symbolic link that leads nowhere"
+    raise UsageError(id, problem, where=path, hint="check the path, and who may enter its folders")
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except (OSError, ValueError):
+        return False
 
 
 def _file(path: Path) -> Source:
@@ -106,6 +122,7 @@ def _folder(path: Path, tag: str | None) -> Source:
         inner = _folder(path / BUNDLE, None)
         return replace(inner, root=path, how=f"{BUNDLE}/ of this bundle; {inner.how}")
     _refuse_known(path, names)
+    _refuse_headless(path, names)
     if looks_like_hf(path):
         return Source(format="hf", target=path, root=path, how="a Hugging Face folder")
     missing = next((name for name in ("config.json", "adapter_config.json") if name in names), None)
@@ -164,6 +181,28 @@ def _refuse_known(path: Path, names: list[str]) -> None:
     raise Unsupported(
         "layout-unsupported", f"{kind}, which is recognised but not read yet", where=path, hint=hint
     )
+
+
+def _refuse_headless(path: Path, names: list[str]) -> None:
+    """Parts of a checkpoint whose head is gone: shards without index, a Trainer's ZeRO without `latest`."""
+    shards = [name for name in names if SHARD.fullmatch(name)]
+    if shards and not any(name.endswith(".index.json") for name in names):
+        raise CkptError(
+            "index-missing",
+            f"{len(shards)} shards of a model, and no index",
+            where=path,
+            why="the index says which tensors there are: without it nobody knows whether shards are missing",
+            hint="copy the *.index.json from where the folder was saved",
+        )
+    tags = [name for name in names if re.fullmatch(r"global_step\d+", name) and (path / name).is_dir()]
+    if tags and "trainer_state.json" in names:
+        raise CkptError(
+            "latest-missing",
+            f"{tags[-1]}/ is here, but no `latest` that names it",
+            where=path,
+            why="the Trainer would not find its DeepSpeed state and could not resume",
+            hint=f"if the save was finished, write {tags[-1]} into the file latest, or use --tag {tags[-1]}",
+        )
 
 
 def _only_one(path: Path) -> Source:

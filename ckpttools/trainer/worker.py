@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except Exception as problem:
         traceback.print_exc()  # into the log
         _report(failures.as_error(problem, output.log or ""), output)
-    sys.exit(0)
+    _leave(0)
 
 
 def _report(error: CkptError, output: Output) -> NoReturn:
@@ -40,10 +40,18 @@ def _report(error: CkptError, output: Output) -> NoReturn:
         failures.write(Path(exchange), error)
     elif os.environ["LOCAL_RANK"] == "0" or error.id == "train-crash":
         output.show(error.four_parts)  # an error that all ranks share is shown once per node
+    _leave(error.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without the libraries' own endings.
+
+    A process group would wait for ranks that wait for this one, and gloo's threads can abort the process
+    ("terminate called without an active exception") after all work is done.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: the process group would wait for ranks that wait for this one.
-    os._exit(error.exit_code)
+    os._exit(code)
 
 
 def _run(options: Options, output: Output) -> None:

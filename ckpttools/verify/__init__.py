@@ -16,10 +16,11 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.formats import Source, locate
 from ckpttools.progress import Progress
+from ckpttools.verify.beside import check_beside
 from ckpttools.verify.contents import check_contents, tasks_of
 from ckpttools.verify.data import Task
 from ckpttools.verify.findings import ERROR, INFO, Finding, Verdict, of_error
-from ckpttools.verify.headers import check_beside, check_headers
+from ckpttools.verify.headers import check_headers
 from ckpttools.verify.manifests import check_manifest, describe
 
 Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar

@@ -14,6 +14,8 @@ from ckpttools.tensors import ByteRange, TensorRef
 from ckpttools.verify import data
 from ckpttools.verify.findings import ERROR, INFO, WARNING, Finding, of_error
 
+# optimizer state that is a running mean (or sum) of squares
+SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
 
 
@@ -33,7 +35,9 @@ def tasks_of(found: Checkpoint, files: list[TorchFile]) -> list[data.Task]:
             if isinstance(chunk, ByteRange):
                 for part in claims.claim(chunk):
                     whole = (part.start - chunk.start) % ref.dtype.itemsize == 0
-                    tasks.append(data.Scan(source=part, dtype=ref.dtype if whole else None, name=name))
+                    squares = name.endswith(SQUARES)
+                    dtype = ref.dtype if whole else None
+                    tasks.append(data.Scan(source=part, dtype=dtype, name=name, squares=squares))
     for record in _records(found):
         tasks += [data.Scan(source=part, dtype=None, name="") for part in claims.claim(record)]
     return tasks
@@ -112,6 +116,15 @@ def _of_result(found: Checkpoint, result: data.Result) -> Finding:
                 message=f"element {result.element}: the fp32 master weight, rounded to {result.dtype.short}, "
                 f"is not the weight in {result.model.name}: files of different saves, or changed ones",
                 hint="copy all files of the folder again from one save",
+            )
+        case data.Negative():
+            return Finding(
+                id="negative-square",
+                severity=ERROR,
+                file=str(result.path),
+                where=result.name,
+                message=f"{result.count} elements of a mean of squares are below zero",
+                hint="the optimizer state was damaged or exchanged: use another copy",
             )
         case data.NonFinite():
             severity = _severity(found, result)

@@ -10,7 +10,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,18 +18,22 @@ from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
-from ckpttools.values import BLOCK_NBYTES, Reader, nonfinite, numpy_array, same_after_cast
+from ckpttools.values import BLOCK_NBYTES, Reader, negatives, nonfinite, numpy_array, same_after_cast
 
 UNIT_NBYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """A range to be read; with a dtype, its elements are looked at. `name` says what it is a part of."""
+    """A range to be read; with a dtype, its elements are looked at. `name` says what it is a part of.
+
+    `squares` are running means of squares, which cannot be negative.
+    """
 
     source: ByteRange
     dtype: DType | None
     name: str
+    squares: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +70,15 @@ class NonFinite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Negative:
+    """Squares below zero."""
+
+    path: Path
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
     """A model weight that is not its master weight, rounded. `element` counts within the parameter."""
 
@@ -81,7 +94,7 @@ class BadChecksum:
     check: SourceCheck
 
 
-Result = NonFinite | Mismatch | BadChecksum
+Result = NonFinite | Negative | Mismatch | BadChecksum
 
 
 def pair(name: str, master: TensorRef, model: TensorRef) -> Iterator[Compare]:
@@ -226,10 +239,10 @@ def _units(tasks: Iterable[Task]) -> Iterator[Task]:
     """The tasks in pieces of at most UNIT_NBYTES."""
     for task in tasks:
         match task:
-            case Scan(source=source, dtype=dtype, name=name):
+            case Scan(source=source):
                 for at in range(0, source.nbytes, UNIT_NBYTES):
                     part = source.cut(at, min(UNIT_NBYTES, source.nbytes - at))
-                    yield Scan(source=part, dtype=dtype, name=name)
+                    yield replace(task, source=part)
             case Compare(master=master, model=model, dtype=dtype, name=name, first=first):
                 numel, step = master.nbytes // 4, UNIT_NBYTES // 4
                 for at in range(0, numel, step):
@@ -260,6 +273,8 @@ def _scan(unit: Scan, reader: Reader, buffer: memoryview) -> tuple[list[Result],
         crc = crc32(block, crc)
         if unit.dtype is not None:
             found += _nonfinite(block, unit.dtype, source.path, source.start + at, unit.name)
+            if unit.squares and (count := negatives(numpy_array(block, unit.dtype))):
+                found.append(Negative(path=source.path, name=unit.name, count=count))
     return found, [(source, crc)]
 
 

@@ -6,14 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from ckpttools.callables import judge
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import Source, read
-from ckpttools.formats.archive import SERIALIZATION_ID, belong_together, unexplained
-from ckpttools.formats.files import entries, is_file, opened
-from ckpttools.formats.safetensors import read_safetensors
-from ckpttools.formats.torch_file import TorchFile, is_torch_file, read_torch_file
+from ckpttools.formats.torch_file import TorchFile
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import (
     Rank,
@@ -24,38 +20,11 @@ from ckpttools.formats.zero.read import (
     read_model,
     read_rank,
 )
-from ckpttools.plan import SourceCheck
-from ckpttools.verify.findings import ERROR, INFO, Finding, of_error
+from ckpttools.verify.files import check_files
+from ckpttools.verify.findings import INFO, Finding, of_error
 from ckpttools.verify.zero import archive_roots, check_folder
 
 T = TypeVar("T")
-SIDE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".safetensors")
-
-
-def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding], list[SourceCheck]]:
-    """Files beside the weights that a resume needs: schedulers, random states, the Trainer's optimizer ...
-
-    Returns what their headers show, and the checksums that the pass over the bytes is to verify.
-    """
-    findings: list[Finding] = []
-    checks: list[SourceCheck] = []
-    folders = dict.fromkeys(f for f in (source.target, source.root, source.root / "hf_model") if f.is_dir())
-    seen = {file.path for file in known}
-    for folder in folders:
-        for entry in entries(folder):
-            path = folder / entry.name
-            if path in seen or not is_file(entry) or not entry.name.endswith(SIDE_SUFFIXES):
-                continue
-            try:
-                if entry.name.endswith(".safetensors"):
-                    read_safetensors(path)
-                elif is_torch_file(path):
-                    file = read_torch_file(path)
-                    findings += _files([file])
-                    checks += file.checks()
-            except CkptError as error:
-                findings.append(of_error(error))
-    return findings, checks
 
 
 def check_headers(source: Source) -> tuple[list[Finding], Checkpoint | None, list[TorchFile]]:
@@ -70,7 +39,7 @@ def check_headers(source: Source) -> tuple[list[Finding], Checkpoint | None, lis
         return [of_error(error)], None, []
     extra = found.extra
     files = [f for f in (extra if isinstance(extra, tuple) else (extra,)) if isinstance(f, TorchFile)]
-    return [*_files(files), *_notes(found)], found, files
+    return [*check_files(files), *_notes(found)], found, files
 
 
 def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[TorchFile]]:
@@ -99,7 +68,7 @@ def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[
             ranks.append(rank)
     torch_files = [model.file] if model is not None else []
     torch_files += [rank.file for rank in ranks]
-    findings += _files(torch_files)
+    findings += check_files(torch_files)
     complete = None
     joined: ZeroFolder | None = None
     if model is not None and len(ranks) == len(files.optim):
@@ -114,70 +83,6 @@ def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[
     if found is not None:
         findings += _notes(found)
     return findings, found, torch_files
-
-
-def _files(files: list[TorchFile]) -> Iterator[Finding]:
-    """What each torch file shows by itself."""
-    for file in files:
-        yield from _callables(file)
-        yield from _structure(file)
-
-
-def _structure(file: TorchFile) -> Iterator[Finding]:
-    """Every byte of an archive that torch wrote is explained: headers, paddings, descriptors, directory."""
-    if file.archive is None:
-        return
-    with opened(file.path) as opened_file:
-        problems = unexplained(opened_file, file.archive)
-        together = belong_together(opened_file, file.archive)
-    if not together:
-        yield Finding(
-            id="records-edited",
-            severity=ERROR,
-            file=str(file.path),
-            where=SERIALIZATION_ID,
-            message="the records were not saved together: one was changed, and its checksum mended",
-            hint="copy the file again from where it was saved; ask who edited it",
-        )
-    if problems is None:
-        yield Finding(
-            id="zip-other-writer",
-            severity=INFO,
-            file=str(file.path),
-            where="",
-            message="not written by torch.save itself: its headers are checked by the general rules only",
-        )
-    for problem in problems or ():
-        yield Finding(
-            id="zip-unexplained",
-            severity=ERROR,
-            file=str(file.path),
-            where=problem,
-            message="holds bytes that torch does not write there",
-            hint="copy the file again from where it was saved, or use an older checkpoint",
-        )
-
-
-def _callables(file: TorchFile) -> Iterator[Finding]:
-    """What loading the pickle with torch.load would call: unknown classes, and code that would run."""
-    for judgement in judge(file.pickle.calls):
-        if judgement.verdict == "dangerous":
-            yield Finding(
-                id="pickle-dangerous",
-                severity=ERROR,
-                file=str(file.path),
-                where=judgement.name,
-                message=f"DANGEROUS: {judgement.what}",
-                hint="do not load this file with anything that unpickles; find out where it came from",
-            )
-        elif judgement.verdict == "unknown":
-            yield Finding(
-                id="class-unknown",
-                severity=INFO,
-                file=str(file.path),
-                where=judgement.name,
-                message="an unknown class, shown as data and never loaded",
-            )
 
 
 def _notes(found: Checkpoint) -> Iterator[Finding]:

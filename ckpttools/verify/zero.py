@@ -6,12 +6,13 @@ Each check takes the decoded folder and yields findings. Nothing but a few scala
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ckpttools.formats import fields
-from ckpttools.formats.torch_file import TorchFile, scalar
+from ckpttools.formats.torch_file import TorchFile, scalar, size
 from ckpttools.formats.zero.read import Rank, ZeroFolder, expected_mapping
-from ckpttools.pickles import Node, plain
+from ckpttools.pickles import Node, Object, plain
 from ckpttools.verify.findings import ERROR, INFO, WARNING, Finding
 
 ONE_SAVE = "copy all files of the folder again from one save"
@@ -144,6 +145,7 @@ def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
             ("layout", rank.variant, first.variant),
             ("param_groups", _hyper(rank), _hyper(first)),
             ("param_alignment_paddings", rank.gaps, first.gaps),
+            ("the fields of optimizer_state_dict", rank.state.names(), first.state.names()),
             *(
                 (key, plain(rank.state.get(key)), plain(first.state.get(key)))
                 for key in ("loss_scaler", "dynamic_loss_scale", "clip_grad", "overflow")
@@ -248,6 +250,95 @@ def shapes(folder: ZeroFolder) -> Iterator[Finding]:
                 )
 
 
+def frozen_shapes(folder: ZeroFolder) -> Iterator[Finding]:
+    """frozen_param_shapes against module."""
+    model = folder.model
+    stated = fields.as_mapping(model.root.get("frozen_param_shapes"))
+    for name, node in stated.named() if stated is not None else ():
+        if name in model.weights and size(node) != model.weights[name].shape:
+            yield Finding(
+                id="shape-mismatch",
+                severity=ERROR,
+                file=str(model.file.path),
+                where=name,
+                message=f"{list(model.weights[name].shape)} in module, {list(size(node))} stated",
+                hint=ONE_SAVE,
+            )
+
+
+def dtypes(folder: ZeroFolder) -> Iterator[Finding]:
+    """Trainable weights are floating point, and of one dtype in all but deliberate cases."""
+    weights = folder.model.weights
+    names = [name for group in folder.shapes for name in group if name in weights]
+    common = Counter(weights[name].dtype.short for name in names).most_common(1)
+    for name in names:
+        dtype = weights[name].dtype
+        if not dtype.is_float or dtype.short != common[0][0]:
+            yield Finding(
+                id="dtype-odd",
+                severity=WARNING if dtype.is_float else ERROR,
+                file=str(folder.model.file.path),
+                where=name,
+                message=f"a trained weight of {dtype}, where most are {common[0][0]}",
+                hint=ONE_SAVE,
+            )
+
+
+def required_fields(folder: ZeroFolder) -> Iterator[Finding]:
+    """What every DeepSpeed since 0.6 writes, and what must not contradict itself."""
+    model, path = folder.model, str(folder.model.file.path)
+    for name in ("global_steps", "dp_world_size", "ds_version", "buffer_names"):
+        if name not in model.root:
+            yield Finding(
+                id="field-missing",
+                severity=WARNING,
+                file=path,
+                where=name,
+                message="DeepSpeed writes this field, and it is not there",
+            )
+    if fields.integer(model.root.get("mp_world_size")) not in (None, 1):
+        yield _contradiction(path, "mp_world_size", "says that there are several model-parallel files")
+    for rank in folder.ranks:
+        if rank.ds_version and model.ds_version and rank.ds_version != model.ds_version:
+            where = f"saved by DeepSpeed {rank.ds_version}, the model file by {model.ds_version}"
+            yield _contradiction(str(rank.file.path), "ds_version", where)
+        config = fields.as_mapping(rank.root.get("ds_config"))
+        zero = fields.as_mapping(config.get("zero_optimization")) if config is not None else None
+        stated = fields.integer(zero.get("stage")) if zero is not None else None
+        if stated is not None and rank.stage is not None and stated != rank.stage:
+            what = f"is {rank.stage}, while ds_config asks for stage {stated}"
+            yield _contradiction(str(rank.file.path), "zero_stage", what)
+
+
+def _contradiction(path: str, field: str, what: str) -> Finding:
+    return Finding(
+        id="field-contradicts", severity=WARNING, file=path, where=field, message=what, hint=ONE_SAVE
+    )
+
+
+def plausible_settings(folder: ZeroFolder) -> Iterator[Finding]:
+    """A learning rate is not negative, a loss scale is positive, and both are numbers."""
+    for rank in folder.ranks:
+        scaler = rank.state.get("loss_scaler")
+        scale = None
+        if isinstance(scaler, Object) and (state := fields.as_mapping(scaler.state)) is not None:
+            scale = fields.number(state.get("cur_scale"))
+        values = [("loss_scaler.cur_scale", scale, scale is None or 0 < scale < math.inf)]
+        for g, group in enumerate(rank.hyper or ()):
+            lr = fields.number(group.get("lr"))
+            values.append((f"param_groups[{g}].lr", lr, lr is None or 0 <= lr < math.inf))
+        for where, value, fine in values:
+            if not fine:
+                yield Finding(
+                    id="setting-implausible",
+                    severity=WARNING,
+                    file=str(rank.file.path),
+                    where=where,
+                    message=f"is {value}",
+                    hint="resuming would train with it",
+                )
+
+
 def module_names(folder: ZeroFolder) -> Iterator[Finding]:
     """Whatever module holds is trainable, frozen, shared or a buffer."""
     model = folder.model
@@ -257,21 +348,47 @@ def module_names(folder: ZeroFolder) -> Iterator[Finding]:
     if stray:
         yield Finding(
             id="tensor-unknown",
-            severity=INFO,
+            severity=WARNING if "frozen_param_shapes" in model.root and model.frozen else INFO,
             file=str(model.file.path),
             where=stray[0],
             message=f"{len(stray)} tensors of module are neither trainable, frozen, shared nor buffers",
         )
-    dropped = [name for name in model.frozen if name not in model.weights]
-    if dropped:
+    dropped = sorted(name for name in model.frozen if name not in model.weights)
+    if dropped and len(dropped) < len(model.frozen):
+        yield Finding(
+            id="tensor-missing",
+            severity=ERROR,
+            file=str(model.file.path),
+            where=dropped[0],
+            message=f"{len(dropped)} frozen parameters are not in module, while others are",
+            hint=ONE_SAVE,
+        )
+    elif dropped:
         yield Finding(
             id="frozen-excluded",
             severity=INFO,
             file=str(model.file.path),
-            where=sorted(dropped)[0],
+            where=dropped[0],
             message=f"{len(dropped)} frozen parameters are not in module (exclude_frozen_parameters)",
         )
+    for name in sorted(model.buffers - model.weights.keys()):
+        yield Finding(
+            id="buffer-missing",
+            severity=WARNING,
+            file=str(model.file.path),
+            where=name,
+            message="listed as a buffer, and not in module",
+        )
     for alias, owner in model.shared.items():
+        if owner not in model.weights and owner not in known:
+            yield Finding(
+                id="tied-mismatch",
+                severity=ERROR,
+                file=str(model.file.path),
+                where=alias,
+                message=f"tied to {owner}, which does not exist",
+                hint=ONE_SAVE,
+            )
         if alias in model.weights and owner in model.weights:
             a, o = model.weights[alias], model.weights[owner]
             if (a.shape, a.dtype) != (o.shape, o.dtype):
@@ -292,5 +409,9 @@ CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     same_on_all_ranks,
     counters,
     shapes,
+    frozen_shapes,
+    dtypes,
+    required_fields,
+    plausible_settings,
     module_names,
 )

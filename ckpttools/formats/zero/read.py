@@ -316,7 +316,11 @@ def _address(path: Path, node: Node, field: str) -> tuple[int, int]:
 def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> ZeroFolder:
     """Fit the ranks together. Raises CkptError where a parameter's bytes cannot be located for certain."""
     n = check_complete(files, model, ranks)
-    shapes = model.shapes if model.shapes is not None else _old_shapes(ranks[0])
+    shapes = model.shapes
+    if shapes is None:
+        if _version(model.ds_version or ranks[0].ds_version) >= (0, 6):
+            raise fields.bad_field(files.model, "param_shapes", "is missing")
+        shapes = _old_shapes(ranks[0])
     first = ranks[0]
     if any(len(rank.fp32) != len(shapes) for rank in ranks):
         raise CkptError(
@@ -348,6 +352,8 @@ def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> Z
 
 def check_complete(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> int:
     """How many ranks there are: every one from 0 on, as many as the files say. Raises CkptError otherwise."""
+    if model.dp_world_size is not None and model.dp_world_size < 1:
+        raise fields.bad_field(files.model, "dp_world_size", f"is {model.dp_world_size}")
     stated = {rank.partition_count[0] for rank in ranks if rank.partition_count}
     expected = model.dp_world_size or (max(stated) if stated else len(ranks))
     missing = [rank for rank in range(expected) if rank not in files.optim]
@@ -571,6 +577,13 @@ def _cut(folder: ZeroFolder, g: int, key: str) -> dict[str, TensorRef]:
 def flat_vector(folder: ZeroFolder, g: int, key: str) -> TensorRef:
     """The ranks' partitions of one kind of state, joined; only the tail may be padding."""
     refs = [vector(rank, g, key) for rank in folder.ranks]
+    for rank, ref in zip(folder.ranks, refs, strict=True):
+        if ref.dtype is not refs[0].dtype:
+            raise fields.bad_field(
+                rank.file.path,
+                f"optimizer_state_dict {key} of group {g}",
+                f"is {ref.dtype} where rank 0 has {refs[0].dtype}",
+            )
     return cat(refs, refs[0].dtype)
 
 

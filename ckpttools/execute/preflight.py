@@ -1,0 +1,145 @@
+"""What can be known before a byte is written: plans and places that are refused, space, whole sources."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+
+from ckpttools.errors import UsageError
+from ckpttools.plan import Crc32, OutputFile, Plan, reads
+from ckpttools.tensors import Zeros
+from ckpttools.values import truncated
+
+Fingerprint = tuple[int, int, int, int]
+
+
+def validate(plan: Plan) -> None:
+    """Raises `ValueError` for paths that leave the destination or meet, and for impossible checksums."""
+    paths = [] if plan.is_single_file else [file.path for file in plan.files]
+    for path in paths:
+        if not path or "\0" in path or path.startswith("/") or ".." in path.split("/"):
+            raise ValueError(f"not a path inside the destination: {path!r}")
+        if path == "." or str(PurePosixPath(path)) != path:
+            raise ValueError(f"not a normal path: {path!r}")
+    seen = set(paths)
+    folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+    if len(seen) < len(paths) or seen & folders:
+        raise ValueError("two files of the plan have the same path, or one is the folder of another")
+    for file in plan.files:
+        for segment in file.segments:
+            if isinstance(segment, Crc32):
+                _validate_crc(file, segment)
+
+
+def _validate_crc(file: OutputFile, crc: Crc32) -> None:
+    if not 0 <= crc.first <= crc.last <= len(file.segments):
+        raise ValueError(f"{file.path}: a checksum of segments {crc.first} to {crc.last}")
+    if any(isinstance(segment, Crc32) for segment in file.segments[crc.first : crc.last]):
+        raise ValueError(f"{file.path}: a checksum of a checksum")
+
+
+def real_parent(dst: Path) -> Path:
+    """`dst` below its real parent folder; a link at `dst` itself is not followed."""
+    if dst.name in ("", ".."):
+        dst = Path(os.path.realpath(dst))
+    parent = Path(os.path.realpath(dst.parent))
+    if not os.path.isdir(parent):  # noqa: PTH112  Path.is_dir raises where a parent may not be searched
+        raise UsageError(
+            "destination-parent",
+            "the folder of the destination does not exist",
+            where=parent,
+            why=f"{dst.name} cannot be written there",
+            hint=f"mkdir -p {parent}",
+        )
+    return parent / dst.name
+
+
+def refuse_source(dst: Path, sources: Iterable[Path]) -> None:
+    """Writing over, into or around what is being read."""
+    places = {dst, Path(os.path.realpath(dst))}
+    for root in sorted({Path(os.path.realpath(path)) for path in sources}):
+        for place in places:
+            if place == root or place in root.parents or root in place.parents:
+                raise UsageError(
+                    "destination-in-source",
+                    "the destination is, contains or lies in what is being read",
+                    where=dst,
+                    why=f"{root} would be changed or replaced; sources are never modified",
+                    hint="choose a destination outside of the source",
+                )
+
+
+def exists(dst: Path) -> UsageError:
+    return UsageError(
+        "destination-exists",
+        "the destination exists already",
+        where=dst,
+        why="what is there would be lost",
+        hint="choose another destination, or replace it with --force",
+    )
+
+
+def need_space(plan: Plan, dst: Path) -> None:
+    disk = os.statvfs(dst.parent)
+    if not disk.f_blocks:  # some network file systems do not tell
+        return
+    block = disk.f_frsize or 1
+    needed = sum(-(-file.nbytes // block) for file in plan.files) * block
+    free = disk.f_bavail * block
+    if needed > free:
+        mount = next(path for path in dst.parents if path.is_mount())
+        raise UsageError(
+            "no-space",
+            f"{needed} bytes are needed, {free} are free, {needed - free} are missing",
+            where=f"{dst} (file system {mount})",
+            why="nothing was written",
+            hint="free that much, or choose a destination on another file system",
+        )
+
+
+def source_ends(plan: Plan) -> dict[Path, int]:
+    """Every source file, with the byte that the plan reads up to."""
+    ends: dict[Path, int] = {}
+    for file in plan.files:
+        for segment in file.segments:
+            for chunk in reads(segment):
+                if not isinstance(chunk, Zeros) and chunk.nbytes:
+                    ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.end)
+    return ends
+
+
+def fingerprints(ends: Mapping[Path, int]) -> dict[Path, Fingerprint]:
+    """Identity, size and time of every source. Raises "source-truncated" before hours of copying."""
+    prints = {path: _fingerprint(path) for path in ends}
+    for path, end in ends.items():
+        if prints[path][2] < end:
+            raise truncated(path, end, prints[path][2])
+    return prints
+
+
+def unchanged(before: Mapping[Path, Fingerprint]) -> None:
+    """Raises "source-changed" where a fingerprint is another one now."""
+    for path, was in before.items():
+        if _fingerprint(path) != was:
+            raise UsageError(
+                "source-changed",
+                "the source was written to while it was read",
+                where=path,
+                why="the result could mix two checkpoints",
+                hint="wait until the checkpoint is complete, then run the command again",
+            )
+
+
+def _fingerprint(path: Path) -> Fingerprint:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UsageError(
+            "source-unreadable",
+            f"cannot read the source: {error.strerror}",
+            where=path,
+            why="the result would lack its tensors",
+            hint="check the path and its permissions",
+        ) from error
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

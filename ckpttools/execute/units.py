@@ -1,0 +1,102 @@
+"""From segments to units of work: consecutive bytes of one output file, written by one call."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from ckpttools.checksums import RangeCrcs
+from ckpttools.execute.checks import Claim, SourceChecks
+from ckpttools.plan import Cast, Crc32, OutputFile, Segment, reads
+from ckpttools.tensors import Strided
+from ckpttools.values import BLOCK_NBYTES, Cutter
+
+UNIT = 1024 * 1024  # the fastest of 256 KiB to 4 MiB: a buffer that is still in the cache for its CRC
+_GATHER = 4 * UNIT  # views are copied in larger parts: the runs that they read get longer with the part
+_SLACK = 64  # bytes: an element or a checksum may reach over the end of a unit
+LONGEST = UNIT + _GATHER + _SLACK
+
+
+class StagedFile:
+    """An output file while it is written at `path`; `left` bytes are still missing.
+
+    Range 0 of `crcs` is the whole file, then follows what each `Crc32` segment covers; `crc_starts` are
+    the offsets of those segments.
+    """
+
+    def __init__(self, plan: OutputFile, path: Path) -> None:
+        self.plan, self.path = plan, path
+        self.left = plan.nbytes
+        starts = [0]
+        for segment in plan.segments:
+            starts.append(starts[-1] + segment.nbytes)
+        crcs = [(at, s) for at, s in zip(starts, plan.segments, strict=False) if isinstance(s, Crc32)]
+        self.crc_starts = [at for at, _ in crcs]
+        self.crcs = RangeCrcs([(0, starts[-1]), *((starts[s.first], starts[s.last]) for _, s in crcs)])
+
+
+class Piece(NamedTuple):
+    """A segment or a part of one, and which source checksums the bytes that it reads serve."""
+
+    segment: Segment
+    claims: tuple[Claim, ...]
+
+
+class Unit(NamedTuple):
+    """The pieces, one after the other, from byte `start` of the file; at most `LONGEST` bytes."""
+
+    file: StagedFile
+    start: int
+    nbytes: int
+    pieces: list[Piece]
+
+
+def interleaved(files: Iterable[StagedFile], checks: SourceChecks, width: int) -> Iterator[Unit]:
+    """Units of `width` files by turns: the kernel lets one thread at a time write to a file."""
+    waiting = (_units(file, checks) for file in files)
+    active = deque(islice(waiting, width))
+    while active:
+        units = active.popleft()
+        unit = next(units, None)
+        if unit is None:
+            active.extend(islice(waiting, 1))
+        else:
+            active.append(units)
+            yield unit
+
+
+def _units(file: StagedFile, checks: SourceChecks) -> Iterator[Unit]:
+    """The whole file in order, cut at multiples of `UNIT` (an element is never cut)."""
+    pieces: list[Piece] = []
+    start = at = 0
+    for segment in file.plan.segments:
+        for part in _parts(segment, at):
+            if at // UNIT > start // UNIT:
+                yield Unit(file, start, at - start, pieces)
+                pieces, start = [], at
+            pieces.append(Piece(part, checks.claims(reads(part))))
+            at += part.nbytes
+    yield Unit(file, start, at - start, pieces)
+
+
+def _parts(segment: Segment, at: int) -> Iterator[Segment]:
+    """The segment, which begins at byte `at` of its file, cut at multiples of `UNIT`, but for views."""
+    cutter = Cutter(reads(segment))
+    done, nbytes = 0, segment.nbytes
+    while done < nbytes:
+        room = min(UNIT - (at + done) % UNIT, nbytes - done)
+        match segment:
+            case Crc32():
+                part: Segment = segment
+            case Cast(_, source, target):
+                numel = max(min(room // target.itemsize, BLOCK_NBYTES // source.itemsize), 1)
+                part = Cast(cutter.take(numel * source.itemsize), source, target)
+            case Strided(itemsize=itemsize):
+                part = segment.cut(done, max(min(_GATHER, nbytes - done) // itemsize, 1) * itemsize)
+            case _:
+                part = segment.cut(done, room)
+        yield part
+        done += part.nbytes

@@ -1,0 +1,105 @@
+"""What lies beside the weights: files that a resume needs, and what they say about the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpttools.errors import CkptError
+from ckpttools.formats import Source, jsons
+from ckpttools.formats.files import entries, is_file
+from ckpttools.formats.hf import INDEX, SHARD
+from ckpttools.formats.safetensors import read_safetensors
+from ckpttools.formats.torch_file import TorchFile, is_torch_file, read_torch_file
+from ckpttools.plan import SourceCheck
+from ckpttools.verify.files import check_file
+from ckpttools.verify.findings import WARNING, Finding, of_error
+
+TENSOR_FILES = (".pt", ".pth", ".bin", ".pkl", ".safetensors")
+JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    *INDEX,
+)
+
+
+def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding], list[SourceCheck]]:
+    """Check the files around a checkpoint: schedulers, random states, optimizers, configurations.
+
+    Returns what their headers show, and the checksums that the pass over the bytes is to verify.
+    """
+    findings: list[Finding] = []
+    checks: list[SourceCheck] = []
+    seen = {file.path for file in known}
+    for folder in dict.fromkeys((source.target, source.root, source.root / "hf_model")):
+        if not folder.is_dir():
+            continue
+        names = [entry.name for entry in entries(folder) if is_file(entry)]
+        for name in names:
+            path = folder / name
+            try:
+                if path not in seen and name.endswith(TENSOR_FILES):
+                    checks += _tensor_file(path, findings)
+                elif name in JSON_FILES:
+                    jsons.read(path, allow_nan=True)
+            except CkptError as error:
+                findings.append(of_error(error))
+        findings += _leftovers(folder, names)
+        findings += _counters(folder, names)
+    return findings, checks
+
+
+def _tensor_file(path: Path, findings: list[Finding]) -> list[SourceCheck]:
+    if path.name.endswith(".safetensors"):
+        read_safetensors(path)
+    elif is_torch_file(path):
+        file = read_torch_file(path)
+        findings += check_file(file)
+        return list(file.checks())
+    return []
+
+
+def _leftovers(folder: Path, names: list[str]) -> Iterator[Finding]:
+    """Shards that look like weights and that no index names: of an earlier, larger save."""
+    for index in (name for name in INDEX if name in names):
+        try:
+            weight_map = jsons.read(folder / index).get("weight_map")
+        except CkptError:
+            continue  # reported by itself
+        if not isinstance(weight_map, dict):
+            continue
+        kind = index.split(".")[1]
+        used = set(weight_map.values())
+        for name in names:
+            if name not in used and SHARD.fullmatch(name) and name.endswith(kind):
+                yield Finding(
+                    id="shard-unused",
+                    severity=WARNING,
+                    file=str(folder / name),
+                    where="",
+                    message=f"looks like a shard of the model, and {index} does not name it",
+                    hint="move it away if it is left over from another save",
+                )
+
+
+def _counters(folder: Path, names: list[str]) -> Iterator[Finding]:
+    """trainer_state.json of `checkpoint-N` is of step N."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    if match is None or "trainer_state.json" not in names:
+        return
+    try:
+        step = jsons.read(folder / "trainer_state.json", allow_nan=True).get("global_step")
+    except CkptError:
+        return  # reported by itself
+    if isinstance(step, int) and abs(step - int(match[1])) > 1:
+        yield Finding(
+            id="counter-mismatch",
+            severity=WARNING,
+            file=str(folder / "trainer_state.json"),
+            where="global_step",
+            message=f"is {step} in a folder named {folder.name}",
+            hint="the folder was renamed, or the file is of another checkpoint",
+        )
