@@ -196,6 +196,13 @@ def _all() -> dict[str, Explanation]:
             "A sharded Hugging Face model without its index: nobody can tell whether shards are missing.",
             "Copy the *.index.json from where the folder was saved.",
         ),
+        "config-mismatch": e(
+            FOLDER,
+            "config.json, adapter_config.json or the index says something else than the weights: another number of "
+            "layers, another vocabulary, width, rank or total size. transformers fills missing layers with random "
+            "weights and only warns.",
+            "Copy the configuration and the weights from one save.",
+        ),
         "shard-unused": e(
             FOLDER,
             "A file is named like a shard of the model, and the index does not name it: left over from a larger save.",
@@ -319,6 +326,18 @@ def _all() -> dict[str, Explanation]:
             "Use an older checkpoint.",
         ),
         # --- values
+        "wild-value": e(
+            VALUES,
+            "A weight or moment holds finite values above 1e10. No network trains with such values: an exponent bit was "
+            "flipped, or the run diverged.",
+            "Look at the tensor; use an older checkpoint.",
+        ),
+        "copies-differ": e(
+            VALUES,
+            "Two copies of the same tensor within one file differ: tied weights that were saved apart, or the second "
+            "copy that DeepSpeed keeps of frozen parameters.",
+            "Use another copy of the file.",
+        ),
         "negative-square": e(
             VALUES,
             "exp_avg_sq and its like are means of squares. Values below zero mean damage, or that two tensors were "

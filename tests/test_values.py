@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpttools import values
 from ckpttools.errors import CkptError, Unsupported, UsageError
 from ckpttools.tensors import (
     BFLOAT16,
@@ -231,3 +232,19 @@ def test_handles_stay_few(tmp_path):
     assert len(list(Path("/proc/self/fd").iterdir())) == before + 3
     handles.close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+def test_wild_values_are_finite_and_huge(name: str) -> None:
+    dtype = DTYPES[name]
+    kind = values.numpy_dtype(dtype)
+    extreme = float(torch.finfo(getattr(torch, name)).max)
+    tame = np.array([0, 1, -1e9, 9e9, np.inf, -np.inf, np.nan, extreme, -extreme], np.float64).astype(kind)
+    assert values.wild(tame, dtype) == 0
+    assert values.wild(np.append(tame, np.array([2e10, -1e30], np.float64).astype(kind)), dtype) == 2
+
+
+def test_negatives() -> None:
+    assert values.negatives(np.array([0, -0.0, 1, np.nan], np.float32)) == 0
+    assert values.negatives(np.array([0, -1e-30, 1, -2], np.float32)) == 2
+    assert values.negatives(np.array([], np.float32)) == 0

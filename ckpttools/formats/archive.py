@@ -349,7 +349,7 @@ def belong_together(file: File, archive: Archive) -> bool:
         return True
     fold = 0
     for name, record in archive.records.items():
-        if name == SERIALIZATION_ID or not record.flags & HAS_DESCRIPTOR:
+        if name == SERIALIZATION_ID or not record.nbytes:
             continue
         fold ^= record.crc32 + 0x9E3779B9 + (fold << 6) + (fold >> 2) & 0xFFFFFFFFFFFFFFFF
     if file.read(stated.start, 40)[20:] == b"%020d" % fold:

@@ -16,9 +16,8 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.formats import Source, locate
 from ckpttools.progress import Progress
-from ckpttools.verify.beside import check_beside
-from ckpttools.verify.contents import check_contents, tasks_of
-from ckpttools.verify.data import Task
+from ckpttools.verify.beside import check_beside, check_pointer
+from ckpttools.verify.configs import check_configs
 from ckpttools.verify.findings import ERROR, INFO, Finding, Verdict, of_error
 from ckpttools.verify.headers import check_headers
 from ckpttools.verify.manifests import check_manifest, describe
@@ -44,18 +43,20 @@ def verify(
         return Verdict(path=path, format=None, step=None, epoch=None, findings=(of_error(error),))
     findings, found, files = check_headers(source)
     beside, checks = check_beside(source, files)
-    findings += beside
+    findings += [*beside, *check_pointer(path, source)]
     if found is not None:
+        if source.format == "hf" and source.target.is_dir():
+            findings += check_configs(found, source.target)
         found = replace(found, checks=(*found.checks, *checks))
     nbytes = 0
-    tasks: list[Task] = []
     if found is not None and not quick:
+        from ckpttools.verify.contents import check_contents, tasks_of  # numpy: of no use to headers
+
         tasks = tasks_of(found, files)
         nbytes = sum(task.nbytes for task in tasks)
-    with bar(nbytes) if bar else nullcontext() as progress:
-        if found is not None and not quick:
+        with bar(nbytes) if bar else nullcontext() as progress:
             findings += check_contents(found, tasks, workers, progress)
-        findings += check_manifest(source.target, found, files, quick=quick, workers=workers)
+    findings += check_manifest(source.target, found, files, quick=quick, workers=workers)
     return Verdict(
         path=path,
         format=found.layout.format if found else source.format,

@@ -34,7 +34,8 @@ def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding],
     findings: list[Finding] = []
     checks: list[SourceCheck] = []
     seen = {file.path for file in known}
-    for folder in dict.fromkeys((source.target, source.root, source.root / "hf_model")):
+    root = source.root
+    for folder in dict.fromkeys((source.target, root, root / "hf_model", root / "hf_config")):
         if not folder.is_dir():
             continue
         names = [entry.name for entry in entries(folder) if is_file(entry)]
@@ -50,6 +51,21 @@ def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding],
         findings += _leftovers(folder, names)
         findings += _counters(folder, names)
     return findings, checks
+
+
+def check_pointer(path: Path, source: Source) -> Iterator[Finding]:
+    """A DeepSpeed folder whose `latest` is gone is still found here, and not by DeepSpeed."""
+    if source.format == "zero" and path.is_dir() and not path.samefile(source.root):
+        if (path / "last_checkpoint").exists():  # MMEngine's and ckpt train's own pointer
+            return
+        yield Finding(
+            id="latest-missing",
+            severity=WARNING,
+            file=str(path),
+            where="latest",
+            message=f"no `latest` names {source.target.name}: DeepSpeed would start anew from this folder",
+            hint=f"if its save was finished, write {source.target.name} into the file latest",
+        )
 
 
 def _tensor_file(path: Path, findings: list[Finding]) -> list[SourceCheck]:
@@ -72,7 +88,17 @@ def _leftovers(folder: Path, names: list[str]) -> Iterator[Finding]:
         if not isinstance(weight_map, dict):
             continue
         kind = index.split(".")[1]
-        used = set(weight_map.values())
+        used = {shard for shard in weight_map.values() if isinstance(shard, str)}
+        single = f"{index.split('.')[0]}.{kind}"
+        if single in names and single not in used:
+            yield Finding(
+                id="shard-unused",
+                severity=WARNING,
+                file=str(folder / index),
+                where="",
+                message=f"an index lies beside {single}, which is what transformers loads",
+                hint="move away the one that is left over from another save",
+            )
         for name in names:
             if name not in used and SHARD.fullmatch(name) and name.endswith(kind):
                 yield Finding(

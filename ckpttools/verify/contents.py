@@ -9,6 +9,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.formats.monolithic import OPTIMIZER
 from ckpttools.formats.torch_file import TorchFile, labelled
+from ckpttools.formats.zero.read import ZeroFolder, frozen_fragments
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange, TensorRef
 from ckpttools.verify import data
@@ -26,8 +27,11 @@ def tasks_of(found: Checkpoint, files: list[TorchFile]) -> list[data.Task]:
     for name, master in found.master.items():
         if name in found.tensors:
             pairs = list(data.pair(name, master, found.tensors[name]))
-            if claims.claim_all(pairs):
+            if claims.claim_all([source for pair in pairs for source in (pair.master, pair.model)]):
                 tasks += pairs
+    for twins in _twins(found):
+        counted = (claims.claim_all([twins.one]), claims.claim_all([twins.other]))
+        tasks.append(replace(twins, counted=counted))
     for name, ref in _tensors(found, files):
         if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
             continue
@@ -41,6 +45,23 @@ def tasks_of(found: Checkpoint, files: list[TorchFile]) -> list[data.Task]:
     for record in _records(found):
         tasks += [data.Scan(source=part, dtype=None, name="") for part in claims.claim(record)]
     return tasks
+
+
+def _twins(found: Checkpoint) -> Iterator[data.Twins]:
+    """Copies of a tensor that lie apart: tied weights saved twice, and ZeRO's second copy of frozen ones."""
+    pairs = [
+        (a, found.tensors[a], o, found.tensors[o])
+        for a, o in found.shared.items()
+        if {a, o} <= found.tensors.keys()
+    ]
+    if isinstance(found.extra, ZeroFolder):
+        for name, ref in frozen_fragments(found.extra.model).items():
+            if name in found.tensors:
+                pairs.append((name, found.tensors[name], f"frozen_param_fragments.{name}", ref))
+    for name, one, twin, other in pairs:
+        match one.chunks, other.chunks:
+            case (ByteRange() as a,), (ByteRange() as b,) if a != b and a.nbytes == b.nbytes:
+                yield data.Twins(one=a, other=b, name=name, twin=twin)
 
 
 def _tensors(found: Checkpoint, files: list[TorchFile]) -> Iterator[tuple[str, TensorRef]]:
@@ -117,6 +138,24 @@ def _of_result(found: Checkpoint, result: data.Result) -> Finding:
                 f"is not the weight in {result.model.name}: files of different saves, or changed ones",
                 hint="copy all files of the folder again from one save",
             )
+        case data.Wild():
+            return Finding(
+                id="wild-value",
+                severity=WARNING if _is_state(found, result.name) else INFO,
+                file=str(result.path),
+                where=result.name,
+                message=f"{result.count} elements are larger than 1e10",
+                hint="no network trains with such values: damage, or a run that diverged",
+            )
+        case data.Unlike():
+            return Finding(
+                id="copies-differ",
+                severity=ERROR,
+                file=str(result.path),
+                where=result.name,
+                message=f"differs from its copy {result.twin} in the same file",
+                hint="the file was edited, or put together from two saves: use another copy",
+            )
         case data.Negative():
             return Finding(
                 id="negative-square",
@@ -140,15 +179,21 @@ def _of_result(found: Checkpoint, result: data.Result) -> Finding:
 
 def _severity(found: Checkpoint, result: data.NonFinite) -> str:
     """An error in weights and optimizer state; buffers may hold masks of -Inf, client code anything."""
-    name = result.name
-    if name in found.buffers:
+    if not _is_state(found, result.name):
         return INFO
-    if not found.groups:  # weights and buffers cannot be told apart
-        is_state = name in found.tensors or name.startswith(OPTIMIZER)
-        return (ERROR if result.nan else WARNING) if is_state else INFO
-    if name in found.tensors or any(name.endswith(f"({kind})") for g in found.groups for kind in g.state):
-        return ERROR
-    return INFO
+    # without groups, weights and buffers cannot be told apart
+    return ERROR if result.nan or found.groups else WARNING
+
+
+def _is_state(found: Checkpoint, name: str) -> bool:
+    """Weights and optimizer state, against buffers and whatever client code has saved beside them."""
+    if name in found.buffers:
+        return False
+    if name in found.tensors:
+        return True
+    if not found.groups:
+        return name.startswith(OPTIMIZER)
+    return any(name.endswith(f"({kind})") for group in found.groups for kind in group.state)
 
 
 def _counted(result: data.NonFinite) -> str:

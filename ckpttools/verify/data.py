@@ -18,7 +18,7 @@ from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
-from ckpttools.values import BLOCK_NBYTES, Reader, negatives, nonfinite, numpy_array, same_after_cast
+from ckpttools.values import BLOCK_NBYTES, Reader, negatives, nonfinite, numpy_array, same_after_cast, wild
 
 UNIT_NBYTES = 4 << 20
 
@@ -55,7 +55,26 @@ class Compare:
         return self.master.nbytes + self.model.nbytes
 
 
-Task = Scan | Compare
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Twins:
+    """Two copies of the same tensor, which must be equal byte for byte.
+
+    `counted` says for each whether its bytes are read here for the first time: only then they count
+    towards checksums.
+    """
+
+    one: ByteRange
+    other: ByteRange
+    name: str
+    twin: str
+    counted: tuple[bool, bool] = (True, True)
+
+    @property
+    def nbytes(self) -> int:
+        return self.one.nbytes + self.other.nbytes
+
+
+Task = Scan | Compare | Twins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +98,24 @@ class Negative:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wild:
+    """Finite values beyond any sense."""
+
+    path: Path
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unlike:
+    """Two copies of the same tensor that differ."""
+
+    path: Path
+    name: str
+    twin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
     """A model weight that is not its master weight, rounded. `element` counts within the parameter."""
 
@@ -94,7 +131,7 @@ class BadChecksum:
     check: SourceCheck
 
 
-Result = NonFinite | Negative | Mismatch | BadChecksum
+Result = NonFinite | Wild | Negative | Mismatch | Unlike | BadChecksum
 
 
 def pair(name: str, master: TensorRef, model: TensorRef) -> Iterator[Compare]:
@@ -143,9 +180,8 @@ class Claims:
         spans[i:j] = [(low, high)]
         return free
 
-    def claim_all(self, tasks: list[Compare]) -> bool:
-        """Claim everything that some comparisons read, if all of it is free."""
-        ranges = [source for task in tasks for source in (task.master, task.model)]
+    def claim_all(self, ranges: list[ByteRange]) -> bool:
+        """Claim all of these ranges if every one is free."""
         if any(self._is_taken(source) for source in ranges):
             return False
         for source in ranges:
@@ -243,6 +279,10 @@ def _units(tasks: Iterable[Task]) -> Iterator[Task]:
                 for at in range(0, source.nbytes, UNIT_NBYTES):
                     part = source.cut(at, min(UNIT_NBYTES, source.nbytes - at))
                     yield replace(task, source=part)
+            case Twins(one=one, other=other):
+                for at in range(0, one.nbytes, UNIT_NBYTES):
+                    n = min(UNIT_NBYTES, one.nbytes - at)
+                    yield replace(task, one=one.cut(at, n), other=other.cut(at, n))
             case Compare(master=master, model=model, dtype=dtype, name=name, first=first):
                 numel, step = master.nbytes // 4, UNIT_NBYTES // 4
                 for at in range(0, numel, step):
@@ -259,9 +299,13 @@ def _units(tasks: Iterable[Task]) -> Iterator[Task]:
 def _process(
     unit: Task, reader: Reader, buffer: memoryview
 ) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
-    if isinstance(unit, Scan):
-        return _scan(unit, reader, buffer)
-    return _compare(unit, reader, buffer)
+    match unit:
+        case Scan():
+            return _scan(unit, reader, buffer)
+        case Compare():
+            return _compare(unit, reader, buffer)
+        case Twins():
+            return _twins(unit, reader, buffer)
 
 
 def _scan(unit: Scan, reader: Reader, buffer: memoryview) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
@@ -278,7 +322,11 @@ def _scan(unit: Scan, reader: Reader, buffer: memoryview) -> tuple[list[Result],
     return found, [(source, crc)]
 
 
-def _nonfinite(block: memoryview, dtype: DType, path: Path, start: int, name: str) -> Iterator[NonFinite]:
+def _nonfinite(
+    block: memoryview, dtype: DType, path: Path, start: int, name: str
+) -> Iterator[NonFinite | Wild]:
+    if count := wild(numpy_array(block, dtype), dtype):
+        yield Wild(path=path, name=name, count=count)
     nan, inf = nonfinite(numpy_array(block, dtype), dtype)
     if nan or inf:
         item = dtype.itemsize
@@ -317,3 +365,20 @@ def _compare(
                 )
             )
     return found, [(master, sums[0]), (model, sums[1])]
+
+
+def _twins(
+    unit: Twins, reader: Reader, buffer: memoryview
+) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
+    one, other, sums = unit.one, unit.other, [0, 0]
+    found: list[Result] = []
+    for at in range(0, one.nbytes, BLOCK_NBYTES):
+        n = min(BLOCK_NBYTES, one.nbytes - at)
+        here, there = buffer[:n], buffer[BLOCK_NBYTES : BLOCK_NBYTES + n]
+        reader.read(here, one.path, one.start + at)
+        reader.read(there, other.path, other.start + at)
+        sums = [crc32(here, sums[0]), crc32(there, sums[1])]
+        if here != there:
+            found.append(Unlike(path=one.path, name=unit.name, twin=unit.twin))
+    pairs = zip((one, other), sums, unit.counted, strict=True)
+    return found, [(source, crc) for source, crc, counts in pairs if counts]

@@ -28,7 +28,7 @@ def _structure(file: TorchFile) -> Iterator[Finding]:
     with opened(file.path) as opened_file:
         problems = unexplained(opened_file, file.archive)
         together = belong_together(opened_file, file.archive)
-    if not together:
+    if problems is not None and not together:
         yield Finding(
             id="records-edited",
             severity=ERROR,

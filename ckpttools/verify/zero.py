@@ -131,6 +131,26 @@ def moments(folder: ZeroFolder) -> Iterator[Finding]:
                 )
 
 
+def second_moment(folder: ZeroFolder) -> Iterator[Finding]:
+    """Adam keeps exp_avg_sq wherever it keeps exp_avg; and what one group has, the others have."""
+    first = folder.ranks[0]
+    everywhere = {key for moments in first.moments for key in moments}
+    for g, moments in enumerate(first.moments):
+        lacking = everywhere - set(moments) if moments or len(first.moments) > 1 else set()
+        if first.hyper is not None and "eps" in first.hyper[g] and "exp_avg" in moments:
+            lacking |= {"exp_avg_sq"} - set(moments)
+        uses_muon = first.hyper is not None and any("use_muon" in group for group in first.hyper)
+        if lacking and not uses_muon:
+            yield Finding(
+                id="moment-missing",
+                severity=WARNING,
+                file=str(first.file.path),
+                where=f"group {g}",
+                message=f"has no {_list(lacking)}",
+                hint="a group whose parameters never got a gradient looks so, and a damaged file",
+            )
+
+
 def _list(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
@@ -145,7 +165,6 @@ def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
             ("layout", rank.variant, first.variant),
             ("param_groups", _hyper(rank), _hyper(first)),
             ("param_alignment_paddings", rank.gaps, first.gaps),
-            ("the fields of optimizer_state_dict", rank.state.names(), first.state.names()),
             *(
                 (key, plain(rank.state.get(key)), plain(first.state.get(key)))
                 for key in ("loss_scaler", "dynamic_loss_scale", "clip_grad", "overflow")
@@ -160,6 +179,18 @@ def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
                     message=f"rank {rank.dp_rank} says {_short(mine)}, rank 0 says {_short(theirs)}",
                     hint=ONE_SAVE,
                 )
+        for name in {*rank.state.names()} ^ {*first.state.names()}:
+            has, lacks = (rank, first) if name in rank.state else (first, rank)
+            yield Finding(
+                id="ranks-differ",
+                severity=ERROR,
+                file=str(lacks.file.path),
+                where=f"optimizer_state_dict.{name}",
+                message=f"rank {lacks.dp_rank} lacks what rank {has.dp_rank} has",
+                hint=ONE_SAVE,
+            )
+        if plain(rank.root.get("ds_config")) != plain(first.root.get("ds_config")):
+            yield _contradiction(str(rank.file.path), "ds_config", "differs from that of rank 0")
         mine_step, first_step = steps(rank), steps(first)
         if mine_step != first_step:
             yield Finding(
@@ -302,6 +333,9 @@ def required_fields(folder: ZeroFolder) -> Iterator[Finding]:
         if rank.ds_version and model.ds_version and rank.ds_version != model.ds_version:
             where = f"saved by DeepSpeed {rank.ds_version}, the model file by {model.ds_version}"
             yield _contradiction(str(rank.file.path), "ds_version", where)
+        inner = rank.state.get("ds_version")
+        if isinstance(inner, str) and rank.ds_version and inner != rank.ds_version:
+            yield _contradiction(str(rank.file.path), "optimizer_state_dict.ds_version", f"is {inner}")
         config = fields.as_mapping(rank.root.get("ds_config"))
         zero = fields.as_mapping(config.get("zero_optimization")) if config is not None else None
         stated = fields.integer(zero.get("stage")) if zero is not None else None
@@ -344,11 +378,11 @@ def module_names(folder: ZeroFolder) -> Iterator[Finding]:
     model = folder.model
     known = {name for group in folder.shapes for name in group}
     known |= model.frozen | model.buffers | set(model.shared)
-    stray = [name for name in model.weights if name not in known]
+    stray = [name for name in model.weights if name not in known and not name.endswith("_extra_state")]
     if stray:
         yield Finding(
             id="tensor-unknown",
-            severity=WARNING if "frozen_param_shapes" in model.root and model.frozen else INFO,
+            severity=INFO if model.root.get("frozen_param_shapes") is None else WARNING,
             file=str(model.file.path),
             where=stray[0],
             message=f"{len(stray)} tensors of module are neither trainable, frozen, shared nor buffers",
@@ -406,6 +440,7 @@ CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     slice_mappings,
     paddings,
     moments,
+    second_moment,
     same_on_all_ranks,
     counters,
     shapes,

@@ -565,7 +565,7 @@ FIELD_DAMAGE: dict[str, tuple[str, str, str, object]] = {
         f"{STATE}/param_slice_mappings/0",
         {"emb.weight": 1},
     ),
-    "shapes nowhere": ("shapes-missing", MODEL, "param_shapes", None),
+    "shapes nowhere": ("field-damaged", MODEL, "param_shapes", None),
 }
 
 

@@ -134,6 +134,13 @@ def read_model(path: Path) -> ModelStates:
     )
 
 
+def frozen_fragments(model: ModelStates) -> dict[str, TensorRef]:
+    """DeepSpeed's second copy of the frozen parameters, by name; {} where there is none."""
+    pairs = fields.as_mapping(model.root.get("frozen_param_fragments"))
+    views = ((name, model.file.view(node)) for name, node in (pairs.named() if pairs is not None else ()))
+    return {name: view.ref for name, view in views if view is not None}
+
+
 def _shapes(path: Path, node: Node, field: str) -> dict[str, tuple[int, ...]]:
     return {name: size(value) for name, value in fields.mapping(path, node, field).named()}
 
