@@ -332,6 +332,12 @@ def _all() -> dict[str, Explanation]:
             "flipped, or the run diverged.",
             "Look at the tensor; use an older checkpoint.",
         ),
+        "moments-disagree": e(
+            VALUES,
+            "exp_avg_sq is 0 where exp_avg is not. One is a mean of gradients, the other of their squares: no gradients "
+            "give that. A block of zeros lies in the file, as after a crash of the file system.",
+            "Use another copy.",
+        ),
         "copies-differ": e(
             VALUES,
             "Two copies of the same tensor within one file differ: tied weights that were saved apart, or the second "

@@ -314,6 +314,16 @@ def negatives(block: Array) -> int:
     return int(np.count_nonzero(block < 0)) if block.size and block.min() < 0 else 0
 
 
+def holes(mean: Array, square: Array) -> int:
+    """How many elements have a mean of squares of 0 and a mean that is not: no gradients can give that.
+
+    Means below 1e-15 do not count: the square of such a gradient may be too small for the type.
+    """
+    if not square.size or square.min() > 0:
+        return 0
+    return int(np.count_nonzero((square == 0) & (np.abs(mean) > 1e-15)))
+
+
 def same_after_cast(master: Array, model: Array, dtype: DType) -> int | None:
     """The first index where `master` (float32), cast to `dtype`, differs in bits from `model`, or None.
 

@@ -136,8 +136,9 @@ def _with_config(plan: Plan, asked: Path | None, root: Path) -> Plan:
     """Configuration and tokenizer from the folder asked for, else from beside the checkpoint."""
     from ckpttools.formats import hf
 
-    beside = [f for f in (root, root / "hf_model") if f.is_dir() and (f / "config.json").is_file()]
-    folder = asked or next(iter(beside), None)
+    heads = ("config.json", "adapter_config.json")
+    near = (root, root / "hf_model", root / "hf_config")
+    folder = asked or next((f for f in near if any((f / head).is_file() for head in heads)), None)
     if folder is None:
         return replace(
             plan, notes=(*plan.notes, "no config.json: transformers needs one; give it with --hf-config DIR")

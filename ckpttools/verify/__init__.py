@@ -43,7 +43,7 @@ def verify(
         return Verdict(path=path, format=None, step=None, epoch=None, findings=(of_error(error),))
     findings, found, files = check_headers(source)
     beside, checks = check_beside(source, files)
-    findings += [*beside, *check_pointer(path, source)]
+    findings += [*beside, *(check_pointer(path, source) if tag is None else ())]
     if found is not None:
         if source.format == "hf" and source.target.is_dir():
             findings += check_configs(found, source.target)

@@ -54,14 +54,18 @@ def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding],
 
 
 def check_pointer(path: Path, source: Source) -> Iterator[Finding]:
-    """A DeepSpeed folder whose `latest` is gone is still found here, and not by DeepSpeed."""
-    if source.format == "zero" and path.is_dir() and not path.samefile(source.root):
-        if (path / "last_checkpoint").exists():  # MMEngine's and ckpt train's own pointer
-            return
+    """A DeepSpeed folder whose `latest` is gone is still found here, and not by DeepSpeed.
+
+    Not said where the tag folder itself was named, or where MMEngine's and ckpt train's pointer is.
+    """
+    folder = source.target.parent
+    if source.format != "zero" or not path.is_dir() or path.samefile(source.target):
+        return
+    if not any((folder / name).exists() for name in ("latest", "last_checkpoint")):
         yield Finding(
             id="latest-missing",
             severity=WARNING,
-            file=str(path),
+            file=str(folder),
             where="latest",
             message=f"no `latest` names {source.target.name}: DeepSpeed would start anew from this folder",
             hint=f"if its save was finished, write {source.target.name} into the file latest",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
-from ckpttools.formats import jsons
+from ckpttools.formats import hf, jsons
 from ckpttools.verify.findings import WARNING, Finding
 
 LAYER = re.compile(r"(?P<prefix>.*?)(?:^|\.)(?:layers|h|layer|blocks)\.(?P<number>\d+)\..+")
@@ -26,8 +26,26 @@ def check_configs(found: Checkpoint, folder: Path) -> Iterator[Finding]:
     """config.json, adapter_config.json and the index's total size against the weights of the folder."""
     if (folder / "adapter_config.json").is_file():
         yield from _adapter(found, folder / "adapter_config.json")
+    elif found.layout.stem == hf.ADAPTER:
+        yield Finding(
+            id="config-mismatch",
+            severity=WARNING,
+            file=str(folder / "adapter_config.json"),
+            where="",
+            message="an adapter without its adapter_config.json, which PEFT needs to load it",
+            hint="copy it from where the adapter was saved",
+        )
     elif (folder / "config.json").is_file():
         yield from _model(found, folder / "config.json")
+    elif (folder / "generation_config.json").is_file():
+        yield Finding(
+            id="config-mismatch",
+            severity=WARNING,
+            file=str(folder / "config.json"),
+            where="",
+            message="a language model without its config.json, which transformers needs to load it",
+            hint="copy it from where the model was saved",
+        )
     for path in folder.glob("*.index.json"):
         yield from _total_size(found, path)
 

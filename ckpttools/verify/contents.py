@@ -29,6 +29,13 @@ def tasks_of(found: Checkpoint, files: list[TorchFile]) -> list[data.Task]:
             pairs = list(data.pair(name, master, found.tensors[name]))
             if claims.claim_all([source for pair in pairs for source in (pair.master, pair.model)]):
                 tasks += pairs
+    for group in found.groups:
+        second = group.state.get("exp_avg_sq", {})
+        for name, mean in group.state.get("exp_avg", {}).items():
+            if name in second:
+                both = list(data.moments(name, mean, second[name]))
+                if claims.claim_all([source for pair in both for source in (pair.mean, pair.square)]):
+                    tasks += both
     for twins in _twins(found):
         counted = (claims.claim_all([twins.one]), claims.claim_all([twins.other]))
         tasks.append(replace(twins, counted=counted))
@@ -146,6 +153,15 @@ def _of_result(found: Checkpoint, result: data.Result) -> Finding:
                 where=result.name,
                 message=f"{result.count} elements are larger than 1e10",
                 hint="no network trains with such values: damage, or a run that diverged",
+            )
+        case data.Hole():
+            return Finding(
+                id="moments-disagree",
+                severity=WARNING,
+                file=str(result.path),
+                where=result.name,
+                message=f"{result.count} elements are 0 where exp_avg is not: no gradients give that",
+                hint="a block of zeros lies in the file, or the optimizer state was edited",
             )
         case data.Unlike():
             return Finding(

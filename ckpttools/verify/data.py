@@ -18,7 +18,16 @@ from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
-from ckpttools.values import BLOCK_NBYTES, Reader, negatives, nonfinite, numpy_array, same_after_cast, wild
+from ckpttools.values import (
+    BLOCK_NBYTES,
+    Reader,
+    holes,
+    negatives,
+    nonfinite,
+    numpy_array,
+    same_after_cast,
+    wild,
+)
 
 UNIT_NBYTES = 4 << 20
 
@@ -74,7 +83,21 @@ class Twins:
         return self.one.nbytes + self.other.nbytes
 
 
-Task = Scan | Compare | Twins
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """The same elements of Adam's exp_avg and exp_avg_sq: a mean of gradients and a mean of their squares."""
+
+    mean: ByteRange
+    square: ByteRange
+    dtype: DType
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.mean.nbytes + self.square.nbytes
+
+
+Task = Scan | Compare | Twins | Moments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +130,15 @@ class Wild:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hole:
+    """Zeros in a mean of squares where the mean itself is not zero."""
+
+    path: Path
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unlike:
     """Two copies of the same tensor that differ."""
 
@@ -131,26 +163,41 @@ class BadChecksum:
     check: SourceCheck
 
 
-Result = NonFinite | Wild | Negative | Mismatch | Unlike | BadChecksum
+Result = NonFinite | Wild | Negative | Hole | Mismatch | Unlike | BadChecksum
 
 
 def pair(name: str, master: TensorRef, model: TensorRef) -> Iterator[Compare]:
     """The comparisons that hold a parameter's master weights against its model weights."""
-    if master.dtype is not FLOAT32 or not model.dtype.is_float or master.numel != model.numel:
+    if master.dtype is not FLOAT32 or not model.dtype.is_float:
         return
-    if not all(isinstance(chunk, ByteRange) for chunk in (*master.chunks, *model.chunks)):
+    for here, there, first in _side_by_side(master, model):
+        yield Compare(master=here, model=there, dtype=model.dtype, name=name, first=first)
+
+
+def moments(name: str, mean: TensorRef, square: TensorRef) -> Iterator[Moments]:
+    """The comparisons of a parameter's two moments. float16 squares may underflow: they are not compared."""
+    if mean.dtype is square.dtype and mean.dtype.name in ("float32", "bfloat16", "float64"):
+        for here, there, _ in _side_by_side(mean, square):
+            yield Moments(mean=here, square=there, dtype=mean.dtype, name=name)
+
+
+def _side_by_side(one: TensorRef, other: TensorRef) -> Iterator[tuple[ByteRange, ByteRange, int]]:
+    """The same elements of two tensors in pieces that are one range in each, and each piece's first."""
+    if one.numel != other.numel:
         return
-    cuts = {0, master.numel}
-    for ref in (master, model):
+    if not all(isinstance(chunk, ByteRange) for chunk in (*one.chunks, *other.chunks)):
+        return
+    cuts = {0, one.numel}
+    for ref in (one, other):
         at = 0
         for chunk in ref.chunks:
             at += chunk.nbytes // ref.dtype.itemsize
             cuts.add(at)
     for low, high in pairwise(sorted(cuts)):
-        (here,) = master.flat(low, high - low).chunks
-        (there,) = model.flat(low, high - low).chunks
+        (here,) = one.flat(low, high - low).chunks
+        (there,) = other.flat(low, high - low).chunks
         assert isinstance(here, ByteRange) and isinstance(there, ByteRange)
-        yield Compare(master=here, model=there, dtype=model.dtype, name=name, first=low)
+        yield here, there, low
 
 
 class Claims:
@@ -283,6 +330,10 @@ def _units(tasks: Iterable[Task]) -> Iterator[Task]:
                 for at in range(0, one.nbytes, UNIT_NBYTES):
                     n = min(UNIT_NBYTES, one.nbytes - at)
                     yield replace(task, one=one.cut(at, n), other=other.cut(at, n))
+            case Moments(mean=mean, square=square):
+                for at in range(0, mean.nbytes, UNIT_NBYTES):
+                    n = min(UNIT_NBYTES, mean.nbytes - at)
+                    yield replace(task, mean=mean.cut(at, n), square=square.cut(at, n))
             case Compare(master=master, model=model, dtype=dtype, name=name, first=first):
                 numel, step = master.nbytes // 4, UNIT_NBYTES // 4
                 for at in range(0, numel, step):
@@ -306,6 +357,8 @@ def _process(
             return _compare(unit, reader, buffer)
         case Twins():
             return _twins(unit, reader, buffer)
+        case Moments():
+            return _moments(unit, reader, buffer)
 
 
 def _scan(unit: Scan, reader: Reader, buffer: memoryview) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
@@ -382,3 +435,25 @@ def _twins(
             found.append(Unlike(path=one.path, name=unit.name, twin=unit.twin))
     pairs = zip((one, other), sums, unit.counted, strict=True)
     return found, [(source, crc) for source, crc, counts in pairs if counts]
+
+
+def _moments(
+    unit: Moments, reader: Reader, buffer: memoryview
+) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
+    mean, square, sums = unit.mean, unit.square, [0, 0]
+    found: list[Result] = []
+    for at in range(0, mean.nbytes, BLOCK_NBYTES):
+        n = min(BLOCK_NBYTES, mean.nbytes - at)
+        here, there = buffer[:n], buffer[BLOCK_NBYTES : BLOCK_NBYTES + n]
+        reader.read(here, mean.path, mean.start + at)
+        reader.read(there, square.path, square.start + at)
+        sums = [crc32(here, sums[0]), crc32(there, sums[1])]
+        names = (f"{unit.name} (exp_avg)", f"{unit.name} (exp_avg_sq)")
+        found += _nonfinite(here, unit.dtype, mean.path, mean.start + at, names[0])
+        found += _nonfinite(there, unit.dtype, square.path, square.start + at, names[1])
+        squares = numpy_array(there, unit.dtype)
+        if count := negatives(squares):
+            found.append(Negative(path=square.path, name=names[1], count=count))
+        if count := holes(numpy_array(here, unit.dtype), squares):
+            found.append(Hole(path=square.path, name=names[1], count=count))
+    return found, [(mean, sums[0]), (square, sums[1])]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ckpttools.formats import fields
 from ckpttools.formats.torch_file import TorchFile, scalar, size
-from ckpttools.formats.zero.read import Rank, ZeroFolder, expected_mapping
+from ckpttools.formats.zero.read import Rank, ZeroFolder, expected_mapping, version_numbers
 from ckpttools.pickles import Node, Object, plain
 from ckpttools.verify.findings import ERROR, INFO, WARNING, Finding
 
@@ -315,6 +315,15 @@ def dtypes(folder: ZeroFolder) -> Iterator[Finding]:
             )
 
 
+# what each layout's optimizer files hold, and since which DeepSpeed
+_COMMON = {"partition_count": (0, 5), "group_paddings": (0, 7), "param_slice_mappings": (0, 7, 4)}
+RANK_FIELDS: dict[str, dict[str, tuple[int, ...]]] = {
+    "rigid": {"loss_scaler": (0, 3), "zero_stage": (0, 3), "ds_version": (0, 4), **_COMMON},
+    "elastic": {"loss_scaler": (0, 3), "zero_stage": (0, 3), "ds_version": (0, 4), **_COMMON},
+    "bf16_optimizer": {"ds_version": (0, 6, 2), **_COMMON},
+}
+
+
 def required_fields(folder: ZeroFolder) -> Iterator[Finding]:
     """What every DeepSpeed since 0.6 writes, and what must not contradict itself."""
     model, path = folder.model, str(folder.model.file.path)
@@ -327,6 +336,16 @@ def required_fields(folder: ZeroFolder) -> Iterator[Finding]:
                 where=name,
                 message="DeepSpeed writes this field, and it is not there",
             )
+    for rank in folder.ranks:
+        for name, since in RANK_FIELDS[rank.variant].items():
+            if name not in rank.state and since <= version_numbers(rank.ds_version):
+                yield Finding(
+                    id="field-missing",
+                    severity=WARNING,
+                    file=str(rank.file.path),
+                    where=f"optimizer_state_dict.{name}",
+                    message="DeepSpeed writes this field, and it is not there",
+                )
     if fields.integer(model.root.get("mp_world_size")) not in (None, 1):
         yield _contradiction(path, "mp_world_size", "says that there are several model-parallel files")
     for rank in folder.ranks:

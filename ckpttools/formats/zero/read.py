@@ -325,7 +325,7 @@ def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> Z
     n = check_complete(files, model, ranks)
     shapes = model.shapes
     if shapes is None:
-        if _version(model.ds_version or ranks[0].ds_version) >= (0, 6):
+        if version_numbers(model.ds_version or ranks[0].ds_version) >= (0, 6):
             raise fields.bad_field(files.model, "param_shapes", "is missing")
         shapes = _old_shapes(ranks[0])
     first = ranks[0]
@@ -406,7 +406,7 @@ def _some(ranks: list[int]) -> str:
 def _old_shapes(rank: Rank) -> tuple[Mapping[str, tuple[int, ...]], ...]:
     """param_shapes of DeepSpeed 0.4.4 to 0.5.10, which kept them in the optimizer files."""
     path, node = rank.file.path, rank.root.get("param_shapes")
-    if node is None or _version(rank.ds_version) < (0, 4, 4):
+    if node is None or version_numbers(rank.ds_version) < (0, 4, 4):
         raise Unsupported(
             "shapes-missing",
             "the parameters' shapes and order are not in the checkpoint, or not reliably",
@@ -481,12 +481,12 @@ def _is_round_robin(model: ModelStates, ranks: tuple[Rank, ...], groups: tuple[F
     in_turns = all(mappings_agree(rank, groups, round_robin=True) for rank in ranks)
     if in_order != in_turns:
         return in_turns
-    if ranks[0].stage == 1 and (_version(ranks[0].ds_version) or (1,)) < (0, 13):
+    if ranks[0].stage == 1 and (version_numbers(ranks[0].ds_version) or (1,)) < (0, 13):
         return False
     return _configured(ranks[0].root.get("ds_config")) or _configured(model.root.get("ds_config"))
 
 
-def _version(text: str | None) -> tuple[int, ...]:
+def version_numbers(text: str | None) -> tuple[int, ...]:
     """A version's first three numbers; () where it is not recorded."""
     return tuple(int(x) for x in re.findall(r"\d+", text or "")[:3])
 

@@ -1,0 +1,243 @@
+"""Good checkpoints: every fixture, and what other tools, other settings and ourselves make of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from support import resharded
+from torch.utils.serialization import config as torch_config
+
+from ckpttools import formats
+from ckpttools.execute import execute
+from ckpttools.formats import hf
+from ckpttools.plan import Plan
+from ckpttools.transforms.select import weights
+
+from .core import HF, PT, ZERO, Base, bases, load
+from .layout import contents
+
+Make = Callable[[Base, Path], Path | None]
+VARIATIONS: dict[str, tuple[frozenset[str], Make]] = {}
+
+
+def variation(*kinds: str) -> Callable[[Make], Make]:
+    def register(make: Make) -> Make:
+        VARIATIONS[make.__name__] = (frozenset(kinds), make)
+        return make
+
+    return register
+
+
+def clean() -> Iterator[tuple[str, Base]]:
+    """Every variation with every base that it may apply to."""
+    for name, (kinds, _) in VARIATIONS.items():
+        for base in bases():
+            if base.kind in kinds:
+                yield name, base
+
+
+def made(name: str, base: Base, folder: Path) -> Path | None:
+    """One clean checkpoint, made within `folder`; None where the variation does not apply."""
+    folder.mkdir(parents=True)
+    return VARIATIONS[name][1](base, folder)
+
+
+def _copy(base: Base, folder: Path) -> Path:
+    to = folder / base.path.name
+    if base.path.is_dir():
+        shutil.copytree(base.path, to)
+    else:
+        shutil.copyfile(base.path, to)
+    return to
+
+
+@variation(ZERO, PT, HF)
+def as_it_is(base: Base, folder: Path) -> Path:
+    return base.path
+
+
+def _resharded_to(ranks: int) -> None:
+    def make(base: Base, folder: Path) -> Path | None:
+        if "elastic" in base.path.name:
+            return None  # they lack what a reshard needs
+        return resharded(base.path, ranks, folder / "out")
+
+    make.__name__ = f"resharded_to_{ranks}"
+    variation(ZERO)(make)
+
+
+for _ranks in range(1, 9):
+    _resharded_to(_ranks)
+
+
+def _written(make: Callable[..., Plan], base: Base, folder: Path, **options: int) -> Path:
+    """What `ckpt extract` makes of it, with the configuration of a model folder."""
+    plan = make(weights(formats.open_checkpoint(base.path)), **options)
+    if base.kind == HF and base.path.is_dir():
+        plan = replace(plan, files=(*plan.files, *hf.config_files(base.path)))
+    execute(plan, folder / "out", source=base.path)
+    return folder / "out"
+
+
+@variation(ZERO, PT, HF)
+def extracted(base: Base, folder: Path) -> Path:
+    return _written(hf.plan, base, folder)
+
+
+@variation(ZERO, PT, HF)
+def extracted_in_shards(base: Base, folder: Path) -> Path:
+    return _written(hf.plan, base, folder, max_shard_size=1024)
+
+
+@variation(ZERO, PT, HF)
+def extracted_as_bin(base: Base, folder: Path) -> Path:
+    return _written(hf.plan_bin, base, folder, max_shard_size=1500)
+
+
+def _saved_again(base: Base, folder: Path, save: Callable[[object, Path], object]) -> Path | None:
+    path = _copy(base, folder)
+    files = [p for p in ([path] if path.is_file() else sorted(path.rglob("*"))) if _is_torch(p)]
+    for file in files:
+        save(load(file), file)
+    return path if files else None
+
+
+def _is_torch(path: Path) -> bool:
+    return path.is_file() and path.read_bytes()[:2] in (b"PK", b"\x80\x02") and path.suffix != ".safetensors"
+
+
+@variation(ZERO, PT)
+def saved_again_by_torch(base: Base, folder: Path) -> Path | None:
+    return _saved_again(base, folder, lambda value, file: torch.save(value, file))
+
+
+@variation(ZERO, PT)
+def saved_again_in_the_older_serialization(base: Base, folder: Path) -> Path | None:
+    return _saved_again(
+        base, folder, lambda value, file: torch.save(value, file, _use_new_zipfile_serialization=False)
+    )
+
+
+@variation(ZERO, PT)
+def saved_without_checksums(base: Base, folder: Path) -> Path | None:
+    torch_config.save.compute_crc32 = False
+    try:
+        return _saved_again(base, folder, lambda value, file: torch.save(value, file))
+    finally:
+        torch_config.save.compute_crc32 = True
+
+
+@variation(PT)
+def saved_with_another_alignment(base: Base, folder: Path) -> Path | None:
+    torch_config.save.storage_alignment = 4096
+    try:
+        return _saved_again(base, folder, lambda value, file: torch.save(value, file))
+    finally:
+        torch_config.save.storage_alignment = 64
+
+
+@variation(PT)
+def saved_through_a_buffer(base: Base, folder: Path) -> Path | None:
+    """torch.save to an open file calls the archive's root "archive"."""
+
+    def save(value: object, file: Path) -> None:
+        with file.open("wb") as stream:
+            torch.save(value, stream)
+
+    return _saved_again(base, folder, save)
+
+
+@variation(PT)
+def renamed(base: Base, folder: Path) -> Path:
+    path = _copy(base, folder)
+    return path.rename(path.with_name(f"best{path.suffix}"))
+
+
+@variation(PT)
+def zipped_again_by_python(base: Base, folder: Path) -> Path | None:
+    """Stored, by zipfile: no padding, no descriptors, other flags; torch loads it."""
+    path = _copy(base, folder)
+    if path.read_bytes()[:2] != b"PK":
+        return None
+    found = contents(path.read_bytes())
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in found:
+            archive.writestr(name, data)
+    return path
+
+
+@variation(ZERO, PT, HF)
+def through_links(base: Base, folder: Path) -> Path:
+    """Every file a symbolic link into a store of blobs, as in Hugging Face's cache."""
+    path = _copy(base, folder)
+    blobs = folder / "blobs"
+    blobs.mkdir()
+    for i, file in enumerate([path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())):
+        file.rename(blobs / str(i))
+        file.symlink_to(blobs / str(i))
+    return path
+
+
+@variation(ZERO, HF)
+def through_a_linked_folder(base: Base, folder: Path) -> Path | None:
+    if not base.path.is_dir():
+        return None
+    link = folder / "link"
+    link.symlink_to(base.path, target_is_directory=True)
+    return link
+
+
+@variation(ZERO, HF)
+def with_odd_company(base: Base, folder: Path) -> Path | None:
+    """Files that people and systems leave beside checkpoints."""
+    if not base.path.is_dir():
+        return None
+    path = _copy(base, folder)
+    for name in (".DS_Store", "README.md", "notes.txt", ".gitattributes", "run.log", "Thumbs.db"):
+        (path / name).write_bytes(b"\0\1 something\n")
+    return path
+
+
+@variation(ZERO)
+def latest_with_a_line_end(base: Base, folder: Path) -> Path | None:
+    path = _copy(base, folder)
+    latest = next(iter(path.rglob("latest")), None)
+    if latest is None:
+        return None
+    latest.write_text(latest.read_text().strip() + "\n")
+    return path
+
+
+@variation(ZERO)
+def tag_folder_by_itself(base: Base, folder: Path) -> Path:
+    path = _copy(base, folder)
+    return formats.locate(path).target
+
+
+@variation(HF)
+def saved_again_by_safetensors(base: Base, folder: Path) -> Path | None:
+    path = _copy(base, folder)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    for file in files:
+        tensors = safetensors.torch.load_file(file)
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    return path if any(file.suffix == ".safetensors" for file in files) else None
+
+
+@variation(HF)
+def json_written_otherwise(base: Base, folder: Path) -> Path | None:
+    """One line, a byte order and key order of its own: still JSON."""
+    if not base.path.is_dir():
+        return None
+    path = _copy(base, folder)
+    for file in path.glob("*.json"):
+        value = json.loads(file.read_text())
+        file.write_text(json.dumps(dict(reversed(value.items()))))
+    return path
