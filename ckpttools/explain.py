@@ -156,6 +156,13 @@ def _all() -> dict[str, Explanation]:
             "ckpt-manifest.json is not a manifest of this version.",
             "Delete it, and write it anew once the checkpoint is known to be good.",
         ),
+        "layout-in-parts": e(
+            INFO,
+            "ZeRO-3, pipeline, tensor- and expert-parallel, universal and distributed checkpoints are verified file by "
+            "file: structure, checksums, names, NaN, and that no file is missing. Their weights are not put together, so "
+            "that the files belong to one step is not proven.",
+            "Nothing to do.",
+        ),
         "manifest-unlisted": e(
             INFO,
             "A file lies in the folder that was not there when the manifest was written.",

@@ -114,6 +114,7 @@ def _folder(path: Path, tag: str | None) -> Source:
             why="a save that was killed before its first file leaves such folders",
             hint="use an older checkpoint",
         )
+    _refuse_known(path, names)  # a universal checkpoint holds a ZeRO model file too
     if looks_like_zero(path):
         return Source(format="zero", target=path, root=path, how="a DeepSpeed tag folder")
     if LATEST in names:
@@ -121,7 +122,6 @@ def _folder(path: Path, tag: str | None) -> Source:
     if BUNDLE in names and (path / BUNDLE).is_dir():
         inner = _folder(path / BUNDLE, None)
         return replace(inner, root=path, how=f"{BUNDLE}/ of this bundle; {inner.how}")
-    _refuse_known(path, names)
     _refuse_headless(path, names)
     if looks_like_hf(path):
         return Source(format="hf", target=path, root=path, how="a Hugging Face folder")

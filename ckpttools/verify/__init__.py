@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import Source, locate
 from ckpttools.progress import Progress
 from ckpttools.verify.beside import check_beside, check_pointer
@@ -21,7 +21,9 @@ from ckpttools.verify.configs import check_configs
 from ckpttools.verify.findings import ERROR, INFO, Finding, Verdict, of_error
 from ckpttools.verify.headers import check_headers
 from ckpttools.verify.manifests import check_manifest, describe
+from ckpttools.verify.parts import check_parts
 
+PARTS = "parts"  # a layout that is only checked file by file
 Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar
 
 __all__ = ["Finding", "Verdict", "check_before_use", "manifest_of", "verify"]
@@ -37,11 +39,17 @@ def verify(
     """
     try:
         source = locate(path, tag)
+    except Unsupported as reason:
+        if reason.id != "layout-unsupported":
+            raise
+        # recognised by what the folder holds: universal and distributed checkpoints
+        source = Source(format=PARTS, target=path, root=path, how=reason.message)
+        checked = check_parts(path, reason)
     except CkptError as error:
         if error.exit_code != 1:
             raise
         return Verdict(path=path, format=None, step=None, epoch=None, findings=(of_error(error),))
-    findings, found, files = check_headers(source)
+    findings, found, files = checked if source.format == PARTS else check_headers(source, in_parts=True)
     beside, checks = check_beside(source, files)
     findings += [*beside, *(check_pointer(path, source) if tag is None else ())]
     if found is not None:

@@ -208,7 +208,8 @@ def _is_state(found: Checkpoint, name: str) -> bool:
     if name in found.tensors:
         return True
     if not found.groups:
-        return name.startswith(OPTIMIZER)
+        # ZeRO-3 leaves the padding of its flat groups uninitialised: anything may be there
+        return name.startswith(OPTIMIZER) and found.layout.format == "pt"
     return any(name.endswith(f"({kind})") for group in found.groups for kind in group.state)
 
 

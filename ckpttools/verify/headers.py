@@ -22,15 +22,27 @@ from ckpttools.formats.zero.read import (
 )
 from ckpttools.verify.files import check_files
 from ckpttools.verify.findings import INFO, Finding, of_error
+from ckpttools.verify.parts import check_parts
 from ckpttools.verify.zero import archive_roots, check_folder
 
 T = TypeVar("T")
 
 
-def check_headers(source: Source) -> tuple[list[Finding], Checkpoint | None, list[TorchFile]]:
-    """Findings, the checkpoint if it can be read at all, and its torch files."""
+def check_headers(
+    source: Source, *, in_parts: bool = False
+) -> tuple[list[Finding], Checkpoint | None, list[TorchFile]]:
+    """Findings, the checkpoint if it can be read at all, and its torch files.
+
+    A layout whose weights cannot be put together raises Unsupported or, with `in_parts`, is checked file by
+    file; what comes back for it is fit for checking and for nothing else.
+    """
     if source.format == "zero":
-        return _zero_headers(source.target)
+        try:
+            return _zero_headers(source.target)
+        except Unsupported as reason:
+            if not in_parts:
+                raise
+            return check_parts(source.target, reason)
     try:
         found = read(source)
     except CkptError as error:
@@ -48,7 +60,7 @@ def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[
     def attempt(action: Callable[[], T]) -> T | None:
         try:
             return action()
-        except Unsupported:
+        except Unsupported:  # another layout, which shows only inside a file
             raise
         except CkptError as error:  # also what may not be read: one file must not hide the others
             findings.append(of_error(error))

@@ -1,0 +1,117 @@
+"""Layouts whose weights are not put together: their files are checked one by one, and none may be missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from commands import run
+from support import FIXTURES, REFUSED_SAMPLES, name_of
+
+from ckpttools.verify import verify
+
+ZERO = FIXTURES / "deepspeed-0.19.8"
+
+
+def ids(path: Path) -> set[str]:
+    return {f.id for f in verify(path).findings if f.severity != "info"}
+
+
+@pytest.fixture(scope="module")
+def universal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A universal checkpoint, made by DeepSpeed's own converter."""
+    out = tmp_path_factory.mktemp("universal") / "out"
+    source = ZERO / "z2_bf16_ws2"
+    tag = (source / "latest").read_text()
+    options = f"--inject_missing_state --input_folder {source / tag} --output_folder {out}"
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options.split()]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture
+def distributed(tmp_path: Path) -> Path:
+    """A torch distributed checkpoint."""
+    state = {"model": {"w": torch.randn(8, 4), "b": torch.zeros(8)}, "step": 3}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    return tmp_path / "dcp"
+
+
+@pytest.mark.parametrize("path", REFUSED_SAMPLES, ids=name_of)
+def test_good_ones_of_deepspeed(path: Path) -> None:
+    verdict = verify(path)
+    assert verdict.ok and {f.severity for f in verdict.findings} == {"info"}
+    assert "layout-in-parts" in {f.id for f in verdict.findings}
+    for command in (["extract"], ["reshard", "--world-size", "2"], ["inspect"]):
+        ran = run(command[0], path, *command[1:])  # refused by everything that would use the weights
+        assert ran.code == 2 and ran.err.startswith("error["), ran
+
+
+@pytest.mark.parametrize("name", ["z3_bf16_ws2", "pp_ws2", "moe_ws2"])
+def test_damage_in_deepspeed_folders(name: str, tmp_path: Path) -> None:
+    good = ZERO / name
+    tag = (good / "latest").read_text()
+    files = sorted(p.name for p in (good / tag).iterdir())
+    ranks = [f for f in files if "optim_states" in f]
+    for i, (first, second) in enumerate(((ranks[0], ranks[1]), (files[-1], files[-2]))):
+        swapped = shutil.copytree(good, tmp_path / f"swapped{i}")
+        a, b = swapped / tag / first, swapped / tag / second
+        a.rename(swapped / "spare")
+        b.rename(a)
+        (swapped / "spare").rename(b)
+        assert "file-renamed" in ids(swapped), (first, second)
+    gone = shutil.copytree(good, tmp_path / "gone")
+    (gone / tag / ranks[0]).unlink()
+    assert "shard-missing" in ids(gone)
+    flipped = shutil.copytree(good, tmp_path / "flipped")
+    raw = bytearray((flipped / tag / ranks[1]).read_bytes())
+    raw[len(raw) // 2] ^= 16
+    (flipped / tag / ranks[1]).write_bytes(raw)
+    assert ids(flipped) & {"checksum", "zip-damaged", "zip-unexplained"}
+
+
+def test_model_files_of_different_steps(tmp_path: Path) -> None:
+    folder = shutil.copytree(ZERO / "z3_bf16_ws2", tmp_path / "run")
+    path = next(folder.glob("*/zero_pp_rank_1_mp_rank_00_model_states.pt"))
+    state = torch.load(path, weights_only=False)
+    torch.save(state | {"global_steps": 2}, path)
+    assert "ranks-differ" in ids(folder)
+
+
+def test_all_optimizer_files_missing_is_no_stage_0(tmp_path: Path) -> None:
+    folder = shutil.copytree(ZERO / "z2_bf16_ws2", tmp_path / "run")
+    for path in folder.glob("*/*optim_states.pt"):
+        path.unlink()
+    assert ids(folder) == {"shard-missing"}
+    assert verify(ZERO / "z0_bf16_ws2").ok
+
+
+def test_universal(universal: Path, tmp_path: Path) -> None:
+    assert ids(universal) == set()
+    folder = shutil.copytree(universal, tmp_path / "u")
+    parameter = sorted(p for p in (folder / "zero").iterdir() if p.is_dir())[0]
+    (parameter / "exp_avg.pt").unlink()
+    assert "shard-missing" in ids(folder)
+    os.truncate(parameter / "fp32.pt", 300)
+    assert "file-truncated" in ids(folder)
+
+
+def test_distributed(distributed: Path) -> None:
+    assert ids(distributed) == set()
+    assert run("inspect", distributed).code == 2
+    (data,) = distributed.glob("*.distcp")
+    shutil.copyfile(data, distributed / "__9_0.distcp")
+    assert ids(distributed) == {"shard-extra"}
+    (distributed / "__9_0.distcp").unlink()
+    os.truncate(data, data.stat().st_size - 10)
+    assert ids(distributed) == {"file-truncated"}
+    data.unlink()
+    assert ids(distributed) == {"shard-missing"}
+    (distributed / ".metadata").write_bytes(b"\x80\x02garbage")
+    assert ids(distributed) == {"pickle-damaged"}
