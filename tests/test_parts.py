@@ -44,11 +44,15 @@ def distributed(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", REFUSED_SAMPLES, ids=name_of)
-def test_good_ones_of_deepspeed(path: Path) -> None:
+def test_good_ones_of_deepspeed(path: Path, tmp_path: Path) -> None:
     verdict = verify(path)
     assert verdict.ok and {f.severity for f in verdict.findings} == {"info"}
     assert "layout-in-parts" in {f.id for f in verdict.findings}
-    for command in (["extract"], ["reshard", "--world-size", "2"], ["inspect"]):
+    for command in (
+        ["extract", tmp_path / "x"],
+        ["reshard", tmp_path / "x", "--world-size", "2"],
+        ["inspect"],
+    ):
         ran = run(command[0], path, *command[1:])  # refused by everything that would use the weights
         assert ran.code == 2 and ran.err.startswith("error["), ran
 

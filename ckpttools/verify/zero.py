@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from ckpttools.formats import fields
 from ckpttools.formats.torch_file import TorchFile, scalar, size
@@ -16,6 +17,12 @@ from ckpttools.pickles import Node, Object, plain
 from ckpttools.verify.findings import ERROR, INFO, WARNING, Finding
 
 ONE_SAVE = "copy all files of the folder again from one save"
+
+
+def _found(
+    id: str, file: str | Path, where: str, message: str, *, severity: str = ERROR, hint: str = ONE_SAVE
+) -> Finding:
+    return Finding(id=id, severity=severity, file=str(file), where=where, message=message, hint=hint)
 
 
 def check_folder(folder: ZeroFolder) -> Iterator[Finding]:
@@ -30,12 +37,12 @@ def archive_roots(files: Sequence[TorchFile]) -> Iterator[Finding]:
     for file in files:
         if file.root in (None, "archive", file.path.stem):
             continue
-        yield Finding(
-            id="file-renamed",
+        yield _found(
+            "file-renamed",
+            file.path,
+            "archive root",
+            f"the file was saved under the name {file.root}.pt",
             severity=ERROR if file.root in stems else INFO,
-            file=str(file.path),
-            where="archive root",
-            message=f"the file was saved under the name {file.root}.pt",
             hint="rename it back, or copy the files again from where they were saved",
         )
 
@@ -50,24 +57,20 @@ def slice_mappings(folder: ZeroFolder) -> Iterator[Finding]:
             continue
         owner = next((r.dp_rank for r in folder.ranks if rank.mappings == _mappings(folder, r.dp_rank)), None)
         if owner is not None:
-            yield Finding(
-                id="rank-misplaced",
-                severity=ERROR,
-                file=str(rank.file.path),
-                where=f"dp rank {rank.dp_rank}",
-                message=f"the file holds the partition of dp rank {owner}, not of rank {rank.dp_rank}: "
+            yield _found(
+                "rank-misplaced",
+                rank.file.path,
+                f"dp rank {rank.dp_rank}",
+                f"the file holds the partition of dp rank {owner}, not of rank {rank.dp_rank}: "
                 "it was swapped, copied over another or renamed",
-                hint=ONE_SAVE,
             )
         else:
             group, name = _first_difference(rank, wanted)
-            yield Finding(
-                id="mapping-mismatch",
-                severity=ERROR,
-                file=str(rank.file.path),
-                where=f"param_slice_mappings[{group}]{'.' + name if name else ''}",
-                message="the fragments of this rank do not follow from the parameters' shapes and order",
-                hint=ONE_SAVE,
+            yield _found(
+                "mapping-mismatch",
+                rank.file.path,
+                f"param_slice_mappings[{group}]{'.' + name if name else ''}",
+                "the fragments of this rank do not follow from the parameters' shapes and order",
             )
 
 
@@ -93,13 +96,11 @@ def paddings(folder: ZeroFolder) -> Iterator[Finding]:
         last = rank.dp_rank == len(folder.ranks) - 1
         at_last = tuple(group.total - group.used if last else 0 for group in folder.groups)
         if rank.paddings not in (own, at_last):
-            yield Finding(
-                id="padding-mismatch",
-                severity=ERROR,
-                file=str(rank.file.path),
-                where="optimizer_state_dict.group_paddings",
-                message=f"says {list(rank.paddings)}, the parameters' shapes make it {list(own)}",
-                hint=ONE_SAVE,
+            yield _found(
+                "padding-mismatch",
+                rank.file.path,
+                "optimizer_state_dict.group_paddings",
+                f"says {list(rank.paddings)}, the parameters' shapes make it {list(own)}",
             )
 
 
@@ -109,25 +110,21 @@ def moments(folder: ZeroFolder) -> Iterator[Finding]:
         for rank in folder.ranks:
             kinds, first = set(rank.moments[g]), set(folder.ranks[0].moments[g])
             if kinds != first:
-                yield Finding(
-                    id="moment-missing",
-                    severity=ERROR,
-                    file=str(rank.file.path),
-                    where=f"group {g}",
-                    message=f"holds the optimizer state {_list(kinds)}, rank 0 holds {_list(first)}",
-                    hint=ONE_SAVE,
+                yield _found(
+                    "moment-missing",
+                    rank.file.path,
+                    f"group {g}",
+                    f"holds the optimizer state {_list(kinds)}, rank 0 holds {_list(first)}",
                 )
             for key, node in rank.moments[g].items():
                 view = rank.file.view(node)
                 if view is None or len(view.shape) != 1 or key in folder.partitioned[g]:
                     continue
-                yield Finding(
-                    id="moment-size",
-                    severity=ERROR,
-                    file=str(rank.file.path),
-                    where=f"group {g} {key}",
-                    message=f"has {view.shape[0]} elements where the partition has {group.part}",
-                    hint=ONE_SAVE,
+                yield _found(
+                    "moment-size",
+                    rank.file.path,
+                    f"group {g} {key}",
+                    f"has {view.shape[0]} elements where the partition has {group.part}",
                 )
 
 
@@ -141,12 +138,12 @@ def second_moment(folder: ZeroFolder) -> Iterator[Finding]:
             lacking |= {"exp_avg_sq"} - set(moments)
         uses_muon = first.hyper is not None and any("use_muon" in group for group in first.hyper)
         if lacking and not uses_muon:
-            yield Finding(
-                id="moment-missing",
+            yield _found(
+                "moment-missing",
+                first.file.path,
+                f"group {g}",
+                f"has no {_list(lacking)}",
                 severity=WARNING,
-                file=str(first.file.path),
-                where=f"group {g}",
-                message=f"has no {_list(lacking)}",
                 hint="a group whose parameters never got a gradient looks so, and a damaged file",
             )
 
@@ -171,36 +168,30 @@ def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
             ),
         ):
             if mine != theirs:
-                yield Finding(
-                    id="ranks-differ",
-                    severity=ERROR,
-                    file=str(rank.file.path),
-                    where=name,
-                    message=f"rank {rank.dp_rank} says {_short(mine)}, rank 0 says {_short(theirs)}",
-                    hint=ONE_SAVE,
+                yield _found(
+                    "ranks-differ",
+                    rank.file.path,
+                    name,
+                    f"rank {rank.dp_rank} says {_short(mine)}, rank 0 says {_short(theirs)}",
                 )
         for name in {*rank.state.names()} ^ {*first.state.names()}:
             has, lacks = (rank, first) if name in rank.state else (first, rank)
-            yield Finding(
-                id="ranks-differ",
-                severity=ERROR,
-                file=str(lacks.file.path),
-                where=f"optimizer_state_dict.{name}",
-                message=f"rank {lacks.dp_rank} lacks what rank {has.dp_rank} has",
-                hint=ONE_SAVE,
+            yield _found(
+                "ranks-differ",
+                lacks.file.path,
+                f"optimizer_state_dict.{name}",
+                f"rank {lacks.dp_rank} lacks what rank {has.dp_rank} has",
             )
         if plain(rank.root.get("ds_config")) != plain(first.root.get("ds_config")):
             yield _contradiction(str(rank.file.path), "ds_config", "differs from that of rank 0")
         mine_step, first_step = steps(rank), steps(first)
         if mine_step != first_step:
-            yield Finding(
-                id="step-mismatch",
-                severity=ERROR,
-                file=str(rank.file.path),
-                where=f"dp rank {rank.dp_rank}",
-                message=f"the shard is of optimizer step {_step(mine_step)}, rank 0 of {_step(first_step)}: "
+            yield _found(
+                "step-mismatch",
+                rank.file.path,
+                f"dp rank {rank.dp_rank}",
+                f"the shard is of optimizer step {_step(mine_step)}, rank 0 of {_step(first_step)}: "
                 "they come from different saves",
-                hint=ONE_SAVE,
             )
 
 
@@ -245,13 +236,13 @@ def counters(folder: ZeroFolder) -> Iterator[Finding]:
     if done is None or not known:
         return
     if max(known) - (done - skipped) not in (0, 1):
-        yield Finding(
-            id="counter-mismatch",
-            severity=WARNING,
-            file=str(folder.model.file.path),
-            where="global_steps",
-            message=f"the model file counts {done} steps ({skipped} skipped), the optimizer made "
+        yield _found(
+            "counter-mismatch",
+            folder.model.file.path,
+            "global_steps",
+            f"the model file counts {done} steps ({skipped} skipped), the optimizer made "
             f"{max(known):g}: either the optimizer was reset, or the files are of different saves",
+            severity=WARNING,
             hint="a full verify compares the weights and tells which",
         )
 
@@ -262,22 +253,18 @@ def shapes(folder: ZeroFolder) -> Iterator[Finding]:
     for g, group in enumerate(folder.shapes):
         for name, shape in group.items():
             if name not in model.weights:
-                yield Finding(
-                    id="tensor-missing",
-                    severity=ERROR,
-                    file=str(model.file.path),
-                    where=name,
-                    message=f"a trainable parameter of group {g} is not in module",
-                    hint=ONE_SAVE,
+                yield _found(
+                    "tensor-missing",
+                    model.file.path,
+                    name,
+                    f"a trainable parameter of group {g} is not in module",
                 )
             elif model.weights[name].shape != shape:
-                yield Finding(
-                    id="shape-mismatch",
-                    severity=ERROR,
-                    file=str(model.file.path),
-                    where=name,
-                    message=f"{list(model.weights[name].shape)} in module, {list(shape)} in the optimizer",
-                    hint=ONE_SAVE,
+                yield _found(
+                    "shape-mismatch",
+                    model.file.path,
+                    name,
+                    f"{list(model.weights[name].shape)} in module, {list(shape)} in the optimizer",
                 )
 
 
@@ -287,13 +274,11 @@ def frozen_shapes(folder: ZeroFolder) -> Iterator[Finding]:
     stated = fields.as_mapping(model.root.get("frozen_param_shapes"))
     for name, node in stated.named() if stated is not None else ():
         if name in model.weights and size(node) != model.weights[name].shape:
-            yield Finding(
-                id="shape-mismatch",
-                severity=ERROR,
-                file=str(model.file.path),
-                where=name,
-                message=f"{list(model.weights[name].shape)} in module, {list(size(node))} stated",
-                hint=ONE_SAVE,
+            yield _found(
+                "shape-mismatch",
+                model.file.path,
+                name,
+                f"{list(model.weights[name].shape)} in module, {list(size(node))} stated",
             )
 
 
@@ -305,13 +290,12 @@ def dtypes(folder: ZeroFolder) -> Iterator[Finding]:
     for name in names:
         dtype = weights[name].dtype
         if not dtype.is_float or dtype.short != common[0][0]:
-            yield Finding(
-                id="dtype-odd",
+            yield _found(
+                "dtype-odd",
+                folder.model.file.path,
+                name,
+                f"a trained weight of {dtype}, where most are {common[0][0]}",
                 severity=WARNING if dtype.is_float else ERROR,
-                file=str(folder.model.file.path),
-                where=name,
-                message=f"a trained weight of {dtype}, where most are {common[0][0]}",
-                hint=ONE_SAVE,
             )
 
 
@@ -329,22 +313,24 @@ def required_fields(folder: ZeroFolder) -> Iterator[Finding]:
     model, path = folder.model, str(folder.model.file.path)
     for name in ("global_steps", "dp_world_size", "ds_version", "buffer_names"):
         if name not in model.root:
-            yield Finding(
-                id="field-missing",
+            yield _found(
+                "field-missing",
+                path,
+                name,
+                "DeepSpeed writes this field, and it is not there",
                 severity=WARNING,
-                file=path,
-                where=name,
-                message="DeepSpeed writes this field, and it is not there",
+                hint="",
             )
     for rank in folder.ranks:
         for name, since in RANK_FIELDS[rank.variant].items():
             if name not in rank.state and since <= version_numbers(rank.ds_version):
-                yield Finding(
-                    id="field-missing",
+                yield _found(
+                    "field-missing",
+                    rank.file.path,
+                    f"optimizer_state_dict.{name}",
+                    "DeepSpeed writes this field, and it is not there",
                     severity=WARNING,
-                    file=str(rank.file.path),
-                    where=f"optimizer_state_dict.{name}",
-                    message="DeepSpeed writes this field, and it is not there",
+                    hint="",
                 )
     if fields.integer(model.root.get("mp_world_size")) not in (None, 1):
         yield _contradiction(path, "mp_world_size", "says that there are several model-parallel files")
@@ -364,9 +350,7 @@ def required_fields(folder: ZeroFolder) -> Iterator[Finding]:
 
 
 def _contradiction(path: str, field: str, what: str) -> Finding:
-    return Finding(
-        id="field-contradicts", severity=WARNING, file=path, where=field, message=what, hint=ONE_SAVE
-    )
+    return _found("field-contradicts", path, field, what, severity=WARNING)
 
 
 def plausible_settings(folder: ZeroFolder) -> Iterator[Finding]:
@@ -382,12 +366,12 @@ def plausible_settings(folder: ZeroFolder) -> Iterator[Finding]:
             values.append((f"param_groups[{g}].lr", lr, lr is None or 0 <= lr < math.inf))
         for where, value, fine in values:
             if not fine:
-                yield Finding(
-                    id="setting-implausible",
+                yield _found(
+                    "setting-implausible",
+                    rank.file.path,
+                    where,
+                    f"is {value}",
                     severity=WARNING,
-                    file=str(rank.file.path),
-                    where=where,
-                    message=f"is {value}",
                     hint="resuming would train with it",
                 )
 
@@ -399,59 +383,51 @@ def module_names(folder: ZeroFolder) -> Iterator[Finding]:
     known |= model.frozen | model.buffers | set(model.shared)
     stray = [name for name in model.weights if name not in known and not name.endswith("_extra_state")]
     if stray:
-        yield Finding(
-            id="tensor-unknown",
+        yield _found(
+            "tensor-unknown",
+            model.file.path,
+            stray[0],
+            f"{len(stray)} tensors of module are neither trainable, frozen, shared nor buffers",
             severity=INFO if model.root.get("frozen_param_shapes") is None else WARNING,
-            file=str(model.file.path),
-            where=stray[0],
-            message=f"{len(stray)} tensors of module are neither trainable, frozen, shared nor buffers",
+            hint="",
         )
     dropped = sorted(name for name in model.frozen if name not in model.weights)
     if dropped and len(dropped) < len(model.frozen):
-        yield Finding(
-            id="tensor-missing",
-            severity=ERROR,
-            file=str(model.file.path),
-            where=dropped[0],
-            message=f"{len(dropped)} frozen parameters are not in module, while others are",
-            hint=ONE_SAVE,
+        yield _found(
+            "tensor-missing",
+            model.file.path,
+            dropped[0],
+            f"{len(dropped)} frozen parameters are not in module, while others are",
         )
     elif dropped:
-        yield Finding(
-            id="frozen-excluded",
+        yield _found(
+            "frozen-excluded",
+            model.file.path,
+            dropped[0],
+            f"{len(dropped)} frozen parameters are not in module (exclude_frozen_parameters)",
             severity=INFO,
-            file=str(model.file.path),
-            where=dropped[0],
-            message=f"{len(dropped)} frozen parameters are not in module (exclude_frozen_parameters)",
+            hint="",
         )
     for name in sorted(model.buffers - model.weights.keys()):
-        yield Finding(
-            id="buffer-missing",
+        yield _found(
+            "buffer-missing",
+            model.file.path,
+            name,
+            "listed as a buffer, and not in module",
             severity=WARNING,
-            file=str(model.file.path),
-            where=name,
-            message="listed as a buffer, and not in module",
+            hint="",
         )
     for alias, owner in model.shared.items():
         if owner not in model.weights and owner not in known:
-            yield Finding(
-                id="tied-mismatch",
-                severity=ERROR,
-                file=str(model.file.path),
-                where=alias,
-                message=f"tied to {owner}, which does not exist",
-                hint=ONE_SAVE,
-            )
+            yield _found("tied-mismatch", model.file.path, alias, f"tied to {owner}, which does not exist")
         if alias in model.weights and owner in model.weights:
             a, o = model.weights[alias], model.weights[owner]
             if (a.shape, a.dtype) != (o.shape, o.dtype):
-                yield Finding(
-                    id="tied-mismatch",
-                    severity=ERROR,
-                    file=str(model.file.path),
-                    where=alias,
-                    message=f"tied to {owner}, which has another shape or dtype",
-                    hint=ONE_SAVE,
+                yield _found(
+                    "tied-mismatch",
+                    model.file.path,
+                    alias,
+                    f"tied to {owner}, which has another shape or dtype",
                 )
 
 

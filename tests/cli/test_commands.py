@@ -181,7 +181,7 @@ def test_explain_knows_every_id_and_no_other(ckpt: Ckpt) -> None:
                 continue
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             values: list[ast.expr] = []
-            if name in ("CkptError", "UsageError", "Unsupported", "kind", "__init__"):
+            if name in ("CkptError", "UsageError", "Unsupported", "kind", "__init__", "_found"):
                 values = node.args[:1]
             if name == "Finding":
                 values = [k.value for k in node.keywords if k.arg == "id"]

@@ -201,7 +201,7 @@ class Outcome:
         return self.detected and self.located
 
 
-TRIED: list[Outcome] = []  # by the tests of this session, for the table that conftest.py shows
+TRIED: list[Outcome] = []  # by the tests of this run, for the table that conftest.py shows
 
 
 def verdict_of(path: Path) -> tuple[tuple[Finding, ...], bool]:
