@@ -326,6 +326,12 @@ def _all() -> dict[str, Explanation]:
             ONE_SAVE,
         ),
         "field-contradicts": e(RANKS, "Two fields of the files contradict each other.", ONE_SAVE),
+        "scheduler-mismatch": e(
+            RANKS,
+            "The learning rate in the scheduler's state is not the one in the optimizer files. DeepSpeed takes the "
+            "optimizer's for the first step after a resume and the scheduler's from then on.",
+            "Check which one was meant; files edited by hand look so.",
+        ),
         "setting-implausible": e(
             RANKS,
             "A learning rate or loss scale is negative or not a number. DeepSpeed takes both from the checkpoint, not "

@@ -16,7 +16,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import Source, locate
 from ckpttools.progress import Progress
-from ckpttools.verify.beside import check_beside, check_pointer
+from ckpttools.verify.beside import check_beside, check_last_checkpoint, check_pointer
 from ckpttools.verify.configs import check_configs
 from ckpttools.verify.findings import ERROR, INFO, Finding, Verdict, of_error
 from ckpttools.verify.headers import check_headers
@@ -51,7 +51,7 @@ def verify(
         return Verdict(path=path, format=None, step=None, epoch=None, findings=(of_error(error),))
     findings, found, files = checked if source.format == PARTS else check_headers(source, in_parts=True)
     beside, checks = check_beside(source, files)
-    findings += [*beside, *(check_pointer(path, source) if tag is None else ())]
+    findings += [*beside, *check_last_checkpoint(path), *(check_pointer(path, source) if tag is None else ())]
     if found is not None:
         if source.format == "hf" and source.target.is_dir():
             findings += check_configs(found, source.target)

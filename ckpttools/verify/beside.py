@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ckpttools.errors import CkptError
 from ckpttools.formats import Source, jsons
-from ckpttools.formats.files import entries, is_file
+from ckpttools.formats.files import entries, is_file, small_text
 from ckpttools.formats.hf import INDEX, SHARD
 from ckpttools.formats.safetensors import read_safetensors
 from ckpttools.formats.torch_file import TorchFile, is_torch_file, read_torch_file
@@ -69,6 +69,27 @@ def check_pointer(path: Path, source: Source) -> Iterator[Finding]:
             where="latest",
             message=f"no `latest` names {source.target.name}: DeepSpeed would start anew from this folder",
             hint=f"if its save was finished, write {source.target.name} into the file latest",
+        )
+
+
+def check_last_checkpoint(path: Path) -> Iterator[Finding]:
+    """`last_checkpoint` names a path; after a copy of the run, its last part must lie beside it."""
+    pointer = path / "last_checkpoint"
+    if not path.is_dir() or not pointer.is_file():
+        return
+    try:
+        name = PurePath(small_text(pointer, 4096).strip()).name
+    except CkptError as error:
+        yield of_error(error)
+        return
+    if not name or not (path / name).exists():
+        yield Finding(
+            id="pointer-dangling",
+            severity=WARNING,
+            file=str(pointer),
+            where="",
+            message=f"names {name or 'nothing'}, which is not beside it: an automatic resume would fail",
+            hint="ckpt latest --verified names the newest good checkpoint",
         )
 
 

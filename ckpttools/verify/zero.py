@@ -247,6 +247,26 @@ def counters(folder: ZeroFolder) -> Iterator[Finding]:
         )
 
 
+def scheduler(folder: ZeroFolder) -> Iterator[Finding]:
+    """The learning rate that a torch scheduler set last is the one that the optimizer would go on with."""
+    root, hyper = folder.model.root, folder.ranks[0].hyper
+    state = fields.as_mapping(root.get("lr_scheduler"))
+    last = state.get("_last_lr") if state is not None else None
+    if hyper is None or not isinstance(last, list) or len(last) != len(hyper):
+        return
+    for g, (value, group) in enumerate(zip(last, hyper, strict=True)):
+        stated, lr = fields.number(value), fields.number(group.get("lr"))
+        if stated is not None and lr is not None and not math.isclose(stated, lr, rel_tol=1e-6):
+            yield _found(
+                "scheduler-mismatch",
+                folder.model.file.path,
+                f"lr_scheduler._last_lr[{g}]",
+                f"the scheduler is at {stated:g}, the optimizer files at {lr:g}",
+                severity=WARNING,
+                hint="after a resume the first step uses the optimizer's value, the later ones the scheduler's",
+            )
+
+
 def shapes(folder: ZeroFolder) -> Iterator[Finding]:
     """Every trainable parameter is in module, with the shape that the optimizer knows."""
     model = folder.model
@@ -438,6 +458,7 @@ CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     second_moment,
     same_on_all_ranks,
     counters,
+    scheduler,
     shapes,
     frozen_shapes,
     dtypes,
