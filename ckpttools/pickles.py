@@ -1023,7 +1023,7 @@ def _plain(node: Node, depth: int, left: list[int]) -> object:
         return f"<{len(node)} bytes>"
     if (pairs := as_mapping(node)) is not None:
         return {
-            k if isinstance(k, str) else str(_plain(k, 2, left)): _plain(v, depth - 1, left)
+            k if isinstance(k, str) else str(_plain(k, min(depth - 1, 2), left)): _plain(v, depth - 1, left)
             for k, v in _some(pairs.pairs, left)
         }
     match node:
@@ -1036,7 +1036,7 @@ def _plain(node: Node, depth: int, left: list[int]) -> object:
         case Persistent():
             return "<storage>"
         case Object():
-            shown: dict[str, object] = {"$class": _plain(node.cls, 2, left)}
+            shown: dict[str, object] = {"$class": _plain(node.cls, min(depth - 1, 2), left)}
             if node.args:
                 shown["args"] = _plain(node.args, depth - 1, left)
             if node.items:

@@ -759,3 +759,8 @@ def test_copyreg_is_left_alone() -> None:
     before = dict(copyreg.dispatch_table)
     loads(P + b"ccopyreg\nadd_extension\nU\x01aU\x01bK\x05\x87R.")
     assert copyreg.dispatch_table == before
+
+
+@pytest.mark.parametrize("data", [b"\x80\x02}q\x00h\x00Ns.", b"\x80\x02N" + b")R" * 2000 + b"."])
+def test_plain_of_a_dict_that_is_its_own_key_and_of_calls_of_calls(data: bytes) -> None:
+    assert plain(loads(data).value) is not None

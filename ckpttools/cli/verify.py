@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def _write_manifest(path: Path, tag: str | None, workers: int, *, quiet: bool) -
     times = place.parent.stat()
     plan = Plan(files=(OutputFile(path="", segments=(Literal(contents),)),))
     execute(plan, place, force=True)
-    os.utime(place.parent, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with contextlib.suppress(OSError):  # in a folder of somebody else
+        os.utime(place.parent, ns=(times.st_atime_ns, times.st_mtime_ns))
     render.say(f"wrote {escape(place)}", quiet=quiet)
 
 

@@ -91,7 +91,8 @@ def execute(
         preflight.unchanged(before)
         checked = checks.compare()
         for name, data in (finish(staged) if finish else {}).items():
-            staging.add_file(staged / name, data)
+            with write_errors(dst):
+                staging.add_file(staged / name, data)
         staging.commit(staged, dst, force)
     if os.path.lexists(staged):
         notes.append(f"could not remove {staged}, which held what {dst.name} was before")

@@ -263,7 +263,7 @@ def scheduler(folder: ZeroFolder) -> Iterator[Finding]:
                 f"lr_scheduler._last_lr[{g}]",
                 f"the scheduler is at {stated:g}, the optimizer files at {lr:g}",
                 severity=WARNING,
-                hint="after a resume the first step uses the optimizer's value, the later ones the scheduler's",
+                hint="after a resume the first step uses the optimizer's value, later ones the scheduler's",
             )
 
 
