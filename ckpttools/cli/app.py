@@ -126,7 +126,7 @@ def _of_system(problem: BaseException) -> CkptError:
             "system",
             problem.strerror,
             where=where,
-            why="the operating system refused; nothing was written under the destination's name",
+            why="the operating system refused; a destination is either absent, as it was, or whole",
             hint="check permissions, free space and that the path is reachable, then run it again",
         )
     return CkptError(
