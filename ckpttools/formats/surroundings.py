@@ -19,7 +19,7 @@ from ckpttools.plan import OutputFile, Plan, copy_file
 
 # one file per rank, of no use to another number of ranks: random number states
 RANK_LOCAL = re.compile(r"rng_state_\d+\.pth|random_states_\d+\.pkl")
-CARRIED_FOLDERS = ("hf_model",)
+CARRIED_FOLDERS = ("hf_model", "hf_config")
 
 
 def with_surroundings(source: Source, plan: Plan, *, ranks_change: bool) -> Plan:
