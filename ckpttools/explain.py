@@ -442,6 +442,11 @@ def _all() -> dict[str, Explanation]:
             "The operating system refused something.",
             "Check permissions, space and that disks are mounted.",
         ),
+        "internal": e(
+            USE,
+            "ckpttools met something it was not written for.",
+            "Run again with --debug and report the traceback.",
+        ),
         "not-zero": e(
             USE,
             "Only ZeRO-1 and ZeRO-2 folders are partitioned over ranks. Any number of ranks can load the others.",

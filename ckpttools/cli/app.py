@@ -112,14 +112,14 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo("interrupted: nothing was left behind", err=True)
         sys.exit(130)
-    except (OSError, MemoryError, RecursionError) as problem:
+    except Exception as problem:
         if debug:
             raise
         click.echo(_of_system(problem).four_parts, err=True)
         sys.exit(2)
 
 
-def _of_system(problem: BaseException) -> CkptError:
+def _of_system(problem: Exception) -> CkptError:
     if isinstance(problem, OSError) and problem.strerror:
         where = str(problem.filename or "")
         return CkptError(
@@ -130,7 +130,8 @@ def _of_system(problem: BaseException) -> CkptError:
             hint="check permissions, free space and that the path is reachable, then run it again",
         )
     return CkptError(
-        "system",
+        "internal",
         f"{type(problem).__name__}: {problem}",
+        why="this is a defect of ckpttools; no source was changed, and no destination is half-written",
         hint="run again with --debug and report the traceback",
     )
