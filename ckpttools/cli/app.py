@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from typing import Any
+import threading
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
@@ -85,8 +88,22 @@ def _dashes(arg: str) -> str:
     return name.replace("_", "-") + eq + value
 
 
+class _Interrupts:
+    """Remembers Ctrl-C: libraries that it meets while they load turn it into errors of their own."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console scripts `ckpt` and `ckpttools`."""
+    interrupts = _Interrupts()
     args = list(sys.argv[1:] if argv is None else argv)
     head, dash, tail = args, [], []  # type: tuple[list[str], list[str], list[str]]
     if "--" in args:
@@ -110,13 +127,19 @@ def main(argv: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo("interrupted: nothing was left behind", err=True)
-        sys.exit(130)
+        _interrupted()
     except Exception as problem:
+        if interrupts.seen:
+            _interrupted()
         if debug:
             raise
         click.echo(_of_system(problem).four_parts, err=True)
         sys.exit(2)
+
+
+def _interrupted() -> NoReturn:
+    click.echo("interrupted: nothing was left behind", err=True)
+    sys.exit(130)
 
 
 def _of_system(problem: Exception) -> CkptError:

@@ -229,4 +229,4 @@ def test_ctrl_c_leaves_nothing(folder: Path) -> None:
         if left:
             assert ckpt_process("verify", folder.with_name("run.ws4")).returncode == 0
     assert digest(folder) == before
-    assert outcomes <= {0, 130, 1, -signal.SIGINT}, outcomes
+    assert outcomes <= {0, 130, -signal.SIGINT}, outcomes  # the last: before Python was up
