@@ -101,7 +101,8 @@ SCALARS = (
     | st.booleans()
     | st.integers()
     | st.integers(-(2**4000), 2**4000)
-    | st.floats()
+    | st.floats(allow_nan=False)
+    | st.just(float("nan"))  # payloads are lost in text, with Python's own pickle too
     | TEXT
     | st.binary(max_size=300)
 )
