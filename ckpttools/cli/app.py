@@ -71,7 +71,7 @@ class Commands(click.Group):
 
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": None},
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
 )
 @click.version_option(__version__, prog_name="ckpt")
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _interrupted() -> NoReturn:
-    click.echo("interrupted: nothing was left behind", err=True)
+    click.echo("interrupted: a destination is either absent, as it was, or whole", err=True)
     sys.exit(130)
 
 
