@@ -204,6 +204,13 @@ def _plain_text(call: Object) -> Verdict:
     return Verdict.KNOWN if plain else Verdict.DANGEROUS
 
 
+# their anneal_func is a static method, which protocol 2 pickles as getattr(class, name): torch's up to 2.1
+_ONE_CYCLE = (
+    "mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler",
+    "torch.optim.lr_scheduler.OneCycleLR",
+)
+
+
 def _getattr(call: Object) -> Verdict:
     # MMEngine saves getattr(HistoryBuffer, 'mean'); Python 3.11.0 to 3.11.3 saved every enum member so,
     # and protocols below 4 every class within a class
@@ -214,6 +221,8 @@ def _getattr(call: Object) -> Verdict:
         return Verdict.KNOWN
     if not (isinstance(owner, Global) and isinstance(name, str)):
         return Verdict.DANGEROUS
+    if _name(owner) in _ONE_CYCLE and name in ("_annealing_cos", "_annealing_linear"):
+        return Verdict.KNOWN
     if not name.isidentifier() or name.startswith("_") or name in _RUNNING:
         return Verdict.DANGEROUS
     if owner.module.partition(".")[0] in STDLIB or not owner.name.rpartition(".")[2][:1].isupper():

@@ -144,16 +144,53 @@ def _all() -> dict[str, Explanation]:
             "The index of a sharded model and the shards name different tensors: they come from different saves.",
             "Copy the whole folder again from where it was saved.",
         ),
+        "link-outside": e(
+            FILE,
+            "A symbolic link inside the checkpoint leads out of its folder. Links within it are followed, and those "
+            "of a Hugging Face cache from snapshots/ to blobs/; others would let a checkpoint from elsewhere choose "
+            "which files of this machine are read and copied.",
+            "If the link is your own, add --follow-symlinks. Else copy the file itself into the folder.",
+        ),
+        "storage-compressed": e(
+            USE,
+            "A storage of a torch file is compressed. torch.save never does that: another tool packed the archive "
+            "anew. torch.load reads it (not with mmap); ckpt reads bytes where they lie and does not.",
+            "Load the file with torch where you trust it, and save it again with torch.save.",
+        ),
+        "storage-unfilled": e(
+            FILE,
+            "The file was saved under torch.serialization.skip_data, which leaves room for the tensors' bytes and "
+            "stores no checksums for them. Nothing has filled the room: every tensor would load as zeros.",
+            "Fill the storages in, or save the file again without skip_data.",
+        ),
+        "storage-unchecked": e(
+            INFO,
+            "The file was saved under torch.serialization.skip_data and its tensors were filled in later. Their "
+            "checksums were never computed, so flipped bits in them cannot be seen without a manifest.",
+            "Write a manifest while the file is known to be good: ckpt verify --write-manifest.",
+        ),
+        "key-missing": e(
+            FILE,
+            "The file says which framework saved it, and lacks a key that this framework saves in every training "
+            "checkpoint: its counters, its optimizer, its schedulers.",
+            "Use another checkpoint to resume from. The weights can still be extracted.",
+        ),
+        "training-keys": e(
+            INFO,
+            "What the file holds for a resume: epoch, step, losses, optimizer and scheduler, and which of these it "
+            "does not hold.",
+            "Nothing to do, unless you want to resume and miss something.",
+        ),
         "manifest-mismatch": e(
             FILE,
-            "The file is not what it was when ckpt-manifest.json was written: another size or other bytes, or it is "
+            "The file is not what it was when its manifest was written: another size or other bytes, or it is "
             "gone. The tensors whose bytes changed are named.",
-            "Restore the file from a copy. If the change was meant, delete ckpt-manifest.json and write it anew with "
-            "ckpt verify --write-manifest.",
+            "Restore the file from a copy. If the change was meant, delete the manifest and write it anew with ckpt "
+            "verify --write-manifest.",
         ),
         "manifest-damaged": e(
             FILE,
-            "ckpt-manifest.json is not a manifest of this version.",
+            "The manifest is not one of this version.",
             "Delete it, and write it anew once the checkpoint is known to be good.",
         ),
         "layout-in-parts": e(
@@ -328,9 +365,10 @@ def _all() -> dict[str, Explanation]:
         "field-contradicts": e(RANKS, "Two fields of the files contradict each other.", ONE_SAVE),
         "scheduler-mismatch": e(
             RANKS,
-            "The learning rate in the scheduler's state is not the one in the optimizer files. DeepSpeed takes the "
+            "The scheduler's state does not fit the rest: its last_batch_iteration is not global_steps - "
+            "skipped_steps - 1, or its learning rate is not the one in the optimizer files. DeepSpeed takes the "
             "optimizer's for the first step after a resume and the scheduler's from then on.",
-            "Check which one was meant; files edited by hand look so.",
+            "Check which one was meant. A schedule that was restarted, stepped by hand or edited looks so.",
         ),
         "setting-implausible": e(
             RANKS,
@@ -416,6 +454,17 @@ def _all() -> dict[str, Explanation]:
             "The folder holds several checkpoints and nothing says which one is meant.",
             "Name one of them.",
         ),
+        "run-config": e(
+            USE,
+            "The file given with --config is neither a ds_config nor TrainingArguments (JSON), or it does not say "
+            "how long the schedule is.",
+            "Name the file that the new job is started with.",
+        ),
+        "model-config": e(
+            USE,
+            "A config.json alone names layers and sizes, not tensors; the names of this model's type are not known.",
+            "Name a folder or file that holds the model's weights.",
+        ),
         "tag-missing": e(USE, "There is no such tag in the folder.", "Use one of the tags that are listed."),
         "one-shard": e(
             USE,
@@ -477,6 +526,99 @@ def _all() -> dict[str, Explanation]:
             USE, "The output format has no such element type.", "Use --format pt, or leave the tensor out."
         ),
         "cast": e(USE, "This conversion between element types does not exist.", "Leave out --dtype."),
+        # --- another batch size
+        "epoch-empty": e(
+            USE,
+            "With these numbers an epoch has no whole batch, and partial ones are dropped.",
+            "Check --dataset-size, the batch and --drop-last.",
+        ),
+        "batch-unknown": e(
+            USE,
+            "The checkpoint does not say how many samples an iteration stood for.",
+            "Give --old-bs, and --old-gpus and --old-accum where they were not 1.",
+        ),
+        "batch-differs": e(
+            USE,
+            "The old batch size that was given is neither the batch per GPU nor the whole batch that the "
+            "checkpoint states. Every position in the data would be wrong.",
+            "Give the size that it was trained with, or say with --batch-is which one is meant.",
+        ),
+        "batch-indivisible": e(
+            USE,
+            "A global batch must divide by ranks x accumulation: every rank computes the same number of samples.",
+            "Choose another accumulation or number of GPUs: ckpt batch lists the ways.",
+        ),
+        "dataset-ambiguous": e(
+            USE,
+            "From the old iterations per epoch follows only between which numbers the dataset's size lies, and "
+            "the new epochs would not all have the same length.",
+            "Give the number of training samples with --dataset-size.",
+        ),
+        "dataset-differs": e(
+            USE,
+            "With the dataset size, batch and ranks given, an epoch would not have the iterations that the "
+            "checkpoint counted.",
+            "Check --dataset-size, --old-bs, --old-gpus, --old-accum, --drop-last.",
+        ),
+        "schedule-damaged": e(
+            USE,
+            "A value that the learning-rate schedule needs is missing from its saved state, or cannot be (a "
+            "negative length, not a number). The rates of the coming steps cannot be computed.",
+            "Use an older checkpoint, or build the scheduler anew in the training script.",
+        ),
+        "schedule-unknown": e(
+            USE,
+            "The schedule is of a kind that cannot be computed: a framework that is not known, schedulers that "
+            "the framework itself cannot step, or so many steps that they cannot be replayed one by one.",
+            "Set the scheduler up anew in the training script, for the new batch size.",
+        ),
+        "schedule-unit": e(
+            USE,
+            "Training code may step a scheduler once per epoch, update or micro-batch, and saves no word of it. "
+            "Here the counters do not tell either.",
+            "Say it with --schedule-unit.",
+        ),
+        "no-schedule": e(
+            USE,
+            "No scheduler is saved: the learning rate was constant, or came from code that saved nothing.",
+            "If it is constant or follows from the counters, --counters-only moves these alone.",
+        ),
+        "no-optimizer": e(
+            USE,
+            "A scheduler's state is saved, but not the optimizer's settings that it acts on.",
+            "Name the whole checkpoint; --counters-only moves the counters alone.",
+        ),
+        "run-finished": e(
+            USE,
+            "The counter stands at the end of the run: there is no schedule left to go on with.",
+            "To train longer, start a new schedule from the weights.",
+        ),
+        "rebased-already": e(
+            USE,
+            "The checkpoint carries the note of an earlier rebase and was not trained since. Doing it twice "
+            "would move everything once more.",
+            "Start from the original; --force if another change on top of it is meant.",
+        ),
+        "lr-scaling": e(
+            USE,
+            "The rule asked for cannot be applied to this optimizer, or only to a smaller change of the batch.",
+            "Choose another rule for --lr-scaling.",
+        ),
+        "plot-needs": e(
+            USE, "Plots are drawn with matplotlib, which is not installed.", "pip install 'ckpttools[plot]'"
+        ),
+        "weights-only": e(
+            USE,
+            "There are only weights: no counter, schedule or optimizer that a batch size could change.",
+            "Name the training checkpoint itself.",
+        ),
+        "counter-wild": e(VALUES, "A counter holds a number that no run reaches, or a negative one.", AGAIN),
+        "ranks-disagree": e(
+            RANKS,
+            "The ranks' files hold different optimizer settings, such as the learning rate. Each rank resumes "
+            "with its own, and the parts of the model would drift apart.",
+            ONE_SAVE,
+        ),
         # --- writing
         "destination-exists": e(
             WRITE, "DST exists. Nothing is overwritten unasked.", "Use --force or another DST."

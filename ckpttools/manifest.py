@@ -1,9 +1,9 @@
 """The manifest: what a checkpoint's files were when somebody trusted them.
 
-`ckpt-manifest.json` beside the files holds the size and xxh3_128 of each file, and the xxh3_128 of each
-tensor in it, so that a change can be named. It covers what formats without checksums cannot: any changed
-byte, and edits whose checksums were mended. (xxh3 guards against accidents and careless edits, not against
-somebody who can rewrite the manifest too.)
+`ckpt-manifest.json` in a checkpoint's folder, or `NAME.ckpt-manifest.json` beside a single file, holds the
+size and xxh3_128 of each file, and the xxh3_128 of each tensor in it, so that a change can be named. It
+covers what formats without checksums cannot: any changed byte, and edits whose checksums were mended. (xxh3
+guards against accidents and careless edits, not against somebody who can rewrite the manifest too.)
 
     {"format": "ckpttools-manifest", "version": 1,
      "files": {name: {"size": bytes, "xxh3_128": hex, "tensors": {path into the file: hex}}}}
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ import xxhash
 from ckpttools.errors import CkptError
 from ckpttools.formats import jsons
 from ckpttools.formats.files import MANIFEST, entries, is_file, opened, plain_name
+from ckpttools.formats.links import refuse_outside
 
 FORMAT, VERSION = "ckpttools-manifest", 1
 BLOCK_NBYTES = 1 << 20
@@ -49,8 +50,21 @@ class Difference:
 
 
 def place(target: Path) -> Path:
-    """Where the manifest of a checkpoint lies: in its folder, or beside its single file."""
-    return (target if target.is_dir() else target.parent) / MANIFEST
+    """Where the manifest of a checkpoint is written: in its folder, or beside its single file."""
+    return target / MANIFEST if target.is_dir() else beside(target)
+
+
+def beside(file: Path) -> Path:
+    """The place of a single file's own manifest."""
+    return file.with_name(f"{file.name}.{MANIFEST}")
+
+
+def places(target: Path) -> list[Path]:
+    """Every manifest that may say something about a checkpoint's files: of the folder, of single files."""
+    if target.is_dir():
+        own = [beside(path) for path in own_files(target)]
+        return [path for path in (target / MANIFEST, *own) if path.is_file()]
+    return [path for path in (beside(target), target.parent / MANIFEST) if path.is_file()]
 
 
 def own_files(target: Path) -> list[Path]:
@@ -60,12 +74,14 @@ def own_files(target: Path) -> list[Path]:
     return [
         target / e.name
         for e in entries(target)
-        if is_file(e) and e.name != MANIFEST and ".ckpt-tmp-" not in e.name
+        if is_file(e) and not e.name.endswith(MANIFEST) and ".ckpt-tmp-" not in e.name
     ]
 
 
-def describe(files: Iterable[Path], tensors: Mapping[Path, Ranges], *, workers: int = 0) -> dict[str, Entry]:
-    """Read each file once, front to back, several at a time."""
+def describe(files: Sequence[Path], tensors: Mapping[Path, Ranges], *, workers: int = 0) -> dict[str, Entry]:
+    """Read each file once, front to back, several at a time. Raises CkptError."""
+    for path in files:
+        refuse_outside(path)
 
     def one(path: Path) -> tuple[str, Entry]:
         size, digest, parts = hash_file(path, tensors.get(path, {}))

@@ -253,6 +253,22 @@ def folders(folder: Path) -> dict[str, Callable[[], Path]]:
         make(folder / "a.safetensors")
         return index("a.safetensors")
 
+    def outside(name: str) -> Path:
+        """A readable safetensors file, text or folder of the machine, which nobody named."""
+        path = folder.parent / f"outside-{name}"
+        if name == "global_step1":
+            path.mkdir(exist_ok=True)
+            (path / "mp_rank_00_model_states.pt").write_bytes(b"PK")
+        else:
+            path.write_bytes(GOOD if name.endswith(".safetensors") else b"global_step1")
+        return path
+
+    def linked(name: str, make: Callable[[], Path] | None = None) -> Path:
+        made = make() if make else folder
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(outside(name))
+        return made
+
     def latest(raw: bytes) -> Path:
         put("latest", raw)
         put("zero_to_fp32.py", f"open({str(folder / MARKER)!r}, 'w')".encode())
@@ -279,6 +295,11 @@ def folders(folder: Path) -> dict[str, Callable[[], Path]]:
         "shard is a pipe": lambda: shard(os.mkfifo),
         "shard is a device": lambda: shard(lambda p: p.symlink_to("/dev/zero")),
         "shard is a loop": lambda: shard(lambda p: p.symlink_to(p)),
+        "shard is a link out": lambda: linked("a.safetensors", lambda: index("a.safetensors")),
+        "model is a link out": lambda: linked("model.safetensors"),
+        "latest is a link out": lambda: linked("latest", tag),
+        "tag is a link out": lambda: linked("global_step1", lambda: latest(b"global_step1")),
+        "all is a link out": lambda: linked("global_step1"),
         "shard leads nowhere": lambda: shard(lambda p: p.symlink_to("nowhere")),
         "index is a list": lambda: indexed(b"[]"),
         "index is deep": lambda: indexed(b'{"weight_map":' + b"[" * 100_000),

@@ -99,10 +99,20 @@ def test_no_fixture_is_dangerous(path: Path | None) -> None:
 def test_mmengine_and_deepspeed_by_getattr() -> None:
     history = b"cmmengine.logging.history_buffer\nHistoryBuffer\n"
     stage = b"cdeepspeed.runtime.zero.config\nZeroStageEnum\n"
-    for owner, name in ((history, "mean"), (history, "statistics"), (stage, "gradients")):
+    one_cycle = b"cmmengine.optim.scheduler.param_scheduler\nOneCycleParamScheduler\n"
+    old_torch = b"ctorch.optim.lr_scheduler\nOneCycleLR\n"
+    annealing = ((one_cycle, "_annealing_cos"), (old_torch, "_annealing_linear"))
+    for owner, name in ((history, "mean"), (history, "statistics"), (stage, "gradients"), *annealing):
         for module in ("__builtin__", "builtins"):
             data = hostile.P + hostile.call(module, "getattr", owner, hostile.text(name)) + b"."
             assert verdicts(data) == {"builtins.getattr": Verdict.KNOWN}
+
+
+def test_another_private_attribute_is_dangerous() -> None:
+    data = hostile.P + hostile.call(
+        "builtins", "getattr", b"ctorch.optim.lr_scheduler\nOneCycleLR\n", hostile.text("_annealing_x")
+    )
+    assert verdicts(data + b".") == {"builtins.getattr": Verdict.DANGEROUS}
 
 
 def test_library_classes_are_unknown() -> None:

@@ -248,3 +248,28 @@ def test_negatives() -> None:
     assert values.negatives(np.array([0, -0.0, 1, np.nan], np.float32)) == 0
     assert values.negatives(np.array([0, -1e-30, 1, -2], np.float32)) == 2
     assert values.negatives(np.array([], np.float32)) == 0
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("squares", [False, True])
+def test_ordinary_is_when_nothing_else_is_found(name: str, squares: bool) -> None:
+    """Against the functions that count, over bit patterns around every border."""
+    dtype = DTYPES[name]
+    kind = UNSIGNED[dtype.itemsize]
+    sign, rng = 1 << (8 * dtype.itemsize - 1), np.random.default_rng(5)
+    borders = [0, 1, *values._INFINITY.values(), *values._WILD.values()]
+    near = {b + d for b in borders for d in (-1, 0, 1) if 0 <= b + d < sign}
+    patterns = np.array([p | s for p in near for s in (0, sign)], kind)
+    ordinary = 0
+    for i in range(400):
+        block = rng.choice(patterns, size=int(rng.integers(1, 4)))
+        if i % 2:
+            block &= kind((sign >> 3) - 1)  # small positive numbers
+        shown = values.numpy_array(memoryview(block).cast("B"), dtype)
+        odd = values.wild(shown, dtype) or any(nonfinite(shown, dtype))
+        odd = odd or (squares and bool(values.negatives(shown)))
+        found = values.ordinary(shown, dtype, squares=squares)
+        assert not (found and odd), block
+        assert found or not i % 2, block
+        ordinary += found
+    assert 200 < ordinary < 400

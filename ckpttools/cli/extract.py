@@ -135,6 +135,7 @@ def _format(form: str | None, safe: bool, dst: Path | None) -> str:
 def _with_config(plan: Plan, asked: Path | None, root: Path) -> Plan:
     """Configuration and tokenizer from the folder asked for, else from beside the checkpoint."""
     from ckpttools.formats import hf
+    from ckpttools.formats.links import refuse_outside, within
 
     heads = ("config.json", "adapter_config.json")
     near = (root, root / "hf_model", root / "hf_config")
@@ -143,6 +144,9 @@ def _with_config(plan: Plan, asked: Path | None, root: Path) -> Plan:
         return replace(
             plan, notes=(*plan.notes, "no config.json: transformers needs one; give it with --hf-config DIR")
         )
+    if asked is None:
+        with within(root):
+            refuse_outside(folder)
     files = hf.config_files(folder)
     if asked is not None and not files:
         raise UsageError("no-config", "the folder holds no configuration or tokenizer", where=asked)

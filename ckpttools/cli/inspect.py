@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import JSON, SRC, TAG
+from ckpttools.cli.options import FOLLOW, JSON, SRC, TAG
 from ckpttools.errors import escape
 
 STATE_FILES = 24  # files listed before the rest is only counted
@@ -18,6 +18,7 @@ STATE_FILES = 24  # files listed before the rest is only counted
 @click.command("inspect")
 @SRC
 @click.option("--tensors", is_flag=True, help="List every tensor with its dtype, shape and size.")
+@FOLLOW
 @TAG
 @JSON
 def command(src: Path, tensors: bool, tag: str | None, as_json: bool) -> None:

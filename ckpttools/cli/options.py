@@ -31,14 +31,36 @@ WORKERS = click.option(
     show_default="one per core, at most 8",
     help="Threads that read and write.",
 )
+
+
+def _follow(context: click.Context, _: click.Parameter, value: bool) -> None:
+    """Until the command ends; it stands where files are opened, so no command passes it on."""
+    if value:
+        from ckpttools.formats.links import followed
+
+        context.with_resource(followed())
+
+
+FOLLOW = click.option(
+    "--follow-symlinks",
+    is_flag=True,
+    expose_value=False,
+    callback=_follow,
+    help="Follow symbolic links that lead out of the checkpoint, too.",
+)
 NO_PROGRESS = click.option("--no-progress", is_flag=True, help="No progress bar.")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
+def number(*names: str, help: str) -> Callable[[F], F]:
+    """An option that takes a whole number; the library says which ones make sense."""
+    return click.option(*names, type=int, metavar="N", help=help)
+
+
 def writing(command: F) -> F:
     """The options of every command that writes a checkpoint."""
-    for option in (NO_PROGRESS, WORKERS, QUIET, JSON, FORCE, DRY_RUN, TAG):
+    for option in (NO_PROGRESS, WORKERS, QUIET, JSON, FORCE, DRY_RUN, FOLLOW, TAG):
         command = option(command)
     return command
 

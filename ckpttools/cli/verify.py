@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, TAG, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PATH, QUIET, TAG, WORKERS
 from ckpttools.errors import CkptError, escape
 
 MARK = {"error": "ERROR", "warning": "warning", "info": "note"}
@@ -24,6 +25,7 @@ MARK = {"error": "ERROR", "warning": "warning", "info": "note"}
     is_flag=True,
     help="Also write ckpt-manifest.json beside the files of each good checkpoint.",
 )
+@FOLLOW
 @TAG
 @JSON
 @QUIET
@@ -45,8 +47,9 @@ def command(
     16-bit weights bit for bit, which proves that the shards belong to the model file. Exit code 0: clean,
     1: a problem was found, 2: a path is not a checkpoint or cannot be read.
 
-    A ckpt-manifest.json that lies beside the files is always checked: it finds every changed byte in any
-    format. --write-manifest writes it, or writes it anew, when nothing is wrong.
+    A ckpt-manifest.json in the folder, or NAME.ckpt-manifest.json beside a single file, is always checked: it
+    finds every changed byte in any format. --write-manifest writes it, or writes it anew, when nothing is
+    wrong.
     """
     from ckpttools.verify import Verdict, verify
 
@@ -103,7 +106,7 @@ def _show(verdict: Any, *, quick: bool, quiet: bool, brief: bool) -> None:
     errors = [f for f in verdict.findings if f.severity == "error"]
     warnings = [f for f in verdict.findings if f.severity == "warning"]
     shown = errors + warnings if brief or quiet else list(verdict.findings)
-    state = "" if verdict.step is None else f", step {verdict.step}"
+    state = "".join(f", {name} {_number(value)}" for name, value in _progress(verdict) if value is not None)
     if verdict.ok:
         read = "headers only" if quick else f"{render.size(verdict.nbytes_read)} of data read"
         word = "good" if not warnings else f"good, with {len(warnings)} warnings"
@@ -124,6 +127,19 @@ def _show(verdict: Any, *, quick: bool, quiet: bool, brief: bool) -> None:
         click.echo(f"  hint: {escape(hint, 500)}")
 
 
+def _progress(verdict: Any) -> Iterator[tuple[str, int | float | None]]:
+    """Where training stood, as far as the checkpoint says: what both outputs show."""
+    state = verdict.state
+    yield "step", state.step
+    yield "epoch", state.epoch
+    yield "train_loss", state.train_loss
+    yield "val_loss", state.val_loss
+
+
+def _number(value: int | float) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def _short(file: str, path: Path) -> str:
     """The file below the checkpoint's own path; nothing where they are the same."""
     try:
@@ -138,8 +154,7 @@ def _json(verdict: Any) -> dict[str, object]:
         "path": str(verdict.path),
         "format": verdict.format,
         "ok": verdict.ok,
-        "step": verdict.step,
-        "epoch": verdict.epoch,
+        **dict(_progress(verdict)),
         "findings": [
             {
                 "id": f.id,
@@ -170,5 +185,7 @@ def _refused_json(item: tuple[Path, CkptError]) -> dict[str, object]:
         "ok": False,
         "step": None,
         "epoch": None,
+        "train_loss": None,
+        "val_loss": None,
         "findings": [finding],
     }

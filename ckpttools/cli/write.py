@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from ckpttools.cli import render
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.cli.sidecar import Sidecar, written_wrong
+from ckpttools.errors import UsageError, escape
 from ckpttools.plan import Plan
 
 
@@ -38,16 +40,17 @@ def sibling(src: Path, suffix: str, drop: str = "") -> Path:
     return parent / (name + suffix)
 
 
-def write(plan: Plan, how: Writing, label: str) -> None:
-    """Carry out the plan or, with --dry-run, print it."""
+def write(plan: Plan, how: Writing, label: str, about: Mapping[str, object] | None = None) -> None:
+    """Carry out the plan or, with --dry-run, print it. `about` is what the command adds to --json."""
     if how.dry_run:
         if how.as_json:
-            render.document(render.plan_json(plan, how.src, how.dst, dry_run=True))
+            render.document(render.plan_json(plan, how.src, how.dst, dry_run=True) | dict(about or {}))
         else:
             click.echo(render.plan_text(plan, how.dst))
         return
     from ckpttools.execute import execute
 
+    single = Sidecar(how.dst, how.workers) if plan.is_single_file else None
     started = time.monotonic()
     with render.bar(plan.nbytes, label, enabled=not (how.no_progress or how.quiet)) as progress:
         report = execute(
@@ -57,16 +60,17 @@ def write(plan: Plan, how: Writing, label: str) -> None:
             force=how.force,
             workers=how.workers,
             progress=progress,
-            finish=None if plan.is_single_file else lambda staged: _finish(staged, how.workers),
+            finish=single.finish if single else lambda staged: _finish(staged, how.workers),
         )
+    notes = (*report.notes, *(single.write() if single else ()))
     seconds = time.monotonic() - started
-    if plan.is_single_file:
-        _read_back(how.dst)
     if how.as_json:
         shown = render.plan_json(plan, how.src, how.dst, dry_run=False)
-        render.document(shown | {"seconds": round(seconds, 3), "checksums_verified": report.checked})
+        done: dict[str, object] = {"seconds": round(seconds, 3), "checksums_verified": report.checked}
+        done["notes"] = [*plan.notes, *notes]
+        render.document(shown | done | dict(about or {}))
         return
-    for note in render.notes_text((*plan.notes, *report.notes)):
+    for note in render.notes_text((*plan.notes, *notes)):
         render.say(note, quiet=how.quiet)
     rate = render.size(int(plan.nbytes / max(seconds, 1e-9)))
     render.say(
@@ -92,10 +96,4 @@ def _read_back(dst: Path) -> None:
 
     bad = [f for f in verify(dst, quick=True).findings if f.severity == "error"]
     if bad:
-        raise CkptError(
-            "written-wrong",
-            f"what was written does not verify: {bad[0].message} [{bad[0].id}]",
-            where=bad[0].file,
-            why="this is a defect of ckpttools; the source is unchanged",
-            hint=f"do not use {escape(dst)}; report this with the output of ckpt inspect on the source",
-        )
+        raise written_wrong(dst, bad[0].message, bad[0].id, bad[0].file)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.formats import hf, monolithic, zero
+from ckpttools.formats.links import within
 from ckpttools.formats.locate import Source, locate
 
 FORMATS = {"zero": zero.read, "pt": monolithic.read, "hf": hf.read}
@@ -15,7 +16,8 @@ __all__ = ["FORMATS", "Source", "locate", "open_checkpoint", "read"]
 
 def read(source: Source) -> Checkpoint:
     """Read what `locate` found: headers only."""
-    return FORMATS[source.format](source.target)
+    with within(source.root):
+        return FORMATS[source.format](source.target)
 
 
 def open_checkpoint(path: Path, tag: str | None = None) -> Checkpoint:

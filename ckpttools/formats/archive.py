@@ -39,6 +39,7 @@ MAX_DIRECTORY = 256 << 20
 BIG = 0xFFFFFFFF
 HAS_DESCRIPTOR, UTF8 = 0x0008, 0x0800
 MAX_INFLATED = 256 << 20
+SERIALIZATION_ID = ".data/serialization_id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,13 @@ class Archive:
     def unchecked(self) -> bool:
         """Saved without checksums: every one is 0. (A single one may truly be 0.)"""
         return all(record.crc32 == 0 for record in self.records.values())
+
+    def is_reserved(self, record: Record) -> bool:
+        """Whether a storage alone has no checksum: saved under `torch.serialization.skip_data`, which leaves
+        its bytes to be filled in later. Where a checksum was removed, the serialization id tells.
+        """
+        missing = not record.crc32 and record.nbytes > 0 and record.name.startswith("data/")
+        return missing and not self.unchecked and SERIALIZATION_ID in self.records
 
     def range(self, record: Record) -> ByteRange:
         return ByteRange(self.path, record.start, record.nbytes)
@@ -332,9 +340,6 @@ def unexplained(file: File, archive: Archive) -> list[str] | None:
     if at + len(tail) != file.size or file.read(at, len(tail)) != tail:
         problems.append("the end record")
     return problems
-
-
-SERIALIZATION_ID = ".data/serialization_id"
 
 
 def belong_together(file: File, archive: Archive) -> bool:

@@ -1,4 +1,4 @@
-"""Opening files of a checkpoint: regular files only, every read checked, nothing followed by surprise."""
+"""Opening files of a checkpoint: regular files only, every read checked, no link followed out of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.formats.links import refuse_outside
 
 LFS_MAGIC = b"version https://git-lfs"
 MAX_ENTRIES = 100_000
@@ -63,7 +64,10 @@ def truncated(path: Path, detail: str) -> CkptError:
 
 @contextmanager
 def opened(path: Path) -> Iterator[File]:
-    """Open a regular file. Devices, pipes, folders, empty files and git-lfs pointers are refused."""
+    """Open a regular file. Devices, pipes, folders, empty files and git-lfs pointers are refused, and links
+    that lead out of the checkpoint.
+    """
+    refuse_outside(path)
     try:
         # O_NONBLOCK: opening a named pipe must not wait for a writer
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -181,4 +185,6 @@ def plain_name(name: str, where: Path) -> str:
 
 
 def size_of(path: Path) -> int:
+    """The size of a file that is going to be read or copied."""
+    refuse_outside(path)
     return path.stat().st_size

@@ -20,6 +20,7 @@ from ckpttools.checkpoint import Checkpoint, FileRole, Layout, TrainState, Weigh
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats import fields, jsons
 from ckpttools.formats.files import entries, is_file, plain_name, size_of
+from ckpttools.formats.links import within
 from ckpttools.formats.monolithic import tied
 from ckpttools.formats.safetensors import cast, read_safetensors, safetensors_file
 from ckpttools.formats.torch_file import (
@@ -329,8 +330,9 @@ def index_file(name: str, weights: Weights, shards: Mapping[str, Sequence[str]])
 
 def config_files(folder: Path) -> list[OutputFile]:
     """Copies of the configuration and tokenizer files of a folder."""
-    return [
-        copy_file(folder / entry.name, entry.name, entry.stat().st_size)
-        for entry in entries(folder)
-        if is_file(entry) and CONFIG_FILES.fullmatch(entry.name)
-    ]
+    with within(folder):
+        return [
+            copy_file(folder / entry.name, entry.name, size_of(folder / entry.name))
+            for entry in entries(folder)
+            if is_file(entry) and CONFIG_FILES.fullmatch(entry.name)
+        ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats.files import entries, is_file, is_folder, opened, plain_name, small_text
 from ckpttools.formats.hf import SHARD, looks_like_hf
+from ckpttools.formats.links import refuse_outside, within
 from ckpttools.formats.torch_file import is_torch_file
 from ckpttools.formats.zero.names import ANY, OPTIM, looks_like_zero
 
@@ -45,11 +46,14 @@ class Source:
 def locate(path: Path, tag: str | None = None) -> Source:
     """Find the one checkpoint that a path means. Raises CkptError with a list where it is not one."""
     _look_up(path)
-    if path.is_dir():
-        return _folder(path, tag)
-    if tag is not None:
-        raise UsageError("bad-usage", "--tag needs a folder", where=path, hint="leave --tag out for a file")
-    return _file(path)
+    with within(path):
+        if path.is_dir():
+            return _folder(path, tag)
+        if tag is not None:
+            raise UsageError(
+                "bad-usage", "--tag needs a folder", where=path, hint="leave --tag out for a file"
+            )
+        return _file(path)
 
 
 def _look_up(path: Path) -> None:
@@ -104,6 +108,7 @@ def _folder(path: Path, tag: str | None) -> Source:
         target = path / plain_name(tag, path)
         if not target.is_dir():
             raise UsageError("tag-missing", f"there is no tag {escape(tag)}", where=path, hint=_tags(path))
+        refuse_outside(target)
         return Source(format="zero", target=target, root=path, how=f"tag {escape(tag)}, as asked for")
     names = [entry.name for entry in entries(path)]
     if not names:
@@ -120,6 +125,7 @@ def _folder(path: Path, tag: str | None) -> Source:
     if LATEST in names:
         return _latest(path)
     if BUNDLE in names and (path / BUNDLE).is_dir():
+        refuse_outside(path / BUNDLE)
         inner = _folder(path / BUNDLE, None)
         return replace(inner, root=path, how=f"{BUNDLE}/ of this bundle; {inner.how}")
     _refuse_headless(path, names)
@@ -149,6 +155,7 @@ def _latest(path: Path) -> Source:
             why="DeepSpeed would fail to resume from this folder",
             hint=_tags(path),
         )
+    refuse_outside(target)
     if not looks_like_zero(target):
         raise CkptError(
             "latest-dangling",
@@ -222,6 +229,8 @@ def _only_one(path: Path) -> Source:
             why=f"which one is meant?\n{shown}{more}",
             hint=f"name one of them; the newest by number is {escape(newest)}",
         )
+    for entry in entries(path):
+        refuse_outside(path / entry.name)
     raise UsageError(
         "not-a-checkpoint",
         "the folder holds no checkpoint of a known format",
@@ -237,6 +246,7 @@ def checkpoints(path: Path) -> list[Path]:
     for entry in entries(path):
         child = path / entry.name
         try:
+            refuse_outside(child)
             if is_folder(entry):
                 inside = {e.name for e in entries(child)}
                 if LATEST in inside or BUNDLE in inside or looks_like_zero(child) or looks_like_hf(child):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ckpttools.errors import escape
 from ckpttools.formats.files import MANIFEST, entries, is_file, is_folder, size_of
+from ckpttools.formats.links import within
 from ckpttools.formats.locate import BUNDLE, Source
 from ckpttools.formats.zero.names import looks_like_zero
 from ckpttools.plan import OutputFile, Plan, copy_file
@@ -29,9 +30,10 @@ def with_surroundings(source: Source, plan: Plan, *, ranks_change: bool) -> Plan
     notes: list[str] = []
     files = [replace(file, path=f"{source.inner}/{file.path}") for file in plan.files]
     base = source.root
-    files += _beside(base, "", source, ranks_change, notes)
-    if source.inner.startswith(f"{BUNDLE}/"):
-        files += _beside(base / BUNDLE, f"{BUNDLE}/", source, ranks_change, notes)
+    with within(base):
+        files += _beside(base, "", source, ranks_change, notes)
+        if source.inner.startswith(f"{BUNDLE}/"):
+            files += _beside(base / BUNDLE, f"{BUNDLE}/", source, ranks_change, notes)
     return replace(plan, files=tuple(files), notes=(*plan.notes, *notes))
 
 
@@ -42,14 +44,14 @@ def _beside(
     left: list[str] = []
     for entry in entries(folder):
         path = folder / entry.name
-        if is_file(entry) and entry.name != MANIFEST:
+        if is_file(entry) and not entry.name.endswith(MANIFEST):
             if ranks_change and RANK_LOCAL.fullmatch(entry.name):
                 dropped.append(entry.name)
             else:
                 yield copy_file(path, prefix + entry.name, size_of(path))
         elif is_folder(entry) and path != source.target and not _holds(path, source.target):
             if entry.name in CARRIED_FOLDERS:
-                yield from _tree(path, f"{prefix}{entry.name}/")
+                yield from tree(path, f"{prefix}{entry.name}/")
             else:
                 left.append(entry.name + ("/ (another checkpoint)" if looks_like_zero(path) else "/"))
     if dropped:
@@ -65,9 +67,10 @@ def _holds(folder: Path, target: Path) -> bool:
     return folder in target.parents
 
 
-def _tree(folder: Path, prefix: str, depth: int = 8) -> Iterator[OutputFile]:
+def tree(folder: Path, prefix: str = "", depth: int = 8) -> Iterator[OutputFile]:
+    """Every regular file below a folder, copied; manifests describe other files and are not."""
     for entry in entries(folder):
-        if is_file(entry) and entry.name != MANIFEST:
+        if is_file(entry) and not entry.name.endswith(MANIFEST):
             yield copy_file(folder / entry.name, prefix + entry.name, size_of(folder / entry.name))
         elif entry.is_dir(follow_symlinks=False) and depth:
-            yield from _tree(folder / entry.name, f"{prefix}{entry.name}/", depth - 1)
+            yield from tree(folder / entry.name, f"{prefix}{entry.name}/", depth - 1)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckpttools.errors import CkptError, escape
+from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.archive import Archive, archive_segments, damaged, is_zip, read_archive, read_record
 from ckpttools.formats.files import File, opened, truncated
 from ckpttools.pickles import MAX_BYTES, Dict, Global, Node, Object, Pickle, Reject, dumps, loads, walk
@@ -40,6 +40,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_HEAD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 LEGACY_PROTOCOL = 1001
 MAX_DIMS = 64
+MAX_DEFLATED = 16 << 20  # of all records but the pickle, after decompression
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # storages of quantized tensors, which are carried as data, by the type of their bytes
 _QUANTIZED = {
@@ -135,10 +136,13 @@ class TorchFile:
         return self.archive is not None and not self.archive.unchecked
 
     def checks(self) -> Iterator[SourceCheck]:
-        """The checksum of every record, as the archive states it."""
+        """The checksum of every record that has one, as the archive states it.
+
+        A deflated record's is one of its inflated bytes: it was looked at when the header was read.
+        """
         if self.archive and self.has_checksums:
             for name, record in self.archive.records.items():
-                if record.nbytes:
+                if record.nbytes and not record.method and not self.archive.is_reserved(record):
                     yield SourceCheck(self.archive.range(record), record.crc32, f"record {escape(name)}")
 
     def view(self, node: Node) -> View | None:
@@ -202,6 +206,7 @@ def _read_zip(file: File) -> TorchFile:
         raise CkptError("not-torch", f"the archive has no data.pkl: it is {kind}", where=file.path)
     if "byteorder" in records and read_record(file, records["byteorder"], 16) != b"little":
         raise CkptError("big-endian", "the tensors are stored big-endian", where=file.path)
+    _check_deflated(file, archive)
     data = read_record(file, records["data.pkl"], MAX_BYTES)
     storages: dict[str, Storage] = {}
 
@@ -211,7 +216,9 @@ def _read_zip(file: File) -> TorchFile:
             record = records.get(f"data/{key}")
             if record is None:
                 raise damaged(file.path, f"the data of storage {key} is missing")
-            if record.method != 0 or record.nbytes != numel * dtype.itemsize:
+            if record.method:
+                raise _compressed(file.path, f"storage {key}")
+            if record.nbytes != numel * dtype.itemsize:
                 raise damaged(
                     file.path,
                     f"storage {key} has {record.nbytes} bytes where {numel * dtype.itemsize} are declared",
@@ -231,6 +238,29 @@ def _read_zip(file: File) -> TorchFile:
         storages=storages,
         pickle=pickle,
         archive=archive,
+    )
+
+
+def _check_deflated(file: File, archive: Archive) -> None:
+    """Inflate the small records that another tool has compressed, which checks them."""
+    deflated = {
+        name: record
+        for name, record in archive.records.items()
+        if record.method and name != "data.pkl" and not name.startswith("data/")
+    }
+    if sum(record.size for record in deflated.values()) > MAX_DEFLATED:
+        raise _compressed(file.path, f"{len(deflated)} records")
+    for record in deflated.values():
+        read_record(file, record, MAX_DEFLATED)
+
+
+def _compressed(path: Path, what: str) -> Unsupported:
+    return Unsupported(
+        "storage-compressed",
+        f"the data of {what} is compressed, which torch.save never does",
+        where=path,
+        why="another tool packed the archive anew; torch loads it (not with mmap), ckpt does not read it",
+        hint="load it with torch where you trust it, and save it again with torch.save",
     )
 
 
@@ -463,12 +493,18 @@ _SCALARS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "flo
 def scalar(view: View) -> float | None:
     """The value of a tensor of one element, read from the file; None for other dtypes."""
     form = _SCALARS.get(view.dtype.name)
-    chunk = next(iter(view.ref.chunks), None)
-    if form is None or not isinstance(chunk, ByteRange) or view.ref.numel != 1:
+    if form is None or view.ref.numel != 1:
         return None
-    with opened(chunk.path) as file:
-        (value,) = struct.unpack(form, file.read(chunk.start, chunk.nbytes))
+    (value,) = struct.unpack(form, scalar_bytes(view))
     return float(value)
+
+
+def scalar_bytes(view: View) -> bytes:
+    """The bytes of a tensor of one element, read from the file."""
+    (chunk,) = view.ref.chunks
+    assert isinstance(chunk, ByteRange)  # one element is contiguous
+    with opened(chunk.path) as file:
+        return file.read(chunk.start, chunk.nbytes)
 
 
 # --- writing ------------------------------------------------------------------------------------------
@@ -501,10 +537,11 @@ def size_node(shape: Sequence[int]) -> Object:
     return Object("reduce", Global("torch", "Size"), (tuple(shape),))
 
 
-def write_torch_file(path: str, value: Node) -> OutputFile:
+def write_torch_file(path: str, value: Node, *, legacy: bool = False) -> OutputFile:
     """The torch zip at `path` (relative) that holds `value`; its storages are copied as they are read.
 
-    The archive's root is the file's stem, as torch.save names it.
+    The archive's root is the file's stem, as torch.save names it. `legacy` writes torch's older
+    serialization instead.
     """
     keys: dict[int, str] = {}
     storages: list[Storage] = []
@@ -515,9 +552,13 @@ def write_torch_file(path: str, value: Node) -> OutputFile:
         if id(node) not in keys:
             keys[id(node)] = str(len(storages))
             storages.append(node)
-        return ("storage", node.kind, keys[id(node)], node.location, node.numel)
+        pid = ("storage", node.kind, keys[id(node)], node.location, node.numel)
+        return (*pid, None) if legacy else pid  # None: not a view of another storage
 
     pickle = dumps(value, persistent_id)
+    if legacy:
+        named = dict(zip(keys.values(), storages, strict=True))
+        return OutputFile(path=path, segments=tuple(_legacy_segments(pickle, named)))
     records: list[tuple[str, Sequence[Segment]]] = [
         ("data.pkl", [Literal(pickle)]),
         ("byteorder", [Literal(b"little")]),
@@ -526,6 +567,22 @@ def write_torch_file(path: str, value: Node) -> OutputFile:
     ]
     root = Path(path).name.rpartition(".")[0] or Path(path).name or "archive"
     return OutputFile(path=path, segments=archive_segments(root, records))
+
+
+def _legacy_segments(pickle: bytes, storages: dict[str, Storage]) -> Iterator[Segment]:
+    """Magic number, protocol, system information, value, keys; then each storage after its length."""
+    system = Dict.of(
+        [
+            ("protocol_version", LEGACY_PROTOCOL),
+            ("little_endian", True),
+            ("type_sizes", Dict.of([("short", 2), ("int", 4), ("long", 4)])),
+        ]
+    )
+    keys = sorted(storages)  # as torch.save orders them
+    yield Literal(LEGACY_HEAD + b"." + dumps(LEGACY_PROTOCOL) + dumps(system) + pickle + dumps(list(keys)))
+    for key in keys:
+        yield Literal(struct.pack("<q", storages[key].numel))
+        yield from storages[key].chunks
 
 
 def stored(value: Node) -> Iterator[Storage]:

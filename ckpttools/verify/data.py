@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ckpttools.checksums import RangeCrcs, crc32
+from ckpttools.formats.links import refuse_outside
 from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
@@ -25,6 +26,7 @@ from ckpttools.values import (
     negatives,
     nonfinite,
     numpy_array,
+    ordinary,
     same_after_cast,
     wild,
 )
@@ -247,8 +249,10 @@ def run(
 ) -> list[Result]:
     """Carry out the tasks; returns what is wrong, in no particular order.
 
-    Raises CkptError where a file cannot be read to its end.
+    Raises CkptError where a file cannot be read to its end, or leads out of the checkpoint.
     """
+    for path in {source.path for task in tasks for source in _sources(task)}:
+        refuse_outside(path)
     return _Pass(checks, progress).run(tasks, workers or min(os.cpu_count() or 1, 8))
 
 
@@ -318,6 +322,16 @@ class _Pass:
                     yield BadChecksum(check=check)
 
 
+def _sources(task: Task) -> tuple[ByteRange, ...]:
+    match task:
+        case Scan(source=source):
+            return (source,)
+        case Compare(master=one, model=other) | Twins(one=one, other=other):
+            return one, other
+        case Moments(mean=one, square=other):
+            return one, other
+
+
 def _units(tasks: Iterable[Task]) -> Iterator[Task]:
     """The tasks in pieces of at most UNIT_NBYTES."""
     for task in tasks:
@@ -369,43 +383,65 @@ def _scan(unit: Scan, reader: Reader, buffer: memoryview) -> tuple[list[Result],
         reader.read(block, source.path, source.start + at)
         crc = crc32(block, crc)
         if unit.dtype is not None:
-            found += _nonfinite(block, unit.dtype, source.path, source.start + at, unit.name)
-            if unit.squares and (count := negatives(numpy_array(block, unit.dtype))):
-                found.append(Negative(path=source.path, name=unit.name, count=count))
+            found += _odd_values(block, unit.dtype, source, at, unit.name, squares=unit.squares)
     return found, [(source, crc)]
 
 
-def _nonfinite(
-    block: memoryview, dtype: DType, path: Path, start: int, name: str
-) -> Iterator[NonFinite | Wild]:
-    if count := wild(numpy_array(block, dtype), dtype):
-        yield Wild(path=path, name=name, count=count)
-    nan, inf = nonfinite(numpy_array(block, dtype), dtype)
+def _odd_values(
+    block: memoryview, dtype: DType, source: ByteRange, at: int, name: str, *, squares: bool = False
+) -> list[Result]:
+    """Elements that no tensor should hold, in the block that begins at byte `at` of `source`."""
+    values = numpy_array(block, dtype)
+    if ordinary(values, dtype, squares=squares):
+        return []
+    found: list[Result] = []
+    if count := wild(values, dtype):
+        found.append(Wild(path=source.path, name=name, count=count))
+    nan, inf = nonfinite(values, dtype)
     if nan or inf:
         item = dtype.itemsize
         first = next(
-            at
-            for at in range(0, len(block), item)
-            if any(nonfinite(numpy_array(block[at : at + item], dtype), dtype))
+            i
+            for i in range(0, len(block), item)
+            if any(nonfinite(numpy_array(block[i : i + item], dtype), dtype))
         )
-        yield NonFinite(path=path, byte=start + first, name=name, nan=nan, inf=inf)
+        found.append(NonFinite(path=source.path, byte=source.start + at + first, name=name, nan=nan, inf=inf))
+    if squares and (count := negatives(values)):
+        found.append(Negative(path=source.path, name=name, count=count))
+    return found
+
+
+def _side_blocks(
+    one: ByteRange,
+    other: ByteRange,
+    items: tuple[int, int],
+    reader: Reader,
+    buffer: memoryview,
+    sums: list[int],
+) -> Iterator[tuple[int, memoryview, memoryview]]:
+    """Two ranges of equally many elements of `items` bytes, block by block: the first element of each block,
+    and both blocks, until the next ones are asked for. Their checksums go on in `sums`.
+    """
+    numel, step = one.nbytes // items[0], BLOCK_NBYTES // max(items)
+    for first in range(0, numel, step):
+        n = min(step, numel - first)
+        here = buffer[: n * items[0]]
+        there = buffer[BLOCK_NBYTES : BLOCK_NBYTES + n * items[1]]
+        reader.read(here, one.path, one.start + first * items[0])
+        reader.read(there, other.path, other.start + first * items[1])
+        sums[:] = crc32(here, sums[0]), crc32(there, sums[1])
+        yield first, here, there
 
 
 def _compare(
     unit: Compare, reader: Reader, buffer: memoryview
 ) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
     master, model, item = unit.master, unit.model, unit.dtype.itemsize
-    numel, step = master.nbytes // 4, BLOCK_NBYTES // 4
     sums = [0, 0]
     found: list[Result] = []
-    for at in range(0, numel, step):
-        n = min(step, numel - at)
-        here, there = buffer[: n * 4], buffer[BLOCK_NBYTES : BLOCK_NBYTES + n * item]
-        reader.read(here, master.path, master.start + at * 4)
-        reader.read(there, model.path, model.start + at * item)
-        sums = [crc32(here, sums[0]), crc32(there, sums[1])]
-        found += _nonfinite(here, FLOAT32, master.path, master.start + at * 4, unit.name)
-        found += _nonfinite(there, unit.dtype, model.path, model.start + at * item, unit.name)
+    for at, here, there in _side_blocks(master, model, (4, item), reader, buffer, sums):
+        found += _odd_values(here, FLOAT32, master, at * 4, unit.name)
+        found += _odd_values(there, unit.dtype, model, at * item, unit.name)
         different = same_after_cast(numpy_array(here, FLOAT32), numpy_array(there, unit.dtype), unit.dtype)
         if different is not None:
             found.append(
@@ -425,12 +461,7 @@ def _twins(
 ) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
     one, other, sums = unit.one, unit.other, [0, 0]
     found: list[Result] = []
-    for at in range(0, one.nbytes, BLOCK_NBYTES):
-        n = min(BLOCK_NBYTES, one.nbytes - at)
-        here, there = buffer[:n], buffer[BLOCK_NBYTES : BLOCK_NBYTES + n]
-        reader.read(here, one.path, one.start + at)
-        reader.read(there, other.path, other.start + at)
-        sums = [crc32(here, sums[0]), crc32(there, sums[1])]
+    for _, here, there in _side_blocks(one, other, (1, 1), reader, buffer, sums):
         if here != there:
             found.append(Unlike(path=one.path, name=unit.name, twin=unit.twin))
     pairs = zip((one, other), sums, unit.counted, strict=True)
@@ -440,20 +471,13 @@ def _twins(
 def _moments(
     unit: Moments, reader: Reader, buffer: memoryview
 ) -> tuple[list[Result], list[tuple[ByteRange, int]]]:
-    mean, square, sums = unit.mean, unit.square, [0, 0]
+    mean, square, dtype, sums = unit.mean, unit.square, unit.dtype, [0, 0]
+    names = (f"{unit.name} (exp_avg)", f"{unit.name} (exp_avg_sq)")
     found: list[Result] = []
-    for at in range(0, mean.nbytes, BLOCK_NBYTES):
-        n = min(BLOCK_NBYTES, mean.nbytes - at)
-        here, there = buffer[:n], buffer[BLOCK_NBYTES : BLOCK_NBYTES + n]
-        reader.read(here, mean.path, mean.start + at)
-        reader.read(there, square.path, square.start + at)
-        sums = [crc32(here, sums[0]), crc32(there, sums[1])]
-        names = (f"{unit.name} (exp_avg)", f"{unit.name} (exp_avg_sq)")
-        found += _nonfinite(here, unit.dtype, mean.path, mean.start + at, names[0])
-        found += _nonfinite(there, unit.dtype, square.path, square.start + at, names[1])
-        squares = numpy_array(there, unit.dtype)
-        if count := negatives(squares):
-            found.append(Negative(path=square.path, name=names[1], count=count))
-        if count := holes(numpy_array(here, unit.dtype), squares):
+    for first, here, there in _side_blocks(mean, square, (dtype.itemsize,) * 2, reader, buffer, sums):
+        at = first * dtype.itemsize
+        found += _odd_values(here, dtype, mean, at, names[0])
+        found += _odd_values(there, dtype, square, at, names[1], squares=True)
+        if count := holes(numpy_array(here, dtype), numpy_array(there, dtype)):
             found.append(Hole(path=square.path, name=names[1], count=count))
     return found, [(mean, sums[0]), (square, sums[1])]

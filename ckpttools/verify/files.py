@@ -8,7 +8,9 @@ from ckpttools.callables import judge
 from ckpttools.formats.archive import SERIALIZATION_ID, belong_together, unexplained
 from ckpttools.formats.files import opened
 from ckpttools.formats.torch_file import TorchFile
-from ckpttools.verify.findings import ERROR, INFO, Finding
+from ckpttools.verify.findings import ERROR, INFO, WARNING, Finding
+
+HEAD_NBYTES = 1 << 16  # of each storage, to see whether anything was written there
 
 
 def check_files(files: list[TorchFile]) -> Iterator[Finding]:
@@ -23,20 +25,26 @@ def check_file(file: TorchFile) -> Iterator[Finding]:
 
 def _structure(file: TorchFile) -> Iterator[Finding]:
     """Every byte of an archive that torch wrote is explained: headers, paddings, descriptors, directory."""
-    if file.archive is None:
+    archive = file.archive
+    if archive is None:
         return
+    reserved = [record for record in archive.records.values() if archive.is_reserved(record)]
     with opened(file.path) as opened_file:
-        problems = unexplained(opened_file, file.archive)
-        together = belong_together(opened_file, file.archive)
+        problems = unexplained(opened_file, archive)
+        together = belong_together(opened_file, archive)
+        filled = any(any(opened_file.read(r.start, min(r.nbytes, HEAD_NBYTES))) for r in reserved)
     if problems is not None and not together:
         yield Finding(
             id="records-edited",
             severity=ERROR,
             file=str(file.path),
             where=SERIALIZATION_ID,
-            message="the records were not saved together: one was changed, and its checksum mended",
+            message="the records were not saved together: one was changed, and its checksum mended"
+            + (f"; {reserved[0].name} has lost its own" if reserved else ""),
             hint="copy the file again from where it was saved; ask who edited it",
         )
+    elif reserved:
+        yield _reserved(file, len(reserved), reserved[0].name, filled=filled)
     if problems is None:
         yield Finding(
             id="zip-other-writer",
@@ -54,6 +62,19 @@ def _structure(file: TorchFile) -> Iterator[Finding]:
             message="holds bytes that torch does not write there",
             hint="copy the file again from where it was saved, or use an older checkpoint",
         )
+
+
+def _reserved(file: TorchFile, count: int, first: str, *, filled: bool) -> Finding:
+    """Storages saved under skip_data: torch leaves room for them, and no checksum covers what fills it."""
+    return Finding(
+        id="storage-unchecked" if filled else "storage-unfilled",
+        severity=INFO if filled else WARNING,
+        file=str(file.path),
+        where=first,
+        message=f"no checksum of {count} storage{'s' if count > 1 else ''}: saved under skip_data, "
+        + ("and filled in later" if filled else "and never filled in: zeros"),
+        hint="" if filled else "fill them in, or save the file again without skip_data",
+    )
 
 
 def _callables(file: TorchFile) -> Iterator[Finding]:

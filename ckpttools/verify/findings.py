@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpttools.checkpoint import TrainState
 from ckpttools.errors import CkptError
 
 ERROR, WARNING, INFO = "error", "warning", "info"
@@ -39,10 +40,17 @@ class Verdict:
 
     path: Path
     format: str | None
-    step: int | None
-    epoch: int | float | None
+    state: TrainState
     findings: tuple[Finding, ...]
     nbytes_read: int = 0  # tensor bytes that were checked
+
+    @property
+    def step(self) -> int | None:
+        return self.state.step
+
+    @property
+    def epoch(self) -> int | float | None:
+        return self.state.epoch
 
     @property
     def ok(self) -> bool:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import Source, read
+from ckpttools.formats.links import within
 from ckpttools.formats.torch_file import TorchFile
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import (
@@ -38,7 +39,8 @@ def check_headers(
     """
     if source.format == "zero":
         try:
-            return _zero_headers(source.target)
+            with within(source.root):
+                return _zero_headers(source.target)
         except Unsupported as reason:
             if not in_parts:
                 raise
@@ -60,8 +62,11 @@ def _zero_headers(folder: Path) -> tuple[list[Finding], Checkpoint | None, list[
     def attempt(action: Callable[[], T]) -> T | None:
         try:
             return action()
-        except Unsupported:  # another layout, which shows only inside a file
-            raise
+        except Unsupported as reason:  # another layout, which shows only inside a file
+            if reason.id != "storage-compressed":
+                raise
+            findings.append(of_error(reason))
+            return None
         except CkptError as error:  # also what may not be read: one file must not hide the others
             findings.append(of_error(error))
             return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
-from ckpttools.formats.files import MANIFEST
+from ckpttools.formats.files import MANIFEST, size_of
 from ckpttools.formats.torch_file import TorchFile, labelled
 from ckpttools.manifest import Entry
 from ckpttools.tensors import ByteRange
@@ -18,22 +18,42 @@ from ckpttools.verify.findings import ERROR, INFO, Finding, of_error
 def check_manifest(
     target: Path, found: Checkpoint | None, files: list[TorchFile], *, quick: bool, workers: int
 ) -> list[Finding]:
-    """Compare with the manifest, if there is one; sizes only where `quick`."""
-    place = manifest.place(target)
-    if not place.is_file():
-        return []
+    """Compare with every manifest that is there; sizes only where `quick`."""
+    findings: list[Finding] = []
+    stated: list[tuple[Path, dict[str, Entry]]] = []
     try:
-        stated = manifest.load(place)
-        own = manifest.own_files(target)
-        if not target.is_dir():
-            stated = {name: entry for name, entry in stated.items() if name == target.name}
+        for place in manifest.places(target):
+            try:
+                entries = _about(target, place, manifest.load(place))
+            except CkptError as error:
+                findings.append(of_error(error))
+                continue
+            if entries is not None:
+                stated.append((place, entries))
+        whole = any(place.name == MANIFEST for place, _ in stated)
+        named = {name for _, entries in stated for name in entries}
+        own = [path for path in manifest.own_files(target) if whole or path.name in named] if stated else []
         if quick:
-            now = {path.name: Entry(size=path.stat().st_size, digest="") for path in own}
+            now = {path.name: Entry(size=size_of(path), digest="") for path in own}
         else:
             now = describe(own, found, files, workers)
     except CkptError as error:
-        return [of_error(error)]
-    return [*_changed(place, stated, now), *_unlisted(place, stated, now)]
+        return [*findings, of_error(error)]
+    for place, entries in stated:
+        findings += _changed(place, entries, now)
+        if place.name == MANIFEST and target.is_dir():
+            findings += _unlisted(place, entries, now)
+    return findings
+
+
+def _about(target: Path, place: Path, entries: dict[str, Entry]) -> dict[str, Entry] | None:
+    """What a manifest says about the checkpoint's files; None where that is nothing."""
+    if place.name != MANIFEST:  # of a single file, which may have been renamed together with it
+        name = place.name.removesuffix(f".{MANIFEST}")
+        return {name: next(iter(entries.values()))} if entries else None
+    if target.is_dir():
+        return entries
+    return {target.name: entries[target.name]} if target.name in entries else None
 
 
 def describe(
@@ -68,7 +88,7 @@ def _changed(place: Path, stated: dict[str, Entry], now: dict[str, Entry]) -> It
             file=str(place.parent / difference.name),
             where=tensors[0] if tensors else "",
             message=f"the file {difference.problem} since the manifest was written{what}{more}",
-            hint=f"restore the file from a copy; if the change was meant, delete {MANIFEST} and "
+            hint=f"restore the file from a copy; if the change was meant, delete {place.name} and "
             "write it anew with ckpt verify --write-manifest",
         )
 

@@ -235,23 +235,43 @@ def counters(folder: ZeroFolder) -> Iterator[Finding]:
     known = {step for step in steps(folder.ranks[0]) if step is not None}
     if done is None or not known:
         return
-    if max(known) - (done - skipped) not in (0, 1):
-        yield _found(
-            "counter-mismatch",
-            folder.model.file.path,
-            "global_steps",
-            f"the model file counts {done} steps ({skipped} skipped), the optimizer made "
-            f"{max(known):g}: either the optimizer was reset, or the files are of different saves",
-            severity=WARNING,
-            hint="a full verify compares the weights and tells which",
-        )
+    if max(known) - (done - skipped) in (0, 1):
+        return
+    counts = f"the model file counts {done} steps ({skipped} skipped), the optimizer made {max(known):g}"
+    if _rebased(root, done):
+        text = f"{counts}: the checkpoint was rebased to another batch size, and Adam's count goes on"
+        yield _found("counter-mismatch", folder.model.file.path, "global_steps", text, severity=INFO)
+        return
+    yield _found(
+        "counter-mismatch",
+        folder.model.file.path,
+        "global_steps",
+        f"{counts}: the optimizer was reset, the run was rebased to another batch size, or the files are of "
+        "different saves",
+        severity=WARNING,
+        hint="a full verify compares the weights: if they agree, the files are of one save",
+    )
+
+
+def _rebased(root: fields.Mapping, done: int) -> bool:
+    """Whether the file notes a rebase that led to this very count (transforms/rebase/marks.py)."""
+    mark = fields.as_mapping(root.get("ckpttools_rebase"))
+    return mark is not None and fields.integer(mark.get("count")) == done
 
 
 def scheduler(folder: ZeroFolder) -> Iterator[Finding]:
-    """The learning rate that a torch scheduler set last is the one that the optimizer would go on with."""
+    """The scheduler against what it goes with: the engine's counters, and the optimizer's learning rate.
+
+    DeepSpeed's own schedulers save nothing but last_batch_iteration: -1 at first, one more for each step
+    that was not skipped. A client's scheduler counts as it likes (accelerate's once per rank, others per
+    epoch); where it is one of torch's, its last learning rate is the one that the optimizer goes on with.
+    """
     root, hyper = folder.model.root, folder.ranks[0].hyper
     state = fields.as_mapping(root.get("lr_scheduler"))
-    last = state.get("_last_lr") if state is not None else None
+    if state is None:
+        return
+    yield from _scheduler_position(folder, state)
+    last = state.get("_last_lr")
     if hyper is None or not isinstance(last, list) or len(last) != len(hyper):
         return
     for g, (value, group) in enumerate(zip(last, hyper, strict=True)):
@@ -265,6 +285,27 @@ def scheduler(folder: ZeroFolder) -> Iterator[Finding]:
                 severity=WARNING,
                 hint="after a resume the first step uses the optimizer's value, later ones the scheduler's",
             )
+
+
+def _scheduler_position(folder: ZeroFolder, state: fields.Mapping) -> Iterator[Finding]:
+    root = folder.model.root
+    last = fields.integer(state.get("last_batch_iteration"))
+    done = fields.integer(root.get("global_steps"))
+    skipped = fields.integer(root.get("skipped_steps")) or 0
+    if last is None or done is None or len(state.names()) != 1:
+        return
+    steps = done - skipped
+    # before the first step some versions have stepped the schedule once already, others not
+    if last != steps - 1 and not (steps <= 0 and last in (-1, 0)):
+        yield _found(
+            "scheduler-mismatch",
+            folder.model.file.path,
+            "lr_scheduler.last_batch_iteration",
+            f"is {last}, where {done} steps ({skipped} skipped) make it {steps - 1}: the schedule would go "
+            "on from another place than the weights",
+            severity=WARNING,
+            hint="normal where the schedule was restarted or stepped by hand; else use another checkpoint",
+        )
 
 
 def shapes(folder: ZeroFolder) -> Iterator[Finding]:

@@ -90,18 +90,83 @@ def test_files_against_the_manifest(edit: str, ckpt: Ckpt, tmp_path: Path) -> No
         assert ran.code == (0 if edit == "unlisted" else 1)
 
 
-def test_single_files_share_a_manifest(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_a_single_file_has_its_own_manifest(ckpt: Ckpt, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(FIXTURES / "monolithic" / "run", run)
     first, second = sorted(run.iterdir())
     for path in (first, second):
         assert ckpt("verify", path, "--write-manifest").code == 0
-    stated = json.loads((run / NAME).read_text())["files"]
-    assert stated.keys() == {first.name, second.name}
-    with first.open("ab") as file:
-        file.write(b"x")
-    assert ckpt("verify", first).code == 1
+        stated = json.loads(Path(f"{path}.{NAME}").read_text())["files"]
+        assert stated.keys() == {path.name}
+        assert stated[path.name]["xxh3_128"] == xxhash.xxh3_128_hexdigest(path.read_bytes())
+    assert sorted(run.iterdir()) == [first, Path(f"{first}.{NAME}"), second, Path(f"{second}.{NAME}")]
+    # file and manifest may be renamed together
+    renamed = first.rename(run / "best.pt")
+    Path(f"{first}.{NAME}").rename(f"{renamed}.{NAME}")
+    assert ckpt("verify", renamed).code == 0
+    _change_a_weight(renamed)
+    ran = ckpt("verify", renamed)
+    assert ran.code == 1 and "ERROR[manifest-mismatch]" in ran.out, ran
     assert ckpt("verify", second).code == 0
+
+
+def _change_a_weight(path: Path) -> None:
+    """Saved by torch anew: every checksum is right."""
+    state = torch.load(path, weights_only=False)
+    weights = state.get("model_state_dict", state)
+    next(t for t in weights.values() if t.is_floating_point()).view(-1)[0] += 1
+    torch.save(state, path)
+
+
+def test_a_manifest_of_the_folder_covers_a_single_file(ckpt: Ckpt, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "hf" / "single", tmp_path / "hf")
+    weights = tmp_path / "hf/model.safetensors"
+    ckpt("verify", tmp_path / "hf", "--write-manifest")
+    assert ckpt("verify", weights).code == 0
+    tensors = load_file(weights)
+    tensors[sorted(tensors)[0]].view(-1)[0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert ckpt("verify", weights).code == 1
+
+
+def test_the_folder_and_a_file_in_it_have_manifests(ckpt: Ckpt, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "hf" / "single", tmp_path / "hf")
+    weights = tmp_path / "hf/model.safetensors"
+    assert ckpt("verify", weights, "--write-manifest").code == 0
+    tensors = load_file(weights)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    ran = ckpt("verify", tmp_path / "hf")
+    assert ran.code == 1 and f"changed: {name}" in ran.out, ran
+    Path(f"{weights}.{NAME}").unlink()
+    assert ckpt("verify", tmp_path / "hf", "--write-manifest").code == 0
+    stated = json.loads((tmp_path / "hf" / NAME).read_text())["files"]
+    assert weights.name in stated and not any("manifest" in name for name in stated)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.bin"])
+def test_a_single_file_that_is_written_gets_one(name: str, ckpt: Ckpt, tmp_path: Path) -> None:
+    dst = tmp_path / name
+    place = Path(f"{dst}.{NAME}")
+    place.write_text("of a file that is gone")
+    assert ckpt("extract", ZERO, dst).code == 0
+    entry = json.loads(place.read_text())["files"][name]
+    assert entry["size"] == dst.stat().st_size
+    assert entry["xxh3_128"] == xxhash.xxh3_128_hexdigest(dst.read_bytes())
+    assert len(entry["tensors"]) >= 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", name, place.name]
+    before = entry["xxh3_128"]
+    assert ckpt("extract", ZERO, dst, "--force", "--dtype", "bf16").code == 0
+    assert json.loads(place.read_text())["files"][name]["xxh3_128"] != before
+    assert ckpt("verify", dst).code == 0
+
+
+def test_a_manifest_that_cannot_be_written_is_said(ckpt: Ckpt, tmp_path: Path) -> None:
+    dst = tmp_path / "w.safetensors"
+    Path(f"{dst}.{NAME}").mkdir()
+    ran = ckpt("extract", ZERO, dst)
+    assert ran.code == 2 and ran.err.startswith("error[") and not dst.exists(), ran
 
 
 def test_it_is_not_carried_to_files_that_differ(ckpt: Ckpt, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import xxhash
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 SOURCE = FIXTURES / "deepspeed-0.19.8/z2_groups_ws2"
 MANIFEST = "ckpt-manifest.json"
@@ -107,6 +109,11 @@ def _reshard(*more: str) -> Callable[[Path, Path], list[str]]:
     return lambda src, dst: ["reshard", str(src), str(dst), "--world-size", "3", "--workers", "1", *more]
 
 
+def _rebase(*more: str) -> Callable[[Path, Path], list[str]]:
+    sizes = ["--old-bs", "120", "--new-bs", "60", "--counters-only", "--workers", "1"]
+    return lambda src, dst: ["rebase-schedule", str(src), str(dst), *sizes, *more]
+
+
 def _manifest(src: Path, _: Path) -> list[str]:
     return ["verify", str(src), "--write-manifest", "--workers", "1"]
 
@@ -119,6 +126,16 @@ def _old_file(dst: Path) -> None:
     dst.write_bytes(b"what was there before" * 100)
 
 
+def _manifest_of(path: Path) -> bytes:
+    """The manifest of a single file that holds no tensors."""
+    entry = {
+        "size": path.stat().st_size,
+        "xxh3_128": xxhash.xxh3_128_hexdigest(path.read_bytes()),
+        "tensors": {},
+    }
+    return json.dumps({"format": "ckpttools-manifest", "version": 1, "files": {path.name: entry}}).encode()
+
+
 def _old_manifest(dst: Path) -> None:
     """As good as the new one, but written in another way."""
     dst.write_text(json.dumps({"format": "ckpttools-manifest", "version": 1, "files": {}}))
@@ -129,6 +146,8 @@ COMMANDS = {
     for command in (
         Command("reshard", _reshard(), "out"),
         Command("reshard --force", _reshard("--force"), "out", _old_folder),
+        Command("rebase-schedule", _rebase(), "out"),
+        Command("rebase-schedule --force", _rebase("--force"), "out", _old_folder),
         Command("extract folder", _extract("--hf-config", str(FIXTURES / "hf/single")), "weights"),
         Command("extract folder --force", _extract("--force"), "weights", _old_folder),
         Command("extract file", _extract(), "w.safetensors"),
@@ -164,6 +183,10 @@ class Stage:
         if command.old is not None:
             command.old(self.dst)
         self.old = contents(self.dst)
+        self.old_manifest = None
+        if self.old is not None and self.dst.is_file() and not command.in_source:
+            self.old_manifest = {"": _manifest_of(self.dst)}
+            self._put_back()
         first = server.run(self.argv)
         assert first.code == 0, first.log
         new = contents(self.dst)
@@ -187,12 +210,28 @@ class Stage:
         return found, {n: (self.src / n).stat().st_mtime_ns for n, d in found.items() if d != b"(folder)"}
 
     def reset(self) -> None:
-        put(self.dst, self.old)
+        self._put_back()
         assert not self.staging()
+
+    def _put_back(self) -> None:
+        put(self.dst, self.old)
+        put(self.dst.with_name(f"{self.dst.name}.{MANIFEST}"), self.old_manifest)
 
     def staging(self) -> list[Path]:
         """What killed runs left, anywhere."""
-        return [path for path in self.folder.rglob("*") if ".ckpt-" in path.name]
+        return [
+            path for path in self.folder.rglob("*") if ".ckpt-tmp-" in path.name or ".ckpt-old-" in path.name
+        ]
+
+    def manifest(self) -> str:
+        """Of a destination that is a single file: "none", "true" or "FALSE"."""
+        place = self.dst.with_name(f"{self.dst.name}.{MANIFEST}")
+        if not place.exists():
+            return "none"
+        stated = json.loads(place.read_bytes())["files"][self.dst.name]
+        raw = self.dst.read_bytes() if self.dst.exists() else b""
+        fits = stated["size"] == len(raw) and stated["xxh3_128"] == xxhash.xxh3_128_hexdigest(raw)
+        return "true" if fits else "FALSE"
 
     def state(self) -> str:
         """ "absent", "old", "whole" or "PARTIAL"."""
@@ -214,12 +253,14 @@ class Stage:
             tally.stale += bool(self.staging())
         where = f"{self.command.name}, {how}, killed at {ran.fired or 'some time'}"
         assert state == "whole" if ran.code == 0 else state != "PARTIAL", where
+        assert self.manifest() != "FALSE", where
         assert len(self.staging()) <= 1, where
         assert self._source() == self.source, where
         again = self.server.run(self.argv)
         refused = state == "whole" and again.code == 2 and "destination-exists" in again.log
         assert again.code == 0 or refused, (where, again.log)
         assert self.state() == "whole" and not self.staging(), (where, again.log)
+        assert self.manifest() != "FALSE", where
         assert self._source() == self.source, where
         self.reset()
         return ran
@@ -254,7 +295,7 @@ class Stage:
             ran = self.server.run(self.argv, nth=nth, action=code)
             assert ran.fired, nth
             found[ran.fired, self._failed(ran)] += 1
-            put(self.dst, self.old)
+            self._put_back()
             for path in self.staging():
                 put(path, None)
         return found
@@ -269,6 +310,11 @@ class Stage:
             problems.append("a staging is left")
         if self._source() != self.source:
             problems.append("the source changed")
+        if self.manifest() == "FALSE":
+            problems.append("a false manifest")
+        without = "manifest could not be written" in ran.log and self.manifest() == "none"
+        if ran.code == 0 and state == "whole" and without:
+            return ", ".join(problems)
         if ran.code == 0 and ran.fired in HARMLESS and state == "whole":
             pass
         elif ran.code == 0:

@@ -10,7 +10,14 @@ from random import Random
 import pytest
 from crash.core import COMMANDS, TALLIES, Server, Stage, Tally
 
-SOME = ("reshard", "reshard --force", "extract folder", "extract file --force", "write manifest")
+SOME = (
+    "reshard",
+    "reshard --force",
+    "rebase-schedule",
+    "extract folder",
+    "extract file --force",
+    "write manifest",
+)
 CODES = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import fields, files, folders, values, zips
+from . import fields, files, folders, keys, values, zips
 from .core import FAULTS
 
-MODULES = (files, zips, fields, values, folders)
+MODULES = (files, zips, fields, values, folders, keys)
 __all__ = ["FAULTS", "MODULES"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from support import resharded
+from torch.serialization import skip_data
 from torch.utils.serialization import config as torch_config
 
 from ckpttools import formats
@@ -21,7 +23,7 @@ from ckpttools.plan import Plan
 from ckpttools.transforms.select import weights
 
 from .core import HF, PT, ZERO, Base, bases, load
-from .layout import contents
+from .layout import contents, regions
 
 Make = Callable[[Base, Path], Path | None]
 VARIATIONS: dict[str, tuple[frozenset[str], Make]] = {}
@@ -173,15 +175,63 @@ def zipped_again_by_python(base: Base, folder: Path) -> Path | None:
     return path
 
 
+@variation(PT)
+def filled_in_later(base: Base, folder: Path) -> Path | None:
+    """Saved under skip_data; then the bytes were written where torch had left room for them."""
+    path = _copy(base, folder)
+    if path.read_bytes()[:2] != b"PK":
+        return None
+    value = load(path)
+    torch.save(value, path)
+    whole = path.read_bytes()
+    with skip_data():
+        torch.save(value, path)
+    raw = bytearray(path.read_bytes())
+    for region in regions(whole):
+        if region.what == "data" and region.record.startswith("data/"):
+            raw[region.start : region.end] = whole[region.start : region.end]
+    path.write_bytes(raw)
+    return path
+
+
+@variation(PT)
+def zipped_again_with_a_small_pickle(base: Base, folder: Path) -> Path | None:
+    """As `zip` does: records that shrink are compressed; tensors are stored."""
+    path = _copy(base, folder)
+    if path.read_bytes()[:2] != b"PK":
+        return None
+    found = contents(path.read_bytes())
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in found:
+            stored = name.partition("/")[2].startswith("data/")
+            archive.writestr(name, data, zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED)
+    return path
+
+
 @variation(ZERO, PT, HF)
 def through_links(base: Base, folder: Path) -> Path:
-    """Every file a symbolic link into a store of blobs, as in Hugging Face's cache."""
-    path = _copy(base, folder)
-    blobs = folder / "blobs"
-    blobs.mkdir()
+    """Every file a symbolic link into the blobs of Hugging Face's cache."""
+    cache = folder / "models--org--name"
+    (cache / "snapshots").mkdir(parents=True)
+    path = _copy(base, cache / "snapshots")
+    (cache / "blobs").mkdir()
     for i, file in enumerate([path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())):
-        file.rename(blobs / str(i))
-        file.symlink_to(blobs / str(i))
+        file.rename(cache / "blobs" / str(i))
+        file.symlink_to(os.path.relpath(cache / "blobs" / str(i), file.parent))
+    return path
+
+
+@variation(ZERO, HF)
+def through_links_within(base: Base, folder: Path) -> Path | None:
+    """Every file a symbolic link to a folder of the checkpoint's own."""
+    if not base.path.is_dir() or (formats.locate(base.path).target == base.path and base.kind == ZERO):
+        return None
+    path = _copy(base, folder)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    (path / "store").mkdir()
+    for i, file in enumerate(files):
+        file.rename(path / "store" / str(i))
+        file.symlink_to(os.path.relpath(path / "store" / str(i), file.parent))
     return path
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from support import FIXTURES, ZERO_FIXTURES, name_of
 
-from ckpttools import formats
+from ckpttools import formats, manifest
 from ckpttools.errors import CkptError
 from ckpttools.formats.files import MANIFEST
 from ckpttools.formats.zero import names
@@ -96,7 +96,7 @@ class Copy:
             shutil.copyfile(base.path, self.path)
         source = formats.locate(self.path)
         self.folder = source.target if source.target.is_dir() else source.target.parent
-        self.place = self.folder / MANIFEST
+        self.place = manifest.place(source.target)
         self.ranks: list[Path] = []
         if self.kind == ZERO:
             found = names.find(source.target)
@@ -171,6 +171,7 @@ def bases() -> tuple[Base, ...]:
     hf += sorted((FIXTURES / "hf-trainer/plain").iterdir())
     hf += [FIXTURES / "accelerate/plain", FIXTURES / "hf/single/model.safetensors"]
     pt = [p for p in sorted((FIXTURES / "monolithic").rglob("*")) if p.is_file()]
+    pt += [p for p in sorted((FIXTURES / "torch-writers").rglob("*")) if p.is_file()]
     pt += sorted((FIXTURES / "lightning/file").iterdir())
     return (
         *(Base(path, ZERO) for path in ZERO_FIXTURES),

@@ -349,6 +349,55 @@ def model_file_is_no_dict(copy: Copy, rng: Random) -> Expectation:
     return names_file(copy.model)
 
 
+def _own_scheduler(root: Any) -> Any:
+    """The state of one of DeepSpeed's own schedulers, None for a client's."""
+    state = root.get("lr_scheduler")
+    return state if isinstance(state, dict) and set(state) == {"last_batch_iteration"} else None
+
+
+@fault(MODEL, ZERO)
+def scheduler_of_another_step(copy: Copy, rng: Random) -> Expectation | None:
+    root = load(copy.model)
+    if _own_scheduler(root) is None:
+        return None
+    # before the first step, -1 and 0 mean the same
+    ahead = rng.choice([-2, -1, 1, 3, 1000] if root["global_steps"] else [-2, 2, 3, 1000])
+    return _in_model(
+        copy,
+        lambda root: root["lr_scheduler"].update(
+            last_batch_iteration=root["lr_scheduler"]["last_batch_iteration"] + ahead
+        ),
+        "last_batch_iteration",
+        warning=True,
+    )
+
+
+@fault(MODEL, ZERO)
+def scheduler_restarted(copy: Copy, rng: Random) -> Expectation | None:
+    state = _own_scheduler(load(copy.model))
+    if state is None or state["last_batch_iteration"] <= 0:
+        return None
+    return _in_model(
+        copy,
+        lambda root: root["lr_scheduler"].update(last_batch_iteration=-1),
+        "last_batch_iteration",
+        warning=True,
+    )
+
+
+@fault(MODEL, ZERO)
+def scheduler_of_another_learning_rate(copy: Copy, rng: Random) -> Expectation | None:
+    state = load(copy.model).get("lr_scheduler")
+    if not isinstance(state, dict) or not state.get("_last_lr"):
+        return None
+    g = rng.randrange(len(state["_last_lr"]))
+
+    def change(root: Any) -> None:
+        root["lr_scheduler"]["_last_lr"][g] = root["lr_scheduler"]["_last_lr"][g] * 0.9 + 1e-4
+
+    return _in_model(copy, change, f"_last_lr[{g}]", warning=True)
+
+
 # --- the optimizer files ------------------------------------------------------------------------------
 
 

@@ -194,6 +194,19 @@ def file_is_a_dangling_link(copy: Copy, rng: Random) -> Expectation:
     return names_file(path)
 
 
+@fault(LEVEL, ZERO, HF)
+def file_is_a_link_out_of_the_checkpoint(copy: Copy, rng: Random) -> Expectation | None:
+    """The very same bytes, in a place that the checkpoint's author chose."""
+    if copy.path.is_file():
+        return None  # the path that a user names may be a link
+    path = some_file(copy, rng)
+    outside = copy.top.parent / "outside"
+    outside.mkdir()
+    path.rename(outside / path.name)
+    path.symlink_to(outside / path.name)
+    return names_file(path)
+
+
 @fault(LEVEL)
 def bytes_inserted(copy: Copy, rng: Random) -> Expectation:
     path = some_file(copy, rng)

@@ -246,7 +246,7 @@ def archive_compressed(copy: Copy, rng: Random) -> Expectation | None:
     if path is None:
         return None
     _rebuilt(path, lambda found: None, zipfile.ZIP_DEFLATED)
-    return names_file(path)
+    return names_file(path, parts=["compressed"])
 
 
 @fault(LEVEL)

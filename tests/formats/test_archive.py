@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults.layout import regions
+from support import FIXTURES
 
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
@@ -282,7 +284,7 @@ def test_bombs_are_refused_before_they_grow(tmp_path: Path) -> None:
 
 
 def test_a_checksum_of_zero_among_others_is_checked(tmp_path: Path) -> None:
-    """It may be the true one (once in 2^32): the pass over the bytes tells."""
+    """It may be the true one (once in 2^32), or the storage was saved under skip_data: the id tells."""
     data = bytearray(torch_zip(tmp_path).read_bytes())
     path = tmp_path / "small.pt"
     at = data.index(b"small/data/0")
@@ -292,8 +294,21 @@ def test_a_checksum_of_zero_among_others_is_checked(tmp_path: Path) -> None:
     struct.pack_into("<I", data, entry + 16, 0)
     path.write_bytes(data)
     assert check(path) == []
-    verdict = verify(path)
-    assert {f.where for f in verdict.findings if f.id == "checksum"} == {"record data/0"}
+    errors = {f.id: f.text for f in verify(path).findings if f.severity == "error"}
+    assert errors.keys() == {"records-edited"} and "data/0 has lost its own" in errors["records-edited"]
+
+
+def test_a_checksum_of_zero_in_a_file_of_an_older_torch(tmp_path: Path) -> None:
+    """Without a serialization id there is no skip_data either: the pass over the bytes tells."""
+    raw = bytearray((FIXTURES / "torch-writers/2.0.1/weights.pt").read_bytes())
+    for region in regions(bytes(raw)):
+        if region.record == "data/0" and region.what == "descriptor":
+            raw[region.start + 4 : region.start + 8] = bytes(4)
+        if region.record == "data/0" and region.what == "entry":
+            raw[region.start + 16 : region.start + 20] = bytes(4)
+    (tmp_path / "weights.pt").write_bytes(raw)
+    findings = verify(tmp_path / "weights.pt").findings
+    assert {f.where for f in findings if f.id == "checksum"} == {"record data/0"}
 
 
 def test_an_edit_whose_checksum_was_mended_is_found(tmp_path: Path) -> None:

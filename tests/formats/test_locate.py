@@ -12,6 +12,7 @@ from support import FIXTURES, REFUSED_SAMPLES, ZERO_FIXTURES, name_of, resharded
 
 from ckpttools.errors import CkptError, Unsupported, UsageError
 from ckpttools.formats import locate, open_checkpoint
+from ckpttools.formats.links import followed
 
 ZERO = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
 LIGHTNING = "epoch=0-step=3.ckpt"
@@ -154,11 +155,13 @@ def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "last.pt").symlink_to(FIXTURES / "monolithic/full/epoch_2_step_40.pt")
     assert open_checkpoint(tmp_path / "last.pt").train_state.step == 40
     (tmp_path / "model").mkdir()
-    for file in (FIXTURES / "hf/sharded").iterdir():  # as the hub's cache has it
+    for file in (FIXTURES / "hf/sharded").iterdir():
         (tmp_path / "model" / file.name).symlink_to(file)
-    assert open_checkpoint(tmp_path / "model").tensors.keys() == (
-        open_checkpoint(FIXTURES / "hf/sharded").tensors.keys()
-    )
+    assert refused(tmp_path / "model").id == "link-outside"
+    with followed():
+        assert open_checkpoint(tmp_path / "model").tensors.keys() == (
+            open_checkpoint(FIXTURES / "hf/sharded").tensors.keys()
+        )
 
 
 def test_shards_may_be_links(tmp_path: Path) -> None:
@@ -167,7 +170,8 @@ def test_shards_may_be_links(tmp_path: Path) -> None:
     for file in (ZERO / "global_step3").iterdir():
         (tag / file.name).symlink_to(file)
     (tmp_path / "save/latest").write_text("global_step3")
-    made = resharded(tmp_path / "save", 3, tmp_path / "out")
+    with followed():
+        made = resharded(tmp_path / "save", 3, tmp_path / "out")
     assert all(not p.is_symlink() for p in made.rglob("*"))
 
 
@@ -175,6 +179,12 @@ def test_a_tag_that_is_a_link(tmp_path: Path) -> None:
     (tmp_path / "save").mkdir()
     (tmp_path / "save/newest").symlink_to(ZERO / "global_step3")
     (tmp_path / "save/latest").write_text("newest")
+    assert refused(tmp_path / "save").id == "link-outside"
+    with followed():
+        assert open_checkpoint(tmp_path / "save").layout.dp_degree == 2
+    shutil.copytree(ZERO / "global_step3", tmp_path / "save/global_step3")
+    (tmp_path / "save/newest").unlink()
+    (tmp_path / "save/newest").symlink_to("global_step3")
     assert open_checkpoint(tmp_path / "save").layout.dp_degree == 2
 
 
@@ -193,7 +203,7 @@ def test_a_dangling_shard(tmp_path: Path) -> None:
     shutil.copytree(ZERO, tmp_path / "save")
     shard = tmp_path / "save/global_step3/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     shard.unlink()
-    shard.symlink_to(tmp_path / "gone")
+    shard.symlink_to("gone")
     assert refused(tmp_path / "save").id == "not-found"
 
 

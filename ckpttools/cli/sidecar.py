@@ -1,0 +1,68 @@
+"""The manifest of a single file that a command writes: never beside a file that it does not describe.
+
+File and manifest are two names, and no rename moves both. So: what is written is checked and its manifest
+computed while it is still staged; an older manifest goes right before the file gets its name, the new one
+comes right after. Whatever ends the program in between leaves a whole file without a manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.plan import Literal, OutputFile, Plan
+
+
+class Sidecar:
+    """`finish` before the destination appears, `write` afterwards."""
+
+    def __init__(self, dst: Path, workers: int) -> None:
+        from ckpttools import manifest
+        from ckpttools.execute.staging import clear_stale
+
+        self.dst, self.workers = dst, workers
+        self.place = manifest.beside(dst)
+        self.contents = b""
+        with suppress(OSError):  # a folder that cannot be listed is explained where the file is written
+            clear_stale(self.place)  # of a run that was killed between the two
+
+    def finish(self, staged: Path) -> Mapping[str, bytes]:
+        """Check the staged file by its headers. Raises CkptError: an error here is a defect of ckpttools."""
+        from ckpttools.execute.system import write_errors
+        from ckpttools.verify import manifest_of_staged
+
+        try:
+            self.contents = manifest_of_staged(staged, self.dst.name, workers=self.workers)
+        except UsageError:
+            raise
+        except CkptError as error:
+            raise written_wrong(self.dst, error.message, error.id, error.where) from None
+        with write_errors(self.dst):
+            self.place.unlink(missing_ok=True)
+        return {}
+
+    def write(self) -> list[str]:
+        """Write the manifest; returns what to tell where that failed. The destination is whole either way."""
+        from ckpttools.execute import execute
+
+        plan = Plan(files=(OutputFile(path="", segments=(Literal(self.contents),)),))
+        try:
+            execute(plan, self.place, force=True)
+        except CkptError as error:
+            return [
+                f"{escape(self.dst.name)} is whole, but its manifest could not be written: "
+                f"{escape(error.message, 300)}; ckpt verify --write-manifest writes it"
+            ]
+        return []
+
+
+def written_wrong(dst: Path, problem: str, id: str, where: str) -> CkptError:
+    return CkptError(
+        "written-wrong",
+        f"what was written does not verify: {problem} [{id}]",
+        where=where,
+        why="this is a defect of ckpttools; the source is unchanged",
+        hint=f"do not use {escape(dst)}; report this with the output of ckpt inspect on the source",
+    )

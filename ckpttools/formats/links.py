@@ -1,0 +1,92 @@
+"""Symbolic links inside a checkpoint: followed within it and into a Hugging Face cache, else refused.
+
+A link that leads elsewhere makes a command read, and a reshard copy, files that nobody named: a checkpoint
+from somebody else must not choose what is read on this machine. The path that the user gives may itself be
+a link, and so may anything above it.
+
+Hugging Face's cache keeps each file once and links to it (`huggingface_hub`, file_download.py):
+
+    models--ORG--NAME/blobs/HASH
+    models--ORG--NAME/snapshots/REVISION/NAME -> ../../blobs/HASH     deeper for names with folders
+
+Which checkpoint is being read, and whether the user wants every link followed, is known to the caller and
+needed where files are opened; `within` and `followed` carry it there, for the current thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from ckpttools.errors import CkptError, escape
+
+_places: ContextVar[tuple[str, ...]] = ContextVar("places", default=())
+_follow: ContextVar[bool] = ContextVar("follow", default=False)
+
+
+@contextmanager
+def within(path: Path) -> Iterator[None]:
+    """Files opened meanwhile by this thread belong to the checkpoint at `path`.
+
+    For a single file, what lies beside it may be read too.
+    """
+    real = _real(path)
+    places = () if real is None else (real,) if path.is_dir() else (real, _real(path.parent) or real)
+    token = _places.set(places)
+    try:
+        yield
+    finally:
+        _places.reset(token)
+
+
+@contextmanager
+def followed() -> Iterator[None]:
+    """Every link is followed meanwhile, wherever it leads: the user said so."""
+    token = _follow.set(True)
+    try:
+        yield
+    finally:
+        _follow.reset(token)
+
+
+def leads_out(path: Path) -> bool:
+    """Whether the file or folder at `path` really lies outside of the checkpoint that is being read."""
+    places = _places.get()
+    if not places or _follow.get():
+        return False
+    real = _real(path)
+    if real is None:  # opening it will say what is wrong
+        return False
+    return not any(_below(real, place) for place in places) and not _is_blob(path, real)
+
+
+def refuse_outside(path: Path) -> None:
+    """Raise CkptError where the path leads out of the checkpoint."""
+    if leads_out(path):
+        raise CkptError(
+            "link-outside",
+            f"a symbolic link leads out of the checkpoint, to {escape(_real(path) or '', 500)}",
+            where=path,
+            why="a checkpoint from elsewhere must not choose which files of this machine are read",
+            hint="if you made the link, add --follow-symlinks; else copy the file itself into the folder",
+        )
+
+
+def _real(path: Path) -> str | None:
+    try:
+        return str(path.resolve())
+    except (OSError, RuntimeError, ValueError):  # also for links in circles
+        return None
+
+
+def _below(real: str, place: str) -> bool:
+    return real == place or real.startswith(place.rstrip("/") + "/")
+
+
+def _is_blob(path: Path, real: str) -> bool:
+    """Whether a file of a snapshot in Hugging Face's cache leads to that cache's own blobs."""
+    folder = _real(path.parent) or ""
+    cache, snapshots, _ = folder.rpartition("/snapshots/")
+    return bool(snapshots) and real.rpartition("/")[0] == f"{cache}/blobs"
