@@ -1,0 +1,211 @@
+"""ckpt resume-check: will it resume under the new settings, where does it go on, and what has changed?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpttools.cli import render
+from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, SRC, TAG, WORKERS
+from ckpttools.cli.resume_report import document, show
+from ckpttools.errors import CkptError, UsageError
+
+
+@click.command("resume-check")
+@SRC
+@click.option(
+    "--config", type=PATH, help="The new run's: ds_config or TrainingArguments (JSON), ckpt train's (YAML)."
+)
+@click.option("--world-size", type=click.IntRange(1, 1 << 20), help="Ranks of the new run.")
+@click.option(
+    "--model", type=PATH, help="The new model: a folder or file with its tensors, or its config.json."
+)
+@click.option("--groups", type=click.IntRange(1, 10_000), help="Parameter groups of the new optimizer.")
+@click.option("--freeze", multiple=True, metavar="GLOB", help="Parameters that the new run does not train.")
+@click.option("--buffer", multiple=True, metavar="GLOB", help="Tensors of the new model that are buffers.")
+@click.option("--scheduler", metavar="CLASS", help="A scheduler that the code passes: LambdaLR ..., or none.")
+@click.option("--optimizer", metavar="CLASS", help="An optimizer that the code passes: AdamW ...")
+@click.option("--no-strict", is_flag=True, help="The code loads with load_module_strict=False.")
+@click.option("--full", is_flag=True, help="Also read every byte, as ckpt verify does.")
+@TAG
+@JSON
+@QUIET
+@WORKERS
+@NO_PROGRESS
+def command(
+    src: Path,
+    config: Path | None,
+    world_size: int | None,
+    model: Path | None,
+    groups: int | None,
+    freeze: tuple[str, ...],
+    buffer: tuple[str, ...],
+    scheduler: str | None,
+    optimizer: str | None,
+    no_strict: bool,
+    full: bool,
+    tag: str | None,
+    as_json: bool,
+    quiet: bool,
+    workers: int,
+    no_progress: bool,
+) -> int:
+    """Foretell what happens when SRC is resumed: with which step and learning rate, or with which error.
+
+    Whatever is not given is taken as unchanged. Each difference is safe, careful (it loads, but does not
+    go on as before) or impossible (it does not load, or loads something wrong). Headers are read, nothing
+    is launched; the errors are those of DeepSpeed 0.19.8. In a run folder, SRC is the checkpoint that
+    auto-resume takes.
+
+    Exit code 0: it will resume. 1: it will not, or the checkpoint is damaged. 2: it could not be told.
+    """
+    from ckpttools import resume
+
+    run = _run(config) if config is not None and config.suffix not in (".yaml", ".yml") else resume.NewRun()
+    if model is not None:
+        run = replace(run, model=resume.read_model(model))
+    run = replace(
+        run,
+        world_size=world_size,
+        groups=groups,
+        freeze=freeze or None,
+        buffers=buffer,
+        scheduler=scheduler,
+        optimizer=optimizer,
+        strict=not no_strict,
+        versions=_installed(),
+    )
+    try:
+        subject = resume.Subject.find(src, tag)
+        if config is not None and config.suffix in (".yaml", ".yml"):
+            run = _trainer(config, subject, run)
+        found = resume.foretell(subject, run)
+    except CkptError as error:
+        if error.exit_code != 1:
+            raise
+        found = resume.unreadable(src, error)
+    else:
+        own = _auto_resume(src)
+        found = replace(found, auto_resume=(*found.auto_resume, *own))
+        found = _verified(found, subject, tag, full, workers, quiet=quiet or no_progress)
+    if as_json:
+        render.document(document(found))
+    else:
+        show(found, quiet=quiet)
+    return 0 if found.resumes else 1
+
+
+def _run(config: Path) -> Any:
+    from ckpttools.resume import read_config
+
+    return read_config(config)
+
+
+def _installed() -> dict[str, str]:
+    """Versions from package metadata: nothing is imported."""
+    found = {}
+    for name in ("deepspeed", "torch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _trainer(config: Path, subject: Any, run: Any) -> Any:
+    """The new run as `ckpt train` would start it."""
+    from ckpttools.resume.shapes import of_config
+    from ckpttools.trainer import config as settings
+    from ckpttools.trainer.batch import split
+    from ckpttools.trainer.ds_config import ds_config
+    from ckpttools.trainer.text import VOCAB_SIZE
+
+    if not config.is_file():
+        raise UsageError("not-found", "there is no such file", where=config, hint="check --config")
+    wanted = settings.load(config)
+    saved = subject.saved
+    ranks = run.world_size or (saved.ranks if saved is not None else 1)
+    size = saved.client.get("dataset_size") if saved is not None else None
+    total = wanted.schedule.total_steps
+    if total is None:
+        if not isinstance(size, int):
+            raise UsageError(
+                "run-config",
+                "the length of the schedule is not in the configuration",
+                where=config,
+                why="the checkpoint is not one of ckpt train's, and does not say how many samples there are",
+                hint="set schedule.total_steps, or give a ds_config (JSON)",
+            )
+        total = wanted.epochs * (size // wanted.batch.global_batch_size)
+    net, length = wanted.model, wanted.data.sequence_length
+    kinds: dict[str, dict[str, object]] = {
+        "llama": {
+            "hidden_size": net.hidden_size,
+            "intermediate_size": net.intermediate_size,
+            "num_hidden_layers": net.layers,
+            "num_attention_heads": net.heads,
+        },
+        "gpt2": {
+            "n_embd": net.hidden_size,
+            "n_inner": net.intermediate_size,
+            "n_layer": net.layers,
+            "n_head": net.heads,
+            "n_positions": length,
+        },
+    }
+    architecture = {
+        "model_type": net.family,
+        "vocab_size": VOCAB_SIZE,
+        "tie_word_embeddings": net.tie_embeddings,
+        **kinds[net.family],
+    }
+    return replace(
+        run,
+        config=ds_config(wanted, split(wanted.batch, ranks), total),
+        settings=wanted.plain(),
+        world_size=ranks,
+        freeze=run.freeze or tuple(wanted.freeze),
+        model=run.model or of_config(architecture, config),
+    )
+
+
+def _auto_resume(src: Path) -> Iterator[Any]:
+    """The rule of `ckpt train --resume`."""
+    from ckpttools.resume.report import AutoResume
+    from ckpttools.trainer import folders
+
+    if src.is_dir() and (found := folders.tags(src)):
+        taken = folders.newest(src)
+        pointer = (src / folders.POINTER).is_file()
+        yield AutoResume(
+            framework="ckpt train --resume",
+            path=taken,
+            why="what last_checkpoint names, else the newest"
+            if pointer
+            else "the newest: no last_checkpoint",
+            found=tuple(path.name for path in found[-12:]),
+        )
+
+
+def _verified(found: Any, subject: Any, tag: str | None, full: bool, workers: int, *, quiet: bool) -> Any:
+    from ckpttools.errors import Unsupported
+    from ckpttools.resume import with_verdict
+    from ckpttools.verify import verify
+
+    try:
+        verdict = verify(
+            subject.target,
+            tag,
+            quick=not full,
+            workers=workers,
+            bar=lambda n: render.bar(n, "verify", enabled=not quiet),
+        )
+    except Unsupported as reason:
+        return with_verdict(found, None, f"not checked: {reason.message}")
+    read = "every byte was read" if full else "headers and files against each other; --full reads every byte"
+    return with_verdict(found, verdict, read)

@@ -1,0 +1,91 @@
+"""Settings that reach DeepSpeed through a trainer: TrainingArguments, and those of `ckpt train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ckpttools.resume import report
+from ckpttools.resume.engine import Saved
+from ckpttools.resume.report import CAREFUL, IMPOSSIBLE, SAFE, Class, Difference, Refusal
+from ckpttools.resume.run import leaves, section
+
+# what transformers fills in for "auto" (integrations/deepspeed.py)
+ARGUMENTS = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+}
+_BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def resolved(
+    config: Mapping[str, object] | None, arguments: Mapping[str, object] | None, saved: Mapping[str, object]
+) -> Mapping[str, object] | None:
+    """The ds_config with "auto" replaced: by the arguments, else by what the saved run had there."""
+    if config is None:
+        if not arguments or not saved:
+            return None
+        config = {**saved, **dict.fromkeys(_BATCH, "auto"), "train_batch_size": "auto"}
+    given = {key: (arguments or {}).get(name) for key, name in ARGUMENTS.items()}
+    out = _filled(config, saved, given, "")
+    if config.get("train_batch_size") == "auto" and any(given[key] is not None for key in _BATCH):
+        out.pop("train_batch_size", None)  # DeepSpeed computes it
+    return out
+
+
+def _filled(
+    config: Mapping[str, object], saved: Mapping[str, object], given: Mapping[str, object], at: str
+) -> dict[str, object]:
+    out: dict[str, object] = {}
+    for key, value in config.items():
+        path = f"{at}.{key}" if at else key
+        if isinstance(value, Mapping):
+            out[key] = _filled(value, section(saved, key), given, path)
+        elif value == "auto":
+            found = given.get(path)
+            found = saved.get(key) if found is None else found
+            if found is not None:
+                out[key] = found
+        else:
+            out[key] = value
+    return out
+
+
+# --- ckpt train ---------------------------------------------------------------------------------------
+
+FREE = ("experiment", "work_dirs", "save.", "epochs")
+DATA = ("data.", "seed")  # they decide which sample is next
+
+
+def trainer_settings(saved: Saved, settings: Mapping[str, object]) -> Iterator[Difference]:
+    """Settings of `ckpt train` that its ds_config does not show."""
+    old = saved.client.get("config")
+    if not isinstance(old, Mapping):
+        return
+    was, now = dict(leaves(old)), dict(leaves(settings))
+    inside = saved.client.get("samples_in_epoch")
+    for key in sorted({*was, *now}):
+        if was.get(key) == now.get(key) or not key.startswith((*FREE, *DATA)):
+            continue
+        cls: Class = SAFE
+        why, hint, refusal = "it has no part in what is saved", "", None
+        if key == "epochs":
+            why = "the run ends earlier or later; the schedule's length is judged by itself"
+        if key.startswith(DATA):
+            cls = IMPOSSIBLE if inside else CAREFUL
+            why = "the next sample is not defined: the checkpoint stopped inside an epoch of the old order"
+            hint = "keep data and seed, or resume from a checkpoint of an epoch's end"
+            refusal = Refusal(moment=report.UPDATE - 1, error="data-changed", text="is not the one that this")
+            if not inside:
+                why, hint, refusal = "it goes on with other data at the start of an epoch", "", None
+            if (
+                key in ("data.text_key", "data.max_bytes", "data.validation_samples", "data.source")
+                and inside
+            ):
+                why += "; it is refused unless the text turns out to be the same"
+        yield Difference(
+            setting=key, old=was.get(key), new=now.get(key), cls=cls, why=why, hint=hint, refusal=refusal
+        )

@@ -1,0 +1,92 @@
+"""The learning rates with which a DeepSpeed run goes on: of the first update, and of the one after it.
+
+The first is the saved param_groups'. The second is what the scheduler in effect writes after its next step:
+one of DeepSpeed's own takes its constants from the new configuration, and where these name no peak the
+learning rate that the optimizer was built with, which is the new configuration's too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ckpttools.errors import CkptError
+from ckpttools.resume import schedule
+from ckpttools.resume.engine import Saved
+from ckpttools.resume.report import Rates
+from ckpttools.resume.run import NewRun, real, section, whole
+from ckpttools.schedules.deepspeed import recognise_deepspeed
+from ckpttools.schedules.deepspeed_formulas import rule_of
+from ckpttools.schedules.torch_program import recognise_torch
+
+
+def rates(saved: Saved, run: NewRun, config: Mapping[str, object]) -> Rates:
+    """Both, per group."""
+    first = tuple(float(lr) for group in saved.hyper if (lr := real(group.get("lr"))) is not None)
+    if not first or len(first) != len(saved.hyper):
+        return Rates(note="the checkpoint holds no param_groups")
+    name = schedule.in_effect(saved, run, config)
+    try:
+        following, note = _following(saved, run, config, name, first)
+    except CkptError as error:
+        following, note = None, f"not forecast: {error.message}"
+    return Rates(first=first, next=following, note=note)
+
+
+def _following(
+    saved: Saved, run: NewRun, config: Mapping[str, object], name: str | None, first: tuple[float, ...]
+) -> tuple[tuple[float, ...] | None, str]:
+    if name is None:
+        return first, "no scheduler: the learning rate stays as it is"
+    if name in schedule.ARGUMENTS:
+        count = whole((saved.scheduler or {}).get(schedule.OWN))
+        if count is None:
+            return None, "not forecast: the scheduler's counter is not in the checkpoint"
+        params = dict(section(config, "scheduler", "params"))
+        old = section(saved.config, "scheduler", "params")
+        params = {k: old.get(k) if v == "auto" else v for k, v in params.items()}
+        params = {k: v for k, v in params.items() if v is not None}
+        rule = rule_of(name, params, [dict(group) for group in saved.hyper], _bases(saved, config))
+        found = tuple(float(lr) for lr in rule(count + 1).lrs)
+        if any(map(math.isnan, found)):
+            return (
+                None,
+                "not forecast: the optimizer's own learning rate, which the schedule multiplies, is "
+                "not known",
+            )
+        return found, ""
+    if saved.scheduler is None or schedule.OWN in saved.scheduler:
+        return None, f"not forecast: the constants of {name} are in the code"
+    if run.scheduler is not None and not schedule.same_class(saved.scheduler, run.scheduler):
+        return None, f"not forecast: the constants of {name} are in the code"
+    program = recognise_torch([saved.scheduler], [dict(group) for group in saved.hyper], {})
+    machine = program.machine(fresh=False)
+    machine.step()
+    found = tuple(float(group["lr"]) for group in machine.groups)
+    if any(map(math.isnan, found)):
+        return None, "not forecast: the function that computes the learning rate is in the code"
+    return found, ""
+
+
+def _bases(saved: Saved, config: Mapping[str, object]) -> list[float]:
+    """The learning rates of the optimizer as the new run builds it, per group.
+
+    A group has one of its own where the saved run's differs from that run's optimizer.params.lr.
+    """
+    old = real(section(saved.config, "optimizer", "params").get("lr"))
+    new = real(section(config, "optimizer", "params").get("lr"))
+    new = old if new is None else new
+    program = recognise_deepspeed(
+        [dict(saved.scheduler or {})], list(saved.hyper), {**section(saved.config, "scheduler"), "lr": old}
+    )
+    inferred = program.bases
+    if schedule.type_of(saved.config) not in ("WarmupCosineLR",) and not (
+        schedule.type_of(saved.config) == "WarmupLR"
+        and "warmup_max_lr" not in section(saved.config, "scheduler", "params")
+    ):
+        # the saved schedule does not show them
+        return [math.nan if new is None else new for _ in saved.hyper]
+    return [
+        base if new is None or (old is not None and not math.isclose(base, old, rel_tol=1e-9)) else new
+        for base in inferred
+    ]
