@@ -6,11 +6,17 @@
 3. A `Plan` is data: output files, each a tuple of segments (literal bytes, byte ranges, zeros, casts,
    checksums). `--dry-run` prints it, `execute` carries it out.
 4. What people ask for is `Checkpoint -> Checkpoint` in between: reshard changes one field.
+5. How far training is, is a `Training`: counters, schedules, param_groups and the places that hold them. A
+   rebase gives `Edit`s of those places, and a plan that copies everything else.
 
     errors, tensors, plan, checkpoint   values that everything speaks in
     pickles, callables                  pickles as data, and what loading one would have called
-    formats/                            locate a checkpoint; zero/, torch files, safetensors, HF folders
-    transforms/                         reshard, select: Checkpoint -> Checkpoint or Weights
+    formats/                            locate a checkpoint; zero/, torch files, safetensors, HF folders;
+                                        training/: each framework's counters and schedules
+    schedules/                          clocks, batches, and the learning rates of every scheduler family
+    training                            the values that formats/training and transforms/rebase share
+    transforms/                         reshard, select: Checkpoint -> Checkpoint or Weights; rebase
+    resume/                             will DeepSpeed load it under other settings, and what goes on
     verify/                             headers, files against each other, every byte
     values, checksums                   the only code that computes on tensor bytes
     execute                             the only code that writes

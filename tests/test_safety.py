@@ -96,17 +96,21 @@ DIRECTION: dict[str, set[str]] = {
     "checkpoint": {"errors", "tensors", "plan"},
     "values": {"errors", "tensors"},
     "execute": {"errors", "tensors", "plan", "values", "checksums", "progress"},
-    "formats": {"errors", "tensors", "plan", "checkpoint", "pickles"},
+    "training": {"errors", "schedules"},
+    "formats": {"errors", "tensors", "plan", "checkpoint", "pickles", "training", "schedules"},
     "schedules": {"errors"},
-    "transforms": {"errors", "tensors", "checkpoint", "plan", "schedules"},
+    "transforms": {"errors", "tensors", "checkpoint", "plan", "schedules", "training"},
     "verify": {
         "errors", "tensors", "plan", "checkpoint", "pickles", "callables", "checksums", "formats", "manifest",
         "values", "schedules", "progress",
     },
+    "resume": {
+        "errors", "tensors", "checkpoint", "pickles", "formats", "schedules", "verify", "runs", "training",
+    },
     "runs": {"errors", "formats", "verify", "checkpoint"},
     "cli": {
         "errors", "tensors", "plan", "checkpoint", "checksums", "formats", "transforms", "verify", "runs",
-        "execute", "progress", "explain", "manifest", "values", "trainer", "schedules",
+        "execute", "progress", "explain", "manifest", "values", "trainer", "schedules", "training", "resume",
     },
     "trainer": {"errors", "schedules", "runs"},
     "__init__": {"errors", "formats", "checkpoint", "tensors", "plan", "execute", "transforms", "verify"},
@@ -159,7 +163,7 @@ def audit(event, args):
     if event == "open":
         path, mode, flags = args
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        inside = isinstance(path, (str, Path)) and os.path.abspath(path).startswith(str(folder))
+        inside = isinstance(path, (str, Path)) and os.path.realpath(path).startswith(str(folder))
         if inside and not writes:
             return
     events.append([event, repr(args)[:200]])

@@ -20,9 +20,12 @@ COMMANDS = {
     "inspect": "format, step, ranks, dtypes, settings: header reads only",
     "verify": "check a checkpoint: every byte, or headers with --quick",
     "latest": "the checkpoint that a resume would take, and why",
+    "resume-check": "will it resume, where, with which learning rate; what changed",
     "explain": "what a check or an error means, and how to mend it",
     "extract": "weights only, as safetensors or .pt",
     "reshard": "move a ZeRO checkpoint to another number of ranks, optimizer state kept",
+    "rebase-schedule": "another batch size: same sample, right learning rate",
+    "batch": "effective batch, iterations, what an old iteration means, ways to keep the batch",
     "train": "the reference trainer (DeepSpeed ZeRO-2)",
     "demo": "train, verify, extract, reshard and resume on this machine's CPU",
 }

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -30,6 +31,10 @@ COMMANDS = (
     f"reshard run/{SAVED} run/{SAVED}.ws4 --world-size 4",
     f"verify run/{SAVED}.ws4",
     f"train {CONFIG} --nproc 4 --resume --resume-from run/{SAVED}.ws4 --work-dir resumed",
+    f"rebase-schedule run/{SAVED} run/{SAVED}.bs16 --old-bs 32 --new-bs 16",
+    # half the batch, and the warmup that the command above says: 4 updates of 32 samples are 8 of 16
+    f"train {CONFIG} --nproc 2 --resume --resume-from run/{SAVED}.bs16 --work-dir rebased"
+    " --set batch.global_batch_size=16 --set schedule.warmup_steps=8",
 )
 
 # Weights, optimizer state and samples are the same, so the first resumed loss is equal to the bit. From then
@@ -44,7 +49,9 @@ TOLERANCE = 5e-4
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--keep", is_flag=True, help="Keep the temporary folder; a DIR that you name is always kept.")
 def command(folder: Path | None, keep: bool) -> int:
-    """Train on two ranks, verify, extract, reshard to four ranks, resume there, and compare the losses.
+    """Train on two ranks, verify, extract, reshard to four, resume there; halve the batch, resume again.
+
+    Losses and learning rates are compared with those of the run that was never interrupted.
 
     Everything happens in DIR (new or empty), or in a temporary folder. Takes a few minutes on two CPU cores.
     """
@@ -54,7 +61,7 @@ def command(folder: Path | None, keep: bool) -> int:
         click.echo(f"$ cd {shlex.quote(str(place))}")
         for line in COMMANDS:
             _run(line, place)
-        return _compare(place)
+        return max(_compare_losses(place), _compare_rates(place))
 
 
 @contextlib.contextmanager
@@ -109,9 +116,9 @@ def _run(line: str, place: Path) -> None:
         )
 
 
-def _compare(place: Path) -> int:
+def _compare_losses(place: Path) -> int:
     """Print the losses of both runs side by side; exit code 1 if they are further apart than TOLERANCE."""
-    whole, resumed = (_losses(place / run / "train_log.jsonl") for run in ("run", "resumed"))
+    whole, resumed = (_logged(place / run, "step", "loss") for run in ("run", "resumed"))
     rows = [(step, whole[step], loss, abs(loss - whole[step])) for step, loss in resumed.items()]
     click.echo("\nloss of each update after the checkpoint:\n")
     headers = ("step", "2 ranks, never interrupted", "resharded, resumed on 4", "difference")
@@ -122,6 +129,30 @@ def _compare(place: Path) -> int:
     return 0 if worst <= TOLERANCE else 1
 
 
-def _losses(log: Path) -> dict[int, float]:
-    records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    return {record["step"]: record["loss"] for record in records if "loss" in record}
+def _compare_rates(place: Path) -> int:
+    """The learning rate over samples of the run and of the one that went on with half the batch.
+
+    The schedule's steps are half as long there: the two may be apart by what one step of it changes.
+    """
+    whole, rebased = (_logged(place / run, "samples_seen", "lr") for run in ("run", "rebased"))
+    # a line of the log counts the samples of its own update: the rate held for those before
+    before, after = (
+        {seen - size: lr for seen, lr in log.items()} for log, size in ((whole, 32), (rebased, 16))
+    )
+    rows = [(seen, lr, after[seen], abs(after[seen] - lr)) for seen, lr in before.items() if seen in after]
+    click.echo("\nlearning rate over samples, from the checkpoint on:\n")
+    headers = ("samples", "batch 32, never interrupted", "rebased to 16, resumed", "difference")
+    click.echo(tabulate(rows, headers=headers, floatfmt=("g", ".6e", ".6e", ".1e")))
+    worst = max(row[3] for row in rows)
+    rates = list(before.values())
+    step = max(abs(a - b) for a, b in pairwise(rates))
+    verdict = "the same schedule" if worst <= step else "NOT the same schedule"
+    click.echo(f"\nmax difference {worst:.1e}, one step changes up to {step:.1e}: {verdict}")
+    return 0 if worst <= step else 1
+
+
+def _logged(run: Path, key: str, value: str) -> dict[int, float]:
+    """One value of each update by another one; a resumed run's later line for a step counts."""
+    lines = (run / "train_log.jsonl").read_text("utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if "loss" in record]
+    return {record[key]: record[value] for record in records}

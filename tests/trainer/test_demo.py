@@ -18,10 +18,22 @@ def test_the_verdict_is_the_exit_code(tmp_path: Path) -> None:
     for run, loss in {"run": 3.0, "resumed": 3.0 + demo.TOLERANCE / 2}.items():
         (tmp_path / run).mkdir()
         (tmp_path / run / "train_log.jsonl").write_text(json.dumps({"step": 13, "loss": loss}) + "\n")
-    assert demo._compare(tmp_path) == 0
+    assert demo._compare_losses(tmp_path) == 0
     with (tmp_path / "resumed/train_log.jsonl").open("a") as log:
         log.write(json.dumps({"step": 13, "loss": 3.0 + demo.TOLERANCE * 2}) + "\n")
-    assert demo._compare(tmp_path) == 1
+    assert demo._compare_losses(tmp_path) == 1
+
+
+def test_another_schedule_is_the_exit_code(tmp_path: Path) -> None:
+    rates = {"run": {32: 1e-3, 64: 9e-4, 96: 8e-4}, "rebased": {48: 9.2e-4, 64: 8.7e-4, 80: 8.2e-4}}
+    for run, log in rates.items():
+        (tmp_path / run).mkdir()
+        lines = [json.dumps({"samples_seen": seen, "loss": 3.0, "lr": lr}) for seen, lr in log.items()]
+        (tmp_path / run / "train_log.jsonl").write_text("\n".join(lines) + "\n")
+    assert demo._compare_rates(tmp_path) == 0
+    log = tmp_path / "rebased/train_log.jsonl"
+    log.write_text(log.read_text().replace("0.00082", "0.0005"))
+    assert demo._compare_rates(tmp_path) == 1
 
 
 def test_a_folder_with_files_is_refused(tmp_path: Path) -> None:
@@ -39,3 +51,4 @@ def test_from_training_to_resuming_on_four_ranks(tmp_path: Path, environment: di
     shown = [line.removeprefix("$ ckpt ") for line in done.stdout.splitlines() if line.startswith("$ ckpt ")]
     assert shown == list(demo.COMMANDS)
     assert "equal within rounding" in done.stdout
+    assert "the same schedule" in done.stdout

@@ -1,0 +1,183 @@
+"""Where a checkpoint says how far training is: counters, schedules, optimizer settings, batch sizes.
+
+A container (a ZeRO folder, a Trainer's folder, a single file ...) is read into a `Training`: plain values,
+each with the places that hold it. What is to change comes back as `Edit`s on those places. So the reader
+knows no mathematics of schedules, and `transforms.rebase` knows no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ckpttools.schedules.lengths import Remainder, Unit
+
+Key = str | int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A value inside a file: the keys and indices that lead to it from the file's root."""
+
+    file: Path
+    at: tuple[Key, ...]
+
+    def below(self, *at: Key) -> Place:
+        return Place(file=self.file, at=(*self.at, *at))
+
+    def __str__(self) -> str:
+        shown = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.at)
+        return shown.removeprefix(".")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edit:
+    """One value of one file that becomes another; `why` is shown to people.
+
+    An `old` of `ABSENT` means that the key is new.
+    """
+
+    place: Place
+    old: object
+    new: object
+    why: str
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+
+# position: units done in all; inside: units done in the running epoch; total: units of the whole run;
+# warmup: its warmup; samples: nominal samples, counted as the batch size per update; skipped: updates that
+# overflowed, which a scheduler does not count
+Role = Literal["position", "inside", "total", "warmup", "samples", "skipped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counter:
+    """A whole number that counts micro-batches or updates. It counts `value + offset` of them.
+
+    One that `config` names is a setting of the new run, to be made there by hand; `places` hold copies.
+    `repeats` is how often each unit is counted (Lightning adds up the updates of several optimizers).
+    """
+
+    name: str
+    value: int
+    unit: Unit
+    places: tuple[Place, ...]
+    role: Role = "position"
+    offset: int = 0
+    repeats: int = 1
+    config: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """The param_groups of one optimizer, without tensors and `params`, and every place that holds them.
+
+    A rank of ZeRO restores its own copy, so each shard is a place. `base` holds settings that a framework
+    treats as one group more (MMEngine's base_param_settings). `steps` are the updates that Adam counted.
+    """
+
+    name: str
+    groups: tuple[Mapping[str, object], ...]
+    places: tuple[Place, ...]
+    base: Place | None = None
+    base_group: Mapping[str, object] | None = None
+    steps: int | None = None
+    first_update: bool = True  # whether the saved lr is the one of the first resumed update
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedSchedule:
+    """Scheduler states that act on one optimizer, in the order in which they are stepped.
+
+    `framework` says how to read them (`schedules.recognise`). `unit` is None where neither the framework
+    nor the state says what one step of the schedule is. `about` is what else the framework's own
+    mathematics needs; `config_places` hold the constants when these are saved apart from the state.
+    """
+
+    name: str
+    framework: str
+    states: tuple[Mapping[str, object], ...]
+    places: tuple[Place, ...]
+    optimizer: int = 0
+    unit: Unit | None = None
+    repeats: int = 1
+    about: Mapping[str, object] = field(default_factory=dict)
+    config_places: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchField:
+    """A saved batch setting."""
+
+    name: str
+    which: Literal["total", "micro", "accumulation", "step"]
+    value: int
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepList:
+    """Step numbers of the past that must stay in order with the new ones: a log's history."""
+
+    name: str
+    values: tuple[int, ...]
+    places: tuple[Place, ...]
+    unit: Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """All of that for one checkpoint. Numbers are None where the checkpoint does not say.
+
+    `unit` is what the main counter counts. `size` counts the samples of an epoch, `batches` its
+    micro-batches per rank, `updates` its optimizer updates; `epochs` is the length of the run.
+    """
+
+    framework: str
+    unit: Unit
+    count: int | None = None
+    epoch: int | None = None
+    micro: int | None = None
+    accumulation: int | None = None
+    ranks: int | None = None
+    total: int | None = None
+    size: int | None = None
+    batches: int | None = None
+    updates: int | None = None
+    epochs: int | None = None
+    total_count: int | None = None
+    remainder: Remainder = "flush"
+    drop_last: bool = False
+    counters: tuple[Counter, ...] = ()
+    optimizers: tuple[OptimizerSettings, ...] = ()
+    schedules: tuple[SavedSchedule, ...] = ()
+    batch_fields: tuple[BatchField, ...] = ()
+    histories: tuple[StepList, ...] = ()
+    marker: Place | None = None  # where a rebase is noted; its value in `marked`
+    marked: Mapping[str, object] | None = None
+    outside: tuple[str, ...] = ()  # what the user must set in the new run, in words
+    notes: tuple[str, ...] = ()
+
+
+def merge(first: Training, *others: Training) -> Training:
+    """One description out of several of the same checkpoint.
+
+    The first part that knows a number counts, tuples are joined; what cannot be unknown is the first's.
+    """
+    found: dict[str, Any] = {}
+    for entry in fields(Training):
+        values = [getattr(part, entry.name) for part in (first, *others)]
+        if isinstance(values[0], tuple):
+            found[entry.name] = tuple(item for each in values for item in each)
+        else:
+            found[entry.name] = next((value for value in values if value is not None), None)
+    kept = {name: getattr(first, name) for name in ("framework", "unit", "remainder", "drop_last")}
+    return replace(first, **(found | kept))

@@ -1,0 +1,87 @@
+"""Counters, logs and batch settings: whole numbers that follow from the two batches alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ckpttools.schedules import Setting
+from ckpttools.schedules.lengths import Batch, Steps, nearest
+from ckpttools.training import BatchField, Counter, Edit, StepList, Training
+from ckpttools.transforms.rebase.timeline import Request, Timeline
+
+
+def counter_edits(training: Training, counter: Counter, line: Timeline, request: Request) -> Iterator[Edit]:
+    """The counter in all its places."""
+    steps = line.steps[counter.unit]
+    new = _counted(training, counter, steps, line, request)
+    if new is None or new == counter.value:
+        return
+    for place in counter.places:
+        yield Edit(place=place, old=counter.value, new=new, why="counter")
+
+
+def settings(training: Training, line: Timeline, request: Request) -> Iterator[Setting]:
+    """Lengths that the new run takes from its own configuration."""
+    for counter in training.counters:
+        if counter.config is not None:
+            new = _counted(training, counter, line.steps[counter.unit], line, request)
+            if new is not None and new != counter.value:
+                yield Setting(name=counter.name, old=counter.value, new=new, where=counter.config)
+
+
+def _counted(
+    training: Training, counter: Counter, steps: Steps, line: Timeline, request: Request
+) -> int | None:
+    done, part = divmod(counter.value + counter.offset, counter.repeats)
+    if part or counter.repeats != 1:
+        each = replace(counter, value=done, offset=0, repeats=1)
+        new = _counted(training, each, steps, line, request)
+        return None if new is None else new * counter.repeats + part
+    match counter.role:
+        case "position":
+            return steps.position(done) - counter.offset
+        case "inside":
+            start = 0
+            if steps.old.epoch is not None and training.epoch:
+                start = math.floor(training.epoch * steps.old.epoch)
+            return _moved(steps, start + done) - _moved(steps, start) - counter.offset
+        case "total":
+            return max(1, nearest(steps.length(done))) - counter.offset
+        case "warmup":
+            return counter.value if request.warmup == "keep" else max(1, nearest(steps.length(done)))
+        case "samples":
+            count = training.count if training.unit == "update" else _updates(training)
+            nominal = count is not None and counter.value == count * line.old.total
+            return steps.position(count) * line.new.total if nominal and count is not None else None
+        case "skipped":
+            count = _updates(training)
+            if count is None or not 0 <= done <= count:
+                return None
+            return steps.position(count) - steps.position(count - done)
+
+
+def _moved(steps: Steps, count: int) -> int:
+    return replace(steps, old_total=None, new_total=None).position(count)
+
+
+def _updates(training: Training) -> int | None:
+    """DeepSpeed's own count of updates, where the main counter is another."""
+    return next((c.value for c in training.counters if c.name == "global_steps"), training.count)
+
+
+def history_edits(history: StepList, steps: Steps) -> Iterator[Edit]:
+    """The steps of a log: a resumed run appends later ones."""
+    for old, place in zip(history.values, history.places, strict=True):
+        new = steps.position(old)
+        if new != old:
+            yield Edit(place=place, old=old, new=new, why="log")
+
+
+def batch_edits(field: BatchField, new: Batch) -> Iterator[Edit]:
+    """A saved batch setting."""
+    value = {"total": new.total, "micro": new.micro, "accumulation": new.accumulation, "step": new.step}
+    if value[field.which] != field.value:
+        for place in field.places:
+            yield Edit(place=place, old=field.value, new=value[field.which], why="batch")

@@ -1,0 +1,159 @@
+"""Saved schedules, old and new: what one step of them is, and what changes in their states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ckpttools import schedules
+from ckpttools.errors import UsageError
+from ckpttools.schedules import Program
+from ckpttools.schedules.lengths import Steps, Unit
+from ckpttools.training import Edit, Key, SavedSchedule, Training
+from ckpttools.transforms.rebase.marks import noted_unit
+from ckpttools.transforms.rebase.timeline import Request, Timeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduled:
+    """One saved schedule with its program before and after; no steps where it counts epochs."""
+
+    saved: SavedSchedule
+    old: Program
+    new: Program
+    unit: Unit | Literal["epoch"]
+    steps: Steps | None
+
+    @property
+    def noted(self) -> tuple[Unit | Literal["epoch"], int]:
+        """What a mark keeps of it: the unit, and how often it is stepped for each."""
+        return self.unit, self.saved.repeats if self.steps is None else self.steps.new.repeats
+
+
+def scheduled(training: Training, line: Timeline, saved: SavedSchedule, request: Request) -> Scheduled:
+    """The schedule before and after. Raises UsageError for one that is unknown, damaged or ambiguous."""
+    if saved.optimizer >= len(training.optimizers):
+        raise UsageError(
+            "no-optimizer",
+            "a schedule is saved, but not the optimizer's settings that it acts on",
+            where=saved.places[0].file,
+            why="the learning rate that it left behind, and the one to start from, are not known",
+            hint="name the whole checkpoint; --counters-only moves the counters alone",
+        )
+    optimizer = training.optimizers[saved.optimizer]
+    base = () if optimizer.base_group is None else (optimizer.base_group,)
+    groups = (*optimizer.groups, *base)
+    try:
+        program = schedules.recognise(saved.framework, list(saved.states), list(groups), saved.about)
+        return _scheduled(training, line, saved, program, request)
+    except UsageError as error:
+        where = f"{saved.places[0].file}: {saved.name}"
+        error.where = where if error.where in ("", str(saved.places[0].file)) else f"{where}, {error.where}"
+        raise
+
+
+def _scheduled(
+    training: Training, line: Timeline, saved: SavedSchedule, program: Program, request: Request
+) -> Scheduled:
+    if "unknown" in program.families:
+        raise UsageError(
+            "schedule-unknown",
+            f"the saved scheduler is of no known class; its fields: {', '.join(map(str, saved.states[0]))}",
+            where=saved.places[0].file,
+            why="which of its fields count iterations cannot be told, and half a rebase would be wrong",
+            hint="--counters-only leaves it alone and moves the counters; then set the scheduler up anew",
+        )
+    unit = _unit(training, saved, program, request)
+    if unit == "epoch":
+        return Scheduled(saved=saved, old=program, new=program, unit=unit, steps=None)
+    steps = line.steps[unit]
+    if saved.repeats != 1:
+        steps = _repeated(training, steps, saved.repeats, line)
+    new = program.rebased(steps, warmup=request.warmup)
+    return Scheduled(saved=saved, old=program, new=new, unit=unit, steps=steps)
+
+
+def _repeated(training: Training, steps: Steps, repeats: int, line: Timeline) -> Steps:
+    """accelerate steps a scheduler once per process: another number of processes steps it more often."""
+    per_rank = repeats == training.ranks
+    return replace(
+        steps,
+        old=replace(steps.old, repeats=repeats),
+        new=replace(steps.new, repeats=line.new.ranks if per_rank else repeats),
+        old_total=None,
+        new_total=None,
+    )
+
+
+def _unit(
+    training: Training, saved: SavedSchedule, program: Program, request: Request
+) -> Unit | Literal["epoch"]:
+    """What one step of the schedule is: a micro-batch, an update or an epoch."""
+    if request.schedule_unit is not None:
+        return request.schedule_unit
+    if program.by_epoch:
+        return "epoch"
+    if saved.unit is not None:
+        return saved.unit
+    noted = noted_unit(training, saved)
+    if noted is not None:
+        return noted
+    candidates: list[tuple[int | None, Unit]] = [
+        (c.value + c.offset, c.unit) for c in training.counters if c.role == "position"
+    ]
+    if saved.optimizer < len(training.optimizers):
+        candidates.append((training.optimizers[saved.optimizer].steps, "update"))
+    found: set[Unit | Literal["epoch"]] = {unit for count, unit in candidates if count == program.count}
+    if "micro" in found and "update" in found:
+        found.discard("micro")  # without accumulation they are the same
+    if training.epoch is not None and program.count in (training.epoch, training.epoch + 1):
+        found.add("epoch")
+    if len(found) == 1:
+        return found.pop()
+    names = {"update": "updates", "micro": "micro-batches"}
+    counts = dict.fromkeys(f"{count} {names[unit]}" for count, unit in candidates if count is not None)
+    known = ", ".join(counts) or "nothing"
+    raise UsageError(
+        "schedule-unit",
+        f"{', '.join(program.families)} was stepped {program.count} times: per epoch, update or batch?",
+        where=saved.places[0].file,
+        why=f"the checkpoint counts {known}, epoch {training.epoch}: it does not say which one it follows",
+        hint="say it with --schedule-unit epoch, update or micro",
+    )
+
+
+def state_edits(each: Scheduled) -> Iterator[Edit]:
+    """What changes in the scheduler states."""
+    for place, old, new in zip(each.saved.places, each.saved.states, each.new.states(), strict=True):
+        for keys, before, after in differences(old, new):
+            yield Edit(place=place.below(*keys), old=before, new=after, why="schedule")
+
+
+def config_edits(each: Scheduled) -> Iterator[Edit]:
+    """Constants that are saved apart from the state: DeepSpeed's, in every copy of ds_config."""
+    if each.steps is None:
+        return
+    for setting in each.new.settings:
+        key = setting.name.rpartition(".")[2]
+        for place in each.saved.config_places:
+            yield Edit(place=place.below(key), old=setting.old, new=setting.new, why="schedule")
+
+
+def differences(old: object, new: object, *keys: Key) -> Iterator[tuple[tuple[Key, ...], object, object]]:
+    """The leaves at which two plain values differ, with the keys that lead there."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and list(old) == list(new):
+        for key in old:
+            yield from differences(old[key], new[key], *keys, key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from differences(before, after, *keys, i)
+    elif type(old) is not type(new) or not equal(old, new):
+        yield keys, old, new
+
+
+def equal(old: object, new: object) -> bool:
+    """Whether two plain values are the same; NaN is the same as NaN."""
+    both_nan = isinstance(old, float) and isinstance(new, float) and math.isnan(old) and math.isnan(new)
+    return old is new or old == new or both_nan

@@ -1,0 +1,160 @@
+"""How far training is, as each framework's own files say it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import FIXTURES, SAMPLES, name_of
+
+from ckpttools import formats
+from ckpttools.errors import CkptError, Unsupported
+from ckpttools.formats import training
+from ckpttools.formats.training import mmengine
+from ckpttools.training import Training
+
+# framework, unit, count, batch per GPU, accumulation, ranks, schedules' families of frameworks
+KNOWN: dict[str, tuple[object, ...]] = {
+    "trainer/z2_bf16_2": ("ckpt train", "update", 3, 2, 2, 2, ["deepspeed"]),
+    "trainer/z2_bf16_4": ("ckpt train", "update", 3, 2, 1, 4, ["deepspeed"]),
+    "hf-trainer/plain/checkpoint-2": ("hf-trainer", "update", 2, 2, 1, 1, ["transformers"]),
+    "hf-trainer/deepspeed/checkpoint-2": ("hf-trainer", "update", 2, 2, 1, 2, ["transformers"]),
+    "lightning/file/epoch=0-step=3.ckpt": ("lightning", "update", 3, None, 1, None, ["torch"]),
+    "lightning/deepspeed/epoch=0-step=3.ckpt": ("lightning", "update", 3, 2, 1, 2, ["torch"]),
+    "accelerate/plain": ("accelerate", "update", 8, None, None, 1, ["torch"]),
+    "accelerate/deepspeed": ("accelerate", "update", 8, 2, 1, 2, ["torch"]),
+    "mmengine/work/iter_1500.pth": ("mmengine", "micro", 1500, 2, 1, 2, ["mmengine"]),
+    "bundle/checkpoint-200": ("deepspeed", "update", 3, 2, 2, 2, []),
+    "monolithic/full/epoch_2_step_40.pt": ("plain", "update", 40, None, None, None, ["torch"]),
+    "monolithic/pcdet/checkpoint_epoch_4.pth": ("openpcdet", "micro", 80, None, 1, None, []),
+    "monolithic/mmengine/epoch_4.pth": ("mmengine", "micro", 80, None, 1, None, ["mmengine"]),
+    "deepspeed-0.19.8/z2_clientsched_ws2": ("deepspeed", "update", 3, 60, 1, 2, ["torch"]),
+}
+
+
+def read(path: Path) -> Training:
+    source = formats.locate(path)
+    return training.read(source, formats.read(source))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_a_framework_wrote_is_understood(name: str) -> None:
+    found = read(FIXTURES / name)
+    shown = (found.framework, found.unit, found.count, found.micro, found.accumulation, found.ranks)
+    assert (*shown, [s.framework for s in found.schedules]) == KNOWN[name]
+    # every place holds what it is said to hold
+    for counter in found.counters:
+        for place in counter.places:
+            assert at(place.file, place.at) == counter.value
+    for optimizer in found.optimizers:
+        assert all(
+            [g["lr"] for g in at(place.file, place.at)] == [g["lr"] for g in optimizer.groups]
+            for place in optimizer.places
+        )
+    for schedule in found.schedules:
+        for place, state in zip(schedule.places, schedule.states, strict=True):
+            assert list(at(place.file, place.at)) == list(state)
+
+
+def at(file: Path, keys: tuple[str | int, ...]) -> Any:
+    import json
+
+    node: Any = (
+        json.loads(file.read_text()) if file.suffix == ".json" else torch.load(file, weights_only=False)
+    )
+    for key in keys:
+        node = node[key]
+    return node
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=name_of)
+def test_every_shard_of_every_sample_is_a_place(sample: Path) -> None:
+    found = read(sample)
+    ranks = len(list(sample.rglob("*optim_states.pt")))
+    assert found.ranks == ranks and found.framework == "deepspeed"
+    if "elastic" not in sample.name:
+        (optimizer,) = found.optimizers
+        assert len(optimizer.places) == ranks
+
+
+def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
+    """Each rank would resume with its own learning rate."""
+    folder = tmp_path / "run"
+    shutil.copytree(FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2", folder)
+    shard = next(folder.rglob("*rank_1_*optim_states.pt"))
+    tree = torch.load(shard, weights_only=False)
+    tree["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0]["lr"] = 0.5
+    torch.save(tree, shard)
+    with pytest.raises(CkptError, match="different optimizer settings"):
+        read(folder)
+
+
+def test_a_counter_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    tree = torch.load(FIXTURES / "monolithic/full/epoch_2_step_40.pt", weights_only=False)
+    tree["global_step"] = -7
+    torch.save(tree, tmp_path / "a.pt")
+    with pytest.raises(CkptError, match="global_step is -7"):
+        read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name", ["hf/single", "hf/sharded", "hf/peft"])
+def test_weights_are_no_training_state(name: str) -> None:
+    with pytest.raises(Unsupported, match="no training state"):
+        read(FIXTURES / name)
+
+
+# --- MMEngine's config --------------------------------------------------------------------------------
+
+CONFIG = """
+train_dataloader = dict(batch_size=4, num_workers=2, sampler=dict(shuffle=True, type='DefaultSampler'))
+optim_wrapper = dict(type='OptimWrapper', accumulative_counts=2, optimizer=dict(lr=0.01, type='SGD'))
+train_cfg = dict(by_epoch=True, max_epochs=6)
+milestones = [8, 11]
+secret = open('/etc/passwd').read()
+"""
+
+
+def test_a_config_is_read_and_never_run() -> None:
+    found = mmengine.settings(CONFIG)
+    assert found["train_cfg"] == {"by_epoch": True, "max_epochs": 6}
+    assert found["train_dataloader"] == {
+        "batch_size": 4,
+        "num_workers": 2,
+        "sampler": {"shuffle": True, "type": "DefaultSampler"},
+    }
+    assert found["milestones"] == [8, 11]
+    assert found["secret"] is None
+
+
+@pytest.mark.parametrize(
+    "text", ["x = (", "\0", "x = " + "(" * 10_000, 7, None, "import os\nos.system('true')"]
+)
+def test_no_text_harms(text: object) -> None:
+    assert mmengine.settings(text) == {}
+
+
+def test_lengths_come_from_where_mmengine_keeps_them(tmp_path: Path) -> None:
+    tree = {
+        "meta": {"epoch": 3, "iter": 39, "cfg": CONFIG},
+        "message_hub": {"runtime_info": {"iter": 38, "epoch": 2, "max_epochs": 6, "max_iters": 78}},
+        "state_dict": {"w": torch.zeros(2)},
+        "optimizer": torch.optim.SGD([torch.zeros(2)], lr=0.01).state_dict(),
+        "param_schedulers": [{"last_step": 39, "_global_step": 40, "begin": 0, "end": 78}],
+    }
+    torch.save(tree, tmp_path / "epoch_3.pth")
+    found = read(tmp_path / "epoch_3.pth")
+    assert (found.batches, found.epochs, found.total_count, found.micro, found.accumulation) == (
+        13,
+        6,
+        78,
+        4,
+        2,
+    )
+    assert [(c.name.rpartition(".")[2], c.value, c.offset) for c in found.counters] == [
+        ("iter", 39, 0),
+        ("iter", 38, 1),
+        ("max_iters", 78, 0),
+    ]

@@ -1,0 +1,319 @@
+"""Rebasing real checkpoints of every container: what changes, what must not, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import run
+from support import FIXTURES, ZERO_FIXTURES, name_of, tree_differences, variant_of
+
+LIGHTNING = FIXTURES / "lightning/file/epoch=0-step=3.ckpt"
+OURS = FIXTURES / "trainer/z2_bf16_2"
+TRAINER = FIXTURES / "hf-trainer/plain/checkpoint-2"
+PCDET = FIXTURES / "monolithic/pcdet/checkpoint_epoch_4.pth"
+# a source, and the options that say what it does not
+SOURCES: list[tuple[Path, tuple[object, ...]]] = [
+    (LIGHTNING, ("--old-bs", 4)),
+    (FIXTURES / "lightning/deepspeed/epoch=0-step=3.ckpt", ()),
+    (TRAINER, ()),
+    (FIXTURES / "hf-trainer/deepspeed/checkpoint-2", ()),
+    (FIXTURES / "accelerate/plain", ("--old-bs", 4)),
+    (FIXTURES / "accelerate/deepspeed", ()),
+    (FIXTURES / "bundle/checkpoint-200", ("--counters-only",)),
+    (PCDET, ("--old-bs", 4, "--dataset-size", 80)),
+    (OURS, ()),
+    (FIXTURES / "trainer/z2_round_robin_frozen_tied_4", ()),
+    (FIXTURES / "deepspeed-0.19.8/z2_fp16_skipped_ws2", ()),
+    (FIXTURES / "deepspeed-0.19.8/z2_clientsched_ws2", ()),
+    (FIXTURES / "deepspeed-0.19.8/z1_bf16opt_ws2", ()),
+    (FIXTURES / "deepspeed-0.19.8/z2_legacy_ws2", ()),
+    (FIXTURES / "deepspeed-0.10.3/z2_bf16_ws2", ()),
+    (FIXTURES / "deepspeed-0.14.5/z2_bf16_ws4", ()),
+    (FIXTURES / "deepspeed-0.16.9/z2_round_robin_ws2", ()),
+]
+IDS = [name_of(path) for path, _ in SOURCES]
+
+
+def hashes(path: Path) -> dict[str, str]:
+    """Every file by its path below, the manifest of the copy aside."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return {
+        "" if p == path else p.relative_to(path).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in files
+        if p.name != "ckpt-manifest.json"
+    }
+
+
+def rebased(source: Path, to: Path, *options: object) -> dict[str, Any]:
+    ran = run("rebase-schedule", source, to, "--json", *options)
+    assert ran.code == 0, ran.err
+    document: dict[str, Any] = json.loads(ran.out)
+    return document
+
+
+def batch(source: Path, options: tuple[object, ...]) -> int:
+    ran = run("rebase-schedule", source, "unused", "--dry-run", "--json", *options)
+    assert ran.code == 0, ran.err
+    size: int = json.loads(ran.out)["batch"]["old"]["micro"]
+    return size
+
+
+@pytest.mark.parametrize(("source", "options"), SOURCES, ids=IDS)
+def test_the_same_batch_changes_no_byte(source: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    size = batch(source, options)
+    document = rebased(source, tmp_path / "out", *options, "--new-bs", size, "--batch-is", "per-gpu")
+    assert document["changes"] == []
+    assert hashes(tmp_path / "out") == hashes(source)
+
+
+@pytest.mark.parametrize(("source", "options"), SOURCES, ids=IDS)
+def test_only_what_is_said_changes(source: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    """Three times the batch: every difference that torch.load and json see is in the list of changes."""
+    before = hashes(source)
+    new = batch(source, options) * 3
+    document = rebased(source, tmp_path / "out", *options, "--new-bs", new, "--batch-is", "per-gpu")
+    assert hashes(source) == before
+    said: dict[str, set[str]] = {}
+    for change in document["changes"]:
+        said.setdefault(change["file"], set()).add(change["field"])
+    root = source if source.is_dir() else source.parent
+    found = sorted(
+        p.relative_to(root) for p in ([source] if source.is_file() else root.rglob("*")) if p.is_file()
+    )
+    renames = renamed(document, source, tmp_path / "out")
+    for relative in found:
+        old = root / relative
+        copy = tmp_path / "out" if source.is_file() else tmp_path / "out" / renames(relative)
+        name = source.name if source.is_file() else relative.as_posix()
+        assert leaves(old, copy) <= said.get(name, set()) | {
+            "",
+            *({"ckpttools_rebase"} & said.get(name, set())),
+        }
+        if name not in said and old.name != "latest":
+            assert old.read_bytes() == copy.read_bytes()
+    ran = run("verify", tmp_path / "out")
+    assert ran.code == 0, ran.out
+
+
+def renamed(document: dict[str, Any], source: Path, out: Path) -> Any:
+    """Where a file of the source is in the copy: a tag folder may have got another number."""
+    position = document["position"]
+    old, new = (f"global_step{position[key]}" for key in ("old", "new"))
+    return lambda p: Path(*(new if part == old and not (out / p).exists() else part for part in p.parts))
+
+
+def leaves(old: Path, new: Path) -> set[str]:
+    """The places at which two files differ, as the command writes them."""
+    if old.suffix == ".json":
+        a, b = json.loads(old.read_text()), json.loads(new.read_text())
+        return {line.partition(":")[0].removeprefix(".") for line in tree_differences(a, b)}
+    if old.suffix in (".pt", ".pth", ".ckpt", ".bin"):
+        x, y = (torch.load(p, weights_only=False) for p in (old, new))
+        if not isinstance(x, dict):
+            return set() if old.read_bytes() == new.read_bytes() else {"?"}
+        mark = "ckpttools_rebase"
+        y.pop(mark, None)
+        return {line.partition(":")[0].removeprefix(".") for line in tree_differences(x, y)}
+    return set()
+
+
+@pytest.mark.parametrize(("source", "options"), SOURCES, ids=IDS)
+def test_there_and_back_is_within_a_unit(source: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    size = batch(source, options)
+    per_gpu = ("--batch-is", "per-gpu", *(o for o in options if o != "--old-bs" and o != 4))
+    there = rebased(source, tmp_path / "a", "--old-bs", size, "--new-bs", 2 * size, *per_gpu)
+    back = rebased(
+        tmp_path / "a", tmp_path / "b", "--old-bs", 2 * size, "--new-bs", size, *per_gpu, "--force"
+    )
+    if there["position"]["old"] is not None:
+        assert there["position"]["old"] - 1 <= back["position"]["new"] <= there["position"]["old"]
+    if source.is_file():
+        assert leaves(source, tmp_path / "b") <= {c["field"] for c in there["changes"]}
+
+
+def test_every_shard_gets_the_same_learning_rate(tmp_path: Path) -> None:
+    for source in (p for p in ZERO_FIXTURES if "trainer" in p.parts or variant_of(p) == "z2_groups"):
+        ran = run(
+            "rebase-schedule", source, tmp_path / name_of(source).replace("/", "_"), "--json", "--new-bs", 1
+        )
+        if ran.code:
+            assert "run-finished" in ran.err or "no-schedule" in ran.err, ran.err
+            continue
+        shards = list(Path(json.loads(ran.out)["destination"]).rglob("*optim_states.pt"))
+        states = [torch.load(p, weights_only=False)["optimizer_state_dict"] for p in shards]
+        groups = [state["base_optimizer_state"]["param_groups"] for state in states]
+        rates = {tuple(group["lr"] for group in each) for each in groups}
+        assert len(rates) == 1 and len(shards) > 0
+
+
+# --- the mark -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source", "options"), SOURCES, ids=IDS)
+def test_a_second_rebase_is_refused(source: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    size = batch(source, options)
+    args = ("--batch-is", "per-gpu", *options)
+    rebased(source, tmp_path / "a", "--new-bs", 2 * size, *args)
+    args = args[:2] + tuple(o for o in options if o not in ("--old-bs", 4))  # the mark knows its batch
+    again = run("rebase-schedule", tmp_path / "a", tmp_path / "b", "--new-bs", 4 * size, *args)
+    assert again.code == 2 and "rebased-already" in again.err
+    assert not (tmp_path / "b").exists()
+    assert (
+        run("rebase-schedule", tmp_path / "a", tmp_path / "b", "--new-bs", 4 * size, *args, "--force").code
+        == 0
+    )
+
+
+def test_a_run_that_went_on_is_not_refused(tmp_path: Path) -> None:
+    """Training code that saves the keys it loaded carries the mark on: the count tells."""
+    rebased(LIGHTNING, tmp_path / "a.ckpt", "--old-bs", 4, "--new-bs", 2)
+    tree = torch.load(tmp_path / "a.ckpt", weights_only=False)
+    tree["global_step"] += 1
+    tree["lr_schedulers"][0]["last_epoch"] += 1
+    torch.save(tree, tmp_path / "b.ckpt")
+    ran = run("rebase-schedule", tmp_path / "b.ckpt", tmp_path / "c.ckpt", "--old-bs", 2, "--new-bs", 1)
+    assert ran.code == 0, ran.err
+
+
+# --- learning rate scaling ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("linear", 4.0), ("sqrt", 2.0), ("adam-sde", 2.0)])
+def test_scaling_reaches_every_copy_of_the_learning_rate(rule: str, factor: float, tmp_path: Path) -> None:
+    plain = rebased(LIGHTNING, tmp_path / "a", "--old-bs", 4, "--new-bs", 16)
+    scaled = rebased(LIGHTNING, tmp_path / "b", "--old-bs", 4, "--new-bs", 16, "--lr-scaling", rule)
+    assert scaled["next_lr"]["new"] == pytest.approx(plain["next_lr"]["new"] * factor)
+    one, two = (torch.load(tmp_path / n, weights_only=False) for n in "ab")
+    group, bigger = (
+        one["optimizer_states"][0]["param_groups"][0],
+        two["optimizer_states"][0]["param_groups"][0],
+    )
+    assert bigger["initial_lr"] == group["initial_lr"] * factor
+    state, larger = one["lr_schedulers"][0], two["lr_schedulers"][0]
+    assert larger["base_lrs"] == [base * factor for base in state["base_lrs"]]
+    assert larger["_last_lr"] == pytest.approx([lr * factor for lr in state["_last_lr"]])
+    if rule == "adam-sde":
+        assert bigger["betas"] == pytest.approx((1 - 4 * 0.1, 1 - 4 * 0.001))
+        assert bigger["eps"] == pytest.approx(group["eps"] / 2)
+    else:
+        assert bigger["betas"] == group["betas"]
+
+
+def test_adam_sde_is_refused_where_it_has_no_answer(tmp_path: Path) -> None:
+    ran = run(
+        "rebase-schedule",
+        LIGHTNING,
+        tmp_path / "a",
+        "--old-bs",
+        1,
+        "--new-bs",
+        10,
+        "--lr-scaling",
+        "adam-sde",
+    )
+    assert ran.code == 2 and "lr-scaling" in ran.err and not (tmp_path / "a").exists()
+
+
+# --- bad input ----------------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[Path, tuple[object, ...], str]] = {
+    "zero": (LIGHTNING, ("--old-bs", 4, "--new-bs", 0), "bad-usage"),
+    "negative": (LIGHTNING, ("--old-bs", -4, "--new-bs", 2), "bad-usage"),
+    "no old batch": (LIGHTNING, ("--new-bs", 2), "batch-unknown"),
+    "another old batch": (OURS, ("--old-bs", 5, "--new-bs", 2), "batch-differs"),
+    "does not divide": (OURS, ("--old-bs", 8, "--new-bs", 7), "batch-indivisible"),
+    "wrong dataset": (OURS, ("--new-bs", 4, "--dataset-size", 1000), "dataset-differs"),
+    "empty epoch": (OURS, ("--new-bs", 1000, "--batch-is", "per-gpu"), "epoch-empty"),
+    "ambiguous dataset": (PCDET, ("--old-bs", 4, "--new-bs", 3), "dataset-ambiguous"),
+    "no scheduler": (FIXTURES / "bundle/checkpoint-200", ("--new-bs", 1), "no-schedule"),
+    "weights": (FIXTURES / "hf/single", ("--old-bs", 4, "--new-bs", 2), "weights-only"),
+    "bare weights": (FIXTURES / "monolithic/bare/model.pth", ("--old-bs", 4, "--new-bs", 2), "weights-only"),
+    "finished": (FIXTURES / "hf-trainer/plain/checkpoint-4", ("--new-bs", 1), "run-finished"),
+    "unit": (
+        FIXTURES / "monolithic/full/epoch_2_step_40.pt",
+        ("--old-bs", 4, "--new-bs", 2),
+        "schedule-unit",
+    ),
+    "no plot there": (OURS, ("--new-bs", 4, "--plot", "/nowhere/a.png"), "not-found"),
+    "no picture": (OURS, ("--new-bs", 4, "--plot", "a.txt"), "bad-usage"),
+    "nothing there": (FIXTURES / "nothing", ("--new-bs", 4), "not-found"),
+}
+
+
+@pytest.mark.parametrize(("source", "options", "id"), BAD.values(), ids=BAD)
+def test_bad_input(source: Path, options: tuple[object, ...], id: str, tmp_path: Path) -> None:
+    ran = run("rebase-schedule", source, tmp_path / "out", *options)
+    assert ran.code == 2, ran.err
+    assert f"[{id}]" in ran.err and "Traceback" not in ran.err
+    assert "hint:" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_destination_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    ran = run("rebase-schedule", OURS, tmp_path / "out", "--new-bs", 4)
+    assert ran.code == 2 and "destination-exists" in ran.err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_unknown_scheduler_is_refused(tmp_path: Path) -> None:
+    tree = torch.load(LIGHTNING, weights_only=False)
+    tree["lr_schedulers"] = [{"wobble": 3, "last_epoch": 3}]
+    torch.save(tree, tmp_path / "a.ckpt")
+    ran = run("rebase-schedule", tmp_path / "a.ckpt", tmp_path / "b.ckpt", "--old-bs", 4, "--new-bs", 2)
+    assert ran.code == 2 and "schedule-unknown" in ran.err, ran.err
+    assert not (tmp_path / "b.ckpt").exists()
+    only = ("--counters-only",)
+    assert (
+        run(
+            "rebase-schedule", tmp_path / "a.ckpt", tmp_path / "b.ckpt", "--old-bs", 4, "--new-bs", 2, *only
+        ).code
+        == 0
+    )
+
+
+# --- names, plots, dry runs ---------------------------------------------------------------------------
+
+
+def test_the_default_destination_is_a_sibling(tmp_path: Path) -> None:
+    source = tmp_path / "a.ckpt"
+    source.write_bytes(LIGHTNING.read_bytes())
+    ran = run("rebase-schedule", source, "--old-bs", 4, "--new-bs", 2)
+    assert ran.code == 0 and ran.out.strip() == f"{source}.bs2"
+
+
+def test_a_tag_named_after_its_step_follows(tmp_path: Path) -> None:
+    rebased(FIXTURES / "hf-trainer/deepspeed/checkpoint-2", tmp_path / "out", "--new-bs", 1, "--old-bs", 2)
+    assert (tmp_path / "out/latest").read_text() == "global_step4"
+    assert (tmp_path / "out/global_step4").is_dir() and not (tmp_path / "out/global_step2").exists()
+    assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_a_dry_run_writes_nothing_and_shows_old_and_new(tmp_path: Path) -> None:
+    ran = run(
+        "rebase-schedule",
+        OURS,
+        tmp_path / "out",
+        "--old-bs",
+        8,
+        "--new-bs",
+        4,
+        "--dry-run",
+        "--plot",
+        tmp_path / "a.png",
+    )
+    assert ran.code == 0 and list(tmp_path.iterdir()) == []
+    line = next(line for line in ran.out.splitlines() if "last_batch_iteration" in line)
+    assert line.split()[2:4] == ["2", "5"]
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    ran = run("rebase-schedule", OURS, tmp_path / "out", "--new-bs", 4, "--plot", tmp_path / "a.png")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "out"]
