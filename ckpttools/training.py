@@ -154,6 +154,7 @@ class Training:
     updates: int | None = None
     epochs: int | None = None
     total_count: int | None = None
+    inside: int | None = None  # samples of the running epoch, where the run finds its place by them
     remainder: Remainder = "flush"
     drop_last: bool = False
     counters: tuple[Counter, ...] = ()

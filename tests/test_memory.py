@@ -37,6 +37,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("extract {big} {out} -q", id="extract"),
         pytest.param("extract {big} {out} -q --dtype bf16", id="extract-bf16"),
         pytest.param("reshard {big} {out} --world-size 4 -q", id="reshard"),
+        pytest.param("rebase-schedule {big} {out} --new-bs 1 --counters-only -q", id="rebase"),
         pytest.param("verify {big} -q", id="verify"),
     ],
 )
@@ -56,6 +57,9 @@ def test_inspect_of_100_gb_in_64_shards(tmp_path: Path) -> None:
     assert measure([sys.executable, "-c", GUARDED, "inspect", tmp_path / "sparse"]).rss < 45 * MB
 
 
-@pytest.mark.parametrize("words", ["--help", "reshard --help", "verify --help", "explain"])
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "reshard --help", "verify --help", "rebase-schedule --help", "batch --bs 4", "explain"],
+)
 def test_the_cheap_commands_import_nothing_heavy(words: str) -> None:
     measure([sys.executable, "-c", GUARDED, *words.split()])

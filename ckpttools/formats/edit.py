@@ -44,6 +44,10 @@ class Opaque:
 
     node: Node
 
+    def __deepcopy__(self, memo: object) -> Opaque:
+        """Itself: a node is never changed, and is known by its identity."""
+        return self
+
     def __str__(self) -> str:
         """Its class or, for an attribute that was looked up, that one's name."""
         node = self.node

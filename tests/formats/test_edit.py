@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_what_is_read_is_what_torch_reads(tmp_path: Path) -> None:
     rest = {key: item for key, item in TREE.items() if key != "weights"}
     plain = {k: v.item() if isinstance(v, torch.Tensor | np.generic) else v for k, v in rest.items()}
     assert shown == plain
+
+
+def test_what_is_not_looked_into_survives_a_copy(tmp_path: Path) -> None:
+    """Schedules are computed on copies of their states; MMEngine's one-cycle holds a function."""
+    state = {"anneal": torch.optim.lr_scheduler.OneCycleLR._annealing_cos, "n": 1}
+    path = saved(tmp_path / "a.pt", {"state": state})
+    file = read_torch_file(path)
+    shown = value(file, file.value)
+    assert isinstance(shown, dict)
+    copied = copy.deepcopy(shown["state"]) | {"n": 2}
+    assert "_annealing_cos" in str(copied["anneal"])
+    assert written(path, tmp_path / "b.pt", edit(path, copied, "state")) == {"state": {**state, "n": 2}}
 
 
 def test_a_number_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -242,6 +242,7 @@ def read_accelerate(folder: Path, *, updates: int | None) -> Training:
         unit="update",
         count=made,
         ranks=None if updates is not None else max(1, ranks),
+        counters=tuple(_accumulated(folder, names)),
         optimizers=tuple(optimizers),
         schedules=tuple(saved),
         outside=("the batch size of your data loader, and your own counters of steps and epochs",),
@@ -249,6 +250,13 @@ def read_accelerate(folder: Path, *, updates: int | None) -> Training:
         marker=None if updates is not None else Place(file=folder / MARKER_FILE, at=()),
         marked=marked,
     )
+
+
+def _accumulated(folder: Path, names: list[str]) -> Iterator[Counter]:
+    """The micro-batches of the running epoch, by which every process tells when to make an update."""
+    for name in names:
+        if RANDOM.fullmatch(name) and is_torch_file(folder / name):
+            yield from parts.counter(read_torch_file(folder / name), "micro", "step", role="inside")
 
 
 def _repeats(steps: object, updates: int | None, ranks: int) -> int:

@@ -27,6 +27,7 @@ def read(file: TorchFile, folder: ZeroFolder) -> Training:
     epochs = parts.integer(file, "config", "epochs")
     planned = parts.integer(file, "config", "schedule", "total_steps")
     updates = size // total if size and total else None
+    inside = parts.integer(file, "samples_in_epoch")
     return Training(
         framework="ckpt train",
         unit="update",
@@ -45,6 +46,7 @@ def read(file: TorchFile, folder: ZeroFolder) -> Training:
             *(_setting(file, "warmup_steps", "warmup")),
         ),
         batch_fields=tuple(_fields(file)),
+        inside=inside,
         outside=("batch.global_batch_size, and micro_batch_size where it is set, in the configuration",),
     )
 

@@ -130,6 +130,12 @@ def _notes(
             yield f"{', '.join(each.new.families)} is stepped once per epoch: it stays as it is"
     if changed and training.optimizers:
         yield ADAM
+    over = (training.inside or 0) % line.new.total
+    if changed and over:
+        yield (
+            f"the run goes on at the very next sample, {over} after the place that its counter stands for: no "
+            "sample is seen again, and the epoch may come to one update less"
+        )
     yield from optimizers.notes_of_scaling(request, line, factor)
     yield from _of_ranks(training, line)
 

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# MMEngine in a virtual environment of its own, with the DeepSpeed that its DeepSpeedStrategy can import.
+#
+#   mmengine_env.sh DIR         build DIR/bin/python, unless it is there
+#
+# MMEngine 0.10.7 imports deepspeed.runtime.fp16.onebit, which newer DeepSpeed releases no longer have.
+# It calls torch.load without weights_only, so whoever resumes with it under torch 2.6 or newer sets
+# TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 for that process. PYTHON may be set in the environment.
+set -euo pipefail
+
+venv=${1:?usage: mmengine_env.sh DIR}
+[ -e "$venv/ready" ] && exit
+"${PYTHON:-python3.11}" -m venv --clear "$venv"
+"$venv/bin/pip" install -q torch==2.13.0 numpy 'setuptools<80' wheel ninja
+DS_ACCELERATOR=cpu DS_BUILD_OPS=0 "$venv/bin/pip" install -q --no-build-isolation \
+    mmengine==0.10.7 deepspeed==0.15.4
+DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES='' "$venv/bin/python" -c \
+    'from mmengine._strategy.deepspeed import DeepSpeedStrategy' >/dev/null 2>&1
+touch "$venv/ready"
