@@ -133,8 +133,8 @@ def _notes(
     over = (training.inside or 0) % line.new.total
     if changed and over:
         yield (
-            f"the run goes on at the very next sample, {over} after the place that its counter stands for: no "
-            "sample is seen again, and the epoch may come to one update less"
+            f"the run goes on at the very next sample, {over} after the place that its counter stands for: "
+            "no sample is seen again, and the epoch may come to one update less"
         )
     yield from optimizers.notes_of_scaling(request, line, factor)
     yield from _of_ranks(training, line)
