@@ -12,7 +12,7 @@ from ckpttools.cli import render
 from ckpttools.cli.options import JSON, PATH, TAG, number
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.schedules.batch import Lengths, Meaning, Way, lengths, meaning, ways
-from ckpttools.schedules.lengths import Batch, Data
+from ckpttools.schedules.lengths import Batch, Data, check_sizes
 
 
 @click.command("batch")
@@ -57,14 +57,7 @@ def command(
     """
     given = {"--bs": bs, "--gpus": gpus, "--accum": accum, "--dataset-size": dataset_size, "--epochs": epochs}
     given |= {"--new-bs": new_bs, "--new-gpus": new_gpus, "--new-accum": new_accum}
-    for option, value in given.items():
-        if value is not None and not 1 <= value <= 10**15:
-            raise UsageError(
-                "bad-usage",
-                f"{option} {value} makes no sense",
-                why="sizes are counted from 1",
-                hint="give a whole number of 1 or more",
-            )
+    check_sizes(given)
     if iteration is not None and iteration < 0:
         raise UsageError("bad-usage", f"--iteration {iteration} makes no sense", hint="give 0 or more")
     if src is not None:

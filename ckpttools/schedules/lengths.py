@@ -18,6 +18,7 @@ Everything here is exact: whole numbers and fractions, never floats.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -192,6 +193,21 @@ class Steps:
     def epochs(self, units: int | Fraction) -> Fraction | None:
         """A length of the old run in epochs."""
         return None if self.old.epoch is None else Fraction(units) / self.old.epoch / self.old.repeats
+
+
+MAX_SIZE = 10**15
+
+
+def check_sizes(options: Mapping[str, int | None]) -> None:
+    """Raise UsageError for a size, by the option that gave it, that cannot be one. None is not given."""
+    for option, value in options.items():
+        if value is not None and not 1 <= value <= MAX_SIZE:
+            raise UsageError(
+                "bad-usage",
+                f"{option} {value} makes no sense",
+                why="sizes are counted from 1",
+                hint="give a whole number of 1 or more",
+            )
 
 
 def nearest(value: Fraction) -> int:

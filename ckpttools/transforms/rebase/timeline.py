@@ -11,10 +11,18 @@ from fractions import Fraction
 from typing import Literal
 
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.schedules.lengths import Batch, Clock, Data, Remainder, Steps, Unit, nearest
+from ckpttools.schedules.lengths import (
+    MAX_SIZE,
+    Batch,
+    Clock,
+    Data,
+    Remainder,
+    Steps,
+    Unit,
+    check_sizes,
+    nearest,
+)
 from ckpttools.training import Training
-
-MAX_SIZE = 10**15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,26 +80,9 @@ def timeline(training: Training, request: Request) -> Timeline:
 
 
 def _check(request: Request) -> None:
-    for name in (
-        "old_bs",
-        "new_bs",
-        "old_accum",
-        "new_accum",
-        "old_gpus",
-        "new_gpus",
-        "dataset_size",
-        "steps_per_epoch",
-        "epochs",
-    ):
-        value = getattr(request, name)
-        if value is not None and not 1 <= value <= MAX_SIZE:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(
-                "bad-usage",
-                f"{option} {value} makes no sense",
-                why="sizes are counted from 1",
-                hint="give a whole number of 1 or more",
-            )
+    runs = ("old_bs", "new_bs", "old_accum", "new_accum", "old_gpus", "new_gpus")
+    names = (*runs, "dataset_size", "steps_per_epoch", "epochs")
+    check_sizes({"--" + name.replace("_", "-"): getattr(request, name) for name in names})
 
 
 # --- batches ------------------------------------------------------------------------------------------
