@@ -128,7 +128,7 @@ def _notes(
         yield from each.new.notes
         if each.steps is None:
             yield f"{', '.join(each.new.families)} is stepped once per epoch: it stays as it is"
-    if changed and training.optimizers:
+    if changed and any(optimizer.steps is not None for optimizer in training.optimizers):
         yield ADAM
     over = (training.inside or 0) % line.new.total
     if changed and over:

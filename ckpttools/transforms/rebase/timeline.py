@@ -217,6 +217,11 @@ def _data(
             why="with the wrong one every epoch would end too early or too late",
             hint="give the number of training samples with --dataset-size",
         )
+    if bounds[0] != bounds[1]:
+        notes.append(
+            f"by the old iterations an epoch has {bounds[0]} to {bounds[1]} samples, which is "
+            f"{float(ends[0][0].epoch or 0):g} new ones either way; samples are counted with the larger"
+        )
     return high, remainder
 
 
