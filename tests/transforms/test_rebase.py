@@ -204,6 +204,16 @@ def test_scaling_reaches_every_copy_of_the_learning_rate(rule: str, factor: floa
         assert bigger["betas"] == group["betas"]
 
 
+def test_scaling_reaches_deepspeeds_configuration(tmp_path: Path) -> None:
+    """Where a schedule starts from the optimizer's own setting, that one follows, and no key is invented."""
+    rebased(OURS, tmp_path / "a", "--old-bs", 8, "--new-bs", 4, "--lr-scaling", "linear")
+    model = next((tmp_path / "a").rglob("mp_rank_00_model_states.pt"))
+    source = next(OURS.rglob("mp_rank_00_model_states.pt"))
+    new, old = (torch.load(p, weights_only=False)["ds_config"] for p in (model, source))
+    assert new["optimizer"]["params"]["lr"] == old["optimizer"]["params"]["lr"] / 2
+    assert list(new["scheduler"]["params"]) == list(old["scheduler"]["params"])
+
+
 def test_adam_sde_is_refused_where_it_has_no_answer(tmp_path: Path) -> None:
     ran = run(
         "rebase-schedule",

@@ -70,20 +70,24 @@ def _schedules(model: TorchFile, files: list[TorchFile]) -> Iterator[SavedSchedu
         if not set(found.states[0]) <= OWN:
             yield found
             continue
-        config = parts.mapping(model, "ds_config", "scheduler") or {}
-        optimizer = parts.mapping(model, "ds_config", "optimizer")
-        if optimizer is not None:  # some schedulers start from its learning rate
-            config = {**config, "optimizer": optimizer}
+        config, optimizer = _sections(model)
         yield replace(
             found,
             framework="deepspeed",
-            about=config,
+            # some schedulers start from the optimizer's learning rate
+            about={**(config or {}), **({"optimizer": optimizer} if optimizer is not None else {})},
             config_places=tuple(
-                place(file, "ds_config", "scheduler", "params")
-                for file in files
-                if parts.mapping(file, "ds_config", "scheduler", "params") is not None
-            ),
+                place(file, "ds_config") for file in files if _sections(file) == (config, optimizer)
+            )
+            if config is not None
+            else (),
         )
+
+
+def _sections(file: TorchFile) -> tuple[dict[str, object] | None, dict[str, object] | None]:
+    """What ds_config says of the scheduler and of the optimizer."""
+    scheduler, optimizer = (parts.mapping(file, "ds_config", key) for key in ("scheduler", "optimizer"))
+    return scheduler, optimizer
 
 
 def _batch_fields(files: list[TorchFile]) -> Iterator[BatchField]:

@@ -136,9 +136,9 @@ def config_edits(each: Scheduled) -> Iterator[Edit]:
     if each.steps is None:
         return
     for setting in each.new.settings:
-        key = setting.name.rpartition(".")[2]
         for place in each.saved.config_places:
-            yield Edit(place=place.below(key), old=setting.old, new=setting.new, why="schedule")
+            at = place.below(*setting.name.split("."))
+            yield Edit(place=at, old=setting.old, new=setting.new, why="schedule")
 
 
 def differences(old: object, new: object, *keys: Key) -> Iterator[tuple[tuple[Key, ...], object, object]]:
