@@ -113,7 +113,15 @@ class Config:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides, check every value. Raises UsageError."""
-    import yaml
+    try:
+        import yaml
+    except ImportError:
+        raise UsageError(
+            "train-requires",
+            "reading a configuration of `ckpt train` needs PyYAML, which is not installed",
+            where=path,
+            hint="pip install 'ckpttools[train]'",
+        ) from None
 
     try:
         data = yaml.safe_load(path.read_text("utf-8"))
