@@ -105,7 +105,9 @@ def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **o
     how = Writing(src=src, dst=dst, **options)
     if not how.as_json and not how.quiet:
         click.echo("\n".join(_text(result, source.root)), err=not how.dry_run)
-    if plot is not None and not how.dry_run:
+    if plot is not None and how.dry_run:
+        render.say("note: a dry run draws no plot", quiet=how.quiet)
+    elif plot is not None:
         _draw(result, plot)
     write(plan, how, "rebase", _json(result, source.root))
 
