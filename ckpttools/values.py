@@ -23,7 +23,7 @@ from ckpttools.tensors import DTYPES, FLOAT64, ByteRange, Chunk, DType, Strided,
 
 Array = npt.NDArray[Any]
 
-BLOCK_NBYTES = 256 * 1024  # stays in a core's L2 cache together with the result of a cast
+BLOCK_NBYTES = 1024 * 1024  # smaller ones spend their time in Python, which only one thread can at a time
 _GATHER_NBYTES = 1024 * 1024
 _OPEN_FILES = 32
 
