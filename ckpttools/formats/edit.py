@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import CkptError, UsageError
 from ckpttools.formats import jsons
 from ckpttools.formats.torch_file import (
     Storage,
@@ -296,6 +296,3 @@ def files_of(edits: Iterable[Edit]) -> dict[Path, list[Edit]]:
 
 def place(file: TorchFile, *keys: Key) -> Place:
     return Place(file=file.path, at=keys)
-
-
-__all__ = ["Opaque", "at", "changed", "edited", "escape", "files_of", "like", "place", "value"]

@@ -24,21 +24,26 @@ TEXT = 5_000_000  # characters that are still parsed
 SUFFIXES = ("ParamScheduler", "Momentum", "LR")
 
 
-def written_schedulers(text: object) -> list[dict[str, Any]]:
-    """The entries of `param_scheduler`; [] where there is none that can be understood."""
+def settings(text: object) -> dict[str, Any]:
+    """The top-level assignments of a configuration's text; {} for a text that cannot be parsed."""
     if not isinstance(text, str) or len(text) > TEXT:
-        return []
+        return {}
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
-    found: Any = None
+        return {}
+    found: dict[str, Any] = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "param_scheduler" for target in node.targets
-        ):
-            found = _value(node.value)
-    entries = found if isinstance(found, list) else [found]
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            found |= dict.fromkeys(names, _value(node.value)) if names else {}
+    return found
+
+
+def written_schedulers(text: object) -> list[dict[str, Any]]:
+    """The entries of `param_scheduler`; [] where there is none that can be understood."""
+    found: Any = settings(text).get("param_scheduler")
+    entries: list[Any] = found if isinstance(found, list) else [found]
     return entries if all(isinstance(e, dict) for e in entries) else []
 
 

@@ -13,7 +13,7 @@ from support import FIXTURES, SAMPLES, name_of
 from ckpttools import formats
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import training
-from ckpttools.formats.training import mmengine
+from ckpttools.schedules.mmengine_config import settings
 from ckpttools.training import Training
 
 # framework, unit, count, batch per GPU, accumulation, ranks, schedules' families of frameworks
@@ -118,7 +118,7 @@ secret = open('/etc/passwd').read()
 
 
 def test_a_config_is_read_and_never_run() -> None:
-    found = mmengine.settings(CONFIG)
+    found = settings(CONFIG)
     assert found["train_cfg"] == {"by_epoch": True, "max_epochs": 6}
     assert found["train_dataloader"] == {
         "batch_size": 4,
@@ -133,7 +133,7 @@ def test_a_config_is_read_and_never_run() -> None:
     "text", ["x = (", "\0", "x = " + "(" * 10_000, 7, None, "import os\nos.system('true')"]
 )
 def test_no_text_harms(text: object) -> None:
-    assert mmengine.settings(text) == {}
+    assert settings(text) == {}
 
 
 def test_lengths_come_from_where_mmengine_keeps_them(tmp_path: Path) -> None:

@@ -8,17 +8,16 @@ optimizer_wrapper.py). The same keys lie at the top of a single file and of a De
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from dataclasses import replace
 
 from ckpttools.formats.edit import at, place
 from ckpttools.formats.torch_file import TorchFile
 from ckpttools.formats.training import parts
+from ckpttools.schedules.mmengine_config import settings
 from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Training
 
 RUNTIME = ("message_hub", "runtime_info")
-MAX_TEXT = 4 << 20
 
 
 def is_mmengine(file: TorchFile) -> bool:
@@ -110,7 +109,7 @@ def _with_base(file: TorchFile, found: OptimizerSettings, *keys: str) -> Optimiz
 def _schedules(file: TorchFile, batches: int | None, in_folder: bool) -> Iterator[SavedSchedule]:
     cfg = at(file.value, "meta", "cfg")
     about: dict[str, object] = {"units_per_epoch": batches}
-    if isinstance(cfg, str) and len(cfg) <= MAX_TEXT:
+    if isinstance(cfg, str):
         about["cfg"] = cfg
     for found in parts.schedules(file, "mmengine", "micro", "param_schedulers"):
         yield replace(found, about=about)
@@ -119,43 +118,6 @@ def _schedules(file: TorchFile, batches: int | None, in_folder: bool) -> Iterato
     for i, name in enumerate(names):
         for found in parts.schedules(file, "mmengine", "micro", "param_schedulers", name, optimizer=i):
             yield replace(found, about=about)
-
-
-# --- the config's text --------------------------------------------------------------------------------
-
-
-def settings(text: object) -> dict[str, object]:
-    """The top-level assignments of a Python config's text, as far as they are literals; never executed.
-
-    `dict(a=1)` is a dict; what cannot be told without running it is None.
-    """
-    if not isinstance(text, str) or len(text) > MAX_TEXT:
-        return {}
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return {}
-    found: dict[str, object] = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = _literal(node.value, 0)
-    return found
-
-
-def _literal(node: ast.expr, depth: int) -> object:
-    if depth > 20:
-        return None
-    match node:
-        case ast.Constant(value=value):
-            return value
-        case ast.Dict(keys=keys, values=values):
-            pairs = zip(keys, values, strict=True)
-            return {k.value: _literal(v, depth + 1) for k, v in pairs if isinstance(k, ast.Constant)}
-        case ast.Call(func=ast.Name(id="dict"), keywords=keywords):
-            return {k.arg: _literal(k.value, depth + 1) for k in keywords if k.arg is not None}
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_literal(item, depth + 1) for item in items]
-    return None
 
 
 def _entry(section: object, key: str) -> int | None:

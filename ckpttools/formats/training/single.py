@@ -14,7 +14,7 @@ from ckpttools.formats.edit import at
 from ckpttools.formats.monolithic import OPTIMIZER
 from ckpttools.formats.torch_file import TorchFile
 from ckpttools.formats.training import lightning, mmengine, parts
-from ckpttools.training import Counter, Key, OptimizerSettings, SavedSchedule, Training
+from ckpttools.training import Key, OptimizerSettings, SavedSchedule, Training
 
 STEP = ("global_step", "step", "global_steps", "total_steps", "iteration", "iter", "it")
 EPOCH = ("epoch", "current_epoch")
@@ -112,6 +112,3 @@ def _own(schedule: SavedSchedule) -> SavedSchedule:
     timm = all("t_in_epochs" in state or "param_group_field" in state for state in schedule.states)
     deepspeed = all(set(state) == {"last_batch_iteration"} for state in schedule.states)
     return replace(schedule, framework="timm" if timm else "deepspeed" if deepspeed else schedule.framework)
-
-
-__all__ = ["Counter", "read"]
