@@ -411,7 +411,7 @@ def _all() -> dict[str, Explanation]:
         # --- safety and information
         "pickle-dangerous": e(
             VALUES,
-            "Loading this file with pickle or with torch.load(weights_only=False) would run what is named. No "
+            "Any loader that rebuilds the objects of this file, as Python's own does, would run what is named. No "
             "training framework writes such files. ckpt has not run it: it reads pickles as data.",
             "Do not load the file. Find out where it came from; get the weights from a trusted copy.",
         ),

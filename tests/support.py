@@ -46,7 +46,7 @@ ZERO_FIXTURES = [
     *sorted((FIXTURES / "lightning/deepspeed").glob("*.ckpt")),
     FIXTURES / "accelerate/deepspeed",
     FIXTURES / "bundle/checkpoint-200",
-    FIXTURES / "mmengine/work/iter_1500.pth",
+    FIXTURES / "mmengine/run/iter_1500.pth",
 ]
 
 

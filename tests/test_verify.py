@@ -26,7 +26,7 @@ def test_a_schedule_that_contradicts_the_optimizer(tmp_path: Path) -> None:
 
 
 def test_a_pointer_that_leads_nowhere(tmp_path: Path) -> None:
-    run = shutil.copytree(FIXTURES / "mmengine" / "work", tmp_path / "work")
+    run = shutil.copytree(FIXTURES / "mmengine" / "run", tmp_path / "run")
     assert warnings(run) == {}  # its text is the absolute path of another machine: the name is what counts
     (run / "last_checkpoint").write_text("/elsewhere/iter_2000.pth")
     assert warnings(run) == {"pointer-dangling": ""}

@@ -29,7 +29,7 @@ FOUND: dict[str, tuple[str, str]] = {
     "bundle/checkpoint-200": ("zero", "deepspeed/global_step3"),
     "bundle/checkpoint-200/deepspeed": ("zero", "global_step3"),
     "bundle/checkpoint-200/hf_model": ("hf", ""),
-    "mmengine/work/iter_1500.pth": ("zero", ""),
+    "mmengine/run/iter_1500.pth": ("zero", ""),
     "hf/single": ("hf", ""),
     "hf/sharded": ("hf", ""),
     "hf/bin": ("hf", ""),
@@ -68,8 +68,8 @@ def test_an_index_stands_for_its_folder() -> None:
 
 
 def test_a_run_folder_with_one_checkpoint() -> None:
-    source = locate(FIXTURES / "mmengine/work")
-    assert source.target == FIXTURES / "mmengine/work/iter_1500.pth"
+    source = locate(FIXTURES / "mmengine/run")
+    assert source.target == FIXTURES / "mmengine/run/iter_1500.pth"
     assert "the only checkpoint in" in source.how
 
 

@@ -26,7 +26,7 @@ KNOWN: dict[str, tuple[object, ...]] = {
     "lightning/deepspeed/epoch=0-step=3.ckpt": ("lightning", "update", 3, 2, 1, 2, ["torch"]),
     "accelerate/plain": ("accelerate", "update", 8, None, None, 1, ["torch"]),
     "accelerate/deepspeed": ("accelerate", "update", 8, 2, 1, 2, ["torch"]),
-    "mmengine/work/iter_1500.pth": ("mmengine", "micro", 1500, 2, 1, 2, ["mmengine"]),
+    "mmengine/run/iter_1500.pth": ("mmengine", "micro", 1500, 2, 1, 2, ["mmengine"]),
     "bundle/checkpoint-200": ("deepspeed", "update", 3, 2, 2, 2, []),
     "monolithic/full/epoch_2_step_40.pt": ("plain", "update", 40, None, None, None, ["torch"]),
     "monolithic/pcdet/checkpoint_epoch_4.pth": ("openpcdet", "micro", 80, None, 1, None, []),
