@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, SRC, TAG, WORKERS
+from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, SRC, TAG, WORKERS, number
 from ckpttools.cli.resume_report import document, show
 from ckpttools.errors import CkptError, UsageError
 
@@ -21,11 +21,11 @@ from ckpttools.errors import CkptError, UsageError
 @click.option(
     "--config", type=PATH, help="The new run's: ds_config or TrainingArguments (JSON), ckpt train's (YAML)."
 )
-@click.option("--world-size", type=click.IntRange(1, 1 << 20), help="Ranks of the new run.")
+@number("--world-size", help="Ranks of the new run.")
 @click.option(
     "--model", type=PATH, help="The new model: a folder or file with its tensors, or its config.json."
 )
-@click.option("--groups", type=click.IntRange(1, 10_000), help="Parameter groups of the new optimizer.")
+@number("--groups", help="Parameter groups of the new optimizer.")
 @click.option("--freeze", multiple=True, metavar="GLOB", help="Parameters that the new run does not train.")
 @click.option("--buffer", multiple=True, metavar="GLOB", help="Tensors of the new model that are buffers.")
 @click.option("--scheduler", metavar="CLASS", help="A scheduler that the code passes: LambdaLR ..., or none.")
@@ -65,7 +65,9 @@ def command(
     Exit code 0: it will resume. 1: it will not, or the checkpoint is damaged. 2: it could not be told.
     """
     from ckpttools import resume
+    from ckpttools.schedules.lengths import check_sizes
 
+    check_sizes({"--world-size": world_size, "--groups": groups}, most=1 << 20)
     run = _run(config) if config is not None and config.suffix not in (".yaml", ".yml") else resume.NewRun()
     if model is not None:
         run = replace(run, model=resume.read_model(model))

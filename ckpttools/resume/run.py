@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckpttools.errors import UsageError
+from ckpttools.errors import CkptError, UsageError
 from ckpttools.formats import jsons
 from ckpttools.resume.shapes import Model
 
@@ -45,7 +45,16 @@ def read_config(path: Path) -> NewRun:
     """A JSON file: a ds_config, or Hugging Face's TrainingArguments. Raises UsageError for anything else."""
     if not path.is_file():
         raise UsageError("not-found", "there is no such file", where=path, hint="check --config")
-    values = jsons.read(path, allow_nan=True)
+    try:
+        values = jsons.read(path, allow_nan=True)
+    except CkptError as error:
+        raise UsageError(
+            "run-config",
+            error.message,
+            where=path,
+            why="the settings of the new run cannot be read, so nothing can be foretold",
+            hint="name the JSON file that the new job is started with, or the YAML file of ckpt train",
+        ) from None
     if any(key in values for key in ARGUMENT_KEYS):
         inner = values.get("deepspeed")
         return NewRun(config=inner if isinstance(inner, dict) else None, arguments=values)

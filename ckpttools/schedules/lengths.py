@@ -198,10 +198,10 @@ class Steps:
 MAX_SIZE = 10**15
 
 
-def check_sizes(options: Mapping[str, int | None]) -> None:
+def check_sizes(options: Mapping[str, int | None], most: int = MAX_SIZE) -> None:
     """Raise UsageError for a size, by the option that gave it, that cannot be one. None is not given."""
     for option, value in options.items():
-        if value is not None and not 1 <= value <= MAX_SIZE:
+        if value is not None and not 1 <= value <= most:
             raise UsageError(
                 "bad-usage",
                 f"{option} {value} makes no sense",

@@ -281,8 +281,8 @@ def test_damage_is_found(tmp_path: Path) -> None:
     ("words", "text", "id"),
     [
         (("--config", "absent.json"), None, "not-found"),
-        (("--config", "new.json"), "{", "json-damaged"),
-        (("--config", "new.json"), "[1]", "json-damaged"),
+        (("--config", "new.json"), "{", "run-config"),
+        (("--config", "new.json"), "[1]", "run-config"),
         (("--config", "new.json"), '{"a": 1}', "run-config"),
         (("--config", "new.yaml"), "nonsense: 1", "train-config"),
         (("--config", "absent.yaml"), None, "not-found"),
@@ -405,3 +405,9 @@ def test_an_unknown_architecture_is_said_to_be_unknown(tmp_path: Path) -> None:
             {"model_type": "gpt2", "n_embd": 4, "vocab_size": 5, "n_layer": 1, "n_positions": 3}, tmp_path
         ).tensors
     )
+
+
+@pytest.mark.parametrize("options", [("--world-size", "0"), ("--groups", "-1"), ("--world-size", "2000000")])
+def test_sizes_that_cannot_be(options: tuple[str, str]) -> None:
+    ran = run("resume-check", FIXTURES / "trainer/z2_bf16_2", *options)
+    assert ran.code == 2 and "[bad-usage]" in ran.err and "hint:" in ran.err
