@@ -10,20 +10,21 @@
    rebase gives `Edit`s of those places, and a plan that copies everything else.
 
     errors, tensors, plan, checkpoint   values that everything speaks in
-    pickles, callables                  pickles as data, and what loading one would have called
-    formats/                            locate a checkpoint; zero/, torch files, safetensors, HF folders;
-                                        training/: each framework's counters and schedules
+    stores/                             where bytes lie: the only code that opens and lists for reading
+    containers/                         archives, pickles, torch files, safetensors, JSON, as data
+    formats/                            locate a checkpoint; zero/, torch files, HF folders
+    frameworks/                         each framework's counters and schedules
     schedules/                          clocks, batches, and the learning rates of every scheduler family
-    training                            the values that formats/training and transforms/rebase share
+    training                            the values that frameworks/ and transforms/rebase share
     transforms/                         reshard, select: Checkpoint -> Checkpoint or Weights; rebase
-    resume/                             will DeepSpeed load it under other settings, and what goes on
-    verify/                             headers, files against each other, every byte
+    checks/                             headers, files against each other, every byte
+    runs, resume/                       which is the newest; will DeepSpeed load it, and what goes on
     values, checksums                   the only code that computes on tensor bytes
     execute                             the only code that writes
     explain                             what each error and check means
     cli/, trainer/                      the command line; the reference trainer, which nothing imports
 
-`formats.open_checkpoint(path)` is where to start; `verify.verify(path)` gives a verdict.
+`formats.open_checkpoint(path)` is where to start; `checks.verify(path)` gives a verdict.
 """
 
 from __future__ import annotations

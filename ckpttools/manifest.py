@@ -20,10 +20,10 @@ from pathlib import Path
 
 import xxhash
 
+from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
-from ckpttools.formats import jsons
-from ckpttools.formats.files import MANIFEST, entries, is_file, opened, plain_name
-from ckpttools.formats.links import refuse_outside
+from ckpttools.stores.files import MANIFEST, entries, is_file, opened, plain_name
+from ckpttools.stores.links import refuse_outside
 
 FORMAT, VERSION = "ckpttools-manifest", 1
 BLOCK_NBYTES = 1 << 20

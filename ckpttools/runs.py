@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from ckpttools.checks.findings import ERROR, Verdict
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats import locate, read
-from ckpttools.formats.files import entries, small_text
 from ckpttools.formats.locate import checkpoints
-from ckpttools.verify.findings import ERROR, Verdict
+from ckpttools.stores.files import entries, small_text
 
 POINTERS = ("last_checkpoint", "latest")
 # copies that ckpt makes beside a checkpoint: not points that a run came by

@@ -25,10 +25,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import hostile
 
-from ckpttools import callables, pickles
-from ckpttools.callables import Verdict, judge
-from ckpttools.formats.torch_file import read_torch_file
-from ckpttools.pickles import Dict, Global, Object, Reject, loads
+from ckpttools.containers import callables, pickles
+from ckpttools.containers.callables import Verdict, judge
+from ckpttools.containers.pickles import Dict, Global, Object, Reject, loads
+from ckpttools.containers.torch_file import read_torch_file
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}

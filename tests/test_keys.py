@@ -10,7 +10,7 @@ import torch
 from commands import run
 from support import FIXTURES
 
-from ckpttools.verify import Verdict, verify
+from ckpttools.checks import Verdict, verify
 
 LIGHTNING = next((FIXTURES / "lightning/file").iterdir())
 PCDET = FIXTURES / "monolithic/pcdet/checkpoint_epoch_4.pth"

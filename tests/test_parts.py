@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from commands import run
 from support import FIXTURES, REFUSED_SAMPLES, name_of
 
-from ckpttools.verify import verify
+from ckpttools.checks import verify
 
 ZERO = FIXTURES / "deepspeed-0.19.8"
 

@@ -28,8 +28,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckpttools import pickles
-from ckpttools.pickles import (
+from ckpttools.containers import pickles
+from ckpttools.containers.pickles import (
     Dict,
     Global,
     Object,

@@ -33,7 +33,8 @@ def part(path: Path) -> str:
 READERS = [
     p
     for p in MODULES
-    if p.parts[0] == "formats" or p.stem in ("pickles", "callables", "tensors", "plan", "errors")
+    if p.parts[0] in ("stores", "containers", "formats", "frameworks")
+    or p.stem in ("tensors", "plan", "errors")
 ]
 FORBIDDEN_MODULES = {
     "pickle", "_pickle", "cPickle", "pickletools", "importlib", "marshal", "subprocess", "ctypes", "shelve",
@@ -53,7 +54,7 @@ def test_readers_can_only_read(path: Path) -> None:
     for name in imported(MODULES[path]):
         assert name.split(".")[0] not in FORBIDDEN_MODULES, f"{path} imports {name}"
         if name.split(".")[0] == "os":
-            assert path == Path("formats/files.py"), f"{path} imports os: only files.py opens anything"
+            assert path == Path("stores/files.py"), f"{path} imports os: only files.py opens anything"
     for node in ast.walk(MODULES[path]):
         if isinstance(node, ast.Name):
             assert node.id not in FORBIDDEN_CALLS, f"{path}:{node.lineno} uses {node.id}"
@@ -64,7 +65,7 @@ def test_readers_can_only_read(path: Path) -> None:
 
 
 def test_the_pickle_reader_imports_next_to_nothing() -> None:
-    roots = {name.split(".")[0] for name in imported(MODULES[Path("pickles.py")])}
+    roots = {name.split(".")[0] for name in imported(MODULES[Path("containers/pickles.py")])}
     allowed = {"__future__", "re", "struct", "collections", "dataclasses", "typing", "ckpttools"}
     assert roots <= allowed
 
@@ -82,52 +83,25 @@ def test_heavy_libraries_stay_in_their_place() -> None:
             assert root not in ("pickle", "marshal", "shelve"), f"{path} imports {name}"
 
 
-# what each part may import of the others; a part that is not named here must be added on purpose
-DIRECTION: dict[str, set[str]] = {
-    "errors": set(),
-    "tensors": {"errors"},
-    "progress": {"errors"},
-    "checksums": {"errors"},
-    "explain": {"errors"},
-    "manifest": {"errors", "checksums", "formats", "plan", "progress", "values", "tensors"},
-    "pickles": {"errors"},
-    "callables": {"errors", "pickles"},
-    "plan": {"errors", "tensors"},
-    "checkpoint": {"errors", "tensors", "plan"},
-    "values": {"errors", "tensors"},
-    "execute": {"errors", "tensors", "plan", "values", "checksums", "progress"},
-    "training": {"errors", "schedules"},
-    "formats": {"errors", "tensors", "plan", "checkpoint", "pickles", "training", "schedules"},
-    "schedules": {"errors"},
-    "transforms": {"errors", "tensors", "checkpoint", "plan", "schedules", "training"},
-    "verify": {
-        "errors", "tensors", "plan", "checkpoint", "pickles", "callables", "checksums", "formats", "manifest",
-        "values", "schedules", "progress",
-    },
-    "resume": {
-        "errors", "tensors", "checkpoint", "pickles", "formats", "schedules", "verify", "runs", "training",
-    },
-    "runs": {"errors", "formats", "verify", "checkpoint"},
-    "cli": {
-        "errors", "tensors", "plan", "checkpoint", "checksums", "formats", "transforms", "verify", "runs",
-        "execute", "progress", "explain", "manifest", "values", "trainer", "schedules", "training", "resume",
-    },
-    "trainer": {"errors", "schedules", "runs"},
-    "__init__": {"errors", "formats", "checkpoint", "tensors", "plan", "execute", "transforms", "verify"},
-}  # fmt: skip
+# from the bottom up: each part imports only what stands before it; a new part gets its place on purpose
+LAYERS = [
+    "errors", "progress", "checksums", "explain", "tensors", "plan", "schedules", "training", "checkpoint",
+    "values", "stores", "containers", "execute", "formats", "frameworks", "transforms", "manifest", "checks",
+    "runs", "resume", "trainer", "cli",
+]  # fmt: skip
 
 
 def test_imports_point_one_way() -> None:
     for path, tree in MODULES.items():
-        own = part(path) if path != Path("__init__.py") else "__init__"
-        assert own in DIRECTION, f"{path}: add {own} to DIRECTION"
+        own = part(path)
+        if path == Path("__init__.py"):
+            continue
+        assert own in LAYERS, f"{path}: give {own} its place in LAYERS"
+        below = LAYERS[: LAYERS.index(own)]
         for name in imported(tree):
             pieces = name.split(".")
-            if pieces[0] != "ckpttools" or len(pieces) < 2:
-                continue
-            if pieces[1] in ("__version__",):
-                continue
-            assert pieces[1] == own or pieces[1] in DIRECTION[own], f"{path} imports {name}"
+            if pieces[0] == "ckpttools" and len(pieces) > 1 and pieces[1] != "__version__":
+                assert pieces[1] == own or pieces[1] in below, f"{path} imports {name}"
 
 
 def test_importing_is_light() -> None:
@@ -148,8 +122,8 @@ sys.path.insert(0, %(tests)r)
 import hostile
 from ckpttools.errors import CkptError
 from ckpttools.formats import open_checkpoint
-from ckpttools.formats.torch_file import read_torch_file, labelled
-from ckpttools.callables import judge
+from ckpttools.containers.torch_file import read_torch_file, labelled
+from ckpttools.containers.callables import judge
 
 folder = Path(%(folder)r)
 watching = False

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from support import FIXTURES
 
-from ckpttools.verify import verify
+from ckpttools.checks import verify
 
 
 def warnings(path: Path) -> dict[str, str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ckpttools.checks import data
 from ckpttools.tensors import DTYPES, ByteRange
 from ckpttools.values import BLOCK_NBYTES
-from ckpttools.verify import data
 
 NUMEL = 3 * BLOCK_NBYTES // 4 + 17  # several blocks of either file, and a rest
 

@@ -89,7 +89,8 @@ def command(
 
 def _known(src: Path, tag: str | None) -> dict[str, int | None]:
     """What a training checkpoint says; its counter in micro-batches per rank."""
-    from ckpttools.formats import locate, read, training
+    from ckpttools import frameworks as training
+    from ckpttools.formats import locate, read
 
     source = locate(src, tag)
     state = training.read(source, read(source))

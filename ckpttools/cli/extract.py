@@ -79,9 +79,9 @@ def command(
     SRC.weights beside SRC. fp32 master weights are taken where they exist: they are what DeepSpeed's own
     zero_to_fp32 gives.
     """
+    from ckpttools.checks import check_before_use
     from ckpttools.formats import hf, locate
     from ckpttools.transforms.select import DTYPE_NAMES, weights
-    from ckpttools.verify import check_before_use
 
     form = _format(form, safe_serialization, dst)
     if dtype is not None and dtype not in DTYPE_NAMES:
@@ -135,7 +135,7 @@ def _format(form: str | None, safe: bool, dst: Path | None) -> str:
 def _with_config(plan: Plan, asked: Path | None, root: Path) -> Plan:
     """Configuration and tokenizer from the folder asked for, else from beside the checkpoint."""
     from ckpttools.formats import hf
-    from ckpttools.formats.links import refuse_outside, within
+    from ckpttools.stores.links import refuse_outside, within
 
     heads = ("config.json", "adapter_config.json")
     near = (root, root / "hf_model", root / "hf_config")

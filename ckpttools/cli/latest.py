@@ -27,7 +27,7 @@ def command(
     --verified each one is checked, newest first, until one is whole; those passed over are named.
     """
     from ckpttools import runs
-    from ckpttools.verify import verify
+    from ckpttools.checks import verify
 
     if verified:
         choice = runs.latest_verified(

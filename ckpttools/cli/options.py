@@ -36,7 +36,7 @@ WORKERS = click.option(
 def _follow(context: click.Context, _: click.Parameter, value: bool) -> None:
     """Until the command ends; it stands where files are opened, so no command passes it on."""
     if value:
-        from ckpttools.formats.links import followed
+        from ckpttools.stores.links import followed
 
         context.with_resource(followed())
 

@@ -82,10 +82,11 @@ def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **o
     checkpoints. SRC is never changed; DST is by default SRC.bsN beside it. --dry-run shows every value, old
     and new.
     """
-    from ckpttools.formats import locate, training
-    from ckpttools.formats.training.write import plan as plan_of
+    from ckpttools import frameworks as training
+    from ckpttools.checks import check_before_use
+    from ckpttools.formats import locate
+    from ckpttools.frameworks.write import plan as plan_of
     from ckpttools.transforms.rebase import Request, rebase
-    from ckpttools.verify import check_before_use
 
     asked = {field.name: options.pop(field.name) for field in fields(Request) if field.name in options}
     if plot is not None:

@@ -29,10 +29,10 @@ def command(src: Path, dst: Path | None, world_size: int, tag: str | None, **opt
     beside it) appears when it is complete. SRC may be a folder with a `latest` file, a tag folder, an HF
     Trainer, Lightning or accelerate folder.
     """
+    from ckpttools.checks import check_before_use
     from ckpttools.formats import locate, zero
     from ckpttools.formats.surroundings import with_surroundings
     from ckpttools.transforms.reshard import reshard
-    from ckpttools.verify import check_before_use
 
     source = locate(src, tag)
     checkpoint = check_before_use(source)

@@ -195,9 +195,9 @@ def _auto_resume(src: Path) -> Iterator[Any]:
 
 
 def _verified(found: Any, subject: Any, tag: str | None, full: bool, workers: int, *, quiet: bool) -> Any:
+    from ckpttools.checks import verify
     from ckpttools.errors import Unsupported
     from ckpttools.resume import with_verdict
-    from ckpttools.verify import verify
 
     try:
         verdict = verify(

@@ -30,8 +30,8 @@ class Sidecar:
 
     def finish(self, staged: Path) -> Mapping[str, bytes]:
         """Check the staged file by its headers. Raises CkptError: an error here is a defect of ckpttools."""
+        from ckpttools.checks import manifest_of_staged
         from ckpttools.execute.system import write_errors
-        from ckpttools.verify import manifest_of_staged
 
         try:
             self.contents = manifest_of_staged(staged, self.dst.name, workers=self.workers)

@@ -51,7 +51,7 @@ def command(
     finds every changed byte in any format. --write-manifest writes it, or writes it anew, when nothing is
     wrong.
     """
-    from ckpttools.verify import Verdict, verify
+    from ckpttools.checks import Verdict, verify
 
     verdicts: list[Verdict] = []
     refused: list[tuple[Path, CkptError]] = []
@@ -89,9 +89,9 @@ def command(
 
 def _write_manifest(path: Path, tag: str | None, workers: int, *, quiet: bool) -> None:
     """Write the manifest atomically. The folder keeps its times: some frameworks choose by them."""
+    from ckpttools.checks import manifest_of
     from ckpttools.execute import execute
     from ckpttools.plan import Literal, OutputFile, Plan
-    from ckpttools.verify import manifest_of
 
     place, contents = manifest_of(path, tag, workers=workers)
     times = place.parent.stat()

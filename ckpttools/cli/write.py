@@ -83,7 +83,7 @@ def write(plan: Plan, how: Writing, label: str, about: Mapping[str, object] | No
 
 def _finish(staged: Path, workers: int) -> dict[str, bytes]:
     """Check what is about to appear, and give it a manifest of the bytes that are on disk now."""
-    from ckpttools.verify import manifest_of
+    from ckpttools.checks import manifest_of
 
     _read_back(staged)
     place, contents = manifest_of(staged, workers=workers)
@@ -92,7 +92,7 @@ def _finish(staged: Path, workers: int) -> dict[str, bytes]:
 
 def _read_back(dst: Path) -> None:
     """Header checks on what was just written: an error here is a defect of ckpttools."""
-    from ckpttools.verify import verify
+    from ckpttools.checks import verify
 
     bad = [f for f in verify(dst, quick=True).findings if f.severity == "error"]
     if bad:

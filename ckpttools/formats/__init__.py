@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.formats import hf, monolithic, zero
-from ckpttools.formats.links import within
 from ckpttools.formats.locate import Source, locate
+from ckpttools.stores.links import within
 
 FORMATS = {"zero": zero.read, "pt": monolithic.read, "hf": hf.read}
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ckpttools.checkpoint import TrainState
-from ckpttools.formats import fields
-from ckpttools.pickles import Node, plain
+from ckpttools.containers import fields
+from ckpttools.containers.pickles import Node, plain
 
 STEP = ("global_step", "step", "global_steps", "total_steps", "it", "iteration", "iter")
 ITERATION = ("iter", "iteration", "it")

@@ -17,13 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, TrainState, Weights
-from ckpttools.errors import CkptError, escape
-from ckpttools.formats import fields, jsons
-from ckpttools.formats.files import entries, is_file, plain_name, size_of
-from ckpttools.formats.links import within
-from ckpttools.formats.monolithic import tied
-from ckpttools.formats.safetensors import cast, read_safetensors, safetensors_file
-from ckpttools.formats.torch_file import (
+from ckpttools.containers import fields, jsons
+from ckpttools.containers.pickles import Global, Node, Object
+from ckpttools.containers.safetensors import cast, read_safetensors, safetensors_file
+from ckpttools.containers.torch_file import (
     Storage,
     TorchFile,
     new_storage,
@@ -31,8 +28,11 @@ from ckpttools.formats.torch_file import (
     tensor_node,
     write_torch_file,
 )
-from ckpttools.pickles import Global, Node, Object
+from ckpttools.errors import CkptError, escape
+from ckpttools.formats.monolithic import tied
 from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck, copy_file
+from ckpttools.stores.files import entries, is_file, plain_name, size_of
+from ckpttools.stores.links import within
 from ckpttools.tensors import TensorRef
 
 SINGLE = (

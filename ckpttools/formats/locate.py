@@ -11,12 +11,12 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ckpttools.containers.torch_file import is_torch_file
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
-from ckpttools.formats.files import entries, is_file, is_folder, opened, plain_name, small_text
 from ckpttools.formats.hf import SHARD, looks_like_hf
-from ckpttools.formats.links import refuse_outside, within
-from ckpttools.formats.torch_file import is_torch_file
 from ckpttools.formats.zero.names import ANY, OPTIM, looks_like_zero
+from ckpttools.stores.files import entries, is_file, is_folder, opened, plain_name, small_text
+from ckpttools.stores.links import refuse_outside, within
 
 LATEST = "latest"
 BUNDLE = "deepspeed"

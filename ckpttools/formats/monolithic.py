@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
+from ckpttools.containers import fields
+from ckpttools.containers.pickles import Dict, Node
+from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError, escape
-from ckpttools.formats import fields
 from ckpttools.formats.counters import train_state
-from ckpttools.formats.torch_file import TorchFile, read_torch_file
-from ckpttools.pickles import Dict, Node
 from ckpttools.tensors import TensorRef
 
 WEIGHTS = (

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.errors import escape
-from ckpttools.formats.files import MANIFEST, entries, is_file, is_folder, size_of
-from ckpttools.formats.links import within
 from ckpttools.formats.locate import BUNDLE, Source
 from ckpttools.formats.zero.names import looks_like_zero
 from ckpttools.plan import OutputFile, Plan, copy_file
+from ckpttools.stores.files import MANIFEST, entries, is_file, is_folder, size_of
+from ckpttools.stores.links import within
 
 # one file per rank, of no use to another number of ranks: random number states
 RANK_LOCAL = re.compile(r"rng_state_\d+\.pth|random_states_\d+\.pkl")

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import locate, read
-from ckpttools.formats.files import entries, is_file, is_folder, small_text
 from ckpttools.formats.zero.names import looks_like_zero
 from ckpttools.resume.report import AutoResume
+from ckpttools.stores.files import entries, is_file, is_folder, small_text
 
 TRAINER = re.compile(r"checkpoint-(\d+)")
 PCDET = re.compile(r"checkpoint_epoch_\d+\.pth|latest_model\.pth")

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpttools.formats import fields
-from ckpttools.formats.files import entries
-from ckpttools.formats.torch_file import read_torch_file
+from ckpttools.containers import fields
+from ckpttools.containers.pickles import Node, Object, plain
+from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.formats.zero.names import (
     MODEL,
     OPTIM,
@@ -23,8 +23,8 @@ from ckpttools.formats.zero.names import (
     tensor_parallel,
 )
 from ckpttools.formats.zero.read import read_model, stage_of
-from ckpttools.pickles import Node, Object, plain
 from ckpttools.resume.shapes import Shape, Tensor
+from ckpttools.stores.files import entries
 
 STAGE3 = re.compile(r"zero_pp_rank_0_mp_rank_00_model_states\.pt")
 
@@ -171,7 +171,7 @@ def _stage(state: fields.Mapping, config: Mapping[str, object]) -> int:
 
 
 def _shapes(node: Node) -> dict[str, Shape]:
-    from ckpttools.formats.torch_file import size
+    from ckpttools.containers.torch_file import size
 
     pairs = fields.as_mapping(node)
     return {name: size(value) for name, value in pairs.named()} if pairs is not None else {}

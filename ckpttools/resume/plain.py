@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from ckpttools import frameworks as training_of
 from ckpttools import schedules
 from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
-from ckpttools.formats import Source, jsons, read
-from ckpttools.formats import training as training_of
-from ckpttools.formats.files import entries
+from ckpttools.formats import Source, read
 from ckpttools.resume import models, report
 from ckpttools.resume.frameworks import Rule, rule_of
 from ckpttools.resume.report import (
@@ -33,6 +33,7 @@ from ckpttools.resume.report import (
 )
 from ckpttools.resume.run import NewRun, real, section, whole
 from ckpttools.resume.shapes import tensors_of
+from ckpttools.stores.files import entries
 from ckpttools.training import Training
 
 _SCHEDULED = ("batch", "effective batch", "num_train_epochs", "max_steps")

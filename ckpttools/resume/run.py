@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.formats import jsons
 from ckpttools.resume.shapes import Model
 
 # keys of which at least one is in every ds_config, and in no file of Hugging Face's TrainingArguments

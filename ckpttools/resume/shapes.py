@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.formats import jsons, locate, read
+from ckpttools.formats import locate, read
 from ckpttools.formats.zero.read import ZeroFolder
 
 Shape = tuple[int, ...]

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ckpttools import frameworks as training_of
 from ckpttools import runs
+from ckpttools.checks import Verdict
+from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, UsageError, escape
-from ckpttools.formats import Source, jsons, locate, read
-from ckpttools.formats import training as training_of
+from ckpttools.formats import Source, locate, read
 from ckpttools.resume import arguments, auto, engine, plain
 from ckpttools.resume.forecast import forecast
 from ckpttools.resume.frameworks import rule_of
 from ckpttools.resume.report import SAFE, AutoResume, Check, Forecast
 from ckpttools.resume.run import NewRun, real
-from ckpttools.verify import Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

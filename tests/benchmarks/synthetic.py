@@ -14,18 +14,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ckpttools.checksums import crc32, crc32_combine
-from ckpttools.execute import execute
-from ckpttools.formats import fields
-from ckpttools.formats.torch_file import (
+from ckpttools.containers import fields
+from ckpttools.containers.pickles import Dict, Global, Node, Object
+from ckpttools.containers.torch_file import (
     new_storage,
     read_torch_file,
     size_node,
     tensor_node,
     write_torch_file,
 )
+from ckpttools.execute import execute
 from ckpttools.formats.zero.flat import FlatGroup
 from ckpttools.formats.zero.write import ADDRESS
-from ckpttools.pickles import Dict, Global, Node, Object
 from ckpttools.plan import Cast, Crc32, Literal, OutputFile, Plan, Segment
 from ckpttools.tensors import BFLOAT16, FLOAT32, ByteRange, TensorRef, Zeros
 

@@ -21,11 +21,11 @@ import torch
 from support import FIXTURES, ZERO_FIXTURES, name_of
 
 from ckpttools import formats, manifest
+from ckpttools.checks import manifest_of, verify
+from ckpttools.checks.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.errors import CkptError
-from ckpttools.formats.files import MANIFEST
 from ckpttools.formats.zero import names
-from ckpttools.verify import manifest_of, verify
-from ckpttools.verify.findings import ERROR, INFO, WARNING, Finding
+from ckpttools.stores.files import MANIFEST
 
 T = TypeVar("T")
 ZERO, PT, HF = "zero", "pt", "hf"

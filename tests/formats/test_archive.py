@@ -14,20 +14,20 @@ import torch
 from faults.layout import regions
 from support import FIXTURES
 
-from ckpttools.errors import CkptError
-from ckpttools.execute import execute
-from ckpttools.formats import archive as zips
-from ckpttools.formats.archive import (
+from ckpttools.checks import verify
+from ckpttools.containers import archive as zips
+from ckpttools.containers.archive import (
     archive_segments,
     belong_together,
     read_archive,
     read_record,
     unexplained,
 )
-from ckpttools.formats.files import opened
+from ckpttools.errors import CkptError
+from ckpttools.execute import execute
 from ckpttools.plan import Crc32, Literal, OutputFile, Plan, Segment
+from ckpttools.stores.files import opened
 from ckpttools.tensors import Zeros
-from ckpttools.verify import verify
 
 
 def torch_zip(folder: Path, name: str = "small.pt") -> Path:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from support import FIXTURES, name_of, tree_differences
 
+from ckpttools.checks import verify
+from ckpttools.containers.edit import Opaque, edited, value
+from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
-from ckpttools.formats.edit import Opaque, edited, value
-from ckpttools.formats.torch_file import read_torch_file
 from ckpttools.plan import Plan
 from ckpttools.training import ABSENT, Edit, Key, Place
-from ckpttools.verify import verify
 
 FILES = sorted(
     p

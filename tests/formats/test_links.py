@@ -12,9 +12,9 @@ from commands import run
 from support import FIXTURES
 
 from ckpttools import formats
+from ckpttools.checks import verify
 from ckpttools.errors import CkptError
-from ckpttools.formats.links import followed
-from ckpttools.verify import verify
+from ckpttools.stores.links import followed
 
 ZERO = FIXTURES / "deepspeed-0.19.8/z2_groups_ws2"
 MODEL = "global_step3/mp_rank_00_model_states.pt"

@@ -12,7 +12,7 @@ from support import FIXTURES, REFUSED_SAMPLES, ZERO_FIXTURES, name_of, resharded
 
 from ckpttools.errors import CkptError, Unsupported, UsageError
 from ckpttools.formats import locate, open_checkpoint
-from ckpttools.formats.links import followed
+from ckpttools.stores.links import followed
 
 ZERO = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
 LIGHTNING = "epoch=0-step=3.ckpt"

@@ -20,11 +20,12 @@ from safetensors import torch as oracle
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import hostile
 
+from ckpttools.containers import jsons
+from ckpttools.containers.safetensors import read_safetensors, safetensors_file
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.execute import execute
-from ckpttools.formats import files, jsons
-from ckpttools.formats.safetensors import read_safetensors, safetensors_file
 from ckpttools.plan import OutputFile, Plan
+from ckpttools.stores import files
 from ckpttools.tensors import BFLOAT16, BY_SAFETENSORS, DTYPES, FLOAT32, TensorRef, Zeros
 from ckpttools.values import load
 

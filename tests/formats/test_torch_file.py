@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from ckpttools.containers import torch_file
+from ckpttools.containers.archive import read_archive, unexplained
+from ckpttools.containers.pickles import Dict, Global, Node, Object, Persistent, dumps, plain, walk
+from ckpttools.containers.torch_file import read_torch_file, scalar, tensor_node, write_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
-from ckpttools.formats import torch_file
-from ckpttools.formats.archive import read_archive, unexplained
-from ckpttools.formats.files import opened
-from ckpttools.formats.torch_file import read_torch_file, scalar, tensor_node, write_torch_file
-from ckpttools.pickles import Dict, Global, Node, Object, Persistent, dumps, plain, walk
 from ckpttools.plan import Plan
+from ckpttools.stores.files import opened
 from ckpttools.tensors import DTYPES, FLOAT32, TensorRef, Zeros
 from ckpttools.values import Reader
 

@@ -12,11 +12,11 @@ from faults.layout import contents, regions
 from support import FIXTURES
 from torch.serialization import skip_data
 
+from ckpttools.checks import verify
+from ckpttools.containers.archive import SERIALIZATION_ID, belong_together, read_archive, unexplained
 from ckpttools.errors import Unsupported
 from ckpttools.formats import open_checkpoint
-from ckpttools.formats.archive import SERIALIZATION_ID, belong_together, read_archive, unexplained
-from ckpttools.formats.files import opened
-from ckpttools.verify import verify
+from ckpttools.stores.files import opened
 
 WRITERS = FIXTURES / "torch-writers"
 FILES = sorted(path for path in WRITERS.rglob("*.pt"))

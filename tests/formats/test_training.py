@@ -11,8 +11,8 @@ import torch
 from support import FIXTURES, SAMPLES, name_of
 
 from ckpttools import formats
+from ckpttools import frameworks as training
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.formats import training
 from ckpttools.schedules.mmengine_config import settings
 from ckpttools.training import Training
 

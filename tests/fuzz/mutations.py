@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from random import Random
 
-from ckpttools.formats import archive
-from ckpttools.pickles import Dict, Global, Node, Object, Reject, dumps, loads, walk
+from ckpttools.containers import archive
+from ckpttools.containers.pickles import Dict, Global, Node, Object, Reject, dumps, loads, walk
 
 INTS = (
     0, 1, -1, 2, 3, 7, 64, 127, 128, 255, 256, 32767, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32,

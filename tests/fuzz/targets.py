@@ -20,16 +20,16 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-from ckpttools.callables import judge
+from ckpttools.checks import check_before_use, manifest_of, verify
 from ckpttools.cli.app import app
+from ckpttools.containers.callables import judge
+from ckpttools.containers.pickles import dumps, loads, plain, walk
+from ckpttools.containers.torch_file import labelled, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
 from ckpttools.formats import hf, locate, zero
-from ckpttools.formats.torch_file import labelled, read_torch_file
-from ckpttools.pickles import dumps, loads, plain, walk
 from ckpttools.transforms.reshard import reshard
 from ckpttools.transforms.select import weights
-from ckpttools.verify import check_before_use, manifest_of, verify
 
 from . import mutations
 

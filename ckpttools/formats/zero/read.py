@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup, TrainState
+from ckpttools.containers import fields
+from ckpttools.containers.pickles import Global, Node, Object, plain
+from ckpttools.containers.torch_file import TorchFile, View, read_torch_file, size
 from ckpttools.errors import CkptError, Unsupported, escape
-from ckpttools.formats import fields
 from ckpttools.formats.counters import train_state
-from ckpttools.formats.files import size_of
-from ckpttools.formats.torch_file import TorchFile, View, read_torch_file, size
 from ckpttools.formats.zero.flat import FlatGroup, mapping_starts, original
 from ckpttools.formats.zero.names import ZeroFiles, find
-from ckpttools.pickles import Global, Node, Object, plain
+from ckpttools.stores.files import size_of
 from ckpttools.tensors import FLOAT32, ByteRange, Flat, TensorRef, cat
 
 Addresses = dict[str, tuple[int, int]]  # name -> (numel, start) within a rank's partition

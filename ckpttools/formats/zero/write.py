@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers import fields
+from ckpttools.containers.pickles import Dict, Global, Node, Object
+from ckpttools.containers.torch_file import new_storage, tensor_node, write_torch_file
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.formats import fields
 from ckpttools.formats.counters import BATCH, batch_settings
-from ckpttools.formats.files import size_of
-from ckpttools.formats.torch_file import new_storage, tensor_node, write_torch_file
 from ckpttools.formats.zero.flat import FlatGroup, alignment_gaps, mapping_starts, reordered
 from ckpttools.formats.zero.read import ZeroFolder
-from ckpttools.pickles import Dict, Global, Node, Object
 from ckpttools.plan import OutputFile, Plan, copy_file
+from ckpttools.stores.files import size_of
 from ckpttools.tensors import Chunk, TensorRef, Zeros, cut_chunks, join_chunks
 
 ADDRESS = Global("deepspeed.utils.tensor_fragment", "fragment_address")

@@ -1,0 +1,128 @@
+"""Is a checkpoint whole? Headers, the files against each other, and every byte.
+
+`verify` reports everything that it finds instead of stopping at the first problem; `quick` leaves the
+bytes of the tensors alone. `check_before_use` is for commands that write from a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from ckpttools import manifest
+from ckpttools.checkpoint import Checkpoint, Layout, TrainState
+from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
+from ckpttools.checks.configs import check_configs
+from ckpttools.checks.findings import ERROR, INFO, Finding, Verdict, of_error
+from ckpttools.checks.headers import check_headers
+from ckpttools.checks.keys import check_keys
+from ckpttools.checks.manifests import check_manifest, describe
+from ckpttools.checks.parts import check_parts
+from ckpttools.containers.safetensors import read_safetensors
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.errors import CkptError, Unsupported
+from ckpttools.formats import Source, locate
+from ckpttools.progress import Progress
+from ckpttools.stores.links import within
+
+PARTS = "parts"  # a layout that is only checked file by file
+Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar
+
+__all__ = ["Finding", "Verdict", "check_before_use", "manifest_of", "manifest_of_staged", "verify"]
+
+
+def verify(
+    path: Path, tag: str | None = None, *, quick: bool = False, workers: int = 0, bar: Bar | None = None
+) -> Verdict:
+    """Check the one checkpoint that `path` means.
+
+    Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked; damage is
+    reported in the verdict.
+    """
+    unsupported: Unsupported | None = None
+    try:
+        source = locate(path, tag)
+    except Unsupported as reason:
+        if reason.id != "layout-unsupported":
+            raise
+        # recognised by what the folder holds: universal and distributed checkpoints
+        source, unsupported = Source(format=PARTS, target=path, root=path, how=reason.message), reason
+    except CkptError as error:
+        if error.exit_code != 1:
+            raise
+        return Verdict(path=path, format=None, state=TrainState(), findings=(of_error(error),))
+    with within(path):
+        pointers = [*check_last_checkpoint(path), *(check_pointer(path, source) if tag is None else ())]
+    with within(source.root):
+        findings, found, files = (
+            check_parts(path, unsupported) if unsupported else check_headers(source, in_parts=True)
+        )
+        beside, checks = check_beside(source, files)
+        findings += [*beside, *pointers]
+        if found is not None:
+            findings += check_keys(found)
+            if source.format == "hf" and source.target.is_dir():
+                findings += check_configs(found, source.target)
+            found = replace(found, checks=(*found.checks, *checks))
+        nbytes = 0
+        if found is not None and not quick:
+            from ckpttools.checks.contents import check_contents, tasks_of  # numpy: of no use to headers
+
+            tasks = tasks_of(found, files)
+            nbytes = sum(task.nbytes for task in tasks)
+            with bar(nbytes) if bar else nullcontext() as progress:
+                findings += check_contents(found, tasks, workers, progress)
+        findings += check_manifest(source.target, found, files, quick=quick, workers=workers)
+    return Verdict(
+        path=path,
+        format=found.layout.format if found else source.format,
+        state=found.train_state if found else TrainState(),
+        findings=tuple(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO))),
+        nbytes_read=nbytes,
+    )
+
+
+def manifest_of(path: Path, tag: str | None = None, *, workers: int = 0) -> tuple[Path, bytes]:
+    """Where the manifest of a checkpoint belongs, and its contents as the files are now.
+
+    Raises CkptError for a checkpoint that cannot be read.
+    """
+    source = locate(path, tag)
+    with within(source.root):
+        _, found, files = check_headers(source)
+        described = describe(manifest.own_files(source.target), found, files, workers)
+    return manifest.place(source.target), manifest.dump(described)
+
+
+def manifest_of_staged(staged: Path, name: str, *, workers: int = 0) -> bytes:
+    """The manifest of a single file that is going to be called `name`, after its header checks.
+
+    Raises CkptError where something is wrong with it.
+    """
+    if name.endswith(".safetensors"):
+        tensors = read_safetensors(staged).tensors
+        found, files = Checkpoint(path=staged, layout=Layout(format="safetensors"), tensors=tensors), []
+    else:
+        source = Source(format="pt", target=staged, root=staged, how="as written")
+        found = check_before_use(source)
+        files = [found.extra] if isinstance(found.extra, TorchFile) else []
+    (entry,) = describe([staged], found, files, workers).values()
+    return manifest.dump({name: entry})
+
+
+def check_before_use(source: Source) -> Checkpoint:
+    """Read a checkpoint for a command that writes from it: header checks first, the first error raised."""
+    findings, found, _ = check_headers(source)
+    for finding in findings:
+        if finding.severity == ERROR:
+            raise CkptError(
+                finding.id,
+                finding.message,
+                where=finding.file,
+                why=finding.why or (f"at {finding.where}" if finding.where else ""),
+                hint=finding.hint,
+            )
+    assert found is not None
+    return found

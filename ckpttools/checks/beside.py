@@ -1,0 +1,157 @@
+"""What lies beside the weights: files that a resume needs, and what they say about the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+from ckpttools.checks.files import check_file
+from ckpttools.checks.findings import WARNING, Finding, of_error
+from ckpttools.containers import jsons
+from ckpttools.containers.safetensors import read_safetensors
+from ckpttools.containers.torch_file import TorchFile, is_torch_file, read_torch_file
+from ckpttools.errors import CkptError
+from ckpttools.formats import Source
+from ckpttools.formats.hf import INDEX, SHARD
+from ckpttools.plan import SourceCheck
+from ckpttools.stores.files import entries, is_file, small_text
+
+TENSOR_FILES = (".pt", ".pth", ".bin", ".pkl", ".safetensors")
+JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    *INDEX,
+)
+
+
+def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding], list[SourceCheck]]:
+    """Check the files around a checkpoint: schedulers, random states, optimizers, configurations.
+
+    Returns what their headers show, and the checksums that the pass over the bytes is to verify.
+    """
+    findings: list[Finding] = []
+    checks: list[SourceCheck] = []
+    seen = {file.path for file in known}
+    root = source.root
+    for folder in dict.fromkeys((source.target, root, root / "hf_model", root / "hf_config")):
+        if not folder.is_dir():
+            continue
+        names = [entry.name for entry in entries(folder) if is_file(entry)]
+        for name in names:
+            path = folder / name
+            try:
+                if path not in seen and name.endswith(TENSOR_FILES):
+                    checks += _tensor_file(path, findings)
+                elif name in JSON_FILES:
+                    jsons.read(path, allow_nan=True)
+            except CkptError as error:
+                findings.append(of_error(error))
+        findings += _leftovers(folder, names)
+        findings += _counters(folder, names)
+    return findings, checks
+
+
+def check_pointer(path: Path, source: Source) -> Iterator[Finding]:
+    """A DeepSpeed folder whose `latest` is gone is still found here, and not by DeepSpeed.
+
+    Not said where the tag folder itself was named, or where MMEngine's and ckpt train's pointer is.
+    """
+    folder = source.target.parent
+    if source.format != "zero" or not path.is_dir() or path.samefile(source.target):
+        return
+    if not any((folder / name).exists() for name in ("latest", "last_checkpoint")):
+        yield Finding(
+            id="latest-missing",
+            severity=WARNING,
+            file=str(folder),
+            where="latest",
+            message=f"no `latest` names {source.target.name}: DeepSpeed would start anew from this folder",
+            hint=f"if its save was finished, write {source.target.name} into the file latest",
+        )
+
+
+def check_last_checkpoint(path: Path) -> Iterator[Finding]:
+    """`last_checkpoint` names a path; after a copy of the run, its last part must lie beside it."""
+    pointer = path / "last_checkpoint"
+    if not path.is_dir() or not pointer.is_file():
+        return
+    try:
+        name = PurePath(small_text(pointer, 4096).strip()).name
+    except CkptError as error:
+        yield of_error(error)
+        return
+    if not name or not (path / name).exists():
+        yield Finding(
+            id="pointer-dangling",
+            severity=WARNING,
+            file=str(pointer),
+            where="",
+            message=f"names {name or 'nothing'}, which is not beside it: an automatic resume would fail",
+            hint="ckpt latest --verified names the newest good checkpoint",
+        )
+
+
+def _tensor_file(path: Path, findings: list[Finding]) -> list[SourceCheck]:
+    if path.name.endswith(".safetensors"):
+        read_safetensors(path)
+    elif is_torch_file(path):
+        file = read_torch_file(path)
+        findings += check_file(file)
+        return list(file.checks())
+    return []
+
+
+def _leftovers(folder: Path, names: list[str]) -> Iterator[Finding]:
+    """Shards that look like weights and that no index names: of an earlier, larger save."""
+    for index in (name for name in INDEX if name in names):
+        try:
+            weight_map = jsons.read(folder / index).get("weight_map")
+        except CkptError:
+            continue  # reported by itself
+        if not isinstance(weight_map, dict):
+            continue
+        kind = index.split(".")[1]
+        used = {shard for shard in weight_map.values() if isinstance(shard, str)}
+        single = f"{index.split('.')[0]}.{kind}"
+        if single in names and single not in used:
+            yield Finding(
+                id="shard-unused",
+                severity=WARNING,
+                file=str(folder / index),
+                where="",
+                message=f"an index lies beside {single}, which is what transformers loads",
+                hint="move away the one that is left over from another save",
+            )
+        for name in names:
+            if name not in used and SHARD.fullmatch(name) and name.endswith(kind):
+                yield Finding(
+                    id="shard-unused",
+                    severity=WARNING,
+                    file=str(folder / name),
+                    where="",
+                    message=f"looks like a shard of the model, and {index} does not name it",
+                    hint="move it away if it is left over from another save",
+                )
+
+
+def _counters(folder: Path, names: list[str]) -> Iterator[Finding]:
+    """trainer_state.json of `checkpoint-N` is of step N."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    if match is None or "trainer_state.json" not in names:
+        return
+    try:
+        step = jsons.read(folder / "trainer_state.json", allow_nan=True).get("global_step")
+    except CkptError:
+        return  # reported by itself
+    if isinstance(step, int) and abs(step - int(match[1])) > 1:
+        yield Finding(
+            id="counter-mismatch",
+            severity=WARNING,
+            file=str(folder / "trainer_state.json"),
+            where="global_step",
+            message=f"is {step} in a folder named {folder.name}",
+            hint="the folder was renamed, or the file is of another checkpoint",
+        )

@@ -1,0 +1,118 @@
+"""A model's configuration against its weights: does config.json describe the tensors that are there?
+
+Only what a mismatch of which makes transformers fail or train on random weights is looked at, and only
+where the configuration says it in the plain way; nested and multi-modal ones are left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.checks.findings import WARNING, Finding
+from ckpttools.containers import jsons
+from ckpttools.errors import CkptError
+from ckpttools.formats import hf
+
+LAYER = re.compile(r"(?P<prefix>.*?)(?:^|\.)(?:layers|h|layer|blocks)\.(?P<number>\d+)\..+")
+EMBEDDING = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
+LAYERS, VOCABULARY, WIDTH = ("num_hidden_layers", "n_layer"), ("vocab_size",), ("hidden_size", "n_embd")
+# models whose embedding is narrower than the rest say so
+OTHER_WIDTH = ("embedding_size", "word_embed_proj_dim", "text_config", "vision_config")
+
+
+def check_configs(found: Checkpoint, folder: Path) -> Iterator[Finding]:
+    """config.json, adapter_config.json and the index's total size against the weights of the folder."""
+    if (folder / "adapter_config.json").is_file():
+        yield from _adapter(found, folder / "adapter_config.json")
+    elif found.layout.stem == hf.ADAPTER:
+        yield Finding(
+            id="config-mismatch",
+            severity=WARNING,
+            file=str(folder / "adapter_config.json"),
+            where="",
+            message="an adapter without its adapter_config.json, which PEFT needs to load it",
+            hint="copy it from where the adapter was saved",
+        )
+    elif (folder / "config.json").is_file():
+        yield from _model(found, folder / "config.json")
+    elif (folder / "generation_config.json").is_file():
+        yield Finding(
+            id="config-mismatch",
+            severity=WARNING,
+            file=str(folder / "config.json"),
+            where="",
+            message="a language model without its config.json, which transformers needs to load it",
+            hint="copy it from where the model was saved",
+        )
+    for path in folder.glob("*.index.json"):
+        yield from _total_size(found, path)
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    try:
+        return jsons.read(path, allow_nan=True)
+    except CkptError:
+        return {}  # reported by itself
+
+
+def _differs(path: Path, field: str, stated: object, there: object) -> Finding:
+    return Finding(
+        id="config-mismatch",
+        severity=WARNING,
+        file=str(path),
+        where=field,
+        message=f"says {stated}, the weights have {there}",
+        hint="the configuration is of another model, or the weights are not complete",
+    )
+
+
+def _number(config: Mapping[str, object], keys: tuple[str, ...]) -> tuple[str, int] | None:
+    return next(((key, value) for key in keys if isinstance(value := config.get(key), int)), None)
+
+
+def _model(found: Checkpoint, path: Path) -> Iterator[Finding]:
+    config = _read(path)
+    if any(key in config for key in ("text_config", "vision_config", "decoder", "encoder")):
+        return
+    layers: dict[str, set[int]] = {}
+    for name in found.tensors:
+        if match := LAYER.fullmatch(name):
+            layers.setdefault(match["prefix"], set()).add(int(match["number"]))
+    stated = _number(config, LAYERS)
+    if stated is not None and len(layers) == 1:
+        (numbers,) = layers.values()
+        more = _number(config, ("num_nextn_predict_layers",)) or ("", 0)
+        if not stated[1] <= len(numbers) <= stated[1] + more[1]:
+            yield _differs(path, stated[0], stated[1], f"{len(numbers)} layers")
+    tables = [ref for name, ref in found.tensors.items() if name.endswith(EMBEDDING) and len(ref.shape) == 2]
+    if len(tables) == 1:
+        for axis, keys in ((0, VOCABULARY), (1, WIDTH)):
+            stated = _number(config, keys)
+            if axis == 1 and any(key in config for key in OTHER_WIDTH):
+                continue
+            if stated is not None and stated[1] != tables[0].shape[axis]:
+                yield _differs(path, stated[0], stated[1], tables[0].shape[axis])
+
+
+def _adapter(found: Checkpoint, path: Path) -> Iterator[Finding]:
+    config = _read(path)
+    stated = _number(config, ("r",))
+    ranks = {
+        ref.shape[0] for name, ref in found.tensors.items() if ".lora_A." in name and len(ref.shape) == 2
+    }
+    if stated is not None and ranks and not config.get("rank_pattern") and ranks != {stated[1]}:
+        yield _differs(path, "r", stated[1], f"rank {', '.join(map(str, sorted(ranks)))}")
+
+
+def _total_size(found: Checkpoint, path: Path) -> Iterator[Finding]:
+    metadata = _read(path).get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not isinstance(stated, int):
+        return
+    every = sum(ref.nbytes for ref in found.tensors.values())
+    once = every - sum(found.tensors[alias].nbytes for alias in found.shared)
+    if stated not in (every, once):
+        yield _differs(path, "metadata.total_size", stated, f"{every} bytes")

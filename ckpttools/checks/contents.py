@@ -1,0 +1,218 @@
+"""What the pass over the bytes looks at, and what its results mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.checks import data
+from ckpttools.checks.findings import ERROR, INFO, WARNING, Finding, of_error
+from ckpttools.containers.torch_file import TorchFile, labelled
+from ckpttools.errors import CkptError
+from ckpttools.formats.monolithic import OPTIMIZER
+from ckpttools.formats.zero.read import ZeroFolder, frozen_fragments
+from ckpttools.progress import Progress
+from ckpttools.tensors import ByteRange, TensorRef
+
+# optimizer state that is a running mean (or sum) of squares
+SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
+SHOWN = 20  # findings of one kind and file, before the rest is only counted
+
+
+def tasks_of(found: Checkpoint, files: list[TorchFile]) -> list[data.Task]:
+    """Work that reads every byte of every record, once."""
+    claims = data.Claims()
+    tasks: list[data.Task] = []
+    for name, master in found.master.items():
+        if name in found.tensors:
+            pairs = list(data.pair(name, master, found.tensors[name]))
+            if claims.claim_all([source for pair in pairs for source in (pair.master, pair.model)]):
+                tasks += pairs
+    for group in found.groups:
+        second = group.state.get("exp_avg_sq", {})
+        for name, mean in group.state.get("exp_avg", {}).items():
+            if name in second:
+                both = list(data.moments(name, mean, second[name]))
+                if claims.claim_all([source for pair in both for source in (pair.mean, pair.square)]):
+                    tasks += both
+    for twins in _twins(found):
+        counted = (claims.claim_all([twins.one]), claims.claim_all([twins.other]))
+        tasks.append(replace(twins, counted=counted))
+    for name, ref in _tensors(found, files):
+        if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
+            continue
+        for chunk in ref.chunks:
+            if isinstance(chunk, ByteRange):
+                for part in claims.claim(chunk):
+                    whole = (part.start - chunk.start) % ref.dtype.itemsize == 0
+                    squares = name.endswith(SQUARES)
+                    dtype = ref.dtype if whole else None
+                    tasks.append(data.Scan(source=part, dtype=dtype, name=name, squares=squares))
+    for record in _records(found):
+        tasks += [data.Scan(source=part, dtype=None, name="") for part in claims.claim(record)]
+    return tasks
+
+
+def _twins(found: Checkpoint) -> Iterator[data.Twins]:
+    """Copies of a tensor that lie apart: tied weights saved twice, and ZeRO's second copy of frozen ones."""
+    pairs = [
+        (a, found.tensors[a], o, found.tensors[o])
+        for a, o in found.shared.items()
+        if {a, o} <= found.tensors.keys()
+    ]
+    if isinstance(found.extra, ZeroFolder):
+        for name, ref in frozen_fragments(found.extra.model).items():
+            if name in found.tensors:
+                pairs.append((name, found.tensors[name], f"frozen_param_fragments.{name}", ref))
+    for name, one, twin, other in pairs:
+        match one.chunks, other.chunks:
+            case (ByteRange() as a,), (ByteRange() as b,) if a != b and a.nbytes == b.nbytes:
+                yield data.Twins(one=a, other=b, name=name, twin=twin)
+
+
+def _tensors(found: Checkpoint, files: list[TorchFile]) -> Iterator[tuple[str, TensorRef]]:
+    """Every tensor under the name that says most about it; later ones may lie in the same bytes."""
+    for group in found.groups:
+        for kind, refs in group.state.items():
+            for name, ref in refs.items():
+                yield f"{name} ({kind})", ref
+    yield from found.tensors.items()
+    for file in files:
+        for label, view in labelled(file):
+            yield label, view.ref
+
+
+def _records(found: Checkpoint) -> Iterator[ByteRange]:
+    """What has a checksum, and files without any as a whole."""
+    checked = {check.source.path for check in found.checks}
+    yield from (check.source for check in found.checks)
+    for role in found.files:
+        if role.path not in checked and role.nbytes:
+            yield ByteRange(role.path, 0, role.nbytes)
+
+
+def check_contents(
+    found: Checkpoint, tasks: list[data.Task], workers: int, progress: Progress | None
+) -> list[Finding]:
+    """Carry out the pass. A file that cannot be read to its end is a finding too."""
+    try:
+        results = data.run(tasks, found.checks, workers, progress)
+    except CkptError as error:
+        return [of_error(error)]
+    return _data_findings(found, results)
+
+
+def _data_findings(found: Checkpoint, results: list[data.Result]) -> list[Finding]:
+    """Results as findings: per tensor rather than per block, and the first few of each kind and file."""
+    findings: dict[tuple[str, str, str], Finding] = {}
+    for result in results:
+        finding = _of_result(found, result)
+        findings.setdefault((finding.id, finding.file, finding.where), finding)
+    kept: list[Finding] = []
+    more: dict[tuple[str, str], list[Finding]] = {}
+    for finding in sorted(findings.values(), key=lambda f: (f.id, f.file, f.where)):
+        same = more.setdefault((finding.id, finding.file), [])
+        same.append(finding)
+        if len(same) <= SHOWN:
+            kept.append(finding)
+    for same in more.values():
+        if len(same) > SHOWN:
+            message = f"and {len(same) - SHOWN} more tensors of this file"
+            kept.append(replace(same[-1], where="", message=message))
+    return kept
+
+
+def _of_result(found: Checkpoint, result: data.Result) -> Finding:
+    match result:
+        case data.BadChecksum(check=check):
+            return Finding(
+                id="checksum",
+                severity=ERROR,
+                file=str(check.source.path),
+                where=check.what,
+                message=f"the {check.source.nbytes} bytes from byte {check.source.start} do not match the "
+                "checksum that they were saved with",
+                hint="copy the file again from where it was saved, or use an older checkpoint",
+            )
+        case data.Mismatch():
+            return Finding(
+                id="master-mismatch",
+                severity=ERROR,
+                file=str(result.master),
+                where=result.name,
+                message=f"element {result.element}: the fp32 master weight, rounded to {result.dtype.short}, "
+                f"is not the weight in {result.model.name}: files of different saves, or changed ones",
+                hint="copy all files of the folder again from one save",
+            )
+        case data.Wild():
+            return Finding(
+                id="wild-value",
+                severity=WARNING if _is_state(found, result.name) else INFO,
+                file=str(result.path),
+                where=result.name,
+                message=f"{result.count} elements are larger than 1e10",
+                hint="no network trains with such values: damage, or a run that diverged",
+            )
+        case data.Hole():
+            return Finding(
+                id="moments-disagree",
+                severity=WARNING,
+                file=str(result.path),
+                where=result.name,
+                message=f"{result.count} elements are 0 where exp_avg is not: no gradients give that",
+                hint="a block of zeros lies in the file, or the optimizer state was edited",
+            )
+        case data.Unlike():
+            return Finding(
+                id="copies-differ",
+                severity=ERROR,
+                file=str(result.path),
+                where=result.name,
+                message=f"differs from its copy {result.twin} in the same file",
+                hint="the file was edited, or put together from two saves: use another copy",
+            )
+        case data.Negative():
+            return Finding(
+                id="negative-square",
+                severity=ERROR,
+                file=str(result.path),
+                where=result.name,
+                message=f"{result.count} elements of a mean of squares are below zero",
+                hint="the optimizer state was damaged or exchanged: use another copy",
+            )
+        case data.NonFinite():
+            severity = _severity(found, result)
+            return Finding(
+                id="nonfinite",
+                severity=severity,
+                file=str(result.path),
+                where=result.name,
+                message=f"holds {_counted(result)}, the first at byte {result.byte} of the file",
+                hint="" if severity == INFO else "training has diverged here: use a checkpoint from before",
+            )
+
+
+def _severity(found: Checkpoint, result: data.NonFinite) -> str:
+    """An error in weights and optimizer state; buffers may hold masks of -Inf, client code anything."""
+    if not _is_state(found, result.name):
+        return INFO
+    # without groups, weights and buffers cannot be told apart
+    return ERROR if result.nan or found.groups else WARNING
+
+
+def _is_state(found: Checkpoint, name: str) -> bool:
+    """Weights and optimizer state, against buffers and whatever client code has saved beside them."""
+    if name in found.buffers:
+        return False
+    if name in found.tensors:
+        return True
+    if not found.groups:
+        # ZeRO-3 leaves the padding of its flat groups uninitialised: anything may be there
+        return name.startswith(OPTIMIZER) and found.layout.format == "pt"
+    return any(name.endswith(f"({kind})") for group in found.groups for kind in group.state)
+
+
+def _counted(result: data.NonFinite) -> str:
+    parts = [f"{n} {what}" for n, what in ((result.nan, "NaN"), (result.inf, "Inf")) if n]
+    return " and ".join(parts)

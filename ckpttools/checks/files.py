@@ -1,0 +1,99 @@
+"""What one torch file shows by itself: what loading it would call, and whether every byte is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckpttools.checks.findings import ERROR, INFO, WARNING, Finding
+from ckpttools.containers.archive import SERIALIZATION_ID, belong_together, unexplained
+from ckpttools.containers.callables import judge
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.stores.files import opened
+
+HEAD_NBYTES = 1 << 16  # of each storage, to see whether anything was written there
+
+
+def check_files(files: list[TorchFile]) -> Iterator[Finding]:
+    """What each torch file shows by itself."""
+    return (finding for file in files for finding in check_file(file))
+
+
+def check_file(file: TorchFile) -> Iterator[Finding]:
+    yield from _callables(file)
+    yield from _structure(file)
+
+
+def _structure(file: TorchFile) -> Iterator[Finding]:
+    """Every byte of an archive that torch wrote is explained: headers, paddings, descriptors, directory."""
+    archive = file.archive
+    if archive is None:
+        return
+    reserved = [record for record in archive.records.values() if archive.is_reserved(record)]
+    with opened(file.path) as opened_file:
+        problems = unexplained(opened_file, archive)
+        together = belong_together(opened_file, archive)
+        filled = any(any(opened_file.read(r.start, min(r.nbytes, HEAD_NBYTES))) for r in reserved)
+    if problems is not None and not together:
+        yield Finding(
+            id="records-edited",
+            severity=ERROR,
+            file=str(file.path),
+            where=SERIALIZATION_ID,
+            message="the records were not saved together: one was changed, and its checksum mended"
+            + (f"; {reserved[0].name} has lost its own" if reserved else ""),
+            hint="copy the file again from where it was saved; ask who edited it",
+        )
+    elif reserved:
+        yield _reserved(file, len(reserved), reserved[0].name, filled=filled)
+    if problems is None:
+        yield Finding(
+            id="zip-other-writer",
+            severity=INFO,
+            file=str(file.path),
+            where="",
+            message="not written by torch.save itself: its headers are checked by the general rules only",
+        )
+    for problem in problems or ():
+        yield Finding(
+            id="zip-unexplained",
+            severity=ERROR,
+            file=str(file.path),
+            where=problem,
+            message="holds bytes that torch does not write there",
+            hint="copy the file again from where it was saved, or use an older checkpoint",
+        )
+
+
+def _reserved(file: TorchFile, count: int, first: str, *, filled: bool) -> Finding:
+    """Storages saved under skip_data: torch leaves room for them, and no checksum covers what fills it."""
+    return Finding(
+        id="storage-unchecked" if filled else "storage-unfilled",
+        severity=INFO if filled else WARNING,
+        file=str(file.path),
+        where=first,
+        message=f"no checksum of {count} storage{'s' if count > 1 else ''}: saved under skip_data, "
+        + ("and filled in later" if filled else "and never filled in: zeros"),
+        hint="" if filled else "fill them in, or save the file again without skip_data",
+    )
+
+
+def _callables(file: TorchFile) -> Iterator[Finding]:
+    """What loading the pickle with torch.load would call: unknown classes, and code that would run."""
+    for judgement in judge(file.pickle.calls):
+        if judgement.verdict == "dangerous":
+            yield Finding(
+                id="pickle-dangerous",
+                severity=ERROR,
+                file=str(file.path),
+                where=judgement.name,
+                message=f"DANGEROUS: {judgement.what}",
+                hint="do not load this file with anything that unpickles; find out where it came from",
+            )
+        elif judgement.verdict == "unknown":
+            yield Finding(
+                id="class-unknown",
+                severity=INFO,
+                file=str(file.path),
+                where=judgement.name,
+                message="an unknown class, shown as data and never loaded",
+            )

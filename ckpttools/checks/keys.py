@@ -1,0 +1,104 @@
+"""What a single-file training checkpoint holds for a resume: counters, losses, optimizer, scheduler.
+
+A file without optimizer state is weights, and nothing is asked of it. Which keys a file must have is up to
+the code that saved it; where the file says which framework that was, its own writer is the measure:
+
+    Lightning   epoch, global_step, state_dict; optimizer_states, lr_schedulers and callbacks all or none
+                (dump_checkpoint in trainer/connectors/checkpoint_connector.py)
+    MMEngine    meta.epoch, meta.iter and message_hub beside an optimizer (Runner.save_checkpoint)
+    OpenPCDet   epoch, it, model_state, optimizer_state (checkpoint_state in train_utils.py)
+    timm        epoch and state_dict beside arch and optimizer (CheckpointSaver._save)
+    epoch_E_step_S.pt   epoch, global_step and optimizer_state_dict beside model_state_dict
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.checks.findings import INFO, WARNING, Finding
+from ckpttools.containers import fields
+from ckpttools.containers.pickles import Node
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.formats.counters import SCHEDULER
+from ckpttools.formats.monolithic import OPTIMIZER
+
+NAMED = re.compile(r"epoch_\d+_step_\d+\.pt")
+# besides counters.SCHEDULER, whose states are shown: OpenPCDet's forks
+_SCHEDULERS = (*SCHEDULER, "scheduler_state", "lr_scheduler_state_dict")
+
+
+def check_keys(found: Checkpoint) -> Iterator[Finding]:
+    """Say what a training checkpoint holds, and warn of what its own framework always saves and is gone."""
+    file = found.extra
+    root = fields.as_mapping(file.value) if isinstance(file, TorchFile) else None
+    if root is None:
+        return
+    path = str(found.path)
+    missing = list(_missing(root, found.path.name))
+    for framework, key in missing:
+        yield Finding(
+            id="key-missing",
+            severity=WARNING,
+            file=path,
+            where=key,
+            message=f"a training checkpoint of {framework} always has it, and it is not there",
+            why="a resume would fail, or start from a default",
+            hint="use another checkpoint to resume from; the weights may still be good",
+        )
+    if missing or _holds(root, OPTIMIZER):
+        have, lack = _inventory(root, found.train_state)
+        yield Finding(
+            id="training-keys",
+            severity=INFO,
+            file=path,
+            where="",
+            message=f"for a resume it holds {', '.join(have) or 'nothing'}"
+            + (f"; not {', '.join(lack)}" if lack else ""),
+        )
+
+
+def _inventory(root: fields.Mapping, state: TrainState) -> tuple[list[str], list[str]]:
+    """What is there, with its value where it is a number, and what is not."""
+    step = state.step if state.step is not None else state.iteration
+    values = {"epoch": state.epoch, "step": step, "train_loss": state.train_loss, "val_loss": state.val_loss}
+    parts = [(name, value is not None, f" {value}") for name, value in values.items()]
+    parts += [("optimizer", _holds(root, OPTIMIZER), ""), ("scheduler", _holds(root, _SCHEDULERS), "")]
+    have = [name + shown for name, there, shown in parts if there]
+    return have, [name for name, there, _ in parts if not there]
+
+
+def _holds(root: fields.Mapping, keys: tuple[str, ...]) -> bool:
+    return any(_is_filled(root.get(key)) for key in keys)
+
+
+def _is_filled(node: Node) -> bool:
+    if isinstance(node, list | tuple):
+        return bool(node)
+    pairs = fields.as_mapping(node)
+    return pairs is not None and bool(pairs.names())
+
+
+def _missing(root: fields.Mapping, name: str) -> Iterator[tuple[str, str]]:
+    """Each framework that the file says it is of, with a key that this framework always saves."""
+    names = set(root.names())
+    if "pytorch-lightning_version" in names:
+        states = {"optimizer_states", "lr_schedulers", "callbacks"}
+        needed = {"epoch", "global_step", "state_dict"}
+        if {"optimizer_states", "lr_schedulers"} & names:
+            needed |= states
+        yield from (("Lightning", key) for key in sorted(needed - names))
+    meta = fields.as_mapping(root.get("meta"))
+    if meta is not None and "mmengine_version" in meta and "optimizer" in names:
+        yield from (("MMEngine", f"meta.{key}") for key in ("epoch", "iter") if key not in meta)
+        yield from (("MMEngine", key) for key in ("message_hub",) if key not in names)
+    version = root.get("version")
+    if isinstance(version, str) and version.startswith("pcdet+"):
+        needed = {"epoch", "it", "model_state", "optimizer_state"}
+        yield from (("OpenPCDet", key) for key in sorted(needed - names))
+    if version == 2 and {"arch", "optimizer"} <= names:
+        yield from (("timm", key) for key in ("epoch", "state_dict") if key not in names)
+    if NAMED.fullmatch(name) and "model_state_dict" in names and len(names) > 1:
+        needed = {"epoch", "global_step", "optimizer_state_dict"}
+        yield from ((f"the name {name}", key) for key in sorted(needed - names))

@@ -1,0 +1,247 @@
+"""Layouts whose weights ckpt does not put together: each file by itself, and whether any is missing.
+
+ZeRO-3, pipeline, tensor- and expert-parallel folders, ZeRO stage 0, universal checkpoints and torch
+distributed checkpoints. What these checks can see: missing, renamed, swapped and damaged files, changed
+bytes, code that would run, NaN. What they cannot: whether the shards belong to one step.
+
+    universal    zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt: the same files for every parameter
+    distributed  .metadata (a pickle) says which bytes of which __R_N.distcp hold what; each piece of a
+                 .distcp file is a torch file of its own
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout
+from ckpttools.checks.files import check_files
+from ckpttools.checks.findings import ERROR, INFO, Finding, of_error
+from ckpttools.checks.zero import archive_roots
+from ckpttools.containers import fields
+from ckpttools.containers.pickles import Dict, Node, Object, loads, walk
+from ckpttools.containers.torch_file import TorchFile, labelled, read_torch_file
+from ckpttools.errors import CkptError, Unsupported
+from ckpttools.formats.counters import train_state
+from ckpttools.formats.zero.names import ANY
+from ckpttools.stores.files import entries, is_file, is_folder, opened, size_of
+
+NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\d+(?=-model)")
+METADATA = ".metadata"
+MAX_METADATA = 256 << 20
+COUNTERS = ("global_steps", "dp_world_size", "mp_world_size", "ds_version")
+
+
+def check_parts(folder: Path, reason: Unsupported) -> tuple[list[Finding], Checkpoint, list[TorchFile]]:
+    """Check what can be checked. `reason` says which layout it is."""
+    findings = [
+        Finding(
+            id="layout-in-parts",
+            severity=INFO,
+            file=str(folder),
+            where="",
+            message=f"{reason.message}: its files are checked one by one, and that none is missing",
+        )
+    ]
+    if (folder / METADATA).is_file():
+        findings += _distributed(folder)
+        paths: list[Path] = []
+    else:
+        paths = list(_torch_paths(folder))
+    files: list[TorchFile] = []
+    for path in paths:
+        try:
+            files.append(read_torch_file(path))
+        except CkptError as error:
+            findings.append(of_error(error))
+    findings += check_files(files)
+    findings += archive_roots([file for file in files if ANY.fullmatch(file.path.name)])
+    findings += _gaps(folder, [path for path in paths if path.parent == folder])
+    findings += _uneven(folder)
+    findings += _counters(files)
+    if reason.id == "no-optimizer-shards":
+        findings += _no_optimizer(files)
+    first = next((fields.as_mapping(f.value) for f in files if f.path.name.endswith("model_states.pt")), None)
+    found = Checkpoint(
+        path=folder,
+        layout=Layout(format=_name(reason)),
+        tensors={
+            f"{file.path.name}: {label}": view.ref
+            for file in files
+            for label, view in labelled(file)
+            if file.path.name.endswith("model_states.pt") and label.startswith("module")
+        },
+        train_state=train_state(first if first is not None else Dict(), step_keys=("global_steps",)),
+        files=tuple(FileRole(path=path, nbytes=size_of(path), role="") for path in paths),
+        checks=tuple(check for file in files for check in file.checks()),
+    )
+    return findings, found, files
+
+
+def _name(reason: Unsupported) -> str:
+    kinds = {"ZeRO-3": "zero3", "universal": "universal", "distributed": "dcp", "pipeline": "pipeline"}
+    kinds |= {"tensor-parallel": "tensor-parallel", "mixture": "moe", "optimizer": "zero0"}
+    return next((name for word, name in kinds.items() if word in reason.message), "deepspeed")
+
+
+def _torch_paths(folder: Path, depth: int = 6) -> Iterator[Path]:
+    for entry in entries(folder):
+        path = folder / entry.name
+        if is_file(entry) and path.suffix in (".pt", ".pth", ".bin"):
+            yield path
+        elif is_folder(entry) and not entry.is_symlink() and depth:
+            yield from _torch_paths(path, depth - 1)
+
+
+def _gaps(folder: Path, paths: Iterable[Path]) -> Iterator[Finding]:
+    """Files of one kind are numbered from 0 without gaps, along each of their numbers."""
+    kinds: dict[str, set[tuple[int, ...]]] = {}
+    for path in paths:
+        if ANY.fullmatch(path.name):
+            kind = NUMBERS.sub("#", path.name)
+            kinds.setdefault(kind, set()).add(tuple(int(n) for n in NUMBERS.findall(path.name)))
+    for kind, found in kinds.items():
+        sizes = [1 + max(numbers[axis] for numbers in found) for axis in range(len(next(iter(found))))]
+        wanted: list[tuple[int, ...]] = [()]
+        for n in sizes:
+            wanted = [(*head, i) for head in wanted for i in range(min(n, 65_536))][:1_000_000]
+        missing = [numbers for numbers in wanted if numbers not in found]
+        if missing and not kind.startswith("layer_"):  # not every layer has weights
+            yield Finding(
+                id="shard-missing",
+                severity=ERROR,
+                file=str(folder),
+                where=kind.replace("#", "N"),
+                message=f"{len(missing)} of {len(wanted)} files are missing, the first numbered {missing[0]}",
+                hint="copy the missing files from the nodes that wrote them",
+            )
+    ranks = {
+        len(found) for kind, found in kinds.items() if kind.startswith(("zero_pp", "bf16_zero", "fp16_zero"))
+    }
+    if len(ranks) > 1:
+        yield Finding(
+            id="shard-missing",
+            severity=ERROR,
+            file=str(folder),
+            where="zero_pp_rank_*",
+            message=f"every rank writes them, and there are {' and '.join(map(str, sorted(ranks)))}",
+            hint="copy the missing files from the nodes that wrote them",
+        )
+
+
+def _uneven(folder: Path) -> Iterator[Finding]:
+    """A universal checkpoint holds the same files for every parameter."""
+    zero = folder / "zero"
+    if not zero.is_dir():
+        return
+    names = {
+        entry.name: {e.name for e in entries(zero / entry.name)}
+        for entry in entries(zero)
+        if is_folder(entry)
+    }
+    every: set[str] = set().union(*names.values()) if names else set()
+    for parameter, held in names.items():
+        lacking = every - held
+        # frozen parameters and buffers have weights alone
+        if lacking and held != {"fp32.pt"}:
+            yield Finding(
+                id="shard-missing",
+                severity=ERROR,
+                file=str(zero / parameter),
+                where=parameter,
+                message=f"lacks {', '.join(sorted(lacking))}, which other parameters have",
+                hint="convert the checkpoint again",
+            )
+
+
+def _no_optimizer(files: list[TorchFile]) -> Iterator[Finding]:
+    """Without ZeRO the model file holds the optimizer; with it, every rank's file is gone."""
+    for file in files:
+        root = fields.as_mapping(file.value)
+        if root is not None and "module" in root and root.get("optimizer") is None:
+            yield Finding(
+                id="shard-missing",
+                severity=ERROR,
+                file=str(file.path.parent),
+                where="*_optim_states.pt",
+                message="the optimizer state is in no file: those of all ranks are missing",
+                hint="copy them from the nodes that ran the ranks",
+            )
+
+
+def _counters(files: list[TorchFile]) -> Iterator[Finding]:
+    """Every model file of a save states the same counters."""
+    first: dict[str, tuple[object, Path]] = {}
+    for file in files:
+        root = fields.as_mapping(file.value)
+        if root is None or not file.path.name.endswith("model_states.pt") or "global_steps" not in root:
+            continue
+        for name in COUNTERS:
+            value = root.get(name)
+            if not isinstance(value, int | str):
+                continue
+            stated, where = first.setdefault(name, (value, file.path))
+            if stated != value:
+                yield Finding(
+                    id="ranks-differ",
+                    severity=ERROR,
+                    file=str(file.path),
+                    where=name,
+                    message=f"says {value}, {where.name} says {stated}: they come from different saves",
+                    hint="copy all files of the folder again from one save",
+                )
+
+
+# --- torch distributed checkpoints --------------------------------------------------------------------
+
+
+def _distributed(folder: Path) -> Iterator[Finding]:
+    """The files that .metadata names are there, and long enough. Source: torch's FileSystemWriter."""
+    path = folder / METADATA
+    try:
+        with opened(path) as file:
+            if file.size > MAX_METADATA:
+                raise CkptError("pickle-damaged", f"{file.size} bytes are over the limit", where=path)
+            raw = file.head(MAX_METADATA)
+        needed: dict[str, int] = {}
+        for node in walk(loads(raw).value):
+            for name, end in _pieces(node):
+                needed[name] = max(needed.get(name, 0), end)
+    except CkptError as error:
+        error.where = error.where or str(path)
+        yield of_error(error)
+        return
+    there = {entry.name: entry.stat().st_size for entry in entries(folder) if is_file(entry)}
+    for name, end in sorted(needed.items()):
+        have = there.get(name)
+        if have is None or have < end:
+            yield Finding(
+                id="shard-missing" if have is None else "file-truncated",
+                severity=ERROR,
+                file=str(folder / name) if name.isprintable() and "/" not in name else str(folder),
+                where=".metadata",
+                message=f"needs {end} bytes of it, "
+                + ("and it is missing" if have is None else f"it has {have}"),
+                hint="copy the file from the node that wrote it",
+            )
+    for name in sorted(n for n in there if n.endswith(".distcp") and n not in needed):
+        yield Finding(
+            id="shard-extra",
+            severity=ERROR,
+            file=str(folder / name),
+            where=".metadata",
+            message="does not name this file: it is left over from another save",
+            hint="move it out of the folder",
+        )
+
+
+def _pieces(node: Node) -> Iterator[tuple[str, int]]:
+    """A _StorageInfo(relative_path, offset, length): the file, and where the piece ends."""
+    if isinstance(node, Object) and node.has_state:
+        state = fields.as_mapping(node.state)
+        name = state.get("relative_path") if state is not None else None
+        if state is not None and isinstance(name, str):
+            offset, length = fields.integer(state.get("offset")), fields.integer(state.get("length"))
+            if offset is not None and length is not None:
+                yield name, offset + length

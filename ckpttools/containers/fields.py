@@ -1,0 +1,66 @@
+"""Taking values out of a pickle's tree, with the path into the data in every error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpttools.containers.pickles import Dict, Node, Object
+from ckpttools.containers.pickles import as_mapping as _as_mapping
+from ckpttools.errors import CkptError, escape
+
+Mapping = Dict | Object  # a dict, an OrderedDict ...: what pickles.as_mapping gives
+
+
+def bad_field(path: Path, field: str, problem: str) -> CkptError:
+    return CkptError(
+        "field-damaged",
+        f"{escape(field)} {problem}",
+        where=path,
+        why="the file does not have the contents that its format requires",
+        hint="the file is damaged, or a tool other than the framework wrote it: use another copy",
+    )
+
+
+def as_mapping(node: Node) -> Mapping | None:
+    """The node if it is a dict, an OrderedDict ..., else None."""
+    pairs = _as_mapping(node)
+    assert pairs is None or isinstance(pairs, Dict | Object)
+    return pairs
+
+
+def mapping(path: Path, node: Node, field: str) -> Mapping:
+    """The node as a mapping; `field` is its path into the data."""
+    pairs = as_mapping(node)
+    if pairs is None:
+        raise bad_field(path, field, "is missing" if node is None else "is not a dict")
+    return pairs
+
+
+def sequence(path: Path, node: Node, field: str) -> list[Node]:
+    if not isinstance(node, list | tuple):
+        raise bad_field(path, field, "is missing" if node is None else "is not a list")
+    return list(node)
+
+
+def integer(node: Node) -> int | None:
+    """A plain int, or None for anything else (a bool is not an int here)."""
+    return node if isinstance(node, int) and not isinstance(node, bool) else None
+
+
+def number(node: Node) -> float | int | None:
+    """A finite or non-finite float or int; numpy scalars are not looked into."""
+    return node if isinstance(node, float | int) and not isinstance(node, bool) else None
+
+
+def count(path: Path, node: Node, field: str, limit: int = 1 << 20) -> int:
+    """A small non-negative int."""
+    value = integer(node)
+    if value is None or not 0 <= value <= limit:
+        raise bad_field(path, field, "is missing" if node is None else "is not a plausible count")
+    return value
+
+
+def text(path: Path, node: Node, field: str) -> str:
+    if not isinstance(node, str):
+        raise bad_field(path, field, "is missing" if node is None else "is not text")
+    return node

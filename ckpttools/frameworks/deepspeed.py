@@ -1,0 +1,104 @@
+"""A ZeRO folder: DeepSpeed's counters, its own or a client's scheduler, the settings in every shard.
+
+DeepSpeed counts optimizer updates over the ends of epochs. `last_batch_iteration` is one less than the
+scheduler's successful steps. On load every rank takes param_groups from its own shard, and they govern the
+first update (DeepSpeed's stage_1_and_2.py, lr_schedules.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ckpttools.containers.edit import place
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.formats.counters import BATCH
+from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.frameworks import parts
+from ckpttools.training import BatchField, Counter, OptimizerSettings, SavedSchedule, Training
+
+OWN = {"last_batch_iteration"}  # the whole state of each of DeepSpeed's schedulers
+
+
+def read(folder: ZeroFolder) -> Training:
+    """What every ZeRO folder holds, whoever wrote it."""
+    model = folder.model.file
+    files = [model, *(rank.file for rank in folder.ranks)]
+    batch = {name: parts.integer(model, "ds_config", key) for name, key in BATCH.items()}
+    ranks = len(folder.ranks)
+    steps = parts.integer(model, "global_steps")
+    return Training(
+        framework="deepspeed",
+        unit="update",
+        count=steps,
+        micro=batch["micro"],
+        accumulation=batch["accumulation"],
+        total=batch["global"],
+        ranks=ranks,
+        remainder="running",
+        counters=(
+            *parts.counter(model, "update", "global_steps"),
+            *_samples(model),
+            *parts.counter(model, "update", "skipped_steps", role="skipped"),
+        ),
+        optimizers=tuple(_optimizers(folder)),
+        schedules=tuple(_schedules(model, files)),
+        batch_fields=tuple(_batch_fields(files)),
+        **parts.marked(model),
+    )
+
+
+def _samples(model: TorchFile) -> Iterator[Counter]:
+    """`global_samples` grows by train_batch_size with each update: nominal, not the data's own count."""
+    yield from parts.counter(model, "update", "global_samples", role="samples")
+
+
+def _optimizers(folder: ZeroFolder) -> Iterator[OptimizerSettings]:
+    found: list[OptimizerSettings] = []
+    for rank in folder.ranks:
+        for key in ("base_optimizer_state", "optimizer_state_dict"):  # the latter up to 0.2
+            settings = parts.optimizer(rank.file, "the optimizer", "optimizer_state_dict", key)
+            if settings is not None:
+                found.append(settings)
+                break
+    if found:
+        yield parts.same_groups(found)
+
+
+def _schedules(model: TorchFile, files: list[TorchFile]) -> Iterator[SavedSchedule]:
+    for found in parts.schedules(model, "torch", "update", "lr_scheduler"):
+        if not set(found.states[0]) <= OWN:
+            yield found
+            continue
+        config, optimizer = _sections(model)
+        yield replace(
+            found,
+            framework="deepspeed",
+            # some schedulers start from the optimizer's learning rate
+            about={**(config or {}), **({"optimizer": optimizer} if optimizer is not None else {})},
+            config_places=tuple(
+                place(file, "ds_config") for file in files if _sections(file) == (config, optimizer)
+            )
+            if config is not None
+            else (),
+        )
+
+
+def _sections(file: TorchFile) -> tuple[dict[str, object] | None, dict[str, object] | None]:
+    """What ds_config says of the scheduler and of the optimizer."""
+    scheduler, optimizer = (parts.mapping(file, "ds_config", key) for key in ("scheduler", "optimizer"))
+    return scheduler, optimizer
+
+
+def _batch_fields(files: list[TorchFile]) -> Iterator[BatchField]:
+    which = {"global": "total", "micro": "micro", "accumulation": "accumulation"}
+    for name, key in BATCH.items():
+        found = [(file, parts.integer(file, "ds_config", key)) for file in files]
+        stated = [(file, number) for file, number in found if number is not None]
+        if stated:
+            yield BatchField(
+                name=f"ds_config.{key}",
+                which=which[name],  # type: ignore[arg-type]
+                value=stated[0][1],
+                places=tuple(place(file, "ds_config", key) for file, _ in stated),
+            )

@@ -1,0 +1,283 @@
+"""The Hugging Face Trainer and accelerate: folders of small files beside the weights.
+
+The Trainer counts updates in trainer_state.json; its schedules are LambdaLR, whose functions are not saved:
+their kind and constants are in training_args.bin. `epoch` in the log is the epoch plus the micro-batches
+done in it over those of an epoch, from which that number can be found. accelerate steps a scheduler once per
+process and update, unless the loader splits its batches; it saves no counter of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ckpttools.containers import jsons
+from ckpttools.containers.edit import Opaque, value
+from ckpttools.containers.pickles import Object
+from ckpttools.containers.torch_file import is_torch_file, read_torch_file
+from ckpttools.errors import CkptError
+from ckpttools.frameworks import parts
+from ckpttools.stores.files import entries, is_file
+from ckpttools.training import (
+    BatchField,
+    Counter,
+    OptimizerSettings,
+    Place,
+    SavedSchedule,
+    StepList,
+    Training,
+)
+
+STATE = "trainer_state.json"
+ARGUMENTS = "training_args.bin"
+MARKER_FILE = "ckpt-rebase.json"
+MAX_ACCUMULATION = 100_000
+ASSUMED = (
+    "the scheduler is taken to have been stepped once per process and update, as accelerate does unless the "
+    "loader splits its batches"
+)
+RANDOM = re.compile(r"random_states_\d+\.pkl")
+
+
+def is_trainer(folder: Path) -> bool:
+    return (folder / STATE).is_file()
+
+
+def is_accelerate(folder: Path) -> bool:
+    return any(RANDOM.fullmatch(entry.name) for entry in entries(folder))
+
+
+# --- the Trainer --------------------------------------------------------------------------------------
+
+
+def read(folder: Path, *, deepspeed: bool) -> Training:
+    """`deepspeed`: the optimizer is in a ZeRO folder below."""
+    path = folder / STATE
+    state = jsons.read(path, allow_nan=True)
+    arguments = _arguments(folder / ARGUMENTS)
+    step, total = _whole(state.get("global_step")), _whole(state.get("max_steps"))
+    epochs = _whole(state.get("num_train_epochs"))
+    planned = arguments.get("max_steps")
+    by_epochs = not (isinstance(planned, int) and planned > 0)
+    updates = None
+    if by_epochs and total and epochs and total % epochs == 0:
+        updates = total // epochs
+    accumulation = _whole(arguments.get("gradient_accumulation_steps"))
+    history = state.get("log_history")
+    log = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    candidates = _batches(updates, accumulation, log)
+    return Training(
+        framework="hf-trainer",
+        unit="update",
+        count=step,
+        micro=_whole(state.get("train_batch_size")),
+        accumulation=accumulation,
+        ranks=None if deepspeed else _ranks(folder),
+        batches=candidates[0] if len(candidates) == 1 else None,
+        updates=updates,
+        epochs=epochs if by_epochs else None,
+        total_count=total,
+        drop_last=arguments.get("dataloader_drop_last") is True,
+        counters=tuple(_counters(path, state)),
+        histories=tuple(_history(path, history)),
+        optimizers=() if deepspeed else tuple(_optimizer(folder / "optimizer.pt")),
+        schedules=tuple(_schedule(folder / "scheduler.pt", arguments, total)),
+        batch_fields=tuple(_batch_field(path, state)),
+        outside=(
+            "per_device_train_batch_size and gradient_accumulation_steps",
+            "save_steps, eval_steps and logging_steps, where they are numbers of steps",
+        ),
+        notes=() if arguments else (f"{ARGUMENTS} is not here: which schedule it was is not known",),
+        # DeepSpeed's model file holds the note where there is one
+        marker=None if deepspeed else Place(file=folder / MARKER_FILE, at=()),
+        marked=None if deepspeed else _marked(folder / MARKER_FILE),
+    )
+
+
+def _marked(path: Path) -> dict[str, object] | None:
+    return jsons.read(path) if path.is_file() else None
+
+
+def _whole(found: object) -> int | None:
+    if isinstance(found, float) and found.is_integer() and abs(found) < 1e15:
+        return int(found)
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def _counters(path: Path, state: Mapping[str, object]) -> Iterator[Counter]:
+    for key, role in (("global_step", "position"), ("max_steps", "total")):
+        found = _whole(state.get(key))
+        if found is None:
+            continue
+        if not 0 <= found <= 10**15:
+            raise CkptError("counter-wild", f"{key} is {found}", where=path, why="no run counts so")
+        at = Place(file=path, at=(key,))
+        yield Counter(name=key, value=found, unit="update", places=(at,), role=role)  # type: ignore[arg-type]
+
+
+def _history(path: Path, history: object) -> Iterator[StepList]:
+    found: list[tuple[int, Place]] = []
+    for i, entry in enumerate(history if isinstance(history, list) else []):
+        step = _whole(entry.get("step")) if isinstance(entry, dict) else None
+        if step is not None and 0 <= step <= 10**15:
+            found.append((step, Place(file=path, at=("log_history", i, "step"))))
+    if found:
+        steps, places = zip(*found, strict=True)
+        yield StepList(name="log_history[].step", values=steps, places=places, unit="update")
+
+
+def _batch_field(path: Path, state: Mapping[str, object]) -> Iterator[BatchField]:
+    found = _whole(state.get("train_batch_size"))
+    if found:
+        place = Place(file=path, at=("train_batch_size",))
+        yield BatchField(name="train_batch_size", which="micro", value=found, places=(place,))
+
+
+def _ranks(folder: Path) -> int:
+    found = sum(re.fullmatch(r"rng_state_\d+\.pth", entry.name) is not None for entry in entries(folder))
+    return max(1, found)
+
+
+def _arguments(path: Path) -> dict[str, object]:
+    """TrainingArguments as data: the plain attributes of the pickled object, {} where they cannot be read."""
+    if not path.is_file() or not is_torch_file(path):
+        return {}
+    try:
+        file = read_torch_file(path)
+    except CkptError:
+        return {}
+    node = file.value
+    found = value(file, node.state if isinstance(node, Object) and node.has_state else node)
+    plain = dict(found) if isinstance(found, dict) else {}
+    kind = plain.get("lr_scheduler_type")
+    if kind is not None and not isinstance(kind, str):
+        plain["lr_scheduler_type"] = _enum(kind)
+    return {key: item for key, item in plain.items() if isinstance(key, str)}
+
+
+def _enum(found: object) -> str | None:
+    """SchedulerType("linear") as its text: enum members are pickled as a call of the class."""
+    node = found.node if isinstance(found, Opaque) else None
+    if isinstance(node, Object) and len(node.args) == 1 and isinstance(node.args[0], str):
+        return node.args[0]
+    return None
+
+
+def _batches(updates: int | None, accumulation: int | None, log: list[dict[str, object]]) -> list[int]:
+    """The micro-batches per epoch that agree with every `epoch` and `step` of the log.
+
+    The Trainer logs epoch + done / batches; older ones rounded it, and then nothing agrees.
+    """
+    if not updates or not accumulation or accumulation > MAX_ACCUMULATION:
+        return []
+    points = [(_whole(entry.get("step")), entry.get("epoch")) for entry in log]
+    known = [(s, float(e)) for s, e in points if s and isinstance(e, int | float)]
+    if not known:
+        return []
+
+    def fits(batches: int) -> bool:
+        for step, epoch in known[-2000:]:
+            whole, rest = divmod(step - 1, updates)
+            if whole + min((rest + 1) * accumulation, batches) / batches != epoch:
+                return False
+        return True
+
+    return [n for n in range((updates - 1) * accumulation + 1, updates * accumulation + 1) if fits(n)]
+
+
+def _optimizer(path: Path) -> Iterator[OptimizerSettings]:
+    if path.is_file():
+        found = parts.optimizer(read_torch_file(path), "the optimizer")
+        if found is not None:
+            yield found
+
+
+def _schedule(path: Path, arguments: Mapping[str, object], total: int | None) -> Iterator[SavedSchedule]:
+    if path.is_file():
+        for found in parts.schedules(read_torch_file(path), "torch", "update"):
+            yield _of_trainer(found, arguments, total)
+
+
+def of_trainer(folder: Path, saved: tuple[SavedSchedule, ...]) -> tuple[SavedSchedule, ...]:
+    """Schedules that DeepSpeed saved for the Trainer, with what the Trainer's arguments say of them."""
+    arguments = _arguments(folder / ARGUMENTS)
+    total = _whole(jsons.read(folder / STATE, allow_nan=True).get("max_steps"))
+    return tuple(_of_trainer(each, arguments, total) for each in saved)
+
+
+def _of_trainer(saved: SavedSchedule, arguments: Mapping[str, object], total: int | None) -> SavedSchedule:
+    """A LambdaLR of one of the Trainer's own functions, whose constants are in its arguments."""
+    names = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+    about = {name: arguments.get(name) for name in names}
+    if about["lr_scheduler_type"] is None or not all("lr_lambdas" in state for state in saved.states):
+        return saved
+    return replace(saved, framework="transformers", about={**about, "max_steps": total})
+
+
+# --- accelerate ---------------------------------------------------------------------------------------
+
+
+def read_accelerate(folder: Path, *, updates: int | None) -> Training:
+    """accelerate's save_state. `updates` are those that DeepSpeed counted, None where it was not used."""
+    names = [entry.name for entry in entries(folder) if is_file(entry)]
+    ranks = sum(RANDOM.fullmatch(name) is not None for name in names)
+    files = [] if updates is not None else _numbered(folder, names, "optimizer")
+    optimizers = [each for path in files for each in _optimizer(path)]
+    made = updates if updates is not None else optimizers[0].steps if optimizers else None
+    known = made is not None
+    marked = None if updates is not None else _marked(folder / MARKER_FILE)
+    saved: list[SavedSchedule] = []
+    for i, path in enumerate(_numbered(folder, names, "scheduler")):
+        acts_on = min(i, max(0, len(optimizers) - 1))
+        for found in parts.schedules(read_torch_file(path), "torch", "update", optimizer=acts_on):
+            steps = found.states[0].get("last_epoch")
+            repeats = _repeats(steps, made, ranks) if marked is None else _noted(marked, i)
+            saved.append(replace(found, repeats=repeats))
+            if updates is None and i == 0 and isinstance(steps, int) and steps % repeats == 0:
+                made = steps // repeats  # Adam's own count stays behind when a checkpoint is rebased
+    return Training(
+        framework="accelerate",
+        unit="update",
+        count=made,
+        ranks=None if updates is not None else max(1, ranks),
+        counters=tuple(_accumulated(folder, names)),
+        optimizers=tuple(optimizers),
+        schedules=tuple(saved),
+        outside=("the batch size of your data loader, and your own counters of steps and epochs",),
+        notes=() if known or ranks < 2 or not saved else (ASSUMED,),
+        marker=None if updates is not None else Place(file=folder / MARKER_FILE, at=()),
+        marked=marked,
+    )
+
+
+def _accumulated(folder: Path, names: list[str]) -> Iterator[Counter]:
+    """The micro-batches of the running epoch, by which every process tells when to make an update."""
+    for name in names:
+        if RANDOM.fullmatch(name) and is_torch_file(folder / name):
+            yield from parts.counter(read_torch_file(folder / name), "micro", "step", role="inside")
+
+
+def _repeats(steps: object, updates: int | None, ranks: int) -> int:
+    """How often the scheduler was stepped for each update: once per process, or just once.
+
+    Where no optimizer counted its updates, it is accelerate's default: once per process.
+    """
+    if not isinstance(steps, int) or steps % ranks:
+        return 1
+    return ranks if updates is None or steps == updates * ranks else 1
+
+
+def _noted(marked: Mapping[str, object], i: int) -> int:
+    """The same, as a rebase noted it."""
+    found = marked.get("schedule_repeats")
+    noted = found[i] if isinstance(found, list) and i < len(found) else 1
+    return noted if isinstance(noted, int) and 1 <= noted <= 1 << 20 else 1
+
+
+def _numbered(folder: Path, names: list[str], stem: str) -> list[Path]:
+    """stem.bin, stem_1.bin ... in the order of their numbers."""
+    pattern = re.compile(rf"{stem}(?:_(\d{{1,4}}))?\.(?:bin|pt)")
+    found = [(int(match[1] or 0), folder / match[0]) for name in names if (match := pattern.fullmatch(name))]
+    return [path for _, path in sorted(found)]

@@ -1,0 +1,99 @@
+"""Lightning: `global_step` counts updates, the fit loop's batch_progress counts micro-batches.
+
+`lr_schedulers` holds one state per scheduler; whether it is stepped per batch or per epoch is not saved.
+The same keys lie at the top of a single file and of a DeepSpeed folder's model file, whose `lr_schedulers`
+are the ones that Lightning restores (strategies/deepspeed.py). Source: loops/*, trainer/connectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ckpttools.containers.edit import at
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.frameworks import parts
+from ckpttools.schedules.lengths import Unit
+from ckpttools.training import Counter, OptimizerSettings, Role, SavedSchedule, Training
+
+VERSION = "pytorch-lightning_version"
+FIT = ("loops", "fit_loop")
+BATCHES = (*FIT, "epoch_loop.batch_progress")
+OPTIMIZER = (*FIT, "epoch_loop.automatic_optimization.optim_progress", "optimizer")
+MANUAL = (*FIT, "epoch_loop.manual_optimization.optim_step_progress")
+SPANS: dict[str, Role] = {"total": "position", "current": "inside"}
+PROGRESS = ("ready", "started", "processed", "completed")
+
+
+def is_lightning(file: TorchFile) -> bool:
+    return isinstance(at(file.value, VERSION), str) and parts.mapping(file, "loops") is not None
+
+
+def read(file: TorchFile) -> Training:
+    """The loops' counters, schedules, and (in a single file) the optimizers."""
+    step = parts.integer(file, "global_step")
+    total = parts.integer(file, *BATCHES, "total", "ready")
+    inside = parts.integer(file, *BATCHES, "current", "ready")
+    epoch = parts.integer(file, *FIT, "epoch_progress", "current", "completed")
+    optimizers = tuple(_optimizers(file))
+    # global_step adds the updates of all optimizers up; each of them made its share
+    updates = step // max(1, len(optimizers)) if step is not None else None
+    batches = None
+    if inside and at(file.value, *BATCHES, "is_last_batch") is True:
+        batches = inside
+    elif epoch and total is not None and inside is not None and (total - inside) % epoch == 0:
+        batches = (total - inside) // epoch
+    return Training(
+        framework="lightning",
+        unit="update",
+        count=updates,
+        epoch=epoch,
+        accumulation=1 if updates == total else None,
+        batches=batches or None,
+        counters=tuple(_counters(file, max(1, len(optimizers)))),
+        optimizers=optimizers,
+        schedules=tuple(_schedules(file, len(optimizers) or 1)),
+        outside=("max_steps, val_check_interval and log intervals of the Trainer, where they count steps",),
+        **parts.marked(file),
+    )
+
+
+def _counters(file: TorchFile, optimizers: int) -> Iterator[Counter]:
+    yield from parts.counter(file, "update", "global_step", repeats=optimizers)
+    yield from parts.counter(file, "update", *FIT, "epoch_loop.state_dict", "_batches_that_stepped")
+    trees: tuple[tuple[Unit, tuple[str, ...]], ...] = (
+        ("micro", BATCHES),
+        ("update", (*FIT, "epoch_loop.scheduler_progress")),
+        ("update", (*OPTIMIZER, "step")),
+        ("update", MANUAL),
+        ("update", (*OPTIMIZER, "zero_grad")),
+    )
+    for unit, keys in trees:
+        repeats = optimizers if keys == MANUAL else 1
+        for which, role in SPANS.items():
+            ready = parts.integer(file, *keys, which, "ready")
+            for key in PROGRESS:
+                own = parts.integer(file, *keys, which, key)
+                # saved from a callback, `completed` is one behind, and Lightning looks at that on a restart
+                behind = ready - own if ready is not None and own is not None and ready - own == 1 else 0
+                yield from parts.counter(
+                    file, unit, *keys, which, key, role=role, offset=behind, repeats=repeats
+                )
+
+
+def _optimizers(file: TorchFile) -> Iterator[OptimizerSettings]:
+    states = at(file.value, "optimizer_states")
+    for i in range(len(states) if isinstance(states, list) else 0):
+        found = parts.optimizer(file, f"optimizer {i}", "optimizer_states", i)
+        if found is not None:
+            yield found
+
+
+def _schedules(file: TorchFile, optimizers: int) -> Iterator[SavedSchedule]:
+    """One scheduler per optimizer is the rule; with other numbers the first optimizer has them all."""
+    for found in parts.schedules(file, "torch", None, "lr_schedulers"):
+        if optimizers > 1 and len(found.states) == optimizers:
+            for i in range(optimizers):
+                yield replace(found, states=(found.states[i],), places=(found.places[i],), optimizer=i)
+        else:
+            yield found

@@ -1,0 +1,125 @@
+"""MMEngine and xtuner: everything counts micro-batches, accumulated or not.
+
+`meta.iter` is the number of iterations done, `message_hub.runtime_info.iter` the index of the last one.
+`param_schedulers` are saved without class names; the config's text in `meta.cfg` may tell. With several
+parameter groups `base_param_settings` is handled as one group more (mmengine/optim/optimizer/
+optimizer_wrapper.py). The same keys lie at the top of a single file and of a DeepSpeed folder's model file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ckpttools.containers.edit import at, place
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.frameworks import parts
+from ckpttools.schedules.mmengine_config import settings
+from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Training
+
+RUNTIME = ("message_hub", "runtime_info")
+
+
+def is_mmengine(file: TorchFile) -> bool:
+    meta = parts.mapping(file, "meta")
+    return meta is not None and "iter" in meta and at(file.value, "message_hub") is not None
+
+
+def read(file: TorchFile, *, in_folder: bool = False) -> Training:
+    """`in_folder`: the model file of a DeepSpeed folder, whose shards hold the optimizer's settings."""
+    config = settings(at(file.value, "meta", "cfg"))
+    loader = config.get("train_dataloader")
+    wrapper = config.get("optim_wrapper")
+    loop = config.get("train_cfg")
+    micro = _entry(loader, "batch_size")
+    epochs, iterations = _entry(loop, "max_epochs"), _entry(loop, "max_iters")
+    by_epoch = iterations is None
+    epochs = parts.integer(file, *RUNTIME, "max_epochs") or epochs
+    total = parts.integer(file, *RUNTIME, "max_iters") or iterations
+    count = parts.integer(file, "meta", "iter")
+    batches = None
+    if by_epoch and epochs and total and total % epochs == 0 and epochs > 1:
+        batches = total // epochs
+    return Training(
+        framework="mmengine",
+        unit="micro",
+        count=count,
+        epoch=parts.integer(file, "meta", "epoch") if batches is not None else None,
+        micro=micro,
+        accumulation=_entry(wrapper, "accumulative_counts") or 1,
+        batches=batches,
+        epochs=epochs if batches is not None else None,
+        total_count=total,
+        remainder="running",
+        drop_last=_entry(loader, "drop_last") == 1,
+        counters=(*_counters(file), *_planned(iterations)),
+        optimizers=() if in_folder else tuple(_optimizers(file)),
+        schedules=tuple(_schedules(file, batches, in_folder)),
+        outside=tuple(_outside(by_epoch=by_epoch)),
+        **parts.marked(file),
+    )
+
+
+def _outside(*, by_epoch: bool) -> Iterator[str]:
+    yield "train_dataloader.batch_size"
+    if not by_epoch:
+        yield "val_interval, and the intervals of hooks that count iterations"
+
+
+def _counters(file: TorchFile) -> Iterator[Counter]:
+    yield from parts.counter(file, "micro", "meta", "iter")
+    yield from parts.counter(file, "micro", *RUNTIME, "iter", offset=1)
+    yield from parts.counter(file, "micro", *RUNTIME, "max_iters", role="total")
+    yield from parts.counter(file, "micro", "ema_state_dict", "steps")
+
+
+def _planned(iterations: int | None) -> Iterator[Counter]:
+    """The length of an iteration-based run, which the new run reads from its configuration."""
+    if iterations is not None and iterations > 0:
+        yield Counter(
+            name="train_cfg.max_iters",
+            value=iterations,
+            unit="micro",
+            places=(),
+            role="total",
+            config="the MMEngine config",
+        )
+
+
+def _optimizers(file: TorchFile) -> Iterator[OptimizerSettings]:
+    found = parts.optimizer(file, "the optimizer", "optimizer")
+    if found is not None:
+        yield _with_base(file, found, "optimizer", "base_param_settings")
+        return
+    names = parts.mapping(file, "optimizer") or {}
+    for name in names:  # an OptimWrapperDict: one optimizer per name
+        found = parts.optimizer(file, name, "optimizer", name)
+        if found is not None:
+            yield _with_base(file, found, "optimizer", name, "base_param_settings")
+
+
+def _with_base(file: TorchFile, found: OptimizerSettings, *keys: str) -> OptimizerSettings:
+    base = parts.mapping(file, *keys)
+    if base is None:
+        return found
+    plain = {key: value for key, value in base.items() if key != "params"}
+    return replace(found, base=place(file, *keys), base_group=plain)
+
+
+def _schedules(file: TorchFile, batches: int | None, in_folder: bool) -> Iterator[SavedSchedule]:
+    cfg = at(file.value, "meta", "cfg")
+    about: dict[str, object] = {"units_per_epoch": batches}
+    if isinstance(cfg, str):
+        about["cfg"] = cfg
+    for found in parts.schedules(file, "mmengine", "micro", "param_schedulers"):
+        yield replace(found, about=about)
+        return
+    names = parts.mapping(file, "param_schedulers") or {}
+    for i, name in enumerate(names):
+        for found in parts.schedules(file, "mmengine", "micro", "param_schedulers", name, optimizer=i):
+            yield replace(found, about=about)
+
+
+def _entry(section: object, key: str) -> int | None:
+    value = section.get(key) if isinstance(section, dict) else None
+    return int(value) if isinstance(value, int) else None

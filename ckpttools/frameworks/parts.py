@@ -1,0 +1,125 @@
+"""What the readers of all containers share: param_groups, schedule states and counters by their places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ckpttools.containers.edit import at, place, value
+from ckpttools.containers.pickles import as_mapping
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.errors import CkptError
+from ckpttools.schedules.lengths import Unit
+from ckpttools.training import Counter, Key, OptimizerSettings, Role, SavedSchedule
+
+MARKER = "ckpttools_rebase"
+
+
+def integer(file: TorchFile, *keys: Key) -> int | None:
+    """A whole number at a place; None where there is none. A tensor or numpy scalar of one element counts."""
+    found = value(file, at(file.value, *keys))
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def counter(
+    file: TorchFile,
+    unit: Unit,
+    *keys: Key,
+    role: Role = "position",
+    offset: int = 0,
+    repeats: int = 1,
+) -> Iterator[Counter]:
+    """The counter at a place, where there is one. Raises CkptError for one that cannot be."""
+    found = integer(file, *keys)
+    if found is None:
+        return
+    name = ".".join(map(str, keys))
+    if found + offset < 0 or found > 10**15:
+        raise CkptError(
+            "counter-wild",
+            f"{name} is {found}",
+            where=file.path,
+            why="no run counts so: the checkpoint is damaged, or the key means something else",
+            hint="ckpt inspect shows the counters",
+        )
+    at_place = (place(file, *keys),)
+    yield Counter(
+        name=name, value=found, unit=unit, places=at_place, role=role, offset=offset, repeats=repeats
+    )
+
+
+def mapping(file: TorchFile, *keys: Key) -> dict[str, object] | None:
+    """A dict at a place as plain values, None where there is none."""
+    found = value(file, at(file.value, *keys))
+    return found if isinstance(found, dict) else None
+
+
+def optimizer(file: TorchFile, name: str, *keys: Key) -> OptimizerSettings | None:
+    """The settings of a torch optimizer's state_dict at a place, None where there is none."""
+    nodes = at(file.value, *keys, "param_groups")
+    if not isinstance(nodes, list):
+        return None
+    groups: list[Mapping[str, object]] = []
+    for node in nodes:
+        pairs = as_mapping(node)
+        if pairs is None:
+            return None
+        groups.append({key: value(file, item) for key, item in pairs.named() if key != "params"})
+    return OptimizerSettings(
+        name=name,
+        groups=tuple(groups),
+        places=(place(file, *keys, "param_groups"),),
+        steps=_adam_steps(file, *keys),
+    )
+
+
+def _adam_steps(file: TorchFile, *keys: Key) -> int | None:
+    """The updates that the optimizer itself has counted: the largest `step` of its first parameters."""
+    state = as_mapping(at(file.value, *keys, "state"))
+    found: list[int] = []
+    for _, node in (state.pairs if state is not None else [])[:8]:
+        pairs = as_mapping(node)
+        number = value(file, pairs.get("step")) if pairs is not None else None
+        if isinstance(number, int | float) and number == int(number):
+            found.append(int(number))
+    return max(found, default=None)
+
+
+def schedules(
+    file: TorchFile, framework: str, unit: Unit | None, *keys: Key, optimizer: int = 0
+) -> Iterator[SavedSchedule]:
+    """The scheduler state at a place: a dict, or a list stepped in its order. Nothing where there is none."""
+    found = value(file, at(file.value, *keys))
+    states = [found] if isinstance(found, dict) else found
+    if not isinstance(states, list) or not states or not all(isinstance(s, dict) and s for s in states):
+        return
+    base = place(file, *keys)
+    yield SavedSchedule(
+        name=".".join(map(str, keys)) or file.path.name,
+        framework=framework,
+        states=tuple(states),
+        places=(base,) if isinstance(found, dict) else tuple(base.below(i) for i in range(len(states))),
+        unit=unit,
+        optimizer=optimizer,
+    )
+
+
+def marked(file: TorchFile) -> dict[str, Any]:
+    """The rebase that the file itself notes, and where it does: fields of a Training."""
+    return {"marker": place(file, MARKER), "marked": mapping(file, MARKER)}
+
+
+def same_groups(found: Sequence[OptimizerSettings]) -> OptimizerSettings:
+    """The one optimizer whose settings every rank holds. Raises CkptError where they disagree."""
+    first = found[0]
+    for other in found[1:]:
+        if list(map(dict, other.groups)) != list(map(dict, first.groups)):
+            raise CkptError(
+                "ranks-disagree",
+                "the ranks hold different optimizer settings",
+                where=other.places[0].file,
+                why="each rank resumes with its own learning rate: the parts of the model would drift apart",
+                hint="ckpt verify says more; use an older checkpoint",
+            )
+    return replace(first, places=tuple(place for each in found for place in each.places))

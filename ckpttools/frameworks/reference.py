@@ -1,0 +1,74 @@
+"""The keys that `ckpt train` adds to DeepSpeed's: position in epochs and samples, and its configuration.
+
+`samples_in_epoch` is the data's own position and stays as it is: a resumed run goes on at the very next
+sample whatever its batch size. Epochs drop their last, incomplete global batch. Source: trainer/state.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ckpttools.containers.edit import place
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.frameworks import parts
+from ckpttools.training import BatchField, Counter, Role, Training
+
+BATCH = ("config", "batch")
+
+
+def is_ours(file: TorchFile) -> bool:
+    return parts.integer(file, "format_version") == 1 and parts.integer(file, "samples_in_epoch") is not None
+
+
+def read(file: TorchFile, folder: ZeroFolder) -> Training:
+    size, total = parts.integer(file, "dataset_size"), parts.integer(file, *BATCH, "global_batch_size")
+    epochs = parts.integer(file, "config", "epochs")
+    planned = parts.integer(file, "config", "schedule", "total_steps")
+    updates = size // total if size and total else None
+    inside = parts.integer(file, "samples_in_epoch")
+    return Training(
+        framework="ckpt train",
+        unit="update",
+        count=parts.integer(file, "iter"),
+        epoch=parts.integer(file, "epoch"),
+        size=size,
+        updates=updates,
+        epochs=epochs,
+        total_count=planned or (epochs * updates if epochs and updates else None),
+        remainder="drop",
+        drop_last=True,
+        counters=(
+            *parts.counter(file, "update", "iter"),
+            *parts.counter(file, "update", "global_step"),
+            *(_setting(file, "total_steps", "total")),
+            *(_setting(file, "warmup_steps", "warmup")),
+        ),
+        batch_fields=tuple(_fields(file)),
+        inside=inside,
+        outside=("batch.global_batch_size, and micro_batch_size where it is set, in the configuration",),
+    )
+
+
+def _setting(file: TorchFile, key: str, role: Role) -> Iterator[Counter]:
+    """A length of the schedule, as the configuration gave it."""
+    for found in parts.counter(file, "update", "config", "schedule", key, role=role):
+        yield replace(found, name=f"schedule.{key}", config="the configuration of ckpt train")
+
+
+def _fields(file: TorchFile) -> Iterator[BatchField]:
+    names = {
+        "global_batch_size": "total",
+        "micro_batch_size": "micro",
+        "gradient_accumulation_steps": "accumulation",
+    }
+    for key, which in names.items():
+        found = parts.integer(file, *BATCH, key)
+        if found is not None:
+            yield BatchField(
+                name=f"config.batch.{key}",
+                which=which,  # type: ignore[arg-type]
+                value=found,
+                places=(place(file, *BATCH, key),),
+            )

@@ -1,0 +1,90 @@
+"""A checkpoint with some of its values changed: every file that no edit touches is copied byte for byte."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ckpttools.containers.edit import edited, files_of
+from ckpttools.formats.locate import LATEST, Source
+from ckpttools.formats.surroundings import tree, with_surroundings
+from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.frameworks.huggingface import MARKER_FILE
+from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck, copy_file
+from ckpttools.stores.files import size_of
+from ckpttools.stores.links import within
+from ckpttools.training import Edit
+
+_TAG = re.compile(r"(global_step)(\d+)")
+
+
+def plan(source: Source, extra: object, edits: Iterable[Edit], counts: tuple[int, int] | None) -> Plan:
+    """The files of the checkpoint at `source` with the edits made.
+
+    `extra` is what its format read. `counts` are the old and the new count: a tag folder that is named
+    `global_step<old>` is renamed.
+    """
+    with within(source.root):
+        return _plan(source, extra, edits, counts)
+
+
+def _plan(source: Source, extra: object, edits: Iterable[Edit], counts: tuple[int, int] | None) -> Plan:
+    by_file = files_of(edits)
+    whole = _whole(source, extra)
+    notes = [by_file.pop(path) for path in list(by_file) if path.name == MARKER_FILE]
+    origin = {source.root if file.path == "" else source.root / file.path: file for file in whole.files}
+    made: list[OutputFile] = []
+    checks: list[SourceCheck] = list(whole.checks)
+    for path, file in origin.items():
+        if path.name == MARKER_FILE and notes:
+            continue
+        if path not in by_file:
+            made.append(file)
+            continue
+        new, its_checks = edited(path, file.path, by_file.pop(path))
+        made.append(new)
+        checks += its_checks
+    assert not by_file, f"edits of files that are not part of the checkpoint: {list(by_file)}"
+    made += [_marker(source.root, edits) for edits in notes]
+    return replace(whole, files=tuple(_renamed(source, made, counts)), checks=tuple(checks))
+
+
+def _whole(source: Source, extra: object) -> Plan:
+    """Everything that belongs to the checkpoint, copied."""
+    if isinstance(extra, ZeroFolder):
+        files = [extra.files.model, *extra.files.optim.values(), *extra.files.others]
+        inside = Plan(files=tuple(copy_file(path, path.name, size_of(path)) for path in files))
+        return with_surroundings(source, inside, ranks_change=False)
+    if source.root.is_dir():
+        return Plan(files=tuple(tree(source.root)))
+    return Plan(files=(copy_file(source.root, "", size_of(source.root)),))
+
+
+def _marker(root: Path, edits: list[Edit]) -> OutputFile:
+    """The file that notes a rebase beside the weights of a Trainer's or accelerate's folder."""
+    (edit,) = edits
+    text = json.dumps(edit.new, indent=2) + "\n"
+    path = edit.place.file.relative_to(root).as_posix()
+    return OutputFile(path=path, segments=(Literal(text.encode()),))
+
+
+def _renamed(source: Source, files: list[OutputFile], counts: tuple[int, int] | None) -> Iterator[OutputFile]:
+    """The Trainer looks for `global_step*`; a number in it that no longer holds would mislead people."""
+    match = _TAG.fullmatch(source.target.name) if source.inner else None
+    if match is None or counts is None or int(match[2]) != counts[0] or counts[0] == counts[1]:
+        yield from files
+        return
+    new = f"{match[1]}{counts[1]}"
+    above = source.inner.rpartition("/")[0]
+    latest = f"{above}/{LATEST}" if above else LATEST
+    for file in files:
+        if file.path == latest:
+            yield replace(file, segments=(Literal(new.encode()),))
+        elif file.path.startswith(f"{source.inner}/"):
+            inner = file.path[len(source.inner) + 1 :]
+            yield replace(file, path=f"{above}/{new}/{inner}" if above else f"{new}/{inner}")
+        else:
+            yield file
