@@ -18,19 +18,17 @@ import zoneinfo
 from pathlib import Path
 from typing import Any
 
+import hostile
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import hostile
 
 from ckpttools.containers import callables, pickles
 from ckpttools.containers.callables import Verdict, judge
 from ckpttools.containers.pickles import Dict, Global, Object, Reject, loads
 from ckpttools.containers.torch_file import read_torch_file
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
 
 

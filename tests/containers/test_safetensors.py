@@ -6,9 +6,9 @@ import json
 import os
 import socket
 import struct
-import sys
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import torch
@@ -16,9 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as oracle
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import hostile
 
 from ckpttools.containers import jsons
 from ckpttools.containers.safetensors import read_safetensors, safetensors_file
