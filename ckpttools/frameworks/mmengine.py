@@ -14,7 +14,7 @@ from dataclasses import replace
 from ckpttools.containers.edit import at, place
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import parts
-from ckpttools.schedules.mmengine_config import settings
+from ckpttools.schedules.mmengine.config import settings
 from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Training
 
 RUNTIME = ("message_hub", "runtime_info")

@@ -15,9 +15,9 @@ from ckpttools.resume import schedule
 from ckpttools.resume.engine import Saved
 from ckpttools.resume.report import Rates
 from ckpttools.resume.run import NewRun, real, section, whole
-from ckpttools.schedules.deepspeed import recognise_deepspeed
-from ckpttools.schedules.deepspeed_formulas import rule_of
-from ckpttools.schedules.torch_program import recognise_torch
+from ckpttools.schedules.deepspeed.formulas import rule_of
+from ckpttools.schedules.deepspeed.program import recognise_deepspeed
+from ckpttools.schedules.torch.program import recognise_torch
 
 
 def rates(saved: Saved, run: NewRun, config: Mapping[str, object]) -> Rates:

@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from ckpttools.errors import UsageError
-from ckpttools.schedules.deepspeed import recognise_deepspeed
-from ckpttools.schedules.huggingface import recognise_trainer
+from ckpttools.schedules.deepspeed.program import recognise_deepspeed
 from ckpttools.schedules.lengths import Batch, Clock, Data, Steps
-from ckpttools.schedules.mmengine import recognise_mmengine
+from ckpttools.schedules.mmengine.program import recognise_mmengine
 from ckpttools.schedules.program import Program, Setting, damaged
 from ckpttools.schedules.timm import recognise_timm
-from ckpttools.schedules.torch_program import recognise_torch
+from ckpttools.schedules.torch.program import recognise_torch
+from ckpttools.schedules.transformers.program import recognise_trainer
 
 __all__ = ["FRAMEWORKS", "Batch", "Clock", "Data", "Program", "Setting", "Steps", "recognise"]
 

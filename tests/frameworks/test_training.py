@@ -13,7 +13,7 @@ from support import FIXTURES, SAMPLES, name_of
 from ckpttools import formats
 from ckpttools import frameworks as training
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.schedules.mmengine_config import settings
+from ckpttools.schedules.mmengine.config import settings
 from ckpttools.training import Training
 
 # framework, unit, count, batch per GPU, accumulation, ranks, schedules' families of frameworks

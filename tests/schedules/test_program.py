@@ -26,7 +26,7 @@ from torch.optim import lr_scheduler as lrs
 
 from ckpttools.errors import UsageError
 from ckpttools.schedules import Batch, Clock, Steps, recognise
-from ckpttools.schedules.torch_program import TorchProgram, replayed
+from ckpttools.schedules.torch.program import TorchProgram, replayed
 
 TWICE = change("x2", Batch(micro=12), Batch(micro=24), 480, EPOCHS)  # 40 units per epoch become 20
 STREAM = Steps(old=Clock(samples=12), new=Clock(samples=24))

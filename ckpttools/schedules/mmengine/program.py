@@ -2,7 +2,7 @@
 
 The state holds the counter and all constants, and wins over the new configuration. Schedulers that count
 epochs are left alone; those that count iterations are moved, from the configuration's epoch values where
-MMEngine itself converted them (`mmengine_config`), else by rescaling.
+MMEngine itself converted them (`config`), else by rescaling.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from ckpttools.errors import UsageError
 from ckpttools.schedules.lengths import Steps
-from ckpttools.schedules.mmengine_config import converted, kind_named, matching, written_schedulers
-from ckpttools.schedules.mmengine_lengths import Rescaling
-from ckpttools.schedules.mmengine_steps import NEVER, PLATEAU, UNKNOWN, check, restart, step
+from ckpttools.schedules.mmengine.config import converted, kind_named, matching, written_schedulers
+from ckpttools.schedules.mmengine.lengths import Rescaling
+from ckpttools.schedules.mmengine.steps import NEVER, PLATEAU, UNKNOWN, check, restart, step
 from ckpttools.schedules.program import (
     Program,
     State,
@@ -30,7 +30,7 @@ from ckpttools.schedules.program import (
     scaled_group,
     too_long,
 )
-from ckpttools.schedules.torch_rates import EITHER, annealing
+from ckpttools.schedules.torch.rates import EITHER, annealing
 
 
 @dataclass(slots=True)

@@ -27,9 +27,9 @@ from ckpttools.schedules.program import (
     scaled_group,
     whole,
 )
-from ckpttools.schedules.torch_nodes import LAMBDA, kind_of
-from ckpttools.schedules.torch_program import TorchProgram, recognise_torch
-from ckpttools.schedules.transformers_formulas import (
+from ckpttools.schedules.torch.nodes import LAMBDA, kind_of
+from ckpttools.schedules.torch.program import TorchProgram, recognise_torch
+from ckpttools.schedules.transformers.formulas import (
     ARGS,
     NAMES,
     factor_of,

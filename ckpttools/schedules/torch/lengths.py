@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from ckpttools.schedules.lengths import Steps, nearest
 from ckpttools.schedules.program import State, damaged, rescaled, rounding
-from ckpttools.schedules.torch_nodes import PLATEAU, UNKNOWN, Node
+from ckpttools.schedules.torch.nodes import PLATEAU, UNKNOWN, Node
 
 
 @dataclass(slots=True)

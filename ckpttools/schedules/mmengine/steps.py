@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckpttools.schedules.program import State, damaged, real, reals, whole
-from ckpttools.schedules.torch_rates import anneal
+from ckpttools.schedules.torch.rates import anneal
 
 NEVER = 10**9
 COMMON = frozenset(

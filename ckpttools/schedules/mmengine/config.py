@@ -16,7 +16,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckpttools.schedules.mmengine_steps import NEVER
+from ckpttools.schedules.mmengine.steps import NEVER
 from ckpttools.schedules.program import State
 
 TEXT = 5_000_000  # characters that are still parsed

@@ -12,9 +12,9 @@ from fractions import Fraction
 from typing import Any
 
 from ckpttools.schedules.lengths import Steps, nearest
-from ckpttools.schedules.mmengine_steps import NEVER, UNKNOWN
+from ckpttools.schedules.mmengine.steps import NEVER, UNKNOWN
 from ckpttools.schedules.program import State, damaged, rescaled, rounding
-from ckpttools.schedules.torch_lengths import one_cycle_phases, powered
+from ckpttools.schedules.torch.lengths import one_cycle_phases, powered
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from ckpttools.schedules.closed import ClosedMachine
-from ckpttools.schedules.deepspeed_formulas import (
+from ckpttools.schedules.deepspeed.formulas import (
     LENGTHS,
     RATES,
     cosine_ratio,

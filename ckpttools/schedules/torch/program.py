@@ -24,10 +24,10 @@ from ckpttools.schedules.program import (
     scaled_group,
     too_long,
 )
-from ckpttools.schedules.torch_lengths import Rescaling, rescale
-from ckpttools.schedules.torch_nodes import LAMBDA, PLATEAU, UNKNOWN, Node, node_of
-from ckpttools.schedules.torch_rates import EITHER, annealing
-from ckpttools.schedules.torch_steps import can_jump, construct, jump, step
+from ckpttools.schedules.torch.lengths import Rescaling, rescale
+from ckpttools.schedules.torch.nodes import LAMBDA, PLATEAU, UNKNOWN, Node, node_of
+from ckpttools.schedules.torch.rates import EITHER, annealing
+from ckpttools.schedules.torch.steps import can_jump, construct, jump, step
 
 # a replayed learning rate may differ from the saved one by what versions of torch and of libm differ by
 SAME = 1e-6
