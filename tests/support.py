@@ -16,9 +16,9 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.execute import execute
 from ckpttools.formats import zero
 from ckpttools.formats.surroundings import with_surroundings
+from ckpttools.passes.read import load
 from ckpttools.tensors import TensorRef
 from ckpttools.transforms.reshard import reshard
-from ckpttools.values import load
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # recognised and refused

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from ckpttools import values
 from ckpttools.errors import CkptError, Unsupported, UsageError
+from ckpttools.passes.ranges import Cutter
+from ckpttools.passes.read import Handles, blocks, load
 from ckpttools.tensors import (
     BFLOAT16,
     DTYPES,
@@ -29,7 +31,7 @@ from ckpttools.tensors import (
     TensorRef,
     Zeros,
 )
-from ckpttools.values import Cutter, Handles, blocks, cast, load, nonfinite, numpy_dtype, same_after_cast
+from ckpttools.values import cast, nonfinite, numpy_dtype, same_after_cast
 
 FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_float]
 TARGETS = [dtype for dtype in FLOATS if dtype.name != "float8_e8m0fnu"]
@@ -177,7 +179,7 @@ def test_gather_needs_a_fixed_buffer(tmp_path):
         import sys
         from pathlib import Path
         from ckpttools.tensors import BFLOAT16, Strided
-        from ckpttools.values import blocks
+        from ckpttools.passes.read import blocks
         chunk = Strided(path=Path(sys.argv[1]), start=0, itemsize=2, shape=(8192, 8192),
                         strides=(1, 8192), first=0, numel=8192 * 8192)
         peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])

@@ -15,13 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from ckpttools.checksums import RangeCrcs, crc32
+from ckpttools.passes.read import Reader
 from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.stores.links import refuse_outside
 from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
 from ckpttools.values import (
     BLOCK_NBYTES,
-    Reader,
     holes,
     negatives,
     nonfinite,

@@ -23,8 +23,8 @@ from ckpttools.execute import preflight, staging
 from ckpttools.execute.checks import SourceChecks
 from ckpttools.execute.copy import Copy
 from ckpttools.execute.preflight import validate
+from ckpttools.execute.signals import terminating_signals
 from ckpttools.execute.system import write_errors
-from ckpttools.execute.threads import terminating_signals
 from ckpttools.plan import Plan
 from ckpttools.progress import Progress
 

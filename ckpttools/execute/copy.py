@@ -12,12 +12,13 @@ from ckpttools.checksums import crc32
 from ckpttools.execute import system, units
 from ckpttools.execute.checks import SourceChecks
 from ckpttools.execute.system import write_errors
-from ckpttools.execute.threads import in_threads
 from ckpttools.execute.units import StagedFile, Unit, interleaved
+from ckpttools.passes.read import Handles, Reader
+from ckpttools.passes.threads import in_threads
 from ckpttools.plan import Cast, Crc32, Literal, Plan
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange
-from ckpttools.values import BLOCK_NBYTES, Handles, Reader, cast, numpy_array
+from ckpttools.values import BLOCK_NBYTES, cast, numpy_array
 
 
 class Copy:

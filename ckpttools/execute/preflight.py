@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from ckpttools.errors import UsageError
+from ckpttools.passes.read import truncated
 from ckpttools.plan import Crc32, OutputFile, Plan, reads
 from ckpttools.tensors import Zeros
-from ckpttools.values import truncated
 
 Fingerprint = tuple[int, int, int, int]
 

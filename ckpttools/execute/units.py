@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from ckpttools.checksums import RangeCrcs
 from ckpttools.execute.checks import Claim, SourceChecks
+from ckpttools.passes.ranges import Cutter
 from ckpttools.plan import Cast, Crc32, OutputFile, Segment, reads
 from ckpttools.tensors import Strided
-from ckpttools.values import BLOCK_NBYTES, Cutter
+from ckpttools.values import BLOCK_NBYTES
 
 UNIT = 1024 * 1024  # the fastest of 256 KiB to 4 MiB: a buffer that is still in the cache for its CRC
 _GATHER = 4 * UNIT  # views are copied in larger parts: the runs that they read get longer with the part

@@ -21,10 +21,10 @@ from ckpttools.containers import jsons
 from ckpttools.containers.safetensors import read_safetensors, safetensors_file
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.execute import execute
+from ckpttools.passes.read import load
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.stores import files
 from ckpttools.tensors import BFLOAT16, BY_SAFETENSORS, DTYPES, FLOAT32, TensorRef, Zeros
-from ckpttools.values import load
 
 
 def write(path: Path, tensors: dict[str, TensorRef], metadata: dict[str, str] | None = None) -> Path:

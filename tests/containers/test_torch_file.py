@@ -20,10 +20,10 @@ from ckpttools.containers.pickles import Dict, Global, Node, Object, Persistent,
 from ckpttools.containers.torch_file import read_torch_file, scalar, tensor_node, write_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
+from ckpttools.passes.read import Reader
 from ckpttools.plan import Plan
 from ckpttools.stores.files import opened
 from ckpttools.tensors import DTYPES, FLOAT32, TensorRef, Zeros
-from ckpttools.values import Reader
 
 KINDS = {"zip": {}, "zip 4": {"pickle_protocol": 4}, "legacy": {"_use_new_zipfile_serialization": False}}
 

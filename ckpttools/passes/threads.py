@@ -1,15 +1,18 @@
-"""Threads that share their work, and interrupts, which may fall anywhere and must neither hang nor leak."""
+"""Threads that share their work; an interrupt may fall anywhere and must neither hang nor leak."""
 
 from __future__ import annotations
 
-import signal
+import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def count(workers: int) -> int:
+    """How many threads: what was asked for, or, for 0, one per processor and at most 8."""
+    return workers or min(os.cpu_count() or 1, 8)
 
 
 def in_threads(count: int, work: Callable[[Iterable[T]], None], items: Iterable[T]) -> None:
@@ -51,22 +54,3 @@ def in_threads(count: int, work: Callable[[Iterable[T]], None], items: Iterable[
                 event.wait()
     if errors:
         raise errors[0]
-
-
-@contextmanager
-def terminating_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `SystemExit`, where they would end the process without any cleaning up."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGHUP) if is_main else ()
-    default = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    try:
-        for number in default:
-            signal.signal(number, leave)
-        yield
-    finally:
-        for number in default:
-            signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,145 @@
+"""Reading the bytes of chunks, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from ckpttools.errors import CkptError, UsageError
+from ckpttools.passes.gather import GATHER_NBYTES, gather
+from ckpttools.passes.ranges import Cutter
+from ckpttools.tensors import ByteRange, Chunk, DType, Strided, TensorRef, Zeros
+from ckpttools.values import BLOCK_NBYTES, Array, numpy_array, numpy_dtype
+
+_OPEN_FILES = 32
+
+
+class Handles:
+    """File descriptors of one thread, at most `limit` open at once, the least recently used closed first."""
+
+    def __init__(self, flags: int, limit: int = _OPEN_FILES) -> None:
+        self._flags = flags | os.O_CLOEXEC
+        self._limit = limit
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def __getitem__(self, path: Path) -> int:
+        fd = self._open.get(path)
+        if fd is None:
+            fd = os.open(path, self._flags)
+            self._open[path] = fd
+            if len(self._open) > self._limit:
+                os.close(self._open.popitem(last=False)[1])
+        else:
+            self._open.move_to_end(path)
+        return fd
+
+    def close(self) -> None:
+        """Close every descriptor; an error of the last write may show only here."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+class Reader:
+    """Reads chunks for one thread: open descriptors and one scratch buffer of fixed size.
+
+    Raises `CkptError` "source-truncated" where a file ends too early, `UsageError` "source-unreadable"
+    where the system refuses. `nbytes_read` counts what was read so far.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes_read = 0
+        self._files = Handles(os.O_RDONLY)
+        self._scratch = memoryview(b"")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(OSError):  # all that was asked for has been read
+            self._files.close()
+
+    def fill(self, view: memoryview, chunks: Iterable[Chunk]) -> None:
+        """Read `chunks`, one after the other, into `view`, which is exactly as long."""
+        at = 0
+        for chunk in chunks:
+            part = view[at : at + chunk.nbytes]
+            at += chunk.nbytes
+            match chunk:
+                case ByteRange(path, start, _):
+                    self.read(part, path, start)
+                case Zeros():
+                    np.frombuffer(part, np.uint8)[:] = 0
+                case Strided():
+                    if not self._scratch:
+                        self._scratch = memoryview(bytearray(GATHER_NBYTES))
+                    gather(part, chunk, self.read, self._scratch)
+
+    def read(self, view: memoryview, path: Path, start: int) -> None:
+        """Fill `view` with the bytes of the file at `path` from `start`."""
+        try:
+            fd = self._files[path]
+            got = os.preadv(fd, [view], start)
+            while 0 < got < len(view):
+                more = os.preadv(fd, [view[got:]], start + got)
+                if not more:
+                    break
+                got += more
+        except OSError as error:
+            raise UsageError(
+                "source-unreadable",
+                f"cannot read the source: {error.strerror}",
+                where=path,
+                why="nothing was written: a copy without these bytes would be damaged",
+                hint="check that the file exists and may be read, and the health of its disk",
+            ) from error
+        if got < len(view):
+            raise truncated(path, start + len(view), start + got)
+        self.nbytes_read += got
+
+
+def truncated(path: Path, need: int, have: int) -> CkptError:
+    """A source file that is shorter than its own headers say."""
+    return CkptError(
+        "source-truncated",
+        f"the file ends at byte {have}, but its tensors go to byte {need}",
+        where=path,
+        why=f"{need - have} bytes of tensor data are missing",
+        hint="copy the file again from where it was written, or fall back to an earlier checkpoint",
+    )
+
+
+def blocks(
+    chunks: Iterable[Chunk], dtype: DType, block_nbytes: int = BLOCK_NBYTES, reader: Reader | None = None
+) -> Iterator[Array]:
+    """The elements of `chunks` in order, in 1-D arrays of `block_nbytes` bytes, the last one shorter.
+
+    An array is valid until the next one is asked for: they share one buffer. Raises as `Reader` does.
+    """
+    if reader is None:
+        with Reader() as own:
+            yield from blocks(chunks, dtype, block_nbytes, own)
+        return
+    item = dtype.itemsize
+    buffer = memoryview(bytearray(max(block_nbytes // item, 1) * item))
+    cutter = Cutter(chunks)
+    while parts := cutter.take(len(buffer)):
+        view = buffer[: sum(part.nbytes for part in parts)]
+        reader.fill(view, parts)
+        yield numpy_array(view, dtype)
+
+
+def load(ref: TensorRef) -> Array:
+    """The whole tensor in memory; for scalars and tests."""
+    buffer = bytearray(ref.nbytes)
+    with Reader() as reader:
+        reader.fill(memoryview(buffer), ref.chunks)
+    return np.frombuffer(buffer, numpy_dtype(ref.dtype)).reshape(ref.shape)
