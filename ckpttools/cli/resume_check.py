@@ -13,7 +13,7 @@ import click
 from ckpttools.cli import render
 from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, SRC, TAG, WORKERS, number
 from ckpttools.cli.resume_report import document, show
-from ckpttools.errors import CkptError, UsageError
+from ckpttools.errors import CkptError
 
 
 @click.command("resume-check")
@@ -85,7 +85,9 @@ def command(
     try:
         subject = resume.Subject.find(src, tag)
         if config is not None and config.suffix in (".yaml", ".yml"):
-            run = _trainer(config, subject, run)
+            from ckpttools.trainer.compared import read_new_run
+
+            run = read_new_run(config, subject, run)
         found = resume.foretell(subject, run)
     except CkptError as error:
         if error.exit_code != 1:
@@ -117,63 +119,6 @@ def _installed() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _trainer(config: Path, subject: Any, run: Any) -> Any:
-    """The new run as `ckpt train` would start it."""
-    from ckpttools.resume.shapes import of_config
-    from ckpttools.trainer import config as settings
-    from ckpttools.trainer.batch import split
-    from ckpttools.trainer.ds_config import ds_config
-    from ckpttools.trainer.text import VOCAB_SIZE
-
-    if not config.is_file():
-        raise UsageError("not-found", "there is no such file", where=config, hint="check --config")
-    wanted = settings.load(config)
-    saved = subject.saved
-    ranks = run.world_size or (saved.ranks if saved is not None else 1)
-    size = saved.client.get("dataset_size") if saved is not None else None
-    total = wanted.schedule.total_steps
-    if total is None:
-        if not isinstance(size, int):
-            raise UsageError(
-                "run-config",
-                "the length of the schedule is not in the configuration",
-                where=config,
-                why="the checkpoint is not one of ckpt train's, and does not say how many samples there are",
-                hint="set schedule.total_steps, or give a ds_config (JSON)",
-            )
-        total = wanted.epochs * (size // wanted.batch.global_batch_size)
-    net, length = wanted.model, wanted.data.sequence_length
-    kinds: dict[str, dict[str, object]] = {
-        "llama": {
-            "hidden_size": net.hidden_size,
-            "intermediate_size": net.intermediate_size,
-            "num_hidden_layers": net.layers,
-            "num_attention_heads": net.heads,
-        },
-        "gpt2": {
-            "n_embd": net.hidden_size,
-            "n_inner": net.intermediate_size,
-            "n_layer": net.layers,
-            "n_head": net.heads,
-            "n_positions": length,
-        },
-    }
-    architecture = {
-        "model_type": net.family,
-        "vocab_size": VOCAB_SIZE,
-        "tie_word_embeddings": net.tie_embeddings,
-        **kinds[net.family],
-    }
-    return replace(
-        run,
-        config=ds_config(wanted, split(wanted.batch, ranks), total),
-        settings=wanted.plain(),
-        world_size=ranks,
-        freeze=run.freeze or tuple(wanted.freeze),
-        model=run.model or of_config(architecture, config),
-    )
 
 
 def _auto_resume(src: Path) -> Iterator[Any]:

@@ -1,0 +1,70 @@
+"""A run of the trainer beside the checkpoint that it continues: what resume-check says about the two."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ckpttools.errors import UsageError
+from ckpttools.resume import NewRun, Subject
+from ckpttools.resume.shapes import of_config
+from ckpttools.trainer import config as settings
+from ckpttools.trainer.batch import split
+from ckpttools.trainer.config import Config
+from ckpttools.trainer.ds_config import ds_config
+from ckpttools.trainer.text import VOCAB_SIZE
+
+
+def read_new_run(config: Path, subject: Subject, run: NewRun) -> NewRun:
+    """`run` with all that the trainer's configuration file decides. Raises UsageError."""
+    if not config.is_file():
+        raise UsageError("not-found", "there is no such file", where=config, hint="check --config")
+    return new_run(settings.load(config), subject, run, config)
+
+
+def new_run(wanted: Config, subject: Subject, run: NewRun, where: Path) -> NewRun:
+    """The same for a configuration that was read already; `where` names its file in errors."""
+    saved = subject.saved
+    ranks = run.world_size or (saved.ranks if saved is not None else 1)
+    size = saved.client.get("dataset_size") if saved is not None else None
+    total = wanted.schedule.total_steps
+    if total is None:
+        if not isinstance(size, int):
+            raise UsageError(
+                "run-config",
+                "the length of the schedule is not in the configuration",
+                where=where,
+                why="the checkpoint is not one of ckpt train's, and does not say how many samples there are",
+                hint="set schedule.total_steps, or give a ds_config (JSON)",
+            )
+        total = wanted.epochs * (size // wanted.batch.global_batch_size)
+    net, length = wanted.model, wanted.data.sequence_length
+    kinds: dict[str, dict[str, object]] = {
+        "llama": {
+            "hidden_size": net.hidden_size,
+            "intermediate_size": net.intermediate_size,
+            "num_hidden_layers": net.layers,
+            "num_attention_heads": net.heads,
+        },
+        "gpt2": {
+            "n_embd": net.hidden_size,
+            "n_inner": net.intermediate_size,
+            "n_layer": net.layers,
+            "n_head": net.heads,
+            "n_positions": length,
+        },
+    }
+    architecture = {
+        "model_type": net.family,
+        "vocab_size": VOCAB_SIZE,
+        "tie_word_embeddings": net.tie_embeddings,
+        **kinds[net.family],
+    }
+    return replace(
+        run,
+        config=ds_config(wanted, split(wanted.batch, ranks), total),
+        settings=wanted.plain(),
+        world_size=ranks,
+        freeze=run.freeze or tuple(wanted.freeze),
+        model=run.model or of_config(architecture, where),
+    )
