@@ -8,21 +8,26 @@ from pathlib import Path
 
 from ckpttools.plan import SourceCheck
 from ckpttools.tensors import DType, TensorRef
+from ckpttools.tree import Key, Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamGroup:
     """One parameter group of the optimizer.
 
-    `params` maps each fully qualified name to its shape, in the group's canonical order (the order of
-    the optimizer that was given to DeepSpeed, before any permutation for a rank count). `state` holds
-    tensors per kind ("fp32" for master weights, else the optimizer's own key such as "exp_avg") and name.
-    `hyper` is lr, betas, weight_decay and so on, as plain values.
+    `params` maps each fully qualified name to its shape, in the group's canonical order (the order of the
+    optimizer that training code made, before any permutation for a rank count). `state` holds the tensors of
+    the parameter's shape, per kind ("fp32" for master weights, else the optimizer's own key such as
+    "exp_avg") and name; `scalars` what else the optimizer keeps for a parameter: a step as an int or a 0-d
+    tensor, a factored moment. A kind whose state is nested has its keys in `paths` (bitsandbytes); else its
+    key is its name. `hyper` is lr, betas, weight_decay and so on as saved, without `params`.
     """
 
     params: Mapping[str, tuple[int, ...]]
     state: Mapping[str, Mapping[str, TensorRef]]
-    hyper: Mapping[str, object]
+    hyper: Mapping[str, Value]
+    scalars: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+    paths: Mapping[str, tuple[Key, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +41,7 @@ class TrainState:
     skipped_steps: int | None = None
     train_loss: float | None = None
     val_loss: float | None = None
-    scheduler: Mapping[str, object] = field(default_factory=dict)
+    scheduler: Mapping[str, object] = field(default_factory=dict)  # its state, as saved
     batch: Mapping[str, int] = field(default_factory=dict)  # global, micro, accumulation, as saved
 
 
@@ -70,7 +75,10 @@ class Checkpoint:
 
     `tensors` are the model's weights and buffers as saved, by name; tied names share their chunks.
     `shared` maps an alias to its owner, `frozen` and `buffers` name entries of `tensors`.
-    `extra` is the format's own remainder, opaque to everyone else and written back as read.
+    `optimizer` is the class of the optimizer where the files name it ("AdamW"). `loss_scaler` is its state
+    as plain values. `client` is what training code saved beside all that, by key. `template` is what the
+    source's own format keeps to write files as they were: opaque to everyone else, never needed, never more
+    than fidelity.
     """
 
     path: Path
@@ -84,7 +92,10 @@ class Checkpoint:
     files: tuple[FileRole, ...] = ()
     checks: tuple[SourceCheck, ...] = ()  # checksums that the files state for their parts
     notes: tuple[str, ...] = ()  # what a reader should know: unknown classes, missing checksums ...
-    extra: object = None
+    optimizer: str | None = None
+    loss_scaler: Mapping[str, Value] = field(default_factory=dict)
+    client: Mapping[str, Value] = field(default_factory=dict)
+    template: object = None
 
     @property
     def master(self) -> Mapping[str, TensorRef]:

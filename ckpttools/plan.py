@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpttools.tensors import ByteRange, Chunk, DType, Strided, Zeros
+from ckpttools.tensors import ByteRange, Cast, Chunk, Source, Strided, Zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +27,6 @@ class Literal:
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
-    """The chunks' elements converted from one dtype to another, rounding to nearest even."""
-
-    chunks: tuple[Chunk, ...]
-    source: DType
-    target: DType
-
-    @property
-    def numel(self) -> int:
-        return sum(chunk.nbytes for chunk in self.chunks) // self.source.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.target.itemsize
-
-
-@dataclass(frozen=True, slots=True)
 class Crc32:
     """Four bytes, little-endian: the CRC-32 of segments `first` to `last` (exclusive) of the same file."""
 
@@ -55,7 +38,7 @@ class Crc32:
         return 4
 
 
-Segment = Literal | ByteRange | Zeros | Strided | Cast | Crc32
+Segment = Literal | Chunk | Crc32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +91,7 @@ def copy_file(source: Path, path: str, nbytes: int) -> OutputFile:
     return OutputFile(path=path, segments=(ByteRange(source, 0, nbytes),) if nbytes else ())
 
 
-def reads(segment: Segment) -> tuple[Chunk, ...]:
+def reads(segment: Segment) -> tuple[Source, ...]:
     """The chunks that a segment copies or casts, in order."""
     match segment:
         case Cast():

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +135,34 @@ class Strided:
         )
 
 
-Chunk = ByteRange | Zeros | Strided
+Source = ByteRange | Zeros | Strided  # bytes as they lie
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The elements of `chunks` converted from one dtype to another, rounding to nearest even."""
+
+    chunks: tuple[Source, ...]
+    source: DType
+    target: DType
+
+    @property
+    def numel(self) -> int:
+        return sum(chunk.nbytes for chunk in self.chunks) // self.source.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.target.itemsize
+
+    def cut(self, start: int, nbytes: int) -> Cast:
+        item, width = self.target.itemsize, self.source.itemsize
+        assert start % item == 0 and nbytes % item == 0
+        inner = cut_chunks(self.chunks, start // item * width, nbytes // item * width)
+        return Cast(inner, self.source, self.target)
+
+
+Chunk = Source | Cast
+C = TypeVar("C", bound=Chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +194,24 @@ class TensorRef:
             raise ValueError(f"{self.numel} elements do not fill the shape {shape}")
         return TensorRef(self.dtype, shape, self.chunks)
 
+    def cast(self, dtype: DType) -> TensorRef:
+        """The same values as `dtype`, still unread. Raises ValueError for one that is cast already."""
+        if dtype is self.dtype:
+            return self
+        if not self.chunks:
+            return TensorRef(dtype, self.shape, ())
+        chunks: list[Source] = []
+        source = self.dtype
+        for chunk in self.chunks:
+            if isinstance(chunk, Cast):
+                raise ValueError("a cast tensor cannot be cast again: cast the one that it was made from")
+            chunks.append(chunk)
+        return TensorRef(dtype, self.shape, (Cast(tuple(chunks), source, dtype),))
 
-def cut_chunks(chunks: Iterable[Chunk], start: int, nbytes: int) -> tuple[Chunk, ...]:
+
+def cut_chunks(chunks: Iterable[C], start: int, nbytes: int) -> tuple[C, ...]:
     """Bytes `start` to `start + nbytes` of the concatenation of `chunks`."""
-    out: list[Chunk] = []
+    out: list[Any] = []
     end = start + nbytes
     at = 0
     for chunk in chunks:
@@ -182,9 +224,9 @@ def cut_chunks(chunks: Iterable[Chunk], start: int, nbytes: int) -> tuple[Chunk,
     return join_chunks(out)
 
 
-def join_chunks(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
+def join_chunks(chunks: Iterable[C]) -> tuple[C, ...]:
     """The same bytes in as few chunks as possible; empty ones dropped."""
-    out: list[Chunk] = []
+    out: list[Any] = []
     for chunk in chunks:
         if not chunk.nbytes:
             continue
@@ -196,6 +238,11 @@ def join_chunks(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
                 out[-1] = ByteRange(path, start, nbytes + nbytes2)
             case Zeros(nbytes), Zeros(nbytes2):
                 out[-1] = Zeros(nbytes + nbytes2)
+            case Cast(mine, source, target), Cast(yours, source2, target2) if (
+                source is source2 and target is target2
+            ):
+                inner = join_chunks((*mine, *yours))
+                out[-1] = Cast(inner, source, target)
             case _:
                 out.append(chunk)
     return tuple(out)

@@ -107,7 +107,7 @@ def manifest_of_staged(staged: Path, name: str, *, workers: int = 0) -> bytes:
     else:
         source = Source(format="pt", target=staged, root=staged, how="as written")
         found = check_before_use(source)
-        files = [found.extra] if isinstance(found.extra, TorchFile) else []
+        files = [found.template] if isinstance(found.template, TorchFile) else []
     (entry,) = describe([staged], found, files, workers).values()
     return manifest.dump({name: entry})
 

@@ -61,8 +61,8 @@ def _twins(found: Checkpoint) -> Iterator[data.Twins]:
         for a, o in found.shared.items()
         if {a, o} <= found.tensors.keys()
     ]
-    if isinstance(found.extra, ZeroFolder):
-        for name, ref in frozen_fragments(found.extra.model).items():
+    if isinstance(found.template, ZeroFolder):
+        for name, ref in frozen_fragments(found.template.model).items():
             if name in found.tensors:
                 pairs.append((name, found.tensors[name], f"frozen_param_fragments.{name}", ref))
     for name, one, twin, other in pairs:

@@ -51,7 +51,7 @@ def check_headers(
         if error.exit_code != 1:
             raise
         return [of_error(error)], None, []
-    extra = found.extra
+    extra = found.template
     files = [f for f in (extra if isinstance(extra, tuple) else (extra,)) if isinstance(f, TorchFile)]
     return [*check_files(files), *_notes(found)], found, files
 

@@ -31,7 +31,7 @@ _SCHEDULERS = (*SCHEDULER, "scheduler_state", "lr_scheduler_state_dict")
 
 def check_keys(found: Checkpoint) -> Iterator[Finding]:
     """Say what a training checkpoint holds, and warn of what its own framework always saves and is gone."""
-    file = found.extra
+    file = found.template
     root = fields.as_mapping(file.value) if isinstance(file, TorchFile) else None
     if root is None:
         return

@@ -100,7 +100,7 @@ def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **o
         if result.old_count is not None and result.new_count is not None
         else None
     )
-    plan = plan_of(source, checkpoint.extra, result.edits, counts)
+    plan = plan_of(source, checkpoint.template, result.edits, counts)
     new_bs = asked["new_bs"] or result.timeline.new.total
     dst = dst or sibling(src, f".bs{new_bs}", r"\.bs\d+$")
     how = Writing(src=src, dst=dst, **options)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
-from ckpttools.plan import Cast, Literal, OutputFile, Segment
+from ckpttools.plan import Literal, OutputFile, Segment
 from ckpttools.stores.files import opened, truncated
 from ckpttools.tensors import BY_SAFETENSORS, ByteRange, DType, TensorRef
 
@@ -140,4 +140,4 @@ def safetensors_file(
 
 def cast(ref: TensorRef, dtype: DType) -> tuple[Segment, ...]:
     """The tensor's bytes as `dtype`."""
-    return ref.chunks if ref.dtype is dtype or not ref.chunks else (Cast(ref.chunks, ref.dtype, dtype),)
+    return ref.cast(dtype).chunks

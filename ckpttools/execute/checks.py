@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ckpttools.checksums import RangeCrcs
 from ckpttools.errors import CkptError
 from ckpttools.plan import SourceCheck
-from ckpttools.tensors import ByteRange, Chunk, Zeros
+from ckpttools.tensors import ByteRange, Source, Zeros
 
 
 class Claim(NamedTuple):
@@ -35,7 +35,7 @@ class SourceChecks:
                 by_path.setdefault(check.source.path, []).append(check)
         self._files = {path: _CheckedFile(found) for path, found in by_path.items()}
 
-    def claims(self, chunks: Iterable[Chunk]) -> tuple[Claim, ...]:
+    def claims(self, chunks: Iterable[Source]) -> tuple[Claim, ...]:
         """What a reader of these chunks, one after the other, must add."""
         out: list[Claim] = []
         at = 0

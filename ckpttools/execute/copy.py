@@ -15,9 +15,9 @@ from ckpttools.execute.system import write_errors
 from ckpttools.execute.units import StagedFile, Unit, interleaved
 from ckpttools.passes.read import Handles, Reader
 from ckpttools.passes.threads import in_threads
-from ckpttools.plan import Cast, Crc32, Literal, Plan
+from ckpttools.plan import Crc32, Literal, Plan
 from ckpttools.progress import Progress
-from ckpttools.tensors import ByteRange
+from ckpttools.tensors import ByteRange, Cast
 from ckpttools.values import BLOCK_NBYTES, cast, numpy_array
 
 

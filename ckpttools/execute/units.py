@@ -11,8 +11,8 @@ from typing import NamedTuple
 from ckpttools.checksums import RangeCrcs
 from ckpttools.execute.checks import Claim, SourceChecks
 from ckpttools.passes.ranges import Cutter
-from ckpttools.plan import Cast, Crc32, OutputFile, Segment, reads
-from ckpttools.tensors import Strided
+from ckpttools.plan import Crc32, OutputFile, Segment, reads
+from ckpttools.tensors import Cast, Strided
 from ckpttools.values import BLOCK_NBYTES
 
 UNIT = 1024 * 1024  # the fastest of 256 KiB to 4 MiB: a buffer that is still in the cache for its CRC

@@ -122,7 +122,7 @@ def read(path: Path) -> Checkpoint:
         files=tuple(files),
         checks=tuple(checks),
         notes=("safetensors files carry no checksums",) if not checks else (),
-        extra=tuple(torch_files),
+        template=tuple(torch_files),
     )
 
 

@@ -59,7 +59,7 @@ def read(path: Path) -> Checkpoint:
         files=(FileRole(path=path, nbytes=file.size, role=held + also),),
         checks=tuple(file.checks()),
         notes=tuple(notes),
-        extra=file,
+        template=file,
     )
 
 

@@ -30,7 +30,7 @@ def read(source: Source, checkpoint: Checkpoint) -> Training:
 
 
 def _read(source: Source, checkpoint: Checkpoint) -> Training:
-    extra = checkpoint.extra
+    extra = checkpoint.template
     if isinstance(extra, ZeroFolder):
         return _zero(source, extra)
     if isinstance(extra, TorchFile):

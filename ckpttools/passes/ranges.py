@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ckpttools.tensors import Chunk, Zeros
+from ckpttools.tensors import Source, Zeros
 
 
 class Cutter:
     """Cuts a sequence of chunks from front to back, in time linear in their number."""
 
-    def __init__(self, chunks: Iterable[Chunk]) -> None:
+    def __init__(self, chunks: Iterable[Source]) -> None:
         self._rest = iter(chunks)
-        self._chunk: Chunk = Zeros(0)
+        self._chunk: Source = Zeros(0)
 
-    def take(self, nbytes: int) -> tuple[Chunk, ...]:
+    def take(self, nbytes: int) -> tuple[Source, ...]:
         """The next `nbytes` bytes, fewer at the end."""
-        out: list[Chunk] = []
+        out: list[Source] = []
         while nbytes:
             if not self._chunk.nbytes:
                 following = next(self._rest, None)

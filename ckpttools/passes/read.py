@@ -15,8 +15,8 @@ import numpy as np
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.passes.gather import GATHER_NBYTES, gather
 from ckpttools.passes.ranges import Cutter
-from ckpttools.tensors import ByteRange, Chunk, DType, Strided, TensorRef, Zeros
-from ckpttools.values import BLOCK_NBYTES, Array, numpy_array, numpy_dtype
+from ckpttools.tensors import ByteRange, Cast, DType, Source, Strided, TensorRef, Zeros
+from ckpttools.values import BLOCK_NBYTES, Array, cast, numpy_array, numpy_dtype
 
 _OPEN_FILES = 32
 
@@ -67,7 +67,7 @@ class Reader:
         with suppress(OSError):  # all that was asked for has been read
             self._files.close()
 
-    def fill(self, view: memoryview, chunks: Iterable[Chunk]) -> None:
+    def fill(self, view: memoryview, chunks: Iterable[Source]) -> None:
         """Read `chunks`, one after the other, into `view`, which is exactly as long."""
         at = 0
         for chunk in chunks:
@@ -118,7 +118,7 @@ def truncated(path: Path, need: int, have: int) -> CkptError:
 
 
 def blocks(
-    chunks: Iterable[Chunk], dtype: DType, block_nbytes: int = BLOCK_NBYTES, reader: Reader | None = None
+    chunks: Iterable[Source], dtype: DType, block_nbytes: int = BLOCK_NBYTES, reader: Reader | None = None
 ) -> Iterator[Array]:
     """The elements of `chunks` in order, in 1-D arrays of `block_nbytes` bytes, the last one shorter.
 
@@ -139,7 +139,14 @@ def blocks(
 
 def load(ref: TensorRef) -> Array:
     """The whole tensor in memory; for scalars and tests."""
-    buffer = bytearray(ref.nbytes)
+    out = np.empty(ref.numel, numpy_dtype(ref.dtype))
+    at = 0
     with Reader() as reader:
-        reader.fill(memoryview(buffer), ref.chunks)
-    return np.frombuffer(buffer, numpy_dtype(ref.dtype)).reshape(ref.shape)
+        for chunk in ref.chunks:
+            source, inner = (chunk.source, chunk.chunks) if isinstance(chunk, Cast) else (ref.dtype, (chunk,))
+            buffer = memoryview(bytearray(sum(part.nbytes for part in inner)))
+            reader.fill(buffer, inner)
+            block = cast(numpy_array(buffer, source), source, ref.dtype)
+            out[at : at + len(block)] = block
+            at += len(block)
+    return out.reshape(ref.shape)

@@ -150,4 +150,4 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def is_zero(checkpoint: Checkpoint) -> bool:
-    return isinstance(checkpoint.extra, ZeroFolder)
+    return isinstance(checkpoint.template, ZeroFolder)

@@ -541,7 +541,7 @@ def checkpoint(folder: ZeroFolder) -> Checkpoint:
         files=tuple(_roles(folder)),
         checks=tuple(check for file in torch_files(folder) for check in file.checks()),
         notes=tuple(_notes(folder)),
-        extra=folder,
+        template=folder,
     )
 
 

@@ -43,7 +43,7 @@ def plan(checkpoint: Checkpoint) -> Plan:
     Raises Unsupported for a checkpoint that was not read from a ZeRO folder, or whose optimizer settings
     are not in the files.
     """
-    source = checkpoint.extra
+    source = checkpoint.template
     if not isinstance(source, ZeroFolder):
         raise Unsupported(
             "not-zero",

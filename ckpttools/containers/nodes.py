@@ -1,0 +1,89 @@
+"""Between the nodes of a torch file's pickle and plain values: both ways, without loss.
+
+A node that no plain value can stand for (an unknown class, a set, a dict with other keys) becomes `Opaque`
+and is written back as it was read.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from ckpttools.containers.pickles import Dict, Global, Node, Object
+from ckpttools.containers.torch_file import Storage, TorchFile, new_storage, tensor_node
+from ckpttools.tensors import TensorRef, join_chunks
+from ckpttools.tree import MAX_DEPTH, Opaque, Value
+
+ORDERED = Global("collections", "OrderedDict")
+
+
+def decode(file: TorchFile, node: Node) -> Value:
+    """A node as a plain value; tensors as `TensorRef`, unread. A node that occurs twice is decoded once."""
+    return _Decoder(file).value(node, MAX_DEPTH)
+
+
+class _Decoder:
+    def __init__(self, file: TorchFile) -> None:
+        self.file = file
+        self.known: dict[int, Value] = {}
+
+    def value(self, node: Node, depth: int) -> Value:
+        if node is None or isinstance(node, bool | int | float | str | bytes):
+            return node
+        if id(node) not in self.known:
+            self.known[id(node)] = Opaque(node, "a value that holds itself")
+            self.known[id(node)] = self.made(node, depth - 1)
+        return self.known[id(node)]
+
+    def made(self, node: Node, depth: int) -> Value:
+        if depth < 0:
+            return Opaque(node, "a value that is nested too deeply")
+        if type(node) is list:
+            return [self.value(item, depth) for item in node]
+        if type(node) is tuple:
+            return tuple(self.value(item, depth) for item in node)
+        if isinstance(node, Dict) and keyed(node):
+            return {key: self.value(inner, depth) for key, inner in node.pairs}
+        if isinstance(node, Object):
+            view = self.file.view(node)
+            if view is not None:
+                return view.ref
+            if node.cls == ORDERED and not (node.args or node.items or node.has_state) and keyed(node):
+                return OrderedDict((key, self.value(inner, depth)) for key, inner in node.pairs)
+            return Opaque(node, str(node.cls) if isinstance(node.cls, Global) else "an object")
+        return Opaque(node, str(node) if isinstance(node, Global) else f"a {type(node).__name__.lower()}")
+
+
+def keyed(node: Dict | Object) -> bool:
+    """Whether a plain dict can stand for a mapping: str and int keys, none of them twice."""
+    keys = [key for key, _ in node.pairs]
+    return all(type(key) in (str, int) for key in keys) and len(set(keys)) == len(keys)
+
+
+def encode(value: Value, storages: dict[object, Storage] | None = None) -> Node:
+    """The node that is written for a value. Tensors of the same bytes share a storage within `storages`."""
+    storages = {} if storages is None else storages
+    match value:
+        case TensorRef():
+            return encode_tensor(value, storages)
+        case OrderedDict():
+            node = Object("reduce", ORDERED, ())
+            node.pairs = [(key, encode(inner, storages)) for key, inner in value.items()]
+            return node
+        case Mapping():
+            return Dict.of((key, encode(inner, storages)) for key, inner in value.items())
+        case list():
+            return [encode(inner, storages) for inner in value]
+        case tuple():
+            return tuple(encode(inner, storages) for inner in value)
+        case Opaque():
+            return value.node
+    return value
+
+
+def encode_tensor(ref: TensorRef, storages: dict[object, Storage]) -> Object:
+    """A tensor's node; one that has the chunks of an earlier one is a view of the same storage."""
+    key = (ref.dtype.name, join_chunks(ref.chunks)) if ref.numel else object()
+    if key not in storages:
+        storages[key] = new_storage(ref.dtype, ref.numel, ref.chunks)
+    return tensor_node(TensorRef(ref.dtype, ref.shape, ()), storages[key])
