@@ -85,10 +85,31 @@ def test_heavy_libraries_stay_in_their_place() -> None:
 
 # from the bottom up: each part imports only what stands before it; a new part gets its place on purpose
 LAYERS = [
-    "errors", "progress", "checksums", "explain", "tensors", "tree", "plan", "schedules", "training",
-    "checkpoint", "values", "stores", "passes", "containers", "execute", "formats", "frameworks", "transforms", "manifest",
-    "checks", "runs", "resume", "trainer", "cli",
-]  # fmt: skip
+    "errors",
+    "progress",
+    "checksums",
+    "explain",
+    "tensors",
+    "tree",
+    "plan",
+    "schedules",
+    "training",
+    "checkpoint",
+    "values",
+    "stores",
+    "passes",
+    "containers",
+    "execute",
+    "formats",
+    "frameworks",
+    "transforms",
+    "manifest",
+    "checks",
+    "runs",
+    "resume",
+    "trainer",
+    "cli",
+]
 
 
 def test_imports_point_one_way() -> None:
