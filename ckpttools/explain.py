@@ -229,6 +229,12 @@ def _all() -> dict[str, Explanation]:
             "ckpt verify each one, and mend the least damaged.",
         ),
         "no-checkpoints": e(USE, "The folder holds no checkpoints.", "Name the run's own folder."),
+        "save-unfinished": e(
+            FOLDER,
+            "The Trainer writes into tmp-checkpoint-N and renames it when all is written, or marks the folder with "
+            "checkpoint-is-incomplete.txt meanwhile. This save was interrupted, or still runs.",
+            "Use an older checkpoint, or wait until the save is finished.",
+        ),
         "latest-missing": e(
             FOLDER,
             "A DeepSpeed tag folder lies in an HF Trainer checkpoint, and the file `latest` that names it is gone. "

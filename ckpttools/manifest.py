@@ -22,7 +22,8 @@ import xxhash
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
-from ckpttools.stores.files import MANIFEST, entries, is_file, opened, plain_name
+from ckpttools.siblings import MANIFEST, is_ours
+from ckpttools.stores.files import entries, is_file, opened, plain_name
 from ckpttools.stores.links import refuse_outside
 
 FORMAT, VERSION = "ckpttools-manifest", 1
@@ -71,11 +72,7 @@ def own_files(target: Path) -> list[Path]:
     """The files that a manifest covers: those directly in the folder, or the single file."""
     if not target.is_dir():
         return [target]
-    return [
-        target / e.name
-        for e in entries(target)
-        if is_file(e) and not e.name.endswith(MANIFEST) and ".ckpt-tmp-" not in e.name
-    ]
+    return [target / e.name for e in entries(target) if is_file(e) and not is_ours(e.name)]
 
 
 def describe(files: Sequence[Path], tensors: Mapping[Path, Ranges], *, workers: int = 0) -> dict[str, Entry]:

@@ -11,7 +11,8 @@ from ckpttools.checks.findings import ERROR, INFO, Finding, of_error
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError
 from ckpttools.manifest import Entry
-from ckpttools.stores.files import MANIFEST, size_of
+from ckpttools.siblings import MANIFEST
+from ckpttools.stores.files import size_of
 from ckpttools.tensors import ByteRange
 
 

@@ -28,12 +28,12 @@ COMMANDS = (
     f"inspect run/{SAVED}",
     f"verify run/{SAVED}",
     f"extract run/{SAVED} weights --weights-only --hf-config run/hf_config",
-    f"reshard run/{SAVED} run/{SAVED}.ws4 --world-size 4",
-    f"verify run/{SAVED}.ws4",
-    f"train {CONFIG} --nproc 4 --resume --resume-from run/{SAVED}.ws4 --work-dir resumed",
-    f"rebase-schedule run/{SAVED} run/{SAVED}.bs16 --old-bs 32 --new-bs 16",
+    f"reshard run/{SAVED} run/ws4-of-{SAVED} --world-size 4",
+    f"verify run/ws4-of-{SAVED}",
+    f"train {CONFIG} --nproc 4 --resume --resume-from run/ws4-of-{SAVED} --work-dir resumed",
+    f"rebase-schedule run/{SAVED} run/bs16-of-{SAVED} --old-bs 32 --new-bs 16",
     # half the batch, and the warmup that the command above says: 4 updates of 32 samples are 8 of 16
-    f"train {CONFIG} --nproc 2 --resume --resume-from run/{SAVED}.bs16 --work-dir rebased"
+    f"train {CONFIG} --nproc 2 --resume --resume-from run/bs16-of-{SAVED} --work-dir rebased"
     " --set batch.global_batch_size=16 --set schedule.warmup_steps=8",
 )
 

@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from ckpttools.cli.options import DST, SRC, parse_size, writing
-from ckpttools.cli.write import Writing, sibling, write
+from ckpttools.cli.write import Writing, write
 from ckpttools.errors import UsageError, escape
 from ckpttools.plan import Plan
+from ckpttools.siblings import default_dst
 
 SINGLE_FILES = {"safetensors": (".safetensors",), "pt": (".pt", ".pth", ".bin", ".ckpt")}
 
@@ -76,7 +77,7 @@ def command(
     """Write the weights of SRC, for inference or for other tools.
 
     DST may be a folder, which transformers loads, or one file (.safetensors, .pt, .bin ...). By default it is
-    SRC.weights beside SRC. fp32 master weights are taken where they exist: they are what DeepSpeed's own
+    weights-of-SRC beside it. fp32 master weights are taken where they exist: they are what DeepSpeed's own
     zero_to_fp32 gives.
     """
     from ckpttools.checks import check_before_use
@@ -111,7 +112,7 @@ def command(
     plan = make(chosen, max_shard_size=limit, single=single)
     if not single:
         plan = _with_config(plan, hf_config, source.root)
-    dst = dst or sibling(src, ".weights")
+    dst = dst or default_dst(src, "weights", "")
     write(plan, Writing(src=src, dst=dst, **options), "extract")
 
 

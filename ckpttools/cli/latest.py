@@ -30,7 +30,7 @@ def command(
     from ckpttools.checks import verify
 
     if verified:
-        choice = runs.latest_verified(
+        choice = runs.newest_verified(
             folder,
             lambda path: verify(
                 path,
@@ -39,12 +39,15 @@ def command(
             ),
         )
     else:
-        choice = runs.latest(folder)
+        choice = runs.newest(folder)
     if as_json:
         passed = [{"path": str(path), "reason": reason} for path, reason in choice.passed_over]
-        render.document({"path": str(choice.path), "why": choice.why, "passed_over": passed})
+        document = {"path": str(choice.path), "why": choice.why, "passed_over": passed}
+        render.document(document | {"notes": list(choice.notes)})
         return
     for path, reason in choice.passed_over:
         render.say(f"passed over {escape(path)}: {escape(reason, 1000)}", quiet=quiet)
     render.say(escape(choice.why, 1000), quiet=quiet)
+    for note in render.notes_text(choice.notes):
+        render.say(note, quiet=quiet)
     click.echo(escape(choice.path, 4000))

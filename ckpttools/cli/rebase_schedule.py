@@ -11,8 +11,9 @@ import click
 
 from ckpttools.cli import render
 from ckpttools.cli.options import DST, SRC, number, writing
-from ckpttools.cli.write import Writing, sibling, write
+from ckpttools.cli.write import Writing, write
 from ckpttools.errors import UsageError, escape
+from ckpttools.siblings import default_dst
 
 if TYPE_CHECKING:
     from ckpttools.training import Edit
@@ -79,8 +80,8 @@ def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **o
 
     Training goes on at the same place in the data with the learning rate that a run at the new batch size
     has there. Works on ZeRO folders, HF Trainer, Lightning, accelerate, MMEngine, OpenPCDet and plain .pt
-    checkpoints. SRC is never changed; DST is by default SRC.bsN beside it. --dry-run shows every value, old
-    and new.
+    checkpoints. SRC is never changed; DST is by default bsN-of-SRC beside it. --dry-run shows every value,
+    old and new.
     """
     from ckpttools import frameworks as training
     from ckpttools.checks import check_before_use
@@ -102,7 +103,7 @@ def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **o
     )
     plan = plan_of(source, checkpoint.template, result.edits, counts)
     new_bs = asked["new_bs"] or result.timeline.new.total
-    dst = dst or sibling(src, f".bs{new_bs}", r"\.bs\d+$")
+    dst = dst or default_dst(src, f"bs{new_bs}")
     how = Writing(src=src, dst=dst, **options)
     if not how.as_json and not how.quiet:
         click.echo("\n".join(_text(result, source.root)), err=not how.dry_run)

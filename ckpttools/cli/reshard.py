@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from ckpttools.cli.options import DST, SRC, writing
-from ckpttools.cli.write import Writing, sibling, write
+from ckpttools.cli.write import Writing, write
+from ckpttools.siblings import default_dst
 
 
 @click.command("reshard")
@@ -25,7 +26,7 @@ from ckpttools.cli.write import Writing, sibling, write
 def command(src: Path, dst: Path | None, world_size: int, tag: str | None, **options: Any) -> None:
     """Move a ZeRO-1 or ZeRO-2 checkpoint to N ranks: weights, optimizer state and counters kept.
 
-    Unmodified DeepSpeed resumes from the result on N ranks. SRC is never changed; DST (by default SRC.wsN
+    Unmodified DeepSpeed resumes from the result on N ranks. SRC is never changed; DST (by default wsN-of-SRC
     beside it) appears when it is complete. SRC may be a folder with a `latest` file, a tag folder, an HF
     Trainer, Lightning or accelerate folder.
     """
@@ -40,5 +41,5 @@ def command(src: Path, dst: Path | None, world_size: int, tag: str | None, **opt
     plan = with_surroundings(
         source, zero.plan(resharded), ranks_change=world_size != checkpoint.layout.dp_degree
     )
-    dst = dst or sibling(src, f".ws{world_size}", r"\.ws\d+$")
+    dst = dst or default_dst(src, f"ws{world_size}")
     write(plan, Writing(src=src, dst=dst, **options), "reshard")

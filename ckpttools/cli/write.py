@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import click
 
 from ckpttools.cli import render
 from ckpttools.cli.sidecar import Sidecar, written_wrong
-from ckpttools.errors import UsageError, escape
+from ckpttools.errors import escape
 from ckpttools.plan import Plan
 
 
@@ -28,16 +27,6 @@ class Writing:
     quiet: bool
     workers: int
     no_progress: bool
-
-
-def sibling(src: Path, suffix: str, drop: str = "") -> Path:
-    """SRC's sibling with a telling suffix, the default DST; `drop` is a pattern for an older suffix."""
-    whole = src.resolve()
-    if not whole.name:
-        raise UsageError("bad-usage", "there is no place beside the root folder", hint="name a DST")
-    name = re.sub(drop, "", whole.name) if drop else whole.name
-    parent = src.parent if src.name not in ("", ".", "..") else whole.parent
-    return parent / (name + suffix)
 
 
 def write(plan: Plan, how: Writing, label: str, about: Mapping[str, object] | None = None) -> None:

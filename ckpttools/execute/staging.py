@@ -20,6 +20,7 @@ from ckpttools.checksums import crc32
 from ckpttools.execute import system
 from ckpttools.execute.preflight import exists
 from ckpttools.execute.system import write_errors
+from ckpttools.siblings import REPLACED, STAGING
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def staging_for(dst: Path) -> Iterator[Path]:
     """A new name beside `dst`; what has it at the end is removed."""
     pid = os.getpid()
     made_by = f"{pid}-{_host()}{_started(pid) or '0000'}"
-    path = dst.with_name(f"{dst.name}.ckpt-tmp-{made_by}{secrets.token_hex(4)}")
+    path = dst.with_name(f"{dst.name}{STAGING}{made_by}{secrets.token_hex(4)}")
     try:
         yield path
     finally:
@@ -135,7 +136,7 @@ def _swap(staging: Path, dst: Path) -> None:
     """Exchange two names. Without the system call, a kill in between leaves `dst` to `clear_stale`."""
     if system.renameat2(staging, dst, system.RENAME_EXCHANGE):
         return
-    old = dst.with_name(staging.name.replace(".ckpt-tmp-", ".ckpt-old-"))
+    old = dst.with_name(staging.name.replace(STAGING, REPLACED))
     dst.rename(old)
     try:
         staging.rename(dst)

@@ -15,6 +15,7 @@ from ckpttools.containers.torch_file import is_torch_file
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats.hf import SHARD, looks_like_hf
 from ckpttools.formats.zero.names import ANY, OPTIM, looks_like_zero
+from ckpttools.siblings import is_copy, is_ours
 from ckpttools.stores.files import entries, is_file, is_folder, opened, plain_name, small_text
 from ckpttools.stores.links import refuse_outside, within
 
@@ -241,15 +242,16 @@ def _only_one(path: Path) -> Source:
 
 
 def checkpoints(path: Path) -> list[Path]:
-    """The checkpoints directly in a run folder, oldest number first."""
+    """The checkpoints directly in a run folder, oldest number first; ckpt's own copies only if alone."""
     found: list[Path] = []
     for entry in entries(path):
         child = path / entry.name
         try:
             refuse_outside(child)
+            if is_ours(entry.name):
+                continue
             if is_folder(entry):
-                inside = {e.name for e in entries(child)}
-                if LATEST in inside or BUNDLE in inside or looks_like_zero(child) or looks_like_hf(child):
+                if holds_one(child):
                     found.append(child)
             elif is_file(entry) and entry.name.endswith((*TORCH_SUFFIXES, ".safetensors")):
                 if SIDE_FILES.fullmatch(entry.name):
@@ -259,7 +261,14 @@ def checkpoints(path: Path) -> list[Path]:
                         found.append(child)
         except CkptError:
             continue  # what cannot be listed or opened is no candidate
-    return sorted(found, key=lambda p: _by_number(p.name))
+    own = [path for path in found if not is_copy(path.name)]
+    return sorted(own or found, key=lambda p: _by_number(p.name))
+
+
+def holds_one(folder: Path) -> bool:
+    """Whether a folder is itself a checkpoint, by the names in it. Raises CkptError."""
+    inside = {entry.name for entry in entries(folder)}
+    return LATEST in inside or BUNDLE in inside or looks_like_zero(folder) or looks_like_hf(folder)
 
 
 def _by_number(name: str) -> tuple[list[int], str]:

@@ -15,7 +15,8 @@ from ckpttools.errors import escape
 from ckpttools.formats.locate import BUNDLE, Source
 from ckpttools.formats.zero.names import looks_like_zero
 from ckpttools.plan import OutputFile, Plan, copy_file
-from ckpttools.stores.files import MANIFEST, entries, is_file, is_folder, size_of
+from ckpttools.siblings import MANIFEST
+from ckpttools.stores.files import entries, is_file, is_folder, size_of
 from ckpttools.stores.links import within
 
 # one file per rank, of no use to another number of ranks: random number states

@@ -48,7 +48,7 @@ class Subject:
                 raise
             taken = next((c.path for c in chosen if c.path is not None), None)
             if taken is None:
-                choice = runs.latest(path)
+                choice = runs.newest(path)
                 taken = choice.path
                 chosen = (*chosen, AutoResume(framework="ckpt latest", path=taken, why=choice.why))
             target = taken

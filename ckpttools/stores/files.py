@@ -13,7 +13,6 @@ from ckpttools.stores.links import refuse_outside
 
 LFS_MAGIC = b"version https://git-lfs"
 MAX_ENTRIES = 100_000
-MANIFEST = "ckpt-manifest.json"  # describes the files beside it: never carried to files that differ
 
 
 class File:

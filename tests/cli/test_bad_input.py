@@ -225,8 +225,8 @@ def test_ctrl_c_leaves_nothing(folder: Path) -> None:
         _, _err = process.communicate(timeout=60)
         outcomes.add(process.returncode)
         left = names(folder.parent) - {folder.name}
-        assert left <= {"run.ws4"}, left
+        assert left <= {"ws4-of-run"}, left
         if left:
-            assert ckpt_process("verify", folder.with_name("run.ws4")).returncode == 0
+            assert ckpt_process("verify", folder.with_name("ws4-of-run")).returncode == 0
     assert digest(folder) == before
     assert outcomes <= {0, 130, -signal.SIGINT}, outcomes  # the last: before Python was up

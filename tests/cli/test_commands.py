@@ -75,11 +75,11 @@ def test_reshard_and_back_by_command(ckpt: Ckpt, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(GOOD, run)
     ran = ckpt("reshard", run, "--world_size", "3")  # underscores as dashes
-    assert ran.code == 0 and ran.out.strip() == str(tmp_path / "run.ws3")
-    assert ckpt("verify", tmp_path / "run.ws3").code == 0
-    ran = ckpt("reshard", tmp_path / "run.ws3", "--world-size", "2", "--json")
+    assert ran.code == 0 and ran.out.strip() == str(tmp_path / "ws3-of-run")
+    assert ckpt("verify", tmp_path / "ws3-of-run").code == 0
+    ran = ckpt("reshard", tmp_path / "ws3-of-run", "--world-size", "2", "--json")
     document = json.loads(ran.out)
-    assert document["destination"] == str(tmp_path / "run.ws2") and document["ok"]
+    assert document["destination"] == str(tmp_path / "ws2-of-run") and document["ok"]
     assert ckpt("reshard", GOOD, tmp_path / "q", "--world-size", "2", "-q").err == ""
 
 

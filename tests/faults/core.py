@@ -25,7 +25,7 @@ from ckpttools.checks import manifest_of, verify
 from ckpttools.checks.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.errors import CkptError
 from ckpttools.formats.zero import names
-from ckpttools.stores.files import MANIFEST
+from ckpttools.siblings import MANIFEST
 
 T = TypeVar("T")
 ZERO, PT, HF = "zero", "pt", "hf"

@@ -294,7 +294,7 @@ def test_the_default_destination_is_a_sibling(tmp_path: Path) -> None:
     source = tmp_path / "a.ckpt"
     source.write_bytes(LIGHTNING.read_bytes())
     ran = run("rebase-schedule", source, "--old-bs", 4, "--new-bs", 2)
-    assert ran.code == 0 and ran.out.strip() == f"{source}.bs2"
+    assert ran.code == 0 and ran.out.strip() == str(source.with_name(f"bs2-of-{source.name}"))
 
 
 def test_a_tag_named_after_its_step_follows(tmp_path: Path) -> None:

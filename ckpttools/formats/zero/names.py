@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported, escape
-from ckpttools.stores.files import MANIFEST, entries, is_file
+from ckpttools.siblings import MANIFEST
+from ckpttools.stores.files import entries, is_file
 
 OPTIM = re.compile(
     r"(?P<prefix>bf16_|fp16_)?zero_pp_rank_(?P<dp>\d{1,6})(?P<mp>_mp_rank_\d{2,6})?(?P<bar>_?)optim_states\.pt"

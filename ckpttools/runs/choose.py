@@ -1,0 +1,221 @@
+"""The newest checkpoint of a run, why it is the newest, and what says otherwise.
+
+Frameworks leave a pointer beside the checkpoints: `last_checkpoint` (MMEngine and `ckpt train`: a path or a
+name) and `latest` (DeepSpeed: a tag). A resume follows it, so it wins; where another checkpoint is further
+on, that is said. A pointer may be stale after a copy: its last path component is then looked for beside it.
+Without a pointer it is the one that is furthest on and holds what a resume needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+
+from ckpttools.checks.findings import ERROR, Verdict
+from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.runs.find import Entry, common, runs
+from ckpttools.runs.order import numbers, shape
+from ckpttools.stores.files import entries, small_text
+
+POINTERS = ("last_checkpoint", "latest")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The checkpoint that was chosen and why; which newer ones were passed over, each with the reason.
+
+    `notes` say where modification time, names, counters and pointers disagree.
+    """
+
+    path: Path
+    why: str
+    passed_over: tuple[tuple[Path, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def newest(folder: Path) -> Choice:
+    """The checkpoint that a resume would take, in a run's folder or anywhere below.
+
+    Raises CkptError where a pointer leads nowhere, UsageError where there is no checkpoint.
+    """
+    found = runs(folder)
+    run = found[0][0].run if found else folder
+    among = _among(found, folder)
+    if found and found[0][0].path == folder:
+        return replace(_furthest(found[0]), why="the folder is itself a checkpoint")
+    for place in dict.fromkeys((folder, run)):
+        for name in POINTERS:
+            if any(entry.name == name for entry in entries(place)):
+                choice = _pointed(place, name)
+                notes = (*among, *_behind(choice.path, found[0] if found else []), *_pointers(place))
+                return replace(choice, notes=notes)
+    if not found:
+        raise nothing(folder)
+    return replace(_furthest(found[0]), notes=(*among, *_disagreements(found[0])))
+
+
+def newest_verified(folder: Path, verify: Callable[[Path], Verdict]) -> Choice:
+    """The newest checkpoint that passes `verify`, and what is wrong with the newer ones."""
+    found = runs(folder)
+    if not found:
+        raise nothing(folder)
+    passed: list[tuple[Path, str]] = []
+    candidates = found[0] if any(_could(entry) for entry in found[0]) else []
+    for entry in found[0]:
+        if candidates and entry.problem is None and entry.resumes is False:
+            passed.append((entry.path, NO_STATE))
+            continue
+        problem = _problem(entry.path, verify)
+        if problem is None:
+            at = f" ({entry.at})" if entry.at else ""
+            return Choice(
+                path=entry.path,
+                why=f"the newest of {len(found[0])} that passes every check{at}",
+                passed_over=tuple(passed),
+                notes=(*_among(found, folder), *_disagreements(found[0])),
+            )
+        passed.append((entry.path, problem))
+    raise CkptError(
+        "none-verified",
+        f"none of the {len(found[0])} checkpoints passes verify",
+        where=found[0][0].run,
+        why="\n".join(f"{path.name}: {problem}" for path, problem in passed[:10]),
+        hint="ckpt verify each of them, and mend the one with the least damage",
+    )
+
+
+NO_STATE = "it holds no optimizer state: weights alone"
+
+
+def _could(entry: Entry) -> bool:
+    """Whether a resume could take it, for all that its headers say."""
+    return entry.problem is None and entry.resumes is not False
+
+
+def _furthest(found: list[Entry]) -> Choice:
+    """The first that a resume could take; else the first that can be read; else the first."""
+    taken = next(filter(_could, found), None)
+    if taken is None:
+        taken = next((entry for entry in found if entry.problem is None), found[0])
+    newer = found[: found.index(taken)]
+    counter = common(found)
+    by = f"{counter} {taken.count(counter)}" if counter and taken.count(counter) is not None else ""
+    by = by or ("its name" if _alike(found) else "modification time")
+    return Choice(
+        path=taken.path,
+        why=f"no pointer file; the newest of {len(found)} by {by}",
+        passed_over=tuple((entry.path, _reason(entry)) for entry in newer),
+    )
+
+
+def _reason(entry: Entry) -> str:
+    return f"{entry.problem.message} [{entry.problem.id}]" if entry.problem is not None else NO_STATE
+
+
+def _alike(found: list[Entry]) -> bool:
+    return len({shape(entry.path.name) for entry in found}) == 1
+
+
+def _disagreements(found: list[Entry]) -> Iterator[str]:
+    """Where time or names give another answer than the order of the checkpoints, newest first."""
+    could = [entry for entry in found if _could(entry)]
+    if len(could) < 2:
+        return
+    taken = could[0]
+    of = f"{escape(taken.path.name)} is at {taken.at or '?'}"
+    by_time = max(could, key=lambda entry: entry.time)
+    if by_time.time > taken.time:
+        yield (
+            f"by modification time {escape(by_time.path.name)} ({by_time.at or '?'}) is the newest, but "
+            f"{of}: a framework that goes by time takes the former"
+        )
+    alike = [entry for entry in could if shape(entry.path.name) == shape(taken.path.name)]
+    by_name = max(alike, key=lambda entry: numbers(entry.path.name))
+    if numbers(by_name.path.name) > numbers(taken.path.name):
+        yield (
+            f"by the number in its name {escape(by_name.path.name)} ({by_name.at or '?'}) is the newest, but "
+            f"{of}: a framework that goes by names takes the former"
+        )
+    if common(found) is None and len({shape(entry.path.name) for entry in could}) > 1:
+        yield "they state no counter in common: compared by their names and modification times"
+
+
+def _behind(path: Path, found: list[Entry]) -> Iterator[str]:
+    """What a pointer's reader should know: it names one that is not the furthest, or cannot resume."""
+    named = next((entry for entry in found if entry.path == path), None)
+    if named is None:
+        return
+    if not _could(named):
+        yield f"what the pointer names cannot be resumed from: {_reason(named)}; ckpt latest --verified"
+    further = next(filter(_could, found), named)
+    if further is not named and found.index(further) < found.index(named):
+        yield (
+            f"the pointer names {named.at or escape(path.name)}, but {escape(further.path.name)} is newer"
+            + (f" ({further.at})" if further.at else "")
+        )
+
+
+def _pointers(place: Path) -> Iterator[str]:
+    """Two pointers that name different checkpoints."""
+    names = {entry.name for entry in entries(place)}
+    if all(name in names for name in POINTERS):
+        first, second = (PurePath(small_text(place / name, 4096).strip()).name for name in POINTERS)
+        if first != second:
+            yield f"{POINTERS[0]} names {escape(first)}, {POINTERS[1]} names {escape(second)}"
+
+
+def _among(found: list[list[Entry]], folder: Path) -> tuple[str, ...]:
+    """That several runs lie below, whose counters do not compare."""
+    if len(found) < 2:
+        return ()
+    taken = found[0]
+    last = max(found, key=lambda run: max(entry.time for entry in run))
+    name = escape(taken[0].run.relative_to(folder))
+    notes = [f"{len(found)} runs are below; {name} is taken, the newest by "]
+    if last is taken:
+        notes[0] += "modification time"
+    else:
+        notes[0] += f"its name, though {escape(last[0].run.relative_to(folder))} was written later"
+    return tuple(notes)
+
+
+def _problem(path: Path, verify: Callable[[Path], Verdict]) -> str | None:
+    try:
+        verdict = verify(path)
+    except CkptError as error:
+        return f"{error.message} [{error.id}]"
+    bad = [finding for finding in verdict.findings if finding.severity == ERROR]
+    return f"{bad[0].message} [{bad[0].id}]" if bad else None
+
+
+def nothing(folder: Path) -> CkptError:
+    return UsageError(
+        "no-checkpoints",
+        "the folder holds no checkpoints",
+        where=folder,
+        why="neither a pointer file nor anything that looks like a checkpoint is in it or below",
+        hint="name the run's own folder, where its checkpoints lie",
+    )
+
+
+def _pointed(folder: Path, name: str) -> Choice:
+    text = small_text(folder / name, 4096).strip()
+    for path, how in _readings(folder, text):
+        if path.exists():
+            return Choice(path=path, why=f"{name} names {escape(text)}{how}")
+    raise CkptError(
+        "pointer-dangling",
+        f"{name} names {escape(text)}, which is not there",
+        where=folder / name,
+        why="a resume from this folder would fail, or start anew",
+        hint="ckpt latest --verified takes the newest good one",
+    )
+
+
+def _readings(folder: Path, text: str) -> Iterator[tuple[Path, str]]:
+    """What a pointer's text can mean: a name beside it, or a path whose last part lies beside it."""
+    base = PurePath(text).name
+    if base and base not in (".", "..") and base.isprintable():
+        moved = "" if base == text else ", found beside the pointer"
+        yield folder / base, moved

@@ -1,0 +1,178 @@
+"""Every checkpoint below a folder.
+
+Experiments lie in folders of folders: work_dirs/EXPERIMENT/TIMESTAMP/, lightning_logs/version_N/checkpoints/,
+output/GROUP/CONFIG/TAG/ckpt/. The folder that directly holds checkpoints is a run: only checkpoints of one
+run are compared by their counters. DeepSpeed's save folder with several tags is a run; with one it is a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ckpttools import frameworks
+from ckpttools.checkpoint import TrainState
+from ckpttools.errors import CkptError, Unsupported
+from ckpttools.formats import locate, read
+from ckpttools.formats.locate import checkpoints, holds_one
+from ckpttools.formats.zero.names import looks_like_zero
+from ckpttools.frameworks import huggingface
+from ckpttools.runs.order import newest_first
+from ckpttools.siblings import is_ours
+from ckpttools.stores.files import entries, is_folder
+from ckpttools.stores.links import within
+
+MAX_DEPTH = 8
+COUNTERS = ("iteration", "step", "epoch")
+# the Trainer's marks of a save that was not finished
+UNFINISHED = re.compile(r"tmp-checkpoint-.*")
+UNFINISHED_FILE = "checkpoint-is-incomplete.txt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Entry:
+    """A checkpoint of a run, as far as its headers say.
+
+    `resumes` is whether it holds optimizer state, None where that is not known. `time` is that of its newest
+    file, in ns. A `problem` is why it cannot be read, or is not finished: its counters are then unknown.
+    """
+
+    path: Path
+    run: Path
+    format: str | None
+    state: TrainState
+    resumes: bool | None
+    time: int
+    problem: CkptError | None = None
+
+    def count(self, counter: str) -> int | float | None:
+        """One of COUNTERS."""
+        values = {"iteration": self.state.iteration, "step": self.state.step, "epoch": self.state.epoch}
+        return values[counter]
+
+    @property
+    def at(self) -> str:
+        """Where training stood, in words: "step 200"; "" where it does not say."""
+        known = next((name for name in ("step", "iteration", "epoch") if self.count(name) is not None), None)
+        return f"{known} {self.count(known)}" if known else ""
+
+
+def find(folder: Path) -> tuple[Entry, ...]:
+    """Every checkpoint below a folder, newest first, run by run; ckpt's own copies are left out.
+
+    Raises UsageError where the folder itself cannot be listed.
+    """
+    return tuple(entry for run in runs(folder) for entry in run)
+
+
+def runs(folder: Path) -> list[list[Entry]]:
+    """The same by run: the newest run first, by its number where they are named alike, else by time."""
+    with within(folder):
+        if _whole(folder):
+            return [[_entry(folder, folder)]]
+        found = [ordered([_entry(path, run) for path in paths]) for run, paths in _runs(folder, MAX_DEPTH)]
+    keyed = {entries[0].run: entries for entries in found}
+    names = {run: run.relative_to(folder).as_posix() if run != folder else "" for run in keyed}
+    order = newest_first(
+        list(keyed),
+        count=lambda run: None,
+        name=lambda run: names[run],
+        time=lambda run: max(entry.time for entry in keyed[run]),
+    )
+    return [keyed[run] for run in order]
+
+
+def ordered(found: list[Entry]) -> list[Entry]:
+    """The checkpoints of one run, newest first."""
+    counter = common(found)
+    return newest_first(
+        found, count=partial(_key, counter), name=lambda entry: entry.path.name, time=lambda entry: entry.time
+    )
+
+
+def common(found: list[Entry]) -> str | None:
+    """The counter by which the checkpoints of a run can be compared: all that could be resumed state it."""
+    told = [entry for entry in found if entry.problem is None]
+    told = [entry for entry in told if entry.resumes is not False] or told
+    return next((c for c in COUNTERS if told and all(entry.count(c) is not None for entry in told)), None)
+
+
+def _key(counter: str | None, entry: Entry) -> tuple[float, ...] | None:
+    value = entry.count(counter) if counter is not None else None
+    return None if value is None else (value, entry.resumes is not False)
+
+
+def _runs(folder: Path, depth: int) -> Iterator[tuple[Path, list[Path]]]:
+    """The folders below that directly hold checkpoints, each with their paths."""
+    try:
+        listed = entries(folder)
+        direct = [path for path in checkpoints(folder) if not _several(path)]
+    except CkptError:
+        if depth == MAX_DEPTH:
+            raise
+        return  # what cannot be listed holds nothing for us
+    if direct:
+        yield folder, direct
+    for entry in listed if depth else ():
+        path = folder / entry.name
+        inside = is_folder(entry) and not entry.is_symlink() and not entry.name.startswith(".")
+        if inside and not is_ours(entry.name) and (not holds_one(path) or _several(path)):
+            yield from _runs(path, depth - 1)
+
+
+def _whole(path: Path) -> bool:
+    """Whether the folder is one checkpoint: DeepSpeed's save folder is not, unless a framework's files are in
+    it (the Trainer's, accelerate's), or it is Lightning's."""
+    names = {entry.name for entry in entries(path)}
+    if "latest" not in names or looks_like_zero(path):
+        return holds_one(path)
+    return path.suffix == ".ckpt" or huggingface.is_trainer(path) or huggingface.is_accelerate(path)
+
+
+def _several(path: Path) -> bool:
+    """Whether a folder is DeepSpeed's save folder with more than one tag in it."""
+    if not path.is_dir() or _whole(path):
+        return False
+    return sum(is_folder(e) and looks_like_zero(path / e.name) for e in entries(path)) > 1
+
+
+def _entry(path: Path, run: Path) -> Entry:
+    make = partial(Entry, path=path, run=run, time=_time(path))
+    try:
+        if UNFINISHED.fullmatch(path.name) or (path / UNFINISHED_FILE).is_file():
+            raise CkptError(
+                "save-unfinished",
+                "the save was not finished",
+                where=path,
+                why="the Trainer gives the folder its name, or takes the mark away, when all is written",
+                hint="use an older checkpoint",
+            )
+        source = locate(path)
+        checkpoint = read(source)
+    except CkptError as error:
+        return make(format=None, state=TrainState(), resumes=None, problem=error)
+    resumes: bool | None
+    try:
+        resumes = bool(frameworks.read(source, checkpoint).optimizers)
+    except Unsupported as reason:
+        resumes = False if reason.id == "weights-only" else None
+    except CkptError:
+        resumes = None
+    return make(format=checkpoint.layout.format, state=checkpoint.train_state, resumes=resumes)
+
+
+def _time(path: Path) -> int:
+    """When its newest file was written: a folder's own time also changes with what is put beside."""
+    try:
+        if not path.is_dir():
+            return path.stat().st_mtime_ns
+        inside = [e for e in entries(path) if not is_ours(e.name)]
+        times = [e.stat().st_mtime_ns for e in inside if e.is_file()]
+        times += [_time(path / e.name) for e in inside if not times and e.is_dir() and not e.is_symlink()]
+        return max(times, default=path.stat().st_mtime_ns)
+    except (OSError, CkptError):
+        return 0

@@ -1,0 +1,60 @@
+"""What newer means among checkpoints, and among runs.
+
+Steps and iterations are different units (with accumulation an update takes several iterations): two
+checkpoints are compared by a counter that both state. One that states none takes its place by the numbers in
+its name where another is named alike, else by its time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+
+def newest_first(
+    items: Sequence[T],
+    *,
+    count: Callable[[T], tuple[float, ...] | None],
+    name: Callable[[T], str],
+    time: Callable[[T], int],
+) -> list[T]:
+    """The items by `count`; those without one between them, by name or time."""
+    counts = {item: count(item) for item in items}
+    out = sorted(
+        (item for item in items if counts[item] is not None),
+        key=lambda item: (counts[item] or (), time(item)),
+        reverse=True,
+    )
+    rest = [item for item in items if counts[item] is None]
+    kinds = Counter(shape(name(item)) for item in rest)
+    # the most common kind of name first: the others find their place among them
+    rest.sort(
+        key=lambda item: (-kinds[shape(name(item))], shape(name(item)), numbers(name(item)), time(item))
+    )
+    for item in rest:
+        out.insert(_place(item, out, name, time), item)
+    return out
+
+
+def _place(item: T, out: list[T], name: Callable[[T], str], time: Callable[[T], int]) -> int:
+    """Where an item without a count belongs: by its number among those named alike, else by time."""
+    own = name(item)
+    alike = [at for at, other in enumerate(out) if shape(name(other)) == shape(own) and name(other) != own]
+    if alike:
+        older = (at for at in alike if numbers(name(out[at])) < numbers(own))
+        return next(older, alike[-1] + 1)
+    return next((at for at, other in enumerate(out) if time(other) < time(item)), len(out))
+
+
+def numbers(name: str) -> list[int]:
+    """The numbers in a name: epoch_10 comes after epoch_9."""
+    return [int(found[:18]) for found in re.findall(r"\d+", name)[:4]]
+
+
+def shape(name: str) -> str:
+    """A name without its numbers: names of one kind share it."""
+    return re.sub(r"\d+", "#", name)

@@ -1,0 +1,61 @@
+"""What ckpt writes beside a checkpoint, by name: copies, manifests, folders that are still being written.
+
+A default DST lies beside SRC, in a folder that a framework looks after. So its name must be none that a
+framework takes for one of its own:
+
+    HF Trainer    glob checkpoint-*; a resume takes checkpoint-N        transformers/trainer_utils.py
+    MMEngine      epoch_*.pth, iter_*.pth, best_*                       mmengine/hooks/checkpoint_hook.py
+    DeepSpeed     global_step*                                          deepspeed/runtime/engine.py
+    Lightning     last*.ckpt, the names it saved itself                 callbacks/model_checkpoint.py
+    OpenPCDet     every *.pth in ckpt/                                  tools/train.py
+    accelerate    every entry of checkpoints/, by its first number      accelerate/accelerator.py
+
+Hence the telling part stands in front (`ws4-of-checkpoint-20`), the suffix stays (`bs64-of-last.ckpt`), and
+what lies in `ckpt/` or `checkpoints/` gets its copy beside that folder.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ckpttools.errors import UsageError
+
+MANIFEST = "ckpt-manifest.json"  # describes the files beside it: never carried to files that differ
+STAGING = ".ckpt-tmp-"
+REPLACED = ".ckpt-old-"
+# whatever lies in such a folder is the framework's own
+THEIRS = ("ckpt", "checkpoints")
+
+_KINDS = r"(?:ws\d+|bs\d+|weights)"
+_COPY = re.compile(rf"{_KINDS}-of-.+|.+\.{_KINDS}")  # the latter: as the first versions named them
+
+
+def is_copy(name: str) -> bool:
+    """Whether a name is one that ckpt gives to a copy: no point that a run came by."""
+    return _COPY.fullmatch(name) is not None
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name is that of a manifest, or of something that is or was being written."""
+    return name.endswith(MANIFEST) or STAGING in name or REPLACED in name
+
+
+def default_dst(src: Path, kind: str, suffix: str | None = None) -> Path:
+    """Where a copy of SRC goes that has no DST; `kind` is "ws4", "bs64" or "weights".
+
+    An older copy's own kind is replaced: `ws4-of-a` becomes `ws2-of-a`. `suffix` takes the place of SRC's,
+    where what is written is no file of its kind; "" makes a folder of it.
+    """
+    whole = src.resolve()
+    if not whole.name:
+        raise UsageError("bad-usage", "there is no place beside the root folder", hint="name a DST")
+    same = re.match(r"[a-z]+", kind)
+    assert same is not None
+    name = re.sub(rf"^{same[0]}\d*-of-|\.{same[0]}\d*$", "", whole.name)
+    if suffix is not None:
+        name = re.sub(r"(\.(pt|pth|bin|ckpt|tar|safetensors))+$", "", name) + suffix
+    parent = src.parent if src.name not in ("", ".", "..") else whole.parent
+    if whole.parent.name in THEIRS:
+        parent = parent.parent if parent.name in THEIRS else whole.parent.parent
+    return parent / f"{kind}-of-{name}"
