@@ -20,6 +20,9 @@ def crc32_combine(a: int, b: int, nbytes_b: int) -> int:
     return int(_crc32_combine(a, b, nbytes_b))
 
 
+Share = tuple[int, int]  # of a range's CRC-32, from how many of its bytes: they join by xor and sum
+
+
 class RangeCrcs:
     """The CRC-32s of byte ranges (start, end) of one file, built from pieces that come in any order.
 
@@ -28,11 +31,12 @@ class RangeCrcs:
     each range still lacks; each byte must be added once. Ranges may overlap. Not thread-safe.
     """
 
-    __slots__ = ("_cuts", "_ends", "_owners", "left", "values")
+    __slots__ = ("_cuts", "_ends", "_owners", "_starts", "left", "values")
 
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
         self.values = [0] * len(ranges)
         self.left = [end - start for start, end in ranges]
+        self._starts = [start for start, _ in ranges]
         self._ends = [end for _, end in ranges]
         self._cuts = sorted({at for span in ranges for at in span})
         self._owners = _owners(ranges, self._cuts)
@@ -55,6 +59,18 @@ class RangeCrcs:
             self.values[k] ^= crc32_combine(crc, 0, self._ends[k] - end)
             self.left[k] -= end - start
         return owners
+
+    @property
+    def shares(self) -> list[Share]:
+        """What the pieces so far came to, for each range."""
+        sizes = zip(self._starts, self._ends, self.left, strict=True)
+        return [(crc, end - start - left) for crc, (start, end, left) in zip(self.values, sizes, strict=True)]
+
+    def join(self, shares: Sequence[Share]) -> None:
+        """Account for the pieces that another one of the same ranges was given."""
+        for k, (crc, nbytes) in enumerate(shares):
+            self.values[k] ^= crc
+            self.left[k] -= nbytes
 
 
 def _owners(ranges: Sequence[tuple[int, int]], cuts: Sequence[int]) -> list[tuple[int, ...]]:

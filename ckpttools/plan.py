@@ -66,6 +66,18 @@ class SourceCheck:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One writer's share of a plan: the work that begins in bytes `start` to `end` of its files, one file
+    after another. The parts of all ranks of a world make the plan.
+    """
+
+    rank: int
+    world: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a command will write.
 
@@ -84,6 +96,13 @@ class Plan:
     @property
     def is_single_file(self) -> bool:
         return len(self.files) == 1 and self.files[0].path == ""
+
+    def part(self, rank: int, world: int) -> Part:
+        """What writer `rank` of `world` writes: the same in every process that makes this plan."""
+        if not 0 <= rank < world:
+            raise ValueError(f"writer {rank} of {world}")
+        end = self.nbytes * (rank + 1) // world + (rank == world - 1)  # the last one takes empty files too
+        return Part(rank=rank, world=world, start=self.nbytes * rank // world, end=end)
 
 
 def copy_file(source: Path, path: str, nbytes: int) -> OutputFile:

@@ -2,12 +2,20 @@
 
 The files are built under a staging name beside the destination, flushed, and appear by one rename:
 
-1. `preflight` refuses: destination exists or lies in the sources, parent missing, too little space,
-   short source; `staging` removes what a killed run left behind;
-2. `copy` reserves the space of every file, then moves `units` of about 1 MiB by a few `threads`, with a
-   CRC-32 of every byte as it passes; the last unit of a file fills in its `Crc32` segments and flushes it;
-3. `checks` compares the checksums that the sources state, `preflight` looks for sources that changed;
-4. `staging` flushes the folders, renames, and flushes the parent folder.
+1. `prepare` refuses (`preflight`): destination exists or lies in the sources, parent missing, too little
+   space, short source; removes what a killed run left (`staging`), and reserves the space of every file;
+2. `write` moves the `units` of one part of the plan, about 1 MiB each, by a few threads (`copy`), with a
+   CRC-32 of every byte as it passes; who writes the whole of a file fills in its `Crc32` segments and
+   flushes it;
+3. `commit` joins the parts, compares the checksums that the sources state (`checks`), looks for sources
+   that changed, flushes the folders, renames, and flushes the parent folder.
+
+`execute` is the three of them in one process. Many processes share a plan so: one prepares, each writes its
+own `Plan.part(rank, world)` to the same staging, and the first commits what they all return:
+
+    with prepare(plan, dst) as staged:
+        written = gather(write(staged, plan.part(rank, world)))
+        report = commit(staged, written)
 
 Whatever happens before the rename leaves the destination as it was and removes the staging.
 """
@@ -15,20 +23,22 @@ Whatever happens before the rename leaves the destination as it was and removes 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpttools.execute import preflight, staging
-from ckpttools.execute.checks import SourceChecks
-from ckpttools.execute.copy import Copy
-from ckpttools.execute.preflight import validate
+from ckpttools.execute import copy, preflight, staging, units
+from ckpttools.execute.checks import compare
+from ckpttools.execute.copy import Written
+from ckpttools.execute.preflight import Fingerprint, validate
 from ckpttools.execute.signals import terminating_signals
 from ckpttools.execute.system import write_errors
-from ckpttools.plan import Plan
+from ckpttools.passes import threads
+from ckpttools.plan import Part, Plan
 from ckpttools.progress import Progress
 
-__all__ = ["Report", "WrittenFile", "execute", "validate"]
+__all__ = ["Report", "Staged", "Written", "WrittenFile", "commit", "execute", "prepare", "validate", "write"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,26 +63,28 @@ class Report:
     notes: tuple[str, ...]
 
 
-def execute(
-    plan: Plan,
-    dst: Path,
-    *,
-    source: Path | None = None,
-    force: bool = False,
-    workers: int = 0,
-    progress: Progress | None = None,
-    finish: Callable[[Path], Mapping[str, bytes]] | None = None,
-) -> Report:
-    """Write the plan's files at `dst`; afterwards they are whole and on disk, or `dst` is as it was.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged:
+    """A plan that is being carried out at `path`, beside `dst`: plain data, the same for every writer."""
 
-    `source` is the file or folder that the command reads; nothing is ever written inside it. `force`
-    replaces an existing `dst` atomically. `workers` threads copy, 0 chooses. `finish` is given the finished
-    staging folder before it gets its name: it may look at it, raise, and return further small files.
-    Called from the main thread, SIGTERM and SIGHUP raise `SystemExit` while it runs, so that they clean up
-    as SIGINT does.
+    plan: Plan
+    dst: Path
+    path: Path
+    force: bool = False
+    before: Mapping[Path, Fingerprint]  # of the sources
+    notes: tuple[str, ...] = ()
 
-    Raises `UsageError` where it cannot start or write, `CkptError` where the sources are damaged or
-    differ from a checksum, `ValueError` for a plan that makes no sense.
+
+Finish = Callable[[Path], Mapping[str, bytes]]
+
+
+@contextmanager
+def prepare(
+    plan: Plan, dst: Path, *, source: Path | None = None, force: bool = False, workers: int = 0
+) -> Iterator[Staged]:
+    """The staging of a plan: every file is there, with its space, and is gone afterwards unless committed.
+
+    Options and errors as for `execute`.
     """
     validate(plan)
     dst = preflight.real_parent(dst)
@@ -84,26 +96,72 @@ def execute(
             raise preflight.exists(dst)
         preflight.need_space(plan, dst)
     before = preflight.fingerprints(ends)
-    checks = SourceChecks(plan.checks)
-    with terminating_signals(), staging.staging_for(dst) as staged:
-        copy = Copy(plan, staged, dst, checks, progress)
-        copy.run(workers or min(os.cpu_count() or 1, 8))
-        preflight.unchanged(before)
-        checked = checks.compare()
-        for name, data in (finish(staged) if finish else {}).items():
-            with write_errors(dst):
-                staging.add_file(staged / name, data)
-        staging.commit(staged, dst, force)
-    if os.path.lexists(staged):
-        notes.append(f"could not remove {staged}, which held what {dst.name} was before")
+    with terminating_signals(), staging.staging_for(dst) as path:
+        copy.create(plan, path, dst, _width(plan.nbytes, workers))
+        yield Staged(plan=plan, dst=dst, path=path, force=force, before=before, notes=tuple(notes))
+
+
+def write(staged: Staged, part: Part, *, workers: int = 0, progress: Progress | None = None) -> Written:
+    """Write one part: it is on disk afterwards. `workers` threads copy, 0 chooses."""
+    work = copy.Copy(staged.plan, part, staged.path, staged.dst, progress)
+    return work.run(_width(part.end - part.start, workers))
+
+
+def commit(staged: Staged, written: Sequence[Written], *, finish: Finish | None = None) -> Report:
+    """Make the destination appear, when every part has been written.
+
+    `finish` is given the finished staging before it gets its name: it may look at it, raise, and return
+    further small files. Raises ValueError where a part is missing or was written twice.
+    """
+    crcs = copy.join(staged.plan, written, staged.path, staged.dst)
+    preflight.unchanged(staged.before)
+    checked = compare(staged.plan.checks, [part.checks for part in written])
+    for name, data in (finish(staged.path) if finish else {}).items():
+        with write_errors(staged.dst):
+            staging.add_file(staged.path / name, data)
+    staging.commit(staged.path, staged.dst, staged.force)
     return Report(
-        dst=dst,
+        dst=staged.dst,
         files=tuple(
-            WrittenFile(path=file.plan.path, nbytes=file.plan.nbytes, crc32=file.crcs.values[0])
-            for file in copy.files
+            WrittenFile(path=file.path, nbytes=file.nbytes, crc32=crc)
+            for file, crc in zip(staged.plan.files, crcs, strict=True)
         ),
-        nbytes_written=plan.nbytes,
-        nbytes_read=copy.nbytes_read,
+        nbytes_written=staged.plan.nbytes,
+        nbytes_read=sum(part.nbytes_read for part in written),
         checked=checked,
-        notes=tuple(notes),
+        notes=staged.notes,
     )
+
+
+def execute(
+    plan: Plan,
+    dst: Path,
+    *,
+    source: Path | None = None,
+    force: bool = False,
+    workers: int = 0,
+    progress: Progress | None = None,
+    finish: Finish | None = None,
+) -> Report:
+    """Write the plan's files at `dst`; afterwards they are whole and on disk, or `dst` is as it was.
+
+    `source` is the file or folder that the command reads; nothing is ever written inside it. `force`
+    replaces an existing `dst` atomically. `workers` threads copy, 0 chooses. `finish` as for `commit`.
+    Called from the main thread, SIGTERM and SIGHUP raise `SystemExit` while it runs, so that they clean up
+    as SIGINT does.
+
+    Raises `UsageError` where it cannot start or write, `CkptError` where the sources are damaged or
+    differ from a checksum, `ValueError` for a plan that makes no sense.
+    """
+    with prepare(plan, dst, source=source, force=force, workers=workers) as staged:
+        written = write(staged, plan.part(0, 1), workers=workers, progress=progress)
+        report = commit(staged, [written], finish=finish)
+    if os.path.lexists(staged.path):
+        left = f"could not remove {staged.path}, which held what {staged.dst.name} was before"
+        report = replace(report, notes=(*report.notes, left))
+    return report
+
+
+def _width(nbytes: int, workers: int) -> int:
+    """How many threads: no more than there are units for them."""
+    return min(threads.count(workers), 1 + nbytes // units.UNIT)

@@ -2,19 +2,20 @@
 
 Every byte of a used range counts exactly once, although tied weights are read several times, and some
 bytes not at all: a reader *claims* what nobody has claimed before it; what is left at the end are gaps,
-which are read for the checksum alone.
+which are read for the checksum alone. Writers of parts make the same claims, and each adds what it reads.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpttools.checksums import RangeCrcs
+from ckpttools.checksums import RangeCrcs, Share
 from ckpttools.errors import CkptError
-from ckpttools.plan import SourceCheck
+from ckpttools.plan import Part, SourceCheck
 from ckpttools.tensors import ByteRange, Source, Zeros
 
 
@@ -29,10 +30,10 @@ class SourceChecks:
     """All checks of a plan. Claims and gaps are made by one thread at a time, and so is `add` called."""
 
     def __init__(self, checks: Iterable[SourceCheck]) -> None:
-        by_path: dict[Path, list[SourceCheck]] = {}
-        for check in checks:
+        by_path: dict[Path, dict[int, SourceCheck]] = {}
+        for number, check in enumerate(checks):
             if check.source.nbytes:
-                by_path.setdefault(check.source.path, []).append(check)
+                by_path.setdefault(check.source.path, {})[number] = check
         self._files = {path: _CheckedFile(found) for path, found in by_path.items()}
 
     def claims(self, chunks: Iterable[Source]) -> tuple[Claim, ...]:
@@ -49,34 +50,56 @@ class SourceChecks:
             at += chunk.nbytes
         return tuple(out)
 
-    def gaps(self, nbytes: int) -> Iterator[ByteRange]:
-        """The unclaimed bytes of used ranges, in parts of at most `nbytes`; to come after all `claims`."""
-        for path, file in self._files.items():
-            for k in sorted(file.used):
-                source = file.checks[k].source
-                for at in range(source.start, source.end, nbytes):
-                    for start, end in file.claim(at, min(at + nbytes, source.end)):
-                        yield ByteRange(path, start, end - start)
+    def gaps(self, nbytes: int, part: Part) -> Iterator[ByteRange]:
+        """This writer's turns of the bytes of used ranges that nobody claims; to come after all `claims`."""
+        gaps = (
+            ByteRange(path, start, end - start)
+            for path, file in self._files.items()
+            for k in sorted(file.used)
+            for at in range(file.checks[k].source.start, file.checks[k].source.end, nbytes)
+            for start, end in file.claim(at, min(at + nbytes, file.checks[k].source.end))
+        )
+        return islice(gaps, part.rank, None, part.world)
 
     def add(self, source: ByteRange, crc: int) -> None:
         """Account for a claim or a gap."""
         self._files[source.path].crcs.add(source.start, source.end, crc)
 
-    def compare(self) -> int:
-        """How many checksums are right: all of the used ranges. Raises `CkptError` "checksum" otherwise."""
-        for file in self._files.values():
-            for k in sorted(file.used):
-                if file.crcs.values[k] != file.checks[k].crc32:
-                    raise _mismatch(file.checks[k], file.crcs.values[k])
-        return sum(len(file.used) for file in self._files.values())
+    def shares(self) -> dict[int, Share]:
+        """Of the checks whose bytes are used, by their number in the plan: what was added so far."""
+        return {
+            file.numbers[k]: share
+            for file in self._files.values()
+            for k, share in enumerate(file.crcs.shares)
+            if k in file.used
+        }
+
+
+def compare(checks: Sequence[SourceCheck], parts: Iterable[Mapping[int, Share]]) -> int:
+    """How many checksums are right, from the shares of every part: all that are used.
+
+    Raises `CkptError` "checksum" otherwise.
+    """
+    found: dict[int, Share] = {}
+    for shares in parts:
+        for number, (crc, nbytes) in shares.items():
+            before, done = found.get(number, (0, 0))
+            found[number] = before ^ crc, done + nbytes
+    for number in sorted(found):
+        crc, nbytes = found[number]
+        if nbytes != checks[number].source.nbytes:
+            raise ValueError("the parts do not make up the plan")
+        if crc != checks[number].crc32:
+            raise _mismatch(checks[number], crc)
+    return len(found)
 
 
 class _CheckedFile:
     """One source file: its checks, which of them are used, and which bytes are claimed."""
 
-    def __init__(self, checks: Sequence[SourceCheck]) -> None:
-        self.checks = checks
-        self.crcs = RangeCrcs([(check.source.start, check.source.end) for check in checks])
+    def __init__(self, checks: Mapping[int, SourceCheck]) -> None:
+        self.numbers, self.checks = list(checks), list(checks.values())
+        self.crcs = RangeCrcs([(check.source.start, check.source.end) for check in self.checks])
         self.used: set[int] = set()
         self._claimed: list[int] = []  # start, end, start, end ...: disjoint and sorted
 

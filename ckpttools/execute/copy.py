@@ -4,49 +4,47 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
-from ckpttools.checksums import crc32
+from ckpttools.checksums import Share, crc32
 from ckpttools.execute import system, units
 from ckpttools.execute.checks import SourceChecks
 from ckpttools.execute.system import write_errors
-from ckpttools.execute.units import StagedFile, Unit, interleaved
+from ckpttools.execute.units import StagedFile, Unit
 from ckpttools.passes.read import Handles, Reader
 from ckpttools.passes.threads import in_threads
-from ckpttools.plan import Crc32, Literal, Plan
+from ckpttools.plan import Crc32, Literal, Part, Plan
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange, Cast
 from ckpttools.values import BLOCK_NBYTES, cast, numpy_array
 
 
-class Copy:
-    """One run: the staged files, and the accounts of all threads, kept under one lock."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What one part came to, as plain data: another process may commit it.
 
-    def __init__(
-        self, plan: Plan, staging: Path, dst: Path, checks: SourceChecks, progress: Progress | None
-    ) -> None:
-        self.files = [StagedFile(file, staging / file.path) for file in plan.files]
-        self.nbytes_read = 0
-        self._plan, self._staging, self._dst = plan, staging, dst
-        self._checks, self._progress = checks, progress
-        self._lock = threading.Lock()
+    `files` has for each file of the plan the shares of its CRC-32s (`StagedFile.crcs`), `checks` those of the
+    source checksums by their number in the plan. `nbytes_read` counts source bytes.
+    """
 
-    def run(self, workers: int) -> None:
-        """Write and flush every file, and read what else the checksums need."""
-        workers = min(workers, 1 + self._plan.nbytes // units.UNIT)
-        if not self._plan.is_single_file:
-            with write_errors(self._dst):
-                self._staging.mkdir()
-        in_threads(workers, self._create, self.files)
-        in_threads(workers, self._copy, interleaved(self.files, self._checks, workers))
-        in_threads(workers, self._read, self._checks.gaps(units.UNIT))
+    part: Part
+    files: tuple[tuple[Share, ...], ...]
+    checks: Mapping[int, Share]
+    nbytes_read: int
 
-    def _create(self, files: Iterable[StagedFile]) -> None:
-        """Every file, empty, with its space: what cannot be written shows before hours of copying."""
+
+def create(plan: Plan, staging: Path, dst: Path, workers: int) -> None:
+    """Every file, empty, with its space: what cannot be written shows before hours of copying."""
+    if not plan.is_single_file:
+        with write_errors(dst):
+            staging.mkdir()
+
+    def make(files: Iterable[StagedFile]) -> None:
         for file in files:
-            with write_errors(self._dst / file.plan.path):
+            with write_errors(dst / file.plan.path):
                 file.path.parent.mkdir(parents=True, exist_ok=True)
                 fd = os.open(file.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                 try:
@@ -54,6 +52,34 @@ class Copy:
                         os.ftruncate(fd, file.left)
                 finally:
                     os.close(fd)
+
+    in_threads(workers, make, [StagedFile(file, staging) for file in plan.files])
+
+
+class Copy:
+    """Writes one part: the staged files, and the accounts of all threads, kept under one lock."""
+
+    def __init__(self, plan: Plan, part: Part, staging: Path, dst: Path, progress: Progress | None) -> None:
+        self._files = [StagedFile(file, staging) for file in plan.files]
+        self._part, self._dst, self._progress = part, dst, progress
+        self._checks = SourceChecks(plan.checks)
+        self._nbytes_read = 0
+        self._lock = threading.Lock()
+
+    def run(self, workers: int) -> Written:
+        """Write and flush the part, and read what else the checksums need."""
+        in_threads(workers, self._copy, units.of_part(self._files, self._checks, self._part))
+        in_threads(workers, self._read, self._checks.gaps(units.UNIT, self._part))
+        for file in self._files:
+            if 0 < file.left < file.plan.nbytes:  # others write the rest of it
+                with write_errors(self._dst / file.plan.path):
+                    system.fsync_file(file.path)
+        return Written(
+            part=self._part,
+            files=tuple(tuple(file.crcs.shares) for file in self._files),
+            checks=self._checks.shares(),
+            nbytes_read=self._nbytes_read,
+        )
 
     def _copy(self, todo: Iterable[Unit]) -> None:
         buffer = memoryview(bytearray(units.LONGEST))
@@ -71,12 +97,12 @@ class Copy:
                         file.left -= unit.nbytes
                         last = not file.left
                     if last:
-                        _finish(file, fd)
+                        file.finish(fd)
                 if self._progress is not None:
                     with self._lock:
                         self._progress.update(unit.nbytes)
             with self._lock:
-                self.nbytes_read += reader.nbytes_read
+                self._nbytes_read += reader.nbytes_read
 
     def _fill(self, view: memoryview, unit: Unit, reader: Reader, scratch: memoryview) -> None:
         """Put the unit's bytes into `view`, and their CRC-32s to the accounts."""
@@ -87,7 +113,7 @@ class Copy:
                 case Literal(data):
                     part[:] = data
                 case Crc32():
-                    part[:] = bytes(4)  # known when the file is complete: `_finish`
+                    part[:] = bytes(4)  # known when the file is complete: `StagedFile.finish`
                 case Cast(chunks, dtype, target):
                     source = scratch[: sum(chunk.nbytes for chunk in chunks)]
                     reader.fill(source, chunks)
@@ -115,13 +141,27 @@ class Copy:
                 with self._lock:
                     self._checks.add(source, crc)
             with self._lock:
-                self.nbytes_read += reader.nbytes_read
+                self._nbytes_read += reader.nbytes_read
 
 
-def _finish(file: StagedFile, fd: int) -> None:
-    """All other bytes are written: fill in the checksums and flush."""
-    for at, crc in zip(file.crc_starts, file.crcs.values[1:], strict=True):
-        data = crc.to_bytes(4, "little")
-        system.write(fd, memoryview(data), at)
-        file.crcs.add(at, at + 4, crc32(data))
-    system.fsync(fd)
+def join(plan: Plan, written: Iterable[Written], staging: Path, dst: Path) -> tuple[int, ...]:
+    """The CRC-32 of each file, from its parts; files that several have written get their checksums now.
+
+    Raises ValueError where the parts are not those of the plan, each once.
+    """
+    files = [StagedFile(file, staging) for file in plan.files]
+    for part in written:
+        for file, shares in zip(files, part.files, strict=True):
+            file.crcs.join(shares)
+    for file in files:
+        if file.crcs.left[0] == 4 * len(file.crc_starts) and not any(file.crcs.left[1:]):
+            if file.crc_starts:
+                with write_errors(dst / file.plan.path):
+                    fd = os.open(file.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                    try:
+                        file.finish(fd)
+                    finally:
+                        os.close(fd)
+        elif any(file.crcs.left):
+            raise ValueError("the parts do not make up the plan")
+    return tuple(file.crcs.values[0] for file in files)

@@ -59,7 +59,15 @@ def fsync(fd: int) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _fsync_at(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def fsync_file(path: Path) -> None:
+    _fsync_at(path, os.O_WRONLY | os.O_NOFOLLOW)
+
+
+def _fsync_at(path: Path, flags: int) -> None:
+    fd = os.open(path, flags | os.O_CLOEXEC)
     try:
         fsync(fd)
     finally:

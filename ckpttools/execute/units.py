@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpttools.checksums import RangeCrcs
+from ckpttools.checksums import RangeCrcs, crc32
+from ckpttools.execute import system
 from ckpttools.execute.checks import Claim, SourceChecks
 from ckpttools.passes.ranges import Cutter
-from ckpttools.plan import Crc32, OutputFile, Segment, reads
+from ckpttools.plan import Crc32, OutputFile, Part, Segment, reads
 from ckpttools.tensors import Cast, Strided
 from ckpttools.values import BLOCK_NBYTES
 
@@ -19,6 +20,7 @@ UNIT = 1024 * 1024  # the fastest of 256 KiB to 4 MiB: a buffer that is still in
 _GATHER = 4 * UNIT  # views are copied in larger parts: the runs that they read get longer with the part
 _SLACK = 64  # bytes: an element or a checksum may reach over the end of a unit
 LONGEST = UNIT + _GATHER + _SLACK
+_WIDTH = 8  # files by turns; the same for every writer, so that all of them see the same order
 
 
 class StagedFile:
@@ -28,8 +30,8 @@ class StagedFile:
     the offsets of those segments.
     """
 
-    def __init__(self, plan: OutputFile, path: Path) -> None:
-        self.plan, self.path = plan, path
+    def __init__(self, plan: OutputFile, folder: Path) -> None:
+        self.plan, self.path = plan, folder / plan.path
         self.left = plan.nbytes
         starts = [0]
         for segment in plan.segments:
@@ -37,6 +39,14 @@ class StagedFile:
         crcs = [(at, s) for at, s in zip(starts, plan.segments, strict=False) if isinstance(s, Crc32)]
         self.crc_starts = [at for at, _ in crcs]
         self.crcs = RangeCrcs([(0, starts[-1]), *((starts[s.first], starts[s.last]) for _, s in crcs)])
+
+    def finish(self, fd: int) -> None:
+        """All other bytes are written: fill in the checksums and flush."""
+        for at, crc in zip(self.crc_starts, self.crcs.values[1:], strict=True):
+            data = crc.to_bytes(4, "little")
+            system.write(fd, memoryview(data), at)
+            self.crcs.add(at, at + 4, crc32(data))
+        system.fsync(fd)
 
 
 class Piece(NamedTuple):
@@ -55,10 +65,20 @@ class Unit(NamedTuple):
     pieces: list[Piece]
 
 
-def interleaved(files: Iterable[StagedFile], checks: SourceChecks, width: int) -> Iterator[Unit]:
-    """Units of `width` files by turns: the kernel lets one thread at a time write to a file."""
+def of_part(files: Sequence[StagedFile], checks: SourceChecks, part: Part) -> Iterator[Unit]:
+    """The units that begin in the part. Every writer goes through all units of the plan in the same order, so
+    that all agree on who claims a source byte for its checksum.
+    """
+    starts = dict(zip(files, accumulate((file.plan.nbytes for file in files), initial=0), strict=False))
+    for unit in _interleaved(files, checks):
+        if part.start <= starts[unit.file] + unit.start < part.end:
+            yield unit
+
+
+def _interleaved(files: Iterable[StagedFile], checks: SourceChecks) -> Iterator[Unit]:
+    """Units of a few files by turns: the kernel lets one thread at a time write to a file."""
     waiting = (_units(file, checks) for file in files)
-    active = deque(islice(waiting, width))
+    active = deque(islice(waiting, _WIDTH))
     while active:
         units = active.popleft()
         unit = next(units, None)

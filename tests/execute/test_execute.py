@@ -16,19 +16,24 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import FIXTURES
 
 from ckpttools.checksums import RangeCrcs, crc32, crc32_combine
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.execute import Report, execute, system, units
+from ckpttools.execute import Report, commit, execute, prepare, system, units, write
+from ckpttools.formats import locate, zero
+from ckpttools.formats import read as read_checkpoint
 from ckpttools.plan import Cast, Crc32, Literal, OutputFile, Plan, Segment, SourceCheck, copy_file
 from ckpttools.progress import progress_bar
 from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, Chunk, Strided, Zeros
+from ckpttools.transforms.reshard import reshard
 from ckpttools.values import cast
 
 SOURCE_NBYTES = 6000
@@ -661,3 +666,50 @@ def test_memory_does_not_grow_with_the_plan(tmp_path):
     out, error = start(code, tmp_path).communicate()
     assert not error
     assert int(out.split()[-1]) < 120 * 1024  # KiB, numpy included
+
+
+# --- several writers ---
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), world=st.integers(1, 4))
+def check_parts(noise: tuple[Path, ...], data: st.DataObject, world: int) -> None:
+    plan = data.draw(plans(noise))
+    with tempfile.TemporaryDirectory() as folder:
+        dst = Path(folder) / "out"
+        with prepare(plan, dst) as staged:
+            order = data.draw(st.permutations(range(world)))
+            written = [write(staged, plan.part(rank, world), workers=2) for rank in order]
+            report = commit(staged, written)
+        for file, done in zip(plan.files, report.files, strict=True):
+            want = reference(file)
+            assert (dst / file.path if file.path else dst).read_bytes() == want
+            assert (done.path, done.nbytes, done.crc32) == (file.path, len(want), zlib.crc32(want))
+        assert report.checked == sum(is_used(plan, check) for check in plan.checks)
+
+
+def test_parts_give_the_bytes_of_the_whole(noise, unit):
+    check_parts(noise)
+
+
+def test_two_processes_write_one_plan(tmp_path):
+    """A checkpoint of two ranks resharded to three, with checksums over what both processes write."""
+    found = locate(FIXTURES / "deepspeed-0.19.8/z2_groups_ws2")
+    plan = zero.plan(reshard(read_checkpoint(found), 3))
+    assert any(isinstance(segment, Crc32) for file in plan.files for segment in file.segments)
+    execute(plan, tmp_path / "one")
+    with prepare(plan, tmp_path / "two") as staged, get_context("spawn").Pool(2) as pool:
+        written = pool.starmap(write, [(staged, plan.part(rank, 2)) for rank in range(2)])
+        assert all(0 < sum(shares[0][1] for shares in w.files) < plan.nbytes for w in written)
+        report = commit(staged, written)
+    assert report.checked
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()} == whole
+
+
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 0], [0, 1, 1], []])
+def test_a_part_that_is_missing_or_comes_twice(noise, tmp_path, ranks):
+    plan = small_plan(noise)
+    with pytest.raises(ValueError, match="parts"), prepare(plan, tmp_path / "out") as staged:
+        commit(staged, [write(staged, plan.part(rank, 2)) for rank in ranks])
+    assert list(tmp_path.iterdir()) == []
