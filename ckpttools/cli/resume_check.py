@@ -83,12 +83,12 @@ def command(
         versions=_installed(),
     )
     try:
-        subject = resume.Subject.find(src, tag)
+        target = resume.Target.find(src, tag)
         if config is not None and config.suffix in (".yaml", ".yml"):
             from ckpttools.trainer.compared import read_new_run
 
-            run = read_new_run(config, subject, run)
-        found = resume.foretell(subject, run)
+            run = read_new_run(config, target, run)
+        found = resume.foretell(target, run)
     except CkptError as error:
         if error.exit_code != 1:
             raise
@@ -96,7 +96,7 @@ def command(
     else:
         own = _auto_resume(src)
         found = replace(found, auto_resume=(*found.auto_resume, *own))
-        found = _verified(found, subject, tag, full, workers, quiet=quiet or no_progress)
+        found = _verified(found, target, tag, full, workers, quiet=quiet or no_progress)
     if as_json:
         render.document(document(found))
     else:
@@ -139,14 +139,14 @@ def _auto_resume(src: Path) -> Iterator[Any]:
         )
 
 
-def _verified(found: Any, subject: Any, tag: str | None, full: bool, workers: int, *, quiet: bool) -> Any:
+def _verified(found: Any, target: Any, tag: str | None, full: bool, workers: int, *, quiet: bool) -> Any:
     from ckpttools.checks import verify
     from ckpttools.errors import Unsupported
     from ckpttools.resume import with_verdict
 
     try:
         verdict = verify(
-            subject.target,
+            target.one,
             tag,
             quick=not full,
             workers=workers,

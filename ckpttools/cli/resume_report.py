@@ -25,7 +25,7 @@ def show(found: Any, *, quiet: bool) -> None:
     click.echo(f"{escape(found.path, 4000)}: {WORD[found.verdict]} ({found.verdict})")
     if refusal is not None:
         text = f": {escape(refusal.text, 600)}" if refusal.text else ""
-        click.echo(f"  {refusal.when}: {refusal.error}{text}")
+        click.echo(f"  {refusal.moment.when}: {refusal.error}{text}")
     elif found.verdict == "impossible" and not found.damaged:
         click.echo("  no error is raised: it would go on wrongly")
     if found.resumes:
@@ -123,7 +123,7 @@ def document(found: Any) -> dict[str, object]:
         "verdict": found.verdict,
         "error": None
         if refusal is None
-        else {"class": refusal.error, "text": refusal.text, "when": refusal.when},
+        else {"class": refusal.error, "text": refusal.text, "when": refusal.moment.when},
         "step": found.step,
         "epoch": found.epoch,
         "samples": found.samples,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from ckpttools.resume import report
-from ckpttools.resume.engine import Saved
-from ckpttools.resume.report import CAREFUL, IMPOSSIBLE, SAFE, Class, Difference, Refusal
-from ckpttools.resume.run import leaves, section
+from ckpttools.resume.deepspeed import Saved
+from ckpttools.resume.new_run import leaves, section
+from ckpttools.resume.report import CAREFUL, IMPOSSIBLE, SAFE, About, Difference, Moment, Refusal
 
 # what transformers fills in for "auto" (integrations/deepspeed.py)
 ARGUMENTS = {
@@ -56,8 +56,9 @@ def _filled(
 
 # --- ckpt train ---------------------------------------------------------------------------------------
 
-FREE = ("experiment", "work_dirs", "save.", "epochs")
-DATA = ("data.", "seed")  # they decide which sample is next
+FREE = {"experiment", "work_dirs", "save", "epochs"}
+DATA = {"data", "seed"}  # they decide which sample is next
+TEXT = {"data.text_key", "data.max_bytes", "data.validation_samples", "data.source"}
 
 
 def trainer_settings(saved: Saved, settings: Mapping[str, object]) -> Iterator[Difference]:
@@ -66,26 +67,27 @@ def trainer_settings(saved: Saved, settings: Mapping[str, object]) -> Iterator[D
     if not isinstance(old, Mapping):
         return
     was, now = dict(leaves(old)), dict(leaves(settings))
-    inside = saved.client.get("samples_in_epoch")
+    inside = bool(saved.client.get("samples_in_epoch"))
     for key in sorted({*was, *now}):
-        if was.get(key) == now.get(key) or not key.startswith((*FREE, *DATA)):
+        part = key.partition(".")[0]
+        if was.get(key) == now.get(key) or part not in FREE | DATA:
             continue
-        cls: Class = SAFE
-        why, hint, refusal = "it has no part in what is saved", "", None
-        if key == "epochs":
-            why = "the run ends earlier or later; the schedule's length is judged by itself"
-        if key.startswith(DATA):
-            cls = IMPOSSIBLE if inside else CAREFUL
-            why = "the next sample is not defined: the checkpoint stopped inside an epoch of the old order"
-            hint = "keep data and seed, or resume from a checkpoint of an epoch's end"
-            refusal = Refusal(moment=report.UPDATE - 1, error="data-changed", text="is not the one that this")
-            if not inside:
-                why, hint, refusal = "it goes on with other data at the start of an epoch", "", None
-            if (
-                key in ("data.text_key", "data.max_bytes", "data.validation_samples", "data.source")
-                and inside
-            ):
-                why += "; it is refused unless the text turns out to be the same"
-        yield Difference(
-            setting=key, old=was.get(key), new=now.get(key), cls=cls, why=why, hint=hint, refusal=refusal
-        )
+        common: dict[str, Any] = {"setting": key, "old": was.get(key), "new": now.get(key)}
+        if part in FREE:
+            why = "it has no part in what is saved"
+            if key == "epochs":
+                why = "the run ends earlier or later; the schedule's length is judged by itself"
+            yield Difference(**common, about=About.SETTING, cls=SAFE, why=why)
+        elif inside:
+            yield Difference(
+                **common,
+                about=About.DATA,
+                cls=IMPOSSIBLE,
+                why="the next sample is not defined: the checkpoint stopped inside an epoch of the old order"
+                + ("; it is refused unless the text turns out to be the same" if key in TEXT else ""),
+                hint="keep data and seed, or resume from a checkpoint of an epoch's end",
+                refusal=Refusal(moment=Moment.DATA, error="data-changed", text="is not the one that this"),
+            )
+        else:
+            why = "it goes on with other data at the start of an epoch"
+            yield Difference(**common, about=About.DATA, cls=CAREFUL, why=why)

@@ -3,7 +3,7 @@
 Three classes:
 
     safe         nothing of the saved state is lost, or the setting has no part in it
-    careful      it loads and goes on, but not as before: a person should read why
+    careful      it loads and goes on, but not as before, or that cannot be told: a person should read why
     impossible   it does not load, or it loads something wrong
 """
 
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum, IntEnum, auto
 from pathlib import Path
 from typing import Literal
 
 Class = Literal["safe", "careful", "impossible"]
+Problem = Literal["missing", "unexpected", "shape", "dtype"]  # missing in the checkpoint
 SAFE: Class = "safe"
 CAREFUL: Class = "careful"
 IMPOSSIBLE: Class = "impossible"
@@ -30,41 +32,70 @@ def worst(classes: Iterable[Class]) -> Class:
     return max(classes, key=_ORDER.index, default=SAFE)
 
 
+class Moment(IntEnum):
+    """The moments of a launch, in the order in which DeepSpeed comes to them (runtime/engine.py)."""
+
+    CONFIG = auto()
+    OPTIMIZER_NAME = auto()
+    OPTIMIZER = auto()
+    UNTESTED_OPTIMIZER = auto()
+    DTYPES = auto()
+    SCHEDULER = auto()
+    UNIVERSAL = auto()
+    FILES = auto()
+    MODULE = auto()
+    FROZEN = auto()
+    WHOLE_OPTIMIZER = auto()  # stage 0: the optimizer lies in the model file
+    SCHEDULE_STATE = auto()
+    RANKS = auto()
+    SHARDS = auto()
+    ALIGNMENT = auto()
+    OPTIMIZER_STATE = auto()
+    DATA = auto()
+    UPDATE = auto()
+
+    @property
+    def when(self) -> str:
+        if self < Moment.FILES:
+            return "while the engine is built"
+        return "at the first update" if self is Moment.UPDATE else "while loading"
+
+
+class About(Enum):
+    """What a difference is about: a line of the check-list."""
+
+    BATCH = "effective batch"
+    ENGINE = "ranks, stage and dtype"
+    SCHEDULE = "schedule"
+    MODEL = "model"
+    OPTIMIZER = "optimizer"
+    DATA = "data order"
+    LENGTH = "length"
+    CHOICE = "newest"
+    STATE = "consistent"
+    SETTING = "other settings"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """The error that the framework raises: its class and the beginning or core of its text.
 
-    `moment` orders refusals: what is met first is what the user sees.
+    What is met first, by `moment`, is what the user sees.
     """
 
-    moment: int
+    moment: Moment
     error: str
     text: str
-
-    @property
-    def when(self) -> str:
-        return next(name for limit, name in _WHEN if self.moment < limit)
-
-
-# the moments of a launch, in the order in which DeepSpeed comes to them (runtime/engine.py)
-CONFIG, OPTIMIZER, SCHEDULER = 10, 20, 30
-FILES, MODULE, FROZEN, WHOLE_OPTIMIZER, SCHEDULE_STATE = 40, 50, 55, 60, 65
-RANKS, SHARDS, ALIGNMENT, OPTIMIZER_STATE = 70, 75, 80, 85
-UPDATE = 90
-_WHEN = (
-    (FILES, "while the engine is built"),
-    (UPDATE, "while loading"),
-    (UPDATE + 10, "at the first update"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """One setting that is another in the new run. `refusal` is what the framework raises because of it."""
 
+    about: About
     setting: str
-    old: object
-    new: object
+    old: object = None
+    new: object = None
     cls: Class
     why: str
     hint: str = ""
@@ -76,7 +107,7 @@ class Mismatch:
     """A tensor of the checkpoint and of the new model that do not fit."""
 
     name: str
-    problem: str  # "missing" in the checkpoint, "unexpected" in it, "shape" or "dtype"
+    problem: Problem
     saved: str
     wanted: str
 
@@ -86,18 +117,43 @@ class Overridden:
     """A value of the new configuration that has no effect, because the checkpoint's is used."""
 
     setting: str
+    saved: object = None  # the setting of the run that saved
     configured: object
     used: object
     why: str
+    effect: str = ""  # what the new value does later, where it does something
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """A line of the check-list: True, False, or None where it cannot be told."""
 
-    name: str
+    about: About | str
     ok: bool | None
     text: str
+
+    @property
+    def name(self) -> str:
+        return self.about.value if isinstance(self.about, About) else self.about
+
+
+def check(about: About, good: str, differences: Iterable[Difference], *, known: bool = True) -> Check:
+    """The line of the differences about one thing; `good` is its text where none of them matters.
+
+    Without `known` nobody said what is to be compared, which is no yes.
+    """
+    own = [d for d in differences if d.about is about]
+    cls = worst(d.cls for d in own)
+    if cls == SAFE:
+        return Check(about=about, ok=True if known else None, text=good)
+    bad = next(d for d in own if d.cls == cls)
+    change = "" if bad.old is None and bad.new is None else f"{_shown(bad.old)} -> {_shown(bad.new)}: "
+    return Check(about=about, ok=False, text=f"{bad.setting}: {change}{bad.why}")
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else str(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,8 +201,8 @@ class Forecast:
     @property
     def refusal(self) -> Refusal | None:
         """What the framework raises first; None where it raises nothing, which need not mean all is well."""
-        found = [d.refusal for d in self.differences if d.refusal is not None]
-        return min(found, key=lambda refusal: refusal.moment, default=None)
+        raised = [d.refusal for d in self.differences if d.refusal is not None]
+        return min(raised, key=lambda refusal: refusal.moment, default=None)
 
     @property
     def verdict(self) -> Class:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.errors import UsageError
-from ckpttools.resume import NewRun, Subject
-from ckpttools.resume.shapes import of_config
+from ckpttools.resume import NewRun, Target
+from ckpttools.resume.model import of_config
 from ckpttools.trainer import config as settings
 from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import Config
@@ -15,16 +15,16 @@ from ckpttools.trainer.ds_config import ds_config
 from ckpttools.trainer.text import VOCAB_SIZE
 
 
-def read_new_run(config: Path, subject: Subject, run: NewRun) -> NewRun:
+def read_new_run(config: Path, target: Target, run: NewRun) -> NewRun:
     """`run` with all that the trainer's configuration file decides. Raises UsageError."""
     if not config.is_file():
         raise UsageError("not-found", "there is no such file", where=config, hint="check --config")
-    return new_run(settings.load(config), subject, run, config)
+    return new_run(settings.load(config), target, run, config)
 
 
-def new_run(wanted: Config, subject: Subject, run: NewRun, where: Path) -> NewRun:
+def new_run(wanted: Config, target: Target, run: NewRun, where: Path) -> NewRun:
     """The same for a configuration that was read already; `where` names its file in errors."""
-    saved = subject.saved
+    saved = target.saved
     ranks = run.world_size or (saved.ranks if saved is not None else 1)
     size = saved.client.get("dataset_size") if saved is not None else None
     total = wanted.schedule.total_steps

@@ -11,8 +11,8 @@ from typing import Any
 from resume.combos import Combo
 from resume.net import Net
 
-from ckpttools.resume import Forecast, NewRun, Subject, foretell
-from ckpttools.resume.shapes import Model, Tensor
+from ckpttools.resume import Forecast, NewRun, Target, foretell
+from ckpttools.resume.model import Model, Tensor
 
 # of the first two losses, relative: another order of the same sums rounds otherwise
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-3, "fp16": 1e-3}
@@ -61,7 +61,7 @@ def run_of(combo: Combo, folder: Path) -> NewRun:
 
 
 def foretold(combo: Combo, checkpoint: Path) -> Forecast:
-    return foretell(Subject.find(checkpoint), run_of(combo, checkpoint))
+    return foretell(Target.find(checkpoint), run_of(combo, checkpoint))
 
 
 def compare(

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from support import FIXTURES, SAMPLES, name_of
 
 from ckpttools.explain import EXPLANATIONS
-from ckpttools.resume import NewRun, Subject, foretell
+from ckpttools.resume import NewRun, Target, foretell
 from ckpttools.resume.arguments import resolved
 from ckpttools.resume.auto import auto_resume
-from ckpttools.resume.shapes import of_config, read_model
+from ckpttools.resume.model import of_config, read_model
 from ckpttools.trainer import folders
 
 TRAINED = FIXTURES / "trainer/z2_bf16_2"
@@ -250,9 +250,9 @@ def test_auto_is_what_the_arguments_or_the_checkpoint_say() -> None:
 
 def test_old_deepspeed_with_new_torch_is_foretold() -> None:
     versions = {"deepspeed": "0.14.5", "torch": "2.13.0+cpu"}
-    forecast = foretell(Subject.find(DECAY), NewRun(versions=versions))
+    forecast = foretell(Target.find(DECAY), NewRun(versions=versions))
     assert forecast.refusal is not None and forecast.refusal.error == "UnpicklingError"
-    assert foretell(Subject.find(DECAY), NewRun(versions={**versions, "torch": "2.5.1"})).resumes
+    assert foretell(Target.find(DECAY), NewRun(versions={**versions, "torch": "2.5.1"})).resumes
 
 
 # --- damage and bad input -----------------------------------------------------------------------------

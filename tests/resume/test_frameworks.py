@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from ckpttools.resume import Forecast, NewRun, Subject, foretell
-from ckpttools.resume.shapes import Model, Tensor
+from ckpttools.resume import Forecast, NewRun, Target, foretell
+from ckpttools.resume.model import Model, Tensor
 
 STEPS, SAVED, BATCH = 8, 4, 2
 
 
 def foretold(path: Path, run: NewRun | None = None) -> Forecast:
-    return foretell(Subject.find(path), run or NewRun())
+    return foretell(Target.find(path), run or NewRun())
 
 
 def shapes(module: nn.Module) -> Model:

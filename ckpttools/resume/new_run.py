@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.resume.shapes import Model
+from ckpttools.resume.model import Model
 
 # keys of which at least one is in every ds_config, and in no file of Hugging Face's TrainingArguments
 DEEPSPEED_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization", "optimizer")

@@ -11,7 +11,6 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, read
-from ckpttools.formats.zero.read import ZeroFolder
 
 Shape = tuple[int, ...]
 
@@ -147,7 +146,3 @@ def _gpt2(settings: Mapping[str, object], where: Path) -> dict[str, Shape]:
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def is_zero(checkpoint: Checkpoint) -> bool:
-    return isinstance(checkpoint.template, ZeroFolder)

@@ -17,26 +17,28 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats import Source, read
-from ckpttools.resume import models, report
-from ckpttools.resume.frameworks import Rule, rule_of
+from ckpttools.resume.fit import fit, module
+from ckpttools.resume.framework_rules import Rule, rule_of
+from ckpttools.resume.model import tensors_of
+from ckpttools.resume.new_run import NewRun, real, section, whole
 from ckpttools.resume.report import (
     CAREFUL,
     IMPOSSIBLE,
     SAFE,
+    About,
     Check,
     Difference,
     Forecast,
     Mismatch,
+    Moment,
     Overridden,
     Rates,
     Refusal,
+    check,
 )
-from ckpttools.resume.run import NewRun, real, section, whole
-from ckpttools.resume.shapes import tensors_of
 from ckpttools.stores.files import entries
 from ckpttools.training import Training
 
-_SCHEDULED = ("batch", "effective batch", "num_train_epochs", "max_steps")
 ANEW = "not forecast: the framework computes it from the new settings"
 
 
@@ -59,9 +61,8 @@ def forecast(path: Path, source: Source, run: NewRun) -> Forecast:
     if training is None:
         differences.append(
             Difference(
+                about=About.STATE,
                 setting="training state",
-                old=None,
-                new=None,
                 cls=IMPOSSIBLE,
                 why=missing,
                 hint="start a new run from these weights",
@@ -76,7 +77,7 @@ def forecast(path: Path, source: Source, run: NewRun) -> Forecast:
         differences += found
     over = list(_overridden(training, run)) if training is not None else []
     lr = rates(training)
-    if not rule.saved and any(d.cls != SAFE and d.setting.startswith(_SCHEDULED) for d in differences):
+    if not rule.saved and any(d.cls != SAFE and d.about in (About.BATCH, About.LENGTH) for d in differences):
         lr = replace(lr, next=None, note=ANEW)
     state = checkpoint.train_state
     step = training.count if training is not None and training.count is not None else state.step
@@ -149,6 +150,7 @@ def _batch(path: Path, training: Training, run: NewRun, rule: Rule) -> Iterator[
             if was != now
         ]
         yield Difference(
+            about=About.BATCH,
             setting="batch",
             old="not stated in the checkpoint",
             new=", ".join(changed),
@@ -159,6 +161,7 @@ def _batch(path: Path, training: Training, run: NewRun, rule: Rule) -> Iterator[
     was, now = math.prod(n for n in old if n), math.prod(n for n in new if n)
     if was == now:
         yield Difference(
+            about=About.BATCH,
             setting="batch per rank x accumulation x ranks",
             old=" x ".join(map(str, old)),
             new=" x ".join(map(str, new)),
@@ -169,6 +172,7 @@ def _batch(path: Path, training: Training, run: NewRun, rule: Rule) -> Iterator[
         )
         return
     yield Difference(
+        about=About.BATCH,
         setting="effective batch",
         old=was,
         new=now,
@@ -183,16 +187,15 @@ def _parts(source: Source, training: Training) -> Iterator[Difference]:
     if not training.optimizers:
         lightning = training.framework == "lightning"
         yield Difference(
+            about=About.OPTIMIZER,
             setting="optimizer state",
-            old=None,
-            new=None,
             cls=IMPOSSIBLE if lightning else CAREFUL,
             why="it was saved with weights alone, and Lightning refuses to resume from that"
             if lightning
             else "none is saved here: the optimizer starts anew, with moments of zero",
             hint="start a new run from the weights",
             refusal=Refusal(
-                moment=report.OPTIMIZER_STATE, error="KeyError", text="Trying to restore optimizer state"
+                moment=Moment.OPTIMIZER_STATE, error="KeyError", text="Trying to restore optimizer state"
             )
             if lightning
             else None,
@@ -205,26 +208,23 @@ def _trainer_parts(source: Source, training: Training) -> Iterator[Difference]:
     names = {entry.name for folder in {source.target, source.root} for entry in entries(folder)}
     if "checkpoint-is-incomplete.txt" in names:
         yield Difference(
+            about=About.STATE,
             setting="checkpoint-is-incomplete.txt",
-            old=None,
-            new=None,
             cls=IMPOSSIBLE,
             why="the Trainer did not finish this save",
             hint="resume from an older checkpoint",
         )
     if training.framework == "hf-trainer" and "scheduler.pt" not in names:
         yield Difference(
+            about=About.SCHEDULE,
             setting="scheduler.pt",
-            old=None,
-            new=None,
             cls=CAREFUL,
             why="it is not here: neither optimizer nor scheduler is then loaded, and nothing says so",
         )
     if not any(name.startswith(("rng_state", "random_states")) for name in names):
         yield Difference(
+            about=About.DATA,
             setting="random states",
-            old=None,
-            new=None,
             cls=CAREFUL,
             why="none are saved here: dropout and data order go on from fresh ones",
         )
@@ -234,21 +234,20 @@ def _model(
     checkpoint: Checkpoint, training: Training | None, run: NewRun, rule: Rule
 ) -> tuple[list[Difference], tuple[Mismatch, ...]]:
     assert run.model is not None
-    found = models.fit(tensors_of(checkpoint), dict(checkpoint.shared), run.model)
-    differences = list(models.module(found, strict=run.strict and rule.strict))
+    found = fit(tensors_of(checkpoint), dict(checkpoint.shared), run.model)
+    differences = list(module(found, strict=run.strict and rule.strict))
     counted = training is not None and training.optimizers and (found.missing or found.unexpected)
     if counted and not rule.strict:
         differences.append(
             Difference(
+                about=About.MODEL,
                 setting="model: parameters of the optimizer",
-                old=None,
-                new=None,
                 cls=IMPOSSIBLE,
                 why="names are not compared while the weights are loaded, but the optimizer's state is saved "
                 "for each parameter of the old model",
                 hint="build the model that was saved, or start a new run from its weights",
                 refusal=Refusal(
-                    moment=report.OPTIMIZER_STATE,
+                    moment=Moment.OPTIMIZER_STATE,
                     error="ValueError",
                     text="loaded state dict contains a parameter group that doesn't match the size of "
                     "optimizer's group",
@@ -271,6 +270,7 @@ def _lengths(source: Source, run: NewRun) -> Iterator[Difference]:
         if new is None or (key == "max_steps" and (whole(new) or 0) <= 0) or real(old) == real(new):
             continue
         yield Difference(
+            about=About.LENGTH,
             setting=key,
             old=old,
             new=new,
@@ -311,31 +311,15 @@ def _loads(checkpoint: Checkpoint, training: Training | None) -> Iterator[str]:
 
 
 def _checks(training: Training | None, run: NewRun, differences: list[Difference]) -> Iterator[Check]:
-    def find(*starts: str) -> Difference | None:
-        return next((d for d in differences if d.setting.startswith(starts) and d.cls != SAFE), None)
-
-    batch = find("batch", "effective batch")
-    yield Check(
-        name="effective batch",
-        ok=batch is None if training is not None else None,
-        text=batch.why
-        if batch is not None
-        else "taken as unchanged"
-        if run.config is run.arguments
-        else "the same",
-    )
+    stated = training is not None and None not in (training.micro, training.accumulation, training.ranks)
+    said = run.config is not None or run.arguments is not None
+    known = stated and (said or run.world_size is None)
+    batch = "the same" if known and said else "taken as unchanged" if known else "not known"
+    yield check(About.BATCH, batch, differences, known=known)
     has = training is not None and bool(training.schedules)
-    yield Check(name="schedule", ok=True if has else None, text="saved" if has else "none is saved")
-    model = find("model")
-    text = "taken as unchanged: no --model was given" if run.model is None else "every tensor fits"
-    yield Check(
-        name="model",
-        ok=False if model is not None else None if run.model is None else True,
-        text=model.why if model is not None else text,
-    )
-    optimizer = find("optimizer")
-    yield Check(
-        name="optimizer",
-        ok=training is not None and optimizer is None,
-        text=optimizer.why if optimizer is not None else "saved" if training is not None else "none is saved",
-    )
+    yield check(About.SCHEDULE, "saved" if has else "none is saved", differences, known=has)
+    given = run.model is not None
+    model = "every tensor fits" if given else "taken as unchanged: no --model was given"
+    yield check(About.MODEL, model, differences, known=given)
+    kept = training is not None and bool(training.optimizers)
+    yield check(About.OPTIMIZER, "saved" if kept else "none is saved", differences, known=kept)

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ckpttools.resume import report
-from ckpttools.resume.report import CAREFUL, IMPOSSIBLE, SAFE, Class, Refusal
-from ckpttools.resume.run import section
+from ckpttools.resume.new_run import section
+from ckpttools.resume.report import CAREFUL, IMPOSSIBLE, SAFE, Class, Moment, Refusal
 
 # `optimizer.type` values that DeepSpeed builds itself, compared in lower case; others are torch's
 DEEPSPEED = ("adam", "adamw", "lamb", "onebitadam", "onebitlamb", "zerooneadam", "lion", "adagrad", "muadam",
@@ -94,6 +93,7 @@ TORCH: dict[str, Reads] = {
         settings=("nesterov", "maximize", "foreach", "differentiable", "fused"),
     ),
 }
+OTHERS = ("Rprop", "LBFGS", "SparseAdam", "Adadelta", "Adafactor", "Muon")  # torch's that are not forecast
 # settings by which a saved param_group shows its class, most telling first
 _SIGNS = (
     ("bias_correction", UNNAMED), ("momentum_decay", "NAdam"), ("lambd", "ASGD"),
@@ -217,7 +217,7 @@ def _native(old: str, new: str, hyper: Mapping[str, object]) -> Outcome | None:
                     cls=IMPOSSIBLE,
                     why=f"{new.removesuffix(L2)} looks for 'bias_correction', which torch's {old} "
                     "did not save",
-                    refusal=Refusal(moment=report.UPDATE, error="KeyError", text="'bias_correction'"),
+                    refusal=Refusal(moment=Moment.UPDATE, error="KeyError", text="'bias_correction'"),
                 )
             return None
     elif new not in ADAM:
@@ -236,20 +236,20 @@ def _decay(decoupled: bool) -> str:
 
 def _first_missing(
     reads: Reads, hyper: Mapping[str, object], state: frozenset[str] | None
-) -> tuple[int, str] | None:
+) -> tuple[Moment, str] | None:
     """When and which name is looked for first that was not saved."""
     if state is not None and (state or reads.eager):
         for key in reads.load:
             if key not in state:
-                return report.OPTIMIZER_STATE, key
+                return Moment.OPTIMIZER_STATE, key
     for key in reads.first:
         if key not in hyper:
-            return report.UPDATE, key
+            return Moment.UPDATE, key
     if state:
         for key in reads.state:
             if key not in state:
-                return report.UPDATE, key
+                return Moment.UPDATE, key
     for key in reads.group:
         if key not in hyper:
-            return report.UPDATE, key
+            return Moment.UPDATE, key
     return None

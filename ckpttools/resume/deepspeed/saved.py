@@ -23,7 +23,7 @@ from ckpttools.formats.zero.names import (
     tensor_parallel,
 )
 from ckpttools.formats.zero.read import read_model, stage_of
-from ckpttools.resume.shapes import Shape, Tensor
+from ckpttools.resume.model import Shape, Tensor
 from ckpttools.stores.files import entries
 
 STAGE3 = re.compile(r"zero_pp_rank_0_mp_rank_00_model_states\.pt")

@@ -11,35 +11,35 @@ import math
 from collections.abc import Mapping
 
 from ckpttools.errors import CkptError
-from ckpttools.resume import schedule
-from ckpttools.resume.engine import Saved
+from ckpttools.resume.deepspeed import schedulers
+from ckpttools.resume.deepspeed.case import Case
+from ckpttools.resume.deepspeed.saved import Saved
+from ckpttools.resume.new_run import real, section, whole
 from ckpttools.resume.report import Rates
-from ckpttools.resume.run import NewRun, real, section, whole
 from ckpttools.schedules.deepspeed.formulas import rule_of
 from ckpttools.schedules.deepspeed.program import recognise_deepspeed
 from ckpttools.schedules.torch.program import recognise_torch
 
 
-def rates(saved: Saved, run: NewRun, config: Mapping[str, object]) -> Rates:
+def rates(case: Case) -> Rates:
     """Both, per group."""
+    saved = case.saved
     first = tuple(float(lr) for group in saved.hyper if (lr := real(group.get("lr"))) is not None)
     if not first or len(first) != len(saved.hyper):
         return Rates(note="the checkpoint holds no param_groups")
-    name = schedule.in_effect(saved, run, config)
     try:
-        following, note = _following(saved, run, config, name, first)
+        following, note = _following(case, first)
     except CkptError as error:
         following, note = None, f"not forecast: {error.message}"
     return Rates(first=first, next=following, note=note)
 
 
-def _following(
-    saved: Saved, run: NewRun, config: Mapping[str, object], name: str | None, first: tuple[float, ...]
-) -> tuple[tuple[float, ...] | None, str]:
+def _following(case: Case, first: tuple[float, ...]) -> tuple[tuple[float, ...] | None, str]:
+    saved, config, name = case.saved, case.config, case.scheduler
     if name is None:
         return first, "no scheduler: the learning rate stays as it is"
-    if name in schedule.ARGUMENTS:
-        count = whole((saved.scheduler or {}).get(schedule.OWN))
+    if name in schedulers.ARGUMENTS:
+        count = whole((saved.scheduler or {}).get(schedulers.OWN))
         if count is None:
             return None, "not forecast: the scheduler's counter is not in the checkpoint"
         params = dict(section(config, "scheduler", "params"))
@@ -55,9 +55,9 @@ def _following(
                 "not known",
             )
         return found, ""
-    if saved.scheduler is None or schedule.OWN in saved.scheduler:
+    if saved.scheduler is None or schedulers.OWN in saved.scheduler:
         return None, f"not forecast: the constants of {name} are in the code"
-    if run.scheduler is not None and not schedule.same_class(saved.scheduler, run.scheduler):
+    if case.run.scheduler is not None and not schedulers.same_class(saved.scheduler, name):
         return None, f"not forecast: the constants of {name} are in the code"
     program = recognise_torch([saved.scheduler], [dict(group) for group in saved.hyper], {})
     machine = program.machine(fresh=False)
@@ -80,8 +80,8 @@ def _bases(saved: Saved, config: Mapping[str, object]) -> list[float]:
         [dict(saved.scheduler or {})], list(saved.hyper), {**section(saved.config, "scheduler"), "lr": old}
     )
     inferred = program.bases
-    if schedule.type_of(saved.config) not in ("WarmupCosineLR",) and not (
-        schedule.type_of(saved.config) == "WarmupLR"
+    if schedulers.type_of(saved.config) not in ("WarmupCosineLR",) and not (
+        schedulers.type_of(saved.config) == "WarmupLR"
         and "warmup_max_lr" not in section(saved.config, "scheduler", "params")
     ):
         # the saved schedule does not show them

@@ -9,12 +9,10 @@ expects. Source: deepspeed/runtime/engine.py, lr_schedules.py; torch/optim/lr_sc
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from ckpttools.resume import report
-from ckpttools.resume.engine import Saved
-from ckpttools.resume.report import CAREFUL, IMPOSSIBLE, SAFE, Difference, Refusal
-from ckpttools.resume.run import NewRun, section, whole
+from ckpttools.resume.deepspeed.saved import Saved
+from ckpttools.resume.new_run import NewRun, section, whole
+from ckpttools.resume.report import CAREFUL, SAFE, About, Difference
 
 OWN = "last_batch_iteration"
 # constructor arguments, the required ones first; a scheduler's state is the counter alone
@@ -43,7 +41,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 # torch's schedulers whose load_state_dict takes a key out of the state before anything else
-_TAKES = {
+TAKES = {
     "LambdaLR": "lr_lambdas",
     "MultiplicativeLR": "lr_lambdas",
     "SequentialLR": "_schedulers",
@@ -68,54 +66,30 @@ def in_effect(saved: Saved, run: NewRun, config: Mapping[str, object]) -> str | 
     return "client" if saved.scheduler is not None and OWN not in saved.scheduler else None
 
 
-def is_own(name: str | None) -> bool:
-    return name in ARGUMENTS
+def unknown(config: Mapping[str, object], name: str) -> tuple[str, str] | None:
+    """The first argument that the constructor does not take."""
+    required, optional = ARGUMENTS[name]
+    given = section(config, "scheduler", "params")
+    return next(((name, key) for key in given if key not in (*required, *optional)), None)
 
 
-def schedule(saved: Saved, run: NewRun, config: Mapping[str, object]) -> Iterator[Difference]:
-    """The scheduler's constructor, its state, and what becomes of the learning rate."""
-    name = in_effect(saved, run, config)
-    if run.scheduler is None:
-        yield from _buildable(config)
-    old = type_of(saved.config) if saved.scheduler is not None and OWN in saved.scheduler else None
-    shown = old or ("client" if saved.scheduler is not None else None)
-    if name == shown or name == "client":
-        return
-    refusal = _refusal(saved.scheduler, name)
-    if refusal is not None:
-        yield Difference(
-            setting="scheduler.type",
-            old=shown,
-            new=name,
-            cls=IMPOSSIBLE,
-            why="the checkpoint holds no scheduler's state"
-            if saved.scheduler is None
-            else f"{name} does not find its own state in the checkpoint",
-            hint="use the scheduler of the run that saved it, or pass load_lr_scheduler_states=False",
-            refusal=refusal,
-        )
-    elif name is None:
-        yield Difference(
-            setting="scheduler.type",
-            old=shown,
-            new=None,
-            cls=CAREFUL,
-            why="the learning rate stays at the saved one for ever",
-            hint="keep the scheduler",
-        )
-    elif not (old is None and same_class(saved.scheduler, name)):
-        what = (
-            "only the counter is taken over"
-            if is_own(name)
-            else "the saved fields are taken over as they are"
-        )
-        yield Difference(
-            setting="scheduler.type",
-            old=shown,
-            new=name,
-            cls=CAREFUL,
-            why=f"it loads: {what}, and the curve is {name}'s from the second update on",
-        )
+def missing(config: Mapping[str, object], name: str) -> tuple[str, int] | None:
+    """How many required arguments are not given."""
+    absent = [key for key in ARGUMENTS[name][0] if key not in section(config, "scheduler", "params")]
+    return (name, len(absent)) if absent else None
+
+
+def bad_warmup(config: Mapping[str, object]) -> tuple[object] | None:
+    """A warmup_num_steps that WarmupLR refuses."""
+    params = section(config, "scheduler", "params")
+    steps = params.get("warmup_num_steps", "auto")
+    return (steps,) if steps != "auto" and (whole(steps) or 0) < 1 else None
+
+
+def absent_key(state: Mapping[str, object] | None, name: str) -> str | None:
+    """What load_state_dict of a scheduler looks for in a state and does not find."""
+    key = OWN if name in ARGUMENTS else TAKES.get(name)
+    return key if key is not None and state is not None and key not in state else None
 
 
 def same_class(state: Mapping[str, object] | None, name: str) -> bool:
@@ -141,66 +115,7 @@ def same_class(state: Mapping[str, object] | None, name: str) -> bool:
     return name in signs and signs[name] <= state.keys()
 
 
-def _refusal(state: Mapping[str, object] | None, name: str | None) -> Refusal | None:
-    """What loading a saved state (None: there is none) into the scheduler `name` raises."""
-    if name is None:
-        return None
-    error, text = "", ""
-    if is_own(name):
-        if state is None:
-            error, text = "TypeError", "'NoneType' object is not subscriptable"
-        elif OWN not in state:
-            error, text = "KeyError", f"'{OWN}'"
-    elif state is None:
-        if name in _TAKES:
-            error, text = "AttributeError", "'NoneType' object has no attribute 'pop'"
-        else:
-            error, text = "TypeError", "'NoneType' object is not iterable"
-    elif name in _TAKES and _TAKES[name] not in state:
-        error, text = "KeyError", f"'{_TAKES[name]}'"
-    return Refusal(moment=report.SCHEDULE_STATE, error=error, text=text) if error else None
-
-
-def _buildable(config: Mapping[str, object]) -> Iterator[Difference]:
-    """What the constructor refuses."""
-    name = type_of(config)
-    if name is None:
-        return
-    common: dict[str, Any] = {"setting": "scheduler", "old": None, "new": name, "cls": IMPOSSIBLE}
-    if name not in ARGUMENTS:
-        error, text = "AssertionError", f"DeepSpeed does not recognize LR scheduler {name}"
-        if name in _TORCH:
-            error, text = "TypeError", "DeepSpeedZeroOptimizer is not an Optimizer"
-        yield Difference(
-            **common,
-            why="DeepSpeed builds its own five schedulers; one of torch's has to be passed by the code",
-            hint=f"use one of {', '.join(ARGUMENTS)}",
-            refusal=Refusal(moment=report.SCHEDULER, error=error, text=text),
-        )
-        return
-    required, optional = ARGUMENTS[name]
-    given = section(config, "scheduler", "params")
-    unknown = [key for key in given if key not in (*required, *optional)]
-    missing = [key for key in required if key not in given]
-    error, text = "TypeError", ""
-    if unknown:
-        text = f"{name}.__init__() got an unexpected keyword argument '{unknown[0]}'"
-    elif missing:
-        text = f"{name}.__init__() missing {len(missing)} required positional argument"
-    elif "warmup_num_steps" in given and given["warmup_num_steps"] != "auto":
-        steps = given["warmup_num_steps"]
-        if whole(steps) is None or whole(steps) == 0 or (whole(steps) or 0) < 0:
-            error, text = "ValueError", f"warmup_num_steps must be a positive integer, got {steps}"
-    if text:
-        yield Difference(
-            **common,
-            why="the scheduler cannot be built with these settings",
-            hint="correct scheduler.params",
-            refusal=Refusal(moment=report.SCHEDULER, error=error, text=text),
-        )
-
-
-_TORCH = (
+TORCH = (
     "LambdaLR", "MultiplicativeLR", "StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR",
     "SequentialLR", "PolynomialLR", "CosineAnnealingLR", "ChainedScheduler", "ReduceLROnPlateau", "CyclicLR",
     "OneCycleLR", "CosineAnnealingWarmRestarts",
@@ -223,6 +138,7 @@ def constants(
             continue
         same = old_next is not None and old_next == new_next
         yield Difference(
+            about=About.SCHEDULE,
             setting=f"scheduler.params.{key}",
             old=was,
             new=now,
