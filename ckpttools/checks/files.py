@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ckpttools.checks.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.containers.archive import SERIALIZATION_ID, belong_together, unexplained
-from ckpttools.containers.callables import judge
+from ckpttools.containers.pickles.judge import judge
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.stores.files import opened
 

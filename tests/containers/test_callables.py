@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 import torch
 
-from ckpttools.containers import callables, pickles
-from ckpttools.containers.callables import Verdict, judge
 from ckpttools.containers.pickles import Dict, Global, Object, Reject, loads
+from ckpttools.containers.pickles.judge import _BY_ARGUMENTS, KNOWN, Verdict, judge
+from ckpttools.containers.pickles.read import ARGUMENTS_DECIDE
 from ckpttools.containers.torch_file import read_torch_file
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -187,16 +187,16 @@ def test_every_function_of_the_standard_library_outside_the_table() -> None:
 
 def test_tables_agree() -> None:
     # pickles keeps every call of those whose arguments decide
-    for name in callables._BY_ARGUMENTS:
-        assert any(name.endswith("." + last) for last in pickles.ARGUMENTS_DECIDE), name
-    assert not callables.KNOWN & set(callables._BY_ARGUMENTS)
+    for name in _BY_ARGUMENTS:
+        assert any(name.endswith("." + last) for last in ARGUMENTS_DECIDE), name
+    assert not KNOWN & set(_BY_ARGUMENTS)
 
 
 def test_known_names_exist() -> None:
     # a misspelt name would make a real file dangerous; old and foreign ones cannot be looked up
     import importlib
 
-    for name in sorted(callables.KNOWN):
+    for name in sorted(KNOWN):
         module, _, last = name.rpartition(".")
         if module.split(".")[0] in (
             "collections",

@@ -28,7 +28,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckpttools.containers import pickles
 from ckpttools.containers.pickles import (
     Dict,
     Global,
@@ -40,6 +39,7 @@ from ckpttools.containers.pickles import (
     dumps,
     loads,
     plain,
+    read,
     walk,
 )
 
@@ -212,7 +212,7 @@ def test_opcodes_that_python_no_longer_writes(name: str) -> None:
 def test_every_opcode_is_known_or_refused_on_purpose() -> None:
     refused = {"PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
     for op in pickletools.opcodes:
-        known = pickles._TABLE[ord(op.code)] is not None
+        known = read._TABLE[ord(op.code)] is not None
         assert known == (op.name not in refused), op.name
 
 
@@ -616,14 +616,14 @@ def test_bombs_take_bounded_time_and_memory(name: str) -> None:
 
 
 def test_a_pickle_over_the_limit_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickles, "MAX_BYTES", 100)
+    monkeypatch.setattr(read, "MAX_BYTES", 100)
     with pytest.raises(Reject):
         loads(b"N" * 101)
 
 
 def test_limits_of_stack_and_memo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickles, "MAX_STACK", 1000)
-    monkeypatch.setattr(pickles, "MAX_MEMO", 1000)
+    monkeypatch.setattr(read, "MAX_STACK", 1000)
+    monkeypatch.setattr(read, "MAX_MEMO", 1000)
     for data in (P + b"N" * 2000 + b".", b"\x80\x04N" + b"\x94" * 2000 + b"."):
         with pytest.raises(Reject, match="limit"):
             loads(data)

@@ -18,10 +18,11 @@ from ckpttools.containers import torch_file
 from ckpttools.containers.archive import read_archive, unexplained
 from ckpttools.containers.pickles import Dict, Global, Node, Object, Persistent, dumps, plain, walk
 from ckpttools.containers.torch_file import read_torch_file, scalar, tensor_node, write_torch_file
+from ckpttools.containers.torch_file.legacy import LEGACY_MAGIC, LEGACY_PROTOCOL
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
 from ckpttools.passes.read import Reader
-from ckpttools.plan import Plan
+from ckpttools.plan import OutputFile, Plan
 from ckpttools.stores.files import opened
 from ckpttools.tensors import DTYPES, FLOAT32, TensorRef, Zeros
 
@@ -45,7 +46,7 @@ def copy(path: Path, out: Path, value: Node = None) -> Path:
     file = read_torch_file(path)
     target = out / path.name
     written = write_torch_file(path.name, file.value if value is None else value)
-    execute(Plan(files=(torch_file.OutputFile(path="", segments=written.segments),)), target, force=True)
+    execute(Plan(files=(OutputFile(path="", segments=written.segments),)), target, force=True)
     with zipfile.ZipFile(target) as archive:
         assert archive.testzip() is None
         assert all(_data_start(target, info) % 64 == 0 for info in archive.infolist())
@@ -302,7 +303,7 @@ def test_new_tensors(tmp_path: Path, name: str) -> None:
     node = Dict.of([("a", tensor_node(TensorRef(dtype, (2, 3), (Zeros(6 * dtype.itemsize),))))])
     path = tmp_path / "new.pt"
     written = write_torch_file("new.pt", node)
-    execute(Plan(files=(torch_file.OutputFile(path="", segments=written.segments),)), path)
+    execute(Plan(files=(OutputFile(path="", segments=written.segments),)), path)
     back = torch.load(path)["a"]
     assert back.dtype is getattr(torch, name) and tuple(back.shape) == (2, 3)
     assert raw_of(back) == bytes(6 * dtype.itemsize)
@@ -312,7 +313,7 @@ def test_the_root_is_the_stem(tmp_path: Path) -> None:
     for name, root in (("sub/a.b.pt", "a.b"), ("plain", "plain"), ("x.pth.tar", "x.pth")):
         written = write_torch_file(name, Dict())
         path = tmp_path / "out"
-        execute(Plan(files=(torch_file.OutputFile(path="", segments=written.segments),)), path, force=True)
+        execute(Plan(files=(OutputFile(path="", segments=written.segments),)), path, force=True)
         assert read_torch_file(path).root == root
 
 
@@ -326,7 +327,7 @@ def test_more_than_4_gib(tmp_path: Path) -> None:
     ]
     written = write_torch_file("big.pt", Dict.of(tensors))
     path = tmp_path / "big.pt"
-    execute(Plan(files=(torch_file.OutputFile(path="", segments=written.segments),)), path)
+    execute(Plan(files=(OutputFile(path="", segments=written.segments),)), path)
     with zipfile.ZipFile(path) as archive:
         assert archive.getinfo("big/data/1").file_size == nbytes
     back = torch.load(path, mmap=True)
@@ -475,8 +476,8 @@ def legacy(
 
     return b"".join(
         (
-            opcodes(torch_file.LEGACY_MAGIC),
-            opcodes(torch_file.LEGACY_PROTOCOL),
+            opcodes(LEGACY_MAGIC),
+            opcodes(LEGACY_PROTOCOL),
             system or opcodes(Dict.of([("protocol_version", 1001), ("little_endian", True)])),
             value or opcodes(Dict()),
             keys or opcodes([]),
@@ -487,7 +488,7 @@ def legacy(
 
 ONE = {"value": dumps(storage_id()), "keys": dumps(["0"])}
 BAD_LEGACY = {
-    "other magic": dumps(1) + legacy()[len(dumps(torch_file.LEGACY_MAGIC)) :],
+    "other magic": dumps(1) + legacy()[len(dumps(LEGACY_MAGIC)) :],
     "big endian": legacy(system=dumps(Dict.of([("little_endian", False)]))),
     "system is a list": legacy(system=dumps([])),
     "keys too many": legacy(keys=dumps(["0"])),

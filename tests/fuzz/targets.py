@@ -22,8 +22,8 @@ from random import Random
 
 from ckpttools.checks import check_before_use, manifest_of, verify
 from ckpttools.cli.app import app
-from ckpttools.containers.callables import judge
 from ckpttools.containers.pickles import dumps, loads, plain, walk
+from ckpttools.containers.pickles.judge import judge
 from ckpttools.containers.torch_file import labelled, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ckpttools.containers.pickles import Dict, Global, Node, Object, Persistent, Set
+from ckpttools.containers.pickles.nodes import Dict, Global, Node, Object, Persistent, Set
 from ckpttools.errors import escape
 
 
@@ -181,7 +181,7 @@ def _verdict(call: Object) -> Verdict:
     return Verdict.DANGEROUS if call.kwargs.pairs else check(call)
 
 
-# --- callables whose arguments decide (pickles.ARGUMENTS_DECIDE keeps every call of them) --------------
+# --- callables whose arguments decide (read.ARGUMENTS_DECIDE keeps every call of them) --------------
 
 
 def _computed(cls: Object, call: Object) -> Verdict:

@@ -1,0 +1,205 @@
+"""Nodes as opcodes: a pickle that loads to what the nodes stand for."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ckpttools.containers.pickles.nodes import MISSING, Dict, Global, Node, Object, Persistent, Reject, Set
+from ckpttools.containers.pickles.read import MAX_BYTES
+
+
+def dumps(value: Node, persistent_id: Callable[[Node], Node] | None = None) -> bytes:
+    """Write nodes as a pickle of protocol 2, as torch does, or higher where a node needs it.
+
+    Nodes that occur twice are written once and referred to. `persistent_id` gives the persistent id of a
+    node that this module does not know, or None. Raises Reject for a value that has no pickled form, or
+    for a tuple that contains itself.
+    """
+    return _Writer(persistent_id).run(value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Raw:
+    """Bytes still to be written, after which `put` is memoized."""
+
+    data: bytes
+    put: Node = MISSING
+
+
+class _Writer:
+    def __init__(self, persistent_id: Callable[[Node], Node] | None) -> None:
+        self.persistent_id = persistent_id
+        self.out: list[bytes] = []
+        self.memo: dict[int, int] = {}  # id of a node -> memo number
+        self.texts: dict[str, int] = {}
+        self.names: dict[Global, int] = {}
+        self.count = 0
+        self.kept: list[Node] = []
+        self.open: set[int] = set()  # ids of tuples being written
+        self.protocol = 2
+
+    def run(self, value: Node) -> bytes:
+        todo: list[Node] = [value]
+        summed = nbytes = 0
+        while todo:
+            # values that a pickle shares without a memo entry, such as long ints, can multiply
+            while summed < len(self.out):
+                nbytes += len(self.out[summed])
+                summed += 1
+            if nbytes > MAX_BYTES:
+                raise Reject(f"the pickle to write is over the limit of {MAX_BYTES} bytes")
+            node = todo.pop()
+            if isinstance(node, _Raw):
+                self.out.append(node.data)
+                if node.put is not MISSING:
+                    self.open.discard(id(node.put))
+                    self.memo[id(node.put)] = self.put()
+            else:
+                self.write(node, todo)
+        return b"\x80" + bytes([self.protocol]) + b"".join(self.out) + b"."
+
+    def put(self) -> int:
+        i = self.count
+        self.count += 1
+        self.out.append(b"q" + bytes([i]) if i < 256 else b"r" + struct.pack("<I", i))
+        return i
+
+    def get(self, i: int) -> None:
+        self.out.append(b"h" + bytes([i]) if i < 256 else b"j" + struct.pack("<I", i))
+
+    def need(self, protocol: int) -> None:
+        self.protocol = max(self.protocol, protocol)
+
+    def write(self, node: Node, todo: list[Node]) -> None:
+        if (known := self.memo.get(id(node))) is not None:
+            self.get(known)
+            return
+        match node:
+            case None:
+                self.out.append(b"N")
+            case bool():
+                self.out.append(b"\x88" if node else b"\x89")
+            case int():
+                self.out.append(_int(node))
+            case float():
+                self.out.append(b"G" + struct.pack(">d", node))
+            case str():
+                self.write_text(node)
+            case bytes():
+                self.need(3)
+                self.out.append(b"B" + struct.pack("<I", len(node)) + node)
+                self.memo[id(node)] = self.put()
+            case bytearray():
+                self.need(5)
+                self.out.append(b"\x96" + struct.pack("<Q", len(node)) + bytes(node))
+                self.memo[id(node)] = self.put()
+            case Global():
+                self.write_name(node)
+            case tuple():
+                self.write_tuple(node, todo)
+            case list():
+                self.out.append(b"]")
+                self.memo[id(node)] = self.put()
+                _items(node, todo, b"e")
+            case Dict():
+                self.out.append(b"}")
+                self.memo[id(node)] = self.put()
+                _items([x for pair in node.pairs for x in pair], todo, b"u")
+            case Set():
+                self.need(4)
+                if node.frozen:
+                    todo.append(_Raw(b"\x91", node))
+                    todo.extend(reversed(node.members))
+                    self.out.append(b"(")
+                else:
+                    self.out.append(b"\x8f")
+                    self.memo[id(node)] = self.put()
+                    _items(node.members, todo, b"\x90")
+            case Persistent():
+                todo += [_Raw(b"Q", node), node.pid]
+            case Object():
+                self.write_object(node, todo)
+            case _:
+                pid = self.persistent_id(node) if self.persistent_id else None
+                if pid is None:
+                    raise Reject(f"a {type(node).__name__} has no pickled form here")
+                self.kept.append(pid)  # memo entries go by identity: nothing may be freed meanwhile
+                todo += [_Raw(b"Q", node), pid]
+
+    def write_text(self, text: str) -> None:
+        if (known := self.texts.get(text)) is not None:
+            self.get(known)
+            return
+        raw = text.encode("utf-8", "surrogatepass")
+        self.out.append(b"X" + struct.pack("<I", len(raw)) + raw)
+        self.texts[text] = self.put()
+
+    def write_name(self, name: Global) -> None:
+        if (known := self.names.get(name)) is not None:
+            self.get(known)
+            return
+        if "\n" in name.module + name.name:
+            raise Reject("the name of a class holds a line end")
+        if "." in name.name:  # Python looks up names within a class only from protocol 4 on
+            self.need(4)
+        self.out.append(b"c" + f"{name.module}\n{name.name}\n".encode())
+        self.names[name] = self.put()
+
+    def write_tuple(self, node: tuple[Node, ...], todo: list[Node]) -> None:
+        if not node:
+            self.out.append(b")")
+            return
+        if id(node) in self.open:
+            raise Reject("a tuple contains itself")
+        self.open.add(id(node))
+        n = len(node)
+        todo.append(_Raw({1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(n, b"t"), node))
+        todo.extend(reversed(node))
+        if n > 3:
+            self.out.append(b"(")
+
+    def write_object(self, node: Object, todo: list[Node]) -> None:
+        if id(node) in self.open:
+            raise Reject("an object is an argument of its own constructor")
+        self.open.add(id(node))
+        if node.has_state:
+            todo += [_Raw(b"b"), node.state]
+        if node.pairs:
+            _items([x for pair in node.pairs for x in pair], todo, b"u")
+        if node.items:
+            _items(node.items, todo, b"e")
+        match node.how:
+            case "reduce":
+                todo += [_Raw(b"R", node), node.args, node.cls]
+            case "newobj":
+                todo += [_Raw(b"\x81", node), node.args, node.cls]
+            case "newobj_ex":
+                self.need(4)
+                todo += [_Raw(b"\x92", node), node.kwargs, node.args, node.cls]
+            case _:  # OBJ and INST differ only in how they name the class
+                todo.append(_Raw(b"o", node))
+                todo.extend(reversed(node.args))
+                todo.append(node.cls)
+                todo.append(_Raw(b"("))
+
+
+def _items(values: list[Node], todo: list[Node], end: bytes) -> None:
+    if values:
+        todo.append(_Raw(end))
+        todo.extend(reversed(values))
+        todo.append(_Raw(b"("))
+
+
+def _int(value: int) -> bytes:
+    if 0 <= value < 256:
+        return b"K" + bytes([value])
+    if 0 <= value < 65536:
+        return b"M" + struct.pack("<H", value)
+    if -(2**31) <= value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    if len(raw) < 256:
+        return b"\x8a" + bytes([len(raw)]) + raw
+    return b"\x8b" + struct.pack("<i", len(raw)) + raw

@@ -1,0 +1,209 @@
+"""A torch file's header: the tree of nodes, and its tensors as views of storages."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckpttools.containers.archive import Archive
+from ckpttools.containers.pickles import Dict, Global, Node, Object, Pickle, Reject
+from ckpttools.containers.torch_file.storages import Storage, located
+from ckpttools.errors import escape
+from ckpttools.plan import SourceCheck
+from ckpttools.stores.files import opened
+from ckpttools.tensors import DTYPES, ByteRange, Chunk, DType, Strided, TensorRef, is_contiguous
+
+MAX_DIMS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A tensor of a torch file: a view of a storage, all in elements."""
+
+    storage: Storage
+    dtype: DType
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def ref(self) -> TensorRef:
+        """The value as byte ranges; strided where the view is not contiguous."""
+        numel = math.prod(self.shape)
+        item = self.dtype.itemsize
+        if numel == 0:
+            return TensorRef(self.dtype, self.shape, ())
+        (source,) = self.storage.chunks
+        assert isinstance(source, ByteRange)
+        start = source.start + self.offset * item
+        chunk: Chunk
+        if is_contiguous(self.shape, self.strides):
+            chunk = ByteRange(source.path, start, numel * item)
+        else:
+            chunk = Strided(
+                path=source.path,
+                start=start,
+                itemsize=item,
+                shape=self.shape,
+                strides=self.strides,
+                first=0,
+                numel=numel,
+            )
+        return TensorRef(self.dtype, self.shape, (chunk,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchFile:
+    """A torch file, header read: `value` is the tree of nodes, with `Storage` nodes at its leaves."""
+
+    path: Path
+    size: int
+    value: Node
+    storages: dict[str, Storage]
+    pickle: Pickle
+    archive: Archive | None  # None for the legacy serialization
+    _views: dict[int, View] = field(default_factory=dict, repr=False)
+
+    @property
+    def root(self) -> str | None:
+        """The archive's root name: the stem of the file's name when it was saved."""
+        return self.archive.root if self.archive else None
+
+    @property
+    def has_checksums(self) -> bool:
+        return self.archive is not None and not self.archive.unchecked
+
+    def checks(self) -> Iterator[SourceCheck]:
+        """The checksum of every record that has one, as the archive states it.
+
+        A deflated record's is one of its inflated bytes: it was looked at when the header was read.
+        """
+        if self.archive and self.has_checksums:
+            for name, record in self.archive.records.items():
+                if record.nbytes and not record.method and not self.archive.is_reserved(record):
+                    yield SourceCheck(self.archive.range(record), record.crc32, f"record {escape(name)}")
+
+    def view(self, node: Node) -> View | None:
+        """The tensor that a node describes, or None where it is something else.
+
+        Raises CkptError for a tensor that reaches outside its storage.
+        """
+        if not isinstance(node, Object):
+            return None
+        known = self._views.get(id(node))
+        if known is None:
+            known = located(self.path, lambda: _rebuilt(node))
+            if known is not None:
+                self._views[id(node)] = known
+        return known
+
+
+def _rebuilt(node: Object, depth: int = 0) -> View | None:
+    cls = node.cls
+    if depth > 4:
+        raise Reject("a tensor is wrapped too often")
+    if not isinstance(cls, Global) or node.how != "reduce":
+        return None
+    if cls == Global("torch._tensor", "_rebuild_from_type_v2") and len(node.args) == 4:
+        func, _, args, _ = node.args  # ZeRO-3 tensors: (function, type, its arguments, attributes)
+        return _rebuilt(Object("reduce", func, args), depth + 1) if isinstance(args, tuple) else None
+    if cls.module != "torch._utils":
+        return None
+    match cls.name:
+        case "_rebuild_parameter" | "_rebuild_parameter_with_state":
+            inner = node.args[0] if node.args else None
+            return _rebuilt(inner, depth + 1) if isinstance(inner, Object) else None
+        case "_rebuild_tensor" | "_rebuild_tensor_v2" if len(node.args) >= 4:
+            storage, offset, shape, strides = node.args[:4]
+            dtype = None
+        case "_rebuild_tensor_v3" if len(node.args) >= 7:
+            storage, offset, shape, strides = node.args[:4]
+            dtype = _dtype(node.args[6])
+        case _:
+            return None
+    if not isinstance(storage, Storage):
+        raise Reject("a tensor has no storage")
+    dims, steps = _ints(shape), _ints(strides)
+    (start,) = _ints((offset,))
+    dtype = dtype or storage.dtype
+    if len(dims) != len(steps) or len(dims) > MAX_DIMS or math.prod(dims) >= 2**63:
+        raise Reject("a tensor has an impossible shape")
+    if math.prod(dims):
+        last = start + sum((n - 1) * step for n, step in zip(dims, steps, strict=True))
+        if (last + 1) * dtype.itemsize > storage.nbytes:
+            raise Reject(f"a tensor reaches to element {last} of a storage of {storage.numel}")
+    return View(storage=storage, dtype=dtype, offset=start, shape=dims, strides=steps)
+
+
+def _dtype(node: Node) -> DType:
+    if isinstance(node, Global) and node.module == "torch" and node.name in DTYPES:
+        return DTYPES[node.name]
+    shown = escape(node) if isinstance(node, Global) else "that is no name"
+    raise Reject(f"a tensor has the unknown element type {shown}")
+
+
+def size(node: Node) -> tuple[int, ...]:
+    """A torch.Size or a plain tuple of ints (MoE checkpoints hold tuples). Raises Reject otherwise."""
+    if isinstance(node, Object) and node.is_a("torch", "Size") and len(node.args) == 1:
+        return _ints(node.args[0])
+    return _ints(node)
+
+
+def _ints(node: Node) -> tuple[int, ...]:
+    if isinstance(node, Object) and node.is_a("torch", "Size") and len(node.args) == 1:
+        node = node.args[0]
+    if not isinstance(node, tuple | list):
+        raise Reject("a shape is not a tuple")
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in node):
+        raise Reject("a shape holds something other than sizes")
+    return tuple(n for n in node if isinstance(n, int))
+
+
+def labelled(file: TorchFile) -> Iterator[tuple[str, View]]:
+    """Every tensor of a file with its path into the data, such as `module.emb.weight` or `state[0].step`."""
+    seen: set[int] = set()
+    todo: list[tuple[str, Node]] = [("", file.value)]
+    while todo:
+        label, node = todo.pop()
+        if not isinstance(node, list | tuple | Dict | Object) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, Object) and (view := file.view(node)) is not None:
+            yield label, view
+            continue
+        if len(label) > 1000:  # of a hostile file: a label per level would need memory by the square
+            label = "…"
+        inside: list[tuple[str, Node]] = []
+        if isinstance(node, list | tuple):
+            inside = [(f"{label}[{i}]", value) for i, value in enumerate(node)]
+        else:
+            for key, value in node.pairs:
+                step = key if isinstance(key, str) else f"[{key}]" if isinstance(key, int) else "[...]"
+                inside.append((f"{label}.{step}" if label and isinstance(key, str) else label + step, value))
+            if isinstance(node, Object):
+                inside += [(label, node.args), (label, node.items)]
+                inside += [(label, node.state)] if node.has_state else []
+        todo.extend(reversed(inside))
+
+
+_SCALARS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "float16": "<e"}
+
+
+def scalar(view: View) -> float | None:
+    """The value of a tensor of one element, read from the file; None for other dtypes."""
+    form = _SCALARS.get(view.dtype.name)
+    if form is None or view.ref.numel != 1:
+        return None
+    (value,) = struct.unpack(form, scalar_bytes(view))
+    return float(value)
+
+
+def scalar_bytes(view: View) -> bytes:
+    """The bytes of a tensor of one element, read from the file."""
+    (chunk,) = view.ref.chunks
+    assert isinstance(chunk, ByteRange)  # one element is contiguous
+    with opened(chunk.path) as file:
+        return file.read(chunk.start, chunk.nbytes)
