@@ -43,6 +43,7 @@ ZERO_FIXTURES = [
     *SAMPLES,
     *sorted((FIXTURES / "trainer").iterdir()),
     *sorted((FIXTURES / "hf-trainer/deepspeed").iterdir()),
+    *sorted((FIXTURES / "hf-trainer/peft").iterdir()),
     *sorted((FIXTURES / "lightning/deepspeed").glob("*.ckpt")),
     FIXTURES / "accelerate/deepspeed",
     FIXTURES / "bundle/checkpoint-200",

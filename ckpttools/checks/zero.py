@@ -15,6 +15,7 @@ from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
 from ckpttools.containers.torch_file import TorchFile, scalar, size
 from ckpttools.formats.zero.read import Rank, ZeroFolder, expected_mapping, version_numbers
+from ckpttools.tensors import TensorRef
 
 ONE_SAVE = "copy all files of the folder again from one save"
 
@@ -478,18 +479,47 @@ def module_names(folder: ZeroFolder) -> Iterator[Finding]:
             severity=WARNING,
             hint="",
         )
-    for alias, owner in model.shared.items():
-        if owner not in model.weights and owner not in known:
-            yield _found("tied-mismatch", model.file.path, alias, f"tied to {owner}, which does not exist")
-        if alias in model.weights and owner in model.weights:
-            a, o = model.weights[alias], model.weights[owner]
-            if (a.shape, a.dtype) != (o.shape, o.dtype):
+
+
+def tied_weights(folder: ZeroFolder) -> Iterator[Finding]:
+    """shared_params: an alias is its owner's tensor; the owner may be left out, as a frozen parameter is."""
+    model = folder.model
+    stated = fields.as_mapping(model.root.get("shared_params"))
+    known = {name for group in folder.shapes for name in group} | model.weights.keys()
+    # stage 2 writes frozen_param_shapes, unless exclude_frozen_parameters was asked for
+    all_named = fields.as_mapping(model.root.get("frozen_param_shapes")) is not None
+    for alias, owner in stated.named() if stated is not None else ():
+        weight = model.weights.get(alias)
+        if owner not in known:
+            twins = weight is not None and weight.numel and _same_bytes(model.weights, alias)
+            if all_named or twins:
+                what = f", and is {twins[0]}" if twins else ""
+                message = f"tied to {owner}, which does not exist{what}"
+                yield _found("tied-mismatch", model.file.path, alias, message)
+            elif weight is not None:
+                yield _found(
+                    "frozen-excluded",
+                    model.file.path,
+                    alias,
+                    f"stands for {owner}, which is not in module (exclude_frozen_parameters)",
+                    severity=INFO,
+                    hint="",
+                )
+        elif weight is not None and isinstance(owner, str) and owner in model.weights:
+            other = model.weights[owner]
+            if (weight.shape, weight.dtype) != (other.shape, other.dtype):
                 yield _found(
                     "tied-mismatch",
                     model.file.path,
                     alias,
                     f"tied to {owner}, which has another shape or dtype",
                 )
+
+
+def _same_bytes(weights: Mapping[str, TensorRef], alias: str) -> list[str]:
+    """The other names of one tensor: torch.save writes what shares a storage once."""
+    own = weights[alias]
+    return [name for name, ref in weights.items() if name != alias and ref.chunks == own.chunks]
 
 
 CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
@@ -506,4 +536,5 @@ CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     required_fields,
     plausible_settings,
     module_names,
+    tied_weights,
 )

@@ -118,6 +118,33 @@ VARIANTS: dict[str, Variant] = {
     "z2_rr_frozen_tied_groups": Variant(
         RR, model={"frozen": True, "tied": True, "buffers": True}, groups=True, scheduler="client"
     ),
+    # tied and frozen: the file may lack the owner, and then its alias carries the weight
+    "z2_tied_frozen": Variant(Z2, model={"tied": True, "frozen": ("emb.weight", "ln.weight")}),
+    "z1_tied_frozen": Variant(Z1, model={"tied": True, "frozen": ("emb.weight", "ln.weight")}),
+    "z2_tied_frozen_exclude": Variant(
+        Z2, model={"tied": True, "frozen": ("emb.weight", "ln.weight")}, exclude_frozen=True, since=(0, 10, 1)
+    ),
+    "z1_tied_frozen_exclude": Variant(
+        Z1, model={"tied": True, "frozen": ("emb.weight", "ln.weight")}, exclude_frozen=True, since=(0, 10, 1)
+    ),
+    "z2_tied_lora_exclude": Variant(
+        Z2, model={"tied": True, "lora": True, "buffers": True}, exclude_frozen=True, since=(0, 10, 1)
+    ),
+    # two parameters in one storage, of which DeepSpeed trains one and keeps the other as it is
+    "z2_storage_owner_frozen": Variant(Z2, model={"tied": "storage", "frozen": ("emb.weight",)}),
+    "z2_storage_owner_exclude": Variant(
+        Z2, model={"tied": "storage", "frozen": ("emb.weight",)}, exclude_frozen=True, since=(0, 10, 1)
+    ),
+    "z2_storage_alias_frozen": Variant(Z2, model={"tied": "storage", "frozen": ("head.weight",)}),
+    "z2_storage_alias_exclude": Variant(
+        Z2, model={"tied": "storage", "frozen": ("head.weight",)}, exclude_frozen=True, since=(0, 10, 1)
+    ),
+    "z2_storage_frozen_exclude": Variant(
+        Z2,
+        model={"tied": "storage", "frozen": ("emb.weight", "head.weight")},
+        exclude_frozen=True,
+        since=(0, 10, 1),
+    ),
     "z1_round_robin": Variant({"stage": 1, "round_robin_gradients": True}),
     "z3_bf16": Variant(Z3),
     "z0_bf16": Variant({"stage": 0}),
@@ -163,11 +190,13 @@ class Net(nn.Module):
             self.register_buffer("calls", torch.zeros((), dtype=torch.long))
             self.register_buffer("mask", torch.tensor([True, False, True, True, True, True]))
             self.register_buffer("cache", torch.full((4,), 0.1), persistent=False)
-        if tied:
+        if tied == "storage":
+            self.head.weight = nn.Parameter(self.emb.weight.detach())
+        elif tied:
             self.head.weight = self.emb.weight
         if frozen:
-            for p in (self.ln.weight, self.up.weight, self.down.bias):
-                p.requires_grad_(False)
+            for name in ("ln.weight", "up.weight", "down.bias") if frozen is True else frozen:
+                self.get_parameter(name).requires_grad_(False)
         if lora:
             for name, p in self.named_parameters():
                 p.requires_grad_("lora" in name)

@@ -66,6 +66,9 @@ DEFAULT = [
     for variant in TELLING
     for ranks in ((2, 1), (2, 2), (2, 3), (2, 4), (2, 4, 2), (1, 4))
 ]
+# the frozen owner of a tied weight is left out of the file
+TIED = ("z2_tied_frozen", "z2_tied_frozen_exclude", "z1_tied_frozen_exclude", "z2_tied_lora_exclude")
+DEFAULT += [Route(variant, (2, 3)) for variant in TIED]
 HEAVY = [
     *(Route(v, (2, m)) for v in EVERY for m in (1, 2, 3, 4, 5, 8)),
     *(Route(v, (n, m)) for v in TELLING for n in (1, 4) for m in (1, 2, 3, 4, 5, 8)),

@@ -150,11 +150,13 @@ def _names(node: Node) -> frozenset[str]:
 
 
 def _shared(root: fields.Mapping, weights: Mapping[str, TensorRef], trainable: set[str]) -> dict[str, str]:
-    """Alias -> owner. Before DeepSpeed 0.9.2 nothing says so but the storage that both names share."""
+    """Alias -> owner, where the file has the owner. Before DeepSpeed 0.9.2 only a shared storage says so."""
     stated = root.get("shared_params")
     if stated is not None:
         pairs = fields.as_mapping(stated)
         found = {a: o for a, o in pairs.named() if isinstance(o, str)} if pairs is not None else {}
+        # exclude_frozen_parameters leaves out the owner alone: its alias is then a weight like any other
+        found = {a: o for a, o in found.items() if o in weights or o in trainable}
         # parameters without elements have no address: DeepSpeed takes them all for one
         return {a: o for a, o in found.items() if a not in weights or weights[a].numel or a not in trainable}
     owner: dict[object, str] = {}
