@@ -15,14 +15,15 @@ from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint, Layout, TrainState
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
 from ckpttools.checks.configs import check_configs
-from ckpttools.checks.findings import ERROR, INFO, Finding, Verdict, of_error
 from ckpttools.checks.headers import check_headers
 from ckpttools.checks.keys import check_keys
 from ckpttools.checks.manifests import check_manifest, describe
 from ckpttools.checks.parts import check_parts
+from ckpttools.checks.verdict import Verdict
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
+from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.formats import Source, locate
 from ckpttools.progress import Progress
 from ckpttools.stores.links import within

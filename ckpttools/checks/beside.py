@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from ckpttools.checks.files import check_file
-from ckpttools.checks.findings import WARNING, Finding, of_error
 from ckpttools.containers import jsons
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, is_torch_file, read_torch_file
 from ckpttools.errors import CkptError
+from ckpttools.findings import WARNING, Finding, of_error
 from ckpttools.formats import Source
 from ckpttools.formats.hf import INDEX, SHARD
 from ckpttools.plan import SourceCheck

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.checks.findings import WARNING, Finding
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
+from ckpttools.findings import WARNING, Finding
 from ckpttools.formats import hf
 
 LAYER = re.compile(r"(?P<prefix>.*?)(?:^|\.)(?:layers|h|layer|blocks)\.(?P<number>\d+)\..+")

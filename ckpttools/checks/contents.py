@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import data
-from ckpttools.checks.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError
+from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.monolithic import OPTIMIZER
 from ckpttools.formats.zero.read import ZeroFolder, frozen_fragments
 from ckpttools.progress import Progress

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckpttools.checks.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.containers.archive import SERIALIZATION_ID, belong_together, unexplained
 from ckpttools.containers.pickles.judge import judge
 from ckpttools.containers.torch_file import TorchFile
+from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.stores.files import opened
 
 HEAD_NBYTES = 1 << 16  # of each storage, to see whether anything was written there

@@ -8,12 +8,12 @@ from typing import TypeVar
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks.files import check_files
-from ckpttools.checks.findings import INFO, Finding, of_error
 from ckpttools.checks.parts import check_parts
-from ckpttools.checks.zero import archive_roots, check_folder
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
+from ckpttools.findings import INFO, Finding, of_error
 from ckpttools.formats import Source, read
+from ckpttools.formats.zero.checks import archive_roots, check_folder
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import (
     Rank,

@@ -17,10 +17,10 @@ import re
 from collections.abc import Iterator
 
 from ckpttools.checkpoint import Checkpoint, TrainState
-from ckpttools.checks.findings import INFO, WARNING, Finding
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile
+from ckpttools.findings import INFO, WARNING, Finding
 from ckpttools.formats.counters import SCHEDULER
 from ckpttools.formats.monolithic import OPTIMIZER
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.checks.findings import ERROR, INFO, Finding, of_error
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError
+from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.manifest import Entry
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import size_of

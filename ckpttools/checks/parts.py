@@ -17,13 +17,13 @@ from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.checks.files import check_files
-from ckpttools.checks.findings import ERROR, INFO, Finding, of_error
-from ckpttools.checks.zero import archive_roots
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Node, Object, loads, walk
 from ckpttools.containers.torch_file import TorchFile, labelled, read_torch_file
 from ckpttools.errors import CkptError, Unsupported
+from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.formats.counters import train_state
+from ckpttools.formats.zero.checks import archive_roots
 from ckpttools.formats.zero.names import ANY
 from ckpttools.stores.files import entries, is_file, is_folder, opened, size_of
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from ckpttools.checks.findings import ERROR, Verdict
+from ckpttools.checks.verdict import Verdict
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.findings import ERROR
 from ckpttools.runs.find import Entry, common, runs
 from ckpttools.runs.order import numbers, shape
 from ckpttools.stores.files import entries, small_text

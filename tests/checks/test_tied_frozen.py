@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from support import FIXTURES, identical
 
 from ckpttools.checks import verify
-from ckpttools.checks.findings import INFO
+from ckpttools.findings import INFO
 
 NEWEST = FIXTURES / "deepspeed-0.19.8"
 PEFT = FIXTURES / "hf-trainer/peft/checkpoint-2"

@@ -22,8 +22,8 @@ from support import FIXTURES, ZERO_FIXTURES, name_of
 
 from ckpttools import formats, manifest
 from ckpttools.checks import manifest_of, verify
-from ckpttools.checks.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.errors import CkptError
+from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.formats.zero import names
 from ckpttools.siblings import MANIFEST
 

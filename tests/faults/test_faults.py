@@ -16,7 +16,7 @@ from faults.all import FAULTS
 from faults.clean import VARIATIONS, clean, made
 from faults.core import HF, PT, TRIED, ZERO, Base, Outcome, bases, sweep, table, verdict_of
 
-from ckpttools.checks.findings import ERROR, INFO
+from ckpttools.findings import ERROR, INFO
 
 SEED = 20
 QUICK, HEAVY = 1, 12  # of each fault

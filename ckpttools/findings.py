@@ -1,12 +1,10 @@
-"""What a verification finds, and the verdict on a checkpoint."""
+"""What a check finds: the same parts as an error has, and how bad it is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from ckpttools.checkpoint import TrainState
 from ckpttools.errors import CkptError
 
 ERROR, WARNING, INFO = "error", "warning", "info"
@@ -32,29 +30,6 @@ class Finding:
     def text(self) -> str:
         """The message, with the reason why it matters."""
         return f"{self.message} ({self.why})" if self.why else self.message
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """The result for one checkpoint: `ok` unless something of severity error was found."""
-
-    path: Path
-    format: str | None
-    state: TrainState
-    findings: tuple[Finding, ...]
-    nbytes_read: int = 0  # tensor bytes that were checked
-
-    @property
-    def step(self) -> int | None:
-        return self.state.step
-
-    @property
-    def epoch(self) -> int | float | None:
-        return self.state.epoch
-
-    @property
-    def ok(self) -> bool:
-        return not any(finding.severity == ERROR for finding in self.findings)
 
 
 def of_error(error: CkptError) -> Finding:

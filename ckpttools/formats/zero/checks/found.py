@@ -1,0 +1,19 @@
+"""Findings of a ZeRO folder's checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpttools.findings import ERROR, WARNING, Finding
+
+ONE_SAVE = "copy all files of the folder again from one save"
+
+
+def found(
+    id: str, file: str | Path, where: str, message: str, *, severity: str = ERROR, hint: str = ONE_SAVE
+) -> Finding:
+    return Finding(id=id, severity=severity, file=str(file), where=where, message=message, hint=hint)
+
+
+def contradiction(path: str, field: str, what: str) -> Finding:
+    return found("field-contradicts", path, field, what, severity=WARNING)

@@ -1,0 +1,204 @@
+"""Each rank's file against its place, and all of them against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from ckpttools.containers import fields
+from ckpttools.containers.pickles import Node, plain
+from ckpttools.containers.torch_file import TorchFile, scalar
+from ckpttools.findings import ERROR, INFO, WARNING, Finding
+from ckpttools.formats.zero.checks.found import contradiction, found
+from ckpttools.formats.zero.read import Rank, ZeroFolder, expected_mapping
+
+
+def archive_roots(files: Sequence[TorchFile]) -> Iterator[Finding]:
+    """torch.save writes the file's stem into the archive: a renamed rank file still carries its old name."""
+    stems = {file.path.stem for file in files}
+    for file in files:
+        if file.root in (None, "archive", file.path.stem):
+            continue
+        yield found(
+            "file-renamed",
+            file.path,
+            "archive root",
+            f"the file was saved under the name {file.root}.pt",
+            severity=ERROR if file.root in stems else INFO,
+            hint="rename it back, or copy the files again from where they were saved",
+        )
+
+
+def slice_mappings(folder: ZeroFolder) -> Iterator[Finding]:
+    """Each rank names the parameter fragments that it owns: they must be those of its place."""
+    for rank in folder.ranks:
+        if rank.mappings is None:
+            continue
+        wanted = _mappings(folder, rank.dp_rank)
+        if rank.mappings == wanted:
+            continue
+        owner = next((r.dp_rank for r in folder.ranks if rank.mappings == _mappings(folder, r.dp_rank)), None)
+        if owner is not None:
+            yield found(
+                "rank-misplaced",
+                rank.file.path,
+                f"dp rank {rank.dp_rank}",
+                f"the file holds the partition of dp rank {owner}, not of rank {rank.dp_rank}: "
+                "it was swapped, copied over another or renamed",
+            )
+        else:
+            group, name = _first_difference(rank, wanted)
+            yield found(
+                "mapping-mismatch",
+                rank.file.path,
+                f"param_slice_mappings[{group}]{'.' + name if name else ''}",
+                "the fragments of this rank do not follow from the parameters' shapes and order",
+            )
+
+
+def _mappings(folder: ZeroFolder, dp_rank: int) -> tuple[Mapping[str, tuple[int, int]], ...]:
+    return tuple(expected_mapping(group, dp_rank, round_robin=folder.round_robin) for group in folder.groups)
+
+
+def _first_difference(rank: Rank, wanted: tuple[Mapping[str, tuple[int, int]], ...]) -> tuple[int, str]:
+    assert rank.mappings is not None
+    for g, (have, want) in enumerate(zip(rank.mappings, wanted, strict=False)):
+        for name in {**have, **want}:
+            if have.get(name) != want.get(name):
+                return g, name
+    return 0, ""
+
+
+def paddings(folder: ZeroFolder) -> Iterator[Finding]:
+    """group_paddings: each rank's own padding since DeepSpeed 0.16.4, all of it at the last rank before."""
+    for rank in folder.ranks:
+        if rank.paddings is None:
+            continue
+        own = tuple(group.padding(rank.dp_rank) for group in folder.groups)
+        last = rank.dp_rank == len(folder.ranks) - 1
+        at_last = tuple(group.total - group.used if last else 0 for group in folder.groups)
+        if rank.paddings not in (own, at_last):
+            yield found(
+                "padding-mismatch",
+                rank.file.path,
+                "optimizer_state_dict.group_paddings",
+                f"says {list(rank.paddings)}, the parameters' shapes make it {list(own)}",
+            )
+
+
+def moments(folder: ZeroFolder) -> Iterator[Finding]:
+    """Every rank holds the same kinds of optimizer state, each as long as its partition."""
+    for g, group in enumerate(folder.groups):
+        for rank in folder.ranks:
+            kinds, first = set(rank.moments[g]), set(folder.ranks[0].moments[g])
+            if kinds != first:
+                yield found(
+                    "moment-missing",
+                    rank.file.path,
+                    f"group {g}",
+                    f"holds the optimizer state {_list(kinds)}, rank 0 holds {_list(first)}",
+                )
+            for key, node in rank.moments[g].items():
+                view = rank.file.view(node)
+                if view is None or len(view.shape) != 1 or key in folder.partitioned[g]:
+                    continue
+                yield found(
+                    "moment-size",
+                    rank.file.path,
+                    f"group {g} {key}",
+                    f"has {view.shape[0]} elements where the partition has {group.part}",
+                )
+
+
+def second_moment(folder: ZeroFolder) -> Iterator[Finding]:
+    """Adam keeps exp_avg_sq wherever it keeps exp_avg; and what one group has, the others have."""
+    first = folder.ranks[0]
+    everywhere = {key for moments in first.moments for key in moments}
+    for g, moments in enumerate(first.moments):
+        lacking = everywhere - set(moments) if moments or len(first.moments) > 1 else set()
+        if first.hyper is not None and "eps" in first.hyper[g] and "exp_avg" in moments:
+            lacking |= {"exp_avg_sq"} - set(moments)
+        uses_muon = first.hyper is not None and any("use_muon" in group for group in first.hyper)
+        if lacking and not uses_muon:
+            yield found(
+                "moment-missing",
+                first.file.path,
+                f"group {g}",
+                f"has no {_list(lacking)}",
+                severity=WARNING,
+                hint="a group whose parameters never got a gradient looks so, and a damaged file",
+            )
+
+
+def _list(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
+    """What is replicated must be equal: version, stage, hyper-parameters, scaler and Adam's step."""
+    first = folder.ranks[0]
+    for rank in folder.ranks[1:]:
+        for name, mine, theirs in (
+            ("ds_version", rank.ds_version, first.ds_version),
+            ("zero_stage", rank.stage, first.stage),
+            ("layout", rank.variant, first.variant),
+            ("param_groups", _hyper(rank), _hyper(first)),
+            ("param_alignment_paddings", rank.gaps, first.gaps),
+            *(
+                (key, plain(rank.state.get(key)), plain(first.state.get(key)))
+                for key in ("loss_scaler", "dynamic_loss_scale", "clip_grad", "overflow")
+            ),
+        ):
+            if mine != theirs:
+                yield found(
+                    "ranks-differ",
+                    rank.file.path,
+                    name,
+                    f"rank {rank.dp_rank} says {_short(mine)}, rank 0 says {_short(theirs)}",
+                )
+        for name in {*rank.state.names()} ^ {*first.state.names()}:
+            has, lacks = (rank, first) if name in rank.state else (first, rank)
+            yield found(
+                "ranks-differ",
+                lacks.file.path,
+                f"optimizer_state_dict.{name}",
+                f"rank {lacks.dp_rank} lacks what rank {has.dp_rank} has",
+            )
+        if plain(rank.root.get("ds_config")) != plain(first.root.get("ds_config")):
+            yield contradiction(str(rank.file.path), "ds_config", "differs from that of rank 0")
+        mine_step, first_step = steps(rank), steps(first)
+        if mine_step != first_step:
+            yield found(
+                "step-mismatch",
+                rank.file.path,
+                f"dp rank {rank.dp_rank}",
+                f"the shard is of optimizer step {_step(mine_step)}, rank 0 of {_step(first_step)}: "
+                "they come from different saves",
+            )
+
+
+def _hyper(rank: Rank) -> object:
+    return None if rank.hyper is None else [plain(group) for group in rank.hyper]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _step(values: tuple[float | None, ...]) -> str:
+    known = sorted({int(v) for v in values if v is not None})
+    return " and ".join(map(str, known)) or "0"
+
+
+def steps(rank: Rank) -> tuple[float | None, ...]:
+    """Adam's step per group, None where the optimizer has none (or has not stepped)."""
+    return tuple(_number(rank, moments.get("step")) for moments in rank.moments)
+
+
+def _number(rank: Rank, node: Node) -> float | None:
+    view = rank.file.view(node)
+    if view is not None:
+        return scalar(view) if math.prod(view.shape) == 1 else None
+    value = fields.number(node)
+    return float(value) if value is not None else None
