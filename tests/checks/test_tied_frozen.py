@@ -83,6 +83,7 @@ def test_the_trainer_resumes_what_was_resharded(tmp_path: Path) -> None:
     """The same master weights, and the step after the last: as they were saved on two ranks, now on three."""
     oracle = Path(__file__).parent.parent / "oracles/trainer_peft.py"
     found = {}
+    (tmp_path / "three").mkdir()
     assert run("reshard", PEFT, tmp_path / "three/checkpoint-2", "--world-size", 3).code == 0
     for ranks, checkpoint in ((2, PEFT), (3, tmp_path / "three/checkpoint-2")):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
