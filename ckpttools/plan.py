@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpttools.tensors import ByteRange, Cast, Chunk, Source, Strided, Zeros
+from ckpttools.tensors import ByteRange, Cast, Chunk, Source, Strided, Tiles, Zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def reads(segment: Segment) -> tuple[Source, ...]:
     match segment:
         case Cast():
             return segment.chunks
-        case ByteRange() | Strided() | Zeros():
+        case ByteRange() | Strided() | Tiles() | Zeros():
             return (segment,)
         case Literal() | Crc32():
             return ()

@@ -7,7 +7,7 @@ are the tensor's value in C order, little-endian.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,7 +135,70 @@ class Strided:
         )
 
 
-Source = ByteRange | Zeros | Strided  # bytes as they lie
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of an array that lies in C order from byte `start` of a file: `shape` elements at `origin`."""
+
+    path: Path
+    start: int
+    origin: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """Elements `first` to `first + numel` (in C order) of an array that lies in boxes, which fill it.
+
+    A tensor split along two dimensions is few boxes, but as ranges in C order one for each row of each box.
+    """
+
+    itemsize: int
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]  # disjoint, together the whole array
+    first: int
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+    def cut(self, start: int, nbytes: int) -> Tiles:
+        assert start % self.itemsize == 0 and nbytes % self.itemsize == 0
+        return Tiles(
+            itemsize=self.itemsize,
+            shape=self.shape,
+            boxes=self.boxes,
+            first=self.first + start // self.itemsize,
+            numel=nbytes // self.itemsize,
+        )
+
+    @property
+    def ranges(self) -> Iterator[ByteRange]:
+        """The bytes of each box in the rows (along the first dimension) that hold these elements."""
+        inner = math.prod(self.shape[1:])
+        if not self.numel:
+            return
+        low, high = self.first // inner, -(-(self.first + self.numel) // inner)
+        for box in self.boxes:
+            row = math.prod(box.shape[1:]) * self.itemsize
+            top = max(low - box.origin[0], 0)
+            rows = min(high - box.origin[0], box.shape[0]) - top
+            if rows > 0:
+                yield ByteRange(box.path, box.start + top * row, rows * row)
+
+
+Source = ByteRange | Zeros | Strided | Tiles  # bytes as they lie
+
+
+def spans(chunk: Source) -> Iterator[ByteRange]:
+    """The parts of files that a chunk's bytes lie in; those of a view may hold bytes of others too."""
+    match chunk:
+        case ByteRange():
+            yield chunk
+        case Strided():
+            yield ByteRange(chunk.path, chunk.start, chunk.end - chunk.start)
+        case Tiles():
+            yield from chunk.ranges
 
 
 @dataclass(frozen=True, slots=True)

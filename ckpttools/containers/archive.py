@@ -63,6 +63,7 @@ class Archive:
     size: int
     root: str
     records: dict[str, Record]  # in file order
+    base: int = 0  # where the archive begins in the file at `path`
 
     @property
     def unchecked(self) -> bool:
@@ -77,7 +78,7 @@ class Archive:
         return missing and not self.unchecked and SERIALIZATION_ID in self.records
 
     def range(self, record: Record) -> ByteRange:
-        return ByteRange(self.path, record.start, record.nbytes)
+        return ByteRange(self.path, self.base + record.start, record.nbytes)
 
 
 def damaged(path: Path, message: str) -> CkptError:
@@ -122,7 +123,8 @@ def read_archive(file: File) -> Archive:
         raise damaged(file.path, f"{directory - at} bytes before the directory belong to no record")
     if len(roots) != 1:
         raise damaged(file.path, f"the archive has {len(roots)} roots instead of one")
-    return Archive(path=file.path, size=file.size, root=next(iter(roots)), records=records)
+    root = next(iter(roots))
+    return Archive(path=file.path, size=file.size, root=root, records=records, base=file.base)
 
 
 _Entry = tuple[str, int, int, int, int, int, int]  # name, offset, flags, method, crc32, nbytes, size

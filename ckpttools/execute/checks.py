@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ckpttools.checksums import RangeCrcs, Share
 from ckpttools.errors import CkptError
 from ckpttools.plan import Part, SourceCheck
-from ckpttools.tensors import ByteRange, Source, Zeros
+from ckpttools.tensors import ByteRange, Source, spans
 
 
 class Claim(NamedTuple):
@@ -41,12 +41,12 @@ class SourceChecks:
         out: list[Claim] = []
         at = 0
         for chunk in chunks:
-            if not isinstance(chunk, Zeros) and (file := self._files.get(chunk.path)):
-                file.use(chunk.start, chunk.end)
-                # A view's bytes come in another order: its ranges are read once more, in order.
-                if isinstance(chunk, ByteRange):
-                    for start, end in file.claim(chunk.start, chunk.end):
-                        out.append(Claim(at + start - chunk.start, ByteRange(chunk.path, start, end - start)))
+            for span in spans(chunk):
+                if file := self._files.get(span.path):
+                    file.use(span.start, span.end)
+                    # The bytes of views and tiles come in another order: they are read once more, in order.
+                    for start, end in file.claim(span.start, span.end) if chunk is span else ():
+                        out.append(Claim(at + start - span.start, ByteRange(span.path, start, end - start)))
             at += chunk.nbytes
         return tuple(out)
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from ckpttools.errors import UsageError
 from ckpttools.passes.read import truncated
 from ckpttools.plan import Crc32, OutputFile, Plan, reads
-from ckpttools.tensors import Zeros
+from ckpttools.tensors import spans
 
 Fingerprint = tuple[int, int, int, int]
 
@@ -104,8 +104,8 @@ def source_ends(plan: Plan) -> dict[Path, int]:
     for file in plan.files:
         for segment in file.segments:
             for chunk in reads(segment):
-                if not isinstance(chunk, Zeros) and chunk.nbytes:
-                    ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.end)
+                for span in spans(chunk) if chunk.nbytes else ():
+                    ends[span.path] = max(ends.get(span.path, 0), span.end)
     return ends
 
 

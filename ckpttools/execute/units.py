@@ -13,7 +13,7 @@ from ckpttools.execute import system
 from ckpttools.execute.checks import Claim, SourceChecks
 from ckpttools.passes.ranges import Cutter
 from ckpttools.plan import Crc32, OutputFile, Part, Segment, reads
-from ckpttools.tensors import Cast, Strided
+from ckpttools.tensors import Cast, Strided, Tiles
 from ckpttools.values import BLOCK_NBYTES
 
 UNIT = 1024 * 1024  # the fastest of 256 KiB to 4 MiB: a buffer that is still in the cache for its CRC
@@ -115,7 +115,7 @@ def _parts(segment: Segment, at: int) -> Iterator[Segment]:
             case Cast(_, source, target):
                 numel = max(min(room // target.itemsize, BLOCK_NBYTES // source.itemsize), 1)
                 part = Cast(cutter.take(numel * source.itemsize), source, target)
-            case Strided(itemsize=itemsize):
+            case Strided(itemsize=itemsize) | Tiles(itemsize=itemsize):
                 part = segment.cut(done, max(min(_GATHER, nbytes - done) // itemsize, 1) * itemsize)
             case _:
                 part = segment.cut(done, room)

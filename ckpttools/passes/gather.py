@@ -1,15 +1,15 @@
-"""Views that are not contiguous on disk, copied in boxes that are."""
+"""Elements that are not contiguous on disk, views and tiles, copied in boxes that are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ckpttools.tensors import Strided
+from ckpttools.tensors import Strided, Tiles, contiguous_strides
 from ckpttools.values import UNSIGNED, Array
 
 GATHER_NBYTES = 1024 * 1024
@@ -17,16 +17,37 @@ GATHER_NBYTES = 1024 * 1024
 Read = Callable[[memoryview, Path, int], None]  # fills the view with the bytes of a file from an offset
 
 
-def gather(view: memoryview, chunk: Strided, read: Read, scratch: memoryview) -> None:
+def gather(view: memoryview, chunk: Strided | Tiles, read: Read, scratch: memoryview) -> None:
     """Copy the elements of `chunk` to `view`, through `scratch`, which has `GATHER_NBYTES` bytes."""
     out = np.frombuffer(view, _element(chunk.itemsize))
     at = 0
     for origin, shape in _boxes(chunk.shape, chunk.first, chunk.numel):
         numel = math.prod(shape)
-        offset = sum(i * stride for i, stride in zip(origin, chunk.strides, strict=True))
         box = out[at : at + numel].reshape(shape)
-        _Gather(chunk.path, read, scratch).box(box, chunk.start + offset * chunk.itemsize, chunk.strides)
         at += numel
+        if isinstance(chunk, Tiles):
+            _tiles(box, origin, chunk, read, scratch)
+        else:
+            start = chunk.start + _offset(origin, chunk.strides) * chunk.itemsize
+            _Gather(chunk.path, read, scratch).box(box, start, chunk.strides)
+
+
+def _tiles(out: Array, origin: tuple[int, ...], chunk: Tiles, read: Read, scratch: memoryview) -> None:
+    """Fill the box `out` at `origin` from each tile that it meets."""
+    for tile in chunk.boxes:
+        low = [max(a, b) for a, b in zip(origin, tile.origin, strict=True)]
+        ends = zip(origin, out.shape, tile.origin, tile.shape, strict=True)
+        high = [min(a + n, b + m) for a, n, b, m in ends]
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            part = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))]
+            strides = contiguous_strides(tile.shape)
+            inside = [a - o for a, o in zip(low, tile.origin, strict=True)]
+            start = tile.start + _offset(inside, strides) * chunk.itemsize
+            _Gather(tile.path, read, scratch).box(part, start, strides)
+
+
+def _offset(origin: Sequence[int], strides: Sequence[int]) -> int:
+    return sum(i * stride for i, stride in zip(origin, strides, strict=True))
 
 
 class _Gather:

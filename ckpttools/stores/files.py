@@ -10,18 +10,32 @@ from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.stores.links import refuse_outside
+from ckpttools.tensors import ByteRange
 
 LFS_MAGIC = b"version https://git-lfs"
 MAX_ENTRIES = 100_000
 
 
 class File:
-    """A regular file opened for reading at offsets."""
+    """A regular file opened for reading at offsets, or a window of one: a file within the file.
 
-    __slots__ = ("_fd", "path", "size")
+    `base` is where it begins in the file at `path`; all other offsets count from there.
+    """
 
-    def __init__(self, path: Path, fd: int, size: int) -> None:
-        self.path, self._fd, self.size = path, fd, size
+    __slots__ = ("_fd", "base", "path", "size")
+
+    def __init__(self, path: Path, fd: int, size: int, base: int = 0) -> None:
+        self.path, self._fd, self.size, self.base = path, fd, size, base
+
+    def window(self, start: int, nbytes: int) -> File:
+        """The file that lies in these bytes; raises CkptError where this one is shorter."""
+        if start < 0 or nbytes < 0 or start + nbytes > self.size:
+            raise truncated(self.path, f"bytes {start} to {start + nbytes} of {self.size}")
+        return File(self.path, self._fd, nbytes, self.base + start)
+
+    def range(self, start: int, nbytes: int) -> ByteRange:
+        """Bytes of this file as a range of the whole file at `path`."""
+        return ByteRange(self.path, self.base + start, nbytes)
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Exactly `nbytes` bytes from `start`; raises CkptError where the file is shorter."""
@@ -30,11 +44,11 @@ class File:
         parts: list[bytes] = []
         while nbytes:
             try:
-                part = os.pread(self._fd, nbytes, start)
+                part = os.pread(self._fd, nbytes, self.base + start)
             except OSError as error:
                 raise CkptError(
                     "read-error",
-                    f"reading at byte {start} failed: {escape(error.strerror)}",
+                    f"reading at byte {self.base + start} failed: {escape(error.strerror)}",
                     where=self.path,
                     why="the disk or the network file system could not deliver the bytes",
                     hint="look at the system's log; copy the file from another place",

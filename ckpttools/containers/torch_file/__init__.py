@@ -11,7 +11,7 @@ A storage is a persistent id `('storage', <class>, key, location, numel)`; a ten
 (views), `write_torch_file` a file like it (write).
 """
 
-from ckpttools.containers.torch_file.read import is_torch_file, read_torch_file
+from ckpttools.containers.torch_file.read import is_torch_file, read_opened, read_torch_file
 from ckpttools.containers.torch_file.storages import Storage
 from ckpttools.containers.torch_file.views import TorchFile, View, labelled, scalar, scalar_bytes, size
 from ckpttools.containers.torch_file.write import (
@@ -29,6 +29,7 @@ __all__ = [
     "is_torch_file",
     "labelled",
     "new_storage",
+    "read_opened",
     "read_torch_file",
     "scalar",
     "scalar_bytes",

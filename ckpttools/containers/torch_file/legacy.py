@@ -14,7 +14,6 @@ from ckpttools.containers.torch_file.views import TorchFile
 from ckpttools.errors import CkptError
 from ckpttools.plan import Literal, Segment
 from ckpttools.stores.files import File, truncated
-from ckpttools.tensors import ByteRange
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_HEAD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -82,7 +81,7 @@ def _legacy(file: File, data: bytes, *, whole: bool) -> TorchFile:
             )
         if at + 8 + made.nbytes > file.size:
             raise truncated(file.path, f"storage {key} needs {made.nbytes} bytes from {at + 8}")
-        made.chunks = (ByteRange(file.path, at + 8, made.nbytes),) if made.nbytes else ()
+        made.chunks = (file.range(at + 8, made.nbytes),) if made.nbytes else ()
         at += 8 + made.nbytes
     if at != file.size:
         raise CkptError("file-appended", f"{file.size - at} bytes follow the last storage", where=file.path)
