@@ -1,15 +1,27 @@
 """ckpttools: trust, understand and move training checkpoints without loading or executing them.
 
+    import ckpttools
+
+    run = ckpttools.open("run/checkpoint-20")        # headers only
+    run["lm_head.weight"]                            # a numpy array, mapped from its file
+    run.torch("lm_head.weight")                      # where torch is installed
+    ckpttools.verify("run/checkpoint-20").ok         # every byte
+    ckpttools.latest("run").path                     # what a resume would take, and .why
+    ckpttools.extract("run/checkpoint-20", "weights", dtype="bf16")
+    ckpttools.reshard("run/checkpoint-20", "four", world_size=4)
+    ckpttools.rebase("run/checkpoint-20", "half", new_bs=32)
+
 1. A `Checkpoint` is a logical, unpartitioned description: tensors by name, each a `TensorRef` (dtype,
    shape, and the byte ranges that hold it). Nothing is loaded.
 2. A format reads a path into a `Checkpoint` and plans the files of one. Neither moves tensor bytes.
-3. A `Plan` is data: output files, each a tuple of segments (literal bytes, byte ranges, zeros, casts,
-   checksums). `--dry-run` prints it, `execute` carries it out.
+3. A `Plan` is data: output files, each a tuple of segments (literal bytes, byte ranges, zeros, checksums).
+   `--dry-run` prints it, `execute` carries it out.
 4. What people ask for is `Checkpoint -> Checkpoint` in between: reshard changes one field.
 5. How far training is, is a `Training`: counters, schedules, param_groups and the places that hold them. A
    rebase gives `Edit`s of those places, and a plan that copies everything else.
 
     errors, tensors, plan, checkpoint   values that everything speaks in
+    siblings                            the names of what is written beside a checkpoint
     stores/                             where bytes lie: the only code that opens and lists for reading
     containers/                         archives, pickles, torch files, safetensors, JSON, as data
     formats/                            locate a checkpoint; zero/, torch files, HF folders
@@ -18,15 +30,99 @@
     training                            the values that frameworks/ and transforms/rebase share
     transforms/                         reshard, select: Checkpoint -> Checkpoint or Weights; rebase
     checks/                             headers, files against each other, every byte
-    runs, resume/                       which is the newest; will DeepSpeed load it, and what goes on
-    values, checksums                   the only code that computes on tensor bytes
-    execute                             the only code that writes
+    runs/, resume/                      which is the newest; will DeepSpeed load it, and what goes on
+    values, passes/, checksums          the only code that computes on tensor bytes, and that reads them
+    execute/                            the only code that writes
     explain                             what each error and check means
+    operations/                         one function for each command
     cli/, trainer/                      the command line; the reference trainer, which nothing imports
 
-`formats.open_checkpoint(path)` is where to start; `checks.verify(path)` gives a verdict.
+The command line speaks this library: every command is one of these calls. Importing it imports neither
+numpy nor torch.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ckpttools.checkpoint import Checkpoint, ParamGroup
+    from ckpttools.checks import Finding, Verdict
+    from ckpttools.errors import CkptError, Unsupported, UsageError
+    from ckpttools.operations.extract import extract
+    from ckpttools.operations.inspect import inspect
+    from ckpttools.operations.latest import latest
+    from ckpttools.operations.opened import Opened, open
+    from ckpttools.operations.rebase import rebase
+    from ckpttools.operations.reshard import reshard
+    from ckpttools.operations.verify import verify
+    from ckpttools.operations.writing import Writing, Written
+    from ckpttools.plan import Plan
+    from ckpttools.runs import Choice, Entry
+    from ckpttools.tensors import TensorRef
+    from ckpttools.transforms.rebase import Rebased
+
+_PLACES = {
+    "Checkpoint": "checkpoint",
+    "Choice": "runs",
+    "CkptError": "errors",
+    "Entry": "runs",
+    "Finding": "checks",
+    "Opened": "operations.opened",
+    "ParamGroup": "checkpoint",
+    "Plan": "plan",
+    "Rebased": "transforms.rebase",
+    "TensorRef": "tensors",
+    "Unsupported": "errors",
+    "UsageError": "errors",
+    "Verdict": "checks",
+    "Writing": "operations.writing",
+    "Written": "operations.writing",
+    "extract": "operations.extract",
+    "inspect": "operations.inspect",
+    "latest": "operations.latest",
+    "open": "operations.opened",
+    "rebase": "operations.rebase",
+    "reshard": "operations.reshard",
+    "verify": "operations.verify",
+}
+
+__all__ = [
+    "Checkpoint",
+    "Choice",
+    "CkptError",
+    "Entry",
+    "Finding",
+    "Opened",
+    "ParamGroup",
+    "Plan",
+    "Rebased",
+    "TensorRef",
+    "Unsupported",
+    "UsageError",
+    "Verdict",
+    "Writing",
+    "Written",
+    "__version__",
+    "extract",
+    "inspect",
+    "latest",
+    "open",
+    "rebase",
+    "reshard",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are asked for."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'ckpttools' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ckpttools.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -229,6 +229,11 @@ def _all() -> dict[str, Explanation]:
             "ckpt verify each one, and mend the least damaged.",
         ),
         "no-checkpoints": e(USE, "The folder holds no checkpoints.", "Name the run's own folder."),
+        "torch-needed": e(
+            USE,
+            "Only a call that gives torch tensors needs torch; reading, checking and writing do not.",
+            "Install torch, or take the tensor as a numpy array.",
+        ),
         "save-unfinished": e(
             FOLDER,
             "The Trainer writes into tmp-checkpoint-N and renames it when all is written, or marks the folder with "

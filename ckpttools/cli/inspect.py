@@ -26,9 +26,10 @@ def command(src: Path, tensors: bool, tag: str | None, as_json: bool) -> None:
 
     Only headers are read: it takes the same fraction of a second for 1 MB and for 1 TB.
     """
-    from ckpttools.formats import locate, read
+    from ckpttools.formats import read
+    from ckpttools.operations.source import find
 
-    source = locate(src, tag)
+    source = find(src, tag)
     checkpoint = read(source)
     if as_json:
         render.document(_json(source, checkpoint, tensors))

@@ -26,20 +26,10 @@ def command(
     `last_checkpoint` and `latest` are followed; without them the newest by the step inside is taken. With
     --verified each one is checked, newest first, until one is whole; those passed over are named.
     """
-    from ckpttools import runs
-    from ckpttools.checks import verify
+    from ckpttools.operations.latest import latest
 
-    if verified:
-        choice = runs.newest_verified(
-            folder,
-            lambda path: verify(
-                path,
-                workers=workers,
-                bar=lambda n: render.bar(n, path.name, enabled=not (no_progress or quiet)),
-            ),
-        )
-    else:
-        choice = runs.newest(folder)
+    bar = render.bars(enabled=not (no_progress or quiet))
+    choice = latest(folder, verified=verified, workers=workers, bar=bar)
     if as_json:
         passed = [{"path": str(path), "reason": reason} for path, reason in choice.passed_over]
         document = {"path": str(choice.path), "why": choice.why, "passed_over": passed}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ckpttools.cli import render
 from ckpttools.errors import UsageError
+
+if TYPE_CHECKING:
+    from ckpttools.operations.writing import Writing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,6 +67,18 @@ def writing(command: F) -> F:
     for option in (NO_PROGRESS, WORKERS, QUIET, JSON, FORCE, DRY_RUN, FOLLOW, TAG):
         command = option(command)
     return command
+
+
+def how(options: Mapping[str, Any]) -> Writing:
+    """The options of `writing`, as the library has them."""
+    from ckpttools.operations.writing import Writing
+
+    return Writing(
+        dry_run=options["dry_run"],
+        force=options["force"],
+        workers=options["workers"],
+        bar=render.bars(enabled=not (options["no_progress"] or options["quiet"])),
+    )
 
 
 def parse_size(text: str) -> int:

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import DST, SRC, number, writing
-from ckpttools.cli.write import Writing, write
+from ckpttools.cli.options import DST, SRC, how, number, writing
 from ckpttools.errors import UsageError, escape
-from ckpttools.siblings import default_dst
 
 if TYPE_CHECKING:
     from ckpttools.training import Edit
@@ -83,35 +81,23 @@ def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **o
     checkpoints. SRC is never changed; DST is by default bsN-of-SRC beside it. --dry-run shows every value,
     old and new.
     """
-    from ckpttools import frameworks as training
-    from ckpttools.checks import check_before_use
-    from ckpttools.formats import locate
-    from ckpttools.frameworks.write import plan as plan_of
-    from ckpttools.transforms.rebase import Request, rebase
+    from ckpttools.operations.rebase import prepare
+    from ckpttools.operations.rebase import write as write_rebased
+    from ckpttools.transforms.rebase import Request
 
     asked = {field.name: options.pop(field.name) for field in fields(Request) if field.name in options}
     if plot is not None:
         _check_plot(plot, src)
-    source = locate(src, tag)
-    checkpoint = check_before_use(source)
-    state = training.read(source, checkpoint)
-    result = rebase(state, Request(**asked, again=options["force"]))
-    counts = (
-        (result.old_count, result.new_count)
-        if result.old_count is not None and result.new_count is not None
-        else None
-    )
-    plan = plan_of(source, checkpoint.template, result.edits, counts)
-    new_bs = asked["new_bs"] or result.timeline.new.total
-    dst = dst or default_dst(src, f"bs{new_bs}")
-    how = Writing(src=src, dst=dst, **options)
-    if not how.as_json and not how.quiet:
-        click.echo("\n".join(_text(result, source.root)), err=not how.dry_run)
-    if plot is not None and how.dry_run:
-        render.say("note: a dry run draws no plot", quiet=how.quiet)
+    ready = prepare(src, dst, Request(**asked, again=options["force"]), tag)
+    result, quiet = ready.rebased, options["quiet"]
+    if not options["as_json"] and not quiet:
+        click.echo("\n".join(_text(result, ready.source.root)), err=not options["dry_run"])
+    if plot is not None and options["dry_run"]:
+        render.say("note: a dry run draws no plot", quiet=quiet)
     elif plot is not None:
         _draw(result, plot)
-    write(plan, how, "rebase", _json(result, source.root))
+    done = write_rebased(ready, src, how(options))
+    render.written(done, options, _json(result, ready.source.root))
 
 
 # --- text and JSON ------------------------------------------------------------------------------------

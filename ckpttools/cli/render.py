@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 from tabulate import tabulate
 
 from ckpttools.errors import escape
-from ckpttools.plan import Plan
 from ckpttools.progress import Progress, progress_bar
+
+if TYPE_CHECKING:
+    from ckpttools.operations.writing import Written
 
 
 def size(nbytes: int) -> str:
@@ -64,26 +66,55 @@ def bar(nbytes: int, label: str, *, enabled: bool) -> Iterator[Progress | None]:
         yield progress
 
 
-def plan_text(plan: Plan, dst: Path) -> str:
-    """What a plan would write."""
-    rows = [
-        (size(file.nbytes), f"{len(file.segments)} segments", file.path or dst.name) for file in plan.files
-    ]
-    lines = [f"would write {escape(dst)}: {len(plan.files)} files, {size(plan.nbytes)}", table(rows)]
-    return "\n".join([*lines, *notes_text(plan.notes)])
+def bars(*, enabled: bool) -> Callable[[int, str], AbstractContextManager[Progress | None]]:
+    """Progress bars as the library asks for them."""
+    return lambda nbytes, label: bar(nbytes, label, enabled=enabled)
 
 
 def notes_text(notes: Iterable[str]) -> list[str]:
     return [f"note: {escape(note, 1000)}" for note in notes]
 
 
-def plan_json(plan: Plan, src: Path, dst: Path, *, dry_run: bool) -> dict[str, object]:
-    return {
+def written(done: Written, options: Mapping[str, Any], about: Mapping[str, object] | None = None) -> None:
+    """What a command wrote or, with --dry-run, would write. `about` is what it adds to --json."""
+    plan, quiet = done.plan, options["quiet"]
+    if options["as_json"]:
+        document(_written_json(done) | dict(about or {}))
+        return
+    if done.seconds is None:
+        rows = [(size(f.nbytes), f"{len(f.segments)} segments", _name(f.path, done)) for f in plan.files]
+        click.echo(f"would write {escape(done.destination)}: {len(rows)} files, {size(plan.nbytes)}")
+        click.echo("\n".join([table(rows), *notes_text(done.notes)]))
+        return
+    for note in notes_text(done.notes):
+        say(note, quiet=quiet)
+    rate = size(int(plan.nbytes / max(done.seconds, 1e-9)))
+    say(
+        f"wrote {len(plan.files)} files, {size(plan.nbytes)} in {done.seconds:.1f} s ({rate}/s); "
+        f"{done.checked} source checksums verified",
+        quiet=quiet,
+    )
+    for step in done.next:
+        say(f"next: {escape(step, 4000)}", quiet=quiet)
+    click.echo(escape(done.destination, 4000))
+
+
+def _written_json(done: Written) -> dict[str, object]:
+    files = [{"path": _name(file.path, done), "nbytes": file.nbytes} for file in done.plan.files]
+    shown: dict[str, object] = {
         "ok": True,
-        "dry_run": dry_run,
-        "source": str(src),
-        "destination": str(dst),
-        "nbytes": plan.nbytes,
-        "files": [{"path": file.path or dst.name, "nbytes": file.nbytes} for file in plan.files],
-        "notes": list(plan.notes),
+        "dry_run": done.seconds is None,
+        "source": str(done.source),
+        "destination": str(done.destination),
+        "nbytes": done.plan.nbytes,
+        "files": files,
+        "notes": list(done.notes),
+        "next": list(done.next),
     }
+    if done.seconds is not None:
+        shown |= {"seconds": round(done.seconds, 3), "checksums_verified": done.checked}
+    return shown
+
+
+def _name(path: str, done: Written) -> str:
+    return path or done.destination.name

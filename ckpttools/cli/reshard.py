@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from ckpttools.cli.options import DST, SRC, writing
-from ckpttools.cli.write import Writing, write
-from ckpttools.siblings import default_dst
+from ckpttools.cli import render
+from ckpttools.cli.options import DST, SRC, how, writing
 
 
 @click.command("reshard")
@@ -30,16 +29,7 @@ def command(src: Path, dst: Path | None, world_size: int, tag: str | None, **opt
     beside it) appears when it is complete. SRC may be a folder with a `latest` file, a tag folder, an HF
     Trainer, Lightning or accelerate folder.
     """
-    from ckpttools.checks import check_before_use
-    from ckpttools.formats import locate, zero
-    from ckpttools.formats.surroundings import with_surroundings
-    from ckpttools.transforms.reshard import reshard
+    from ckpttools.operations.reshard import reshard
 
-    source = locate(src, tag)
-    checkpoint = check_before_use(source)
-    resharded = reshard(checkpoint, world_size)
-    plan = with_surroundings(
-        source, zero.plan(resharded), ranks_change=world_size != checkpoint.layout.dp_degree
-    )
-    dst = dst or default_dst(src, f"ws{world_size}")
-    write(plan, Writing(src=src, dst=dst, **options), "reshard")
+    written = reshard(src, dst, world_size=world_size, tag=tag, how=how(options))
+    render.written(written, options)

@@ -8,6 +8,7 @@ and `hf_model/`; an HF folder. A run folder that holds several checkpoints is re
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ckpttools.stores.files import entries, is_file, is_folder, opened, plain_na
 from ckpttools.stores.links import refuse_outside, within
 
 LATEST = "latest"
+SHOWN = 10  # of several checkpoints
 BUNDLE = "deepspeed"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 # torch files beside a checkpoint that are no checkpoint themselves
@@ -42,6 +44,22 @@ class Source:
     def inner(self) -> str:
         """The target's path below the root, with `/`; "" where they are the same."""
         return "" if self.root == self.target else self.target.relative_to(self.root).as_posix()
+
+
+class Several(UsageError):
+    """A path means more than one checkpoint: `found`, shown by `names` in the same order."""
+
+    def __init__(self, path: Path, found: Sequence[Path], names: Sequence[str], hint: str) -> None:
+        shown = [f"  {name}" for name in names[:SHOWN]]
+        more = [f"  and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+        super().__init__(
+            "several-checkpoints",
+            f"the folder holds {len(found)} checkpoints",
+            where=path,
+            why="\n".join(("which one is meant?", *shown, *more)),
+            hint=hint,
+        )
+        self.found = found
 
 
 def locate(path: Path, tag: str | None = None) -> Source:
@@ -220,16 +238,8 @@ def _only_one(path: Path) -> Source:
         inner = locate(found[0])
         return replace(inner, how=f"the only checkpoint in {escape(path)}; {inner.how}")
     if found:
-        newest = found[-1]
-        shown = "\n".join(f"  {escape(p.name)}" for p in found[-10:])
-        more = f"\n  and {len(found) - 10} older ones" if len(found) > 10 else ""
-        raise UsageError(
-            "several-checkpoints",
-            f"the folder holds {len(found)} checkpoints",
-            where=path,
-            why=f"which one is meant?\n{shown}{more}",
-            hint=f"name one of them; the newest by number is {escape(newest)}",
-        )
+        names = [escape(child.name) for child in reversed(found)]
+        raise Several(path, found[::-1], names, "name one of them; ckpt latest says which is the newest")
     for entry in entries(path):
         refuse_outside(path / entry.name)
     raise UsageError(

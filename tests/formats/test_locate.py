@@ -12,6 +12,8 @@ from support import FIXTURES, REFUSED_SAMPLES, ZERO_FIXTURES, name_of, resharded
 
 from ckpttools.errors import CkptError, Unsupported, UsageError
 from ckpttools.formats import locate, open_checkpoint
+from ckpttools.formats.locate import Several
+from ckpttools.operations.source import find
 from ckpttools.stores.links import followed
 
 ZERO = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
@@ -100,9 +102,9 @@ def refused(path: Path, tag: str | None = None) -> CkptError:
 @pytest.mark.parametrize(
     ("path", "names"),
     [
-        ("hf-trainer/deepspeed", ["checkpoint-2", "checkpoint-4"]),
-        ("hf-trainer/plain", ["checkpoint-2", "checkpoint-4"]),
-        ("monolithic/run", ["epoch_9_step_180.pt", "epoch_10_step_200.pt"]),
+        ("hf-trainer/deepspeed", ["checkpoint-4", "checkpoint-2"]),
+        ("hf-trainer/plain", ["checkpoint-4", "checkpoint-2"]),
+        ("monolithic/run", ["epoch_10_step_200.pt", "epoch_9_step_180.pt"]),
     ],
 )
 def test_a_run_folder_is_refused_with_its_list(path: str, names: list[str]) -> None:
@@ -110,8 +112,11 @@ def test_a_run_folder_is_refused_with_its_list(path: str, names: list[str]) -> N
     assert error.id == "several-checkpoints"
     assert isinstance(error, UsageError)
     shown = [line.strip() for line in error.why.splitlines()[1:]]
-    assert shown == names  # the oldest number first: epoch 9 before epoch 10
-    assert error.hint.endswith(str(FIXTURES / path / names[-1]))
+    assert shown == names  # the newest number first: epoch 10 before epoch 9
+    with pytest.raises(Several) as caught:
+        find(FIXTURES / path)
+    assert f"the newest is {FIXTURES / path / names[0]}" in caught.value.hint
+    assert [line.split()[0] for line in caught.value.why.splitlines()[1:]] == names
 
 
 def test_tag_folders_without_latest(tmp_path: Path) -> None:
@@ -119,7 +124,7 @@ def test_tag_folders_without_latest(tmp_path: Path) -> None:
         shutil.copytree(ZERO / "global_step3", tmp_path / f"run/global_step{step}")
     error = refused(tmp_path / "run")
     assert error.id == "several-checkpoints"
-    assert "newest by number" in error.hint and error.hint.endswith("global_step100")
+    assert [line.strip() for line in error.why.splitlines()[1:]] == [f"global_step{n}" for n in (100, 20, 3)]
 
 
 def test_a_long_list_is_cut(tmp_path: Path) -> None:
@@ -127,7 +132,7 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
         shutil.copy(FIXTURES / "monolithic/bare/model.pth", tmp_path / f"step_{step}.pth")
     error = refused(tmp_path)
     assert "the folder holds 25 checkpoints" in error.message
-    assert "15 older ones" in error.why and "step_24.pth" in error.why and "step_3.pth" not in error.why
+    assert "and 15 more" in error.why and "step_24.pth" in error.why and "step_3.pth" not in error.why
 
 
 def test_side_files_are_no_checkpoints(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""What to do with what was written: commands, and the line that makes each framework go on from it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from ckpttools import frameworks
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.errors import CkptError
+from ckpttools.formats import Source
+
+
+def verify(dst: Path) -> str:
+    return f"ckpt verify {shlex.quote(str(dst))}"
+
+
+def resume(source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None = None) -> tuple[str, ...]:
+    """How a run goes on from `dst`, a training checkpoint made from `source`, on `ranks` ranks."""
+    on = f" --world-size {ranks}" if ranks is not None else ""
+    check = f"ckpt resume-check {shlex.quote(str(dst))}{on}"
+    return (verify(dst), check, _launch(_framework(source, checkpoint), source, dst, ranks))
+
+
+def _framework(source: Source, checkpoint: Checkpoint) -> str:
+    try:
+        return frameworks.read(source, checkpoint).framework
+    except CkptError:
+        return "?"
+
+
+def _launch(framework: str, source: Source, dst: Path, ranks: int | None) -> str:
+    path, nproc = repr(str(dst)), "N" if ranks is None else ranks
+    match framework:
+        case "ckpt train":
+            at = shlex.quote(str(dst))
+            return f"ckpt train CONFIG --nproc {nproc} --resume --resume-from {at}"
+        case "hf-trainer":
+            return f"torchrun --nproc-per-node {nproc} ...: trainer.train(resume_from_checkpoint={path})"
+        case "accelerate":
+            return f"accelerate launch --num_processes {nproc} ...: accelerator.load_state({path})"
+        case "lightning":
+            return f"Trainer(devices={nproc}).fit(model, ckpt_path={path})"
+        case "mmengine":
+            return f"load_from = {path} and resume = True in the configuration, on {nproc} ranks"
+        case "openpcdet":
+            return f"python train.py --ckpt {shlex.quote(str(dst))}"
+        case "deepspeed" if source.inner:
+            return f"deepspeed --num_gpus {nproc} ...: engine.load_checkpoint({path})"
+        case "deepspeed":
+            folder = repr(str(dst.parent))
+            return f"deepspeed --num_gpus {nproc} ...: engine.load_checkpoint({folder}, tag={dst.name!r})"
+    return f"resume your training code from {path}"
+
+
+def weights(dst: Path, form: str, *, single: bool, configured: bool) -> tuple[str, ...]:
+    """How weights are loaded: a folder by transformers where its configuration is there, else a file."""
+    path = repr(str(dst))
+    if single and form == "safetensors":
+        load = f"safetensors.torch.load_file({path})"
+    elif single:
+        load = f"torch.load({path}, weights_only=True)"
+    elif configured:
+        load = f"transformers.AutoModel.from_pretrained({path})"
+    else:
+        return (verify(dst),)
+    return (verify(dst), load)

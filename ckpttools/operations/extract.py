@@ -1,0 +1,131 @@
+"""Weights only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from ckpttools.checks import check_before_use
+from ckpttools.errors import UsageError, escape
+from ckpttools.formats import hf
+from ckpttools.operations import advice
+from ckpttools.operations.source import find
+from ckpttools.operations.writing import Writing, Written, carry_out
+from ckpttools.plan import Plan
+from ckpttools.siblings import default_dst
+from ckpttools.stores.links import refuse_outside, within
+from ckpttools.transforms.select import DTYPE_NAMES, weights
+
+Form = Literal["safetensors", "pt"]
+SINGLE_FILES: dict[Form, tuple[str, ...]] = {
+    "safetensors": (".safetensors",),
+    "pt": (".pt", ".pth", ".bin", ".ckpt"),
+}
+# suffixes of single files that other tools write
+FOREIGN = (".gguf", ".ggml", ".onnx", ".h5", ".npz", ".npy", ".msgpack", ".tflite", ".pb", ".index", ".tar")
+HEADS = ("config.json", "adapter_config.json")
+
+
+def extract(
+    src: str | Path,
+    dst: str | Path | None = None,
+    *,
+    form: Form | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = 5_000_000_000,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    copy: Literal["master", "model"] | None = None,
+    exclude_frozen: bool = False,
+    hf_config: str | Path | None = None,
+    strip_prefix: str = "",
+    tag: str | None = None,
+    how: Writing | None = None,
+) -> Written:
+    """Write the weights of a checkpoint, for inference or for other tools.
+
+    `dst` is a folder, which transformers loads, or one file; `form` is by its suffix, else safetensors.
+    `copy` is "master" for the fp32 master weights (the default where there are any) or "model" for those
+    trained with. `max_shard_size` is in bytes and holds for folders.
+
+    >>> made = extract("fixtures/trainer/z2_bf16_2", out / "half.safetensors", dtype="bf16")
+    >>> [(file.path or made.destination.name) for file in made.plan.files]
+    ['half.safetensors']
+    """
+    src = Path(src)
+    dst = Path(dst) if dst is not None else None
+    form = _form(form, dst)
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise UsageError(
+            "bad-usage", f"'{escape(dtype)}' is not a dtype", hint=f"choose from {', '.join(DTYPE_NAMES)}"
+        )
+    single = dst is not None and dst.name.endswith(SINGLE_FILES[form])
+    if single and hf_config is not None:
+        raise UsageError(
+            "bad-usage",
+            "a configuration needs a folder as DST",
+            hint="leave the suffix off DST",
+        )
+    source = find(src, tag)
+    checkpoint = check_before_use(source)
+    chosen = weights(
+        checkpoint,
+        source=copy,
+        dtype=DTYPE_NAMES[dtype] if dtype else None,
+        include=include,
+        exclude=exclude,
+        exclude_frozen=exclude_frozen,
+        strip_prefix=strip_prefix,
+    )
+    make = hf.plan if form == "safetensors" else hf.plan_bin
+    plan = make(chosen, max_shard_size=max_shard_size, single=single)
+    if not single:
+        plan = _with_config(plan, Path(hf_config) if hf_config is not None else None, source.root)
+    dst = dst or default_dst(src, "weights", "")
+    configured = any(file.path in HEADS for file in plan.files)
+    steps = advice.weights(dst, form, single=single, configured=configured)
+    return carry_out(src, dst, plan, how or Writing(), label="extract", next=steps)
+
+
+def _form(asked: Form | None, dst: Path | None) -> Form:
+    """What is asked for, else what DST's suffix says, else safetensors."""
+    name = dst.name.lower() if dst is not None else ""
+    if name.endswith(FOREIGN):
+        raise UsageError(
+            "bad-usage",
+            f"'{escape(Path(name).suffix)}' files are not written by ckpt extract",
+            where=str(dst),
+            why="the file would be named like another format than it has",
+            hint=f"single files: {', '.join(end for ends in SINGLE_FILES.values() for end in ends)}; "
+            "without one of these suffixes DST is a folder",
+        )
+    by_name = next((f for f, ends in SINGLE_FILES.items() if name.endswith(ends)), None)
+    if asked is not None and by_name is not None and asked != by_name:
+        raise UsageError(
+            "bad-usage",
+            f"DST is named like a {by_name} file, but {asked} is asked for",
+            hint="change the suffix of DST, or leave it off for a folder",
+        )
+    return asked or by_name or "safetensors"
+
+
+def _with_config(plan: Plan, asked: Path | None, root: Path) -> Plan:
+    """Configuration and tokenizer from the folder asked for, else from beside the checkpoint."""
+    near = (root, root / "hf_model", root / "hf_config")
+    folder = asked or next((f for f in near if any((f / head).is_file() for head in HEADS)), None)
+    if folder is None:
+        return replace(
+            plan, notes=(*plan.notes, "no config.json: transformers needs one; give it with --hf-config DIR")
+        )
+    if asked is None:
+        with within(root):
+            refuse_outside(folder)
+    files = hf.config_files(folder)
+    if asked is not None and not files:
+        raise UsageError("no-config", "the folder holds no configuration or tokenizer", where=asked)
+    names = ", ".join(file.path for file in files)
+    return replace(
+        plan, files=(*plan.files, *files), notes=(*plan.notes, f"copied from {escape(folder)}: {names}")
+    )

@@ -1,0 +1,16 @@
+"""What a checkpoint is: header reads only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpttools.operations.opened import Opened, open
+
+
+def inspect(path: str | Path, *, tag: str | None = None) -> Opened:
+    """What a checkpoint holds, by its headers: `checkpoint` describes it, `source` says why this one.
+
+    >>> inspect("fixtures/hf-trainer/plain/checkpoint-2").checkpoint.train_state.step
+    2
+    """
+    return open(path, tag)

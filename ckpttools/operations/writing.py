@@ -1,0 +1,96 @@
+"""What every operation that writes does with its plan: carry it out, read it back, give it a manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpttools.operations.sidecar import Sidecar, written_wrong
+from ckpttools.plan import Plan
+from ckpttools.progress import Progress
+
+# total bytes and a label -> a progress bar
+Bar = Callable[[int, str], AbstractContextManager[Progress | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """How to write. `dry_run` makes the plan and stops; `workers` threads copy, 0 chooses."""
+
+    dry_run: bool = False
+    force: bool = False
+    workers: int = 0
+    bar: Bar | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What an operation wrote at `destination`, or, where `seconds` is None, would write.
+
+    `checked` counts the checksums of the source that were compared and found right; `next` are the commands
+    and settings to go on with.
+    """
+
+    source: Path
+    destination: Path
+    plan: Plan
+    notes: tuple[str, ...]
+    next: tuple[str, ...] = ()
+    seconds: float | None = None
+    checked: int | None = None
+
+
+def carry_out(
+    src: Path, dst: Path, plan: Plan, how: Writing, *, label: str, next: tuple[str, ...] = ()
+) -> Written:
+    """The end of every writing operation: `dst` is whole and checked afterwards, or as it was.
+
+    Raises UsageError where it cannot be written, CkptError where the source is damaged.
+    """
+    if how.dry_run:
+        return Written(source=src, destination=dst, plan=plan, notes=plan.notes, next=next)
+    from ckpttools.execute import execute
+
+    single = Sidecar(dst, how.workers) if plan.is_single_file else None
+    started = time.monotonic()
+    with how.bar(plan.nbytes, label) if how.bar else nullcontext() as progress:
+        report = execute(
+            plan,
+            dst,
+            source=src,
+            force=how.force,
+            workers=how.workers,
+            progress=progress,
+            finish=single.finish if single else lambda staged: _finish(staged, how.workers),
+        )
+    after = single.write() if single else ()
+    return Written(
+        source=src,
+        destination=dst,
+        plan=plan,
+        notes=(*plan.notes, *report.notes, *after),
+        next=next,
+        seconds=time.monotonic() - started,
+        checked=report.checked,
+    )
+
+
+def _finish(staged: Path, workers: int) -> dict[str, bytes]:
+    """Check what is about to appear, and give it a manifest of the bytes that are on disk now."""
+    from ckpttools.checks import manifest_of
+
+    _read_back(staged)
+    place, contents = manifest_of(staged, workers=workers)
+    return {place.relative_to(staged).as_posix(): contents}
+
+
+def _read_back(dst: Path) -> None:
+    """Header checks on what was just written: an error here is a defect of ckpttools."""
+    from ckpttools.checks import verify
+
+    bad = [f for f in verify(dst, quick=True).findings if f.severity == "error"]
+    if bad:
+        raise written_wrong(dst, bad[0].message, bad[0].id, bad[0].file)

@@ -1,0 +1,27 @@
+"""Tensors as numpy arrays: mapped from the file where they lie in one piece, else read."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ckpttools.passes.read import load
+from ckpttools.stores.files import opened
+from ckpttools.tensors import ByteRange, TensorRef
+from ckpttools.values import Array, numpy_dtype
+
+
+def array(ref: TensorRef) -> Array:
+    """The tensor, read-only; bfloat16 and float8 are ml_dtypes' types.
+
+    An `np.memmap` reads its pages when they are touched: it holds as long as nobody changes the file. Raises
+    CkptError where the file may not be read or ends too early.
+    """
+    match ref.chunks:
+        case (ByteRange(path, start, nbytes),) if nbytes == ref.nbytes and nbytes:
+            with opened(path) as file:
+                file.read(start + nbytes - 1, 1)  # touching a mapping past the end would end the process
+            flat = np.memmap(path, numpy_dtype(ref.dtype), mode="r", offset=start, shape=(ref.numel,))
+            return flat.reshape(ref.shape)
+    found = load(ref)
+    found.flags.writeable = False
+    return found
