@@ -217,6 +217,12 @@ def _all() -> dict[str, Explanation]:
             "bare assertion, or start anew.",
             "Choose an existing tag with --tag, or put its name into `latest`.",
         ),
+        "pointer-stale": e(
+            FOLDER,
+            "`latest` names a tag although one with a higher number lies beside it. DeepSpeed follows `latest`, so a "
+            "resume would go back to the older one. A save that was killed before it wrote `latest` leaves this.",
+            "ckpt verify the newer one; if it is good, write its name into `latest`, else remove it.",
+        ),
         "pointer-dangling": e(
             FOLDER,
             "`last_checkpoint` or `latest` names a checkpoint that is not there: it was deleted, or the run was moved "
@@ -381,13 +387,38 @@ def _all() -> dict[str, Explanation]:
             "optimizer's for the first step after a resume and the scheduler's from then on.",
             "Check which one was meant. A schedule that was restarted, stepped by hand or edited looks so.",
         ),
+        "scheduler-missing": e(
+            RANKS,
+            "The file holds no scheduler state, while its own ds_config asks for a scheduler. DeepSpeed builds one and "
+            "then fails with a TypeError when it loads None into it.",
+            "Use an older checkpoint, or load this one with load_lr_scheduler_states=False.",
+        ),
+        "rate-unexpected": e(
+            RANKS,
+            "The saved schedule, replayed from its constants to its own count, gives another learning rate than the "
+            "one in the optimizer. The first update after a resume is made with the optimizer's. It is an error where "
+            "that rate is so high that one update destroys the weights.",
+            "Use another copy. A rate that was set by hand looks so too.",
+        ),
         "setting-implausible": e(
             RANKS,
-            "A learning rate or loss scale is negative or not a number. DeepSpeed takes both from the checkpoint, not "
-            "from the new configuration.",
+            "A learning rate, beta or loss scale is no number, or out of the range in which an update can be computed. "
+            "DeepSpeed takes them from the checkpoint, not from the new configuration.",
             "Use an older checkpoint.",
         ),
         # --- values
+        "moments-zero": e(
+            VALUES,
+            "All of a rank's optimizer state is zero although updates were made. Loading gives no error, and the "
+            "moments begin anew for the parameters of that rank.",
+            "Use another copy of the rank's file. Parameters that never got a gradient look so too.",
+        ),
+        "masters-rounded": e(
+            VALUES,
+            "Every fp32 master weight of a rank is exactly a 16-bit number. Updates do not leave that: the master "
+            "weights were lost and made again from the 16-bit weights.",
+            "Use another copy of the rank's file.",
+        ),
         "wild-value": e(
             VALUES,
             "A weight or moment holds finite values above 1e10. No network trains with such values: an exponent bit was "

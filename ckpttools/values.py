@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpttools.errors import Unsupported
-from ckpttools.tensors import DTYPES, FLOAT64, DType
+from ckpttools.tensors import DTYPES, FLOAT32, FLOAT64, DType
 
 Array = npt.NDArray[Any]
 
@@ -130,6 +130,16 @@ def holes(mean: Array, square: Array) -> int:
     if not square.size or square.min() > 0:
         return 0
     return int(np.count_nonzero((square == 0) & (np.abs(mean) > 1e-15)))
+
+
+def is_zero(block: Array) -> bool:
+    """Whether all elements are zero."""
+    return not block.any()
+
+
+def is_rounded(block: Array, dtype: DType) -> bool:
+    """Whether all fp32 elements are also numbers of a narrower type."""
+    return bool((cast(cast(block, FLOAT32, dtype), dtype, FLOAT32) == block).all())
 
 
 def same_after_cast(master: Array, model: Array, dtype: DType) -> int | None:

@@ -19,6 +19,7 @@ from ckpttools.checks.headers import check_headers
 from ckpttools.checks.keys import check_keys
 from ckpttools.checks.manifests import check_manifest, describe
 from ckpttools.checks.parts import check_parts
+from ckpttools.checks.rates import check_rates
 from ckpttools.checks.verdict import Verdict
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile
@@ -64,17 +65,21 @@ def verify(
         findings += [*beside, *pointers]
         if found is not None:
             findings += check_keys(found)
+            if unsupported is None:
+                findings += check_rates(source, found)
             if source.format == "hf" and source.target.is_dir():
                 findings += check_configs(found, source.target)
             found = replace(found, checks=(*found.checks, *checks))
         nbytes = 0
         if found is not None and not quick:
             from ckpttools.checks.contents import check_contents, tasks_of  # numpy: of no use to headers
+            from ckpttools.checks.untouched import check_untouched
 
             tasks = tasks_of(found, files)
             nbytes = sum(task.nbytes for task in tasks)
             with bar(nbytes) if bar else nullcontext() as progress:
                 findings += check_contents(found, tasks, workers, progress)
+            findings += check_untouched(found)
         findings += check_manifest(source.target, found, files, quick=quick, workers=workers)
     return Verdict(
         path=path,

@@ -14,8 +14,10 @@ from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding, of_error
 from ckpttools.formats import Source
 from ckpttools.formats.hf import INDEX, SHARD
+from ckpttools.formats.zero.names import looks_like_zero
 from ckpttools.plan import SourceCheck
-from ckpttools.stores.files import entries, is_file, small_text
+from ckpttools.stores.files import entries, is_file, is_folder, small_text
+from ckpttools.stores.links import within
 
 TENSOR_FILES = (".pt", ".pth", ".bin", ".pkl", ".safetensors")
 JSON_FILES = (
@@ -60,7 +62,11 @@ def check_pointer(path: Path, source: Source) -> Iterator[Finding]:
     Not said where the tag folder itself was named, or where MMEngine's and ckpt train's pointer is.
     """
     folder = source.target.parent
-    if source.format != "zero" or not path.is_dir() or path.samefile(source.target):
+    if source.format != "zero" or not path.is_dir():
+        return
+    with within(folder):
+        yield from _stale(folder, source.target.name)
+    if path.samefile(source.target):
         return
     if not any((folder / name).exists() for name in ("latest", "last_checkpoint")):
         yield Finding(
@@ -71,6 +77,32 @@ def check_pointer(path: Path, source: Source) -> Iterator[Finding]:
             message=f"no `latest` names {source.target.name}: DeepSpeed would start anew from this folder",
             hint=f"if its save was finished, write {source.target.name} into the file latest",
         )
+
+
+def _stale(folder: Path, tag: str) -> Iterator[Finding]:
+    """`latest` names this one, while one that is named alike has a higher number."""
+    pointer = folder / "latest"
+    try:
+        if not pointer.is_file() or small_text(pointer, 256).strip() != tag:
+            return
+        kind, own = re.sub(r"\d+", "#", tag), _numbers(tag)
+        later = [e.name for e in entries(folder) if is_folder(e) and re.sub(r"\d+", "#", e.name) == kind]
+        newest = max((name for name in later if looks_like_zero(folder / name)), key=_numbers, default=tag)
+    except CkptError:
+        return  # reported by whoever reads them
+    if _numbers(newest) > own:
+        yield Finding(
+            id="pointer-stale",
+            severity=WARNING,
+            file=str(pointer),
+            where="",
+            message=f"names {tag}, and {newest} is here too: DeepSpeed resumes from the older one",
+            hint=f"if the save of {newest} was finished, write {newest} into the file latest",
+        )
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(found[:18]) for found in re.findall(r"\d+", name)]
 
 
 def check_last_checkpoint(path: Path) -> Iterator[Finding]:

@@ -195,6 +195,8 @@ def _of_result(found: Checkpoint, result: data.Result) -> Finding:
 
 def _severity(found: Checkpoint, result: data.NonFinite) -> str:
     """An error in weights and optimizer state; buffers may hold masks of -Inf, client code anything."""
+    if result.nan and result.name in found.buffers:
+        return WARNING  # no mask is NaN, and whatever the buffer is added to becomes NaN
     if not _is_state(found, result.name):
         return INFO
     # without groups, weights and buffers cannot be told apart

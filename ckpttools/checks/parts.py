@@ -60,6 +60,7 @@ def check_parts(folder: Path, reason: Unsupported) -> tuple[list[Finding], Check
     findings += _gaps(folder, [path for path in paths if path.parent == folder])
     findings += _uneven(folder)
     findings += _counters(files)
+    findings += _no_module(folder, files)
     if reason.id == "no-optimizer-shards":
         findings += _no_optimizer(files)
     first = next((fields.as_mapping(f.value) for f in files if f.path.name.endswith("model_states.pt")), None)
@@ -167,6 +168,22 @@ def _no_optimizer(files: list[TorchFile]) -> Iterator[Finding]:
                 where="*_optim_states.pt",
                 message="the optimizer state is in no file: those of all ranks are missing",
                 hint="copy them from the nodes that ran the ranks",
+            )
+
+
+def _no_module(folder: Path, files: list[TorchFile]) -> Iterator[Finding]:
+    """A pipeline's model file has no module: each layer's weights are in a file of their own."""
+    layers = any(entry.name.startswith("layer_") for entry in entries(folder))
+    for file in files:
+        root = fields.as_mapping(file.value)
+        if root is not None and "module" in root and root.get("module") is None and not layers:
+            yield Finding(
+                id="field-missing",
+                severity=ERROR,
+                file=str(file.path),
+                where="module",
+                message="is None, and no layer_* files are here: the model's weights are in no file",
+                hint="copy the file again; the fp32 weights may still be whole in the optimizer files",
             )
 
 

@@ -19,6 +19,7 @@ CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     ranks.paddings,
     ranks.moments,
     ranks.second_moment,
+    ranks.state_kept,
     ranks.same_on_all_ranks,
     training.counters,
     training.scheduler,
@@ -29,6 +30,7 @@ CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     training.plausible_settings,
     model.module_names,
     model.tied_weights,
+    model.strays,
 )
 
 

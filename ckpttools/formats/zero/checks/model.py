@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 
 from ckpttools.containers import fields
 from ckpttools.containers.torch_file import size
@@ -197,3 +198,28 @@ def _same_bytes(weights: Mapping[str, TensorRef], alias: str) -> list[str]:
     """The other names of one tensor: torch.save writes what shares a storage once."""
     own = weights[alias]
     return [name for name, ref in weights.items() if name != alias and ref.chunks == own.chunks]
+
+
+def strays(folder: ZeroFolder) -> Iterator[Finding]:
+    """Files that DeepSpeed takes for its own by a pattern: `mp_rank_*_model_states.pt` on a load, and
+    `*_optim_states.pt` in zero_to_fp32.
+    """
+    for path in folder.files.others:
+        if fnmatchcase(path.name, "mp_rank_*_model_states.pt"):
+            yield found(
+                "shard-extra",
+                path,
+                "",
+                "DeepSpeed takes it for a second model file, and fails to load: it then counts two "
+                "model-parallel ranks",
+                hint="move it out of the folder, or rename it so that it does not end in model_states.pt",
+            )
+        elif path.name.endswith("_optim_states.pt"):
+            yield found(
+                "shard-extra",
+                path,
+                "",
+                "zero_to_fp32 takes it for one rank more, and fails",
+                severity=WARNING,
+                hint="move it out of the folder",
+            )

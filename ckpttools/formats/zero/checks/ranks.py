@@ -89,18 +89,21 @@ def paddings(folder: ZeroFolder) -> Iterator[Finding]:
 def moments(folder: ZeroFolder) -> Iterator[Finding]:
     """Every rank holds the same kinds of optimizer state, each as long as its partition."""
     for g, group in enumerate(folder.groups):
+        every = {key for rank in folder.ranks for key in rank.moments[g]}
         for rank in folder.ranks:
-            kinds, first = set(rank.moments[g]), set(folder.ranks[0].moments[g])
-            if kinds != first:
+            if lacking := every - set(rank.moments[g]):
                 yield found(
                     "moment-missing",
                     rank.file.path,
                     f"group {g}",
-                    f"holds the optimizer state {_list(kinds)}, rank 0 holds {_list(first)}",
+                    f"dp rank {rank.dp_rank} lacks the optimizer state {_list(lacking)}, which others have",
                 )
+            lengths = {group.part, group.part - group.padding(rank.dp_rank), rank.fp32[g].shape[0]}
             for key, node in rank.moments[g].items():
                 view = rank.file.view(node)
                 if view is None or len(view.shape) != 1 or key in folder.partitioned[g]:
+                    continue
+                if view.shape[0] in lengths:  # another rank's has not: it is named there
                     continue
                 yield found(
                     "moment-size",
@@ -108,6 +111,23 @@ def moments(folder: ZeroFolder) -> Iterator[Finding]:
                     f"group {g} {key}",
                     f"has {view.shape[0]} elements where the partition has {group.part}",
                 )
+
+
+def state_kept(folder: ZeroFolder) -> Iterator[Finding]:
+    """An optimizer with betas keeps moments from its first step on; DeepSpeed loads none in silence."""
+    done = fields.integer(folder.model.root.get("global_steps")) or 0
+    done -= fields.integer(folder.model.root.get("skipped_steps")) or 0
+    hyper = folder.ranks[0].hyper
+    if done <= 0 or not hyper or not all("betas" in group for group in hyper):
+        return
+    if not any(set(moments) - {"step"} for rank in folder.ranks for moments in rank.moments):
+        yield found(
+            "moment-missing",
+            folder.ranks[0].file.path,
+            "optimizer_state_dict.base_optimizer_state.state",
+            f"no rank holds optimizer state after {done} steps: a resume would begin the moments anew",
+            hint="use another checkpoint; or go on with fresh moments, and a warmup",
+        )
 
 
 def second_moment(folder: ZeroFolder) -> Iterator[Finding]:
@@ -167,7 +187,9 @@ def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
         if plain(rank.root.get("ds_config")) != plain(first.root.get("ds_config")):
             yield contradiction(str(rank.file.path), "ds_config", "differs from that of rank 0")
         mine_step, first_step = steps(rank), steps(first)
-        if mine_step != first_step:
+        # a step that is not there at all is missing state, and named as that
+        pairs = zip(mine_step, first_step, strict=True)
+        if any(mine != theirs for mine, theirs in pairs if None not in (mine, theirs)):
             yield found(
                 "step-mismatch",
                 rank.file.path,

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 
 from ckpttools.containers import fields
-from ckpttools.containers.pickles import Object
-from ckpttools.findings import INFO, WARNING, Finding
+from ckpttools.containers.pickles import Node, Object, plain
+from ckpttools.errors import escape
+from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.formats.zero.checks.found import found
 from ckpttools.formats.zero.checks.ranks import steps
-from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.formats.zero.read import Rank, ZeroFolder
 
 
 def counters(folder: ZeroFolder) -> Iterator[Finding]:
@@ -60,6 +61,14 @@ def scheduler(folder: ZeroFolder) -> Iterator[Finding]:
     root, hyper = folder.model.root, folder.ranks[0].hyper
     state = fields.as_mapping(root.get("lr_scheduler"))
     if state is None:
+        if root.get("lr_scheduler") is None and (kind := _configured(root)) is not None:
+            yield found(
+                "scheduler-missing",
+                folder.model.file.path,
+                "lr_scheduler",
+                f"is None, while ds_config asks for {kind}: DeepSpeed builds it, and fails to load its state",
+                hint="use another checkpoint, or load it with load_lr_scheduler_states=False",
+            )
         return
     yield from _scheduler_position(folder, state)
     last = state.get("_last_lr")
@@ -76,6 +85,14 @@ def scheduler(folder: ZeroFolder) -> Iterator[Finding]:
                 severity=WARNING,
                 hint="after a resume the first step uses the optimizer's value, later ones the scheduler's",
             )
+
+
+def _configured(root: fields.Mapping) -> str | None:
+    """The scheduler that ds_config names."""
+    config = fields.as_mapping(root.get("ds_config"))
+    section = fields.as_mapping(config.get("scheduler")) if config is not None else None
+    kind = section.get("type") if section is not None else None
+    return kind if isinstance(kind, str) else None
 
 
 def _scheduler_position(folder: ZeroFolder, state: fields.Mapping) -> Iterator[Finding]:
@@ -100,23 +117,52 @@ def _scheduler_position(folder: ZeroFolder, state: fields.Mapping) -> Iterator[F
 
 
 def plausible_settings(folder: ZeroFolder) -> Iterator[Finding]:
-    """A learning rate is not negative, a loss scale is positive, and both are numbers."""
+    """Settings that an update computes with: numbers, and in the range where the arithmetic is defined."""
+    holders: dict[tuple[str, str, str], list[Rank]] = {}
     for rank in folder.ranks:
-        scaler = rank.state.get("loss_scaler")
-        scale = None
-        if isinstance(scaler, Object) and (state := fields.as_mapping(scaler.state)) is not None:
-            scale = fields.number(state.get("cur_scale"))
-        values = [("loss_scaler.cur_scale", scale, scale is None or 0 < scale < math.inf)]
-        for g, group in enumerate(rank.hyper or ()):
-            lr = fields.number(group.get("lr"))
-            values.append((f"param_groups[{g}].lr", lr, lr is None or 0 <= lr < math.inf))
-        for where, value, fine in values:
-            if not fine:
-                yield found(
-                    "setting-implausible",
-                    rank.file.path,
-                    where,
-                    f"is {value}",
-                    severity=WARNING,
-                    hint="resuming would train with it",
-                )
+        for where, value, severity in _odd_settings(rank):
+            holders.setdefault((where, escape(repr(plain(value)), 80), severity), []).append(rank)
+    for (where, value, severity), ranks in holders.items():
+        all_ranks = f" on all {len(ranks)} ranks" if len(ranks) == len(folder.ranks) > 1 else ""
+        for rank in ranks[:1] if all_ranks else ranks:
+            yield found(
+                "setting-implausible",
+                rank.file.path,
+                where,
+                f"is {value}{all_ranks}",
+                severity=severity,
+                hint="a resume takes it from here, not from the new configuration"
+                + (", and fails at its first update" if severity == ERROR else ""),
+            )
+
+
+def _odd_settings(rank: Rank) -> Iterator[tuple[str, Node, str]]:
+    scaler = rank.state.get("loss_scaler")
+    if isinstance(scaler, Object) and (state := fields.as_mapping(scaler.state)) is not None:
+        scale = fields.number(state.get("cur_scale"))
+        if scale is not None and not 0 < scale < math.inf:
+            yield "loss_scaler.cur_scale", scale, WARNING
+    for g, group in enumerate(rank.hyper or ()):
+        for key, value, severity in _odd(group):
+            yield f"param_groups[{g}].{key}", value, severity
+
+
+def _odd(group: fields.Mapping) -> Iterator[tuple[str, Node, str]]:
+    """What of a param_group cannot be, and how bad that is: torch computes with it, or raises."""
+    if "lr" in group:
+        lr = group.get("lr")
+        value = fields.number(lr)
+        if value is None:
+            if isinstance(lr, str | list | tuple) or lr is None:
+                yield "lr", lr, ERROR
+        elif not 0 <= value < math.inf:
+            yield "lr", value, WARNING
+    betas = group.get("betas")
+    for i, beta in enumerate(betas if isinstance(betas, list | tuple) else ()):
+        value = fields.number(beta)
+        if (value is None and isinstance(beta, str)) or (value is not None and not 0 <= value < 1):
+            yield f"betas[{i}]", beta, ERROR
+    for key in ("eps", "weight_decay"):
+        value = fields.number(group.get(key))
+        if value is not None and not 0 <= value < math.inf:
+            yield key, value, WARNING

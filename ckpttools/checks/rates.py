@@ -1,0 +1,66 @@
+"""The saved learning rate against the one that the saved schedule gives at its own count.
+
+The schedule's constants and its count are in the checkpoint, so its rate can be computed anew. A rate that is
+none of its own was edited, damaged, or set by the training code on purpose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ckpttools import frameworks, schedules
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.errors import CkptError
+from ckpttools.findings import ERROR, WARNING, Finding
+from ckpttools.formats import Source
+from ckpttools.schedules.program import advance
+from ckpttools.training import OptimizerSettings, SavedSchedule
+
+MAX_STEPS = 100_000  # replayed one by one: a second
+WITHIN = 0.01  # closed forms and replays agree to 1e-6; a rate within a percent is no damage
+RUINOUS = 1000  # times the schedule's rate: the first update leaves nothing of the weights
+
+
+def check_rates(source: Source, found: Checkpoint) -> Iterator[Finding]:
+    """A finding for each optimizer whose rate its schedule does not give; nothing where that is not known."""
+    try:
+        training = frameworks.read(source, found)
+    except CkptError:
+        return  # weights alone, or damage that is reported by itself
+    for saved in training.schedules:
+        alone = sum(other.optimizer == saved.optimizer for other in training.schedules) == 1
+        if alone and saved.optimizer < len(training.optimizers):
+            yield from _compare(saved, training.optimizers[saved.optimizer])
+
+
+def _compare(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Finding]:
+    groups = [dict(group) for group in optimizer.groups]
+    if not optimizer.first_update or optimizer.base_group is not None:
+        return
+    try:
+        program = schedules.recognise(saved.framework, list(saved.states), groups, saved.about)
+        if not program.known or not 0 < program.count <= MAX_STEPS:
+            return
+        machine = program.machine(fresh=True)
+        advance(machine, program.count)
+    except CkptError:
+        return
+    for g, (group, replayed) in enumerate(zip(groups, machine.groups, strict=True)):
+        have, want = group.get("lr"), replayed.get("lr")
+        if not isinstance(have, int | float) or not isinstance(want, int | float) or math.isnan(want):
+            continue
+        if math.isclose(have, want, rel_tol=WITHIN, abs_tol=1e-12):
+            continue
+        ruinous = have > RUINOUS * max(abs(want), 1e-3)
+        kind = ", ".join(program.families)
+        yield Finding(
+            id="rate-unexpected",
+            severity=ERROR if ruinous else WARNING,
+            file=str(optimizer.places[0].file),
+            where=f"param_groups[{g}].lr",
+            message=f"is {have:g}, where {kind} gives {want:g} after {program.count} steps",
+            why="the first update after a resume uses the optimizer's",
+            hint="use another copy; a rate that was set by hand lasts until the schedule's next step",
+        )
+        return
