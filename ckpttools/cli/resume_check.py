@@ -124,10 +124,10 @@ def _installed() -> dict[str, str]:
 def _auto_resume(src: Path) -> Iterator[Any]:
     """The rule of `ckpt train --resume`."""
     from ckpttools.resume.report import AutoResume
-    from ckpttools.trainer import folders
+    from ckpttools.trainer import folders, search
 
     if src.is_dir() and (found := folders.tags(src)):
-        taken = folders.newest(src)
+        taken = next(iter(search.newest_first(src)), None)
         pointer = (src / folders.POINTER).is_file()
         yield AutoResume(
             framework="ckpt train --resume",

@@ -7,7 +7,8 @@ checkpoint trains on exactly where the original would have. One file per idea:
     batch, order       who computes which sample of which update: pure arithmetic
     text, model        bytes of real text as tokens; Llama or GPT-2 from a config
     ds_config          our config -> DeepSpeed's
-    folders, startup   run folders, tags, which checkpoint a launch continues from
+    folders, search, startup   run folders, tags, which checkpoint a launch continues from
+    compared           what is different from the run that saved it, in the words of resume-check
     state              what a checkpoint says about progress: written and read side by side
     engine, loop       the DeepSpeed engine and the training loop
     output, failures   a terse console, a full log, and errors that cross processes

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ckpttools.errors import UsageError
-from ckpttools.resume import NewRun, Target
+from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.resume import NewRun, Target, foretell
 from ckpttools.resume.model import of_config
+from ckpttools.resume.report import CAREFUL, IMPOSSIBLE
 from ckpttools.trainer import config as settings
 from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import Config
 from ckpttools.trainer.ds_config import ds_config
 from ckpttools.trainer.text import VOCAB_SIZE
+
+
+def warnings(checkpoint: Path, config: Config, where: Path, world: int) -> Iterator[str]:
+    """What goes on otherwise than before, in the words of resume-check.
+
+    Raises CkptError where DeepSpeed would refuse the checkpoint, or load something wrong without an error.
+    """
+    target = Target.find(checkpoint)
+    if target.saved is None or not isinstance(target.saved.client.get("dataset_size"), int):
+        return  # not this trainer's: startup and the ranks say so
+    found = foretell(target, new_run(config, target, NewRun(world_size=world), where))
+    wrong = [d for d in found.differences if d.cls == IMPOSSIBLE]
+    if wrong:
+        raise CkptError(
+            "resume-failed",
+            f"{wrong[0].setting}: {_short(wrong[0].old)} -> {_short(wrong[0].new)}",
+            where=checkpoint,
+            why="\n".join(d.why for d in wrong),
+            hint="\n".join(dict.fromkeys([d.hint for d in wrong if d.hint]))
+            or "set it as the checkpoint has it",
+        )
+    for d in found.differences:
+        if d.cls == CAREFUL:
+            yield f"careful: {d.setting}: {_short(d.old)} -> {_short(d.new)}: {d.why}"
+            yield from (f"  {line}" for line in d.hint.splitlines())
+
+
+def _short(value: object) -> str:
+    return escape("-" if value is None else value, 60)
 
 
 def read_new_run(config: Path, target: Target, run: NewRun) -> NewRun:

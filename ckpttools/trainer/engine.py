@@ -31,9 +31,14 @@ def connect(local_rank: int) -> None:
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name())
 
 
+def together() -> None:
+    """Wait for every rank."""
+    dist.barrier()
+
+
 def disconnect() -> None:
     """Leave the process group when every rank is done."""
-    dist.barrier()
+    together()
     dist.destroy_process_group()
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ckpttools.errors import CkptError, UsageError
 
 FILE = "error.json"
+SAID = "errors.txt"
 
 
 def as_error(problem: BaseException, where: str | Path = "") -> CkptError:
@@ -40,9 +44,27 @@ def from_fields(fields: dict[str, Any]) -> CkptError:
 
 
 def write(folder: Path, error: CkptError) -> None:
-    """Leave the error for the launcher; the first rank to fail is the one that knows the cause."""
-    with contextlib.suppress(FileExistsError), (folder / FILE).open("x", encoding="utf-8") as file:
-        json.dump(to_fields(error), file)
+    """Leave the error for the launcher; the first rank to fail is the one that knows the cause.
+
+    It is there as a whole or not at all: torchrun ends this rank as soon as another one has left.
+    """
+    own = folder / f"{FILE}.{os.getpid()}"
+    own.write_text(json.dumps(to_fields(error)), "utf-8")
+    with contextlib.suppress(FileExistsError):
+        os.link(own, folder / FILE)
+
+
+def say_once(folder: Path, text: str, say: Callable[[str], None]) -> None:
+    """Show an error that several ranks of a node share once, whichever of them comes first.
+
+    The others wait here until it is shown: the first rank that leaves makes torchrun end the rest.
+    """
+    with (folder / SAID).open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if text not in file.read():
+            say(text)
+            file.write(f"{text}\n")
 
 
 def read(folder: Path) -> CkptError | None:

@@ -68,34 +68,20 @@ def tags(run: Path) -> list[Path]:
     return [p for _, p in sorted(found, key=lambda mp: (mp[1].stat().st_mtime_ns, int(mp[0][2])))]
 
 
-def newest(run: Path) -> Path | None:
-    """What `last_checkpoint` names, else the newest by number of each kind, the later one of the two."""
-    try:
-        named = Path((run / POINTER).read_text("utf-8").strip())
-    except (OSError, UnicodeDecodeError):
-        named = Path()
-    if named.name:
-        for path in (run / named, run / named.name):  # a whole path stops being true when a run is moved
-            if is_tag_folder(path):
-                return path
-    best: dict[str, tuple[int, Path]] = {}
-    for path in tags(run):
-        match = _TAG.fullmatch(path.name)
-        assert match
-        best[match[1]] = max(best.get(match[1], (-1, path)), (int(match[2]), path))
-    return max((p for _, p in best.values()), key=lambda p: p.stat().st_mtime_ns, default=None)
+def tag_of(path: Path) -> Path | None:
+    """A tag folder, or the one that `latest` in a folder names; None where there is neither."""
+    if is_tag_folder(path):
+        return path
+    tag = _latest(path)
+    return path / tag if tag and Path(tag).name == tag and is_tag_folder(path / tag) else None
 
 
 def resolve(path: Path) -> Path:
-    """A tag folder, or the one that `latest` in a folder names. Raises UsageError."""
-    if is_tag_folder(path):
-        return path
-    try:
-        tag = (path / "latest").read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        tag = ""
-    if tag and Path(tag).name == tag and is_tag_folder(path / tag):
-        return path / tag
+    """The same for a path that somebody named. Raises UsageError where there is neither."""
+    found = tag_of(path)
+    if found is not None:
+        return found
+    tag = _latest(path)
     raise UsageError(
         "not-a-checkpoint",
         f"`latest` names {tag}, which holds no checkpoint" if tag else "no DeepSpeed checkpoint here",
@@ -103,6 +89,13 @@ def resolve(path: Path) -> Path:
         why="a checkpoint is a folder with *_model_states.pt, or one whose file `latest` names such a folder",
         hint="give the tag folder itself, for example RUN/iter_000100.pth",
     )
+
+
+def _latest(path: Path) -> str:
+    try:
+        return (path / "latest").read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def shards(tag_folder: Path) -> tuple[int, bool]:

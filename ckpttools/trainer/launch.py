@@ -30,9 +30,10 @@ def launch(options: Options, nproc: int | None) -> None:
     gpus = _gpus()
     ranks = nproc or gpus or 2
     split(config.batch, ranks)
-    startup.decide(config, options, ranks)
+    start = startup.decide(config, options, ranks)
     with tempfile.TemporaryDirectory(prefix="ckpt-train-") as exchange:
         folder = Path(exchange)
+        startup.hand_over(start, folder)
         environment = {**os.environ, EXCHANGE: exchange}
         if gpus == 0:
             environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -44,6 +45,7 @@ def launch(options: Options, nproc: int | None) -> None:
 
 def _torchrun(ranks: int, options: Options, environment: dict[str, str], messages: Path) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [f"--log-dir={messages.parent}"]  # else torchrun leaves a folder among the temporary files
     command += ["-m", "ckpttools.trainer", *options.arguments()]
     with messages.open("wb") as file:
         process = subprocess.Popen(

@@ -1,14 +1,22 @@
-"""Where a launch writes and what it continues from; reads folders and file names, changes nothing."""
+"""Where a launch writes and what it continues from; reads checkpoints, changes nothing.
+
+The launcher decides before any rank starts and hands the decision over in a file: every byte is checked
+once. Where torchrun started the ranks by itself, rank 0 decides.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpttools.errors import UsageError
-from ckpttools.trainer import folders
+from ckpttools.trainer import folders, search
+from ckpttools.trainer.compared import warnings
 from ckpttools.trainer.config import Config
 from ckpttools.trainer.options import Options
+
+DECISION = "start.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,29 +39,48 @@ def decide(config: Config, options: Options, world: int) -> Start:
     if options.resume_from is not None:
         checkpoint = folders.resolve(options.resume_from)
         if options.resume:
-            _loadable(checkpoint, config, world)
-            return Start(run=fresh, checkpoint=checkpoint, notes=(f"Resumed from {checkpoint}",))
+            start = Start(run=fresh, checkpoint=checkpoint, notes=(f"Resumed from {checkpoint}",))
+            return _continued(start, checkpoint, config, options, world)
         _unused(fresh)
+        search.check(checkpoint, weights_only=True)
         note = f"Weights loaded from {checkpoint}; optimizer, schedule and counters start anew"
         return Start(run=fresh, checkpoint=checkpoint, weights_only=True, notes=(note,))
     if options.resume:
         searched = options.work_dir or Path(config.work_dirs) / config.experiment
-        found = _search(searched, whole_experiment=options.work_dir is None)
-        if found is None:
-            note = f"No checkpoint found under {searched}: starting from step 0"
-            return Start(run=fresh, notes=(note,))
-        _loadable(found, config, world)
-        note = f"Auto resumed from the latest checkpoint {found}"
-        return Start(run=found.parent, checkpoint=found, notes=(note,))
+        found = search.search(searched)
+        if found.path is None:
+            return Start(run=fresh, notes=found.notes)
+        start = Start(run=found.path.parent, checkpoint=found.path, notes=found.notes)
+        return _continued(start, found.path, config, options, world)
     _unused(fresh)
     return Start(run=fresh)
 
 
-def _search(folder: Path, whole_experiment: bool) -> Path | None:
-    if not whole_experiment:
-        return folders.newest(folder)
-    runs = sorted((p for p in folder.glob("*") if p.is_dir()), key=lambda p: p.name, reverse=True)
-    return next((found for run in runs if (found := folders.newest(run))), None)
+def hand_over(start: Start, folder: Path) -> None:
+    """Leave a decision for the ranks."""
+    fields = {"run": str(start.run), "weights_only": start.weights_only, "notes": start.notes}
+    fields["checkpoint"] = None if start.checkpoint is None else str(start.checkpoint)
+    (folder / DECISION).write_text(json.dumps(fields), "utf-8")
+
+
+def handed_over(folder: Path) -> Start:
+    """The decision that the launcher left."""
+    fields = json.loads((folder / DECISION).read_text("utf-8"))
+    checkpoint = fields["checkpoint"]
+    return Start(
+        run=Path(fields["run"]),
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        weights_only=fields["weights_only"],
+        notes=tuple(fields["notes"]),
+    )
+
+
+def _continued(start: Start, checkpoint: Path, config: Config, options: Options, world: int) -> Start:
+    """With what is different from the run that saved. Raises CkptError where it could not be loaded."""
+    _loadable(checkpoint, config, world)
+    if options.resume_from is not None:
+        search.check(checkpoint, weights_only=False)
+    return replace(start, notes=(*start.notes, *warnings(checkpoint, config, options.config, world)))
 
 
 def _loadable(checkpoint: Path, config: Config, world: int) -> None:

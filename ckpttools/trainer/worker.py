@@ -35,11 +35,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _report(error: CkptError, output: Output) -> NoReturn:
-    exchange = os.environ.get(EXCHANGE)
+    exchange, of_rank = os.environ.get(EXCHANGE), os.environ.get("TORCHELASTIC_ERROR_FILE")
     if exchange is not None:
         failures.write(Path(exchange), error)
-    elif os.environ["LOCAL_RANK"] == "0" or error.id == "train-crash":
-        output.show(error.four_parts)  # an error that all ranks share is shown once per node
+    elif of_rank is not None:  # attempt_0/RANK/error.json in a folder of torchrun
+        failures.say_once(Path(of_rank).parents[1], error.four_parts, output.show)
+    elif os.environ["LOCAL_RANK"] == "0" or error.id == "train-crash":  # another launcher than torchrun
+        output.show(error.four_parts)
     _leave(error.exit_code)
 
 
@@ -67,7 +69,10 @@ def _run(options: Options, output: Output) -> None:
     from ckpttools.trainer.loop import Training
 
     ds.connect(int(os.environ["LOCAL_RANK"]))
-    start = ds.from_rank0(lambda: startup.decide(config, options, world))
+    exchange = os.environ.get(EXCHANGE)
+    start = ds.from_rank0(
+        lambda: startup.handed_over(Path(exchange)) if exchange else startup.decide(config, options, world)
+    )
     output.attach(start.run / "logs" / f"rank_{rank}.log")
     if rank == 0:
         _announce(config, start, output)
@@ -78,6 +83,7 @@ def _run(options: Options, output: Output) -> None:
         loaded = ds.load(engine, start.checkpoint, start.weights_only)
         if not start.weights_only:
             progress = progress_from(loaded, config, samples, start.checkpoint)
+        ds.together()  # a rank that could not load its files ends the run before another reports anything
     output.say(
         f"{world} ranks, {batch.micro} samples each x {batch.accumulation} accumulation ="
         f" {config.batch.global_batch_size} per update; {len(samples.train)} samples,"
@@ -93,8 +99,15 @@ def _run(options: Options, output: Output) -> None:
         output=output,
         progress=progress,
     )
-    training.train(options.max_steps)
-    output.say(f"done at step {training.progress.iteration}: {start.run}")
+    if progress.epoch >= config.epochs:
+        done = f"epoch {progress.epoch} of {config.epochs}"
+        output.say(f"Nothing to train: {start.checkpoint} is at {done}; --set=epochs=N trains longer")
+    elif options.max_steps is not None and progress.iteration >= options.max_steps:
+        done = f"step {progress.iteration} of --max-steps {options.max_steps}"
+        output.say(f"Nothing to train: {start.checkpoint} is at {done}")
+    else:
+        training.train(options.max_steps)
+        output.say(f"done at step {training.progress.iteration}: {start.run}")
     ds.disconnect()
 
 

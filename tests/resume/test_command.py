@@ -21,7 +21,7 @@ from ckpttools.resume import NewRun, Target, foretell
 from ckpttools.resume.arguments import resolved
 from ckpttools.resume.auto import auto_resume
 from ckpttools.resume.model import of_config, read_model
-from ckpttools.trainer import folders
+from ckpttools.trainer import search
 
 TRAINED = FIXTURES / "trainer/z2_bf16_2"
 DECAY = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
@@ -385,7 +385,7 @@ def test_our_trainer_takes_the_same(tmp_path: Path) -> None:
     shutil.copytree(TRAINED, tmp_path / "run")
     _, found = said(tmp_path / "run")
     ours = next(rule for rule in found["auto_resume"] if rule["framework"].startswith("ckpt train"))
-    assert ours["path"] == str(folders.newest(tmp_path / "run"))
+    assert ours["path"] == str(search.newest_first(tmp_path / "run")[0])
 
 
 def test_deepspeed_without_latest_loads_nothing(tmp_path: Path) -> None:

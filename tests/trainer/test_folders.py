@@ -1,17 +1,20 @@
-"""Which checkpoint a launch continues from, decided from names alone."""
+"""Which checkpoint a launch continues from, and what it says about the choice."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from support import FIXTURES
 
-from ckpttools.errors import UsageError
-from ckpttools.trainer import folders
-from ckpttools.trainer.config import Config
+from ckpttools.errors import CkptError, UsageError
+from ckpttools.trainer import folders, search
+from ckpttools.trainer.config import Config, load
 from ckpttools.trainer.options import Options
-from ckpttools.trainer.startup import decide
+from ckpttools.trainer.startup import Start, decide, hand_over, handed_over
 
 
 def saved(run: Path, tag: str, ranks: int = 2, age: int = 0, prefix: str = "bf16_") -> Path:
@@ -24,26 +27,65 @@ def saved(run: Path, tag: str, ranks: int = 2, age: int = 0, prefix: str = "bf16
     return folder
 
 
+SAMPLE = FIXTURES / "trainer/z2_bf16_2"  # one checkpoint of 2 ranks at step 3
+
+
+def copied(run: Path, tag: str, age: int = 0) -> Path:
+    """A whole checkpoint of the trainer."""
+    shutil.copytree(SAMPLE / "iter_000003.pth", run / tag)
+    os.utime(run / tag, ns=(1, 10**18 - age * 10**9))
+    return run / tag
+
+
+def torn(checkpoint: Path, rank: int = 1) -> Path:
+    """The same after a machine that stopped in the middle of a save."""
+    os.truncate(checkpoint / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", 2000)
+    return checkpoint
+
+
+def like_sample(work_dirs: Path, *overrides: str) -> Config:
+    return load(SAMPLE / "config.yaml", [f"work_dirs={work_dirs}", "experiment=e", *overrides])
+
+
+def resume(config: Config, path: Path | None = None) -> Options:
+    return Options(config=SAMPLE / "config.yaml", resume=True, resume_from=path)
+
+
+def at(checkpoint: Path, step: int) -> Path:
+    """The same with another step inside."""
+    file = checkpoint / "mp_rank_00_model_states.pt"
+    content = torch.load(file, weights_only=False)
+    content |= {"global_steps": step, "iter": step, "global_step": step}
+    torch.save(content, file)
+    return checkpoint
+
+
 def test_newest_is_what_last_checkpoint_names(tmp_path: Path) -> None:
-    assert folders.newest(tmp_path) is None
-    first = saved(tmp_path, "iter_000002.pth")
-    saved(tmp_path, "iter_000010.pth")
+    assert search.newest_first(tmp_path) == []
+    first = copied(tmp_path, "iter_000002.pth")
+    ten = at(copied(tmp_path, "iter_000010.pth"), 10)
     (tmp_path / "last_checkpoint").write_text("iter_000002.pth\n")
-    assert folders.newest(tmp_path) == first
+    assert search.newest_first(tmp_path) == [first, ten]
     (tmp_path / "last_checkpoint").write_text("/moved/from/here/iter_000002.pth")
-    assert folders.newest(tmp_path) == first
+    assert search.newest_first(tmp_path) == [first, ten]
 
 
-def test_newest_by_number_without_last_checkpoint(tmp_path: Path) -> None:
-    saved(tmp_path, "iter_000009.pth", age=1)
-    ten = saved(tmp_path, "iter_000010.pth", age=5)  # copied back later than it was made
-    saved(tmp_path, "iter_000010.pth.ws4")  # resharded copies are never picked by themselves
+def test_newest_by_step_without_last_checkpoint(tmp_path: Path) -> None:
+    nine = at(copied(tmp_path, "iter_000009.pth", age=1), 9)
+    ten = at(copied(tmp_path, "iter_000010.pth", age=5), 10)  # copied back later than it was made
+    copied(tmp_path, "iter_000010.pth.ws4")  # resharded copies are never picked by themselves
     (tmp_path / "iter_000099.pth").mkdir()  # nothing in it
-    saved(tmp_path, "epoch_001.pth", age=9)
     (tmp_path / "last_checkpoint").write_text("iter_000099.pth")
-    assert folders.newest(tmp_path) == ten
-    epoch = saved(tmp_path, "epoch_002.pth", age=0)
-    assert folders.newest(tmp_path) == epoch
+    assert search.newest_first(tmp_path) == [ten, nine]
+    epoch = at(copied(tmp_path, "epoch_002.pth", age=9), 12)
+    assert search.newest_first(tmp_path) == [epoch, ten, nine]
+
+
+def test_a_run_with_one_checkpoint(tmp_path: Path) -> None:
+    only = copied(tmp_path / "run", "iter_000003.pth")
+    (tmp_path / "run/latest").write_text("iter_000003.pth")
+    assert search.newest_first(tmp_path / "run") == [only]
+    assert search.newest_first(tmp_path) == [only]
 
 
 def test_resolve(tmp_path: Path) -> None:
@@ -60,17 +102,91 @@ def test_resolve(tmp_path: Path) -> None:
 
 
 def test_auto_resume_takes_the_newest_run_that_has_a_checkpoint(tmp_path: Path) -> None:
-    config = Config(experiment="e", work_dirs=str(tmp_path))
-    options = Options(config=Path("c"), resume=True)
-    start = decide(config, options, world=2)
+    config = like_sample(tmp_path)
+    start = decide(config, resume(config), world=2)
     assert start.checkpoint is None
     assert start.notes == (f"No checkpoint found under {tmp_path}/e: starting from step 0",)
-    saved(tmp_path / "e/20250101_000000", "iter_000900.pth")
-    newer = saved(tmp_path / "e/20250102_000000", "iter_000100.pth")
+    copied(tmp_path / "e/20250101_000000", "iter_000900.pth")
+    newer = copied(tmp_path / "e/20250102_000000", "iter_000100.pth")
     (tmp_path / "e/20250103_000000").mkdir()
-    start = decide(config, options, world=2)
+    start = decide(config, resume(config), world=2)
     assert (start.run, start.checkpoint) == (newer.parent, newer)
-    assert start.notes == (f"Auto resumed from the latest checkpoint {newer}",)
+    assert start.notes == (
+        f"Searched {tmp_path}/e: 2 checkpoints, newest first: "
+        "20250102_000000/iter_000100.pth, 20250101_000000/iter_000900.pth",
+        f"Auto resumed from the latest checkpoint {newer}",
+    )
+
+
+def test_damaged_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:
+    config = like_sample(tmp_path)
+    older = copied(tmp_path / "e/20250101_000000", "iter_000900.pth")
+    run = tmp_path / "e/20250102_000000"
+    good = copied(run, "iter_000003.pth", age=9)
+    flipped = copied(run, "iter_000004.pth", age=5)
+    model = flipped / "mp_rank_00_model_states.pt"
+    model.write_bytes(model.read_bytes().replace(b"\x3f", b"\x3e", 1))
+    newest = torn(copied(run, "epoch_001.pth", age=1))
+    (run / "last_checkpoint").write_text("epoch_001.pth")
+    start = decide(config, resume(config), world=2)
+    assert start.checkpoint == good
+    searched, *passed, chosen = start.notes
+    assert searched.startswith(
+        f"Searched {tmp_path}/e: 4 checkpoints, newest first: {run.name}/epoch_001.pth"
+    )
+    for note, path in zip(passed, (newest, flipped), strict=True):
+        assert note.startswith(f"Passed over {path}: ")
+    assert "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt: " in passed[0]
+    assert "[file-truncated]" in passed[0]
+    assert chosen == f"Auto resumed from the latest checkpoint of those that verify {good}"
+
+    for rank in (0, 1):
+        torn(good, rank)
+    assert decide(config, resume(config), world=2).checkpoint == older
+    torn(older)
+    with pytest.raises(CkptError) as caught:  # never a fresh start beside a run that was lost
+        decide(config, resume(config), world=2)
+    assert (caught.value.id, caught.value.exit_code) == ("none-verified", 1)
+    assert f"Passed over {older}: " in caught.value.why
+
+
+def test_a_named_checkpoint_is_refused_when_it_is_damaged(tmp_path: Path) -> None:
+    config = like_sample(tmp_path)
+    named = torn(copied(tmp_path / "x", "iter_000003.pth"))
+    with pytest.raises(CkptError) as caught:
+        decide(config, resume(config, named), world=2)
+    assert (caught.value.id, caught.value.exit_code) == ("file-truncated", 1)
+    assert f"ckpt verify {named}" in caught.value.hint
+    weights = Options(config=SAMPLE / "config.yaml", resume_from=named)
+    assert decide(config, weights, world=2).weights_only  # they lie in the model file, which is whole
+    os.truncate(named / "mp_rank_00_model_states.pt", 2000)
+    with pytest.raises(CkptError):
+        decide(config, weights, world=2)
+
+
+def test_what_goes_on_otherwise_is_said(tmp_path: Path) -> None:
+    named = copied(tmp_path / "x", "iter_000003.pth")
+    same = like_sample(tmp_path)
+    assert decide(same, resume(same, named), world=2).notes == (f"Resumed from {named}",)
+    batch = same.batch.global_batch_size
+    other = like_sample(tmp_path, f"batch.global_batch_size={2 * batch}")
+    _, *notes = decide(other, resume(other, named), world=2).notes
+    assert notes[0].startswith(f"careful: train_batch_size: {batch} -> {2 * batch}: ")
+    assert f"  ckpt rebase-schedule {named} --old-bs {batch} --new-bs {2 * batch}" in notes
+    longer = like_sample(tmp_path, f"epochs={same.epochs + 7}")
+    _, note = decide(longer, resume(longer, named), world=2).notes
+    assert note.startswith("careful: scheduler.params.total_num_steps: ")
+    wider = like_sample(tmp_path, f"model.hidden_size={same.model.hidden_size * 2}")
+    with pytest.raises(CkptError) as caught:
+        decide(wider, resume(wider, named), world=2)
+    assert caught.value.id == "resume-failed"
+
+
+def test_a_decision_crosses_processes(tmp_path: Path) -> None:
+    for checkpoint in (None, tmp_path / "ä b/iter_000003.pth"):
+        start = Start(run=tmp_path, checkpoint=checkpoint, weights_only=True, notes=("one", "two"))
+        hand_over(start, tmp_path)
+        assert handed_over(tmp_path) == start
 
 
 @pytest.mark.parametrize(
@@ -92,8 +208,6 @@ def test_what_cannot_be_loaded_is_refused_first(
     assert (error.id, error.where) == (id, str(tag))
     assert hint.format(tag) in error.hint
     assert error.why
-    weights = decide(Config(work_dirs=str(tmp_path)), Options(config=Path("c"), resume_from=tag), world=2)
-    assert weights.weights_only
 
 
 def test_a_new_run_does_not_overwrite_another(tmp_path: Path) -> None:

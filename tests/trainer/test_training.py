@@ -171,17 +171,42 @@ def test_variants_for_fixtures(train: Train, tmp_path: Path) -> None:
     assert saved["ds_config"]["scheduler"]["type"] == "WarmupDecayLR"
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, train: Train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shard = run / "epoch_002.pth/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    done = train(tmp_path, "--work-dir", "run", "--resume")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stdout.splitlines()
+    assert said[1].startswith("Searched run: 5 checkpoints, newest first: epoch_002.pth, iter_000018.pth")
+    assert said[2].startswith(f"Passed over run/epoch_002.pth: {shard.name}: ")
+    assert said[3] == "Auto resumed from the latest checkpoint of those that verify run/iter_000018.pth"
+    assert said[1:4] == [
+        line for line in (run / "logs/rank_0.log").read_text().splitlines() if line in said[1:4]
+    ]
+    assert losses(run) == losses(whole)  # steps 19 to 22 once more, to the last bit
+    assert (run / "last_checkpoint").read_text() == "epoch_002.pth"
+
+    again = train(tmp_path, "--work-dir", "run", "--resume")
+    assert again.returncode == 0, again.stderr
+    last = again.stdout.splitlines()[-1]
+    assert last == "Nothing to train: run/epoch_002.pth is at epoch 2 of 2; --set=epochs=N trains longer"
+    assert not [line for line in again.stdout.splitlines() if line.startswith(("step ", "done "))]
+
+
 def test_a_failure_inside_a_rank_is_one_clear_message(whole: Path, train: Train, tmp_path: Path) -> None:
     tag = tmp_path / "iter_000006.pth"
     shutil.copytree(whole / tag.name, tag)
-    shard = tag / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    shard.write_bytes(shard.read_bytes()[:-2000])
+    file = tag / "mp_rank_00_model_states.pt"
+    content = torch.load(file, weights_only=False)
+    content["seed"] += 1  # only the ranks see that the order of samples would be another
+    torch.save(content, file)
     failed = train(tmp_path, "--resume", "--resume-from", tag, "--work-dir", "run")
     assert failed.returncode == 1
     lines = failed.stderr.splitlines()
-    assert lines[0].startswith("error[resume-failed]: ")
+    assert lines[0].startswith("error[data-changed]: ")
     assert lines[1] == f"  in {tag}"
-    assert f"hint: ckpt verify {tag}" in lines
     assert "Traceback" not in failed.stdout + failed.stderr
     assert "Traceback" in (tmp_path / "run/logs/rank_1.log").read_text()
 
