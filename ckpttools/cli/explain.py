@@ -5,28 +5,28 @@ from __future__ import annotations
 import click
 
 from ckpttools.cli import render
+from ckpttools.cli.suggest import did_you_mean
 from ckpttools.errors import UsageError, escape
-from ckpttools.explain import EXPLANATIONS
+from ckpttools.explain import EXPLANATIONS, MEND
 
 
 @click.command("explain")
 @click.argument("id", required=False)
 def command(id: str | None) -> None:
-    """What ID means (an error or a finding of verify) and how to mend it; without ID, the list of all."""
+    """What ID means (an error or a finding of verify) and how to mend it; without ID, a line for each."""
     if id is None:
-        click.echo(
-            render.table(((name, e.kind) for name, e in sorted(EXPLANATIONS.items())), ("id", "about"))
-        )
+        rows = ((name, found.kind, found.line) for name, found in sorted(EXPLANATIONS.items()))
+        click.echo(render.table(rows, ("id", "about", "meaning")))
         return
-    explanation = EXPLANATIONS.get(id)
-    if explanation is None:
-        near = [name for name in EXPLANATIONS if id in name or name in id]
+    id = id.strip().removeprefix("error").strip("[]:")
+    found = EXPLANATIONS.get(id)
+    if found is None:
         raise UsageError(
             "bad-usage",
             f"there is no check or error named '{escape(id)}'",
-            hint=f"did you mean {', '.join(near)}?" if near else "ckpt explain lists them all",
+            hint=did_you_mean(id, EXPLANATIONS) or "ckpt explain lists them all",
         )
-    click.echo(f"{id} ({explanation.kind})\n")
-    click.echo(click.wrap_text(explanation.meaning, 96))
+    click.echo(f"{id} ({found.kind})\n")
+    click.echo(click.wrap_text(found.meaning, 96))
     click.echo()
-    click.echo(click.wrap_text("What to do: " + explanation.mend, 96))
+    click.echo(click.wrap_text(MEND + found.mend, 96))
