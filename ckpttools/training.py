@@ -7,11 +7,12 @@ knows no mathematics of schedules, and `transforms.rebase` knows no file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ckpttools.schedules.evidence import Fact, Known, What, known, of_counters, of_samples, stated
 from ckpttools.schedules.lengths import Remainder, Unit
 
 Key = str | int
@@ -137,18 +138,16 @@ class StepList:
 class Training:
     """All of that for one checkpoint. Numbers are None where the checkpoint does not say.
 
-    `unit` is what the main counter counts. `size` counts the samples of an epoch, `batches` its
-    micro-batches per rank, `updates` its optimizer updates; `epochs` is the length of the run.
+    `unit` is what the main counter counts; `evidence` is all that speaks of the batch. `size` counts the
+    samples of an epoch, `batches` its micro-batches per rank, `updates` its optimizer updates; `epochs` is
+    the length of the run.
     """
 
     framework: str
     unit: Unit
     count: int | None = None
     epoch: int | None = None
-    micro: int | None = None
-    accumulation: int | None = None
-    ranks: int | None = None
-    total: int | None = None
+    evidence: tuple[Fact, ...] = ()
     size: int | None = None
     batches: int | None = None
     updates: int | None = None
@@ -166,6 +165,42 @@ class Training:
     marked: Mapping[str, object] | None = None
     outside: tuple[str, ...] = ()  # what the user must set in the new run, in words
     notes: tuple[str, ...] = ()
+
+    @property
+    def batch(self) -> Known:
+        """The batch that all evidence makes, the counters' included."""
+        counted = _counted(self.counters, self.remainder)
+        return known((*self._noted(), *self.evidence, *counted))
+
+    @property
+    def is_rebased(self) -> bool:
+        """Whether the noted rebase made this very checkpoint.
+
+        Training code that saves the keys it loaded carries the note on, but its runs count further.
+        """
+        return self.marked is not None and self.marked.get("count") == self.count
+
+    def _noted(self) -> Iterator[Fact]:
+        """The batch that a rebase was for: a configuration that is saved as text still names the old one."""
+        noted = self.marked.get("to") if self.is_rebased and self.marked is not None else None
+        names: dict[str, What] = {"micro": "micro", "gpus": "ranks", "accumulation": "accumulation"}
+        batch: Mapping[str, object] = noted if isinstance(noted, Mapping) else {}
+        for key, what in names.items():
+            value = batch.get(key)
+            yield from stated(what, value if isinstance(value, int) else None, "the rebase that made it")
+
+
+def _counted(counters: tuple[Counter, ...], remainder: Remainder) -> Iterator[Fact]:
+    """What counters of different things say of each other."""
+
+    def first(role: Role, unit: Unit) -> int | None:
+        values = ((c.value + c.offset) // c.repeats for c in counters if c.role == role and c.unit == unit)
+        return next(values, None)
+
+    iterations, updates = first("position", "micro"), first("position", "update")
+    if remainder == "running" and iterations is not None and updates is not None:
+        yield from of_counters(iterations, updates)
+    yield from of_samples(first("samples", "update"), updates)
 
 
 def merge(first: Training, *others: Training) -> Training:

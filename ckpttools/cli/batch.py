@@ -94,13 +94,13 @@ def _known(src: Path, tag: str | None) -> dict[str, int | None]:
 
     source = locate(src, tag)
     state = training.read(source, read(source))
-    count = state.count
+    count, known = state.count, state.batch
     if count is not None and state.unit == "update":
-        count *= state.accumulation or 1
+        count = None if known.accumulation is None else count * known.accumulation
     return {
-        "bs": state.micro,
-        "gpus": state.ranks,
-        "accum": state.accumulation,
+        "bs": known.micro,
+        "gpus": known.ranks,
+        "accum": known.accumulation,
         "size": state.size,
         "epochs": state.epochs,
         "iteration": count,

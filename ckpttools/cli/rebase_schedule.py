@@ -14,6 +14,7 @@ from ckpttools.cli.options import DST, SRC, how, number, writing
 from ckpttools.errors import UsageError, escape
 
 if TYPE_CHECKING:
+    from ckpttools.schedules.evidence import Known
     from ckpttools.training import Edit
     from ckpttools.transforms.rebase import Rebased
 
@@ -106,7 +107,7 @@ def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **o
 def _text(result: Rebased, root: Path) -> Iterator[str]:
     line = result.timeline
     unit = "micro-batch" if line.unit == "micro" else "update"
-    yield f"batch     {line.old}  ->  {line.new}"
+    yield f"batch     {line.shown(line.old)}  ->  {line.shown(line.new)}"
     if result.old_count is not None and result.samples is not None:
         old, new = result.samples
         again = f", {old - new:,.0f} of them seen again" if old > new else ""
@@ -160,11 +161,11 @@ def _short(value: object) -> str:
 def _json(result: Rebased, root: Path) -> dict[str, object]:
     line = result.timeline
 
-    def batch(of: Any) -> dict[str, int]:
+    def batch(of: Known) -> dict[str, int | None]:
         return {"micro": of.micro, "gpus": of.ranks, "accumulation": of.accumulation, "total": of.total}
 
     return {
-        "batch": {"old": batch(line.old), "new": batch(line.new)},
+        "batch": {"old": batch(line.shown(line.old)), "new": batch(line.shown(line.new))},
         "unit": line.unit,
         "position": {"old": result.old_count, "new": result.new_count},
         "samples": None if result.samples is None else {"old": result.samples[0], "new": result.samples[1]},

@@ -15,6 +15,7 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.counters import BATCH
 from ckpttools.formats.zero.read import ZeroFolder
 from ckpttools.frameworks import parts
+from ckpttools.schedules.evidence import of_deepspeed
 from ckpttools.training import BatchField, Counter, OptimizerSettings, SavedSchedule, Training
 
 OWN = {"last_batch_iteration"}  # the whole state of each of DeepSpeed's schedulers
@@ -24,17 +25,14 @@ def read(folder: ZeroFolder) -> Training:
     """What every ZeRO folder holds, whoever wrote it."""
     model = folder.model.file
     files = [model, *(rank.file for rank in folder.ranks)]
-    batch = {name: parts.integer(model, "ds_config", key) for name, key in BATCH.items()}
-    ranks = len(folder.ranks)
+    stated = {name: parts.integer(model, "ds_config", key) for name, key in BATCH.items()}
+    batch = {name: value for name, value in stated.items() if value is not None}
     steps = parts.integer(model, "global_steps")
     return Training(
         framework="deepspeed",
         unit="update",
         count=steps,
-        micro=batch["micro"],
-        accumulation=batch["accumulation"],
-        total=batch["global"],
-        ranks=ranks,
+        evidence=of_deepspeed(batch, len(folder.ranks)),
         remainder="running",
         counters=(
             *parts.counter(model, "update", "global_steps"),

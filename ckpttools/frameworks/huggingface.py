@@ -19,6 +19,7 @@ from ckpttools.containers.pickles import Object
 from ckpttools.containers.torch_file import is_torch_file, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.frameworks import parts
+from ckpttools.schedules.evidence import stated
 from ckpttools.stores.files import entries, is_file
 from ckpttools.training import (
     BatchField,
@@ -72,9 +73,11 @@ def read(folder: Path, *, deepspeed: bool) -> Training:
         framework="hf-trainer",
         unit="update",
         count=step,
-        micro=_whole(state.get("train_batch_size")),
-        accumulation=accumulation,
-        ranks=None if deepspeed else _ranks(folder),
+        evidence=(
+            *stated("micro", _whole(state.get("train_batch_size")), f"{STATE}'s train_batch_size"),
+            *stated("accumulation", accumulation, f"{ARGUMENTS}'s gradient_accumulation_steps"),
+            *stated("ranks", None if deepspeed else _ranks(folder), "the files of random states"),
+        ),
         batches=candidates[0] if len(candidates) == 1 else None,
         updates=updates,
         epochs=epochs if by_epochs else None,
@@ -135,9 +138,11 @@ def _batch_field(path: Path, state: Mapping[str, object]) -> Iterator[BatchField
         yield BatchField(name="train_batch_size", which="micro", value=found, places=(place,))
 
 
-def _ranks(folder: Path) -> int:
-    found = sum(re.fullmatch(r"rng_state_\d+\.pth", entry.name) is not None for entry in entries(folder))
-    return max(1, found)
+def _ranks(folder: Path) -> int | None:
+    """Processes, by their random states: rng_state.pth of one alone, else rng_state_N.pth of each."""
+    names = [entry.name for entry in entries(folder)]
+    found = sum(re.fullmatch(r"rng_state_\d+\.pth", name) is not None for name in names)
+    return found or (1 if "rng_state.pth" in names else None)
 
 
 def _arguments(path: Path) -> dict[str, object]:
@@ -241,7 +246,7 @@ def read_accelerate(folder: Path, *, updates: int | None) -> Training:
         framework="accelerate",
         unit="update",
         count=made,
-        ranks=None if updates is not None else max(1, ranks),
+        evidence=tuple(stated("ranks", None if updates is not None else ranks, "the files of random states")),
         counters=tuple(_accumulated(folder, names)),
         optimizers=tuple(optimizers),
         schedules=tuple(saved),

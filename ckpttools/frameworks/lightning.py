@@ -13,6 +13,7 @@ from dataclasses import replace
 from ckpttools.containers.edit import at
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import parts
+from ckpttools.schedules.evidence import Fact
 from ckpttools.schedules.lengths import Unit
 from ckpttools.training import Counter, OptimizerSettings, Role, SavedSchedule, Training
 
@@ -22,6 +23,7 @@ BATCHES = (*FIT, "epoch_loop.batch_progress")
 OPTIMIZER = (*FIT, "epoch_loop.automatic_optimization.optim_progress", "optimizer")
 MANUAL = (*FIT, "epoch_loop.manual_optimization.optim_step_progress")
 SPANS: dict[str, Role] = {"total": "position", "current": "inside"}
+MAX_ACCUMULATION = 100_000
 PROGRESS = ("ready", "started", "processed", "completed")
 
 
@@ -48,7 +50,7 @@ def read(file: TorchFile) -> Training:
         unit="update",
         count=updates,
         epoch=epoch,
-        accumulation=1 if updates == total else None,
+        evidence=tuple(_accumulation(total, inside, epoch, batches, updates)),
         batches=batches or None,
         counters=tuple(_counters(file, max(1, len(optimizers)))),
         optimizers=optimizers,
@@ -56,6 +58,27 @@ def read(file: TorchFile) -> Training:
         outside=("max_steps, val_check_interval and log intervals of the Trainer, where they count steps",),
         **parts.marked(file),
     )
+
+
+def _accumulation(
+    total: int | None, inside: int | None, epoch: int | None, batches: int | None, updates: int | None
+) -> Iterator[Fact]:
+    """The accumulations under which so many micro-batches make so many updates; epochs end with one."""
+    if not total or not updates or inside is None or epoch is None or updates > total:
+        return
+    if total != inside and not batches:
+        return
+
+    def made(steps: int) -> int:
+        whole = -(-batches // steps) if batches else 0
+        epochs, rest = divmod(total, batches) if batches else (0, total)
+        return epochs * whole + rest // steps
+
+    # fewer updates with every step more
+    fits = [steps for steps in range(1, min(total, MAX_ACCUMULATION) + 1) if made(steps) == updates]
+    if fits:
+        source = f"the count of {total} micro-batches and {updates} updates"
+        yield Fact("accumulation", fits[0], fits[-1], source, counted=True)
 
 
 def _counters(file: TorchFile, optimizers: int) -> Iterator[Counter]:

@@ -8,12 +8,13 @@ optimizer_wrapper.py). The same keys lie at the top of a single file and of a De
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ckpttools.containers.edit import at, place
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import parts
+from ckpttools.schedules.evidence import Fact, stated
 from ckpttools.schedules.mmengine.config import settings
 from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Training
 
@@ -29,9 +30,7 @@ def read(file: TorchFile, *, in_folder: bool = False) -> Training:
     """`in_folder`: the model file of a DeepSpeed folder, whose shards hold the optimizer's settings."""
     config = settings(at(file.value, "meta", "cfg"))
     loader = config.get("train_dataloader")
-    wrapper = config.get("optim_wrapper")
     loop = config.get("train_cfg")
-    micro = _entry(loader, "batch_size")
     epochs, iterations = _entry(loop, "max_epochs"), _entry(loop, "max_iters")
     by_epoch = iterations is None
     epochs = parts.integer(file, *RUNTIME, "max_epochs") or epochs
@@ -45,8 +44,7 @@ def read(file: TorchFile, *, in_folder: bool = False) -> Training:
         unit="micro",
         count=count,
         epoch=parts.integer(file, "meta", "epoch") if batches is not None else None,
-        micro=micro,
-        accumulation=_entry(wrapper, "accumulative_counts") or 1,
+        evidence=tuple(_batch(config)),
         batches=batches,
         epochs=epochs if batches is not None else None,
         total_count=total,
@@ -58,6 +56,23 @@ def read(file: TorchFile, *, in_folder: bool = False) -> Training:
         outside=tuple(_outside(by_epoch=by_epoch)),
         **parts.marked(file),
     )
+
+
+def _batch(config: Mapping[str, object]) -> Iterator[Fact]:
+    """The loader's batch is what an iteration counts. DeepSpeed's strategy accumulates by its own setting,
+    every other wrapper by `accumulative_counts`, 1 by default (mmengine/optim/optimizer).
+    """
+    loader, wrapper, strategy = (config.get(key) for key in ("train_dataloader", "optim_wrapper", "strategy"))
+    yield from stated("micro", _entry(loader, "batch_size"), "train_dataloader.batch_size")
+    micro = _entry(strategy, "train_micro_batch_size_per_gpu")
+    yield from stated("micro", micro, "strategy.train_micro_batch_size_per_gpu")
+    steps = _entry(strategy, "gradient_accumulation_steps")
+    yield from stated("accumulation", steps, "strategy.gradient_accumulation_steps")
+    kind = wrapper.get("type") if isinstance(wrapper, Mapping) else None
+    if kind in ("OptimWrapper", "AmpOptimWrapper", "ApexOptimWrapper"):
+        given = _entry(wrapper, "accumulative_counts")
+        default = "" if given else ", which is 1 where it is not given"
+        yield from stated("accumulation", given or 1, f"optim_wrapper.accumulative_counts{default}")
 
 
 def _outside(*, by_epoch: bool) -> Iterator[str]:

@@ -14,6 +14,7 @@ from ckpttools.containers.edit import at
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.monolithic import OPTIMIZER
 from ckpttools.frameworks import lightning, mmengine, parts
+from ckpttools.schedules.evidence import Fact
 from ckpttools.training import Key, OptimizerSettings, SavedSchedule, Training
 
 STEP = ("global_step", "step", "global_steps", "total_steps", "iteration", "iter", "it")
@@ -51,7 +52,7 @@ def _openpcdet(file: TorchFile) -> Training:
         unit="micro",
         count=count,
         epoch=epoch,
-        accumulation=1,
+        evidence=(Fact("accumulation", 1, 1, "OpenPCDet, which makes an update of every batch"),),
         batches=count // epoch if whole and count and epoch else None,
         counters=(
             *parts.counter(file, "micro", "it"),

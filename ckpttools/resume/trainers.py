@@ -128,19 +128,21 @@ def rates(training: Training | None) -> Rates:
 
 def new_batch(run: NewRun, training: Training) -> tuple[int | None, int | None, int | None]:
     """Micro batch, accumulation and ranks of the new run; what is not said is as it was."""
-    micro, steps = training.micro, training.accumulation
+    known = training.batch
+    micro, steps = known.micro, known.accumulation
     for source in (run.arguments or {}, run.config or {}):
         for key in ("per_device_train_batch_size", "train_micro_batch_size_per_gpu"):
             found = whole(source.get(key))
             micro = micro if found is None else found
         found = whole(source.get("gradient_accumulation_steps"))
         steps = steps if found is None else found
-    return micro, steps, run.world_size or training.ranks
+    return micro, steps, run.world_size or known.ranks
 
 
 def _batch(path: Path, training: Training, run: NewRun, rule: Rule) -> Iterator[Difference]:
     micro, steps, ranks = new_batch(run, training)
-    old, new = (training.micro, training.accumulation, training.ranks), (micro, steps, ranks)
+    known = training.batch
+    old, new = (known.micro, known.accumulation, known.ranks), (micro, steps, ranks)
     if old == new:
         return
     if None in old or None in new:
@@ -311,7 +313,7 @@ def _loads(checkpoint: Checkpoint, training: Training | None) -> Iterator[str]:
 
 
 def _checks(training: Training | None, run: NewRun, differences: list[Difference]) -> Iterator[Check]:
-    stated = training is not None and None not in (training.micro, training.accumulation, training.ranks)
+    stated = training is not None and training.batch.total is not None
     said = run.config is not None or run.arguments is not None
     known = stated and (said or run.world_size is None)
     batch = "the same" if known and said else "taken as unchanged" if known else "not known"

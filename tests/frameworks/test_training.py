@@ -26,11 +26,11 @@ KNOWN: dict[str, tuple[object, ...]] = {
     "lightning/deepspeed/epoch=0-step=3.ckpt": ("lightning", "update", 3, 2, 1, 2, ["torch"]),
     "accelerate/plain": ("accelerate", "update", 8, None, None, 1, ["torch"]),
     "accelerate/deepspeed": ("accelerate", "update", 8, 2, 1, 2, ["torch"]),
-    "mmengine/run/iter_1500.pth": ("mmengine", "micro", 1500, 2, 1, 2, ["mmengine"]),
+    "mmengine/run/iter_1500.pth": ("mmengine", "micro", 1500, 2, 2, 2, ["mmengine"]),
     "bundle/checkpoint-200": ("deepspeed", "update", 3, 2, 2, 2, []),
     "monolithic/full/epoch_2_step_40.pt": ("plain", "update", 40, None, None, None, ["torch"]),
     "monolithic/pcdet/checkpoint_epoch_4.pth": ("openpcdet", "micro", 80, None, 1, None, []),
-    "monolithic/mmengine/epoch_4.pth": ("mmengine", "micro", 80, None, 1, None, ["mmengine"]),
+    "monolithic/mmengine/epoch_4.pth": ("mmengine", "micro", 80, None, None, None, ["mmengine"]),
     "deepspeed-0.19.8/z2_clientsched_ws2": ("deepspeed", "update", 3, 60, 1, 2, ["torch"]),
 }
 
@@ -43,7 +43,8 @@ def read(path: Path) -> Training:
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_a_framework_wrote_is_understood(name: str) -> None:
     found = read(FIXTURES / name)
-    shown = (found.framework, found.unit, found.count, found.micro, found.accumulation, found.ranks)
+    batch = found.batch
+    shown = (found.framework, found.unit, found.count, batch.micro, batch.accumulation, batch.ranks)
     assert (*shown, [s.framework for s in found.schedules]) == KNOWN[name]
     # every place holds what it is said to hold
     for counter in found.counters:
@@ -74,7 +75,7 @@ def at(file: Path, keys: tuple[str | int, ...]) -> Any:
 def test_every_shard_of_every_sample_is_a_place(sample: Path) -> None:
     found = read(sample)
     ranks = len(list(sample.rglob("*optim_states.pt")))
-    assert found.ranks == ranks and found.framework == "deepspeed"
+    assert found.batch.ranks == ranks and found.framework == "deepspeed"
     if "elastic" not in sample.name:
         (optimizer,) = found.optimizers
         assert len(optimizer.places) == ranks
@@ -146,7 +147,7 @@ def test_lengths_come_from_where_mmengine_keeps_them(tmp_path: Path) -> None:
     }
     torch.save(tree, tmp_path / "epoch_3.pth")
     found = read(tmp_path / "epoch_3.pth")
-    assert (found.batches, found.epochs, found.total_count, found.micro, found.accumulation) == (
+    assert (found.batches, found.epochs, found.total_count, found.batch.micro, found.batch.accumulation) == (
         13,
         6,
         78,

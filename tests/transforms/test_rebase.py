@@ -25,7 +25,7 @@ SOURCES: list[tuple[Path, tuple[object, ...]]] = [
     (FIXTURES / "accelerate/plain", ("--old-bs", 4)),
     (FIXTURES / "accelerate/deepspeed", ()),
     (FIXTURES / "bundle/checkpoint-200", ("--counters-only",)),
-    (PCDET, ("--old-bs", 4, "--dataset-size", 80)),
+    (PCDET, ("--old-bs", 4, "--old-gpus", 1, "--dataset-size", 80)),
     (OURS, ()),
     (FIXTURES / "trainer/z2_round_robin_frozen_tied_4", ()),
     (FIXTURES / "deepspeed-0.19.8/z2_fp16_skipped_ws2", ()),
@@ -176,7 +176,8 @@ def test_a_run_that_went_on_is_not_refused(tmp_path: Path) -> None:
     tree["global_step"] += 1
     tree["lr_schedulers"][0]["last_epoch"] += 1
     torch.save(tree, tmp_path / "b.ckpt")
-    ran = run("rebase-schedule", tmp_path / "b.ckpt", tmp_path / "c.ckpt", "--old-bs", 2, "--new-bs", 1)
+    options = ("--old-bs", 2, "--new-bs", 1, "--old-accum", 1)
+    ran = run("rebase-schedule", tmp_path / "b.ckpt", tmp_path / "c.ckpt", *options)
     assert ran.code == 0, ran.err
 
 

@@ -19,6 +19,7 @@ from ckpttools.formats.counters import BATCH, batch_settings
 from ckpttools.formats.zero.flat import FlatGroup, alignment_gaps, mapping_starts, reordered
 from ckpttools.formats.zero.read import ZeroFolder
 from ckpttools.plan import OutputFile, Plan, copy_file
+from ckpttools.schedules.evidence import kept, known, of_deepspeed, of_samples
 from ckpttools.stores.files import size_of
 from ckpttools.tensors import Chunk, TensorRef, Zeros, cut_chunks, join_chunks
 
@@ -161,30 +162,21 @@ def _configs(target: _Target, root: fields.Mapping) -> dict[str, Node]:
     return {"ds_config": config.replace(dict(target.config))}
 
 
-def _batch(source: ZeroFolder, ranks: int) -> tuple[dict[str, int], list[str]]:
+def _batch(source: ZeroFolder, ranks: int) -> tuple[dict[str, int], tuple[str, ...]]:
     """The batch settings that keep the global batch over the new ranks, and what to say about them.
 
     DeepSpeed never reads these copies; they are kept true for people and tools.
     """
-    old = batch_settings(source.model.root.get("ds_config"))
-    if len(old) < 3 or old["micro"] * old["accumulation"] * len(source.ranks) != old["global"]:
-        return {}, []
-    total, micro = old["global"], old["micro"]
-    per_rank = total // ranks
-    if ranks == len(source.ranks):
-        return {}, []
-    if total % ranks:
-        near = sorted({total - total % ranks, total + ranks - total % ranks} - {0})
-        return {}, [
-            f"the global batch of {total} does not divide by {ranks} ranks: choose one that does "
-            f"({' or '.join(map(str, near))}) in the new run's configuration; ds_config is left as saved"
-        ]
-    # the largest micro batch that was known to fit
-    new_micro = next(m for m in range(min(micro, per_rank), 0, -1) if per_rank % m == 0)
-    new = {"micro": new_micro, "accumulation": per_rank // new_micro}
-    changed = {BATCH[key]: value for key, value in new.items() if value != old[key]}
-    said = ", ".join(f"{BATCH[key]} {old[key]} -> {value}" for key, value in new.items() if value != old[key])
-    return changed, [f"the global batch stays {total}: {said}; set the same in the new run's configuration"]
+    root = source.model.root
+    old = batch_settings(root.get("ds_config"))
+    samples, updates = (fields.integer(root.get(key)) for key in ("global_samples", "global_steps"))
+    batch = known((*of_deepspeed(old, len(source.ranks)), *of_samples(samples, updates)))
+    meta = fields.as_mapping(root.get("meta"))  # MMEngine's, which counts micro-batches
+    iteration = fields.integer(meta.get("iter")) if meta is not None else None
+    new = kept(batch, ranks, "update" if iteration is None else "micro", iteration)
+    values = {"micro": new.micro, "accumulation": new.accumulation}
+    changed = {BATCH[k]: v for k, v in values.items() if v is not None and k in old and v != old[k]}
+    return changed, new.notes
 
 
 # --- the optimizer files ------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Rebased:
 def rebase(training: Training, request: Request) -> Rebased:
     """Everything that another batch size changes in a checkpoint. Raises UsageError with a reason."""
     marks.refuse_repeated(training, request)
-    training = _with_unit(marks.with_mark(training), request)
+    training = _with_unit(training, request)
     line = timeline(training, request)
     _refuse_finished(training, line)
     _refuse_unscheduled(training, request)
@@ -123,6 +123,7 @@ def _notes(
     changed: bool,
 ) -> Iterator[str]:
     yield from training.notes
+    yield from training.batch.notes
     yield from line.notes
     for each in found:
         yield from each.new.notes
@@ -159,7 +160,7 @@ def _with_unit(training: Training, request: Request) -> Training:
     Plain training code may count micro-batches or updates and does not say which.
     """
     unit = request.unit
-    accumulation, count = request.old_accum or training.accumulation or 1, training.count
+    accumulation, count = request.old_accum or training.batch.accumulation or 1, training.count
     steps = next((o.steps for o in training.optimizers if o.steps is not None), None)
     if unit is None and training.framework == "plain" and accumulation > 1 and count is not None:
         unit = "micro" if steps is not None and count != steps == count // accumulation else None

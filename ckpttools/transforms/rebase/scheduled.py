@@ -77,7 +77,7 @@ def _scheduled(
 
 def _repeated(training: Training, steps: Steps, repeats: int, line: Timeline) -> Steps:
     """accelerate steps a scheduler once per process: another number of processes steps it more often."""
-    per_rank = repeats == training.ranks
+    per_rank = repeats == training.batch.ranks
     return replace(
         steps,
         old=replace(steps.old, repeats=repeats),

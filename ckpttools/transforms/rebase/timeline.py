@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Literal
 
 from ckpttools.errors import CkptError, UsageError
+from ckpttools.schedules.evidence import Known
 from ckpttools.schedules.lengths import (
     MAX_SIZE,
     Batch,
@@ -57,6 +58,16 @@ class Timeline:
     unit: Unit
     steps: dict[Unit, Steps]
     notes: tuple[str, ...]
+    unknown: frozenset[str] = frozenset()  # parts of the batch that stand as 1 in both
+
+    def shown(self, batch: Batch) -> Known:
+        """One of the two as far as it is known."""
+        return Known(
+            micro=batch.micro,
+            ranks=None if "ranks" in self.unknown else batch.ranks,
+            accumulation=None if "accumulation" in self.unknown else batch.accumulation,
+            total=None if self.unknown else batch.total,
+        )
 
     @property
     def ratio(self) -> Fraction:
@@ -68,15 +79,20 @@ def timeline(training: Training, request: Request) -> Timeline:
     """Raises UsageError where the batches cannot be told, do not divide, or contradict the checkpoint."""
     _check(request)
     notes: list[str] = []
-    old, new = batches(training, request, notes)
+    old, new, unknown = batches(training, request, notes)
     unit = training.unit
     data, remainder = _data(training, request, old, new, unit, notes)
+    proven = training.batches is not None or training.updates is not None
+    proven = proven or request.steps_per_epoch is not None
+    _check_unknown(training, old, new, unknown, data, proven=proven)
     units: tuple[Unit, ...] = ("micro", "update")
     steps = {each: _steps(training, request, each, (old, new), data, remainder) for each in units}
     if new != old and new.accumulation > 1:
         across = remainder == "running"
         steps["micro"] = replace(steps["micro"], multiple=new.accumulation, across=across)
-    return Timeline(old=old, new=new, unit=unit, steps=steps, notes=tuple(dict.fromkeys(notes)))
+    return Timeline(
+        old=old, new=new, unit=unit, steps=steps, notes=tuple(dict.fromkeys(notes)), unknown=unknown
+    )
 
 
 def _check(request: Request) -> None:
@@ -88,12 +104,23 @@ def _check(request: Request) -> None:
 # --- batches ------------------------------------------------------------------------------------------
 
 
-def batches(training: Training, request: Request, notes: list[str]) -> tuple[Batch, Batch]:
-    """The old and the new batch, per rank."""
-    accumulation = request.old_accum or training.accumulation or 1
-    ranks = request.old_gpus or training.ranks or 1
-    _contradiction("--old-accum", request.old_accum, training.accumulation, notes)
-    _contradiction("--old-gpus", request.old_gpus, training.ranks, notes)
+def batches(training: Training, request: Request, notes: list[str]) -> tuple[Batch, Batch, frozenset[str]]:
+    """The old and the new batch, and which of "ranks" and "accumulation" nobody knows.
+
+    Such a part stands as 1 in both batches, which then count all of it in one: it is the same in both runs.
+    """
+    known = training.batch
+    parts = {
+        "ranks": request.old_gpus or known.ranks,
+        "accumulation": request.old_accum or known.accumulation,
+    }
+    unknown = frozenset(name for name, value in parts.items() if value is None)
+    ranks, accumulation = parts["ranks"] or 1, parts["accumulation"] or 1
+    _contradiction("--old-accum", request.old_accum, known.accumulation, notes)
+    _contradiction("--old-gpus", request.old_gpus, known.ranks, notes)
+    for name, option in (("ranks", "gpus"), ("accumulation", "accum")):
+        if name in unknown and getattr(request, f"new_{option}") is not None:
+            raise _unknown(name, f"--new-{option} is given, and the old number cannot be compared with it")
     is_global = _is_global(training, request, accumulation * ranks, notes)
     old = _old(training, request, accumulation, ranks, is_global=is_global)
     new = Batch(
@@ -105,7 +132,34 @@ def batches(training: Training, request: Request, notes: list[str]) -> tuple[Bat
         new = _with_size(new, request.new_bs, "--new-bs", is_global=is_global)
     elif is_global and request.new_gpus is not None and request.new_accum is None:
         new = _with_size(new, old.total, "the global batch", is_global=True)
-    return old, new
+    return old, new, unknown
+
+
+def _unknown(part: str, why: str) -> UsageError:
+    """Where a part of the batch that nobody knows would have to be taken for 1."""
+    what, option = {
+        "ranks": ("how many GPUs it was trained on", "--old-gpus"),
+        "accumulation": ("how many micro-batches an update sums", "--old-accum"),
+    }[part]
+    return UsageError(
+        "batch-unknown", f"the checkpoint does not say {what}", why=why, hint=f"give it with {option} (1 too)"
+    )
+
+
+def _check_unknown(
+    training: Training, old: Batch, new: Batch, unknown: frozenset[str], data: Data | None, *, proven: bool
+) -> None:
+    """Refuse where an unknown part does not cancel out. `proven`: the saved epochs agree with `data`."""
+    if old == new:
+        return
+    units = {c.unit for c in training.counters if c.value + c.offset and c.role in ("position", "inside")}
+    if "accumulation" in unknown and len(units) > 1:
+        raise _unknown(
+            "accumulation", "it counts updates as well as micro-batches, and they move differently"
+        )
+    if data is not None and not proven:
+        for part in sorted(unknown - ({"accumulation"} if training.unit == "micro" else set())):
+            raise _unknown(part, "without it the length of an epoch does not follow from the dataset's size")
 
 
 def _contradiction(option: str, said: int | None, known: int | None, notes: list[str]) -> None:
@@ -115,11 +169,12 @@ def _contradiction(option: str, said: int | None, known: int | None, notes: list
 
 def _is_global(training: Training, request: Request, parts: int, notes: list[str]) -> bool:
     """Whether the sizes given are of the whole batch of an update, rather than of one rank's step."""
-    given, micro = request.old_bs, training.micro
-    total = training.total or (micro * parts if micro is not None else None)
+    known = training.batch
+    given, micro = request.old_bs, known.micro
+    total = known.total or (micro * parts if micro is not None else None)
     if request.batch_is != "auto":
-        known = total if request.batch_is == "global" else micro
-        _contradiction(f"--old-bs ({request.batch_is})", given, known, notes)
+        expected = total if request.batch_is == "global" else micro
+        _contradiction(f"--old-bs ({request.batch_is})", given, expected, notes)
         return request.batch_is == "global"
     if given is None or given == micro:
         return False
@@ -144,11 +199,12 @@ def _old(training: Training, request: Request, accumulation: int, ranks: int, *,
             "--old-bs",
             is_global=is_global,
         )
-    if training.micro is not None:
-        return Batch(micro=training.micro, accumulation=accumulation, ranks=ranks)
-    if training.total is not None:
+    known = training.batch
+    if known.micro is not None:
+        return Batch(micro=known.micro, accumulation=accumulation, ranks=ranks)
+    if known.total is not None:
         whole = Batch(micro=1, accumulation=accumulation, ranks=ranks)
-        return _with_size(whole, training.total, "the checkpoint's batch", is_global=True)
+        return _with_size(whole, known.total, "the checkpoint's batch", is_global=True)
     raise UsageError(
         "batch-unknown",
         "the checkpoint does not say with which batch size it was trained",
