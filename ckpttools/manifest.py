@@ -12,24 +12,16 @@ guards against accidents and careless edits, not against somebody who can rewrit
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import xxhash
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
 from ckpttools.siblings import MANIFEST, is_ours
-from ckpttools.stores.files import entries, is_file, opened, plain_name
-from ckpttools.stores.links import refuse_outside
+from ckpttools.stores.files import entries, is_file, plain_name
 
 FORMAT, VERSION = "ckpttools-manifest", 1
-BLOCK_NBYTES = 1 << 20
-
-Ranges = Mapping[str, tuple[int, int]]  # tensor -> (start, nbytes) within its file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,40 +65,6 @@ def own_files(target: Path) -> list[Path]:
     if not target.is_dir():
         return [target]
     return [target / e.name for e in entries(target) if is_file(e) and not is_ours(e.name)]
-
-
-def describe(files: Sequence[Path], tensors: Mapping[Path, Ranges], *, workers: int = 0) -> dict[str, Entry]:
-    """Read each file once, front to back, several at a time. Raises CkptError."""
-    for path in files:
-        refuse_outside(path)
-
-    def one(path: Path) -> tuple[str, Entry]:
-        size, digest, parts = hash_file(path, tensors.get(path, {}))
-        return path.name, Entry(size=size, digest=digest, tensors=parts)
-
-    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
-        return dict(pool.map(one, files))
-
-
-def hash_file(path: Path, ranges: Ranges) -> tuple[int, str, dict[str, str]]:
-    """Size and xxh3_128 of a file and of byte ranges in it, in one pass and a fixed amount of memory."""
-    whole = xxhash.xxh3_128()
-    parts = {name: xxhash.xxh3_128() for name in ranges}
-    waiting = sorted(((start, start + n, name) for name, (start, n) in ranges.items()), reverse=True)
-    active: list[tuple[int, int, str]] = []
-    with opened(path) as file:
-        at = 0
-        while at < file.size:
-            block = memoryview(file.read(at, min(BLOCK_NBYTES, file.size - at)))
-            end = at + len(block)
-            whole.update(block)
-            while waiting and waiting[-1][0] < end:
-                active.append(waiting.pop())
-            for start, last, name in active:
-                parts[name].update(block[max(start - at, 0) : last - at])
-            active = [span for span in active if span[1] > end]
-            at = end
-        return file.size, whole.hexdigest(), {name: part.hexdigest() for name, part in parts.items()}
 
 
 def dump(entries: Mapping[str, Entry]) -> bytes:

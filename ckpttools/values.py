@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -142,6 +143,71 @@ def is_rounded(block: Array, dtype: DType) -> bool:
     return bool((cast(cast(block, FLOAT32, dtype), dtype, FLOAT32) == block).all())
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """A set of elements of a block: one bit for each, or all of them, or none."""
+
+    bits: bytes | bool
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.bits) if isinstance(self.bits, bytes) else 0
+
+
+def large(block: Array, dtype: DType) -> Places:
+    """The means that cannot go with a square of 0: above 1e-15. The square of a smaller gradient may be too
+    small for the type.
+    """
+    bits = block.view(UNSIGNED[dtype.itemsize])
+    magnitude = bits & bits.dtype.type((1 << (8 * dtype.itemsize - 1)) - 1)
+    limit = np.array([1e-15]).astype(block.dtype).view(bits.dtype)[0]
+    low, high = int(np.minimum.reduce(magnitude)), int(np.maximum.reduce(magnitude))
+    if high <= limit:
+        return Places(False)
+    if low > limit and high <= _INFINITY[dtype.name]:
+        return Places(True)
+    return Places(np.packbits((magnitude > limit) & (magnitude <= _INFINITY[dtype.name])).tobytes())
+
+
+def zeros(block: Array, dtype: DType) -> Places:
+    """The elements that are 0 or -0."""
+    bits = block.view(UNSIGNED[dtype.itemsize])
+    sign = 1 << (8 * dtype.itemsize - 1)
+    if int(np.minimum.reduce(bits)) > 0 and int(np.maximum.reduce(bits)) < sign:
+        return Places(False)
+    return Places(np.packbits((bits == 0) | (bits == sign)).tobytes())
+
+
+def meet(one: Places, other: Places) -> int:
+    """How many elements are in both sets."""
+    match one.bits, other.bits:
+        case (False, _) | (_, False):
+            return 0
+        case (bytes() as bits, True) | (True, bytes() as bits):
+            return int(np.unpackbits(np.frombuffer(bits, np.uint8)).sum())
+        case bytes() as a, bytes() as b:
+            both = np.frombuffer(a, np.uint8) & np.frombuffer(b, np.uint8)
+            return int(np.unpackbits(both).sum()) if both.any() else 0
+    raise ValueError("two whole blocks: their size is not known")
+
+
+def comparable(block: Array, dtype: DType, target: DType, *, is_ordinary: bool) -> Array:
+    """The bits of a block, cast to `target`, with one pattern for every NaN: equal where the values are.
+
+    `is_ordinary` says that there is neither NaN nor Inf.
+    """
+    if is_ordinary and dtype.name == "float32" and target.name == "bfloat16":
+        return (_rounded(block) >> np.uint32(16)).astype(np.uint16)
+    values = cast(block, dtype, target)
+    bits = values.view(UNSIGNED[target.itemsize])
+    if not is_ordinary or _INFINITY.get(target.name) is None:
+        nan = np.isnan(values)
+        if nan.any():
+            bits = bits.copy()
+            bits[nan] = np.array([np.nan]).astype(values.dtype).view(bits.dtype)[0]
+    return bits
+
+
 def same_after_cast(master: Array, model: Array, dtype: DType) -> int | None:
     """The first index where `master` (float32), cast to `dtype`, differs in bits from `model`, or None.
 
@@ -171,12 +237,18 @@ def _rounds_to(master: Array, model: Array, dtype: DType) -> bool:
     """
     if dtype.name != "bfloat16":
         return False
-    bits = master.view(np.uint32)
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += bits
-    rounded += np.uint32(0x7FFF)  # the upper halves are the rounded values now
+    rounded = _rounded(master)
     there = model.view(np.uint16).astype(np.uint32)
     there <<= np.uint32(16)
     rounded -= there
     return not rounded.size or int(np.maximum.reduce(rounded)) <= 0xFFFF
+
+
+def _rounded(master: Array) -> Array:
+    """float32 bits as integers, whose upper halves are the values rounded to bfloat16."""
+    bits = master.view(np.uint32)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += bits
+    rounded += np.uint32(0x7FFF)
+    return rounded

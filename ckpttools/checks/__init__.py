@@ -6,10 +6,11 @@ bytes of the tensors alone. `check_before_use` is for commands that write from a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint, Layout, TrainState
@@ -17,7 +18,8 @@ from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_p
 from ckpttools.checks.configs import check_configs
 from ckpttools.checks.headers import check_headers
 from ckpttools.checks.keys import check_keys
-from ckpttools.checks.manifests import check_manifest, describe
+from ckpttools.checks.manifests import check_manifest, entry_of, ranges_of, stated
+from ckpttools.checks.manifests import describe as describe_files
 from ckpttools.checks.parts import check_parts
 from ckpttools.checks.rates import check_rates
 from ckpttools.checks.verdict import Verdict
@@ -29,6 +31,9 @@ from ckpttools.formats import Source, locate
 from ckpttools.progress import Progress
 from ckpttools.stores.links import within
 
+if TYPE_CHECKING:
+    from ckpttools.passes.run import Digest
+
 PARTS = "parts"  # a layout that is only checked file by file
 Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar
 
@@ -36,9 +41,15 @@ __all__ = ["Finding", "Verdict", "check_before_use", "manifest_of", "manifest_of
 
 
 def verify(
-    path: Path, tag: str | None = None, *, quick: bool = False, workers: int = 0, bar: Bar | None = None
+    path: Path,
+    tag: str | None = None,
+    *,
+    quick: bool = False,
+    describe: bool = False,
+    workers: int = 0,
+    bar: Bar | None = None,
 ) -> Verdict:
-    """Check the one checkpoint that `path` means.
+    """Check the one checkpoint that `path` means; `describe` it also for a manifest, from the same bytes.
 
     Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked; damage is
     reported in the verdict.
@@ -71,41 +82,52 @@ def verify(
                 findings += check_configs(found, source.target)
             found = replace(found, checks=(*found.checks, *checks))
         nbytes = 0
-        if found is not None and not quick:
+        said = stated(source.target)
+        digests: dict[Path, Digest] = {}
+        own = manifest.own_files(source.target)
+        if not quick or describe:
             from ckpttools.checks.contents import check_contents, tasks_of  # numpy: of no use to headers
             from ckpttools.checks.untouched import check_untouched
 
-            tasks = tasks_of(found, files)
+            tasks = tasks_of(found, files) if found is not None and not quick else []
             nbytes = sum(task.nbytes for task in tasks)
+            hashes = ranges_of([p for p in own if describe or said.covers(p)], found, files)
             with bar(nbytes) if bar else nullcontext() as progress:
-                findings += check_contents(found, tasks, workers, progress)
-            findings += check_untouched(found)
-        findings += check_manifest(source.target, found, files, quick=quick, workers=workers)
+                more, digests = check_contents(found, tasks, hashes, workers, progress)
+            findings += more
+            if found is not None and not quick:
+                findings += check_untouched(found)
+        findings += check_manifest(source.target, said, digests)
+        described = {p.name: entry_of(p, digests) for p in own if p in digests} if describe else None
     return Verdict(
         path=path,
         format=found.layout.format if found else source.format,
         state=found.train_state if found else TrainState(),
         findings=tuple(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO))),
         nbytes_read=nbytes,
+        manifest=None if described is None else (manifest.place(source.target), manifest.dump(described)),
     )
 
 
-def manifest_of(path: Path, tag: str | None = None, *, workers: int = 0) -> tuple[Path, bytes]:
+def manifest_of(
+    path: Path, tag: str | None = None, *, workers: int = 0, crcs: Mapping[Path, int] | None = None
+) -> tuple[Path, bytes]:
     """Where the manifest of a checkpoint belongs, and its contents as the files are now.
 
-    Raises CkptError for a checkpoint that cannot be read.
+    `crcs` are the CRC-32s of files as they were written. Raises CkptError for a checkpoint that cannot be
+    read, UsageError "write-failed" where what is read is not what was written.
     """
     source = locate(path, tag)
     with within(source.root):
         _, found, files = check_headers(source)
-        described = describe(manifest.own_files(source.target), found, files, workers)
+        described = describe_files(manifest.own_files(source.target), found, files, workers, crcs)
     return manifest.place(source.target), manifest.dump(described)
 
 
-def manifest_of_staged(staged: Path, name: str, *, workers: int = 0) -> bytes:
+def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | None = None) -> bytes:
     """The manifest of a single file that is going to be called `name`, after its header checks.
 
-    Raises CkptError where something is wrong with it.
+    Raises CkptError where something is wrong with it, or where its CRC-32 is not `crc`.
     """
     if name.endswith(".safetensors"):
         tensors = read_safetensors(staged).tensors
@@ -114,7 +136,8 @@ def manifest_of_staged(staged: Path, name: str, *, workers: int = 0) -> bytes:
         source = Source(format="pt", target=staged, root=staged, how="as written")
         found = check_before_use(source)
         files = [found.template] if isinstance(found.template, TorchFile) else []
-    (entry,) = describe([staged], found, files, workers).values()
+    crcs = {} if crc is None else {staged: crc}
+    (entry,) = describe_files([staged], found, files, workers, crcs).values()
     return manifest.dump({name: entry})
 
 

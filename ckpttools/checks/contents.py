@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.checks import data
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.monolithic import OPTIMIZER
 from ckpttools.formats.zero.read import ZeroFolder, frozen_fragments
+from ckpttools.passes import tasks as data
+from ckpttools.passes.hashes import Ranges
+from ckpttools.passes.ranges import Claims
+from ckpttools.passes.run import Digest, run
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange, TensorRef
 
@@ -22,7 +26,7 @@ SHOWN = 20  # findings of one kind and file, before the rest is only counted
 
 def tasks_of(found: Checkpoint, files: list[TorchFile]) -> list[data.Task]:
     """Work that reads every byte of every record, once."""
-    claims = data.Claims()
+    claims = Claims()
     tasks: list[data.Task] = []
     for name, master in found.master.items():
         if name in found.tensors:
@@ -37,8 +41,7 @@ def tasks_of(found: Checkpoint, files: list[TorchFile]) -> list[data.Task]:
                 if claims.claim_all([source for pair in both for source in (pair.mean, pair.square)]):
                     tasks += both
     for twins in _twins(found):
-        counted = (claims.claim_all([twins.one]), claims.claim_all([twins.other]))
-        tasks.append(replace(twins, counted=counted))
+        tasks.append(replace(twins, apart=claims.claim_all([twins.one, twins.other])))
     for name, ref in _tensors(found, files):
         if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
             continue
@@ -93,14 +96,21 @@ def _records(found: Checkpoint) -> Iterator[ByteRange]:
 
 
 def check_contents(
-    found: Checkpoint, tasks: list[data.Task], workers: int, progress: Progress | None
-) -> list[Finding]:
-    """Carry out the pass. A file that cannot be read to its end is a finding too."""
+    found: Checkpoint | None,
+    tasks: list[data.Task],
+    hashes: Mapping[Path, Ranges],
+    workers: int,
+    progress: Progress | None,
+) -> tuple[list[Finding], dict[Path, Digest]]:
+    """Carry out the pass, which takes the digests of the files in `hashes` too. A file that cannot be read to
+    its end is a finding, and then there are no digests.
+    """
+    checks = found.checks if found and tasks else ()
     try:
-        results = data.run(tasks, found.checks, workers, progress)
+        passed = run(tasks, checks, hashes=hashes, workers=workers, progress=progress)
     except CkptError as error:
-        return [of_error(error)]
-    return _data_findings(found, results)
+        return [of_error(error)], {}
+    return _data_findings(found, passed.results) if found else [], passed.digests
 
 
 def _data_findings(found: Checkpoint, results: list[data.Result]) -> list[Finding]:

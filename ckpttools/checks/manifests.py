@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import TorchFile, labelled
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, UsageError
 from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.manifest import Entry
+from ckpttools.passes.tasks import BadChecksum
+from ckpttools.plan import SourceCheck
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import size_of
 from ckpttools.tensors import ByteRange
 
+if TYPE_CHECKING:
+    from ckpttools.passes.run import Digest
 
-def check_manifest(
-    target: Path, found: Checkpoint | None, files: list[TorchFile], *, quick: bool, workers: int
-) -> list[Finding]:
-    """Compare with every manifest that is there; sizes only where `quick`."""
-    findings: list[Finding] = []
-    stated: list[tuple[Path, dict[str, Entry]]] = []
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What every manifest that is there says: its place and its entries; and what is wrong with manifests."""
+
+    manifests: list[tuple[Path, dict[str, Entry]]]
+    findings: list[Finding]
+
+    def covers(self, path: Path) -> bool:
+        """Whether a file is to be held against a manifest: of a folder's own files, all."""
+        whole = any(place.name == MANIFEST for place, _ in self.manifests)
+        return bool(self.manifests) and (whole or any(path.name in entries for _, entries in self.manifests))
+
+
+def stated(target: Path) -> Stated:
+    """Read every manifest that may say something about the checkpoint's files."""
+    out = Stated([], [])
     try:
         for place in manifest.places(target):
             try:
                 entries = _about(target, place, manifest.load(place))
             except CkptError as error:
-                findings.append(of_error(error))
+                out.findings.append(of_error(error))
                 continue
             if entries is not None:
-                stated.append((place, entries))
-        whole = any(place.name == MANIFEST for place, _ in stated)
-        named = {name for _, entries in stated for name in entries}
-        own = [path for path in manifest.own_files(target) if whole or path.name in named] if stated else []
-        if quick:
-            now = {path.name: Entry(size=size_of(path), digest="") for path in own}
-        else:
-            now = describe(own, found, files, workers)
+                out.manifests.append((place, entries))
+    except CkptError as error:
+        out.findings.append(of_error(error))
+    return out
+
+
+def check_manifest(target: Path, said: Stated, digests: Mapping[Path, Digest]) -> list[Finding]:
+    """Hold the files against what was stated; sizes only where there are no digests."""
+    findings = list(said.findings)
+    try:
+        own = [path for path in manifest.own_files(target) if said.covers(path)]
+        now = {path.name: entry_of(path, digests) for path in own}
     except CkptError as error:
         return [*findings, of_error(error)]
-    for place, entries in stated:
+    for place, entries in said.manifests:
         findings += _changed(place, entries, now)
         if place.name == MANIFEST and target.is_dir():
             findings += _unlisted(place, entries, now)
     return findings
+
+
+def entry_of(path: Path, digests: Mapping[Path, Digest]) -> Entry:
+    """A file as it is now."""
+    if path not in digests:
+        return Entry(size=size_of(path), digest="")
+    size, digest, tensors = digests[path]
+    return Entry(size=size, digest=digest, tensors=tensors)
 
 
 def _about(target: Path, place: Path, entries: dict[str, Entry]) -> dict[str, Entry] | None:
@@ -58,14 +87,45 @@ def _about(target: Path, place: Path, entries: dict[str, Entry]) -> dict[str, En
 
 
 def describe(
-    own: list[Path], found: Checkpoint | None, files: list[TorchFile], workers: int
+    own: list[Path],
+    found: Checkpoint | None,
+    files: list[TorchFile],
+    workers: int,
+    crcs: Mapping[Path, int] | None = None,
 ) -> dict[str, Entry]:
-    """The digests of the files and of the tensors in them."""
+    """The digests of the files and of the tensors in them, from one pass.
+
+    `crcs` are the CRC-32s of files as they were written. Raises CkptError, and UsageError "write-failed"
+    where what is read is not what was written.
+    """
+    from ckpttools.passes.run import run  # numpy
+
+    wanted = [
+        SourceCheck(ByteRange(path, 0, size_of(path)), crc, "what was written")
+        for path, crc in (crcs or {}).items()
+    ]
+    passed = run((), wanted, hashes=ranges_of([*own, *(crcs or {})], found, files), workers=workers)
+    for result in passed.results:
+        assert isinstance(result, BadChecksum)
+        raise UsageError(
+            "write-failed",
+            "what was read back is not what was written",
+            where=result.check.source.path,
+            why="bytes changed on their way to the disk; the destination is as it was",
+            hint="check the disk and the memory of this machine, or choose another file system",
+        )
+    return {path.name: entry_of(path, passed.digests) for path in own}
+
+
+def ranges_of(
+    own: Iterable[Path], found: Checkpoint | None, files: list[TorchFile]
+) -> dict[Path, dict[str, tuple[int, int]]]:
+    """The files to take digests of, with the ranges of the tensors in each."""
     tensors: dict[Path, dict[str, tuple[int, int]]] = {path: {} for path in own}
     for path, name, start, nbytes in _tensor_ranges(found, files):
         if path in tensors:
             tensors[path].setdefault(name, (start, nbytes))
-    return manifest.describe(own, tensors, workers=workers)
+    return tensors
 
 
 def _tensor_ranges(found: Checkpoint | None, files: list[TorchFile]) -> Iterator[tuple[Path, str, int, int]]:

@@ -18,6 +18,7 @@ class Verdict:
     state: TrainState
     findings: tuple[Finding, ...]
     nbytes_read: int = 0  # tensor bytes that were checked
+    manifest: tuple[Path, bytes] | None = None  # its place and contents, where it was asked for
 
     @property
     def step(self) -> int | None:

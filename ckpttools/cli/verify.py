@@ -61,6 +61,7 @@ def command(
                 path,
                 tag,
                 quick=quick,
+                describe=write_manifest,
                 workers=workers,
                 bar=lambda n: render.bar(n, "verify", enabled=not (no_progress or quiet)),
             )
@@ -70,8 +71,8 @@ def command(
             refused.append((path, error))
             continue
         verdicts.append(verdict)
-        if write_manifest and verdict.ok:
-            _write_manifest(path, tag, workers, quiet=quiet)
+        if verdict.manifest is not None and verdict.ok:
+            _write_manifest(*verdict.manifest, quiet=quiet)
         if not as_json:
             _show(verdict, quick=quick, quiet=quiet, brief=len(src) > 1)
     ok = all(verdict.ok for verdict in verdicts) and not refused
@@ -87,13 +88,11 @@ def command(
     return 2 if refused else 0
 
 
-def _write_manifest(path: Path, tag: str | None, workers: int, *, quiet: bool) -> None:
+def _write_manifest(place: Path, contents: bytes, *, quiet: bool) -> None:
     """Write the manifest atomically. The folder keeps its times: some frameworks choose by them."""
-    from ckpttools.checks import manifest_of
     from ckpttools.execute import execute
     from ckpttools.plan import Literal, OutputFile, Plan
 
-    place, contents = manifest_of(path, tag, workers=workers)
     times = place.parent.stat()
     plan = Plan(files=(OutputFile(path="", segments=(Literal(contents),)),))
     execute(plan, place, force=True)

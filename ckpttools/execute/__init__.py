@@ -75,7 +75,7 @@ class Staged:
     notes: tuple[str, ...] = ()
 
 
-Finish = Callable[[Path], Mapping[str, bytes]]
+Finish = Callable[[Path, Mapping[Path, int]], Mapping[str, bytes]]
 
 
 @contextmanager
@@ -110,13 +110,16 @@ def write(staged: Staged, part: Part, *, workers: int = 0, progress: Progress | 
 def commit(staged: Staged, written: Sequence[Written], *, finish: Finish | None = None) -> Report:
     """Make the destination appear, when every part has been written.
 
-    `finish` is given the finished staging before it gets its name: it may look at it, raise, and return
-    further small files. Raises ValueError where a part is missing or was written twice.
+    `finish` is given the finished staging before it gets its name, and the CRC-32 of each file of it as it
+    was written: it may read them back, raise, and return further small files. Raises ValueError where a part
+    is missing or was written twice.
     """
     crcs = copy.join(staged.plan, written, staged.path, staged.dst)
     preflight.unchanged(staged.before)
     checked = compare(staged.plan.checks, [part.checks for part in written])
-    for name, data in (finish(staged.path) if finish else {}).items():
+    files = [staged.path / file.path for file in staged.plan.files]
+    more = finish(staged.path, dict(zip(files, crcs, strict=True))) if finish else {}
+    for name, data in more.items():
         with write_errors(staged.dst):
             staging.add_file(staged.path / name, data)
     staging.commit(staged.path, staged.dst, staged.force)

@@ -28,13 +28,13 @@ class Sidecar:
         with suppress(OSError):  # a folder that cannot be listed is explained where the file is written
             clear_stale(self.place)  # of a run that was killed between the two
 
-    def finish(self, staged: Path) -> Mapping[str, bytes]:
+    def finish(self, staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
         """Check the staged file by its headers. Raises CkptError: an error here is a defect of ckpttools."""
         from ckpttools.checks import manifest_of_staged
         from ckpttools.execute.system import write_errors
 
         try:
-            self.contents = manifest_of_staged(staged, self.dst.name, workers=self.workers)
+            self.contents = manifest_of_staged(staged, self.dst.name, workers=self.workers, crc=crcs[staged])
         except UsageError:
             raise
         except CkptError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ def carry_out(
             force=how.force,
             workers=how.workers,
             progress=progress,
-            finish=single.finish if single else lambda staged: _finish(staged, how.workers),
+            finish=single.finish if single else lambda staged, crcs: _finish(staged, crcs, how.workers),
         )
     after = single.write() if single else ()
     return Written(
@@ -78,12 +78,12 @@ def carry_out(
     )
 
 
-def _finish(staged: Path, workers: int) -> dict[str, bytes]:
-    """Check what is about to appear, and give it a manifest of the bytes that are on disk now."""
+def _finish(staged: Path, crcs: Mapping[Path, int], workers: int) -> dict[str, bytes]:
+    """Read back what is about to appear, and give it a manifest."""
     from ckpttools.checks import manifest_of
 
     _read_back(staged)
-    place, contents = manifest_of(staged, workers=workers)
+    place, contents = manifest_of(staged, workers=workers, crcs=crcs)
     return {place.relative_to(staged).as_posix(): contents}
 
 

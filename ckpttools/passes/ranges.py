@@ -1,10 +1,13 @@
-"""Which bytes: cutting sequences of chunks."""
+"""Which bytes: sequences of chunks that are cut, ranges that are read once."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
 
-from ckpttools.tensors import Source, Zeros
+from ckpttools.tensors import ByteRange, Source, Zeros
 
 
 class Cutter:
@@ -29,3 +32,47 @@ class Cutter:
             self._chunk = self._chunk.cut(here, self._chunk.nbytes - here)
             nbytes -= here
         return tuple(out)
+
+
+class Claims:
+    """Which bytes some task reads already: each is to be read once."""
+
+    def __init__(self) -> None:
+        self._spans: dict[Path, list[tuple[int, int]]] = {}  # disjoint, sorted
+
+    def claim(self, whole: ByteRange) -> list[ByteRange]:
+        """The parts of a range that nobody has claimed, claimed from now on."""
+        spans = self._spans.setdefault(whole.path, [])
+        at, end = whole.start, whole.start + whole.nbytes
+        i = bisect_right(spans, (at, at))
+        if i and spans[i - 1][1] > at:
+            i -= 1
+        free: list[ByteRange] = []
+        j = i
+        while j < len(spans) and spans[j][0] < end:
+            if spans[j][0] > at:
+                free.append(ByteRange(whole.path, at, spans[j][0] - at))
+            at = max(at, spans[j][1])
+            j += 1
+        if at < end:
+            free.append(ByteRange(whole.path, at, end - at))
+        low = min(whole.start, spans[i][0]) if j > i else whole.start
+        high = max(end, spans[j - 1][1]) if j > i else end
+        spans[i:j] = [(low, high)]
+        return free
+
+    def claim_all(self, ranges: list[ByteRange]) -> bool:
+        """Claim all of these ranges if every one is free, of each other too."""
+        ordered = sorted(ranges, key=lambda source: (source.path, source.start))
+        meet = any(a.path == b.path and a.end > b.start for a, b in pairwise(ordered))
+        if meet or any(self._is_taken(source) for source in ranges):
+            return False
+        for source in ranges:
+            self.claim(source)
+        return True
+
+    def _is_taken(self, whole: ByteRange) -> bool:
+        spans = self._spans.get(whole.path, [])
+        i = bisect_right(spans, (whole.start, whole.start))
+        before = i > 0 and spans[i - 1][1] > whole.start
+        return before or (i < len(spans) and spans[i][0] < whole.start + whole.nbytes)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckpttools.checks import data
+from ckpttools.passes import tasks as data
+from ckpttools.passes.run import run
 from ckpttools.tensors import DTYPES, ByteRange
 from ckpttools.values import BLOCK_NBYTES
 
@@ -29,7 +30,7 @@ def test_master_weights_against_copies_of_every_size(name: str, wrong: int | Non
         (tmp_path / file).write_bytes(b"head" + values.tobytes())
         ranges.append(ByteRange(tmp_path / file, 4, values.nbytes))
     task = data.Compare(master=ranges[0], model=ranges[1], dtype=dtype, name="w", first=1000)
-    found = data.run([task], (), 2, None)
+    found = run([task], workers=2).results
     assert [(r.name, r.element) for r in found if isinstance(r, data.Mismatch)] == (
         [] if wrong is None else [("w", 1000 + wrong)]
     )
@@ -46,6 +47,6 @@ def test_copies_that_lie_apart(tmp_path: Path) -> None:
         name="a",
         twin="b",
     )
-    assert data.run([twins], (), 1, None) == []
+    assert run([twins], workers=1).results == []
     (tmp_path / "other").write_bytes(b"xyz" + raw[:-1] + bytes([raw[-1] ^ 1]))
-    assert data.run([twins], (), 1, None) == [data.Unlike(path=tmp_path / "one", name="a", twin="b")]
+    assert run([twins], workers=1).results == [data.Unlike(path=tmp_path / "one", name="a", twin="b")]

@@ -1,0 +1,36 @@
+"""xxh3_128 of whole files and of byte ranges in them, from bytes that come in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import xxhash
+
+Ranges = Mapping[str, tuple[int, int]]  # tensor -> (start, nbytes) within its file
+
+
+class FileHash:
+    """One file's digests: the bytes are given from the first to the last."""
+
+    def __init__(self, size: int, ranges: Ranges) -> None:
+        self.size, self.at = size, 0
+        self._whole = xxhash.xxh3_128()
+        self._parts = {name: xxhash.xxh3_128() for name in ranges}
+        spans = ((start, start + nbytes, name) for name, (start, nbytes) in ranges.items())
+        self._waiting = sorted(spans, reverse=True)
+        self._active: list[tuple[int, int, str]] = []
+
+    def update(self, block: memoryview) -> None:
+        """The next bytes."""
+        at, end = self.at, self.at + len(block)
+        self._whole.update(block)
+        while self._waiting and self._waiting[-1][0] < end:
+            self._active.append(self._waiting.pop())
+        for start, last, name in self._active:
+            self._parts[name].update(block[max(start - at, 0) : last - at])
+        self._active = [span for span in self._active if span[1] > end]
+        self.at = end
+
+    def digests(self) -> tuple[str, dict[str, str]]:
+        """Of the file and of its ranges, hexadecimal."""
+        return self._whole.hexdigest(), {name: part.hexdigest() for name, part in self._parts.items()}
