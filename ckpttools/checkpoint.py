@@ -62,11 +62,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRole:
-    """What one file of the checkpoint is, for people."""
+    """What one file of the checkpoint is, for people; `dangers` what loading it would run, None where it was
+    not looked at.
+    """
 
     path: Path
     nbytes: int
     role: str
+    dangers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,6 +100,44 @@ def payloads(folder: Path) -> dict[str, bytes]:
         "fx graph": P + call("torch.fx.graph_module", "reduce_graph_module", b"}", code) + b".",
         "name with escapes": P + call("os\x1b[2J", "system", touch) + b".",
         "called number": P + b"K\x05" + touch + b"\x85R.",
+        # nothing is called: importing is enough, or what is held is called by somebody else
+        "imported": P + b"cpip\nmain\n0}.",
+        "imported from Python": P + b"cantigravity\nfly\n0}.",
+        "imported as a value": P + b"}" + text("x") + b"cthis\ns\ns.",
+        "imported for nothing": P + b"csome_library.setup\nX\n0}.",
+        "called for nothing": P + call("some_library.setup", "X") + b"0}.",
+        "a program of torch": P + b"ctorch.utils.bottleneck.__main__\nmain\n0}.",
+        "held": P + b"}" + text("x") + system + b"s.",
+        "given to a class": P + call("some_library", "Callback", system, touch) + b".",
+        "partial called": P + call("functools", "partial", b"csome_library\nX\n") + b")R.",
+        # attributes and items
+        "class by state": P
+        + call("argparse", "Namespace")
+        + b"N}"
+        + text("__class__")
+        + b"csome_library\nX\ns\x86b.",
+        "class of a tensor": P
+        + call(
+            "torch._tensor",
+            "_rebuild_from_type_v2",
+            b"ctorch._utils\n_rebuild_tensor\n",
+            b"ctorch\nTensor\n",
+            b")",
+            b"}" + text("__class__") + b"csome_library\nX\ns",
+        )
+        + b".",
+        "class of a parameter": P
+        + call(
+            "torch._utils",
+            "_rebuild_parameter_with_state",
+            b"N",
+            b"\x88",
+            b"}",
+            b"}" + text("__class__") + b"Ns",
+        )
+        + b".",
+        "item of a tensor": P + call("torch._utils", "_rebuild_tensor_v2", b"N") + b"K\x00K\x01s.",
+        "state of a tensor": P + call("torch._utils", "_rebuild_tensor_v2", b"N") + b"}b.",
     }
 
 
@@ -127,6 +165,29 @@ def damaged_pickles() -> dict[str, bytes]:
         "bidi names": P + b"}" + text("\u202egnp.exe\x1b[31m\n") + b"K\x01s.",
         "surrogates": P + b"}X\x03\x00\x00\x00\xed\xa0\x80K\x01s.",
         "empty": b"",
+        "pushed and popped": P + b"N0" * 100_000 + b"N.",
+        "marked and popped": P + b"(NN1" * 100_000 + b"N.",
+    }
+
+
+def archives(folder: Path) -> dict[str, Callable[[], Path]]:
+    """Archives that torch runs as a program, or that hold more than records."""
+    path = folder / "a.pt"
+
+    def with_member(name: str, mode: int) -> Path:
+        torch_zip(path, P + b"}.")
+        with zipfile.ZipFile(path, "a") as archive:
+            member = zipfile.ZipInfo(f"r/{name}")
+            member.external_attr = mode << 16
+            archive.writestr(member, b"/etc/passwd")
+        return path
+
+    return {
+        "script": lambda: torch_zip(path, P + b"}.", {"constants.pkl": P + b").", "code/a.py": b"1"}),
+        "script without code": lambda: torch_zip(path, P + b"}.", {"constants.pkl": P + b")."}),
+        "link": lambda: with_member("data/0", 0o120777),
+        "link beside": lambda: with_member("x", 0o120777),
+        "device": lambda: with_member("x", 0o020666),
     }
 
 
@@ -321,4 +382,6 @@ def samples(folder: Path) -> dict[str, Callable[[], Path]]:
         f"safetensors: {name}": (lambda data=data: written(folder / "a.safetensors", data))
         for name, data in headers().items()
     }
-    return {**torch_files(folder), **single, **{f"folder: {n}": make for n, make in folders(folder).items()}}
+    made = {f"archive: {name}": make for name, make in archives(folder).items()}
+    made |= {f"folder: {name}": make for name, make in folders(folder).items()}
+    return {**torch_files(folder), **single, **made}

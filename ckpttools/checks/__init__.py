@@ -16,6 +16,7 @@ from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint, Layout, TrainState
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
 from ckpttools.checks.configs import check_configs
+from ckpttools.checks.files import dangers_at
 from ckpttools.checks.headers import check_headers
 from ckpttools.checks.keys import check_keys
 from ckpttools.checks.manifests import check_manifest, entry_of, ranges_of, stated
@@ -63,9 +64,10 @@ def verify(
         # recognised by what the folder holds: universal and distributed checkpoints
         source, unsupported = Source(format=PARTS, target=path, root=path, how=reason.message), reason
     except CkptError as error:
-        if error.exit_code != 1:
+        dangerous = [] if path.is_dir() else dangers_at(path)
+        if error.exit_code != 1 and not dangerous:
             raise
-        return Verdict(path=path, format=None, state=TrainState(), findings=(of_error(error),))
+        return Verdict(path=path, format=None, state=TrainState(), findings=(*dangerous, of_error(error)))
     with within(path):
         pointers = [*check_last_checkpoint(path), *(check_pointer(path, source) if tag is None else ())]
     with within(source.root):

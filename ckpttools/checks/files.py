@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ckpttools.containers.archive import SERIALIZATION_ID, belong_together, unexplained
 from ckpttools.containers.pickles.judge import judge
-from ckpttools.containers.torch_file import TorchFile
+from ckpttools.containers.torch_file import TorchFile, dangers_in
 from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.stores.files import opened
 
@@ -77,18 +78,27 @@ def _reserved(file: TorchFile, count: int, first: str, *, filled: bool) -> Findi
     )
 
 
+def dangerous(path: Path, where: str, what: str) -> Finding:
+    return Finding(
+        id="pickle-dangerous",
+        severity=ERROR,
+        file=str(path),
+        where=where,
+        message=f"DANGEROUS: {what}",
+        hint="do not load this file with anything that unpickles; find out where it came from",
+    )
+
+
+def dangers_at(path: Path) -> list[Finding]:
+    """What loading the file or a file of the folder at `path` would run, for one that cannot be read."""
+    return [dangerous(each, "", what) for each, what in dangers_in(path)]
+
+
 def _callables(file: TorchFile) -> Iterator[Finding]:
-    """What loading the pickle with torch.load would call: unknown classes, and code that would run."""
-    for judgement in judge(file.pickle.calls):
+    """What loading the pickle with torch.load would do: unknown classes, and code that would run."""
+    for judgement in judge(file.pickle):
         if judgement.verdict == "dangerous":
-            yield Finding(
-                id="pickle-dangerous",
-                severity=ERROR,
-                file=str(file.path),
-                where=judgement.name,
-                message=f"DANGEROUS: {judgement.what}",
-                hint="do not load this file with anything that unpickles; find out where it came from",
-            )
+            yield dangerous(file.path, judgement.name, judgement.what)
         elif judgement.verdict == "unknown":
             yield Finding(
                 id="class-unknown",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.checks.files import check_files
+from ckpttools.checks.files import check_files, dangers_at
 from ckpttools.checks.parts import check_parts
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
@@ -48,9 +48,10 @@ def check_headers(
     try:
         found = read(source)
     except CkptError as error:
-        if error.exit_code != 1:
+        dangerous = dangers_at(source.target)
+        if error.exit_code != 1 and not dangerous:
             raise
-        return [of_error(error)], None, []
+        return [*dangerous, of_error(error)], None, []
     extra = found.template
     files = [f for f in (extra if isinstance(extra, tuple) else (extra,)) if isinstance(f, TorchFile)]
     return [*check_files(files), *_notes(found)], found, files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,15 @@ def command(src: Path, tensors: bool, tag: str | None, as_json: bool) -> None:
 
     Only headers are read: it takes the same fraction of a second for 1 MB and for 1 TB.
     """
-    from ckpttools.formats import read
-    from ckpttools.operations.source import find
+    from ckpttools.operations.dangers import read_judged, warning
 
-    source = find(src, tag)
-    checkpoint = read(source)
+    source, checkpoint, dangers = read_judged(src, tag)
     if as_json:
-        render.document(_json(source, checkpoint, tensors))
-        return
+        warnings = [{"file": str(path), "what": what} for path, what in dangers]
+        render.document(_json(source, checkpoint, tensors) | {"dangers": warnings})
+        sys.exit(1 if dangers else 0)
+    for path, what in dangers:
+        click.echo(click.style(warning(path, what), fg="red", bold=True))
     click.echo(escape(src, 4000))
     rows = [(name, value) for name, value in _summary(source, checkpoint) if value not in (None, "")]
     click.echo(render.table(rows))
@@ -52,6 +54,7 @@ def command(src: Path, tensors: bool, tag: str | None, as_json: bool) -> None:
     if tensors:
         click.echo("\ntensors")
         click.echo(render.table(_tensors(checkpoint), ("name", "dtype", "shape", "size", "")))
+    sys.exit(1 if dangers else 0)
 
 
 FORMATS = {

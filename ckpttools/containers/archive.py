@@ -180,7 +180,7 @@ def _entries(file: File, start: int, nbytes: int, count: int) -> list[_Entry]:
         if at + CENTRAL.size > nbytes or data[at : at + 4] != b"PK\x01\x02":
             raise damaged(file.path, "the directory has fewer entries than it says")
         (
-            _, _, _, flags, method, _, _, crc32, stored, size, nname, nextra, ncomment, disk, _, _, offset,
+            _, _, _, flags, method, _, _, crc32, stored, size, nname, nextra, ncomment, disk, _, mode, offset,
         ) = CENTRAL.unpack_from(data, at)  # fmt: skip
         raw = data[at + CENTRAL.size : at + CENTRAL.size + nname]
         extra = data[at + CENTRAL.size + nname : at + CENTRAL.size + nname + nextra]
@@ -195,6 +195,8 @@ def _entries(file: File, start: int, nbytes: int, count: int) -> list[_Entry]:
             raise damaged(file.path, "a record's name is not UTF-8") from None
         if not name.isprintable() or "\\" in name or name.startswith("/") or ".." in name.split("/"):
             raise damaged(file.path, f"a record is named '{escape(name)}'")
+        if mode >> 28 not in (0, 0o10):  # the file type of Unix: 0 where none is stated
+            raise damaged(file.path, f"record '{escape(name)}' is a link or no regular file")
         if BIG in (stored, size, offset):
             size, stored, offset = _zip64(file.path, extra, size, stored, offset)
         if method not in (0, 8) or (method == 0 and stored != size):

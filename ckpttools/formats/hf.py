@@ -100,7 +100,10 @@ def read(path: Path) -> Checkpoint:
         if weight_map is not None:
             _check_shard(folder / name, found, weight_map)
         tensors |= found
-        files.append(FileRole(path=folder / name, nbytes=size_of(folder / name), role="weights"))
+        dangers = () if name.endswith(".safetensors") else torch_files[-1].dangers
+        files.append(
+            FileRole(path=folder / name, nbytes=size_of(folder / name), role="weights", dangers=dangers)
+        )
     if index is not None:
         _check_index(folder / index, tensors)
         files.append(

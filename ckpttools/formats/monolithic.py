@@ -56,7 +56,7 @@ def read(path: Path) -> Checkpoint:
         tensors=tensors,
         shared=tied(tensors),
         train_state=train_state(root) if root is not None and key else train_state(Dict()),
-        files=(FileRole(path=path, nbytes=file.size, role=held + also),),
+        files=(FileRole(path=path, nbytes=file.size, role=held + also, dangers=file.dangers),),
         checks=tuple(file.checks()),
         notes=tuple(notes),
         template=file,

@@ -9,6 +9,8 @@ import decimal
 import functools
 import io
 import logging
+import math
+import os
 import pathlib
 import pickle
 import sys
@@ -24,7 +26,8 @@ import pytest
 import torch
 
 from ckpttools.containers.pickles import Dict, Global, Object, Reject, loads
-from ckpttools.containers.pickles.judge import _BY_ARGUMENTS, KNOWN, Verdict, judge
+from ckpttools.containers.pickles.judge import _BY_ARGUMENTS, Verdict, judge, judge_calls
+from ckpttools.containers.pickles.known import KNOWN
 from ckpttools.containers.pickles.read import ARGUMENTS_DECIDE
 from ckpttools.containers.torch_file import read_torch_file
 
@@ -33,7 +36,7 @@ SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
 
 
 def verdicts(data: bytes) -> dict[str, Verdict]:
-    return {j.name: j.verdict for j in judge(loads(data).calls)}
+    return {j.name: j.verdict for j in judge(loads(data))}
 
 
 def call(name: str, *args: object) -> Object:
@@ -73,11 +76,11 @@ VALUES: dict[str, Any] = {
 def test_ordinary_values_are_not_dangerous(name: str, protocol: int, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save({"value": VALUES[name]}, path, pickle_protocol=protocol)
-    judged = judge(read_torch_file(path).pickle.calls)
+    judged = judge(read_torch_file(path).pickle)
     assert [j for j in judged if j.verdict is Verdict.DANGEROUS] == []
     if name not in ("module", "optimizer", "partial", "torch odd"):
         assert [j for j in judged if j.verdict is Verdict.UNKNOWN] == []
-    assert judge([]) == ()
+    assert judge_calls([]) == ()
 
 
 @pytest.mark.parametrize(
@@ -90,8 +93,56 @@ def test_no_fixture_is_dangerous(path: Path | None) -> None:
         pytest.skip("no fixtures")
     if path.name == "training_args.bin":
         return
-    judged = judge(read_torch_file(path).pickle.calls)
+    judged = judge(read_torch_file(path).pickle)
     assert [j for j in judged if j.verdict is Verdict.DANGEROUS] == []
+
+
+HELD = {
+    "function of torch": torch.nn.functional.relu,
+    "builtin of torch": torch.nn.functional.gelu,
+    "function of Python": math.sqrt,
+    "class": torch.optim.AdamW,
+    "partial": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    "partial of a class": functools.partial(torch.nn.LayerNorm, eps=1e-6),
+    "partial of partials": functools.partial(functools.partial(max, 1), 2),
+    "defaultdict of a partial": collections.defaultdict(functools.partial(dict, a=1), x={"a": 1}),
+    "layer": torch.nn.TransformerEncoderLayer(4, 1, 8, activation=torch.nn.functional.gelu),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", HELD)
+def test_what_is_only_held_runs_nothing(name: str, protocol: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"value": HELD[name]}, path, pickle_protocol=protocol)
+    assert read_torch_file(path).dangers == ()
+    assert torch.load(path, weights_only=False)  # and it loads
+
+
+def test_what_a_partial_holds_is_named() -> None:
+    data = pickle.dumps({"at_end": functools.partial(os.system, "id")})
+    (judged,) = [j for j in judge(loads(data)) if j.verdict is Verdict.DANGEROUS]
+    assert judged.what == "would import and hold posix.system, which it does not call"
+
+
+class Around:
+    """Reached again from its own constructor's arguments and from a tuple: picklers pop what they began."""
+
+    def __init__(self, inside: list[object]) -> None:
+        self.inside = inside
+
+    def __reduce__(self) -> Any:
+        return Around, (self.inside,)
+
+
+def test_objects_that_contain_themselves_are_not_dangerous() -> None:
+    inside: list[object] = []
+    made, looped = Around(inside), (inside, Around)
+    inside += [made, looped]
+    for protocol in range(2, 6):
+        data = pickle.dumps((made, looped), protocol)
+        assert b"0" in data
+        assert {j.verdict for j in judge(loads(data))} == {Verdict.UNKNOWN}
 
 
 def test_mmengine_and_deepspeed_by_getattr() -> None:
@@ -121,10 +172,10 @@ def test_library_classes_are_unknown() -> None:
         "lightning.fabric.X",
     ]
     for name in names:
-        (judged,) = judge([call(name, 1)])
+        (judged,) = judge_calls([call(name, 1)])
         assert (judged.verdict, judged.what) == (Verdict.UNKNOWN, f"unknown class {name}, shown as data")
     nested = Object("reduce", call("builtins.getattr", Global("lib.mod", "Outer"), "Inner"), ())
-    assert [j.verdict for j in judge([nested])] == [Verdict.UNKNOWN]
+    assert [j.verdict for j in judge_calls([nested])] == [Verdict.UNKNOWN]
 
 
 # --- what runs something is dangerous -----------------------------------------------------------------
@@ -132,29 +183,29 @@ def test_library_classes_are_unknown() -> None:
 
 @pytest.mark.parametrize("name", hostile.payloads(Path()))
 def test_payloads_are_dangerous(name: str) -> None:
-    judged = judge(loads(hostile.payloads(Path("/x"))[name]).calls)
+    judged = judge(loads(hostile.payloads(Path("/x"))[name]))
     bad = [j for j in judged if j.verdict is Verdict.DANGEROUS]
     assert bad, judged
     for j in bad:
-        assert j.what.startswith("would run ") and j.what.isprintable() and len(j.what) < 400
+        assert j.what.startswith("would ") and j.what.isprintable() and len(j.what) < 400
 
 
 def test_the_text_names_the_call() -> None:
-    (judged,) = judge([call("os.system", "id")])
+    (judged,) = judge_calls([call("os.system", "id")])
     assert judged.what == "would run os.system('id')"
-    (judged,) = judge([call("os.system", "a" * 10_000, *range(100))])
+    (judged,) = judge_calls([call("os.system", "a" * 10_000, *range(100))])
     assert len(judged.what) < 250
-    (judged,) = judge([call("posix.system", "\x1b[2J\u202e\n")])
+    (judged,) = judge_calls([call("posix.system", "\x1b[2J\u202e\n")])
     assert judged.what.isprintable() and "\x1b" not in judged.what
     shared: list[object] = []
     for _ in range(100):
         shared = [shared, shared]
-    (judged,) = judge([call("os.system", shared, Dict(), 2**4000, b"x" * 1000, None)])
+    (judged,) = judge_calls([call("os.system", shared, Dict(), 2**4000, b"x" * 1000, None)])
     assert len(judged.what) < 250
 
 
 def test_equal_judgements_are_given_once() -> None:
-    assert len(judge([call("os.system", "id"), call("os.system", "id"), call("os.system", "ls")])) == 2
+    assert len(judge_calls([call("os.system", "id"), call("os.system", "id"), call("os.system", "ls")])) == 2
 
 
 DANGEROUS = """
@@ -177,12 +228,12 @@ test.support.script_helper.run
 
 @pytest.mark.parametrize("name", DANGEROUS.split())
 def test_dangerous_names(name: str) -> None:
-    assert [j.verdict for j in judge([call(name, "x")])] == [Verdict.DANGEROUS]
+    assert [j.verdict for j in judge_calls([call(name, "x")])] == [Verdict.DANGEROUS]
 
 
 def test_every_function_of_the_standard_library_outside_the_table() -> None:
     for module in sys.stdlib_module_names:
-        assert judge([call(f"{module}.something", "x")])[0].verdict is Verdict.DANGEROUS
+        assert judge_calls([call(f"{module}.something", "x")])[0].verdict is Verdict.DANGEROUS
 
 
 def test_tables_agree() -> None:
@@ -216,7 +267,7 @@ def test_a_real_bomb_of_python() -> None:
             return exec, ("1/0",)
 
     for protocol in range(6):
-        judged = judge(loads(pickle.dumps(Bomb(), protocol)).calls)
+        judged = judge(loads(pickle.dumps(Bomb(), protocol)))
         assert [j.what for j in judged] == ["would run builtins.exec('1/0')"]
 
 

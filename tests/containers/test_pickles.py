@@ -621,6 +621,36 @@ def test_a_pickle_over_the_limit_is_refused_unread(monkeypatch: pytest.MonkeyPat
         loads(b"N" * 101)
 
 
+WORK = {
+    "pushed and popped": b"N0" * 50_000_000,
+    "marked and popped": b"(NN1" * 25_000_000,
+    "marks": b"(1" * 50_000_000,
+    "names": b"ca\nb\n0" * 10_000_000,
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_work_that_leaves_nothing_is_refused_at_once(name: str) -> None:
+    with pytest.raises(Reject, match="throws away most") as caught:
+        loads(P + WORK[name] + b"N.")
+    assert int(str(caught.value.message).rpartition(" ")[2]) < 100_000  # the byte at which it stops
+
+
+def test_limits_of_opcodes_and_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "MAX_OPCODES", 1000)
+    monkeypatch.setattr(read, "MAX_CALLS", 100)
+    for data in (b"N" + b"q\0" * 2000, b"]" + b"Na" * 1000, b"ca\nb\n" * 101, b"]ca\nb\n" + b")R" * 100):
+        with pytest.raises(Reject, match="more than"):
+            loads(P + data + b".")
+
+
+def test_long_logs_are_read() -> None:
+    log = {"loss": [0.5 + i for i in range(200_000)], "lr": [np.float64(i) for i in range(20_000)]}
+    value = loads(pickle.dumps(log, 2)).value
+    assert isinstance(value, Dict)
+    assert value.get("loss") == log["loss"]
+
+
 def test_limits_of_stack_and_memo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "MAX_STACK", 1000)
     monkeypatch.setattr(read, "MAX_MEMO", 1000)

@@ -74,7 +74,7 @@ def read_pickle(data: bytes) -> None:
     plain(read.value)
     for _ in walk(read.value):
         pass
-    judge(read.calls)
+    judge(read)
     again = loads(dumps(read.value)).value
     assert dumps(again) == dumps(read.value), "writing what was read changes it"
 
@@ -82,7 +82,7 @@ def read_pickle(data: bytes) -> None:
 def read_file(path: Path) -> None:
     with contextlib.suppress(CkptError):
         file = read_torch_file(path)
-        judge(file.pickle.calls)
+        judge(file.pickle)
         list(labelled(file))
     read_checkpoint(path)
 

@@ -1,9 +1,13 @@
-"""What loading a pickle would have called, judged by name and, where they decide, by arguments.
+"""What loading a pickle would have done, judged by name and, where they decide, by arguments.
 
 A call is KNOWN (plain data: the tables below), UNKNOWN (a class of some library: shown as data, which is
 information and no fault) or DANGEROUS (it would run something: anything of the standard library that is
 not in the tables, functions of torch and numpy that are not, loaders of further pickles, names that run
 programs, the result of another call being called).
+
+Loading also imports the module of every name that the pickle only holds, or pushes and drops: such a name
+is judged by what the import and the holding can do, which is less. And it sets items and states, which no
+pickler does to a tensor, and by which none changes an object's class.
 
 Nothing is looked up: a name that the file spells differently from Python's own is judged as it stands.
 """
@@ -11,12 +15,24 @@ Nothing is looked up: a name that the file spells differently from Python's own 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ckpttools.containers.pickles.nodes import Dict, Global, Node, Object, Persistent, Set
+from ckpttools.containers.pickles.known import (
+    FILLED,
+    INERT,
+    KNOWN,
+    KNOWN_PATTERN,
+    RENAMED,
+    RUNNER_MODULES,
+    RUNNERS,
+    RUNNING,
+    SPECIAL,
+    STDLIB,
+    STRICT,
+)
+from ckpttools.containers.pickles.nodes import Dict, Global, Node, Object, Persistent, Pickle, Set, walk
 from ckpttools.errors import escape
 
 
@@ -35,7 +51,21 @@ class Judgement:
     what: str
 
 
-def judge(calls: Iterable[Object]) -> tuple[Judgement, ...]:
+def judge(pickle: Pickle) -> tuple[Judgement, ...]:
+    """A judgement for each callable, each name that is only resolved and each unusual change of an object.
+
+    Equal ones once, calls first, in the order of the file.
+    """
+    found = [*judge_calls(pickle.calls), *_names(pickle), *filter(None, map(_change, pickle.changed))]
+    return tuple(dict.fromkeys(found))
+
+
+def dangers(judgements: Iterable[Judgement]) -> tuple[str, ...]:
+    """What people must know before anything else; empty where nothing is dangerous."""
+    return tuple(judgement.what for judgement in judgements if judgement.verdict is Verdict.DANGEROUS)
+
+
+def judge_calls(calls: Iterable[Object]) -> tuple[Judgement, ...]:
     """A judgement for each callable of `Pickle.calls`, equal ones once, in the order of the file."""
     return tuple(dict.fromkeys(map(judge_call, calls)))
 
@@ -53,120 +83,93 @@ def judge_call(call: Object) -> Judgement:
     return Judgement(verdict, name, what)
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+def _names(pickle: Pickle) -> Iterable[Judgement]:
+    """Names that are resolved and not called, and those of unknown modules that nothing uses."""
+    called = {call.cls for call in pickle.calls if isinstance(call.cls, Global)}
+    verdicts = {node: _judge_global(node) if node in called else _held(node) for node in pickle.names}
+    unused = {node for node, verdict in verdicts.items() if verdict is Verdict.UNKNOWN}
+    for node in walk(pickle.value) if unused else ():
+        if isinstance(node, Global):
+            unused.discard(node)
+            if not unused:
+                break
+    for node, verdict in verdicts.items():
+        if node in unused:  # the value shows nothing of it
+            yield Judgement(
+                Verdict.DANGEROUS, _name(node), f"would import {_name(node)} and use it for nothing"
+            )
+        elif node in called:
+            continue
+        elif verdict is Verdict.DANGEROUS:
+            yield Judgement(
+                verdict, _name(node), f"would import and hold {_name(node)}, which it does not call"
+            )
+        elif verdict is Verdict.UNKNOWN:
+            yield Judgement(verdict, _name(node), f"unknown name {_name(node)}, shown as data")
 
 
-# --- the tables ---------------------------------------------------------------------------------------
-
-# Python 2's names, which protocols 0 to 2 still write, and modules that some Python versions have
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-STDLIB = sys.stdlib_module_names | _words(
-    "__builtin__ copy_reg exceptions commands cPickle cStringIO StringIO Queue SocketServer ConfigParser "
-    "UserDict UserList UserString Tkinter httplib urllib2 urlparse xmlrpclib thread dummy_thread _abcoll "
-    "anydbm dbhash dumbdbm gdbm whichdb robotparser cookielib Cookie HTMLParser BaseHTTPServer "
-    "SimpleHTTPServer CGIHTTPServer DocXMLRPCServer SimpleXMLRPCServer popen2 imp asynchat asyncore "
-    "smtpd distutils pipes cgi cgitb crypt nis telnetlib lib2to3 audioop imghdr sndhdr mailcap msilib "
-    "nntplib ossaudiodev spwd uu xdrlib aifc sunau nt posix pwd _winapi winreg msvcrt"
-)
-
-_DATA = {
-    "builtins": "set frozenset list dict tuple complex slice range xrange int float str unicode bool long "
-    "object enumerate zip reversed Ellipsis NotImplemented",
-    "collections": "OrderedDict Counter deque ChainMap UserDict UserList UserString",
-    "datetime": "datetime date time timedelta timezone",
-    "pathlib": "Path PurePath PosixPath PurePosixPath WindowsPath PureWindowsPath",
-    "pathlib._local": "Path PurePath PosixPath PurePosixPath WindowsPath PureWindowsPath",
-    "argparse": "Namespace",
-    "optparse": "Values",
-    "types": "SimpleNamespace GenericAlias",
-    "decimal": "Decimal",
-    "fractions": "Fraction",
-    "uuid": "UUID SafeUUID",
-    "ipaddress": "IPv4Address IPv6Address IPv4Network IPv6Network IPv4Interface IPv6Interface",
-    "random": "Random",
-    "time": "struct_time",
-    "re": "_compile",
-    "array": "array _array_reconstructor",
-    "io": "BytesIO StringIO",
-    "_io": "BytesIO StringIO",
-    "itertools": "count repeat cycle chain islice",
-    "zoneinfo": "ZoneInfo",
-    "numpy": "ndarray dtype matrix bool_ bool float16 float32 float64 longdouble int8 int16 int32 int64 "
-    "uint8 uint16 uint32 uint64 complex64 complex128 str_ bytes_ datetime64 timedelta64",
-    "numpy.core.multiarray": "_reconstruct scalar",
-    "numpy._core.multiarray": "_reconstruct scalar",
-    "numpy.core.numeric": "_frombuffer",
-    "numpy._core.numeric": "_frombuffer",
-    "numpy.ma.core": "_mareconstruct MaskedArray",
-    "numpy.random.mtrand": "RandomState",
-    "numpy.random": "__RandomState_ctor",
-    "torch": "Size device Tensor dtype layout Generator",
-    "torch._utils": "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter "
-    "_rebuild_parameter_with_state _rebuild_qtensor _rebuild_sparse_tensor "
-    "_rebuild_nested_tensor _rebuild_meta_tensor_no_storage _rebuild_device_tensor_from_numpy "
-    "_rebuild_device_tensor_from_cpu_tensor _rebuild_wrapper_subclass",
-    "torch.serialization": "_get_layout",
-    "torch.torch_version": "TorchVersion",
-    "torch.nn.parameter": "Parameter Buffer",
-    "torch.jit._pickle": "restore_type_tag build_intlist build_tensorlist build_doublelist build_boollist "
-    "build_tensor_from_id",
-    "deepspeed.runtime.fp16.loss_scaler": "LossScaler DynamicLossScaler",
-    "deepspeed.pt.loss_scaler": "LossScaler DynamicLossScaler",
-    "deepspeed.runtime.zero.config": "ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment": "fragment_address",
-    "deepspeed.runtime.bf16_optimizer": "fragment_address",
-    "deepspeed.checkpoint.universal_checkpoint": "SubparamShape",
-    "mmengine.logging.history_buffer": "HistoryBuffer",
-}
-KNOWN = frozenset(f"{module}.{name}" for module, names in _DATA.items() for name in names.split())
-_KNOWN_PATTERN = re.compile(
-    r"(?:builtins|exceptions)\.(?:[A-Z]\w*(?:Error|Exception|Warning|Interrupt|Iteration)|SystemExit)"
-    r"|torch\.return_types\.\w+"
-    r"|numpy\.(?:dtypes|random)\.[\w.]*[A-Z]\w*"  # bit generators and dtype classes
-)
-
-# libraries whose purpose is to run or load code
-_RUNNERS = _words(
-    "cloudpickle dill joblib jsonpickle pip setuptools pkg_resources _distutils_hack IPython ipykernel "
-    "pexpect paramiko fabric invoke sh plumbum six past cffi pyximport Cython pytest _pytest nose"
-)
-_RUNNER_MODULES = ("torch.hub", "torch.jit", "torch.package", "torch.utils.cpp_extension", "test.support")
-# the last part of a name that runs or loads something in whatever library it is found
-_RUNNING = _words(
-    "system popen Popen exec eval execfile execv execve compile open call run check_call check_output "
-    "getoutput getstatusoutput spawn import_module load_module __import__ run_path run_module run_code "
-    "runstring load loads read_pickle unpickle Unpickler load_inline urlopen urlretrieve rmtree unlink "
-    "getattr setattr delattr"
-)
-_STRICT = ("torch", "numpy")  # of these, functions must be in the table
+def _change(made: Object) -> Judgement | None:
+    """Items or a state that no pickler gives to an object of its kind."""
+    name = _name(made.cls)
+    if _is_known(name) and (made.pairs or made.items) and name not in FILLED:
+        return Judgement(Verdict.DANGEROUS, name, f"would set items of what {name} makes")
+    if made.has_state and (name.startswith("torch._utils._rebuild_") or _special(made.state)):
+        return Judgement(Verdict.DANGEROUS, name, f"would set the class or state of what {name} makes")
+    return None
 
 
-def _judge_name(name: str) -> Verdict:
-    """The verdict on a callable by its name alone."""
+def _special(state: Node) -> bool:
+    """Whether a state sets what Python itself looks up, such as `__class__`."""
+    parts = state if isinstance(state, tuple) else (state,)
+    return any(isinstance(part, Dict) and any(name in part for name in SPECIAL) for part in parts[:4])
+
+
+# --- names --------------------------------------------------------------------------------------------
+
+
+def _is_known(name: str) -> bool:
+    return name in KNOWN or name in _BY_ARGUMENTS or KNOWN_PATTERN.fullmatch(name) is not None
+
+
+def _judge_name(name: str, *, held: bool = False) -> Verdict:
+    """The verdict on a callable by its name alone; `held`: it is not called."""
     module, _, last = name.rpartition(".")
     root = name.partition(".")[0]
-    if name in KNOWN or _KNOWN_PATTERN.fullmatch(name):
+    if _is_known(name):
         return Verdict.KNOWN
-    if root in STDLIB or root in _RUNNERS or last in _RUNNING:
+    if held and module in INERT and last not in RUNNING:
+        return Verdict.KNOWN
+    if root in STDLIB or root in RUNNERS or last in RUNNING:
         return Verdict.DANGEROUS
-    if any(name == m or name.startswith(m + ".") for m in _RUNNER_MODULES):
+    if any(name == m or name.startswith(m + ".") for m in RUNNER_MODULES):
         return Verdict.DANGEROUS
-    if root in _STRICT and not last.lstrip("_")[:1].isupper():
+    if root in STRICT and not held and not last.lstrip("_")[:1].isupper():
         return Verdict.DANGEROUS
+    if "__main__" in module.split(".")[1:]:
+        return Verdict.DANGEROUS  # a program: importing it is running it
     if re.search(r"(?:^|\.)(?:os|sys|subprocess|builtins|posix|pty|shutil|runpy|pickle)$", module):
         return Verdict.DANGEROUS  # a module that some library imports for itself
-    return Verdict.UNKNOWN
+    return Verdict.KNOWN if held and root in STRICT else Verdict.UNKNOWN
 
 
 def _judge_global(node: Global) -> Verdict:
-    # a dotted name reaches through what a module holds: `torch.serialization` `os.system`
-    if any(part in STDLIB or part.startswith("__") for part in node.name.split(".")[:-1]):
-        return Verdict.DANGEROUS
+    """The verdict on a name that is called."""
     name = _name(node)
     if name in ("builtins.getattr", "builtins.type", "builtins.iter"):
         return Verdict.DANGEROUS  # as somebody's argument: what it does depends on what it is given
-    return Verdict.KNOWN if name in _BY_ARGUMENTS else _judge_name(name)
+    return Verdict.DANGEROUS if _reaches_through(node) else _judge_name(name)
+
+
+def _held(node: Global) -> Verdict:
+    """The verdict on a name that is looked up and not called."""
+    if _name(node) in _ONE_CYCLE:
+        return Verdict.KNOWN
+    return Verdict.DANGEROUS if _reaches_through(node) else _judge_name(_name(node), held=True)
+
+
+def _reaches_through(node: Global) -> bool:
+    # a dotted name reaches through what a module holds: `torch.serialization` `os.system`
+    return any(part in STDLIB or part.startswith("__") for part in node.name.split(".")[:-1])
 
 
 def _verdict(call: Object) -> Verdict:
@@ -223,7 +226,7 @@ def _getattr(call: Object) -> Verdict:
         return Verdict.DANGEROUS
     if _name(owner) in _ONE_CYCLE and name in ("_annealing_cos", "_annealing_linear"):
         return Verdict.KNOWN
-    if not name.isidentifier() or name.startswith("_") or name in _RUNNING:
+    if not name.isidentifier() or name.startswith("_") or name in RUNNING:
         return Verdict.DANGEROUS
     if owner.module.partition(".")[0] in STDLIB or not owner.name.rpartition(".")[2][:1].isupper():
         return Verdict.DANGEROUS
@@ -267,28 +270,21 @@ def _from_type(call: Object) -> Verdict:
     # torch calls the function that is its first argument
     if len(call.args) != 4 or not isinstance(call.args[0], Global) or not isinstance(call.args[1], Global):
         return Verdict.DANGEROUS
-    func, kind, args, _ = call.args
-    if not isinstance(args, tuple) or not _name(func).startswith("torch._utils._rebuild_"):
+    func, kind, args, state = call.args
+    if _special(state) or not isinstance(args, tuple) or not _name(func).startswith("torch._utils._rebuild_"):
         return Verdict.DANGEROUS
     return _worst(_argument(func), _argument(kind))
 
 
-def _factory(call: Object) -> Verdict:
-    """defaultdict(factory) and partial(function, ...): harmless to make, so the function decides."""
-    functions = [*call.args[:1]]
-    if call.has_state and isinstance(call.state, tuple):  # partial's function is also in its state
-        functions += call.state[:1]
-    if len(functions) == 1 and isinstance(inner := functions[0], Object):
-        return _partial(inner)
-    return _worst(Verdict.KNOWN, *(_argument(f) for f in functions if f is not None))
+def _holder(call: Object) -> Verdict:
+    """defaultdict(factory) and partial(function, ...) call nothing when they are made; `_names` judges what
+    they hold. A call of a partial is one of a computed function.
+    """
+    return Verdict.KNOWN
 
 
-def _partial(node: Object) -> Verdict:
-    """A factory that is a partial of a plain function."""
-    state = node.state if node.has_state and isinstance(node.state, tuple) else ()
-    if _name(node.cls) != "functools.partial":
-        return Verdict.DANGEROUS
-    return _worst(Verdict.KNOWN, *(_argument(f) for f in (*node.args[:1], *state[:1])))
+def _parameter(call: Object) -> Verdict:
+    return Verdict.DANGEROUS if any(map(_special, call.args[3:])) else Verdict.KNOWN  # its attributes
 
 
 def _random_ctor(call: Object) -> Verdict:
@@ -322,10 +318,11 @@ _BY_ARGUMENTS: dict[str, Callable[[Object], Verdict]] = {
     "copyreg.__newobj__": _first_is_class,
     "copyreg.__newobj_ex__": _first_is_class,
     "copyreg._reconstructor": _reconstructor,
-    "collections.defaultdict": _factory,
-    "functools.partial": _factory,
+    "collections.defaultdict": _holder,
+    "functools.partial": _holder,
     "logging.getLogger": _plain_text,
     "zoneinfo.ZoneInfo._unpickle": _plain_text,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type": _from_type,
     "torch._tensor._rebuild_from_type_v2": _from_type,
     "numpy.random._pickle.__bit_generator_ctor": _random_ctor,
@@ -340,7 +337,7 @@ _BY_ARGUMENTS: dict[str, Callable[[Object], Verdict]] = {
 def _name(node: Node) -> str:
     """A callable's name, as Python 3 spells it, escaped."""
     if isinstance(node, Global):
-        return escape(f"{_RENAMED.get(node.module, node.module)}.{node.name}", 120)
+        return escape(f"{RENAMED.get(node.module, node.module)}.{node.name}", 120)
     if isinstance(node, Object) and isinstance(node.cls, Global):
         return f"the result of {_name(node.cls)}"
     return "something computed" if isinstance(node, Object) else "something that is no function"

@@ -100,17 +100,20 @@ class Dict(Pairs):
         return Dict.of(self.with_values(values, drop))
 
 
+NO_KEYWORDS = Dict()  # shared, never filled
+
+
 class Object(Pairs):
     """What a call in the pickle would have made: constructor, arguments, then items, pairs and state."""
 
     __slots__ = ("args", "cls", "how", "items", "kwargs", "state")
 
-    def __init__(self, how: str, cls: Node, args: tuple[Node, ...], kwargs: Dict | None = None) -> None:
+    def __init__(self, how: str, cls: Node, args: tuple[Node, ...], kwargs: Dict = NO_KEYWORDS) -> None:
         super().__init__()
         self.how = how  # "reduce", "newobj", "newobj_ex", "obj" or "inst"
         self.cls = cls
         self.args = args
-        self.kwargs = Dict() if kwargs is None else kwargs
+        self.kwargs = kwargs
         self.items: list[Node] = []
         self.state: Node = MISSING
 
@@ -164,6 +167,8 @@ class Pickle:
     protocol: int
     # the first call of each callable; every call of those in ARGUMENTS_DECIDE and of computed ones
     calls: list[Object] = field(repr=False)
+    names: list[Global] = field(repr=False)  # every name that loading resolves, called or not, each once
+    changed: list[Object] = field(repr=False)  # what is given items, pairs or a state after its call
 
 
 _MAPPINGS = {"OrderedDict", "defaultdict", "Counter"}

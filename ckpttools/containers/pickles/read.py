@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ckpttools.containers.pickles.cursor import Cursor, old_string
 from ckpttools.containers.pickles.nodes import (
-    MISSING,
+    NO_KEYWORDS,
     Dict,
     Global,
     Node,
@@ -28,6 +28,9 @@ MAX_MEMO = 5_000_000
 MAX_STACK = 2_000_000
 MAX_MARKS = 10_000
 MAX_NAME = 512
+# 400,000 tensors or 20 million logged numbers: the rest of the work is bounded with them
+MAX_OPCODES = 20_000_000
+MAX_CALLS = 3_000_000  # with the names of classes, which cost most
 # callables whose arguments decide what a call of them does: every call is kept, not only the first
 ARGUMENTS_DECIDE = {
     "getattr",
@@ -43,6 +46,7 @@ ARGUMENTS_DECIDE = {
     "__newobj__",
     "__newobj_ex__",
     "_reconstructor",
+    "_rebuild_parameter_with_state",
     "_rebuild_from_type",
     "_rebuild_from_type_v2",
     "__bit_generator_ctor",
@@ -86,11 +90,14 @@ class _Machine(Cursor):
         self.frame_end = 0
         self.calls: list[Object] = []
         self.called: set[Global] = set()
+        self.ncalls = 0
+        self.changed: list[Object] = []
+        self.thrown_away = 0  # values popped
 
     def run(self) -> Pickle:
         data, end, table = self.data, self.end, _TABLE
         try:
-            while True:
+            for _ in range(MAX_OPCODES):
                 pos = self.pos
                 if pos >= end:
                     raise Reject("the pickle ends before STOP", pos)
@@ -103,13 +110,21 @@ class _Machine(Cursor):
                     if self.pos > self.frame_end:
                         raise Reject("an opcode crosses the end of its frame", pos)
                     self.frame_end = 0
+            raise Reject(f"more than {MAX_OPCODES} opcodes", self.pos)
         except _Stop:
             pass
         except (IndexError, struct.error):
             raise Reject("an opcode finds too little on the stack or in the file", self.pos) from None
         if self.marks or len(self.stack) != 1:
             raise Reject("the pickle does not leave exactly one value", self.pos)
-        return Pickle(value=self.stack[0], end=self.pos, protocol=self.protocol, calls=self.calls)
+        return Pickle(
+            value=self.stack[0],
+            end=self.pos,
+            protocol=self.protocol,
+            calls=self.calls,
+            names=list(self.globals.values()),
+            changed=self.changed,
+        )
 
     def push(self, value: Node) -> None:
         if len(self.stack) >= MAX_STACK:
@@ -148,10 +163,17 @@ class _Machine(Cursor):
         self.stack = []
 
     def pop(self) -> None:
+        self.throw_away(1)
         if self.stack:
             self.stack.pop()
         else:
             self.pop_mark()
+
+    def throw_away(self, n: int) -> None:
+        # a pickler throws away only the beginnings of tuples and objects that contain themselves
+        self.thrown_away += n
+        if self.thrown_away > 10_000 + (self.pos - self.start) // 16:
+            raise Reject("it throws away most of what it makes", self.pos)
 
     # opcodes: memo
 
@@ -194,22 +216,24 @@ class _Machine(Cursor):
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, Object):
-            self.no_state(target)
+            self.change(target)
             target.items.extend(items)
         else:
             raise Reject("APPEND on something that is not a list", self.pos)
 
-    def no_state(self, target: Object) -> None:
+    def change(self, target: Object) -> None:
         # no pickler writes items after the state, and a state can name any function as `append`
         if target.has_state:
-            raise Reject("items are added to an object after its state was set", self.pos)
+            raise Reject("items or a state are given to an object after its state", self.pos)
+        if not target.items and not target.pairs:
+            self.changed.append(target)
 
     def set_pairs(self, items: list[Node]) -> None:
         target = self.stack[-1]
         if not isinstance(target, Pairs):
             raise Reject("SETITEM on something that is not a dict", self.pos)
         if isinstance(target, Object):
-            self.no_state(target)
+            self.change(target)
         target.extend(self.paired(items))
 
     def setitem(self) -> None:
@@ -223,6 +247,7 @@ class _Machine(Cursor):
             raise Reject("the name of a class is not text", self.pos)
         if not module or not name or len(module) > MAX_NAME or len(name) > MAX_NAME:
             raise Reject("the name of a class is empty or too long", self.pos)
+        self.count_call()
         key = (module, name)
         if key not in self.globals:
             self.globals[key] = Global(module, name)
@@ -238,13 +263,17 @@ class _Machine(Cursor):
         name, module = self.stack.pop(), self.stack.pop()
         self.push(self.intern(module, name))
 
-    def call(self, how: str, cls: Node, args: Node, kwargs: Node = MISSING) -> None:
+    def count_call(self) -> None:
+        self.ncalls += 1
+        if self.ncalls > MAX_CALLS:
+            raise Reject(f"more than {MAX_CALLS} calls and names", self.pos)
+
+    def call(self, how: str, cls: Node, args: Node, kwargs: Node = NO_KEYWORDS) -> None:
         if not isinstance(args, tuple):
             raise Reject("the arguments of a call are not a tuple", self.pos)
-        if kwargs is MISSING:
-            kwargs = Dict()
         if not isinstance(kwargs, Dict):
             raise Reject("the keyword arguments of a call are not a dict", self.pos)
+        self.count_call()
         made = Object(how, cls, args, kwargs)
         if not isinstance(cls, Global) or cls.name in ARGUMENTS_DECIDE:
             self.calls.append(made)
@@ -274,8 +303,9 @@ class _Machine(Cursor):
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if not isinstance(target, Object) or target.has_state:
-            raise Reject("BUILD on something that is not a new object", self.pos)
+        if not isinstance(target, Object):
+            raise Reject("BUILD on something that is not an object", self.pos)
+        self.change(target)
         target.state = state
 
 
@@ -285,7 +315,7 @@ _OPCODES: dict[bytes, Callable[[_Machine], object]] = {
     b".": _Machine.stop,
     b"(": _Machine.mark,
     b"0": _Machine.pop,
-    b"1": _Machine.pop_mark,
+    b"1": lambda m: m.throw_away(1 + len(m.pop_mark())),
     b"2": lambda m: m.push(m.stack[-1]),
     b"q": lambda m: m.remember(m.u8()),
     b"r": lambda m: m.remember(m.u32()),

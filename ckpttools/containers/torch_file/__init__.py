@@ -11,6 +11,7 @@ A storage is a persistent id `('storage', <class>, key, location, numel)`; a ten
 (views), `write_torch_file` a file like it (write).
 """
 
+from ckpttools.containers.torch_file.dangers import dangers_in, dangers_of
 from ckpttools.containers.torch_file.read import is_torch_file, read_opened, read_torch_file
 from ckpttools.containers.torch_file.storages import Storage
 from ckpttools.containers.torch_file.views import TorchFile, View, labelled, scalar, scalar_bytes, size
@@ -26,6 +27,8 @@ __all__ = [
     "Storage",
     "TorchFile",
     "View",
+    "dangers_in",
+    "dangers_of",
     "is_torch_file",
     "labelled",
     "new_storage",

@@ -90,7 +90,12 @@ def _legacy(file: File, data: bytes, *, whole: bool) -> TorchFile:
         size=file.size,
         value=value,
         storages=storages,
-        pickle=replace(parts[3], calls=[call for part in parts for call in part.calls]),
+        pickle=replace(
+            parts[3],
+            calls=[call for part in parts for call in part.calls],
+            names=list(dict.fromkeys(name for part in parts for name in part.names)),
+            changed=[made for part in parts for made in part.changed],
+        ),
         archive=None,
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ckpttools.containers.archive import Archive
 from ckpttools.containers.pickles import Dict, Global, Node, Object, Pickle, Reject
+from ckpttools.containers.pickles.judge import dangers, judge
 from ckpttools.containers.torch_file.storages import Storage, located
 from ckpttools.errors import escape
 from ckpttools.plan import SourceCheck
@@ -71,6 +72,11 @@ class TorchFile:
     def root(self) -> str | None:
         """The archive's root name: the stem of the file's name when it was saved."""
         return self.archive.root if self.archive else None
+
+    @property
+    def dangers(self) -> tuple[str, ...]:
+        """What loading the file would run, one line each."""
+        return dangers(judge(self.pickle))
 
     @property
     def has_checksums(self) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ckpttools.containers.archive import Archive, damaged, read_archive, read_record
 from ckpttools.containers.pickles import MAX_BYTES, Node, loads
+from ckpttools.containers.torch_file.dangers import refuse_torchscript
 from ckpttools.containers.torch_file.storages import Storage, located, same, storage_id
 from ckpttools.containers.torch_file.views import TorchFile
 from ckpttools.errors import CkptError, Unsupported, escape
@@ -17,9 +18,9 @@ MAX_DEFLATED = 16 << 20  # of all records but the pickle, after decompression
 def read_zip(file: File) -> TorchFile:
     archive = read_archive(file)
     records = archive.records
+    refuse_torchscript(file.path, archive)
     if "data.pkl" not in records:
-        kind = "a TorchScript archive" if "constants.pkl" in records else "some other zip file"
-        raise CkptError("not-torch", f"the archive has no data.pkl: it is {kind}", where=file.path)
+        raise CkptError("not-torch", "the archive has no data.pkl: some other zip file", where=file.path)
     if "byteorder" in records and read_record(file, records["byteorder"], 16) != b"little":
         raise CkptError("big-endian", "the tensors are stored big-endian", where=file.path)
     _check_deflated(file, archive)

@@ -619,6 +619,7 @@ def _roles(folder: ZeroFolder) -> Iterator[FileRole]:
         path=model.path,
         nbytes=model.size,
         role="weights in the training dtype, parameter shapes, counters, client state",
+        dangers=model.dangers,
     )
     n = len(folder.ranks)
     for rank in folder.ranks:
@@ -626,6 +627,7 @@ def _roles(folder: ZeroFolder) -> Iterator[FileRole]:
             path=rank.file.path,
             nbytes=rank.file.size,
             role=f"dp rank {rank.dp_rank} of {n}: its partition of fp32 weights and optimizer state",
+            dangers=rank.file.dangers,
         )
     for path in folder.files.others:
         yield FileRole(path=path, nbytes=size_of(path), role="not part of the ZeRO layout")
