@@ -161,6 +161,7 @@ class Training:
     schedules: tuple[SavedSchedule, ...] = ()
     batch_fields: tuple[BatchField, ...] = ()
     histories: tuple[StepList, ...] = ()
+    configuration: Mapping[str, object] = field(default_factory=dict)  # that the run was started with
     marker: Place | None = None  # where a rebase is noted; its value in `marked`
     marked: Mapping[str, object] | None = None
     outside: tuple[str, ...] = ()  # what the user must set in the new run, in words
@@ -215,5 +216,8 @@ def merge(first: Training, *others: Training) -> Training:
             found[entry.name] = tuple(item for each in values for item in each)
         else:
             found[entry.name] = next((value for value in values if value is not None), None)
-    kept = {name: getattr(first, name) for name in ("framework", "unit", "remainder", "drop_last")}
+    kept = {
+        name: getattr(first, name)
+        for name in ("framework", "unit", "remainder", "drop_last", "configuration")
+    }
     return replace(first, **(found | kept))

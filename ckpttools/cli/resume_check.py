@@ -19,7 +19,10 @@ from ckpttools.errors import CkptError
 @click.command("resume-check")
 @SRC
 @click.option(
-    "--config", type=PATH, help="The new run's: ds_config or TrainingArguments (JSON), ckpt train's (YAML)."
+    "--config",
+    type=PATH,
+    help="The new run's: ds_config or TrainingArguments (.json), MMEngine's (.py), OpenPCDet's, ckpt "
+    "train's or any YAML.",
 )
 @number("--world-size", help="Ranks of the new run.")
 @click.option(
@@ -68,7 +71,8 @@ def command(
     from ckpttools.schedules.lengths import check_sizes
 
     check_sizes({"--world-size": world_size, "--groups": groups}, most=1 << 20)
-    run = _run(config) if config is not None and config.suffix not in (".yaml", ".yml") else resume.NewRun()
+    ours = config is not None and _is_trainers(config)
+    run = resume.NewRun() if config is None or ours else resume.read_config(config)
     if model is not None:
         run = replace(run, model=resume.read_model(model))
     run = replace(
@@ -84,7 +88,7 @@ def command(
     )
     try:
         target = resume.Target.find(src, tag)
-        if config is not None and config.suffix in (".yaml", ".yml"):
+        if config is not None and ours:
             from ckpttools.trainer.compared import read_new_run
 
             run = read_new_run(config, target, run)
@@ -104,10 +108,14 @@ def command(
     return 0 if found.resumes else 1
 
 
-def _run(config: Path) -> Any:
-    from ckpttools.resume import read_config
+def _is_trainers(config: Path) -> bool:
+    """Whether a YAML file is `ckpt train`'s: all its names are."""
+    from ckpttools.resume import read_yaml
+    from ckpttools.trainer.config import Config
 
-    return read_config(config)
+    if config.suffix not in (".yaml", ".yml") or not config.is_file():
+        return False
+    return set(read_yaml(config)) <= set(Config.__dataclass_fields__)
 
 
 def _installed() -> dict[str, str]:

@@ -53,6 +53,7 @@ def read(file: TorchFile, *, in_folder: bool = False) -> Training:
         counters=(*_counters(file), *_planned(iterations)),
         optimizers=() if in_folder else tuple(_optimizers(file)),
         schedules=tuple(_schedules(file, batches, in_folder)),
+        configuration=config,
         outside=tuple(_outside(by_epoch=by_epoch)),
         **parts.marked(file),
     )

@@ -10,8 +10,9 @@ says, `new_run` and `arguments` what somebody said of the new run, `model` and `
 
 from __future__ import annotations
 
+from ckpttools.resume.config_files import read_config, read_yaml
 from ckpttools.resume.model import read_model
-from ckpttools.resume.new_run import NewRun, read_config
+from ckpttools.resume.new_run import NewRun
 from ckpttools.resume.report import Forecast
 from ckpttools.resume.target import Target, foretell, unreadable, with_verdict
 
@@ -22,6 +23,7 @@ __all__ = [
     "foretell",
     "read_config",
     "read_model",
+    "read_yaml",
     "unreadable",
     "with_verdict",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpttools.resume.deepspeed import Saved
-from ckpttools.resume.new_run import leaves, section
+from ckpttools.resume.new_run import NewRun, leaves, section
 from ckpttools.resume.report import CAREFUL, IMPOSSIBLE, SAFE, About, Difference, Moment, Refusal
 
 # what transformers fills in for "auto" (integrations/deepspeed.py)
@@ -21,15 +21,28 @@ ARGUMENTS = {
 _BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def resolved(
-    config: Mapping[str, object] | None, arguments: Mapping[str, object] | None, saved: Mapping[str, object]
-) -> Mapping[str, object] | None:
-    """The ds_config with "auto" replaced: by the arguments, else by what the saved run had there."""
-    if config is None:
-        if not arguments or not saved:
-            return None
+def resolved(run: NewRun, saved: Mapping[str, object]) -> Mapping[str, object] | None:
+    """The ds_config of the new run, None where nothing says anything of it.
+
+    "auto" is replaced by the arguments, else by what the saved run had there. Where another configuration
+    speaks of the batch, or an MMEngine strategy of more, that is laid over the saved ds_config.
+    """
+    given = {key: (run.arguments or {}).get(name) for key, name in ARGUMENTS.items()}
+    config = run.config
+    if config is None and run.arguments and saved:
         config = {**saved, **dict.fromkeys(_BATCH, "auto"), "train_batch_size": "auto"}
-    given = {key: (arguments or {}).get(name) for key, name in ARGUMENTS.items()}
+    if config is None:
+        said = run.stated
+        batch = {"train_batch_size": said.total, _BATCH[0]: said.micro, _BATCH[1]: said.accumulation}
+        over = {key: value for key, value in batch.items() if value is not None} | dict(said.overlay)
+        if not over or not saved:
+            return None
+        kept = dict(saved)
+        if said.total is None:
+            kept.pop("train_batch_size", None)  # DeepSpeed computes it
+        elif said.micro is None or said.accumulation is None:
+            kept = {key: value for key, value in kept.items() if key != _BATCH[said.micro is not None]}
+        return kept | over
     out = _filled(config, saved, given, "")
     if config.get("train_batch_size") == "auto" and any(given[key] is not None for key in _BATCH):
         out.pop("train_batch_size", None)  # DeepSpeed computes it

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
+from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, read
+from ckpttools.formats.monolithic import find_weights, strip
 
 Shape = tuple[int, ...]
 
@@ -36,6 +38,7 @@ class Model:
     ties: bool | None = None  # config.json's tie_word_embeddings
     dtypes_known: bool = True
     where: str = ""
+    prefix: str = ""  # that DDP or torch.compile put before every name, and that was removed
 
 
 def read_model(path: Path) -> Model:
@@ -54,11 +57,18 @@ def read_model(path: Path) -> Model:
         shared=found.shared,
         ties=ties if isinstance(ties, bool) else None,
         where=str(path),
+        prefix=prefix_of(found),
     )
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {name: Tensor(shape=ref.shape, dtype=ref.dtype.short) for name, ref in checkpoint.tensors.items()}
+
+
+def prefix_of(checkpoint: Checkpoint) -> str:
+    """What stands before every name in a single file: `module.` of DDP, `_orig_mod.` of torch.compile."""
+    file = checkpoint.template
+    return strip(find_weights(file)[1])[1] if isinstance(file, TorchFile) else ""
 
 
 def of_config(settings: Mapping[str, object], where: Path) -> Model:

@@ -7,20 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from ckpttools.containers import jsons
-from ckpttools.errors import CkptError, UsageError
 from ckpttools.resume.model import Model
 
-# keys of which at least one is in every ds_config, and in no file of Hugging Face's TrainingArguments
-DEEPSPEED_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization", "optimizer")
-ARGUMENT_KEYS = ("per_device_train_batch_size", "output_dir", "num_train_epochs", "learning_rate")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stated:
+    """What a configuration says in the terms of any trainer; None: it does not say.
+
+    `micro` is the batch per rank, `steps` the length in the trainer's own unit. `values` is all of an
+    MMEngine configuration and `overlay` what its strategy sets in DeepSpeed's; `unread` are its bases that
+    were not.
+    """
+
+    kind: str = ""
+    micro: int | None = None
+    accumulation: int | None = None
+    total: int | None = None
+    lr: float | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    values: Mapping[str, object] = field(default_factory=dict)
+    overlay: Mapping[str, object] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRun:
-    """`config` is a ds_config; `arguments` are TrainingArguments; `settings` those of `ckpt train`.
+    """`config` is a ds_config; `arguments` are TrainingArguments; `settings` those of `ckpt train`;
+    `stated` is what any of them says of batch, learning rate and length.
 
     `scheduler`, `groups`, `freeze`, `buffers`, `optimizer` and `strict` are what only the user's code says:
     the class of a scheduler passed to deepspeed.initialize ("none" for none at all), the number of
@@ -30,6 +45,7 @@ class NewRun:
     config: Mapping[str, object] | None = None
     arguments: Mapping[str, object] | None = None
     settings: Mapping[str, object] | None = None
+    stated: Stated = field(default_factory=Stated)
     world_size: int | None = None
     model: Model | None = None
     scheduler: str | None = None
@@ -39,35 +55,6 @@ class NewRun:
     buffers: tuple[str, ...] = ()
     strict: bool = True
     versions: Mapping[str, str] = field(default_factory=dict)  # of the installed "deepspeed", "torch"
-
-
-def read_config(path: Path) -> NewRun:
-    """A JSON file: a ds_config, or Hugging Face's TrainingArguments. Raises UsageError for anything else."""
-    if not path.is_file():
-        raise UsageError("not-found", "there is no such file", where=path, hint="check --config")
-    try:
-        values = jsons.read(path, allow_nan=True)
-    except CkptError as error:
-        raise UsageError(
-            "run-config",
-            error.message,
-            where=path,
-            why="the settings of the new run cannot be read, so nothing can be foretold",
-            hint="name the JSON file that the new job is started with, or the YAML file of ckpt train",
-        ) from None
-    if any(key in values for key in ARGUMENT_KEYS):
-        inner = values.get("deepspeed")
-        return NewRun(config=inner if isinstance(inner, dict) else None, arguments=values)
-    if any(key in values for key in DEEPSPEED_KEYS):
-        return NewRun(config=values)
-    raise UsageError(
-        "run-config",
-        "neither a ds_config nor TrainingArguments",
-        where=path,
-        why=f"a ds_config has one of {', '.join(DEEPSPEED_KEYS)}; TrainingArguments one of "
-        f"{', '.join(ARGUMENT_KEYS)}",
-        hint="name the JSON file that the new job is started with, or the YAML file of ckpt train",
-    )
 
 
 def section(config: Mapping[str, object], *keys: str) -> Mapping[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from ckpttools import runs
 from ckpttools.checks import Verdict
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.findings import ERROR, WARNING
 from ckpttools.formats import Source, locate, read
 from ckpttools.resume import arguments, auto, deepspeed, trainers
 from ckpttools.resume.framework_rules import rule_of
 from ckpttools.resume.new_run import NewRun, real
-from ckpttools.resume.report import SAFE, About, AutoResume, Check, Forecast, check
+from ckpttools.resume.report import CAREFUL, SAFE, About, AutoResume, Check, Difference, Forecast, check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,7 @@ class Target:
     source: Source
     saved: deepspeed.Saved | None
     auto_resume: tuple[AutoResume, ...] = ()
+    further: Difference | None = None  # another checkpoint of the folder is further on
 
     @classmethod
     def find(cls, path: Path, tag: str | None = None) -> Target:
@@ -55,27 +58,58 @@ class Target:
         saved = deepspeed.read_saved(source.target) if deepspeed.is_engine(source.target) else None
         if saved is not None and tag is None:
             saved = replace(saved, place=one)
-        return cls(path=path, one=one, source=source, saved=saved, auto_resume=chosen)
+        further = _further(path, {one, source.target}) if tag is None and path.is_dir() else None
+        return cls(path=path, one=one, source=source, saved=saved, auto_resume=chosen, further=further)
+
+
+def _further(folder: Path, taken: set[Path]) -> Difference | None:
+    """That the one which is taken is not the newest of its run, by what the checkpoints say themselves."""
+    entries = runs.find(folder)
+    own = next((entry for entry in entries if entry.path in taken), None)
+    if own is None:
+        return None
+    run = [entry for entry in entries if entry.run == own.run]
+    newest = next((e for e in run if e.problem is None and e.resumes is not False), own)
+    if run.index(newest) >= run.index(own):
+        return None
+    return Difference(
+        about=About.CHOICE,
+        setting="newest",
+        old=f"{escape(own.path.name)} ({own.at or '?'})",
+        new=f"{escape(newest.path.name)} ({newest.at or '?'})",
+        cls=CAREFUL,
+        why="a resume takes the former, and the latter is further on: its training would be lost",
+        hint=f"to go on from the newest: name {escape(newest.path)}; ckpt latest {escape(folder)} tells more",
+    )
 
 
 def foretell(target: Target, run: NewRun) -> Forecast:
     """The forecast, from headers alone. Whether every file is whole is for `with_verdict` to say."""
     saved = target.saved
     if saved is not None:
-        run = replace(run, config=arguments.resolved(run.config, run.arguments, saved.config))
+        run = replace(run, config=arguments.resolved(run, saved.config))
         found = deepspeed.forecast(target.one, saved, run)
         if run.settings is not None:
-            more = tuple(arguments.trainer_settings(saved, run.settings))
-            line = check(About.DATA, "the same samples", more)
-            found = replace(found, differences=(*found.differences, *more), checks=(*found.checks, line))
-        found = _driven(target, found)
+            found = _with(
+                found, arguments.trainer_settings(saved, run.settings), About.DATA, "the same samples"
+            )
+        found = _driven(target, run, found)
     else:
         found = trainers.forecast(target.one, target.source, run)
+    if target.further is not None:
+        found = replace(found, differences=(*found.differences, target.further))
     return replace(found, auto_resume=target.auto_resume)
 
 
-def _driven(target: Target, found: Forecast) -> Forecast:
-    """Where another framework drove DeepSpeed: its own epoch and schedule, which DeepSpeed does not see."""
+def _with(found: Forecast, more: Iterable[Difference], about: About, good: str) -> Forecast:
+    """The forecast with further differences, and the line of the check-list that they fill."""
+    more = tuple(more)
+    line = check(about, good, more)
+    return replace(found, differences=(*found.differences, *more), checks=(*found.checks, line))
+
+
+def _driven(target: Target, run: NewRun, found: Forecast) -> Forecast:
+    """What a framework that drives DeepSpeed knows beside it: epoch, length, batch and schedule."""
     if target.saved is None or target.saved.stage not in (1, 2):
         return found
     try:
@@ -84,8 +118,13 @@ def _driven(target: Target, found: Forecast) -> Forecast:
         return replace(
             found, notes=(*found.notes, f"its training state is not read further: {error.message}")
         )
+    differences = [*found.differences, *trainers.length(target.source, training, run)]
+    total = trainers.planned(target.source, training, run)
+    checks = [*found.checks, trainers.length_check(total, training, differences)]
     if training.framework in ("deepspeed", "ckpt train"):
-        return found
+        return replace(found, differences=tuple(differences), checks=tuple(checks))
+    differences = [d for d in differences if d.about is not About.BATCH or d.refusal is not None]
+    differences += [*trainers.batch(target.one, training, run), *trainers.settings(training, run)]
     epoch = found.epoch if found.epoch is not None else training.epoch
     state = target.source.root / "trainer_state.json"
     if epoch is None and state.is_file():
@@ -93,21 +132,26 @@ def _driven(target: Target, found: Forecast) -> Forecast:
     own = target.saved.scheduler is not None or not training.schedules
     rule = rule_of(training)
     rates = found.rates if own else replace(trainers.rates(training), first=found.rates.first)
-    checks = found.checks
-    notes = (*found.notes, f"{training.framework} drives DeepSpeed: {rule.batch}")
+    notes = [*found.notes, f"{training.framework} drives DeepSpeed: {rule.batch}"]
+    lines = {About.BATCH: trainers.batch_check(training, run, differences)}
+    if target.saved.scheduler is None:
+        differences += trainers.unsaved_schedule(training)
+        has = bool(training.schedules)
+        good = f"saved by {training.framework}" if has else "none is saved"
+        lines[About.SCHEDULE] = check(About.SCHEDULE, good, differences, known=has)
     if not own:
-        if not rule.saved and any(d.cls != SAFE and d.about is About.BATCH for d in found.differences):
+        if not rule.saved and any(d.cls != SAFE and d.about is About.BATCH for d in differences):
             rates = replace(rates, next=None, note=trainers.ANEW)
-        line = Check(about=About.SCHEDULE, ok=True, text=f"saved by {training.framework}")
-        checks = tuple(line if one.about is About.SCHEDULE else one for one in checks)
-        notes = tuple(note for note in notes if note != deepspeed.OUTSIDE)
+        notes = [note for note in notes if note != deepspeed.OUTSIDE]
     return replace(
         found,
         format=f"{found.format} ({training.framework})",
         epoch=epoch,
         rates=rates,
-        checks=checks,
-        notes=notes,
+        checks=tuple(lines.get(c.about, c) if isinstance(c.about, About) else c for c in checks),
+        differences=tuple(differences),
+        overridden=(*found.overridden, *trainers.overridden(training, run)),
+        notes=tuple(notes),
     )
 
 
@@ -119,14 +163,28 @@ def with_verdict(found: Forecast, verdict: Verdict | None, how: str) -> Forecast
     if verdict is None:
         lines = [Check(about="intact", ok=None, text=how)]
         return replace(found, checks=(*lines, *found.checks))
-    bad = [f for f in verdict.findings if f.severity == "error"]
-    absent = [f for f in bad if "missing" in f.id or f.id.startswith(("no-", "shard"))]
-    broken = [f for f in bad if f not in absent]
+    bad = [f for f in verdict.findings if f.severity == ERROR]
+    absent = [f for f in bad if f.id in ABSENT]
+    broken = [f for f in bad if f.id not in ABSENT]
+    doubts = [f for f in verdict.findings if f.severity == WARNING]
     lines = [
         Check(about="complete", ok=not absent, text=absent[0].message if absent else "every file is here"),
         Check(about="intact", ok=not broken, text=broken[0].message if broken else how),
     ]
-    return replace(found, checks=(*lines, *found.checks), damaged=bool(bad))
+    contradictions = (
+        Difference(about=About.STATE, setting=f.where or f.id, cls=CAREFUL, why=f.text, hint=f.hint)
+        for f in doubts
+    )
+    found = replace(found, checks=(*lines, *found.checks), damaged=bool(bad))
+    return _with(found, contradictions, About.STATE, "what is saved agrees with itself")
+
+
+# findings that say that something is not here, rather than wrong
+ABSENT = frozenset(
+    ("buffer-missing", "field-missing", "index-missing", "key-missing", "latest-missing", "model-missing",
+     "moment-missing", "no-master", "no-optimizer", "no-optimizer-shards", "no-optimizer-states",
+     "no-weights", "shapes-missing", "shard-missing", "tag-missing", "tensor-missing")
+)  # fmt: skip
 
 
 def unreadable(path: Path, error: CkptError) -> Forecast:

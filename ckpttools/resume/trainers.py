@@ -1,13 +1,14 @@
 """The forecast for containers without a DeepSpeed engine: single files, Trainer folders, accelerate's.
 
 What their frameworks take from the checkpoint and what from the new run's configuration differs; each
-framework's own line is in `frameworks`.
+framework's own line is in `framework_rules`. The parts that a framework which drives DeepSpeed shares with
+these (batch, length, settings) are functions of the Training alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats import Source, read
 from ckpttools.resume.fit import fit, module
-from ckpttools.resume.framework_rules import Rule, rule_of
-from ckpttools.resume.model import tensors_of
-from ckpttools.resume.new_run import NewRun, real, section, whole
+from ckpttools.resume.framework_rules import Rule, rule_of, setting
+from ckpttools.resume.model import prefix_of, tensors_of
+from ckpttools.resume.new_run import NewRun, leaves, real, whole
 from ckpttools.resume.report import (
     CAREFUL,
     IMPOSSIBLE,
@@ -54,7 +55,6 @@ def forecast(path: Path, source: Source, run: NewRun) -> Forecast:
         training, missing = None, error.message
     if training is not None and not (training.optimizers or training.schedules or training.counters):
         training, missing = None, "the file holds weights and no training state"
-    framework = training.framework if training is not None else "weights"
     rule = rule_of(training)
     differences: list[Difference] = []
     tensors: tuple[Mismatch, ...] = ()
@@ -69,30 +69,27 @@ def forecast(path: Path, source: Source, run: NewRun) -> Forecast:
             )
         )
     else:
-        differences += _batch(path, training, run, rule)
-        differences += _lengths(source, run)
-        differences += _parts(source, training)
+        differences += [*batch(path, training, run), *length(source, training, run)]
+        differences += [*_parts(source, training, rule), *settings(training, run)]
     if run.model is not None:
         found, tensors = _model(checkpoint, training, run, rule)
         differences += found
-    over = list(_overridden(training, run)) if training is not None else []
     lr = rates(training)
     if not rule.saved and any(d.cls != SAFE and d.about in (About.BATCH, About.LENGTH) for d in differences):
         lr = replace(lr, next=None, note=ANEW)
     state = checkpoint.train_state
-    step = training.count if training is not None and training.count is not None else state.step
     return Forecast(
         path=path,
-        format=framework if framework != "weights" else checkpoint.layout.format,
-        step=step,
+        format=training.framework if training is not None else checkpoint.layout.format,
+        step=training.count if training is not None and training.count is not None else state.step,
         epoch=state.epoch,
         samples=state.samples,
         rates=lr,
         loads=tuple(_loads(checkpoint, training)),
-        checks=tuple(_checks(training, run, differences)),
+        checks=tuple(_checks(source, training, run, differences)),
         differences=tuple(differences),
         tensors=tensors,
-        overridden=tuple(over),
+        overridden=tuple(overridden(training, run)) if training is not None else (),
         notes=(
             f"the schedule's constants come from {rule.constants}",
             "not forecast here: what the training code itself does with these files",
@@ -126,84 +123,193 @@ def rates(training: Training | None) -> Rates:
     return Rates(first=first, next=following, note=note)
 
 
-def new_batch(run: NewRun, training: Training) -> tuple[int | None, int | None, int | None]:
-    """Micro batch, accumulation and ranks of the new run; what is not said is as it was."""
-    known = training.batch
-    micro, steps = known.micro, known.accumulation
-    for source in (run.arguments or {}, run.config or {}):
-        for key in ("per_device_train_batch_size", "train_micro_batch_size_per_gpu"):
-            found = whole(source.get(key))
-            micro = micro if found is None else found
-        found = whole(source.get("gradient_accumulation_steps"))
-        steps = steps if found is None else found
-    return micro, steps, run.world_size or known.ranks
+# --- batch, length, settings: of any framework --------------------------------------------------------
 
 
-def _batch(path: Path, training: Training, run: NewRun, rule: Rule) -> Iterator[Difference]:
-    micro, steps, ranks = new_batch(run, training)
+def batch(path: Path, training: Training, run: NewRun) -> Iterator[Difference]:
+    """Another effective batch, and one of which that cannot be told."""
+    said, rule = run.stated, rule_of(training)
+    steps = said.accumulation
+    if said.total is not None and said.micro is not None and run.world_size and steps is None:
+        steps = said.total // (said.micro * run.world_size)
     known = training.batch
-    old, new = (known.micro, known.accumulation, known.ranks), (micro, steps, ranks)
-    if old == new:
+    old = (known.micro, known.accumulation, known.ranks)
+    given = (said.micro, steps, run.world_size)
+    new = tuple(was if now is None else now for was, now in zip(old, given, strict=True))
+    was, now = known.total, _product(new)
+    if said.total is not None and said.micro is None:
+        now = said.total
+    if given == (None, None, None) and said.total is None:
         return
-    if None in old or None in new:
-        changed = [
-            f"{name} {now}"
-            for name, was, now in zip(("batch per rank", "accumulation", "ranks"), old, new, strict=True)
-            if was != now
-        ]
+    if was is None or now is None:
+        named = {"batch per rank": said.micro, "accumulation": steps, "ranks": run.world_size}
+        changed = [f"{name} {n}" for name, n in (*named.items(), ("in all", said.total)) if n is not None]
+        if old != new or said.total is not None:
+            yield Difference(
+                about=About.BATCH,
+                setting="batch",
+                old="not stated in the checkpoint" if was is None else was,
+                new=", ".join(changed),
+                cls=CAREFUL,
+                why=f"whether the effective batch is the same cannot be told; if it is not, {rule.batch}",
+            )
+    elif was != now:
         yield Difference(
             about=About.BATCH,
-            setting="batch",
-            old="not stated in the checkpoint",
-            new=", ".join(changed),
+            setting="effective batch",
+            old=was,
+            new=now,
             cls=CAREFUL,
-            why=f"whether the effective batch is the same cannot be told; if it is not, {rule.batch}",
+            why=f"it loads, and {rule.batch}",
+            hint=f"ckpt rebase-schedule {escape(path)} --old-bs {was} --new-bs {now}",
         )
-        return
-    was, now = math.prod(n for n in old if n), math.prod(n for n in new if n)
-    if was == now:
+    elif old != new:
+        updates = training.unit == "update"
         yield Difference(
             about=About.BATCH,
             setting="batch per rank x accumulation x ranks",
-            old=" x ".join(map(str, old)),
-            new=" x ".join(map(str, new)),
-            cls=SAFE if training.unit == "update" else CAREFUL,
+            old=_shown(old),
+            new=_shown(new),
+            cls=SAFE if updates else CAREFUL,
             why=f"the effective batch is still {now}"
-            if training.unit == "update"
-            else f"the effective batch is still {now}, but this framework counts micro-batches: {rule.batch}",
+            + ("" if updates else f", but this framework counts micro-batches: {rule.batch}"),
         )
+
+
+def _product(numbers: Sequence[int | None]) -> int | None:
+    return None if None in numbers else math.prod(n for n in numbers if n is not None)
+
+
+def _shown(numbers: Sequence[int | None]) -> str:
+    return " x ".join("?" if n is None else str(n) for n in numbers)
+
+
+def planned(source: Source | None, training: Training, run: NewRun) -> int | None:
+    """The length of the new run in the unit of `training.count`; None where nothing says it."""
+    if run.stated.steps is not None:
+        return run.stated.steps
+    if run.stated.epochs is not None:
+        per_epoch = training.batches if training.unit == "micro" else training.updates
+        return None if per_epoch is None else run.stated.epochs * per_epoch
+    if training.total_count is not None:
+        return training.total_count
+    saved = next((c.value for c in training.counters if c.role == "total"), None)
+    state = _trainer_state(source)
+    return saved if saved is not None else whole(state.get("max_steps")) or None
+
+
+def _trainer_state(source: Source | None) -> dict[str, object]:
+    path = source.root / "trainer_state.json" if source is not None else None
+    return jsons.read(path, allow_nan=True) if path is not None and path.is_file() else {}
+
+
+def length(source: Source, training: Training, run: NewRun) -> Iterator[Difference]:
+    """What is left of the run, and another length where the schedule is computed from it."""
+    total = planned(source, training, run)
+    if total is not None and training.count is not None and training.count >= total:
+        yield Difference(
+            about=About.LENGTH,
+            setting="what is left",
+            old=f"{training.count} of {total}",
+            cls=CAREFUL,
+            why="the run is finished: a resume ends at once, with nothing trained",
+            hint="to train longer, give the new run more epochs or iterations; look at its schedule",
+        )
+    if rule_of(training).saved:
         return
-    yield Difference(
-        about=About.BATCH,
-        setting="effective batch",
-        old=was,
-        new=now,
-        cls=CAREFUL,
-        why=f"it loads, and {rule.batch}",
-        hint=f"ckpt rebase-schedule {escape(path)} --old-bs {was} --new-bs {now}",
-    )
+    state = _trainer_state(source)
+    for key, now in (("num_train_epochs", run.stated.epochs), ("max_steps", run.stated.steps)):
+        was = state.get(key)
+        if now is not None and was is not None and real(was) != real(now):
+            yield Difference(
+                about=About.LENGTH,
+                setting=key,
+                old=was,
+                new=now,
+                cls=CAREFUL,
+                why="the schedule is computed anew for the new length and continued at the old step",
+            )
 
 
-def _parts(source: Source, training: Training) -> Iterator[Difference]:
+def settings(training: Training, run: NewRun) -> Iterator[Difference]:
+    """Every other setting of a configuration, where the checkpoint holds the old one."""
+    if not run.stated.values or not training.configuration:
+        return
+    old, new = dict(leaves(training.configuration)), dict(leaves(run.stated.values))
+    for key in sorted({*old, *new} - {"_base_"}):
+        known = setting(key)
+        if old.get(key) != new.get(key) and known.why:
+            yield Difference(
+                about=known.about,
+                setting=key,
+                old=old.get(key),
+                new=new.get(key),
+                cls=known.cls,
+                why=known.why,
+            )
+    for base in run.stated.unread:
+        yield Difference(
+            about=About.SETTING,
+            setting="_base_",
+            new=base,
+            cls=CAREFUL,
+            why="it was not read: only files below the configuration's own folder, or that of _base_, are",
+        )
+
+
+def overridden(training: Training, run: NewRun) -> Iterator[Overridden]:
+    if run.stated.lr is None or not training.optimizers:
+        return
+    group = training.optimizers[0].groups[0]
+    used = group.get("initial_lr", group.get("lr"))
+    if used != run.stated.lr and training.optimizers[0].first_update:
+        yield Overridden(
+            setting="learning_rate",
+            configured=run.stated.lr,
+            used=used,
+            why="the optimizer's param_groups and the schedule's base are loaded from the checkpoint",
+        )
+
+
+# --- parts and model ----------------------------------------------------------------------------------
+
+
+def _parts(source: Source, training: Training, rule: Rule) -> Iterator[Difference]:
     """What a resume needs and does not find."""
     if not training.optimizers:
-        lightning = training.framework == "lightning"
+        refusal = Refusal(
+            moment=Moment.OPTIMIZER_STATE, error="KeyError", text="Trying to restore optimizer state"
+        )
         yield Difference(
             about=About.OPTIMIZER,
             setting="optimizer state",
-            cls=IMPOSSIBLE if lightning else CAREFUL,
+            cls=IMPOSSIBLE if rule.needs_optimizer else CAREFUL,
             why="it was saved with weights alone, and Lightning refuses to resume from that"
-            if lightning
+            if rule.needs_optimizer
             else "none is saved here: the optimizer starts anew, with moments of zero",
             hint="start a new run from the weights",
-            refusal=Refusal(
-                moment=Moment.OPTIMIZER_STATE, error="KeyError", text="Trying to restore optimizer state"
-            )
-            if lightning
-            else None,
+            refusal=refusal if rule.needs_optimizer else None,
         )
+    yield from unsaved_schedule(training)
     if training.framework in ("hf-trainer", "accelerate") and source.target.is_dir():
         yield from _trainer_parts(source, training)
+
+
+def unsaved_schedule(training: Training) -> Iterator[Difference]:
+    """A schedule that has left its traces in the optimizer, or is configured, and is not saved."""
+    if training.schedules or not training.optimizers or not rule_of(training).saved:
+        return
+    traced = any("initial_lr" in group for o in training.optimizers for group in o.groups)
+    if traced or training.configuration.get("param_scheduler"):
+        yield Difference(
+            about=About.SCHEDULE,
+            setting="schedule",
+            cls=CAREFUL,
+            why="a scheduler was at work ("
+            + ("initial_lr in param_groups" if traced else "param_scheduler in the configuration")
+            + ") and its state is not saved here: one that the code makes starts anew",
+            hint="resume from a checkpoint that holds it, or step the new one to the place by hand",
+        )
 
 
 def _trainer_parts(source: Source, training: Training) -> Iterator[Difference]:
@@ -236,10 +342,25 @@ def _model(
     checkpoint: Checkpoint, training: Training | None, run: NewRun, rule: Rule
 ) -> tuple[list[Difference], tuple[Mismatch, ...]]:
     assert run.model is not None
-    found = fit(tensors_of(checkpoint), dict(checkpoint.shared), run.model)
+    saved, model = tensors_of(checkpoint), run.model
+    prefix = "" if rule.prefix else prefix_of(checkpoint)
+    if prefix != ("" if rule.prefix else model.prefix):  # compare the names as they are written
+        saved = {f"{prefix}{name}": tensor for name, tensor in saved.items()}
+        named = {f"{model.prefix}{name}": tensor for name, tensor in model.tensors.items()}
+        model = replace(model, tensors=named, shared={})
+    found = fit(saved, {} if model is not run.model else dict(checkpoint.shared), model)
     differences = list(module(found, strict=run.strict and rule.strict))
+    if model is not run.model:
+        hint = "load it into the wrapped model (DDP, torch.compile), or ckpt extract: it removes the prefix"
+        differences = [replace(d, hint=hint) for d in differences]
     counted = training is not None and training.optimizers and (found.missing or found.unexpected)
     if counted and not rule.strict:
+        refusal = Refusal(
+            moment=Moment.OPTIMIZER_STATE,
+            error="ValueError",
+            text="loaded state dict contains a parameter group that doesn't match the size of optimizer's "
+            "group",
+        )
         differences.append(
             Difference(
                 about=About.MODEL,
@@ -248,80 +369,52 @@ def _model(
                 why="names are not compared while the weights are loaded, but the optimizer's state is saved "
                 "for each parameter of the old model",
                 hint="build the model that was saved, or start a new run from its weights",
-                refusal=Refusal(
-                    moment=Moment.OPTIMIZER_STATE,
-                    error="ValueError",
-                    text="loaded state dict contains a parameter group that doesn't match the size of "
-                    "optimizer's group",
-                )
-                if len(found.missing) != len(found.unexpected)
-                else None,
+                refusal=refusal if len(found.missing) != len(found.unexpected) else None,
             )
         )
     return differences, found.mismatches
-
-
-def _lengths(source: Source, run: NewRun) -> Iterator[Difference]:
-    """The length of a Trainer's run, which its schedule is computed from."""
-    path = source.target / "trainer_state.json"
-    if run.arguments is None or not path.is_file():
-        return
-    saved = jsons.read(path, allow_nan=True)
-    for key in ("num_train_epochs", "max_steps"):
-        old, new = saved.get(key), run.arguments.get(key)
-        if new is None or (key == "max_steps" and (whole(new) or 0) <= 0) or real(old) == real(new):
-            continue
-        yield Difference(
-            about=About.LENGTH,
-            setting=key,
-            old=old,
-            new=new,
-            cls=CAREFUL,
-            why="the schedule is computed anew for the new length and continued at the old step",
-        )
-
-
-def _overridden(training: Training, run: NewRun) -> Iterator[Overridden]:
-    wanted = real((run.arguments or {}).get("learning_rate"))
-    if wanted is None:
-        wanted = real(section(run.config or {}, "optimizer", "params").get("lr"))
-    if wanted is None or not training.optimizers:
-        return
-    group = training.optimizers[0].groups[0]
-    used = group.get("initial_lr", group.get("lr"))
-    if used != wanted:
-        yield Overridden(
-            setting="learning_rate",
-            configured=wanted,
-            used=used,
-            why="the optimizer's param_groups and the schedule's base are loaded from the checkpoint",
-        )
 
 
 def _loads(checkpoint: Checkpoint, training: Training | None) -> Iterator[str]:
     yield f"{len(checkpoint.tensors)} tensors of the model"
     if training is None:
         return
-    if training.optimizers:
-        yield f"the state of {len(training.optimizers)} optimizer" + (
-            "s" if len(training.optimizers) > 1 else ""
-        )
-    if training.schedules:
-        yield f"{len(training.schedules)} schedule" + ("s" if len(training.schedules) > 1 else "")
+    for what, number in (("optimizer", len(training.optimizers)), ("schedule", len(training.schedules))):
+        if number:
+            yield f"the state of {number} {what}" + ("s" if number > 1 else "")
     if training.counters:
         yield f"counters: {', '.join(counter.name for counter in training.counters[:6])}"
 
 
-def _checks(training: Training | None, run: NewRun, differences: list[Difference]) -> Iterator[Check]:
-    stated = training is not None and training.batch.total is not None
-    said = run.config is not None or run.arguments is not None
-    known = stated and (said or run.world_size is None)
-    batch = "the same" if known and said else "taken as unchanged" if known else "not known"
-    yield check(About.BATCH, batch, differences, known=known)
-    has = training is not None and bool(training.schedules)
-    yield check(About.SCHEDULE, "saved" if has else "none is saved", differences, known=has)
+def _checks(
+    source: Source, training: Training | None, run: NewRun, differences: list[Difference]
+) -> Iterator[Check]:
+    if training is None:
+        for about in (About.BATCH, About.LENGTH, About.SCHEDULE, About.OPTIMIZER):
+            yield Check(about=about, ok=None, text="no training state is saved")
+    else:
+        yield batch_check(training, run, differences)
+        yield length_check(planned(source, training, run), training, differences)
+        has = bool(training.schedules)
+        yield check(About.SCHEDULE, "saved" if has else "none is saved", differences, known=has)
+        kept = bool(training.optimizers)
+        yield check(About.OPTIMIZER, "saved" if kept else "none is saved", differences, known=kept)
     given = run.model is not None
     model = "every tensor fits" if given else "taken as unchanged: no --model was given"
     yield check(About.MODEL, model, differences, known=given)
-    kept = training is not None and bool(training.optimizers)
-    yield check(About.OPTIMIZER, "saved" if kept else "none is saved", differences, known=kept)
+
+
+def batch_check(training: Training, run: NewRun, differences: list[Difference]) -> Check:
+    total = training.batch.total
+    said = (run.stated.micro, run.stated.total, run.world_size) != (None, None, None)
+    text = f"{total} samples per update" if total is not None else "the checkpoint does not state it"
+    unchanged = "" if said or total is None else ", taken as unchanged"
+    return check(About.BATCH, text + unchanged, differences, known=total is not None)
+
+
+def length_check(total: int | None, training: Training, differences: list[Difference]) -> Check:
+    known = total is not None and training.count is not None
+    text = "the length of the run is not known"
+    if total is not None and training.count is not None:
+        text = f"{total - training.count} of {total} are left"
+    return check(About.LENGTH, text, differences, known=known)

@@ -240,12 +240,12 @@ def test_auto_is_what_the_arguments_or_the_checkpoint_say() -> None:
         "optimizer": {"params": {"betas": [0.9, 0.95]}},
     }
     arguments = {"per_device_train_batch_size": 4, "learning_rate": 0.1}
-    assert resolved(config, arguments, saved) == {
+    assert resolved(NewRun(config=config, arguments=arguments), saved) == {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "betas": [0.9, 0.95]}},
     }
-    assert resolved(None, None, saved) is None
+    assert resolved(NewRun(), saved) is None
 
 
 def test_old_deepspeed_with_new_torch_is_foretold() -> None:
@@ -284,7 +284,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
         (("--config", "new.json"), "{", "run-config"),
         (("--config", "new.json"), "[1]", "run-config"),
         (("--config", "new.json"), '{"a": 1}', "run-config"),
-        (("--config", "new.yaml"), "nonsense: 1", "train-config"),
+        (("--config", "new.yaml"), "nonsense: 1", "run-config"),
         (("--config", "absent.yaml"), None, "not-found"),
         (("--model", "absent"), None, "not-found"),
         (("--tag", "absent"), None, "tag-missing"),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ckpttools.resume import Forecast, NewRun, Target, foretell
+from ckpttools.resume.config_files import of_arguments
 from ckpttools.resume.model import Model, Tensor
 
 STEPS, SAVED, BATCH = 8, 4, 2
@@ -84,7 +85,7 @@ def test_the_trainer_goes_on_as_foretold(tmp_path: Path) -> None:
 def test_the_trainers_new_learning_rate_has_no_effect(tmp_path: Path) -> None:
     whole = train(tmp_path / "run")
     saved = tmp_path / f"run/checkpoint-{SAVED}"
-    forecast = foretold(saved, NewRun(arguments={"learning_rate": 0.5}))
+    forecast = foretold(saved, of_arguments({"learning_rate": 0.5}))
     assert [(o.setting, o.configured, o.used) for o in forecast.overridden] == [("learning_rate", 0.5, 0.01)]
     assert train(tmp_path / "again", resume=saved, learning_rate=0.5) == whole[SAVED:]
 
@@ -92,7 +93,7 @@ def test_the_trainers_new_learning_rate_has_no_effect(tmp_path: Path) -> None:
 def test_the_trainer_computes_another_curve_for_another_batch(tmp_path: Path) -> None:
     whole = train(tmp_path / "run")
     saved = tmp_path / f"run/checkpoint-{SAVED}"
-    forecast = foretold(saved, NewRun(arguments={"per_device_train_batch_size": 1}))
+    forecast = foretold(saved, of_arguments({"per_device_train_batch_size": 1}))
     assert (forecast.verdict, forecast.rates.next) == ("careful", None)
     rates = train(tmp_path / "again", resume=saved, per_device_train_batch_size=1)
     assert rates[0] == pytest.approx(forecast.rates.first[0], rel=1e-12)

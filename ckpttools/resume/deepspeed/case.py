@@ -96,7 +96,11 @@ class Case:
 
     @cached_property
     def was(self) -> Triple:
-        return triple(self.saved.config, self.saved.ranks)
+        """As configured, else as DeepSpeed counts: its samples grow by the batch with each update."""
+        stated, saved = triple(self.saved.config, self.saved.ranks), self.saved
+        if stated.total is None and saved.samples and saved.step and saved.samples % saved.step == 0:
+            return Triple(total=saved.samples // saved.step)
+        return stated
 
     @cached_property
     def batch(self) -> Triple:

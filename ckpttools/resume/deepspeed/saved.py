@@ -15,6 +15,7 @@ from pathlib import Path
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
 from ckpttools.containers.torch_file import read_torch_file
+from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats.zero.names import (
     MODEL,
     OPTIM,
@@ -86,7 +87,16 @@ def read_saved(folder: Path) -> Saved:
     shards = [(n, m) for n in names if (m := OPTIM.fullmatch(n)) and int(m["dp"]) == 0]
     if len(models) > 1:
         raise tensor_parallel(folder)
-    model = read_model(folder / models[0])
+    try:
+        model = read_model(folder / models[0])
+    except Unsupported:  # a pipeline's model file is empty, but a pipeline's folder was refused above
+        raise CkptError(
+            "field-missing",
+            "the model file's module is empty, and no layer has a file of its own",
+            where=folder / models[0],
+            why="DeepSpeed finds no weights to load",
+            hint="use an older checkpoint",
+        ) from None
     root = model.root
     config = _plain(root.get("ds_config"))
     optimizer: Node = root.get("optimizer")
@@ -157,8 +167,18 @@ _TENSORS = {"module", "optimizer", "param_shapes", "frozen_param_shapes", "froze
 
 
 def _plain(node: object) -> dict[str, object]:
-    shown = plain(node)
+    shown = _bare(plain(node))
     return shown if isinstance(shown, dict) else {}
+
+
+def _bare(shown: object) -> object:
+    """Without the classes that stand for a dict: MMEngine's ConfigDict({...}) pickles one as its argument."""
+    if not isinstance(shown, dict):
+        return shown
+    args = shown.get("args")
+    if shown.keys() == {"$class", "args"} and isinstance(args, list) and len(args) == 1:
+        return _bare(args[0])
+    return {key: _bare(value) for key, value in shown.items()}
 
 
 def _stage(state: fields.Mapping, config: Mapping[str, object]) -> int:

@@ -1,0 +1,283 @@
+"""What is not known is `?`, and what a checkpoint lacks or contradicts is said: never safe in silence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks.test_contradictions import CASES
+from commands import run
+from support import FIXTURES
+
+from ckpttools.resume import Target, foretell
+from ckpttools.resume.config_files import read_config
+
+MMENGINE = FIXTURES / "mmengine/run/iter_1500.pth"
+FULL = FIXTURES / "monolithic/full/epoch_2_step_40.pt"
+DECAY = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
+
+
+def said(*words: object) -> tuple[int, dict[str, Any]]:
+    ran = run("resume-check", *words, "--json")
+    assert ran.out, ran.err
+    return ran.code, json.loads(ran.out)
+
+
+def line(found: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(c for c in found["checks"] if c["name"] == name)  # type: ignore[no-any-return]
+
+
+def edited(source: Path, path: Path, change: Any) -> Path:
+    """A torch file with something changed."""
+    value = torch.load(source, weights_only=False)
+    change(value)
+    torch.save(value, path)
+    return path
+
+
+def mmengine(folder: Path, change: Any) -> Path:
+    """MMEngine's DeepSpeed folder with something changed in the model file."""
+    shutil.copytree(MMENGINE, folder / "iter_1500.pth")
+    model = folder / "iter_1500.pth/mp_rank_00_model_states.pt"
+    edited(model, model, change)
+    return folder / "iter_1500.pth"
+
+
+class ConfigDict(dict):  # type: ignore[type-arg]
+    """Pickled as MMEngine's is: a class around one dict."""
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        return (ConfigDict, (dict(self),), None, None, None)
+
+
+STAGE = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def test_a_batch_that_only_counters_tell_is_held_against_the_new_one(tmp_path: Path) -> None:
+    def without(model: dict[str, Any]) -> None:
+        for key in BATCH_KEYS:
+            model["ds_config"].pop(key, None)
+
+    path = mmengine(tmp_path, without)
+    config = tmp_path / "new.json"
+    config.write_text(json.dumps({"train_batch_size": 256, **STAGE}))
+    _, found = said(path, "--config", config)
+    assert found["verdict"] == "careful"
+    batch = next(d for d in found["differences"] if "batch" in d["setting"])
+    assert batch["class"] == "careful" and "256" in str(batch["new"])
+    assert "still 256" not in batch["why"]
+    assert line(found, "effective batch")["ok"] is False
+
+
+def test_a_batch_that_nothing_tells_is_unknown(tmp_path: Path) -> None:
+    def without(model: dict[str, Any]) -> None:
+        for key in BATCH_KEYS:
+            model["ds_config"].pop(key, None)
+        model["global_samples"] = 0
+
+    path = mmengine(tmp_path, without)
+    assert line(said(path)[1], "effective batch")["ok"] is None
+    config = tmp_path / "new.json"
+    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 64, **STAGE}))
+    _, found = said(path, "--config", config)
+    assert found["verdict"] == "careful"
+    assert line(found, "effective batch")["ok"] is not True
+
+
+def test_a_class_around_settings_is_no_setting(tmp_path: Path) -> None:
+    def wrapped(model: dict[str, Any]) -> None:
+        for key in ("bf16", "zero_optimization"):
+            model["ds_config"][key] = ConfigDict(model["ds_config"][key])
+
+    path = mmengine(tmp_path, wrapped)
+    config = tmp_path / "new.json"
+    model = torch.load(MMENGINE / "mp_rank_00_model_states.pt", weights_only=False)
+    config.write_text(json.dumps(model["ds_config"]))
+    assert said(path, "--config", config)[1]["differences"] == []
+
+
+def test_names_with_ddps_prefix_do_not_fit_a_model_without(tmp_path: Path) -> None:
+    """torch itself loads the same two files."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    wrapped = {f"module.{name}": value for name, value in net.state_dict().items()}
+    path, model = tmp_path / "ddp.pt", tmp_path / "model.pt"
+    torch.save(
+        {"model_state_dict": wrapped, "optimizer_state_dict": optimizer.state_dict(), "epoch": 1}, path
+    )
+    torch.save(net.state_dict(), model)
+    with pytest.raises(RuntimeError) as caught:
+        net.load_state_dict(torch.load(path)["model_state_dict"])
+    code, found = said(path, "--model", model)
+    assert (code, found["verdict"], found["error"]["class"]) == (1, "impossible", "RuntimeError")
+    assert found["error"]["text"][:70] in " ".join(str(caught.value).replace(" for Sequential", "").split())
+    assert line(found, "model")["ok"] is False
+    torch.save(wrapped, model)
+    assert said(path, "--model", model)[1]["tensors"] == []
+
+
+def test_a_finished_run_has_nothing_left(tmp_path: Path) -> None:
+    cfg = "train_cfg = dict(type='IterBasedTrainLoop', max_iters={})\ntrain_dataloader = dict(batch_size=2)\n"
+    for most, verdict in ((1500, "careful"), (2000, "safe")):
+        (tmp_path / str(most)).mkdir()
+
+        def change(model: dict[str, Any], most: int = most) -> None:
+            model["meta"]["cfg"] = cfg.format(most)
+            model["message_hub"]["runtime_info"]["max_iters"] = most
+
+        found = said(mmengine(tmp_path / str(most), change))[1]
+        assert found["verdict"] == verdict, found["differences"]
+        left = line(found, "length")
+        assert left["ok"] is (most == 2000) and f"of {most}" in left["text"]
+    assert line(said(FULL)[1], "length")["ok"] is None
+
+
+def test_a_schedule_that_was_at_work_and_is_not_saved_is_said(tmp_path: Path) -> None:
+    path = edited(FULL, tmp_path / "epoch_2_step_40.pt", lambda saved: saved.pop("scheduler_state_dict"))
+    _, found = said(path)
+    assert found["verdict"] == "careful"
+    assert line(found, "schedule")["ok"] is False and "initial_lr" in line(found, "schedule")["text"]
+
+
+def test_a_newest_by_time_that_is_not_the_furthest_is_said(tmp_path: Path) -> None:
+    for epoch, age in ((3, 0), (12, 100)):
+        path = tmp_path / f"checkpoint_epoch_{epoch}.pth"
+        edited(
+            FIXTURES / "monolithic/pcdet/checkpoint_epoch_4.pth",
+            path,
+            lambda saved, epoch=epoch: saved.update(epoch=epoch, it=20 * epoch),
+        )
+        os.utime(path, (1_700_000_000 - age, 1_700_000_000 - age))
+    _, found = said(tmp_path)
+    assert found["verdict"] == "careful" and found["path"].endswith("checkpoint_epoch_3.pth")
+    newest = next(d for d in found["differences"] if d["setting"] == "newest")
+    assert "epoch_3" in newest["old"] and "epoch_12" in newest["new"]
+    os.utime(tmp_path / "checkpoint_epoch_12.pth")
+    assert not [d for d in said(tmp_path)[1]["differences"] if d["setting"] == "newest"]
+
+
+def test_a_stale_latest_is_said(tmp_path: Path) -> None:
+    shutil.copytree(DECAY, tmp_path / "run")
+    tag = (tmp_path / "run/latest").read_text().strip()
+    later = tmp_path / "run/global_step9"
+    shutil.copytree(tmp_path / "run" / tag, later)
+    model = later / "mp_rank_00_model_states.pt"
+    edited(model, model, lambda saved: saved.update(global_steps=9))
+    _, found = said(tmp_path / "run")
+    assert found["step"] == 3 and found["verdict"] == "careful"
+    newest = next(d for d in found["differences"] if d["setting"] == "newest")
+    assert "global_step9" in newest["new"]
+
+
+# --- what teams name with --config --------------------------------------------------------------------
+
+BASE = """
+_base_ = []
+batch_size = 4
+train_dataloader = dict(batch_size=2, num_workers=2, dataset=dict(type='A'))
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
+default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=5))
+"""
+CHILD = """
+_base_ = ['./_base_/run.py', '../outside.py']
+__import__('os').system('touch MARK')
+train_dataloader = dict(batch_size=8)
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=0.5), accumulative_counts=3)
+train_cfg = dict(by_epoch=False, max_iters=99)
+"""
+
+
+def test_mmengines_configuration_is_read_as_data_with_its_bases(tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    (folder / "_base_").mkdir(parents=True)
+    (folder / "_base_/run.py").write_text(BASE)
+    (tmp_path / "outside.py").write_text("train_dataloader = dict(batch_size=77, extra=1)")
+    (folder / "run.py").write_text(CHILD.replace("MARK", str(tmp_path / "executed")))
+    stated = read_config(folder / "run.py").stated
+    assert (stated.micro, stated.accumulation, stated.lr, stated.steps) == (8, 3, 0.5, 99)
+    assert stated.values["optim_wrapper"]["optimizer"] == {"type": "AdamW", "lr": 0.5}  # type: ignore[index]
+    assert stated.values["train_dataloader"]["num_workers"] == 2  # type: ignore[index]
+    assert "extra" not in stated.values["train_dataloader"]  # type: ignore[operator]
+    assert stated.unread == ("../outside.py",)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_mmengine_run_against_its_new_configuration(tmp_path: Path) -> None:
+    old = tmp_path / "old.py"
+    old.write_text(
+        BASE.replace("lr=0.01))", "lr=0.01), accumulative_counts=2)")
+        + "train_cfg = dict(by_epoch=False, max_iters=2000)\n"
+    )
+    path = mmengine(tmp_path, lambda model: model["meta"].update(cfg=old.read_text()))
+    _, found = said(path, "--config", old)
+    assert found["differences"] == []
+    new = tmp_path / "new.py"
+    text = old.read_text().replace("interval=5", "interval=9").replace("batch_size=2", "batch_size=4")
+    new.write_text(text.replace("num_workers=2", "num_workers=8").replace("'SGD'", "'Adam'"))
+    code, found = said(path, "--config", new)
+    classes = {d["setting"]: d["class"] for d in found["differences"]}
+    assert code == 1
+    assert classes["default_hooks.checkpoint.interval"] == "safe"
+    assert classes["train_dataloader.num_workers"] == "safe"
+    assert classes["optim_wrapper.optimizer.type"] == "impossible"
+    assert classes["effective batch"] == "careful"
+
+
+@pytest.mark.parametrize(
+    ("text", "stated"),
+    [
+        ("OPTIMIZATION:\n  BATCH_SIZE_PER_GPU: 4\n  NUM_EPOCHS: 80\n  LR: 1e-3\n", (4, None, 1e-3, 80)),
+        ("train:\n  batch_size: 16\n  lr: 0.1\nmax_epochs: 5\naccumulate_grad_batches: 2", (16, 2, 0.1, 5)),
+        ("train:\n  batch_size: 16\nval:\n  batch_size: 8\nlr: 0.1\n", (None, None, 0.1, None)),
+    ],
+)
+def test_yaml_says_batch_rate_and_length(text: str, stated: tuple[Any, ...], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    found = read_config(tmp_path / "run.yaml").stated
+    assert (found.micro, found.accumulation, found.lr, found.epochs) == stated
+
+
+def test_openpcdets_configuration_against_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "pointpillar.yaml").write_text("OPTIMIZATION:\n  BATCH_SIZE_PER_GPU: 4\n  NUM_EPOCHS: 4\n")
+    source = FIXTURES / "monolithic/pcdet/checkpoint_epoch_4.pth"
+    code, found = said(source, "--config", tmp_path / "pointpillar.yaml")
+    assert (code, found["verdict"]) == (0, "careful")
+    assert "finished" in line(found, "length")["text"]
+    assert line(found, "effective batch")["ok"] is not True
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x = 1\n", "def f(:\n", "\x00", "train_dataloader = " + "[" * 300 + "]" * 300]
+)
+def test_a_python_file_without_settings_is_explained(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(text)
+    ran = run("resume-check", MMENGINE, "--config", tmp_path / "run.py")
+    assert (ran.code, ran.out) == (2, "") and "error[run-config]" in ran.err
+
+
+def test_bases_that_name_each_other_end(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("_base_ = 'b.py'\ntrain_dataloader = dict(batch_size=3)\n")
+    (tmp_path / "b.py").write_text("_base_ = 'a.py'\n")
+    found = foretell(Target.find(MMENGINE), read_config(tmp_path / "a.py"))
+    assert found.step == 3
+
+
+# --- what the checkpoint says against itself: verify's findings are resume-check's classes --------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_contradiction_is_never_safe(name: str, tmp_path: Path) -> None:
+    """An error is what DeepSpeed fails on or loses state by: impossible. A warning is careful."""
+    change, severity, _, _, _ = CASES[name]
+    shutil.copytree(DECAY, tmp_path / "copy")
+    change(tmp_path / "copy/global_step3")
+    code, found = said(tmp_path / "copy", "--full")
+    assert found["verdict"] == ("impossible" if severity == "error" else "careful"), found["checks"]
+    assert code == (1 if severity == "error" else 0)
+    assert any(check["ok"] is False for check in found["checks"])
