@@ -25,6 +25,7 @@ class Finding:
     message: str
     why: str = ""
     hint: str = ""
+    exit_code: int = 1  # 2: an error that says nothing about the checkpoint, such as no permission
 
     @property
     def text(self) -> str:
@@ -42,6 +43,7 @@ def of_error(error: CkptError) -> Finding:
         message=error.message,
         why=error.why,
         hint=error.hint,
+        exit_code=error.exit_code,
     )
 
 

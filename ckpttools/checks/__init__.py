@@ -6,7 +6,7 @@ bytes of the tensors alone. `check_before_use` is for commands that write from a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +15,23 @@ from typing import TYPE_CHECKING
 from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint, Layout, TrainState
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
+from ckpttools.checks.causes import by_cause
 from ckpttools.checks.configs import check_configs
 from ckpttools.checks.files import dangers_at
 from ckpttools.checks.headers import check_headers
+from ckpttools.checks.held import KEYS, Held, check_held, holds, lacks
 from ckpttools.checks.keys import check_keys
 from ckpttools.checks.manifests import check_manifest, entry_of, ranges_of, stated
 from ckpttools.checks.manifests import describe as describe_files
 from ckpttools.checks.parts import check_parts
 from ckpttools.checks.rates import check_rates
-from ckpttools.checks.verdict import Verdict
+from ckpttools.checks.verdict import Verdict, refused
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.errors import CkptError, Unsupported
-from ckpttools.findings import ERROR, INFO, Finding, of_error
+from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.findings import ERROR, INFO, Finding
 from ckpttools.formats import Source, locate
+from ckpttools.formats.zero.names import MODEL
 from ckpttools.progress import Progress
 from ckpttools.stores.links import within
 
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 PARTS = "parts"  # a layout that is only checked file by file
 Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar
 
-__all__ = ["Finding", "Verdict", "check_before_use", "manifest_of", "manifest_of_staged", "verify"]
+__all__ = ["Finding", "Verdict", "check_before_use", "manifest_of", "manifest_of_staged", "refused", "verify"]
 
 
 def verify(
@@ -47,10 +50,13 @@ def verify(
     *,
     quick: bool = False,
     describe: bool = False,
+    require: Collection[str] = (),
     workers: int = 0,
     bar: Bar | None = None,
 ) -> Verdict:
     """Check the one checkpoint that `path` means; `describe` it also for a manifest, from the same bytes.
+
+    What of `require` (held.KEYS) it lacks is an error.
 
     Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked; damage is
     reported in the verdict.
@@ -67,9 +73,10 @@ def verify(
         dangerous = [] if path.is_dir() else dangers_at(path)
         if error.exit_code != 1 and not dangerous:
             raise
-        return Verdict(path=path, format=None, state=TrainState(), findings=(*dangerous, of_error(error)))
+        return refused(path, error, dangerous)
     with within(path):
         pointers = [*check_last_checkpoint(path), *(check_pointer(path, source) if tag is None else ())]
+    held: Held = {}
     with within(source.root):
         findings, found, files = (
             check_parts(path, unsupported) if unsupported else check_headers(source, in_parts=True)
@@ -78,6 +85,8 @@ def verify(
         findings += [*beside, *pointers]
         if found is not None:
             findings += check_keys(found)
+            held = holds(source, found) if unsupported is None else dict.fromkeys(KEYS)
+            findings += check_held(found, held, require)
             if unsupported is None:
                 findings += check_rates(source, found)
             if source.format == "hf" and source.target.is_dir():
@@ -95,20 +104,45 @@ def verify(
             nbytes = sum(task.nbytes for task in tasks)
             hashes = ranges_of([p for p in own if describe or said.covers(p)], found, files)
             with bar(nbytes) if bar else nullcontext() as progress:
-                more, digests = check_contents(found, tasks, hashes, workers, progress)
+                more, digests = check_contents(found, files, tasks, hashes, workers, progress)
             findings += more
             if found is not None and not quick:
                 findings += check_untouched(found)
         findings += check_manifest(source.target, said, digests)
         described = {p.name: entry_of(p, digests) for p in own if p in digests} if describe else None
+    findings = by_cause(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO)))
     return Verdict(
         path=path,
         format=found.layout.format if found else source.format,
         state=found.train_state if found else TrainState(),
-        findings=tuple(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO))),
+        findings=(*findings, *_rescue(source, findings, quick=quick, workers=workers)),
         nbytes_read=nbytes,
         manifest=None if described is None else (manifest.place(source.target), manifest.dump(described)),
+        lacks=lacks(held),
     )
+
+
+def _rescue(source: Source, findings: list[Finding], *, quick: bool, workers: int) -> Iterator[Finding]:
+    """What is left where optimizer files are lost or damaged: the model file, if it is whole by itself."""
+    bad = {Path(f.file) for f in findings if f.severity == ERROR and f.exit_code == 1}
+    if source.format != "zero" or not bad or not source.target.is_dir():
+        return
+    models = [path for path in source.target.iterdir() if MODEL.fullmatch(path.name)]
+    if len(models) != 1 or models[0] in bad:
+        return
+    try:
+        whole = verify(models[0], quick=quick, workers=workers).ok
+    except CkptError:
+        return
+    if whole:
+        yield Finding(
+            id="rescue",
+            severity=INFO,
+            file=str(models[0]),
+            where="",
+            message=f"the weights{' (their headers)' if quick else ''} are whole: "
+            f"ckpt extract {escape(models[0], 1000)} --weights-only",
+        )
 
 
 def manifest_of(

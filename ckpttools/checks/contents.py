@@ -21,6 +21,7 @@ from ckpttools.tensors import ByteRange, TensorRef
 
 # optimizer state that is a running mean (or sum) of squares
 SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
+NAMED = 8  # tensors of one damaged record
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
 
 
@@ -97,6 +98,7 @@ def _records(found: Checkpoint) -> Iterator[ByteRange]:
 
 def check_contents(
     found: Checkpoint | None,
+    files: list[TorchFile],
     tasks: list[data.Task],
     hashes: Mapping[Path, Ranges],
     workers: int,
@@ -110,14 +112,26 @@ def check_contents(
         passed = run(tasks, checks, hashes=hashes, workers=workers, progress=progress)
     except CkptError as error:
         return [of_error(error)], {}
-    return _data_findings(found, passed.results) if found else [], passed.digests
+    return _data_findings(found, files, passed.results) if found else [], passed.digests
 
 
-def _data_findings(found: Checkpoint, results: list[data.Result]) -> list[Finding]:
-    """Results as findings: per tensor rather than per block, and the first few of each kind and file."""
+def _data_findings(found: Checkpoint, files: list[TorchFile], results: list[data.Result]) -> list[Finding]:
+    """Results as findings: per tensor rather than per block, and the first few of each kind and file.
+
+    What else is wrong with a tensor whose checksum is wrong follows from that.
+    """
     findings: dict[tuple[str, str, str], Finding] = {}
+    bad = [result.check.source for result in results if isinstance(result, data.BadChecksum)]
+    within = _within(found, files, bad)
+    damaged = {name for names in within.values() for name in names}
     for result in results:
+        if not isinstance(result, data.BadChecksum) and result.name in damaged:
+            continue
         finding = _of_result(found, result)
+        if isinstance(result, data.BadChecksum) and (names := within[result.check.source]):
+            rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            message = f"{finding.message}; tensors in them: {', '.join(names[:NAMED])}{rest}"
+            finding = replace(finding, message=message)
         findings.setdefault((finding.id, finding.file, finding.where), finding)
     kept: list[Finding] = []
     more: dict[tuple[str, str], list[Finding]] = {}
@@ -131,6 +145,26 @@ def _data_findings(found: Checkpoint, results: list[data.Result]) -> list[Findin
             message = f"and {len(same) - SHOWN} more tensors of this file"
             kept.append(replace(same[-1], where="", message=message))
     return kept
+
+
+def _within(
+    found: Checkpoint, files: list[TorchFile], sources: list[ByteRange]
+) -> dict[ByteRange, list[str]]:
+    """The tensors that have bytes in each of these ranges."""
+    names: dict[ByteRange, dict[str, None]] = {source: {} for source in sources}
+    for name, ref in (*found.master.items(), *_tensors(found, files)) if sources else ():
+        for chunk in ref.chunks:
+            if not isinstance(chunk, ByteRange):
+                continue
+            for source in sources:
+                low, high = max(chunk.start, source.start), min(_end(chunk), _end(source))
+                if chunk.path == source.path and low < high:
+                    names[source].setdefault(name)
+    return {source: list(found) for source, found in names.items()}
+
+
+def _end(source: ByteRange) -> int:
+    return source.start + source.nbytes
 
 
 def _of_result(found: Checkpoint, result: data.Result) -> Finding:

@@ -26,7 +26,7 @@ from ckpttools.formats.monolithic import OPTIMIZER
 
 NAMED = re.compile(r"epoch_\d+_step_\d+\.pt")
 # besides counters.SCHEDULER, whose states are shown: OpenPCDet's forks
-_SCHEDULERS = (*SCHEDULER, "scheduler_state", "lr_scheduler_state_dict")
+SCHEDULERS = (*SCHEDULER, "scheduler_state", "lr_scheduler_state_dict")
 
 
 def check_keys(found: Checkpoint) -> Iterator[Finding]:
@@ -47,7 +47,7 @@ def check_keys(found: Checkpoint) -> Iterator[Finding]:
             why="a resume would fail, or start from a default",
             hint="use another checkpoint to resume from; the weights may still be good",
         )
-    if missing or _holds(root, OPTIMIZER):
+    if missing or has_any(root, OPTIMIZER):
         have, lack = _inventory(root, found.train_state)
         yield Finding(
             id="training-keys",
@@ -64,12 +64,13 @@ def _inventory(root: fields.Mapping, state: TrainState) -> tuple[list[str], list
     step = state.step if state.step is not None else state.iteration
     values = {"epoch": state.epoch, "step": step, "train_loss": state.train_loss, "val_loss": state.val_loss}
     parts = [(name, value is not None, f" {value}") for name, value in values.items()]
-    parts += [("optimizer", _holds(root, OPTIMIZER), ""), ("scheduler", _holds(root, _SCHEDULERS), "")]
+    parts += [("optimizer", has_any(root, OPTIMIZER), ""), ("scheduler", has_any(root, SCHEDULERS), "")]
     have = [name + shown for name, there, shown in parts if there]
     return have, [name for name, there, _ in parts if not there]
 
 
-def _holds(root: fields.Mapping, keys: tuple[str, ...]) -> bool:
+def has_any(root: fields.Mapping, keys: tuple[str, ...]) -> bool:
+    """Whether one of the keys holds more than an empty dict or list."""
     return any(_is_filled(root.get(key)) for key in keys)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,12 +14,25 @@ from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PATH, QUIET, TAG, WORKERS
 from ckpttools.errors import CkptError, escape
 
+if TYPE_CHECKING:
+    from ckpttools.checks import Verdict
+    from ckpttools.operations.writing import Bar
+
 MARK = {"error": "ERROR", "warning": "warning", "info": "note"}
+IN_THE_LINE = {"training-lacks"}  # notes that a checkpoint's own line says
+AT_THE_END = {"rescue"}
 
 
 @click.command("verify")
 @click.argument("src", nargs=-1, required=True, type=PATH)
 @click.option("--quick", is_flag=True, help="Headers and the files against each other; no tensor is read.")
+@click.option("--newest", is_flag=True, help="Of a run, only the checkpoint that a resume would take.")
+@click.option(
+    "--require",
+    metavar="KEYS",
+    default="",
+    help="What must be there: optimizer, scheduler, step, epoch, train_loss, val_loss.",
+)
 @click.option(
     "--write-manifest",
     is_flag=True,
@@ -34,6 +47,8 @@ MARK = {"error": "ERROR", "warning": "warning", "info": "note"}
 def command(
     src: tuple[Path, ...],
     quick: bool,
+    newest: bool,
+    require: str,
     write_manifest: bool,
     tag: str | None,
     as_json: bool,
@@ -44,48 +59,67 @@ def command(
     """Check that SRC is whole: structure, checksums, completeness, and that its files belong together.
 
     Reads every byte once; --quick reads headers only. For ZeRO, the fp32 master weights are compared with the
-    16-bit weights bit for bit, which proves that the shards belong to the model file. Exit code 0: clean,
-    1: a problem was found, 2: a path is not a checkpoint or cannot be read.
+    16-bit weights bit for bit, which proves that the shards belong to the model file. A run or a tree of runs
+    means every checkpoint in it, newest first; --newest takes one. Exit code 0: clean, 1: a problem was
+    found, 2: a path is not a checkpoint or cannot be read.
 
     A ckpt-manifest.json in the folder, or NAME.ckpt-manifest.json beside a single file, is always checked: it
     finds every changed byte in any format. --write-manifest writes it, or writes it anew, when nothing is
     wrong.
     """
-    from ckpttools.checks import Verdict, verify
+    from ckpttools.operations.verify import known
 
+    keys = known([key.strip() for key in require.replace("-", "_").split(",") if key.strip()])
     verdicts: list[Verdict] = []
-    refused: list[tuple[Path, CkptError]] = []
+    several = len(src) > 1
     for path in src:
-        try:
-            verdict = verify(
-                path,
-                tag,
-                quick=quick,
-                describe=write_manifest,
-                workers=workers,
-                bar=lambda n: render.bar(n, "verify", enabled=not (no_progress or quiet)),
-            )
-        except CkptError as error:
-            if len(src) == 1:
-                raise
-            refused.append((path, error))
-            continue
-        verdicts.append(verdict)
-        if verdict.manifest is not None and verdict.ok:
-            _write_manifest(*verdict.manifest, quiet=quiet)
-        if not as_json:
-            _show(verdict, quick=quick, quiet=quiet, brief=len(src) > 1)
-    ok = all(verdict.ok for verdict in verdicts) and not refused
+        for verdict in _verdicts(
+            path,
+            tag,
+            newest,
+            alone=not several,
+            bars=render.bars(enabled=not (no_progress or quiet)),
+            quick=quick,
+            describe=write_manifest,
+            require=keys,
+            workers=workers,
+        ):
+            several = several or verdict.path != path
+            verdicts.append(verdict)
+            if verdict.manifest is not None and verdict.ok:
+                _write_manifest(*verdict.manifest, quiet=quiet)
+            if not as_json:
+                _show(verdict, quick=quick, quiet=quiet, brief=several and not newest)
     if as_json:
-        render.document({"ok": ok, "checkpoints": [*map(_json, verdicts), *map(_refused_json, refused)]})
-    elif len(src) > 1:
-        for path, problem in refused:
-            click.echo(f"{escape(path)}: could not check: {escape(problem.message)} [{problem.id}]")
-        good = sum(verdict.ok for verdict in verdicts)
-        click.echo(f"{good} of {len(src)} checkpoints are good")
-    if any(not verdict.ok for verdict in verdicts) or any(problem.exit_code == 1 for _, problem in refused):
-        return 1
-    return 2 if refused else 0
+        ok = all(verdict.ok for verdict in verdicts)
+        render.document({"ok": ok, "checkpoints": list(map(_json, verdicts))})
+    elif len(verdicts) > 1:
+        click.echo(_totals(verdicts))
+    return min((verdict.exit_code for verdict in verdicts if not verdict.ok), default=0)
+
+
+def _verdicts(
+    path: Path,
+    tag: str | None,
+    newest: bool,
+    *,
+    alone: bool,
+    bars: Bar,
+    **options: Any,
+) -> Iterator[Verdict]:
+    """The verdicts on all that one argument means; `alone`, what cannot be checked ends the command."""
+    from ckpttools.checks import refused, verify
+    from ckpttools.operations.verify import verify_all
+
+    try:
+        if tag is None:
+            yield from verify_all(path, newest=newest, bar=bars, **options)
+        else:
+            yield verify(path, tag, bar=lambda n: bars(n, "verify"), **options)
+    except CkptError as error:
+        if alone:
+            raise
+        yield refused(path, error)
 
 
 def _write_manifest(place: Path, contents: bytes, *, quiet: bool) -> None:
@@ -101,21 +135,19 @@ def _write_manifest(place: Path, contents: bytes, *, quiet: bool) -> None:
     render.say(f"wrote {escape(place)}", quiet=quiet)
 
 
-def _show(verdict: Any, *, quick: bool, quiet: bool, brief: bool) -> None:
-    errors = [f for f in verdict.findings if f.severity == "error"]
-    warnings = [f for f in verdict.findings if f.severity == "warning"]
-    shown = errors + warnings if brief or quiet else list(verdict.findings)
+def _show(verdict: Verdict, *, quick: bool, quiet: bool, brief: bool) -> None:
+    """One line, and the findings below it; of several checkpoints, without the notes."""
     state = "".join(f", {name} {_number(value)}" for name, value in _progress(verdict) if value is not None)
+    line = f"{escape(verdict.path)}: {verdict.words} ({verdict.format or 'unreadable'}{state}"
     if verdict.ok:
-        read = "headers only" if quick else f"{render.size(verdict.nbytes_read)} of data read"
-        word = "good" if not warnings else f"good, with {len(warnings)} warnings"
-        line = f"{escape(verdict.path)}: {word} ({verdict.format}{state}; {read})"
-    else:
-        line = f"{escape(verdict.path)}: BAD: {len(errors)} errors ({verdict.format or 'unreadable'}{state})"
+        line += f"; no {', no '.join(verdict.lacks)}" if verdict.lacks else ""
+        line += "; headers only" if quick else f"; {render.size(verdict.nbytes_read)} of data read"
     if not (quiet and verdict.ok):
-        click.echo(line)
+        click.echo(f"{line})")
     hints: dict[str, None] = {}
-    for finding in shown:
+    for finding in verdict.findings:
+        if finding.severity == "info" and (brief or quiet or finding.id in IN_THE_LINE | AT_THE_END):
+            continue
         file = escape(_short(finding.file, verdict.path), 400)
         place = " ".join(part for part in (file, escape(finding.where, 300)) if part)
         message = escape(finding.text, 1000)
@@ -124,9 +156,19 @@ def _show(verdict: Any, *, quick: bool, quiet: bool, brief: bool) -> None:
             hints.setdefault(finding.hint)
     for hint in hints:
         click.echo(f"  hint: {escape(hint, 500)}")
+    for finding in verdict.findings:
+        if finding.id in AT_THE_END:
+            click.echo(f"  {escape(finding.text, 1000)}")
 
 
-def _progress(verdict: Any) -> Iterator[tuple[str, int | float | None]]:
+def _totals(verdicts: list[Verdict]) -> str:
+    good = sum(verdict.ok for verdict in verdicts)
+    unread = sum(verdict.exit_code == 2 for verdict in verdicts)
+    rest = f"; {unread} could not be checked" if unread else ""
+    return f"{good} of {len(verdicts)} checkpoints are good{rest}"
+
+
+def _progress(verdict: Verdict) -> Iterator[tuple[str, int | float | None]]:
     """Where training stood, as far as the checkpoint says: what both outputs show."""
     state = verdict.state
     yield "step", state.step
@@ -148,7 +190,7 @@ def _short(file: str, path: Path) -> str:
     return "" if relative == Path() else str(relative)
 
 
-def _json(verdict: Any) -> dict[str, object]:
+def _json(verdict: Verdict) -> dict[str, object]:
     return {
         "path": str(verdict.path),
         "format": verdict.format,
@@ -165,26 +207,4 @@ def _json(verdict: Any) -> dict[str, object]:
             }
             for f in verdict.findings
         ],
-    }
-
-
-def _refused_json(item: tuple[Path, CkptError]) -> dict[str, object]:
-    path, error = item
-    finding = {
-        "id": error.id,
-        "severity": "error",
-        "file": error.where,
-        "where": "",
-        "message": error.message,
-        "hint": error.hint,
-    }
-    return {
-        "path": str(path),
-        "format": None,
-        "ok": False,
-        "step": None,
-        "epoch": None,
-        "train_loss": None,
-        "val_loss": None,
-        "findings": [finding],
     }

@@ -1,21 +1,110 @@
-"""Every check on one checkpoint."""
+"""Every check: on one checkpoint, or on everything that a folder holds."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from ckpttools import checks
-from ckpttools.checks import Verdict
+from ckpttools import checks, runs
+from ckpttools.checks import Verdict, refused
+from ckpttools.checks.held import KEYS
+from ckpttools.errors import CkptError, UsageError
+from ckpttools.formats import locate
+from ckpttools.operations.writing import Bar
 
 
-def verify(path: str | Path, *, tag: str | None = None, quick: bool = False, workers: int = 0) -> Verdict:
+def verify(
+    path: str | Path,
+    *,
+    tag: str | None = None,
+    quick: bool = False,
+    require: Collection[str] = (),
+    workers: int = 0,
+) -> Verdict:
     """Whether a checkpoint is whole: structure, checksums, completeness, and that its files belong together.
 
-    Damage is in the verdict's findings. `quick` leaves the bytes of the tensors alone. Raises UsageError
-    where there is nothing that can be checked.
+    Damage is in the verdict's findings. `quick` leaves the bytes of the tensors alone; `require` names what
+    must be there (optimizer, scheduler, step, epoch, train_loss, val_loss). Raises UsageError where there is
+    nothing that can be checked.
 
     >>> verdict = verify("fixtures/trainer/z2_bf16_2")
     >>> verdict.ok, verdict.format, verdict.state.step
     (True, 'zero2', 3)
     """
-    return checks.verify(Path(path), tag, quick=quick, workers=workers)
+    return checks.verify(Path(path), tag, quick=quick, require=known(require), workers=workers)
+
+
+def known(require: Collection[str]) -> Collection[str]:
+    """The keys that can be asked for. Raises UsageError for another."""
+    for key in require:
+        if key not in KEYS:
+            raise UsageError(
+                "bad-usage", f"{key!r} cannot be required", hint=f"what can be: {', '.join(KEYS)}"
+            )
+    return require
+
+
+def members(path: str | Path, *, newest: bool = False) -> tuple[Path, ...]:
+    """The checkpoints that a path means: itself, or all that a run or a tree of runs holds, newest first.
+
+    `newest` is the one that a resume would take. Raises CkptError where a pointer leads nowhere.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return (path,)
+    if newest:
+        return (runs.newest(path).path,)
+    found = runs.find(path)
+    if len(found) == 1 and found[0].path != path:
+        try:
+            locate(path)
+        except UsageError:
+            return (found[0].path,)
+        except CkptError:
+            return (path,)  # its own verdict says what is wrong
+    return tuple(entry.path for entry in found) if len(found) > 1 else (path,)
+
+
+def verify_all(
+    path: str | Path,
+    *,
+    newest: bool = False,
+    quick: bool = False,
+    describe: bool = False,
+    require: Collection[str] = (),
+    workers: int = 0,
+    bar: Bar | None = None,
+) -> Iterator[Verdict]:
+    """The verdict on each checkpoint of a folder, newest first; one of several that cannot be checked has a
+    verdict too. Raises UsageError where nothing can be checked.
+
+    >>> [verdict.path.name for verdict in verify_all("fixtures/hf-trainer/plain")]
+    ['checkpoint-4', 'checkpoint-2']
+    """
+    require = known(require)
+    paths = members(path, newest=newest)
+    for each in paths:
+        shown = _labelled(bar, each.name) if bar is not None else None
+        try:
+            yield checks.verify(
+                each, quick=quick, describe=describe, require=require, workers=workers, bar=shown
+            )
+        except CkptError as error:
+            if len(paths) == 1:
+                raise
+            yield refused(each, error)
+    if len(paths) > 1:
+        yield from _pointers(Path(path))
+
+
+def _pointers(folder: Path) -> Iterator[Verdict]:
+    """A run's pointer that leads nowhere: no checkpoint is bad, and a resume from the run would fail."""
+    try:
+        runs.newest(folder)
+    except CkptError as error:
+        yield replace(refused(folder, error), format="run")
+
+
+def _labelled(bar: Bar, label: str) -> checks.Bar:
+    return lambda nbytes: bar(nbytes, label)

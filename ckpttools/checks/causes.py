@@ -1,0 +1,57 @@
+"""One cause, one finding: what follows from another finding is counted there, and not listed.
+
+A file that several checks stumble over is named once. Where a shard was swapped, or is of another save, every
+tensor in it differs: the cause leads, "and N tensors differ in consequence".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ckpttools.findings import ERROR, Finding
+
+# what makes a whole file the wrong one
+CAUSES = ("rank-misplaced", "file-renamed", "step-mismatch")
+# what is then to be expected of every tensor in it
+TENSORS = ("master-mismatch", "moments-disagree", "negative-square")
+CONSEQUENCES = (*TENSORS, "mapping-mismatch", "partition-size", "padding-mismatch")
+ALIKE = 3  # tensors of one file that are named one by one; more are one finding
+NAMED = 8
+
+
+def by_cause(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings without repetitions and consequences, otherwise in their order."""
+    once = {(f.id, f.file, f.where, f.message): f for f in reversed(list(findings))}
+    kept = list(reversed(once.values()))
+    causes = [f for f in kept if f.id in CAUSES and f.severity == ERROR]
+    wrong = dict.fromkeys(f.file for f in causes)
+    for file in wrong:
+        lead, *others = [f for f in causes if f.file == file]
+        follows = [f for f in kept if f.file == file and (f.id in CONSEQUENCES or f in others)]
+        tensors = len([f for f in follows if f.id in TENSORS])
+        kept = [f for f in kept if f not in follows]
+        also = [f.message for f in others]
+        if tensors:
+            also.append(f"{tensors} tensor{'s differ' if tensors > 1 else ' differs'} in consequence")
+        if also:
+            kept[kept.index(lead)] = replace(lead, message="; and ".join([lead.message, *also]))
+    return _alike(kept)
+
+
+def _alike(findings: list[Finding]) -> list[Finding]:
+    """Many tensors of one file that differ from another file's are one finding: it is not of the save."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        if finding.id in TENSORS and finding.where:
+            groups.setdefault((finding.id, finding.file), []).append(finding)
+    out: list[Finding] = []
+    for finding in findings:
+        group = groups.get((finding.id, finding.file), [])
+        if len(group) <= ALIKE or finding not in group:
+            out.append(finding)
+        elif finding is group[0]:
+            names = ", ".join(f.where for f in group[:NAMED])
+            more = f" and {len(group) - NAMED} more" if len(group) > NAMED else ""
+            out.append(replace(finding, message=f"{len(group)} tensors ({names}{more}); {finding.message}"))
+    return out
