@@ -119,7 +119,7 @@ class BatchField:
     """A saved batch setting."""
 
     name: str
-    which: Literal["total", "micro", "accumulation", "step"]
+    which: What
     value: int
     places: tuple[Place, ...]
 
@@ -164,6 +164,8 @@ class Training:
     configuration: Mapping[str, object] = field(default_factory=dict)  # that the run was started with
     marker: Place | None = None  # where a rebase is noted; its value in `marked`
     marked: Mapping[str, object] | None = None
+    # what the new run's configuration calls the parts of its batch: part, setting, whose
+    batch_names: tuple[tuple[What, str, str], ...] = ()
     outside: tuple[str, ...] = ()  # what the user must set in the new run, in words
     notes: tuple[str, ...] = ()
 
@@ -216,8 +218,8 @@ def merge(first: Training, *others: Training) -> Training:
             found[entry.name] = tuple(item for each in values for item in each)
         else:
             found[entry.name] = next((value for value in values if value is not None), None)
-    kept = {
-        name: getattr(first, name)
-        for name in ("framework", "unit", "remainder", "drop_last", "configuration")
-    }
+    own = ("framework", "unit", "remainder", "drop_last", "configuration")
+    kept = {name: getattr(first, name) for name in own}
+    if first.batch_names:  # whoever drives DeepSpeed configures it
+        kept["batch_names"] = first.batch_names
     return replace(first, **(found | kept))

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 @click.option(
     "--counters-only", is_flag=True, help="No schedule is saved, or leave it alone: move the counters only."
 )
+@click.option("--again", is_flag=True, help="Rebase what a rebase made: another change on top of it.")
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -89,7 +90,7 @@ def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **o
     asked = {field.name: options.pop(field.name) for field in fields(Request) if field.name in options}
     if plot is not None:
         _check_plot(plot, src)
-    ready = prepare(src, dst, Request(**asked, again=options["force"]), tag)
+    ready = prepare(src, dst, Request(**asked), tag)
     result, quiet = ready.rebased, options["quiet"]
     if not options["as_json"] and not quiet:
         click.echo("\n".join(_text(result, ready.source.root)), err=not options["dry_run"])
@@ -124,11 +125,12 @@ def _text(result: Rebased, root: Path) -> Iterator[str]:
         yield "nothing changes: " + ("the batch is the same" if same else "nothing here counts iterations")
     else:
         yield render.table(_rows(result, root), ("what", "field", "old", "new", "in"))
-    if result.settings or (result.outside and not result.is_identity):
+    if result.settings or result.outside:
         yield ""
         yield "set in the new run, which no checkpoint carries:"
         for setting in result.settings:
-            yield f"  {escape(setting.where)}: {escape(setting.name)} = {setting.new} (was {setting.old})"
+            was = "as before" if setting.new == setting.old else f"was {setting.old}"
+            yield f"  {escape(setting.where)}: {escape(setting.name)} = {setting.new} ({was})"
         for text in result.outside:
             yield f"  {text}"
     yield ""

@@ -5,13 +5,17 @@ from __future__ import annotations
 from ckpttools.checkpoint import TrainState
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, plain
+from ckpttools.schedules.evidence import What
 
-STEP = ("global_step", "step", "global_steps", "total_steps", "it", "iteration", "iter")
-ITERATION = ("iter", "iteration", "it")
-EPOCH = ("epoch", "current_epoch", "epochs")
+STEP = ("global_step", "step", "global_steps", "total_steps", "iteration", "iter", "it")
+ITERATION = ("iteration", "iter", "it")
+EPOCH = ("epoch", "current_epoch")
+TOTAL = ("max_steps", "total_iters", "max_iters")
+DATASET = ("dataset_size", "num_train_samples", "train_samples")
 SCHEDULER = (
-    "lr_scheduler",
     "scheduler_state_dict",
+    "lr_scheduler_state_dict",
+    "lr_scheduler",
     "scheduler",
     "lr_schedulers",
     "param_schedulers",
@@ -20,6 +24,19 @@ SCHEDULER = (
 TRAIN_LOSS = ("train_loss", "loss")
 VAL_LOSS = ("val_loss", "valid_loss", "eval_loss")
 SAMPLES = ("global_samples", "samples_seen", "consumed_samples")
+# how training code names the parts of a batch
+BATCH_NAMES: dict[str, What] = {
+    "train_micro_batch_size_per_gpu": "micro",
+    "per_device_train_batch_size": "micro",
+    "micro_batch_size": "micro",
+    "batch_size_per_gpu": "micro",
+    "train_batch_size": "total",
+    "global_batch_size": "total",
+    "effective_batch_size": "total",
+    "gradient_accumulation_steps": "accumulation",
+    "accumulation_steps": "accumulation",
+    "world_size": "ranks",
+}
 # ds_config's names for the three parts of a batch
 BATCH = {
     "global": "train_batch_size",

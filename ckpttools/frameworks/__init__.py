@@ -1,6 +1,7 @@
 """How far training is, for every container: `read` gives a Training; nothing is changed here.
 
 deepspeed     a ZeRO folder's own counters, schedulers and shards
+client        keys that other code adds to it, and training_info.json beside it
 reference     the keys that `ckpt train` adds to it
 lightning     its loops, in a single file or in a ZeRO folder's model file
 mmengine      meta, message_hub, param_schedulers: likewise
@@ -18,7 +19,7 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import Unsupported
 from ckpttools.formats.locate import Source
 from ckpttools.formats.zero.read import ZeroFolder
-from ckpttools.frameworks import deepspeed, huggingface, lightning, mmengine, reference, single
+from ckpttools.frameworks import client, deepspeed, huggingface, lightning, mmengine, reference, single
 from ckpttools.stores.links import within
 from ckpttools.training import Training, merge
 
@@ -63,4 +64,5 @@ def _zero(source: Source, folder: ZeroFolder) -> Training:
         return merge(huggingface.read(source.root, deepspeed=True), own)
     if huggingface.is_accelerate(source.root):
         return merge(huggingface.read_accelerate(source.root, updates=own.count), own)
-    return own
+    found = (client.of_model_file(own, model), client.of_bundle(own, source.root))
+    return merge(own, *(each for each in found if each is not None))

@@ -15,9 +15,10 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.counters import BATCH
 from ckpttools.formats.zero.read import ZeroFolder
 from ckpttools.frameworks import parts
-from ckpttools.schedules.evidence import of_deepspeed
+from ckpttools.schedules.evidence import What, of_deepspeed
 from ckpttools.training import BatchField, Counter, OptimizerSettings, SavedSchedule, Training
 
+WHICH: dict[str, What] = {"global": "total", "micro": "micro", "accumulation": "accumulation"}
 OWN = {"last_batch_iteration"}  # the whole state of each of DeepSpeed's schedulers
 
 
@@ -42,6 +43,11 @@ def read(folder: ZeroFolder) -> Training:
         optimizers=tuple(_optimizers(folder)),
         schedules=tuple(_schedules(model, files)),
         batch_fields=tuple(_batch_fields(files)),
+        batch_names=tuple(
+            (what, BATCH[key], "ds_config")
+            for key, what in WHICH.items()
+            if key in batch or (key != "global" and not batch)
+        ),
         **parts.marked(model),
     )
 
@@ -89,14 +95,13 @@ def _sections(file: TorchFile) -> tuple[dict[str, object] | None, dict[str, obje
 
 
 def _batch_fields(files: list[TorchFile]) -> Iterator[BatchField]:
-    which = {"global": "total", "micro": "micro", "accumulation": "accumulation"}
     for name, key in BATCH.items():
         found = [(file, parts.integer(file, "ds_config", key)) for file in files]
         stated = [(file, number) for file, number in found if number is not None]
         if stated:
             yield BatchField(
                 name=f"ds_config.{key}",
-                which=which[name],  # type: ignore[arg-type]
+                which=WHICH[name],
                 value=stated[0][1],
                 places=tuple(place(file, "ds_config", key) for file, _ in stated),
             )

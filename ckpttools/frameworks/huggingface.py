@@ -88,10 +88,11 @@ def read(folder: Path, *, deepspeed: bool) -> Training:
         optimizers=() if deepspeed else tuple(_optimizer(folder / "optimizer.pt")),
         schedules=tuple(_schedule(folder / "scheduler.pt", arguments, total)),
         batch_fields=tuple(_batch_field(path, state)),
-        outside=(
-            "per_device_train_batch_size and gradient_accumulation_steps",
-            "save_steps, eval_steps and logging_steps, where they are numbers of steps",
+        batch_names=(
+            ("micro", "per_device_train_batch_size", "TrainingArguments"),
+            ("accumulation", "gradient_accumulation_steps", "TrainingArguments"),
         ),
+        outside=("save_steps, eval_steps and logging_steps, where they are numbers of steps",),
         notes=() if arguments else (f"{ARGUMENTS} is not here: which schedule it was is not known",),
         # DeepSpeed's model file holds the note where there is one
         marker=None if deepspeed else Place(file=folder / MARKER_FILE, at=()),
@@ -250,7 +251,11 @@ def read_accelerate(folder: Path, *, updates: int | None) -> Training:
         counters=tuple(_accumulated(folder, names)),
         optimizers=tuple(optimizers),
         schedules=tuple(saved),
-        outside=("the batch size of your data loader, and your own counters of steps and epochs",),
+        batch_names=(
+            ("micro", "the data loader's batch_size", "your training code"),
+            ("accumulation", "gradient_accumulation_steps", "Accelerator"),
+        ),
+        outside=("your own counters of steps and epochs",),
         notes=() if known or ranks < 2 or not saved else (ASSUMED,),
         marker=None if updates is not None else Place(file=folder / MARKER_FILE, at=()),
         marked=marked,

@@ -55,6 +55,10 @@ def read(file: TorchFile) -> Training:
         counters=tuple(_counters(file, max(1, len(optimizers)))),
         optimizers=optimizers,
         schedules=tuple(_schedules(file, len(optimizers) or 1)),
+        batch_names=(
+            ("micro", "the data loader's batch_size", "your training code"),
+            ("accumulation", "accumulate_grad_batches", "the Trainer"),
+        ),
         outside=("max_steps, val_check_interval and log intervals of the Trainer, where they count steps",),
         **parts.marked(file),
     )

@@ -14,10 +14,12 @@ from dataclasses import replace
 from ckpttools.containers.edit import at, place
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import parts
-from ckpttools.schedules.evidence import Fact, stated
+from ckpttools.schedules.evidence import Fact, What, stated
 from ckpttools.schedules.mmengine.config import settings
 from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Training
 
+CONFIG = "the MMEngine config"
+OUTSIDE = "val_interval, and the intervals of hooks that count iterations"
 RUNTIME = ("message_hub", "runtime_info")
 
 
@@ -54,7 +56,8 @@ def read(file: TorchFile, *, in_folder: bool = False) -> Training:
         optimizers=() if in_folder else tuple(_optimizers(file)),
         schedules=tuple(_schedules(file, batches, in_folder)),
         configuration=config,
-        outside=tuple(_outside(by_epoch=by_epoch)),
+        batch_names=tuple(_names(config)),
+        outside=() if by_epoch else (OUTSIDE,),
         **parts.marked(file),
     )
 
@@ -76,10 +79,16 @@ def _batch(config: Mapping[str, object]) -> Iterator[Fact]:
         yield from stated("accumulation", given or 1, f"optim_wrapper.accumulative_counts{default}")
 
 
-def _outside(*, by_epoch: bool) -> Iterator[str]:
-    yield "train_dataloader.batch_size"
-    if not by_epoch:
-        yield "val_interval, and the intervals of hooks that count iterations"
+def _names(config: Mapping[str, object]) -> Iterator[tuple[What, str, str]]:
+    """The settings of the new run's configuration."""
+    yield "micro", "train_dataloader.batch_size", CONFIG
+    strategy = config.get("strategy")
+    if isinstance(strategy, Mapping):
+        if "train_micro_batch_size_per_gpu" in strategy:
+            yield "micro", "strategy.train_micro_batch_size_per_gpu", CONFIG
+        yield "accumulation", "strategy.gradient_accumulation_steps", CONFIG
+    else:
+        yield "accumulation", "optim_wrapper.accumulative_counts", CONFIG
 
 
 def _counters(file: TorchFile) -> Iterator[Counter]:
@@ -98,7 +107,7 @@ def _planned(iterations: int | None) -> Iterator[Counter]:
             unit="micro",
             places=(),
             role="total",
-            config="the MMEngine config",
+            config=CONFIG,
         )
 
 

@@ -13,8 +13,10 @@ from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.zero.read import ZeroFolder
 from ckpttools.frameworks import parts
+from ckpttools.schedules.evidence import What
 from ckpttools.training import BatchField, Counter, Role, Training
 
+CONFIG = "the configuration of ckpt train"
 BATCH = ("config", "batch")
 
 
@@ -47,18 +49,20 @@ def read(file: TorchFile, folder: ZeroFolder) -> Training:
         ),
         batch_fields=tuple(_fields(file)),
         inside=inside,
-        outside=("batch.global_batch_size, and micro_batch_size where it is set, in the configuration",),
+        batch_names=tuple(
+            (field.which, field.name.removeprefix("config."), CONFIG) for field in _fields(file)
+        ),
     )
 
 
 def _setting(file: TorchFile, key: str, role: Role) -> Iterator[Counter]:
     """A length of the schedule, as the configuration gave it."""
     for found in parts.counter(file, "update", "config", "schedule", key, role=role):
-        yield replace(found, name=f"schedule.{key}", config="the configuration of ckpt train")
+        yield replace(found, name=f"schedule.{key}", config=CONFIG)
 
 
 def _fields(file: TorchFile) -> Iterator[BatchField]:
-    names = {
+    names: dict[str, What] = {
         "global_batch_size": "total",
         "micro_batch_size": "micro",
         "gradient_accumulation_steps": "accumulation",
@@ -68,7 +72,7 @@ def _fields(file: TorchFile) -> Iterator[BatchField]:
         if found is not None:
             yield BatchField(
                 name=f"config.batch.{key}",
-                which=which,  # type: ignore[arg-type]
+                which=which,
                 value=found,
                 places=(place(file, *BATCH, key),),
             )

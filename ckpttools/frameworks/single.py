@@ -12,22 +12,13 @@ from dataclasses import replace
 
 from ckpttools.containers.edit import at
 from ckpttools.containers.torch_file import TorchFile
+from ckpttools.formats.counters import DATASET, EPOCH, SCHEDULER, STEP, TOTAL
 from ckpttools.formats.monolithic import OPTIMIZER
 from ckpttools.frameworks import lightning, mmengine, parts
 from ckpttools.schedules.evidence import Fact
 from ckpttools.training import Key, OptimizerSettings, SavedSchedule, Training
 
-STEP = ("global_step", "step", "global_steps", "total_steps", "iteration", "iter", "it")
-EPOCH = ("epoch", "current_epoch")
-SCHEDULER = (
-    "scheduler_state_dict",
-    "lr_scheduler_state_dict",
-    "lr_scheduler",
-    "scheduler",
-    "lr_schedulers",
-    "sched",
-)
-TOTAL = ("max_steps", "total_iters", "max_iters")
+CODE = "your training code"
 
 
 def read(file: TorchFile) -> Training:
@@ -60,7 +51,7 @@ def _openpcdet(file: TorchFile) -> Training:
         ),
         # the scheduler sets lr and momentum from `it` before each iteration: what is saved is not used
         optimizers=(replace(found, first_update=False),) if found is not None else (),
-        outside=("OPTIMIZATION.BATCH_SIZE_PER_GPU",),
+        batch_names=(("micro", "OPTIMIZATION.BATCH_SIZE_PER_GPU", "OpenPCDet's configuration"),),
         notes=("the one-cycle schedule is a function of `it` and of the config: it follows by itself",),
         **parts.marked(file),
     )
@@ -74,13 +65,18 @@ def _plain(file: TorchFile) -> Training:
         unit="update",
         count=counts[0].value if counts else None,
         epoch=epoch,
+        size=next((n for key in DATASET if (n := parts.integer(file, key))), None),
         counters=(
             *counts,
             *(c for key in TOTAL for c in parts.counter(file, "update", key, role="total")),
         ),
         optimizers=tuple(_optimizers(file)),
         schedules=tuple(_schedules(file)),
-        outside=("the batch size in your training code, and whatever else in it counts steps",),
+        batch_names=(
+            ("micro", "the data loader's batch_size", CODE),
+            ("accumulation", "gradient accumulation", CODE),
+        ),
+        outside=("whatever else in your training code counts steps",),
         **parts.marked(file),
     )
 

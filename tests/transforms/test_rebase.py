@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_there_and_back_is_within_a_unit(source: Path, options: tuple[object, ..
     per_gpu = ("--batch-is", "per-gpu", *(o for o in options if o != "--old-bs" and o != 4))
     there = rebased(source, tmp_path / "a", "--old-bs", size, "--new-bs", 2 * size, *per_gpu)
     back = rebased(
-        tmp_path / "a", tmp_path / "b", "--old-bs", 2 * size, "--new-bs", size, *per_gpu, "--force"
+        tmp_path / "a", tmp_path / "b", "--old-bs", 2 * size, "--new-bs", size, *per_gpu, "--again"
     )
     if there["position"]["old"] is not None:
         assert there["position"]["old"] - 1 <= back["position"]["new"] <= there["position"]["old"]
@@ -164,7 +165,7 @@ def test_a_second_rebase_is_refused(source: Path, options: tuple[object, ...], t
     assert again.code == 2 and "rebased-already" in again.err
     assert not (tmp_path / "b").exists()
     assert (
-        run("rebase-schedule", tmp_path / "a", tmp_path / "b", "--new-bs", 4 * size, *args, "--force").code
+        run("rebase-schedule", tmp_path / "a", tmp_path / "b", "--new-bs", 4 * size, *args, "--again").code
         == 0
     )
 
@@ -176,7 +177,7 @@ def test_a_run_that_went_on_is_not_refused(tmp_path: Path) -> None:
     tree["global_step"] += 1
     tree["lr_schedulers"][0]["last_epoch"] += 1
     torch.save(tree, tmp_path / "b.ckpt")
-    options = ("--old-bs", 2, "--new-bs", 1, "--old-accum", 1)
+    options = ("--old-bs", 2, "--new-bs", 1, "--old-accum", 1, "--counters-only")
     ran = run("rebase-schedule", tmp_path / "b.ckpt", tmp_path / "c.ckpt", *options)
     assert ran.code == 0, ran.err
 
@@ -328,3 +329,98 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     assert ran.code == 0, ran.err
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "out"]
+
+
+# --- a client's own copies ------------------------------------------------------------------------------
+
+SAMPLE = FIXTURES / "deepspeed-0.19.8/z2_clientsched_ws2"  # 3 updates of 60 x 2
+
+
+def with_client(tmp_path: Path, client: dict[str, object], info: dict[str, object]) -> Path:
+    """A bundle of a DeepSpeed folder with keys of a client's, and training_info.json."""
+    bundle = tmp_path / "checkpoint-3"
+    shutil.copytree(SAMPLE, bundle / "deepspeed")
+    for file in bundle.rglob("mp_rank_*states.pt"):
+        torch.save(torch.load(file, weights_only=False) | client, file)
+    (bundle / "training_info.json").write_text(json.dumps(info))
+    return bundle
+
+
+def test_a_clients_own_copies_follow(tmp_path: Path) -> None:
+    info = {"global_step": 3, "epoch": 0, "batch_size": 60, "gradient_accumulation_steps": 1, "world_size": 2}
+    bundle = with_client(tmp_path, {"global_step": 3, "dataset_size": 2400}, info)
+    rebased(bundle, tmp_path / "out", "--new-bs", 30, "--batch-is", "per-gpu")
+    new = json.loads((tmp_path / "out/training_info.json").read_text())
+    assert new == info | {"global_step": 6, "batch_size": 30}
+    model = torch.load(next((tmp_path / "out").rglob("mp_rank_*")), weights_only=False)
+    assert (model["global_step"], model["global_steps"], model["dataset_size"]) == (6, 6, 2400)
+    assert run("verify", tmp_path / "out").code == 0
+
+
+def test_a_clients_count_of_something_else_is_named(tmp_path: Path) -> None:
+    bundle = with_client(tmp_path, {}, {"global_step": 200, "batch_size": 7})
+    document = rebased(bundle, tmp_path / "out", "--new-bs", 30, "--batch-is", "per-gpu")
+    notes = " ".join(document["rebase_notes"])
+    assert "training_info.json's global_step is 200, and DeepSpeed counted 3" in notes
+    assert "training_info.json's batch_size is 7" in notes
+
+
+def test_a_clients_dataset_size_makes_epochs_exact(tmp_path: Path) -> None:
+    """350 samples are 3 updates of 120 and 6 of 60: the end of an epoch, and not 360 samples."""
+    bundle = with_client(tmp_path, {"dataset_size": 350}, {})
+    document = rebased(bundle, tmp_path / "out", "--new-bs", 30, "--batch-is", "per-gpu")
+    assert document["samples"]["old"] == 350
+
+
+def test_every_setting_of_the_new_run_is_printed(tmp_path: Path) -> None:
+    for new, says in ((1, "per_device_train_batch_size = 1 (was 2)"), (2, "_batch_size = 2 (as before)")):
+        ran = run("rebase-schedule", TRAINER, "x", "--new-bs", new, "--batch-is", "per-gpu", "--dry-run")
+        assert ran.code == 0 and says in ran.out, ran.out + ran.err
+        assert "gradient_accumulation_steps = 1 (as before)" in ran.out
+        assert "processes = 1 (as before)" in ran.out
+
+
+def test_the_batch_just_written_is_accepted(tmp_path: Path) -> None:
+    """MMEngine's configuration is text that still names the old batch: the rebase's own note is newer."""
+    source = FIXTURES / "mmengine-deepspeed/iter_50.pth"
+    rebased(source, tmp_path / "a", "--old-bs", 8, "--new-bs", 4, "--batch-is", "global")
+    again = ("--old-bs", 4, "--new-bs", 8, "--batch-is", "auto")
+    ran = run("rebase-schedule", tmp_path / "a", tmp_path / "b", *again, "--force")
+    assert ran.code == 2 and "rebased-already" in ran.err and "--again" in ran.err
+    document = rebased(tmp_path / "a", tmp_path / "b", *again, "--again")
+    assert document["batch"]["old"]["total"] == 4 and document["batch"]["new"]["total"] == 8
+    assert document["position"] == {"old": 100, "new": 50}
+
+
+# --- a class that only looks like another -----------------------------------------------------------------
+
+
+def test_a_schedule_that_contradicts_its_own_rate_is_refused(tmp_path: Path) -> None:
+    """A class of the user's own with PolynomialLR's fields and another formula."""
+    from torch.optim.lr_scheduler import PolynomialLR
+
+    class Decay(PolynomialLR):
+        def get_lr(self) -> list[float]:  # type: ignore[override]
+            return [base / (1 + self.last_epoch) for base in self.base_lrs]
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    schedule = Decay(optimizer, total_iters=100)
+    for _ in range(7):
+        optimizer.step()
+        schedule.step()
+    tree = {"global_step": 7, "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
+    torch.save(tree | {"model": {"w": torch.zeros(2)}}, tmp_path / "a.pt")
+    sizes = ("--old-bs", 4, "--new-bs", 2)
+    ran = run("rebase-schedule", tmp_path / "a.pt", tmp_path / "b.pt", *sizes)
+    assert ran.code == 2 and "schedule-contradicts" in ran.err, ran.err
+    assert "0.0125" in ran.err and "0.093" in ran.err
+    assert run("rebase-schedule", tmp_path / "a.pt", tmp_path / "b.pt", *sizes, "--counters-only").code == 0
+
+
+def test_one_table_of_keys(tmp_path: Path) -> None:
+    """What inspect shows is what rebase moves."""
+    torch.save({"it": 7, "iter": 9, "model": {"w": torch.zeros(2)}}, tmp_path / "a.pt")
+    shown = json.loads(run("inspect", tmp_path / "a.pt", "--json").out)
+    sizes = ("--old-bs", 4, "--new-bs", 2, "--counters-only", "--dry-run", "--json")
+    moved = json.loads(run("rebase-schedule", tmp_path / "a.pt", "x", *sizes).out)
+    assert shown["step"] == moved["position"]["old"] == 9

@@ -237,10 +237,7 @@ def recognise_mmengine(
     if math.isnan(lr):
         return replace(program, replays=False).with_notes(_unknown(program))
     if not math.isclose(lr, saved, rel_tol=1e-6, abs_tol=1e-12 * abs(plain[0]["initial_lr"])):
-        program = program.with_notes(
-            f"the saved learning rate is {saved:.6g}, where the saved constants give {lr:.6g} after "
-            f"{program.count} steps: something else changed it, and the rebased one follows the constants"
-        )
+        program = program.contradicted(lr, "_last_value")
     return program
 
 

@@ -163,10 +163,7 @@ def recognise_torch(
     if math.isnan(lr) or _by_metric(nodes):
         return replace(program, replays=False).with_notes(_unknown_note(program))
     if not math.isclose(lr, saved, rel_tol=SAME, abs_tol=1e-12 * abs(plain_groups[0]["initial_lr"])):
-        program = program.with_notes(
-            f"the saved learning rate is {saved:.6g}, where the saved constants give {lr:.6g} after "
-            f"{program.count} steps: something else changed it, and the rebased one follows the constants"
-        )
+        program = program.contradicted(lr, "_last_lr")
     return program
 
 

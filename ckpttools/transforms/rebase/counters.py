@@ -23,12 +23,22 @@ def counter_edits(training: Training, counter: Counter, line: Timeline, request:
 
 
 def settings(training: Training, line: Timeline, request: Request) -> Iterator[Setting]:
-    """Lengths that the new run takes from its own configuration."""
+    """The batch, and lengths that the new run takes from its own configuration."""
+    yield from _batch(training, line)
     for counter in training.counters:
         if counter.config is not None:
             new = _counted(training, counter, line.steps[counter.unit], line, request)
             if new is not None and new != counter.value:
                 yield Setting(name=counter.name, old=counter.value, new=new, where=counter.config)
+
+
+def _batch(training: Training, line: Timeline) -> Iterator[Setting]:
+    """Each setting of the new run's batch, also one that stays; what nobody knows stays as it is."""
+    old, new = line.shown(line.old), line.shown(line.new)
+    for what, name, where in (*training.batch_names, ("ranks", "processes", "the launcher")):
+        was, now = getattr(old, what), getattr(new, what)
+        if now is not None:
+            yield Setting(name=name, old=was, new=now, where=where)
 
 
 def _counted(
@@ -81,7 +91,7 @@ def history_edits(history: StepList, steps: Steps) -> Iterator[Edit]:
 
 def batch_edits(field: BatchField, new: Batch) -> Iterator[Edit]:
     """A saved batch setting."""
-    value = {"total": new.total, "micro": new.micro, "accumulation": new.accumulation, "step": new.step}
-    if value[field.which] != field.value:
+    value = getattr(new, field.which)
+    if value != field.value:
         for place in field.places:
-            yield Edit(place=place, old=field.value, new=value[field.which], why="batch")
+            yield Edit(place=place, old=field.value, new=value, why="batch")

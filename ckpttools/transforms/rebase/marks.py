@@ -25,7 +25,7 @@ def refuse_repeated(training: Training, request: Request) -> None:
         "rebased-already",
         f"the checkpoint was rebased already, from a batch of {old} to {new}",
         why="doing it twice would move the position and the schedule once more",
-        hint="start from the original, or add --force if you mean another change on top of it",
+        hint="start from the original, or add --again if you mean another change on top of it",
     )
 
 

@@ -65,6 +65,17 @@ def _scheduled(
             why="which of its fields count iterations cannot be told, and half a rebase would be wrong",
             hint="--counters-only leaves it alone and moves the counters; then set the scheduler up anew",
         )
+    if program.contradiction is not None:
+        own, replayed = program.contradiction
+        raise UsageError(
+            "schedule-contradicts",
+            f"the scheduler left a learning rate of {own:.6g}, where {', '.join(program.families)} with its "
+            f"constants gives {replayed:.6g} after {program.count} steps",
+            where=saved.places[0].file,
+            why="it is another class with the same fields, or its constants were changed on the way: a "
+            "schedule that is replayed from them would go on at a wrong rate",
+            hint="--counters-only leaves it alone and moves the counters; then set the scheduler up anew",
+        )
     unit = _unit(training, saved, program, request)
     if unit == "epoch":
         return Scheduled(saved=saved, old=program, new=program, unit=unit, steps=None)

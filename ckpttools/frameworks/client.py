@@ -1,0 +1,91 @@
+"""What a client of DeepSpeed saved of its own: keys in the model file, or training_info.json beside it.
+
+    {"global_step": 200, "epoch": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "dataset_size": 4000}
+
+DeepSpeed's own counters say what a client's step counts: updates where both are equal, micro-batches where it
+is as many times more as gradients are accumulated. A key that fits neither is named and left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from ckpttools.containers import jsons
+from ckpttools.containers.edit import place
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.formats.counters import BATCH_NAMES, DATASET, STEP
+from ckpttools.frameworks import parts
+from ckpttools.schedules.evidence import Known, What, stated
+from ckpttools.schedules.lengths import Unit
+from ckpttools.training import BatchField, Counter, Place, Training
+
+INFO = "training_info.json"
+OWN = {"global_steps"}  # DeepSpeed's
+BATCH = "batch_size"  # of a rank or of an update: the number tells
+
+
+def of_model_file(own: Training, file: TorchFile) -> Training | None:
+    """A client's keys at the top of DeepSpeed's model file."""
+    keys = {*STEP, *DATASET, *BATCH_NAMES, BATCH} - OWN
+    values = {key: parts.integer(file, key) for key in keys}
+    return _client(own, values, lambda key: place(file, key), "the client's")
+
+
+def of_bundle(own: Training, root: Path) -> Training | None:
+    """training_info.json of a bundle."""
+    path = root / INFO
+    if not path.is_file():
+        return None
+    values = jsons.read(path, allow_nan=True)
+    return _client(own, values, lambda key: Place(file=path, at=(key,)), f"{INFO}'s")
+
+
+def _client(
+    own: Training, values: Mapping[str, object], at: Callable[[str], Place], whose: str
+) -> Training | None:
+    numbers = {k: v for k, v in values.items() if isinstance(v, int) and not isinstance(v, bool) and v > 0}
+    if not numbers:
+        return None
+    known, notes = own.batch, list[str]()
+    counters = []
+    for key in (key for key in STEP if key in numbers and key not in OWN):
+        unit = _unit(numbers[key], own.count, known)
+        if unit is not None:
+            counters.append(Counter(name=key, value=numbers[key], unit=unit, places=(at(key),)))
+        elif own.count is not None:
+            notes.append(
+                f"{whose} {key} is {numbers[key]}, and DeepSpeed counted {own.count} updates: what it counts "
+                "is not known, and it is left as it is"
+            )
+    named = dict(_named(numbers, known))
+    if BATCH in numbers and BATCH not in named:
+        notes.append(f"{whose} {BATCH} is {numbers[BATCH]}, of what is not known: it is left as it is")
+    evidence = [fact for key, what in named.items() for fact in stated(what, numbers[key], f"{whose} {key}")]
+    return Training(
+        framework="client",
+        unit="update",
+        evidence=tuple(evidence),
+        size=next((numbers[key] for key in DATASET if key in numbers), None),
+        counters=tuple(counters),
+        batch_fields=tuple(
+            BatchField(name=key, which=what, value=numbers[key], places=(at(key),))
+            for key, what in named.items()
+        ),
+        notes=tuple(notes),
+    )
+
+
+def _unit(value: int, updates: int | None, known: Known) -> Unit | None:
+    if value == updates:
+        return "update"
+    steps = known.accumulation
+    return "micro" if steps is not None and updates is not None and value // steps == updates else None
+
+
+def _named(numbers: Mapping[str, int], known: Known) -> Iterator[tuple[str, What]]:
+    for key, what in BATCH_NAMES.items():
+        if key in numbers:
+            yield key, what
+    if numbers.get(BATCH) in (known.micro, known.total) and BATCH in numbers:
+        yield BATCH, "micro" if numbers[BATCH] == known.micro else "total"
