@@ -210,9 +210,8 @@ def length(source: Source, training: Training, run: NewRun) -> Iterator[Differen
         yield Difference(
             about=About.LENGTH,
             setting="what is left",
-            old=f"{training.count} of {total}",
             cls=CAREFUL,
-            why="the run is finished: a resume ends at once, with nothing trained",
+            why=f"nothing, {training.count} of {total} are done: the run is finished, a resume ends at once",
             hint="to train longer, give the new run more epochs or iterations; look at its schedule",
         )
     if rule_of(training).saved:
