@@ -95,6 +95,7 @@ LAYERS = [
     "errors",
     "findings",
     "siblings",
+    "suggest",
     "progress",
     "checksums",
     "explain",

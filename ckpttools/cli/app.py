@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 import click
 
 from ckpttools import __version__
-from ckpttools.errors import CkptError
+from ckpttools.cli.failure import report
+from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.suggest import did_you_mean
 
 # command -> (module, one-line help); the function in the module is named `command`
 COMMANDS = {
@@ -53,6 +55,18 @@ class Commands(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            raise UsageError(
+                "bad-usage",
+                f"there is no command '{escape(name)}'",
+                hint=did_you_mean(name, [*COMMANDS, *ALIASES]) or f"the commands are {', '.join(COMMANDS)}",
+            )
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)
@@ -78,7 +92,7 @@ class Commands(click.Group):
     no_args_is_help=True,
 )
 @click.version_option(__version__, prog_name="ckpt")
-@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error; the exit code stays.")
 def app(debug: bool) -> None:
     """Trust, understand, move and change training checkpoints."""
 
@@ -114,50 +128,24 @@ def main(argv: list[str] | None = None) -> None:
         head, dash, tail = args[:cut], ["--"], args[cut + 1 :]
     # numpy's linear algebra is never used here: without its threads it loads in two thirds of the time
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    debug = "--debug" in head
+    debug, as_json = "--debug" in head, "--json" in head
     head = [_dashes(a) for a in head if a != "--debug"]
     try:
         code: Any = app.main(head + dash + tail, prog_name="ckpt", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except CkptError as error:
-        if debug:
-            raise
-        click.echo(error.four_parts, err=True)
-        sys.exit(error.exit_code)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
+    except click.exceptions.NoArgsIsHelpError as help:
+        help.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.exceptions.Abort):
         _interrupted()
     except Exception as problem:
-        if interrupts.seen:
+        if interrupts.seen and not isinstance(problem, CkptError | click.ClickException):
             _interrupted()
-        if debug:
-            raise
-        click.echo(_of_system(problem).four_parts, err=True)
-        sys.exit(2)
+        sys.exit(report(problem, as_json=as_json, debug=debug))
 
 
 def _interrupted() -> NoReturn:
     click.echo("interrupted: a destination is either absent, as it was, or whole", err=True)
     sys.exit(130)
-
-
-def _of_system(problem: Exception) -> CkptError:
-    if isinstance(problem, OSError) and problem.strerror:
-        where = str(problem.filename or "")
-        return CkptError(
-            "system",
-            problem.strerror,
-            where=where,
-            why="the operating system refused; a destination is either absent, as it was, or whole",
-            hint="check permissions, free space and that the path is reachable, then run it again",
-        )
-    return CkptError(
-        "internal",
-        f"{type(problem).__name__}: {problem}",
-        why="this is a defect of ckpttools; no source was changed, and no destination is half-written",
-        hint="run again with --debug and report the traceback",
-    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.suggest import did_you_mean
 from ckpttools.errors import UsageError, escape
 from ckpttools.explain import EXPLANATIONS, MEND
+from ckpttools.suggest import did_you_mean
 
 
 @click.command("explain")

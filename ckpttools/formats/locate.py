@@ -19,6 +19,7 @@ from ckpttools.formats.zero.names import ANY, OPTIM, looks_like_zero
 from ckpttools.siblings import is_copy, is_ours
 from ckpttools.stores.files import entries, is_file, is_folder, opened, plain_name, small_text
 from ckpttools.stores.links import refuse_outside, within
+from ckpttools.suggest import did_you_mean
 
 LATEST = "latest"
 SHOWN = 10  # of several checkpoints
@@ -126,7 +127,8 @@ def _folder(path: Path, tag: str | None) -> Source:
     if tag is not None:
         target = path / plain_name(tag, path)
         if not target.is_dir():
-            raise UsageError("tag-missing", f"there is no tag {escape(tag)}", where=path, hint=_tags(path))
+            hint = did_you_mean(tag, _tag_names(path)) or _tags(path)
+            raise UsageError("tag-missing", f"there is no tag {escape(tag)}", where=path, hint=hint)
         refuse_outside(target)
         return Source(format="zero", target=target, root=path, how=f"tag {escape(tag)}, as asked for")
     names = [entry.name for entry in entries(path)]
@@ -187,13 +189,15 @@ def _latest(path: Path) -> Source:
 
 
 def _tags(path: Path, but: str = "") -> str:
-    found = [
-        e.name for e in entries(path) if is_folder(e) and e.name != but and looks_like_zero(path / e.name)
-    ]
+    found = [name for name in _tag_names(path) if name != but]
     if not found:
         return "no other checkpoint is in this folder: copy it again from where it was saved"
     shown = ", ".join(map(escape, sorted(found, key=_by_number)[-8:]))
     return f"the folder holds {shown}: name one with --tag"
+
+
+def _tag_names(path: Path) -> list[str]:
+    return [e.name for e in entries(path) if is_folder(e) and looks_like_zero(path / e.name)]
 
 
 def _refuse_known(path: Path, names: list[str]) -> None:

@@ -71,11 +71,12 @@ def find(folder: Path) -> tuple[Entry, ...]:
 
 def runs(folder: Path) -> list[list[Entry]]:
     """The same by run: the newest run first, by its number where they are named alike, else by time."""
+    entries(folder)  # raises where it cannot be listed
     with within(folder):
         if _whole(folder):
             return [[_entry(folder, folder)]]
         found = [ordered([_entry(path, run) for path in paths]) for run, paths in _runs(folder, MAX_DEPTH)]
-    keyed = {entries[0].run: entries for entries in found}
+    keyed = {run[0].run: run for run in found}
     names = {run: run.relative_to(folder).as_posix() if run != folder else "" for run in keyed}
     order = newest_first(
         list(keyed),

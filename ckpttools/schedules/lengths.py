@@ -206,7 +206,7 @@ def check_sizes(options: Mapping[str, int | None], most: int = MAX_SIZE) -> None
                 "bad-usage",
                 f"{option} {value} makes no sense",
                 why="sizes are counted from 1",
-                hint="give a whole number of 1 or more",
+                hint=f"give a whole number from 1 to {most:,}",
             )
 
 

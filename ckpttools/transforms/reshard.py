@@ -16,7 +16,12 @@ def reshard(checkpoint: Checkpoint, dp_degree: int) -> Checkpoint:
     Raises UsageError for a rank count that makes no sense, Unsupported for formats without ranks.
     """
     if not 1 <= dp_degree <= MAX_RANKS:
-        raise UsageError("bad-usage", f"a world size of {dp_degree} makes no sense", hint="give 1 or more")
+        raise UsageError(
+            "bad-usage",
+            f"a world size of {dp_degree} makes no sense",
+            where=checkpoint.path,
+            hint=f"give a whole number from 1 to {MAX_RANKS:,}",
+        )
     if not checkpoint.layout.format.startswith("zero"):
         raise Unsupported(
             "not-zero",

@@ -1,0 +1,71 @@
+"""Where every error ends: four parts on stderr, or one JSON document on stdout, and the exit code."""
+
+from __future__ import annotations
+
+import traceback
+
+import click
+
+from ckpttools.cli import render
+from ckpttools.errors import CkptError, UsageError
+from ckpttools.suggest import did_you_mean
+
+
+def report(problem: Exception, *, as_json: bool, debug: bool) -> int:
+    """Show an error and return the exit code. With `debug` the traceback comes first."""
+    if debug:
+        traceback.print_exception(problem)
+    error = problem if isinstance(problem, CkptError) else _other(problem)
+    if as_json:
+        parts = {"message": error.message, "where": error.where, "why": error.why, "hint": error.hint}
+        document = {"id": error.id, **{name: text or None for name, text in parts.items()}}
+        render.document({"ok": False, "error": document})
+    else:
+        click.echo(error.four_parts, err=True)
+    return error.exit_code
+
+
+def _other(problem: Exception) -> CkptError:
+    match problem:
+        case click.ClickException():
+            return _of_click(problem)
+        case OSError() if problem.strerror:
+            return UsageError(
+                "system",
+                problem.strerror,
+                where=str(problem.filename or ""),
+                why="the operating system refused; a destination is either absent, as it was, or whole",
+                hint="check permissions, free space and that the path is reachable, then run it again",
+            )
+    return UsageError(
+        "internal",
+        f"{type(problem).__name__}: {problem}",
+        why="this is a defect of ckpttools; no source was changed, and no destination is half-written",
+        hint="run again with --debug and report the traceback",
+    )
+
+
+def _of_click(problem: click.ClickException) -> CkptError:
+    """click's own errors, with the usage of the command that was called."""
+    context = problem.ctx if isinstance(problem, click.UsageError) else None
+    if isinstance(problem, click.NoSuchOption):
+        known = [name for param in context.command.params for name in param.opts] if context else []
+        message, hint = f"there is no option {problem.option_name}", did_you_mean(problem.option_name, known)
+    else:
+        message, hint = problem.format_message().rstrip("."), _range(problem)
+    if context is None:
+        return UsageError("bad-usage", message, hint=hint)
+    usage = " ".join(context.get_usage().split()).removeprefix("Usage: ")
+    more = f"{context.command_path} --help lists what it takes"
+    return UsageError(
+        "bad-usage", message, where=context.command_path, why=f"usage: {usage}", hint=hint or more
+    )
+
+
+def _range(problem: click.ClickException) -> str:
+    """The numbers that an option takes, where another one was given."""
+    kind = problem.param.type if isinstance(problem, click.BadParameter) and problem.param else None
+    if not isinstance(kind, click.IntRange):
+        return ""
+    low, high = kind.min if kind.min is not None else "any", kind.max
+    return f"give a whole number from {low} to {high:,}" if high is not None else f"give {low} or more"

@@ -1,0 +1,236 @@
+"""How errors look in every command: four parts, one JSON document, the exit code, and what was meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import Ran, ckpt_process, run
+from support import FIXTURES
+
+GOOD = FIXTURES / "deepspeed-0.19.8" / "z2_groups_ws2"
+# every command that takes a checkpoint or a folder of them, and what else it needs
+READERS: dict[str, list[object]] = {
+    "inspect": [],
+    "verify": [],
+    "latest": [],
+    "resume-check": [],
+    "batch": ["--bs", "2"],
+    "extract": [],
+    "reshard": ["--world-size", "3"],
+    "rebase-schedule": ["--new-bs", "1"],
+}
+WRONG: dict[str, list[object]] = {
+    "no such command": ["frobnicate"],
+    "no such option": ["reshard", GOOD, "--world-sise", "3"],
+    "an argument is missing": ["inspect"],
+    "an option is missing": ["reshard", GOOD],
+    "no number": ["reshard", GOOD, "--world-size", "many"],
+    "too large a number": ["reshard", GOOD, "--world-size", "99999999"],
+    "no such choice": ["extract", GOOD, "--format", "gguf"],
+    "too many threads": ["reshard", GOOD, "--world-size", "3", "--workers", "3000"],
+    "one argument too many": ["explain", "a", "b"],
+    "no such file": ["extract", GOOD, "--hf-config", "/does/not/exist"],
+    "no such tag": ["inspect", GOOD, "--tag", "global_step33"],
+}
+
+
+def four_parts(ran: Ran) -> None:
+    lines = ran.err.splitlines()
+    assert re.match(r"error\[[a-z-]+\]: \S", lines[0]), ran.err
+    assert lines[-1].startswith("hint: "), ran.err
+    assert "Traceback" not in ran.err and ran.out == ""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls_are_errors_of_four_parts(name: str, tmp_path: Path) -> None:
+    ran = run(*WRONG[name])
+    assert ran.code == 2
+    four_parts(ran)
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if name != "no such command"])
+def test_json_errors_are_one_document(name: str) -> None:
+    ran = run(*WRONG[name], "--json")
+    document = json.loads(ran.out)
+    assert ran.code == 2 and ran.err == ""
+    assert document.keys() == {"ok", "error"} and document["ok"] is False
+    assert document["error"].keys() == {"id", "message", "where", "why", "hint"}
+    assert document["error"]["id"] and document["error"]["message"]
+
+
+def test_a_damaged_checkpoint_is_one_document_with_code_1(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(GOOD, folder)
+    next(folder.glob("*/*rank_1*optim*")).unlink()
+    ran = run("reshard", folder, "--world-size", "3", "--json")
+    error = json.loads(ran.out)["error"]
+    assert ran.code == 1 and error["id"] == "shard-missing" and error["where"] and error["hint"]
+    assert run("inspect", tmp_path / "gone", "--json").code == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["verfy", GOOD], "verify"),
+        (["rebase", GOOD], "rebase-schedule"),
+        (["consolidat", GOOD], "consolidate"),
+        (["reshard", GOOD, "--world-sise", "3"], "--world-size"),
+        (["extract", GOOD, "--hf_confg", "x"], "--hf-config"),
+        (["inspect", GOOD, "--tag", "global_step33"], "global_step3"),
+        (["explain", "shard-mising"], "shard-missing"),
+    ],
+)
+def test_did_you_mean(args: list[object], meant: str) -> None:
+    ran = run(*args)
+    hint = ran.err.splitlines()[-1]
+    assert ran.code == 2 and hint.startswith("hint: did you mean ") and meant in hint, ran.err
+
+
+def test_ranges_name_both_ends() -> None:
+    assert "1 to 65,536" in run("reshard", GOOD, "--world-size", "99999999").err
+    assert "0 to 256" in run("reshard", GOOD, "--world-size", "2", "--workers", "3000").err
+    assert "1 to 1,000,000" in run("batch", "--bs", "0").err
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_debug_shows_the_traceback_and_keeps_the_code(before: bool, tmp_path: Path) -> None:
+    args: list[object] = ["inspect", tmp_path / "gone"]
+    ran = run(*(["--debug", *args] if before else [*args, "--debug"]))
+    assert ran.code == 2 and "Traceback" in ran.err and "error[not-found]" in ran.err
+    folder = tmp_path / "run"
+    shutil.copytree(GOOD, folder)
+    next(folder.glob("*/*rank_1*optim*")).unlink()
+    assert run("extract", folder, "--debug").code == 1
+    assert run("reshard", GOOD, "--debug").code == 2
+
+
+def test_suffixes_that_extract_cannot_write_are_refused(tmp_path: Path) -> None:
+    for name in ("a.gguf", "a.GGUF", "a.onnx", "a.h5"):
+        ran = run("extract", GOOD, tmp_path / name)
+        assert ran.code == 2 and ".safetensors" in ran.err, ran.err
+        four_parts(ran)
+    assert not list(tmp_path.iterdir())
+    assert run("extract", GOOD, tmp_path / "model.v2").code == 0  # a folder
+
+
+def test_writing_commands_end_with_the_next_step(tmp_path: Path) -> None:
+    source = FIXTURES / "hf-trainer" / "deepspeed" / "checkpoint-2"
+    calls = {
+        "reshard": ["--world-size", "4"],
+        "rebase-schedule": ["--new-bs", "1"],
+        "extract": [],
+    }
+    for command, options in calls.items():
+        dst = tmp_path / command
+        ran = run(command, source, dst, *options)
+        steps = [line for line in ran.err.splitlines() if line.startswith("next: ")]
+        assert steps[0] == f"next: ckpt verify {dst}", ran.err
+        assert ran.err.splitlines()[-1] == steps[-1] and str(dst) in steps[-1]
+        assert run("verify", dst).code == 0
+        shown = json.loads(run(command, source, tmp_path / "again", *options, "--json", "--dry-run").out)
+        assert len(shown["next"]) == len(steps)
+        assert run(command, source, tmp_path / f"{command}-q", *options, "-q").err == ""
+    trainer = json.loads(run("reshard", source, tmp_path / "n", "--world-size", "4", "--json").out)
+    assert "--nproc-per-node 4" in trainer["next"][-1] and "resume_from_checkpoint" in trainer["next"][-1]
+
+
+# --- no permission ------------------------------------------------------------------------------------
+
+NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+
+
+@pytest.fixture
+def as_nobody(tmp_path: Path) -> list[str]:
+    """What makes a command run as somebody who may not read everything."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("root, and no setpriv to become another user")
+    for parent in [tmp_path, *tmp_path.parents]:
+        if parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o711)
+    probe = subprocess.run([*NOBODY, sys.executable, "-c", "import ckpttools.cli"], check=False)
+    if probe.returncode != 0:
+        pytest.skip("another user cannot run this installation")
+    return NOBODY
+
+
+# every call in one process, each by its exit code and what it printed
+SCRIPT = """
+import contextlib, io, json, sys
+from ckpttools.cli import main
+done = []
+for call in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(call)
+        except SystemExit as stop:
+            done.append([call, stop.code, out.getvalue(), err.getvalue()])
+print(json.dumps(done))
+"""
+
+
+@pytest.mark.parametrize("closed", ["the folder", "a folder in it", "the files", "a file", "its parent"])
+def test_no_permission_is_exit_code_2(closed: str, as_nobody: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "above" / "run"
+    file = tmp_path / "above" / "epoch_2_step_40.pt"
+    shutil.copytree(GOOD, folder)
+    shutil.copy(FIXTURES / "monolithic" / "full" / file.name, file)
+    shut = {
+        "the folder": [folder],
+        "a folder in it": [path for path in folder.iterdir() if path.is_dir()],
+        "the files": [path for path in folder.rglob("*") if path.is_file()],
+        "a file": [file],
+        "its parent": [folder.parent],
+    }[closed]
+    source = file if closed == "a file" else folder
+    commands = [name for name in READERS if (name, closed) != ("latest", "a file")]
+    calls = [[name, str(source), *map(str, READERS[name])] for name in commands]
+    calls += [[*call, "--json"] for call in calls]
+    for path in shut:
+        path.chmod(0)
+    try:
+        ran = subprocess.run(
+            [*as_nobody, sys.executable, "-c", SCRIPT, json.dumps(calls)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    finally:
+        for path in shut:
+            path.chmod(0o755)
+    wrong = []
+    for call, code, out, err in json.loads(ran.stdout):
+        good = code == 2 and "no-permission" in out + err and "Traceback" not in err
+        if call[-1] == "--json":
+            good = good and err == "" and json.loads(out)["ok"] is False
+        if not good:
+            wrong.append((call[0], code, out, err))
+    assert not wrong, wrong
+
+
+def test_a_folder_that_may_not_be_written_is_exit_code_2(as_nobody: list[str], tmp_path: Path) -> None:
+    shutil.copytree(GOOD, tmp_path / "run")
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "shut").chmod(0o555)
+    ran = subprocess.run(
+        [*as_nobody, sys.executable, "-m", "ckpttools.cli", "reshard", str(tmp_path / "run"),
+         str(tmp_path / "shut" / "out"), "--world-size", "3"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 2 and ran.stderr.startswith("error["), ran.stderr
+
+
+def test_help_and_version_are_no_errors() -> None:
+    for args in (["--help"], ["--version"], ["verify", "-h"]):
+        assert ckpt_process(*args).returncode == 0
+    ran = ckpt_process()
+    assert ran.returncode == 2 and "Usage: ckpt" in ran.stderr + ran.stdout
