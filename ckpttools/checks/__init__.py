@@ -17,6 +17,7 @@ from ckpttools.checkpoint import Checkpoint, Layout, TrainState
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
 from ckpttools.checks.causes import by_cause
 from ckpttools.checks.configs import check_configs
+from ckpttools.checks.copies import Copy, check_copies, missing_state
 from ckpttools.checks.files import dangers_at
 from ckpttools.checks.headers import check_headers
 from ckpttools.checks.held import KEYS, Held, check_held, holds, lacks
@@ -77,6 +78,7 @@ def verify(
     with within(path):
         pointers = [*check_last_checkpoint(path), *(check_pointer(path, source) if tag is None else ())]
     held: Held = {}
+    copies: list[Copy] = []
     with within(source.root):
         findings, found, files = (
             check_parts(path, unsupported) if unsupported else check_headers(source, in_parts=True)
@@ -89,6 +91,8 @@ def verify(
             findings += check_held(found, held, require)
             if unsupported is None:
                 findings += check_rates(source, found)
+                differ, copies = check_copies(source, found)
+                findings += [*differ, *missing_state(path)]
             if source.format == "hf" and source.target.is_dir():
                 findings += check_configs(found, source.target)
             found = replace(found, checks=(*found.checks, *checks))
@@ -100,7 +104,7 @@ def verify(
             from ckpttools.checks.contents import check_contents, tasks_of  # numpy: of no use to headers
             from ckpttools.checks.untouched import check_untouched
 
-            tasks = tasks_of(found, files) if found is not None and not quick else []
+            tasks = tasks_of(found, files, copies) if found is not None and not quick else []
             nbytes = sum(task.nbytes for task in tasks)
             hashes = ranges_of([p for p in own if describe or said.covers(p)], found, files)
             with bar(nbytes) if bar else nullcontext() as progress:

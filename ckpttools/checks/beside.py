@@ -25,6 +25,7 @@ JSON_FILES = (
     "generation_config.json",
     "adapter_config.json",
     "trainer_state.json",
+    "training_info.json",
     *INDEX,
 )
 
@@ -170,19 +171,20 @@ def _leftovers(folder: Path, names: list[str]) -> Iterator[Finding]:
 
 
 def _counters(folder: Path, names: list[str]) -> Iterator[Finding]:
-    """trainer_state.json of `checkpoint-N` is of step N."""
+    """trainer_state.json of `checkpoint-N` is of step N, and so is a bundle's training_info.json."""
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    if match is None or "trainer_state.json" not in names:
+    file = next((name for name in ("trainer_state.json", "training_info.json") if name in names), None)
+    if match is None or file is None:
         return
     try:
-        step = jsons.read(folder / "trainer_state.json", allow_nan=True).get("global_step")
+        step = jsons.read(folder / file, allow_nan=True).get("global_step")
     except CkptError:
         return  # reported by itself
     if isinstance(step, int) and abs(step - int(match[1])) > 1:
         yield Finding(
             id="counter-mismatch",
             severity=WARNING,
-            file=str(folder / "trainer_state.json"),
+            file=str(folder / file),
             where="global_step",
             message=f"is {step} in a folder named {folder.name}",
             hint="the folder was renamed, or the file is of another checkpoint",

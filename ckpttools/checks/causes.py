@@ -14,7 +14,7 @@ from ckpttools.findings import ERROR, Finding
 # what makes a whole file the wrong one
 CAUSES = ("rank-misplaced", "file-renamed", "step-mismatch")
 # what is then to be expected of every tensor in it
-TENSORS = ("master-mismatch", "moments-disagree", "negative-square")
+TENSORS = ("master-mismatch", "moments-disagree", "negative-square", "copies-differ")
 CONSEQUENCES = (*TENSORS, "mapping-mismatch", "partition-size", "padding-mismatch")
 ALIKE = 3  # tensors of one file that are named one by one; more are one finding
 NAMED = 8

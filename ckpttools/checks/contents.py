@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
+from ckpttools.checks.copies import Copy
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
@@ -25,8 +26,8 @@ NAMED = 8  # tensors of one damaged record
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
 
 
-def tasks_of(found: Checkpoint, files: list[TorchFile]) -> list[data.Task]:
-    """Work that reads every byte of every record, once."""
+def tasks_of(found: Checkpoint, files: list[TorchFile], copies: Sequence[Copy] = ()) -> list[data.Task]:
+    """Work that reads every byte of every record, once; of `copies` in other files, what can be compared."""
     claims = Claims()
     tasks: list[data.Task] = []
     for name, master in found.master.items():
@@ -41,7 +42,7 @@ def tasks_of(found: Checkpoint, files: list[TorchFile]) -> list[data.Task]:
                 both = list(data.moments(name, mean, second[name]))
                 if claims.claim_all([source for pair in both for source in (pair.mean, pair.square)]):
                     tasks += both
-    for twins in _twins(found):
+    for twins in _twins(found, copies):
         tasks.append(replace(twins, apart=claims.claim_all([twins.one, twins.other])))
     for name, ref in _tensors(found, files):
         if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
@@ -58,7 +59,7 @@ def tasks_of(found: Checkpoint, files: list[TorchFile]) -> list[data.Task]:
     return tasks
 
 
-def _twins(found: Checkpoint) -> Iterator[data.Twins]:
+def _twins(found: Checkpoint, copies: Sequence[Copy]) -> Iterator[data.Twins]:
     """Copies of a tensor that lie apart: tied weights saved twice, and ZeRO's second copy of frozen ones."""
     pairs = [
         (a, found.tensors[a], o, found.tensors[o])
@@ -69,6 +70,7 @@ def _twins(found: Checkpoint) -> Iterator[data.Twins]:
         for name, ref in frozen_fragments(found.template.model).items():
             if name in found.tensors:
                 pairs.append((name, found.tensors[name], f"frozen_param_fragments.{name}", ref))
+    pairs += [(copy.name, copy.tensor, copy.twin, copy.copy) for copy in copies]
     for name, one, twin, other in pairs:
         match one.chunks, other.chunks:
             case (ByteRange() as a,), (ByteRange() as b,) if a != b and a.nbytes == b.nbytes:
@@ -213,8 +215,8 @@ def _of_result(found: Checkpoint, result: data.Result) -> Finding:
                 severity=ERROR,
                 file=str(result.path),
                 where=result.name,
-                message=f"differs from its copy {result.twin} in the same file",
-                hint="the file was edited, or put together from two saves: use another copy",
+                message=f"differs from its copy {result.twin}",
+                hint="it was edited, or put together from two saves: use another copy",
             )
         case data.Negative():
             return Finding(

@@ -280,7 +280,13 @@ def shared_params_of_unknown_names(copy: Copy, rng: Random) -> Expectation | Non
     if not shared:
         return None
     alias = rng.choice(sorted(shared))
-    return _in_model(copy, lambda root: root["shared_params"].update({alias: "no.such.weight"}), alias)
+    module = root["module"]
+    alone = alias not in module or all(
+        name == alias or tensor.data_ptr() != module[alias].data_ptr() for name, tensor in module.items()
+    )
+    said = _in_model(copy, lambda root: root["shared_params"].update({alias: "no.such.weight"}), alias)
+    # exclude_frozen_parameters leaves out an owner, and its name: nobody can tell whether there is one
+    return only_by_manifest(copy.model) if alone and root.get("frozen_param_shapes") is None else said
 
 
 @fault(MODEL, ZERO)

@@ -90,6 +90,8 @@ def moments(folder: ZeroFolder) -> Iterator[Finding]:
     """Every rank holds the same kinds of optimizer state, each as long as its partition."""
     for g, group in enumerate(folder.groups):
         every = {key for rank in folder.ranks for key in rank.moments[g]}
+        tensors = {"exp_avg", "exp_avg_sq"}
+        tensors |= {key for r in folder.ranks for key, node in r.moments[g].items() if r.file.view(node)}
         for rank in folder.ranks:
             if lacking := every - set(rank.moments[g]):
                 yield found(
@@ -101,6 +103,8 @@ def moments(folder: ZeroFolder) -> Iterator[Finding]:
             lengths = {group.part, group.part - group.padding(rank.dp_rank), rank.fp32[g].shape[0]}
             for key, node in rank.moments[g].items():
                 view = rank.file.view(node)
+                if view is None and key in tensors:
+                    yield found("moment-size", rank.file.path, f"group {g} {key}", "is no tensor")
                 if view is None or len(view.shape) != 1 or key in folder.partitioned[g]:
                     continue
                 if view.shape[0] in lengths:  # another rank's has not: it is named there

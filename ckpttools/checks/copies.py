@@ -1,0 +1,160 @@
+"""Every copy of the same fact: the 16-bit weights beside DeepSpeed's, and the counters of all files.
+
+    checkpoint-200/   deepspeed/, hf_model/ and training_info.json: a bundle; module, hf_model and the client
+                      state say the same thrice
+    checkpoint-20/    the Trainer's model.safetensors or adapter_model.safetensors beside DeepSpeed's tag
+                      folder, and its trainer_state.json
+    *.ckpt, ...       one file's framework counts updates as DeepSpeed's own counter beside it does
+
+The copies are compared bit by bit by the pass over the bytes, which reads them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpttools import frameworks
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers import fields, jsons
+from ckpttools.errors import CkptError
+from ckpttools.findings import ERROR, WARNING, Finding
+from ckpttools.formats import Source, hf
+from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.tensors import TensorRef
+
+BUNDLE, MODEL, INFO = "deepspeed", "hf_model", "training_info.json"
+STEPS = ("global_step", "step", "iteration", "iter")
+KEYS = (*STEPS, "epoch", "train_loss", "val_loss")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """One tensor and its copy: names, and where they lie."""
+
+    name: str
+    tensor: TensorRef
+    twin: str
+    copy: TensorRef
+
+
+def check_copies(source: Source, found: Checkpoint) -> tuple[list[Finding], list[Copy]]:
+    """What the headers of the copies show, and the tensors whose bytes are to be compared."""
+    findings = [*_counters(source, found), *_training_info(source, found)]
+    copies: list[Copy] = []
+    for folder in _models(source, found):
+        try:
+            other = hf.read(folder)
+        except CkptError:
+            continue  # reported by whoever checks the files beside the checkpoint
+        more, pairs = _weights(found, folder, other)
+        findings += more
+        copies += pairs
+    return findings, copies
+
+
+def missing_state(path: Path) -> Iterator[Finding]:
+    """A bundle whose deepspeed/ is gone reads as a model: its optimizer state and shards are lost."""
+    if (path / MODEL).is_dir() and (path / INFO).is_file() and not (path / BUNDLE).is_dir():
+        yield Finding(
+            id="bundle-incomplete",
+            severity=ERROR,
+            file=str(path),
+            where=BUNDLE,
+            message=f"{MODEL}/ and {INFO} are here, and {BUNDLE}/ is not: no training can be resumed",
+            hint=f"copy {BUNDLE}/ from where the checkpoint was saved; the weights are in {path / MODEL}",
+        )
+
+
+def _models(source: Source, found: Checkpoint) -> Iterator[Path]:
+    if isinstance(found.template, ZeroFolder):
+        for folder in (source.root / MODEL, source.root):
+            if folder != source.target and folder.is_dir() and hf.looks_like_hf(folder):
+                yield folder
+
+
+def _weights(found: Checkpoint, folder: Path, other: Checkpoint) -> tuple[list[Finding], list[Copy]]:
+    """Each tensor of the model folder with the one of the checkpoint that has its name."""
+    findings: list[Finding] = []
+    pairs: list[Copy] = []
+    names = {_plain(name): name for name in found.tensors}
+    place = str(folder / other.files[0].path.name if other.files else folder)
+    for name, copy in other.tensors.items():
+        own = name if name in found.tensors else names.get(_plain(name))
+        if own is None:
+            continue
+        tensor = found.tensors[own]
+        if tensor.shape != copy.shape:
+            message = f"is {list(copy.shape)}, and {list(tensor.shape)} in DeepSpeed's module"
+            findings.append(_differs(place, name, message))
+        elif tensor.dtype is copy.dtype:
+            pairs.append(Copy(name=name, tensor=copy, twin=f"{own} of DeepSpeed's module", copy=tensor))
+    if not pairs and not findings and other.tensors:
+        if any(_plain(name) in names for name in other.tensors):
+            return [], []  # in another dtype: nothing to compare bit by bit
+        message = f"none of its {len(other.tensors)} tensors is in DeepSpeed's module: of another model"
+        findings.append(_differs(place, next(iter(other.tensors)), message))
+    return findings, pairs
+
+
+def _plain(name: str) -> str:
+    """A name as the model has it: PEFT names its adapter in module ("default"), and not in its files."""
+    return name.removeprefix("module.").replace(".default.", ".")
+
+
+def _differs(file: str, name: str, message: str) -> Finding:
+    return Finding(
+        id="copies-differ",
+        severity=ERROR,
+        file=file,
+        where=name,
+        message=message,
+        hint="the folder was put together from two saves: copy it again from one",
+    )
+
+
+def _training_info(source: Source, found: Checkpoint) -> Iterator[Finding]:
+    """training_info.json against the client state of DeepSpeed's model file, key by key."""
+    path = source.root / INFO
+    if not isinstance(found.template, ZeroFolder) or not path.is_file():
+        return
+    try:
+        info: Mapping[str, object] = jsons.read(path, allow_nan=True)
+    except CkptError:
+        return  # reported by whoever checks the files beside the checkpoint
+    root = found.template.model.root
+    for key in KEYS:
+        said, own = info.get(key), fields.number(root.get(key))
+        if isinstance(said, int | float) and own is not None and said != own and said == said:
+            yield Finding(
+                id="counter-mismatch",
+                severity=ERROR if key in STEPS else WARNING,
+                file=str(path),
+                where=key,
+                message=f"is {said:g}, and {own:g} in DeepSpeed's model file",
+                hint="the files are of different saves: copy the folder again from one",
+            )
+
+
+def _counters(source: Source, found: Checkpoint) -> Iterator[Finding]:
+    """The framework's count of updates against DeepSpeed's own."""
+    if not isinstance(found.template, ZeroFolder):
+        return
+    try:
+        training = frameworks.read(source, found)
+    except CkptError:
+        return
+    counts = {c.name: c for c in training.counters if c.role == "position" and c.unit == "update"}
+    own, other = counts.get("global_steps"), counts.get("global_step")
+    if own is None or other is None or other.repeats != 1:
+        return
+    if own.value + own.offset != other.value + other.offset:
+        yield Finding(
+            id="counter-mismatch",
+            severity=WARNING,
+            file=str(other.places[0].file),
+            where=str(other.places[0]),
+            message=f"{training.framework} counts {other.value} updates, DeepSpeed {own.value}",
+            hint="the files are of different saves, or one of them was edited: a resume goes on with both",
+        )

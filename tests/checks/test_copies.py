@@ -1,0 +1,119 @@
+"""Every copy of the same fact is compared: the weights of hf_model and the Trainer, and all counters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import FIXTURES
+
+from ckpttools.checks import verify
+from ckpttools.findings import ERROR, INFO, WARNING
+
+BUNDLE = FIXTURES / "bundle/checkpoint-200"
+TRAINER = FIXTURES / "hf-trainer/deepspeed/checkpoint-2"
+PEFT = FIXTURES / "hf-trainer/peft/checkpoint-2"
+LIGHTNING = FIXTURES / "lightning/deepspeed/epoch=0-step=3.ckpt"
+
+
+def copied(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / source.name))
+
+
+def flip(path: Path) -> None:
+    """The last bit of the last tensor: safetensors have no checksums."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def rewritten(path: Path, **new: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **new}))
+
+
+def said(path: Path) -> list[tuple[str, str, str]]:
+    return [(f.severity, f.id, Path(f.file).name) for f in verify(path).findings if f.severity != INFO]
+
+
+@pytest.mark.parametrize("source", [BUNDLE, TRAINER, PEFT, LIGHTNING], ids=lambda p: p.name)
+def test_as_they_were_saved(source: Path) -> None:
+    assert said(source) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [
+        (BUNDLE, "hf_model/model.safetensors"),
+        (TRAINER, "model.safetensors"),
+        (PEFT, "adapter_model.safetensors"),
+    ],
+    ids=lambda p: Path(p).name,
+)
+def test_one_bit_of_the_copy(source: Path, file: str, tmp_path: Path) -> None:
+    path = copied(source, tmp_path)
+    flip(path / file)
+    assert said(path) == [(ERROR, "copies-differ", Path(file).name)]
+
+
+def test_a_foreign_model(tmp_path: Path) -> None:
+    path = copied(BUNDLE, tmp_path)
+    file = path / "hf_model/model.safetensors"
+    save_file({f"other.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    assert (ERROR, "copies-differ", "model.safetensors") in said(path)
+    save_file(
+        {
+            name: torch.ones(3, 5, dtype=t.dtype)
+            for name, t in load_file(BUNDLE / "hf_model/model.safetensors").items()
+        },
+        file,
+    )
+    assert (ERROR, "copies-differ", "model.safetensors") in said(path)
+
+
+def test_weights_in_another_dtype_are_not_compared(tmp_path: Path) -> None:
+    path = copied(BUNDLE, tmp_path)
+    file = path / "hf_model/model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file)
+    assert said(path) == []
+
+
+def test_a_torn_training_info(tmp_path: Path) -> None:
+    path = copied(BUNDLE, tmp_path)
+    info = path / "training_info.json"
+    info.write_text(info.read_text()[:40])
+    ((severity, _, name),) = said(path)
+    assert (severity, name) == (ERROR, "training_info.json")
+
+
+def test_a_foreign_training_info(tmp_path: Path) -> None:
+    path = copied(BUNDLE, tmp_path)
+    rewritten(path / "training_info.json", global_step=150, epoch=1)
+    found = said(path)
+    assert (ERROR, "counter-mismatch", "training_info.json") in found
+    assert (WARNING, "counter-mismatch", "training_info.json") in found
+
+
+def test_a_bundle_without_its_state(tmp_path: Path) -> None:
+    path = copied(BUNDLE, tmp_path)
+    shutil.rmtree(path / "deepspeed")
+    assert said(path) == [(ERROR, "bundle-incomplete", "checkpoint-200")]
+
+
+def test_the_trainers_counter_and_deepspeeds(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(TRAINER, tmp_path / "renamed"))
+    rewritten(path / "trainer_state.json", global_step=7)
+    assert said(path) == [(WARNING, "counter-mismatch", "trainer_state.json")]
+
+
+def test_lightnings_counter_and_deepspeeds(tmp_path: Path) -> None:
+    path = copied(LIGHTNING, tmp_path)
+    file = path / "checkpoint/mp_rank_00_model_states.pt"
+    root = torch.load(file, weights_only=False)
+    root["global_step"] += 4
+    torch.save(root, file)
+    assert (WARNING, "counter-mismatch", file.name) in said(path)
