@@ -7,6 +7,8 @@ guards against accidents and careless edits, not against somebody who can rewrit
 
     {"format": "ckpttools-manifest", "version": 1,
      "files": {name: {"size": bytes, "xxh3_128": hex, "tensors": {path into the file: hex}}}}
+
+With `"output": true` ckpt made the files; without, it found them there.
 """
 
 from __future__ import annotations
@@ -67,13 +69,21 @@ def own_files(target: Path) -> list[Path]:
     return [target / e.name for e in entries(target) if is_file(e) and not is_ours(e.name)]
 
 
-def dump(entries: Mapping[str, Entry]) -> bytes:
-    """The manifest as it is written."""
+def dump(entries: Mapping[str, Entry], *, output: bool = False) -> bytes:
+    """The manifest as it is written; `output` says that ckpt made the files themselves."""
     files = {
         name: {"size": entry.size, "xxh3_128": entry.digest, "tensors": dict(entry.tensors)}
         for name, entry in sorted(entries.items())
     }
-    return json.dumps({"format": FORMAT, "version": VERSION, "files": files}, indent=1).encode() + b"\n"
+    made = {"output": True} if output else {}
+    return (
+        json.dumps({"format": FORMAT, "version": VERSION, **made, "files": files}, indent=1).encode() + b"\n"
+    )
+
+
+def outputs(path: Path) -> set[str]:
+    """The files that a manifest describes as made by ckpt. Raises CkptError as `load` does."""
+    return set(load(path)) if jsons.read(path).get("output") is True else set()
 
 
 def load(path: Path) -> dict[str, Entry]:

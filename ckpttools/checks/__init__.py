@@ -161,7 +161,7 @@ def manifest_of(
     with within(source.root):
         _, found, files = check_headers(source)
         described = describe_files(manifest.own_files(source.target), found, files, workers, crcs)
-    return manifest.place(source.target), manifest.dump(described)
+    return manifest.place(source.target), manifest.dump(described, output=crcs is not None)
 
 
 def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | None = None) -> bytes:
@@ -178,7 +178,7 @@ def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | 
         files = [found.template] if isinstance(found.template, TorchFile) else []
     crcs = {} if crc is None else {staged: crc}
     (entry,) = describe_files([staged], found, files, workers, crcs).values()
-    return manifest.dump({name: entry})
+    return manifest.dump({name: entry}, output=True)
 
 
 def check_before_use(source: Source) -> Checkpoint:

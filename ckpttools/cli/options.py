@@ -26,7 +26,11 @@ TAG = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and the result's path.")
-FORCE = click.option("--force", is_flag=True, help="Replace an existing DST, atomically.")
+FORCE = click.option(
+    "--force",
+    is_flag=True,
+    help="Replace a DST, atomically: an output of ckpt or a checkpoint with nothing else in it.",
+)
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 WORKERS = click.option(
     "--workers",

@@ -75,12 +75,19 @@ class Staged:
     notes: tuple[str, ...] = ()
 
 
+Replaces = Callable[[], str]
 Finish = Callable[[Path, Mapping[Path, int]], Mapping[str, bytes]]
 
 
 @contextmanager
 def prepare(
-    plan: Plan, dst: Path, *, source: Path | None = None, force: bool = False, workers: int = 0
+    plan: Plan,
+    dst: Path,
+    *,
+    source: Path | None = None,
+    force: bool = False,
+    replaces: Replaces | None = None,
+    workers: int = 0,
 ) -> Iterator[Staged]:
     """The staging of a plan: every file is there, with its space, and is gone afterwards unless committed.
 
@@ -92,8 +99,7 @@ def prepare(
     preflight.refuse_source(dst, [*ends, *([source] if source else [])])
     with write_errors(dst):
         notes = staging.clear_stale(dst)
-        if os.path.lexists(dst) and not force:
-            raise preflight.exists(dst)
+        _judge(dst, force, replaces)
         preflight.need_space(plan, dst)
     before = preflight.fingerprints(ends)
     with terminating_signals(), staging.staging_for(dst) as path:
@@ -107,7 +113,13 @@ def write(staged: Staged, part: Part, *, workers: int = 0, progress: Progress | 
     return work.run(_width(part.end - part.start, workers))
 
 
-def commit(staged: Staged, written: Sequence[Written], *, finish: Finish | None = None) -> Report:
+def commit(
+    staged: Staged,
+    written: Sequence[Written],
+    *,
+    replaces: Replaces | None = None,
+    finish: Finish | None = None,
+) -> Report:
     """Make the destination appear, when every part has been written.
 
     `finish` is given the finished staging before it gets its name, and the CRC-32 of each file of it as it
@@ -122,6 +134,7 @@ def commit(staged: Staged, written: Sequence[Written], *, finish: Finish | None 
     for name, data in more.items():
         with write_errors(staged.dst):
             staging.add_file(staged.path / name, data)
+    removed = _judge(staged.dst, staged.force, replaces)  # again: copying may take hours
     staging.commit(staged.path, staged.dst, staged.force)
     return Report(
         dst=staged.dst,
@@ -132,7 +145,7 @@ def commit(staged: Staged, written: Sequence[Written], *, finish: Finish | None 
         nbytes_written=staged.plan.nbytes,
         nbytes_read=sum(part.nbytes_read for part in written),
         checked=checked,
-        notes=staged.notes,
+        notes=(*staged.notes, *([f"replaced {removed}"] if removed else [])),
     )
 
 
@@ -142,6 +155,7 @@ def execute(
     *,
     source: Path | None = None,
     force: bool = False,
+    replaces: Replaces | None = None,
     workers: int = 0,
     progress: Progress | None = None,
     finish: Finish | None = None,
@@ -149,20 +163,31 @@ def execute(
     """Write the plan's files at `dst`; afterwards they are whole and on disk, or `dst` is as it was.
 
     `source` is the file or folder that the command reads; nothing is ever written inside it. `force`
-    replaces an existing `dst` atomically. `workers` threads copy, 0 chooses. `finish` as for `commit`.
+    replaces an existing `dst` atomically: a regular file or a folder, and `replaces` says in words what it
+    is, or raises where that must not be. `workers` threads copy, 0 chooses. `finish` as for `commit`.
     Called from the main thread, SIGTERM and SIGHUP raise `SystemExit` while it runs, so that they clean up
     as SIGINT does.
 
     Raises `UsageError` where it cannot start or write, `CkptError` where the sources are damaged or
     differ from a checksum, `ValueError` for a plan that makes no sense.
     """
-    with prepare(plan, dst, source=source, force=force, workers=workers) as staged:
+    with prepare(plan, dst, source=source, force=force, replaces=replaces, workers=workers) as staged:
         written = write(staged, plan.part(0, 1), workers=workers, progress=progress)
-        report = commit(staged, [written], finish=finish)
+        report = commit(staged, [written], replaces=replaces, finish=finish)
     if os.path.lexists(staged.path):
         left = f"could not remove {staged.path}, which held what {staged.dst.name} was before"
         report = replace(report, notes=(*report.notes, left))
     return report
+
+
+def _judge(dst: Path, force: bool, replaces: Replaces | None) -> str:
+    """What is going to be replaced, in words; "" for nothing. Raises UsageError where that must not be."""
+    if not os.path.lexists(dst):
+        return ""
+    if not force:
+        raise preflight.exists(dst)
+    preflight.refuse_special(dst)
+    return replaces() if replaces else ""
 
 
 def _width(nbytes: int, workers: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -78,6 +79,20 @@ def exists(dst: Path) -> UsageError:
         why="what is there would be lost",
         hint="choose another destination, or replace it with --force",
     )
+
+
+def refuse_special(dst: Path) -> None:
+    """Raises "not-replaced" for what is neither a regular file nor a folder: links, devices, pipes."""
+    mode = os.lstat(dst).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        what = "a symbolic link" if stat.S_ISLNK(mode) else "neither a regular file nor a folder"
+        raise UsageError(
+            "not-replaced",
+            f"--force does not replace this: {what}",
+            where=dst,
+            why="only an output of ckpt or a whole checkpoint is replaced; what is there would be lost",
+            hint="choose another destination, or move away what is there",
+        )
 
 
 def need_space(plan: Plan, dst: Path) -> None:

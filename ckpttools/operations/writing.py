@@ -53,6 +53,7 @@ def carry_out(
     if how.dry_run:
         return Written(source=src, destination=dst, plan=plan, notes=plan.notes, next=next)
     from ckpttools.execute import execute
+    from ckpttools.operations.replacing import replaceable
 
     single = Sidecar(dst, how.workers) if plan.is_single_file else None
     started = time.monotonic()
@@ -64,6 +65,7 @@ def carry_out(
             force=how.force,
             workers=how.workers,
             progress=progress,
+            replaces=lambda: replaceable(dst, plan),
             finish=single.finish if single else lambda staged, crcs: _finish(staged, crcs, how.workers),
         )
     after = single.write() if single else ()

@@ -171,6 +171,9 @@ def test_an_existing_destination_is_kept_without_force(folder: Path, ckpt: Ckpt)
     assert ran.code == 2
     is_four_part_error(ran, "destination-exists")
     assert digest(destination).keys() == {"precious"}
+    is_four_part_error(ckpt("reshard", folder, destination, "--world-size", "3", "--force"), "not-replaced")
+    assert digest(destination).keys() == {"precious"}
+    (destination / "precious").unlink()
     assert ckpt("reshard", folder, destination, "--world-size", "3", "--force").code == 0
     assert ckpt("verify", destination).code == 0
 

@@ -123,7 +123,7 @@ def _old_folder(dst: Path) -> None:
 
 
 def _old_file(dst: Path) -> None:
-    dst.write_bytes(b"what was there before" * 100)
+    shutil.copyfile(FIXTURES / "hf/single/model.safetensors", dst)
 
 
 def _manifest_of(path: Path) -> bytes:

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -363,28 +364,49 @@ def without_renameat2(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["renameat2", "rename"])
-@pytest.mark.parametrize("old", ["file", "folder", "link"])
+@pytest.mark.parametrize("old", ["file", "folder"])
 @pytest.mark.parametrize("single", [False, True])
 def test_force_replaces(noise, tmp_path, monkeypatch, call, old, single):
     without_renameat2(monkeypatch, call)
     dst = tmp_path / "out"
-    target = tmp_path / "target"
     match old:
         case "file":
             dst.write_text("old")
         case "folder":
             (dst / "sub").mkdir(parents=True)
             (dst / "sub" / "old").touch()
-        case "link":
-            target.mkdir()
-            (target / "kept").touch()
-            dst.symlink_to(target)
     plan = Plan(files=(copy_file(noise[0], "", SOURCE_NBYTES),)) if single else small_plan(noise)
     execute(plan, dst, force=True)
-    assert sorted(p.name for p in tmp_path.iterdir() if p != target) == ["out"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert dst.read_bytes() == noise[0].read_bytes() if single else (dst / "sub/y").is_file()
-    assert not (dst / "sub" / "old").exists() and not dst.is_symlink()
-    assert old != "link" or (target / "kept").exists()
+    assert not (dst / "sub" / "old").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "pipe", "socket", "device"])
+def test_force_replaces_no_link_and_no_device(noise, tmp_path, kind):
+    dst = tmp_path / "out"
+    match kind:
+        case "link":
+            (tmp_path / "target").mkdir()
+            (tmp_path / "target" / "kept").touch()
+            dst.symlink_to(tmp_path / "target")
+        case "broken link":
+            dst.symlink_to(tmp_path / "nowhere")
+        case "pipe":
+            os.mkfifo(dst)
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(str(dst))
+        case "device":
+            try:
+                os.mknod(dst, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+            except PermissionError:
+                pytest.skip("only root makes devices")
+    before = dst.lstat()
+    for plan in (small_plan(noise), Plan(files=(copy_file(noise[0], "", SOURCE_NBYTES),))):
+        assert error_id(lambda plan=plan: execute(plan, dst, force=True)) == "not-replaced"
+    assert (dst.lstat().st_ino, dst.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert kind != "link" or (tmp_path / "target" / "kept").exists()
 
 
 # --- damaged sources and failing systems ---

@@ -1,0 +1,139 @@
+"""What --force may replace: an output of ckpt, or a checkpoint; never something that is somebody's own.
+
+    a regular file     that reads as the kind of file that is written there, or is empty
+    a folder           that ckpt's manifest describes or that reads as one checkpoint, or is empty; and every
+                       file in it is one that ckpt's manifest of an output lists, that the new output has
+                       as well, or that has a name which frameworks give to parts of a checkpoint
+
+A link, a device, a pipe, a file of another kind, a folder with one file more than that (notes, code, data, a
+second checkpoint) is refused: nothing is removed that no framework would write again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpttools import manifest
+from ckpttools.containers.safetensors import read_safetensors
+from ckpttools.containers.torch_file import read_torch_file
+from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.formats import locate, read
+from ckpttools.formats.hf import CONFIG_FILES, INDEX, ROLES, SHARD
+from ckpttools.formats.locate import LATEST, SIDE_FILES
+from ckpttools.formats.zero.names import ANY
+from ckpttools.plan import Plan
+from ckpttools.siblings import MANIFEST, is_ours
+from ckpttools.stores.links import within
+
+SHOWN = 3  # files of somebody's own
+# by DeepSpeed, the HF Trainer, accelerate, MMEngine and bundles, beside what a format reads
+BESIDE = {
+    LATEST, "last_checkpoint", "zero_to_fp32.py", "trainer_state.json", "training_info.json",
+    *INDEX, *ROLES,
+}  # fmt: skip
+WEIGHTS = re.compile(rf"(model|pytorch_model|adapter_model)\.(safetensors|bin)|{SHARD.pattern}")
+_PATTERNS = (ANY, WEIGHTS, CONFIG_FILES, SIDE_FILES)
+
+
+def replaceable(dst: Path, plan: Plan) -> str:
+    """What `plan` is going to replace, in words. Raises UsageError "not-replaced"."""
+    try:
+        mode = os.lstat(dst).st_mode
+        if stat.S_ISREG(mode):
+            return _file(dst, plan)
+        if stat.S_ISDIR(mode):
+            return _folder(dst, plan)
+    except OSError as error:
+        raise _refused(dst, f"it cannot be looked at: {escape(error.strerror)}") from None
+    raise _refused(dst, "a symbolic link" if stat.S_ISLNK(mode) else "neither a regular file nor a folder")
+
+
+def _file(dst: Path, plan: Plan) -> str:
+    size = dst.stat().st_size
+    if not plan.is_single_file:
+        raise _refused(dst, "a file, where a folder is to be written")
+    if size:
+        try:
+            (read_safetensors if dst.name.endswith(".safetensors") else read_torch_file)(dst)
+        except CkptError as error:
+            raise _refused(
+                dst, f"it does not read as a file of the kind that is written ({error.message})"
+            ) from None
+    return f"{escape(dst)}, a file of {size} bytes"
+
+
+def _folder(dst: Path, plan: Plan) -> str:
+    files = list(_files(dst))
+    if not files:
+        return f"{escape(dst)}, an empty folder"
+    if plan.is_single_file:
+        raise _refused(dst, "a folder, where a file is to be written")
+    for weights in (ANY, WEIGHTS):
+        places = {path.parent for path, _ in files if weights.fullmatch(path.name)}
+        if len(places) > 1:
+            raise _refused(dst, f"it holds several checkpoints: {', '.join(sorted(map(escape, places)))}")
+    listed = _listed(files)
+    known = listed | {dst / file.path for file in plan.files}
+    if not listed:
+        _reads(dst)
+    own = [
+        path for path, is_plain in files if not is_plain or (path not in known and not _is_beside(path.name))
+    ]
+    if own:
+        names = ", ".join(escape(path.relative_to(dst)) for path in own[:SHOWN])
+        more = f" and {len(own) - SHOWN} more" if len(own) > SHOWN else ""
+        raise _refused(dst, f"it holds what no checkpoint needs: {names}{more}")
+    nbytes = sum(path.lstat().st_size for path, _ in files)
+    return f"{escape(dst)}, a folder with {len(files)} files, {nbytes} bytes"
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Everything below a folder that is no folder; whether it is a regular file."""
+    with os.scandir(folder) as scan:
+        for entry in sorted(scan, key=lambda entry: entry.name):
+            path = folder / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(path)
+            else:
+                yield path, entry.is_file(follow_symlinks=False)
+
+
+def _listed(files: list[tuple[Path, bool]]) -> set[Path]:
+    """What the manifests among the files say that ckpt made."""
+    found: set[Path] = set()
+    for path, is_plain in files:
+        if is_plain and path.name == MANIFEST:
+            try:
+                found |= {path.parent / name for name in manifest.outputs(path)}
+            except CkptError:
+                continue
+    return found
+
+
+def _reads(dst: Path) -> None:
+    """Raises UsageError where the folder does not read as one checkpoint."""
+    try:
+        source = locate(dst)
+        with within(dst):
+            read(source)
+    except CkptError as error:
+        raise _refused(dst, f"neither written by ckpt nor one checkpoint ({error.message})") from None
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a framework gives such a name to what it writes."""
+    return name in BESIDE or is_ours(name) or any(pattern.fullmatch(name) for pattern in _PATTERNS)
+
+
+def _refused(dst: Path, what: str) -> UsageError:
+    return UsageError(
+        "not-replaced",
+        f"--force does not replace this: {what}",
+        where=dst,
+        why="only an output of ckpt or a whole checkpoint is replaced; what is there would be lost",
+        hint="choose another destination, or move away what is there",
+    )
