@@ -161,6 +161,7 @@ class Training:
     schedules: tuple[SavedSchedule, ...] = ()
     batch_fields: tuple[BatchField, ...] = ()
     histories: tuple[StepList, ...] = ()
+    losses: tuple[tuple[str, float], ...] = ()  # the last of each, by the name that it was logged under
     configuration: Mapping[str, object] = field(default_factory=dict)  # that the run was started with
     marker: Place | None = None  # where a rebase is noted; its value in `marked`
     marked: Mapping[str, object] | None = None

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, JSON, SRC, TAG
 from ckpttools.errors import escape
+
+if TYPE_CHECKING:
+    from ckpttools.frameworks.progress import Progress
 
 STATE_FILES = 24  # files listed before the rest is only counted
 
@@ -36,12 +39,21 @@ def command(src: Path, tensors: bool, tag: str | None, as_json: bool) -> None:
         sys.exit(1 if dangers else 0)
     for path, what in dangers:
         click.echo(click.style(warning(path, what), fg="red", bold=True))
+    from ckpttools.frameworks.progress import progress
+
+    training = progress(source, checkpoint)
     click.echo(escape(src, 4000))
+    for line in _progress(training):
+        click.echo(escape(line, 1000))
+    click.echo()
     rows = [(name, value) for name, value in _summary(source, checkpoint) if value not in (None, "")]
     click.echo(render.table(rows))
     if checkpoint.groups:
         click.echo("\noptimizer groups")
         click.echo(render.table(_groups(checkpoint), ("", "parameters", "elements", "state", "settings")))
+    elif training.settings:
+        click.echo("\noptimizer groups")
+        click.echo(render.table([(g, _settings(each)) for g, each in enumerate(training.settings)]))
     click.echo("\nfiles")
     files = [(render.size(f.nbytes), f.path.name, f.role) for f in checkpoint.files]
     click.echo(render.table(files[:STATE_FILES]))
@@ -49,7 +61,7 @@ def command(src: Path, tensors: bool, tag: str | None, as_json: bool) -> None:
         click.echo(f"and {len(files) - STATE_FILES} more")
     if checkpoint.layout.format.startswith("zero"):
         click.echo("(one optimizer file per rank is normal: ZeRO spreads the optimizer state over the ranks)")
-    for note in checkpoint.notes:
+    for note in (*training.notes, *checkpoint.notes):
         click.echo(f"note: {escape(note, 1000)}")
     if tensors:
         click.echo("\ntensors")
@@ -66,6 +78,14 @@ FORMATS = {
 }
 
 
+def _progress(found: Progress) -> Iterator[str]:
+    """What comes first: how far training is, and what its learning rate follows."""
+    if str(found):
+        yield str(found)
+    for words in found.schedules:
+        yield f"schedule {words}"
+
+
 def _summary(source: Any, checkpoint: Any) -> Iterator[tuple[str, object]]:
     layout, state = checkpoint.layout, checkpoint.train_state
     kind = FORMATS.get(layout.format, layout.format)
@@ -75,18 +95,11 @@ def _summary(source: Any, checkpoint: Any) -> Iterator[tuple[str, object]]:
     yield "found", source.how
     yield "tag", layout.tag
     yield "written by", layout.writer
-    yield "step", state.step
-    if state.iteration != state.step:
-        yield "iteration", state.iteration
     yield "skipped steps", state.skipped_steps or None
-    yield "epoch", state.epoch
     yield "samples", state.samples
-    yield "train loss", state.train_loss
-    yield "val loss", state.val_loss
     yield "parameters", _parameters(checkpoint)
     yield "dtypes", _dtypes(checkpoint)
-    yield "batch", _batch(checkpoint)
-    yield "scheduler", _mapping(state.scheduler)
+    yield "optimizer", checkpoint.optimizer
     yield "size", f"{render.size(sum(f.nbytes for f in checkpoint.files))} in {len(checkpoint.files)} files"
 
 
@@ -116,17 +129,6 @@ def _dtypes(checkpoint: Any) -> str:
     return text
 
 
-def _batch(checkpoint: Any) -> str:
-    batch = checkpoint.train_state.batch
-    if not batch:
-        return ""
-    total = batch.get("global", "?")
-    return (
-        f"{total} = {batch.get('micro', '?')} per rank x {batch.get('accumulation', '?')} accumulation "
-        f"x {checkpoint.layout.dp_degree} ranks"
-    )
-
-
 def _mapping(values: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
@@ -137,8 +139,11 @@ SETTINGS = ("name", "lr", "initial_lr", "betas", "momentum", "eps", "weight_deca
 def _groups(checkpoint: Any) -> Iterator[tuple[object, ...]]:
     for g, group in enumerate(checkpoint.groups):
         numel = sum(ref.numel for ref in group.state.get("fp32", {}).values())
-        settings = _mapping({key: group.hyper[key] for key in SETTINGS if key in group.hyper})
-        yield g, len(group.params), render.count(numel), ", ".join(group.state), settings
+        yield g, len(group.params), render.count(numel), ", ".join(group.state), _settings(group.hyper)
+
+
+def _settings(group: Mapping[str, object]) -> str:
+    return _mapping({key: group[key] for key in SETTINGS if key in group})
 
 
 def _tensors(checkpoint: Any) -> Iterator[tuple[object, ...]]:
@@ -155,7 +160,32 @@ def _tensors(checkpoint: Any) -> Iterator[tuple[object, ...]]:
         yield name, ref.dtype.short, list(ref.shape), render.size(ref.nbytes), role
 
 
+def _progress_json(found: Progress) -> dict[str, object]:
+    batch = found.batch
+    return {
+        "framework": found.framework,
+        "unit": found.unit,
+        "count": found.count,
+        "total": found.total,
+        "epoch": found.epoch,
+        "epochs": found.epochs,
+        "lr": list(found.rates),
+        "batch": {
+            "total": batch.total,
+            "micro": batch.micro,
+            "gpus": batch.ranks,
+            "accumulation": batch.accumulation,
+            "from": dict(batch.by),
+        },
+        "losses": dict(found.losses),
+        "schedules": list(found.schedules),
+        "notes": list(found.notes),
+    }
+
+
 def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
+    from ckpttools.frameworks.progress import progress
+
     layout, state = checkpoint.layout, checkpoint.train_state
     out: dict[str, object] = {
         "path": str(source.root),
@@ -192,6 +222,7 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
         ],
         "files": [{"path": str(f.path), "nbytes": f.nbytes, "role": f.role} for f in checkpoint.files],
         "notes": list(checkpoint.notes),
+        "progress": _progress_json(progress(source, checkpoint)),
     }
     if tensors:
         out["tensors"] = [

@@ -121,7 +121,7 @@ def read(path: Path) -> Checkpoint:
         ),
         tensors=tensors,
         shared=tied(tensors),
-        train_state=_train_state(path),
+        train_state=_train_state(path, metadata),
         files=tuple(files),
         checks=tuple(checks),
         notes=("safetensors files carry no checksums",) if not checks else (),
@@ -210,16 +210,30 @@ def _other_files(folder: Path, known: set[str]) -> list[FileRole]:
     ]
 
 
-def _train_state(path: Path) -> TrainState:
+def _train_state(path: Path, metadata: Mapping[str, str]) -> TrainState:
+    """What trainer_state.json says, or the weights' own `__metadata__`, where `ckpt extract` notes it."""
     state = path / "trainer_state.json"
     if not path.is_dir() or not state.is_file():
-        return TrainState()
+        done, said, train, val = (
+            _float(metadata.get(key)) for key in ("step", "epoch", "train_loss", "val_loss")
+        )
+        return TrainState(
+            step=None if done is None else int(done), epoch=said, train_loss=train, val_loss=val
+        )
     values = jsons.read(state, allow_nan=True)  # a loss may be NaN, and Python writes it so
     step, epoch = values.get("global_step"), values.get("epoch")
     return TrainState(
         step=step if type(step) is int else None,
         epoch=epoch if type(epoch) in (int, float) else None,  # type: ignore[arg-type]
     )
+
+
+def _float(text: str | None) -> float | None:
+    try:
+        found = None if text is None else float(text)
+    except ValueError:
+        return None
+    return found if found is not None and abs(found) < 1e15 else None
 
 
 # --- writing ------------------------------------------------------------------------------------------

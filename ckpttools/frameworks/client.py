@@ -9,12 +9,13 @@ is as many times more as gradients are accumulated. A key that fits neither is n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats.counters import BATCH_NAMES, DATASET, STEP
+from ckpttools.formats.counters import BATCH_NAMES, DATASET, STEP, TRAIN_LOSS, VAL_LOSS
 from ckpttools.frameworks import parts
 from ckpttools.schedules.evidence import Known, What, stated
 from ckpttools.schedules.lengths import Unit
@@ -38,7 +39,10 @@ def of_bundle(own: Training, root: Path) -> Training | None:
     if not path.is_file():
         return None
     values = jsons.read(path, allow_nan=True)
-    return _client(own, values, lambda key: Place(file=path, at=(key,)), f"{INFO}'s")
+    losses = {key: values.get(key) for key in (*TRAIN_LOSS, *VAL_LOSS)}
+    found = _client(own, values, lambda key: Place(file=path, at=(key,)), f"{INFO}'s")
+    said = tuple((key, float(v)) for key, v in losses.items() if isinstance(v, int | float))
+    return replace(found, losses=said) if found is not None else None
 
 
 def _client(

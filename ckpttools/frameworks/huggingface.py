@@ -85,6 +85,7 @@ def read(folder: Path, *, deepspeed: bool) -> Training:
         drop_last=arguments.get("dataloader_drop_last") is True,
         counters=tuple(_counters(path, state)),
         histories=tuple(_history(path, history)),
+        losses=tuple(_losses(log)),
         optimizers=() if deepspeed else tuple(_optimizer(folder / "optimizer.pt")),
         schedules=tuple(_schedule(folder / "scheduler.pt", arguments, total)),
         batch_fields=tuple(_batch_field(path, state)),
@@ -130,6 +131,14 @@ def _history(path: Path, history: object) -> Iterator[StepList]:
     if found:
         steps, places = zip(*found, strict=True)
         yield StepList(name="log_history[].step", values=steps, places=places, unit="update")
+
+
+def _losses(log: list[dict[str, object]]) -> Iterator[tuple[str, float]]:
+    """The last of each loss that was logged."""
+    for name in ("loss", "eval_loss"):
+        found = [each for entry in log if isinstance(each := entry.get(name), int | float)]
+        if found:
+            yield name, float(found[-1])
 
 
 def _batch_field(path: Path, state: Mapping[str, object]) -> Iterator[BatchField]:

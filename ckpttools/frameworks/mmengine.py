@@ -8,10 +8,12 @@ optimizer_wrapper.py). The same keys lie at the top of a single file and of a De
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ckpttools.containers.edit import at, place
+from ckpttools.containers.pickles import Object, as_mapping
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import parts
 from ckpttools.schedules.evidence import Fact, What, stated
@@ -55,6 +57,7 @@ def read(file: TorchFile, *, in_folder: bool = False) -> Training:
         counters=(*_counters(file), *_planned(iterations)),
         optimizers=() if in_folder else tuple(_optimizers(file)),
         schedules=tuple(_schedules(file, batches, in_folder)),
+        losses=tuple(_losses(file)),
         configuration=config,
         batch_names=tuple(_names(config)),
         outside=() if by_epoch else (OUTSIDE,),
@@ -77,6 +80,20 @@ def _batch(config: Mapping[str, object]) -> Iterator[Fact]:
         given = _entry(wrapper, "accumulative_counts")
         default = "" if given else ", which is 1 where it is not given"
         yield from stated("accumulation", given or 1, f"optim_wrapper.accumulative_counts{default}")
+
+
+def _losses(file: TorchFile) -> Iterator[tuple[str, float]]:
+    """The last value of each loss in the message hub: HistoryBuffer keeps them as an array of float64."""
+    logs = as_mapping(at(file.value, "message_hub", "log_scalars"))
+    for name, buffer in logs.named() if logs is not None else ():
+        pairs = as_mapping(buffer.state) if isinstance(buffer, Object) else None
+        array = pairs.get("_log_history") if pairs is not None else None
+        state = array.state if isinstance(array, Object) else None
+        raw = state[-1] if isinstance(state, tuple) and state else None
+        text = raw.args[0] if isinstance(raw, Object) and raw.args else None
+        last = text[-8:] if isinstance(text, str) else ""
+        if "loss" in name and len(last) == 8 and max(last) < "\u0100":
+            yield name, struct.unpack("<d", last.encode("latin1"))[0]
 
 
 def _names(config: Mapping[str, object]) -> Iterator[tuple[What, str, str]]:

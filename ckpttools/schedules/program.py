@@ -116,6 +116,11 @@ class Program(ABC):
             for group in self.saved_groups
         ]
 
+    def words(self) -> str:
+        """What is running and where: `PolynomialLR 0-100, at 7`."""
+        end = self.length()
+        return f"{', '.join(self.families)}{'' if end is None else f' 0-{end}'}, at {self.count}"
+
     def curve(self, n: int) -> list[float]:
         """The learning rate of group 0 in units 0 to n - 1 of a run from scratch with these constants."""
         return list(rates(self.machine(fresh=True), n))

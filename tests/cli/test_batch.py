@@ -89,3 +89,49 @@ def test_a_checkpoint_supplies_what_it_knows(ckpt: Ckpt) -> None:
 def test_bad_input(options: tuple[object, ...], id: str, ckpt: Ckpt) -> None:
     ran = ckpt("batch", *options)
     assert ran.code == 2 and f"[{id}]" in ran.err and "hint:" in ran.err
+
+
+def test_where_am_i_under_the_new_batch(ckpt: Ckpt) -> None:
+    assert rows(ckpt("batch", *R22).out)["the same place: iteration"] == ["1500", "3003"]
+    document = json.loads(ckpt("batch", *R22, "--json").out)
+    assert document["new"]["same_place"] == {"unit": "iteration", "count": 3003}
+
+
+# checkpoints that know their batch, and what they need to be told to be rebased
+KNOWING = {
+    "mmengine-deepspeed/iter_50.pth": (),
+    "trainer/z2_bf16_2": (),
+    "trainer/z2_bf16_4": (),
+    "hf-trainer/plain/checkpoint-2": (),
+    "deepspeed-0.19.8/z2_clientsched_ws2": ("--dataset-size", 350),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), KNOWING.items(), ids=KNOWING)
+def test_batch_and_rebase_agree(name: str, options: tuple[object, ...], ckpt: Ckpt) -> None:
+    """Also at the end of an epoch whose last batch is not whole: 350 samples are 3 updates of 120."""
+    src = FIXTURES / name
+    for new in (1, 4, 30):
+        asked = ("--new-bs", new, *options, "--json")
+        moved = ckpt("rebase-schedule", src, "x", *asked, "--batch-is", "per-gpu", "--dry-run")
+        shown = json.loads(ckpt("batch", src, *asked).out)
+        if moved.code:
+            assert "same_place" not in shown["new"], moved.err
+            continue
+        position = json.loads(moved.out)["position"]
+        assert shown["now"]["same_place"]["count"] == position["old"]
+        assert shown["new"]["same_place"]["count"] == position["new"]
+
+
+def test_what_a_checkpoint_does_not_say_is_a_question_mark(ckpt: Ckpt) -> None:
+    src = FIXTURES / "monolithic/full/epoch_2_step_40.pt"
+    shown = rows(ckpt("batch", src, "--bs", 4, "--new-bs", 2).out)
+    assert shown["GPUs"] == shown["accumulation"] == shown["effective batch"] == ["?", "?"]
+    assert shown["the same place: update"] == ["40", "80"]
+    document = json.loads(ckpt("batch", src, "--bs", 4, "--json").out)
+    assert document["now"]["gpus"] is None and document["now"]["effective_batch"] is None
+
+
+def test_a_checkpoint_fills_in_what_it_knows(ckpt: Ckpt) -> None:
+    shown = rows(ckpt("batch", FIXTURES / "mmengine-deepspeed/iter_50.pth").out)
+    assert shown["effective batch"] == ["8"] and shown["accumulation"] == ["2"]

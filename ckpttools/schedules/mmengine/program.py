@@ -112,6 +112,11 @@ class MMEngineProgram(Program):
                     restart(state, kind, groups, self.anneal)
         return made
 
+    def words(self) -> str:
+        pairs = zip(self.families, self.saved_states, strict=True)
+        spans = (f"{name} {s['begin']}-{s['end'] if s['end'] < NEVER else ''}" for name, s in pairs)
+        return f"{', '.join(spans)}, at {self.count}"
+
     def length(self) -> int | None:
         ends = [int(s["end"]) for s in self.saved_states if s["end"] < NEVER and s["param_name"] == "lr"]
         return max(ends, default=None)

@@ -1,0 +1,78 @@
+"""What `ckpt inspect` says first: how far training is, for every container."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Ckpt
+from support import FIXTURES
+
+# the lines before the table, as printed
+FIRST: dict[str, list[str]] = {
+    "mmengine-deepspeed/iter_50.pth": [
+        "iteration 50 of 52, lr 0.000647487 (1 group), batch 8 = 2 x 2 ranks x 2, train/loss 0.000420222",
+        "schedule LinearLR 0-13, CosineAnnealingLR 13-52, at 50",
+    ],
+    "hf-trainer/plain/checkpoint-2": [
+        "step 2 of 4 (epoch 0.25), lr 0.005 (2 groups), batch 2 = 2 x 1 rank x 1, loss 3.71094",
+        "schedule transformers linear 0-4, at 2",
+    ],
+    "trainer/z2_bf16_2": [
+        "step 3 of 23 (epoch 0.13 of 1), lr 0.00298492 (2 groups), batch 8 = 2 x 2 ranks x 2, "
+        "train loss 5.5569",
+        "schedule WarmupCosineLR 0-23, at 3",
+    ],
+    "bundle/checkpoint-200": [
+        "step 3 (epoch 2), lr 0.01 (1 group), batch 8 = 2 x 2 ranks x 2, train loss 1.5"
+    ],
+    "monolithic/full/epoch_2_step_40.pt": [
+        "step 40 (epoch 2), lr 0.00793893 (1 group), train loss 1.25, val loss 1.5",
+        "schedule CosineAnnealingLR 0-10, at 3",
+    ],
+    "monolithic/pcdet/checkpoint_epoch_4.pth": ["iteration 80 (epoch 4), lr 0.003 (1 group)"],
+    "deepspeed-0.19.8/z2_groups_ws2": [
+        "step 3 (epoch 1), lr 0.02 and 0.005 (3 groups), batch 120 = 60 x 2 ranks x 1"
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "lines"), FIRST.items(), ids=FIRST)
+def test_progress_comes_first(name: str, lines: list[str], ckpt: Ckpt) -> None:
+    out = ckpt("inspect", FIXTURES / name).out.splitlines()
+    assert out[1 : out.index("")] == lines
+
+
+def test_an_epoch_by_its_length(tmp_path: Path, ckpt: Ckpt) -> None:
+    """An epoch-based MMEngine run: 52 iterations in 4 epochs are 13 each."""
+    hub = {"runtime_info": {"iter": 49, "epoch": 3, "max_epochs": 4, "max_iters": 52}}
+    tree = {"meta": {"epoch": 3, "iter": 50, "cfg": ""}, "message_hub": hub, "state_dict": {}}
+    torch.save(tree | {"state_dict": {"w": torch.zeros(2)}}, tmp_path / "iter_50.pth")
+    assert "iteration 50 of 52 (epoch 3.85 of 4)" in ckpt("inspect", tmp_path / "iter_50.pth").out
+
+
+def test_weights_say_what_their_metadata_does(tmp_path: Path, ckpt: Ckpt) -> None:
+    out = tmp_path / "weights.safetensors"
+    ckpt("extract", FIXTURES / "monolithic/full/epoch_2_step_40.pt", out, "--weights-only", "-q")
+    assert "step 40 (epoch 2), train loss 1.25, val loss 1.5" in ckpt("inspect", out).out
+
+
+def test_the_same_as_values(ckpt: Ckpt) -> None:
+    found = json.loads(ckpt("inspect", FIXTURES / "mmengine-deepspeed/iter_50.pth", "--json").out)
+    progress = found["progress"]
+    assert (progress["count"], progress["total"], progress["epoch"]) == (50, 52, None)
+    batch = progress["batch"]
+    assert (batch["total"], batch["micro"], batch["gpus"], batch["accumulation"]) == (8, 2, 2, 2)
+    assert batch["from"]["accumulation"] == "strategy.gradient_accumulation_steps"
+    plain = json.loads(ckpt("inspect", FIXTURES / "monolithic/full/epoch_2_step_40.pt", "--json").out)
+    assert plain["progress"]["batch"]["gpus"] is None
+
+
+def test_a_training_state_that_is_damaged_is_a_note(tmp_path: Path, ckpt: Ckpt) -> None:
+    tree = torch.load(FIXTURES / "monolithic/full/epoch_2_step_40.pt", weights_only=False)
+    tree["global_step"] = -7
+    torch.save(tree, tmp_path / "a.pt")
+    ran = ckpt("inspect", tmp_path / "a.pt")
+    assert ran.code == 0 and "global_step is -7" in ran.out
