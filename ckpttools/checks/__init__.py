@@ -37,6 +37,7 @@ from ckpttools.progress import Progress
 from ckpttools.stores.links import within
 
 if TYPE_CHECKING:
+    from ckpttools.checks.subset import Subset
     from ckpttools.passes.run import Digest
 
 PARTS = "parts"  # a layout that is only checked file by file
@@ -52,12 +53,13 @@ def verify(
     quick: bool = False,
     describe: bool = False,
     require: Collection[str] = (),
+    subset: Subset | None = None,
     workers: int = 0,
     bar: Bar | None = None,
 ) -> Verdict:
     """Check the one checkpoint that `path` means; `describe` it also for a manifest, from the same bytes.
 
-    What of `require` (held.KEYS) it lacks is an error.
+    What of `require` (held.KEYS) it lacks is an error. `subset` is the part of the bytes that is read.
 
     Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked; damage is
     reported in the verdict.
@@ -105,8 +107,13 @@ def verify(
             from ckpttools.checks.untouched import check_untouched
 
             tasks = tasks_of(found, files, copies) if found is not None and not quick else []
+            hashed = [p for p in own if describe or said.covers(p)]
+            if subset is not None and found is not None:
+                tasks, chosen = subset.of(tasks, found.checks)
+                found = replace(found, checks=chosen)
+                hashed = subset.take(hashed, [p.stat().st_size for p in hashed])
             nbytes = sum(task.nbytes for task in tasks)
-            hashes = ranges_of([p for p in own if describe or said.covers(p)], found, files)
+            hashes = ranges_of(hashed, found, files)
             with bar(nbytes) if bar else nullcontext() as progress:
                 more, digests = check_contents(found, files, tasks, hashes, workers, progress)
             findings += more

@@ -11,6 +11,7 @@ from ckpttools.containers.torch_file import TorchFile, dangers_in
 from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.stores.files import opened
 
+SHOWN = 6  # classes that are named
 HEAD_NBYTES = 1 << 16  # of each storage, to see whether anything was written there
 
 
@@ -96,14 +97,18 @@ def dangers_at(path: Path) -> list[Finding]:
 
 def _callables(file: TorchFile) -> Iterator[Finding]:
     """What loading the pickle with torch.load would do: unknown classes, and code that would run."""
-    for judgement in judge(file.pickle):
+    judgements = list(judge(file.pickle))
+    for judgement in judgements:
         if judgement.verdict == "dangerous":
             yield dangerous(file.path, judgement.name, judgement.what)
-        elif judgement.verdict == "unknown":
-            yield Finding(
-                id="class-unknown",
-                severity=INFO,
-                file=str(file.path),
-                where=judgement.name,
-                message="an unknown class, shown as data and never loaded",
-            )
+    unknown = list(dict.fromkeys(j.name for j in judgements if j.verdict == "unknown"))
+    if unknown:
+        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        several = f"{len(unknown)} unknown classes ({', '.join(unknown[:SHOWN])}{more})"
+        yield Finding(
+            id="class-unknown",
+            severity=INFO,
+            file=str(file.path),
+            where=unknown[0],
+            message=f"{several if len(unknown) > 1 else 'an unknown class'}, shown as data and never loaded",
+        )

@@ -12,7 +12,7 @@ import click
 
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PATH, QUIET, TAG, WORKERS
-from ckpttools.errors import CkptError, escape
+from ckpttools.errors import CkptError, UsageError, escape
 
 if TYPE_CHECKING:
     from ckpttools.checks import Verdict
@@ -34,6 +34,11 @@ AT_THE_END = {"rescue"}
     help="What must be there: optimizer, scheduler, step, epoch, train_loss, val_loss.",
 )
 @click.option(
+    "--subset",
+    metavar="PART",
+    help="Read only a part of the bytes: 5% of them at random, or 2/7, the second of seven parts.",
+)
+@click.option(
     "--write-manifest",
     is_flag=True,
     help="Also write ckpt-manifest.json beside the files of each good checkpoint.",
@@ -49,6 +54,7 @@ def command(
     quick: bool,
     newest: bool,
     require: str,
+    subset: str | None,
     write_manifest: bool,
     tag: str | None,
     as_json: bool,
@@ -67,8 +73,14 @@ def command(
     finds every changed byte in any format. --write-manifest writes it, or writes it anew, when nothing is
     wrong.
     """
-    from ckpttools.operations.verify import known
+    from ckpttools.operations.verify import known, older, part_of
 
+    if subset is not None and (quick or write_manifest):
+        other = "--quick reads no bytes" if quick else "--write-manifest needs all bytes"
+        raise UsageError(
+            "bad-usage", f"--subset reads a part of the bytes, and {other}", hint="leave one out"
+        )
+    part = part_of(subset)
     keys = known([key.strip() for key in require.replace("-", "_").split(",") if key.strip()])
     verdicts: list[Verdict] = []
     several = len(src) > 1
@@ -82,6 +94,7 @@ def command(
             quick=quick,
             describe=write_manifest,
             require=keys,
+            subset=part,
             workers=workers,
         ):
             several = several or verdict.path != path
@@ -89,12 +102,17 @@ def command(
             if verdict.manifest is not None and verdict.ok:
                 _write_manifest(*verdict.manifest, quiet=quiet)
             if not as_json:
-                _show(verdict, quick=quick, quiet=quiet, brief=several and not newest)
+                _show(verdict, quick=quick, subset=subset, quiet=quiet, brief=several and not newest)
     if as_json:
         ok = all(verdict.ok for verdict in verdicts)
         render.document({"ok": ok, "checkpoints": list(map(_json, verdicts))})
     elif len(verdicts) > 1:
         click.echo(_totals(verdicts))
+        good = next((verdict.path for verdict in verdicts if verdict.ok), None)
+        if good is not None and good != verdicts[0].path and len(src) == 1:
+            click.echo(f"good and older: {escape(good, 1000)}")
+    elif verdicts[0].exit_code == 1 and (before := older(verdicts[0].path)) is not None:
+        click.echo(f"  older, and its headers are good: {escape(before, 1000)}")
     return min((verdict.exit_code for verdict in verdicts if not verdict.ok), default=0)
 
 
@@ -135,13 +153,14 @@ def _write_manifest(place: Path, contents: bytes, *, quiet: bool) -> None:
     render.say(f"wrote {escape(place)}", quiet=quiet)
 
 
-def _show(verdict: Verdict, *, quick: bool, quiet: bool, brief: bool) -> None:
+def _show(verdict: Verdict, *, quick: bool, subset: str | None, quiet: bool, brief: bool) -> None:
     """One line, and the findings below it; of several checkpoints, without the notes."""
     state = "".join(f", {name} {_number(value)}" for name, value in _progress(verdict) if value is not None)
     line = f"{escape(verdict.path)}: {verdict.words} ({verdict.format or 'unreadable'}{state}"
     if verdict.ok:
         line += f"; no {', no '.join(verdict.lacks)}" if verdict.lacks else ""
         line += "; headers only" if quick else f"; {render.size(verdict.nbytes_read)} of data read"
+        line += f", the part {subset}" if subset else ""
     if not (quiet and verdict.ok):
         click.echo(f"{line})")
     hints: dict[str, None] = {}

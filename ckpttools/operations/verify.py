@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpttools import checks, runs
 from ckpttools.checks import Verdict, refused
 from ckpttools.checks.held import KEYS
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.formats import locate
+from ckpttools.formats.locate import checkpoints
 from ckpttools.operations.writing import Bar
+from ckpttools.runs.order import numbers, shape
+
+if TYPE_CHECKING:
+    from ckpttools.checks.subset import Subset
+
+TRIED = 5  # older checkpoints whose headers are read
 
 
 def verify(
@@ -20,19 +28,30 @@ def verify(
     tag: str | None = None,
     quick: bool = False,
     require: Collection[str] = (),
+    subset: str | None = None,
     workers: int = 0,
 ) -> Verdict:
     """Whether a checkpoint is whole: structure, checksums, completeness, and that its files belong together.
 
     Damage is in the verdict's findings. `quick` leaves the bytes of the tensors alone; `require` names what
-    must be there (optimizer, scheduler, step, epoch, train_loss, val_loss). Raises UsageError where there is
-    nothing that can be checked.
+    must be there (optimizer, scheduler, step, epoch, train_loss, val_loss); `subset` ("5%", "2/7") is the
+    part of the bytes that is read. Raises UsageError where there is nothing that can be checked.
 
     >>> verdict = verify("fixtures/trainer/z2_bf16_2")
     >>> verdict.ok, verdict.format, verdict.state.step
     (True, 'zero2', 3)
     """
-    return checks.verify(Path(path), tag, quick=quick, require=known(require), workers=workers)
+    part = part_of(subset)
+    return checks.verify(Path(path), tag, quick=quick, require=known(require), subset=part, workers=workers)
+
+
+def part_of(subset: str | None) -> Subset | None:
+    """Raises UsageError for what is neither P% nor N/T."""
+    if subset is None:
+        return None
+    from ckpttools.checks.subset import Subset  # numpy: of no use to headers
+
+    return Subset.parse(subset)
 
 
 def known(require: Collection[str]) -> Collection[str]:
@@ -73,6 +92,7 @@ def verify_all(
     quick: bool = False,
     describe: bool = False,
     require: Collection[str] = (),
+    subset: Subset | None = None,
     workers: int = 0,
     bar: Bar | None = None,
 ) -> Iterator[Verdict]:
@@ -88,7 +108,13 @@ def verify_all(
         shown = _labelled(bar, each.name) if bar is not None else None
         try:
             yield checks.verify(
-                each, quick=quick, describe=describe, require=require, workers=workers, bar=shown
+                each,
+                quick=quick,
+                describe=describe,
+                require=require,
+                subset=subset,
+                workers=workers,
+                bar=shown,
             )
         except CkptError as error:
             if len(paths) == 1:
@@ -108,3 +134,22 @@ def _pointers(folder: Path) -> Iterator[Verdict]:
 
 def _labelled(bar: Bar, label: str) -> checks.Bar:
     return lambda nbytes: bar(nbytes, label)
+
+
+def older(path: Path) -> Path | None:
+    """The newest before a damaged checkpoint whose headers are good: beside it, and named alike."""
+    path = path.absolute()
+    try:
+        beside = [each for each in checkpoints(path.parent) if shape(each.name) == shape(path.name)]
+    except CkptError:
+        return None
+    before = sorted(
+        (p for p in beside if numbers(p.name) < numbers(path.name)), key=lambda p: numbers(p.name)
+    )
+    for each in reversed(before[-TRIED:]):
+        try:
+            if checks.verify(each, quick=True).ok:
+                return each
+        except CkptError:
+            continue
+    return None

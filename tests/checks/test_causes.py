@@ -97,3 +97,19 @@ def test_a_lost_shard_ends_with_what_is_left(tag: Path, tmp_path: Path) -> None:
 
 def test_a_good_checkpoint_needs_no_rescue() -> None:
     assert rescue(verify(SAMPLE)) == []
+
+
+def test_the_classes_of_a_file_are_one_line(tmp_path: Path) -> None:
+    class First:
+        pass
+
+    class Second:
+        pass
+
+    for made in (First, Second):
+        made.__module__, made.__qualname__ = __name__, made.__name__
+        globals()[made.__name__] = made
+    path = tmp_path / "training_args.pt"
+    torch.save({"a": First(), "b": Second(), "w": torch.ones(3)}, path)
+    (finding,) = [f for f in verify(path).findings if f.id == "class-unknown"]
+    assert finding.message.startswith("2 unknown classes (") and "Second" in finding.message

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,7 @@ def test_a_run_is_every_checkpoint_in_it(two: Path) -> None:
     done = run("verify", two)
     assert done.code == 1 and "checkpoint-2: BAD: 1 error (" in done.out
     assert lines(done.out)[-1] == "1 of 2 checkpoints are good"
+    assert "good and older" not in done.out
     document = json.loads(run("verify", "--json", two).out)
     assert document["ok"] is False
     assert {Path(c["path"]).name: c["ok"] for c in document["checkpoints"]} == {
@@ -77,12 +80,69 @@ def test_a_tree_of_runs(tmp_path: Path) -> None:
     assert lines(done.out)[-1] == "3 of 3 checkpoints are good"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_no_permission_is_no_damage(two: Path) -> None:
-    (two / "checkpoint-2/model.safetensors").chmod(0)
-    assert run("verify", two / "checkpoint-2").code == 2
+def test_a_damaged_newest_names_the_good_one_before_it(two: Path) -> None:
+    damage(two / "checkpoint-4/model.safetensors")
     done = run("verify", two)
-    assert done.code == 2 and "1 could not be checked" in done.out
+    assert done.code == 1 and lines(done.out)[-1] == f"good and older: {two / 'checkpoint-2'}"
+    assert (
+        f"older, and its headers are good: {two / 'checkpoint-2'}" in run("verify", two / "checkpoint-4").out
+    )
+    damage(two / "checkpoint-2/model.safetensors")
+    for path in (two, two / "checkpoint-4"):
+        assert "older" not in run("verify", path).out.replace("an older checkpoint", "")
+
+
+def test_no_permission_is_no_damage(two: Path) -> None:
+    """What may not be read is neither good nor bad, alone and among others. Root may read everything."""
+    shutil.copytree(SAMPLE, two / "save")
+    shard = next((two / "save").rglob("*rank_1*"))
+    for path in (two / "checkpoint-2/model.safetensors", shard):
+        path.chmod(0)
+    user = 65534 if os.geteuid() == 0 else None
+    code = (
+        "import os, sys\n"
+        "from ckpttools.cli import main\n"
+        "import ckpttools.operations.verify, ckpttools.checks.contents, ckpttools.checks.untouched\n"
+        f"user = {user}\n"
+        "if user is not None: os.seteuid(user)\n"
+        "main(sys.argv[1:])\n"
+    )
+    for folder in (*two.parents, two):
+        if folder.is_relative_to("/tmp") and folder != Path("/tmp") and folder.owner() == two.owner():
+            folder.chmod(0o755)
+    for path in (two / "checkpoint-2", two / "save"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "verify", str(path)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr and "BAD" not in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code, "verify", str(two)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "could not be checked" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "5", "0%", "101%", "0/3", "4/3", "a/b", "1/0"])
+def test_what_is_no_part(text: str) -> None:
+    done = run("verify", SAMPLE, "--subset", text)
+    assert done.code == 2 and "error[bad-usage]" in done.err
+
+
+@pytest.mark.parametrize("path", [SAMPLE, PLAIN / "checkpoint-4"], ids=lambda p: p.name)
+def test_the_parts_are_the_whole(path: Path, tmp_path: Path) -> None:
+    """A changed byte is found by at least one of three parts, and not by all of them."""
+    assert run("verify", path, "--subset", "2/3").code == 0
+    assert ", the part 40%" in run("verify", path, "--subset", "40%").out
+    copy = Path(shutil.copytree(path, tmp_path / path.name))
+    file = next(iter(sorted(copy.rglob("*model_states.pt")) or [copy / "optimizer.pt"]))
+    raw = bytearray(file.read_bytes())
+    value = torch.load(file, weights_only=False)
+    tensor = value["module"]["up.weight"] if "module" in value else value["state"][3]["exp_avg"]
+    raw[raw.index(tensor.contiguous().view(torch.uint8).numpy().tobytes())] ^= 1
+    file.write_bytes(raw)
+    assert run("verify", copy).code == 1
+    codes = [run("verify", copy, "--subset", f"{n}/3").code for n in (1, 2, 3)]
+    assert sorted(codes)[0] == 0 and 1 in codes
 
 
 def test_what_is_required(tmp_path: Path) -> None:
