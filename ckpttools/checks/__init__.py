@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint, Layout, TrainState
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
-from ckpttools.checks.causes import by_cause
+from ckpttools.checks.causes import TENSORS, by_cause
 from ckpttools.checks.configs import check_configs
 from ckpttools.checks.copies import Copy, check_copies, missing_state
 from ckpttools.checks.files import dangers_at
@@ -121,7 +121,7 @@ def verify(
                 findings += check_untouched(found)
         findings += check_manifest(source.target, said, digests)
         described = {p.name: entry_of(p, digests) for p in own if p in digests} if describe else None
-    findings = by_cause(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO)))
+    findings = by_cause(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO)), found)
     return Verdict(
         path=path,
         format=found.layout.format if found else source.format,
@@ -138,6 +138,8 @@ def _rescue(source: Source, findings: list[Finding], *, quick: bool, workers: in
     bad = {Path(f.file) for f in findings if f.severity == ERROR and f.exit_code == 1}
     if source.format != "zero" or not bad or not source.target.is_dir():
         return
+    if any(f.id in TENSORS for f in findings):
+        return  # which of the files is the wrong one is not known
     models = [path for path in source.target.iterdir() if MODEL.fullmatch(path.name)]
     if len(models) != 1 or models[0] in bad:
         return

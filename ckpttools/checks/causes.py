@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.findings import ERROR, Finding
+from ckpttools.formats.zero.read import ZeroFolder
 
 # what makes a whole file the wrong one
 CAUSES = ("rank-misplaced", "file-renamed", "step-mismatch")
@@ -20,7 +22,7 @@ ALIKE = 3  # tensors of one file that are named one by one; more are one finding
 NAMED = 8
 
 
-def by_cause(findings: Iterable[Finding]) -> list[Finding]:
+def by_cause(findings: Iterable[Finding], found: Checkpoint | None = None) -> list[Finding]:
     """The findings without repetitions and consequences, otherwise in their order."""
     once = {(f.id, f.file, f.where, f.message): f for f in reversed(list(findings))}
     kept = list(reversed(once.values()))
@@ -36,7 +38,31 @@ def by_cause(findings: Iterable[Finding]) -> list[Finding]:
             also.append(f"{tensors} tensor{'s differ' if tensors > 1 else ' differs'} in consequence")
         if also:
             kept[kept.index(lead)] = replace(lead, message="; and ".join([lead.message, *also]))
+    if found is not None and isinstance(found.template, ZeroFolder):
+        kept = _foreign_model(kept, found.template)
     return _alike(kept)
+
+
+def _foreign_model(findings: list[Finding], folder: ZeroFolder) -> list[Finding]:
+    """Where the shards of all ranks differ from the model file, it is the one that is of another save."""
+    model, shards = str(folder.model.file.path), {str(rank.file.path) for rank in folder.ranks}
+    differ = [f for f in findings if f.id == "master-mismatch"]
+    if len(shards) < 2 or {f.file for f in differ} != shards:
+        return findings
+    names = list(dict.fromkeys(f.where for f in differ))
+    counts = [f for f in findings if f.id == "counter-mismatch" and f.file == model]
+    said = f"; {counts[0].message}" if counts else ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    shown = f"{', '.join(names[:NAMED])}{more}"
+    tensors = f"{len(names)} tensors of module ({shown}) are" if len(names) > 1 else f"{shown} in module is"
+    lead = replace(
+        differ[0],
+        file=model,
+        message=f"{tensors} not what the fp32 master weights of the {len(shards)} ranks are, rounded: the "
+        f"model file is of another save, or was changed{said}",
+    )
+    rest = [f for f in findings if f not in differ and f not in counts[:1]]
+    return [lead, *rest]
 
 
 def _alike(findings: list[Finding]) -> list[Finding]:

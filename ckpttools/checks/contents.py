@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
+from ckpttools.checks.causes import TENSORS
 from ckpttools.checks.copies import Copy
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError
@@ -140,10 +141,10 @@ def _data_findings(found: Checkpoint, files: list[TorchFile], results: list[data
     for finding in sorted(findings.values(), key=lambda f: (f.id, f.file, f.where)):
         same = more.setdefault((finding.id, finding.file), [])
         same.append(finding)
-        if len(same) <= SHOWN:
+        if len(same) <= SHOWN or finding.id in TENSORS:  # those become one finding
             kept.append(finding)
     for same in more.values():
-        if len(same) > SHOWN:
+        if len(same) > SHOWN and same[0].id not in TENSORS:
             message = f"and {len(same) - SHOWN} more tensors of this file"
             kept.append(replace(same[-1], where="", message=message))
     return kept

@@ -62,6 +62,21 @@ def test_a_foreign_shard_is_one_finding(tag: Path) -> None:
     assert Path(finding.file).name == RANK.format(1)
 
 
+def test_a_foreign_model_file_leads(tag: Path) -> None:
+    """All ranks differ from it: it is named, with its count, and its weights are not called whole."""
+    path = tag / "mp_rank_00_model_states.pt"
+    value = torch.load(path, weights_only=False)
+    for tensor in value["module"].values():
+        tensor.add_(0.25)
+    value["global_steps"] = 7
+    torch.save(value, path)
+    verdict = verify(tag.parent)
+    (finding,) = [f for f in verdict.findings if f.severity == ERROR]
+    assert (finding.id, Path(finding.file)) == ("master-mismatch", path)
+    assert "the model file counts 7 steps" in finding.message and "12 tensors of module (" in finding.message
+    assert not [f for f in verdict.findings if f.id == "counter-mismatch"] and rescue(verdict) == []
+
+
 def test_a_shard_of_another_step_leads(tag: Path) -> None:
     value = torch.load(tag / RANK.format(1), weights_only=False)
     for vector in value["optimizer_state_dict"]["single_partition_of_fp32_groups"]:
