@@ -20,7 +20,7 @@ Problem = Literal["missing", "unexpected", "shape", "dtype"]  # missing in the c
 SAFE: Class = "safe"
 CAREFUL: Class = "careful"
 IMPOSSIBLE: Class = "impossible"
-_ORDER: tuple[Class, ...] = (SAFE, CAREFUL, IMPOSSIBLE)
+CLASSES: tuple[Class, ...] = (SAFE, CAREFUL, IMPOSSIBLE)
 
 
 def worst(classes: Iterable[Class]) -> Class:
@@ -29,7 +29,7 @@ def worst(classes: Iterable[Class]) -> Class:
     >>> worst(["safe", "careful"])
     'careful'
     """
-    return max(classes, key=_ORDER.index, default=SAFE)
+    return max(classes, key=CLASSES.index, default=SAFE)
 
 
 class Moment(IntEnum):

@@ -24,6 +24,7 @@ from ckpttools.resume.model import prefix_of, tensors_of
 from ckpttools.resume.new_run import NewRun, leaves, real, whole
 from ckpttools.resume.report import (
     CAREFUL,
+    CLASSES,
     IMPOSSIBLE,
     SAFE,
     About,
@@ -243,7 +244,7 @@ def settings(training: Training, run: NewRun) -> Iterator[Difference]:
                 setting=key,
                 old=old.get(key),
                 new=new.get(key),
-                cls=known.cls,
+                cls=known.cls if key in old and key in new else min(known.cls, CAREFUL, key=CLASSES.index),
                 why=known.why,
             )
     for base in run.stated.unread:

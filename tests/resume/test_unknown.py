@@ -227,6 +227,8 @@ def test_an_mmengine_run_against_its_new_configuration(tmp_path: Path) -> None:
     assert classes["train_dataloader.num_workers"] == "safe"
     assert classes["optim_wrapper.optimizer.type"] == "impossible"
     assert classes["effective batch"] == "careful"
+    code, found = said(MMENGINE, "--config", new)  # it does not hold the configuration it was started with
+    assert code == 0 and "impossible" not in {d["class"] for d in found["differences"]}
 
 
 @pytest.mark.parametrize(
