@@ -133,9 +133,10 @@ class _Shown:
 def _read(src: Path, tag: str | None) -> Training:
     """What a training checkpoint says."""
     from ckpttools import frameworks
-    from ckpttools.formats import locate, read
+    from ckpttools.formats import read
+    from ckpttools.operations.source import find
 
-    source = locate(src, tag)
+    source = find(src, tag)
     return frameworks.read(source, read(source))
 
 

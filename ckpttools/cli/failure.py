@@ -29,6 +29,14 @@ def _other(problem: Exception) -> CkptError:
     match problem:
         case click.ClickException():
             return _of_click(problem)
+        case PermissionError():
+            return UsageError(
+                "no-permission",
+                "the system refused access",
+                where=str(problem.filename or ""),
+                why="nothing was read or written there",
+                hint="ask the owner for permission on it and on the folders above it",
+            )
         case OSError() if problem.strerror:
             return UsageError(
                 "system",
