@@ -19,7 +19,7 @@ from ckpttools.passes.hashes import Ranges
 from ckpttools.passes.ranges import Claims
 from ckpttools.passes.run import Digest, run
 from ckpttools.progress import Progress
-from ckpttools.tensors import ByteRange, TensorRef
+from ckpttools.tensors import ByteRange, TensorRef, Tiles, spans
 
 # optimizer state that is a running mean (or sum) of squares
 SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
@@ -49,9 +49,9 @@ def tasks_of(found: Checkpoint, files: list[TorchFile], copies: Sequence[Copy] =
         if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
             continue
         for chunk in ref.chunks:
-            if isinstance(chunk, ByteRange):
-                for part in claims.claim(chunk):
-                    whole = (part.start - chunk.start) % ref.dtype.itemsize == 0
+            for span in spans(chunk) if isinstance(chunk, ByteRange | Tiles) else ():
+                for part in claims.claim(span):
+                    whole = (part.start - span.start) % ref.dtype.itemsize == 0
                     squares = name.endswith(SQUARES)
                     dtype = ref.dtype if whole else None
                     tasks.append(data.Scan(source=part, dtype=dtype, name=name, squares=squares))

@@ -13,6 +13,7 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import INFO, Finding, of_error
 from ckpttools.formats import Source, read
+from ckpttools.formats.dcp.checks import check_folder as dcp_findings
 from ckpttools.formats.zero.checks import archive_roots, check_folder
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import (
@@ -45,6 +46,10 @@ def check_headers(
             if not in_parts:
                 raise
             return check_parts(source.target, reason)
+    if source.format == "dcp":
+        with within(source.root):
+            findings, read_anyway = dcp_findings(source.target)
+        return [*findings, *(_notes(read_anyway) if read_anyway else ())], read_anyway, []
     try:
         found = read(source)
     except CkptError as error:

@@ -1,12 +1,10 @@
 """Layouts whose weights ckpt does not put together: each file by itself, and whether any is missing.
 
-ZeRO-3, pipeline, tensor- and expert-parallel folders, ZeRO stage 0, universal checkpoints and torch
-distributed checkpoints. What these checks can see: missing, renamed, swapped and damaged files, changed
-bytes, code that would run, NaN. What they cannot: whether the shards belong to one step.
+ZeRO-3, pipeline, tensor- and expert-parallel folders, ZeRO stage 0, and universal checkpoints. What these
+checks can see: missing, renamed, swapped and damaged files, changed bytes, code that would run, NaN. What
+they cannot: whether the shards belong to one step.
 
     universal    zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt: the same files for every parameter
-    distributed  .metadata (a pickle) says which bytes of which __R_N.distcp hold what; each piece of a
-                 .distcp file is a torch file of its own
 """
 
 from __future__ import annotations
@@ -18,18 +16,16 @@ from pathlib import Path
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.checks.files import check_files
 from ckpttools.containers import fields
-from ckpttools.containers.pickles import Dict, Node, Object, loads, walk
+from ckpttools.containers.pickles import Dict
 from ckpttools.containers.torch_file import TorchFile, labelled, read_torch_file
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.formats.counters import train_state
 from ckpttools.formats.zero.checks import archive_roots
 from ckpttools.formats.zero.names import ANY
-from ckpttools.stores.files import entries, is_file, is_folder, opened, size_of
+from ckpttools.stores.files import entries, is_file, is_folder, size_of
 
 NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\d+(?=-model)")
-METADATA = ".metadata"
-MAX_METADATA = 256 << 20
 COUNTERS = ("global_steps", "dp_world_size", "mp_world_size", "ds_version")
 
 
@@ -44,11 +40,7 @@ def check_parts(folder: Path, reason: Unsupported) -> tuple[list[Finding], Check
             message=f"{reason.message}: its files are checked one by one, and that none is missing",
         )
     ]
-    if (folder / METADATA).is_file():
-        findings += _distributed(folder)
-        paths: list[Path] = []
-    else:
-        paths = list(_torch_paths(folder))
+    paths = list(_torch_paths(folder))
     files: list[TorchFile] = []
     for path in paths:
         try:
@@ -81,7 +73,7 @@ def check_parts(folder: Path, reason: Unsupported) -> tuple[list[Finding], Check
 
 
 def _name(reason: Unsupported) -> str:
-    kinds = {"ZeRO-3": "zero3", "universal": "universal", "distributed": "dcp", "pipeline": "pipeline"}
+    kinds = {"ZeRO-3": "zero3", "universal": "universal", "pipeline": "pipeline"}
     kinds |= {"tensor-parallel": "tensor-parallel", "mixture": "moe", "optimizer": "zero0"}
     return next((name for word, name in kinds.items() if word in reason.message), "deepspeed")
 
@@ -208,57 +200,3 @@ def _counters(files: list[TorchFile]) -> Iterator[Finding]:
                     message=f"says {value}, {where.name} says {stated}: they come from different saves",
                     hint="copy all files of the folder again from one save",
                 )
-
-
-# --- torch distributed checkpoints --------------------------------------------------------------------
-
-
-def _distributed(folder: Path) -> Iterator[Finding]:
-    """The files that .metadata names are there, and long enough. Source: torch's FileSystemWriter."""
-    path = folder / METADATA
-    try:
-        with opened(path) as file:
-            if file.size > MAX_METADATA:
-                raise CkptError("pickle-damaged", f"{file.size} bytes are over the limit", where=path)
-            raw = file.head(MAX_METADATA)
-        needed: dict[str, int] = {}
-        for node in walk(loads(raw).value):
-            for name, end in _pieces(node):
-                needed[name] = max(needed.get(name, 0), end)
-    except CkptError as error:
-        error.where = error.where or str(path)
-        yield of_error(error)
-        return
-    there = {entry.name: entry.stat().st_size for entry in entries(folder) if is_file(entry)}
-    for name, end in sorted(needed.items()):
-        have = there.get(name)
-        if have is None or have < end:
-            yield Finding(
-                id="shard-missing" if have is None else "file-truncated",
-                severity=ERROR,
-                file=str(folder / name) if name.isprintable() and "/" not in name else str(folder),
-                where=".metadata",
-                message=f"needs {end} bytes of it, "
-                + ("and it is missing" if have is None else f"it has {have}"),
-                hint="copy the file from the node that wrote it",
-            )
-    for name in sorted(n for n in there if n.endswith(".distcp") and n not in needed):
-        yield Finding(
-            id="shard-extra",
-            severity=ERROR,
-            file=str(folder / name),
-            where=".metadata",
-            message="does not name this file: it is left over from another save",
-            hint="move it out of the folder",
-        )
-
-
-def _pieces(node: Node) -> Iterator[tuple[str, int]]:
-    """A _StorageInfo(relative_path, offset, length): the file, and where the piece ends."""
-    if isinstance(node, Object) and node.has_state:
-        state = fields.as_mapping(node.state)
-        name = state.get("relative_path") if state is not None else None
-        if state is not None and isinstance(name, str):
-            offset, length = fields.integer(state.get("offset")), fields.integer(state.get("length"))
-            if offset is not None and length is not None:
-                yield name, offset + length

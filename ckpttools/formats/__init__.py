@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.formats import hf, monolithic, zero
+from ckpttools.formats import dcp, hf, monolithic, zero
 from ckpttools.formats.locate import Source, locate
 from ckpttools.stores.links import within
 
-FORMATS = {"zero": zero.read, "pt": monolithic.read, "hf": hf.read}
+FORMATS = {"zero": zero.read, "pt": monolithic.read, "hf": hf.read, "dcp": dcp.read}
 
 __all__ = ["FORMATS", "Source", "locate", "open_checkpoint", "read"]
 

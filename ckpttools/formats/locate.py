@@ -2,7 +2,8 @@
 
 A path may be a file; a folder with a `latest` file (DeepSpeed, HF Trainer, Lightning, accelerate); a tag
 folder (`global_step500/`, MMEngine's `iter_1500.pth/`, which has no `latest`); a bundle with `deepspeed/`
-and `hf_model/`; an HF folder. A run folder that holds several checkpoints is refused with their list.
+and `hf_model/`; a torch distributed checkpoint; an HF folder. A run folder that holds several checkpoints is
+refused with their list.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from ckpttools.containers.torch_file import is_torch_file
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
+from ckpttools.formats.dcp.names import is_dcp_file, looks_like_dcp, refuse_rank_files
 from ckpttools.formats.hf import SHARD, looks_like_hf
 from ckpttools.formats.zero.names import ANY, OPTIM, looks_like_zero
 from ckpttools.siblings import is_copy, is_ours
@@ -36,7 +38,7 @@ SIDE_FILES = re.compile(
 class Source:
     """A checkpoint found. `root` is what belongs to it as a whole: the folder given, or `target` itself."""
 
-    format: str  # "zero", "pt" or "hf"
+    format: str  # a key of formats.FORMATS
     target: Path  # the tag folder, the file, or the HF folder
     root: Path
     how: str  # why this one, for people
@@ -110,6 +112,8 @@ def _file(path: Path) -> Source:
             why="each rank holds only its partition",
             hint=f"name the folder: {escape(path.parent)}",
         )
+    if is_dcp_file(path.name):
+        return Source(format="dcp", target=path.parent, root=path.parent, how="the folder of this part")
     if path.name.endswith(".index.json"):
         return Source(format="hf", target=path.parent, root=path.parent, how="the folder of this index")
     if is_torch_file(path):
@@ -141,6 +145,9 @@ def _folder(path: Path, tag: str | None) -> Source:
             hint="use an older checkpoint",
         )
     _refuse_known(path, names)  # a universal checkpoint holds a ZeRO model file too
+    if looks_like_dcp(path):
+        return Source(format="dcp", target=path, root=path, how="a torch distributed checkpoint")
+    refuse_rank_files(path, names)
     if looks_like_zero(path):
         return Source(format="zero", target=path, root=path, how="a DeepSpeed tag folder")
     if LATEST in names:
@@ -202,15 +209,13 @@ def _tag_names(path: Path) -> list[str]:
 
 def _refuse_known(path: Path, names: list[str]) -> None:
     """Formats that are recognised and not read yet."""
-    if any(name.endswith(".distcp") for name in names) or ".metadata" in names:
-        kind, hint = "a torch distributed checkpoint", "convert it with torch's format_utils dcp_to_torch"
-    elif "zero" in names and (path / "zero").is_dir():
-        kind, hint = "a DeepSpeed universal checkpoint", "use the ZeRO folder that it was made from"
-    else:
-        return
-    raise Unsupported(
-        "layout-unsupported", f"{kind}, which is recognised but not read yet", where=path, hint=hint
-    )
+    if "zero" in names and (path / "zero").is_dir():
+        raise Unsupported(
+            "layout-unsupported",
+            "a DeepSpeed universal checkpoint, which is recognised but not read yet",
+            where=path,
+            hint="use the ZeRO folder that it was made from",
+        )
 
 
 def _refuse_headless(path: Path, names: list[str]) -> None:
@@ -282,7 +287,8 @@ def checkpoints(path: Path) -> list[Path]:
 def holds_one(folder: Path) -> bool:
     """Whether a folder is itself a checkpoint, by the names in it. Raises CkptError."""
     inside = {entry.name for entry in entries(folder)}
-    return LATEST in inside or BUNDLE in inside or looks_like_zero(folder) or looks_like_hf(folder)
+    known = (looks_like_zero, looks_like_dcp, looks_like_hf)
+    return LATEST in inside or BUNDLE in inside or any(looks(folder) for looks in known)
 
 
 def _by_number(name: str) -> tuple[list[int], str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from commands import run
 from support import FIXTURES, REFUSED_SAMPLES, name_of
 
@@ -33,14 +32,6 @@ def universal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options.split()]
     subprocess.run(command, check=True, capture_output=True)
     return out
-
-
-@pytest.fixture
-def distributed(tmp_path: Path) -> Path:
-    """A torch distributed checkpoint."""
-    state = {"model": {"w": torch.randn(8, 4), "b": torch.zeros(8)}, "step": 3}
-    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    return tmp_path / "dcp"
 
 
 @pytest.mark.parametrize("path", REFUSED_SAMPLES, ids=name_of)
@@ -104,18 +95,3 @@ def test_universal(universal: Path, tmp_path: Path) -> None:
     assert "shard-missing" in ids(folder)
     os.truncate(parameter / "fp32.pt", 300)
     assert "file-truncated" in ids(folder)
-
-
-def test_distributed(distributed: Path) -> None:
-    assert ids(distributed) == set()
-    assert run("inspect", distributed).code == 2
-    (data,) = distributed.glob("*.distcp")
-    shutil.copyfile(data, distributed / "__9_0.distcp")
-    assert ids(distributed) == {"shard-extra"}
-    (distributed / "__9_0.distcp").unlink()
-    os.truncate(data, data.stat().st_size - 10)
-    assert ids(distributed) == {"file-truncated"}
-    data.unlink()
-    assert ids(distributed) == {"shard-missing"}
-    (distributed / ".metadata").write_bytes(b"\x80\x02garbage")
-    assert ids(distributed) == {"pickle-damaged"}

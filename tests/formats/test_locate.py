@@ -291,12 +291,6 @@ def latest_names_an_empty_folder(path: Path) -> None:
     (path / "latest").write_text("global_step4")
 
 
-def distributed_checkpoint(path: Path) -> None:
-    path.mkdir()
-    (path / ".metadata").write_bytes(b"\x80\x02.")
-    (path / "__0_0.distcp").write_bytes(b"x")
-
-
 def universal_checkpoint(path: Path) -> None:
     (path / "zero/a.weight").mkdir(parents=True)
     (path / "zero/a.weight/fp32.pt").touch()
@@ -323,7 +317,6 @@ NOTHING: dict[str, Callable[[Path], None]] = {
     "model-missing one shard": one_shard,
     "latest-dangling names a file": latest_names_a_file,
     "latest-dangling names an empty folder": latest_names_an_empty_folder,
-    "layout-unsupported distributed": distributed_checkpoint,
     "layout-unsupported universal": universal_checkpoint,
     "empty-folder in a bundle": empty_bundle,
 }

@@ -59,6 +59,9 @@ _DATA = {
     "_rebuild_device_tensor_from_cpu_tensor _rebuild_wrapper_subclass",
     "torch.serialization": "_get_layout",
     "torch.torch_version": "TorchVersion",
+    "torch.distributed.checkpoint.metadata": "Metadata TensorStorageMetadata BytesStorageMetadata "
+    "TensorProperties ChunkStorageMetadata MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
     "torch.nn.parameter": "Parameter Buffer",
     "torch.jit._pickle": "restore_type_tag build_intlist build_tensorlist build_doublelist build_boollist "
     "build_tensor_from_id",

@@ -56,16 +56,22 @@ ARGUMENTS_DECIDE = {
 
 
 def loads(
-    data: bytes, *, start: int = 0, exact: bool = True, persistent: Callable[[Node], Node] | None = None
+    data: bytes,
+    *,
+    start: int = 0,
+    exact: bool = True,
+    persistent: Callable[[Node], Node] | None = None,
+    limits: int = 1,
 ) -> Pickle:
     """Read one pickle that begins at `start`. With `exact`, STOP must be the last byte.
 
-    `persistent` turns a persistent id into the node that stands for it (a Persistent by default).
+    `persistent` turns a persistent id into the node that stands for it (a Persistent by default). `limits`
+    multiplies what a pickle may memoize, call and do, for one that is large by its nature.
     Raises Reject for anything that is not a well-formed pickle of data.
     """
     if len(data) > MAX_BYTES:
         raise Reject(f"a pickle of {len(data)} bytes is over the limit of {MAX_BYTES}")
-    machine = _Machine(data, start, persistent or Persistent)
+    machine = _Machine(data, start, persistent or Persistent, limits)
     result = machine.run()
     if exact and result.end != len(data):
         raise Reject(f"{len(data) - result.end} bytes follow the end of the pickle", result.end)
@@ -79,12 +85,14 @@ class _Stop(Exception):
 class _Machine(Cursor):
     """Stack, marks and memo over the bytes."""
 
-    def __init__(self, data: bytes, start: int, persistent: Callable[[Node], Node]) -> None:
+    def __init__(self, data: bytes, start: int, persistent: Callable[[Node], Node], limits: int) -> None:
         super().__init__(data, start)
         self.persistent = persistent
+        self.limits = limits
         self.stack: list[Node] = []
         self.marks: list[list[Node]] = []
-        self.memo: dict[int, Node] = {}
+        self.memo: list[Node] = []  # picklers number from 0
+        self.far: dict[int, Node] = {}  # and the others, for picklers that do not
         self.globals: dict[tuple[str, str], Global] = {}
         self.protocol = 0
         self.frame_end = 0
@@ -97,7 +105,7 @@ class _Machine(Cursor):
     def run(self) -> Pickle:
         data, end, table = self.data, self.end, _TABLE
         try:
-            for _ in range(MAX_OPCODES):
+            for _ in range(self.limits * MAX_OPCODES):
                 pos = self.pos
                 if pos >= end:
                     raise Reject("the pickle ends before STOP", pos)
@@ -178,16 +186,21 @@ class _Machine(Cursor):
     # opcodes: memo
 
     def remember(self, i: int) -> None:
-        if not 0 <= i < 2**32 or len(self.memo) >= MAX_MEMO:
+        value, known = self.stack[-1], len(self.memo)
+        if not 0 <= i < 2**32 or known + len(self.far) >= self.limits * MAX_MEMO:
             raise Reject("the memo is over its limit", self.pos)
-        self.memo[i] = self.stack[-1]
+        if i == known and i not in self.far:
+            self.memo.append(value)
+        elif i < known:
+            self.memo[i] = value
+        else:
+            self.far[i] = value
 
     def recall(self, i: int) -> None:
         try:
-            value = self.memo[i]
+            self.push(self.memo[i] if 0 <= i < len(self.memo) else self.far[i])
         except KeyError:
             raise Reject(f"memo entry {i} was never stored", self.pos) from None
-        self.push(value)
 
     def persid(self) -> None:
         self.stack[-1] = self.persistent(self.stack[-1])
@@ -265,7 +278,7 @@ class _Machine(Cursor):
 
     def count_call(self) -> None:
         self.ncalls += 1
-        if self.ncalls > MAX_CALLS:
+        if self.ncalls > self.limits * MAX_CALLS:
             raise Reject(f"more than {MAX_CALLS} calls and names", self.pos)
 
     def call(self, how: str, cls: Node, args: Node, kwargs: Node = NO_KEYWORDS) -> None:
@@ -320,7 +333,7 @@ _OPCODES: dict[bytes, Callable[[_Machine], object]] = {
     b"q": lambda m: m.remember(m.u8()),
     b"r": lambda m: m.remember(m.u32()),
     b"p": lambda m: m.remember(m.decimal()),
-    b"\x94": lambda m: m.remember(len(m.memo)),
+    b"\x94": lambda m: m.remember(len(m.memo) + len(m.far)),
     b"h": lambda m: m.recall(m.u8()),
     b"j": lambda m: m.recall(m.u32()),
     b"g": lambda m: m.recall(m.decimal()),

@@ -1,0 +1,78 @@
+"""Progress among the values that training code saves beside model and optimizer: read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ckpttools.checkpoint import TrainState
+from ckpttools.formats import counters
+from ckpttools.tensors import TensorRef
+from ckpttools.tree import Path as Keys
+from ckpttools.tree import Value, at, put
+
+# a field of TrainState, the names that it is saved under, the type of its values
+_FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
+    "step": (counters.STEP, (int,)),
+    "iteration": (counters.ITERATION, (int,)),
+    "epoch": (counters.EPOCH, (int, float)),
+    "samples": (counters.SAMPLES, (int,)),
+    "skipped_steps": (("skipped_steps",), (int,)),
+    "train_loss": (counters.TRAIN_LOSS, (int, float)),
+    "val_loss": (counters.VAL_LOSS, (int, float)),
+}
+_PLACES: tuple[Keys, ...] = ((), ("train_state",), ("trainer_state",), ("meta",))  # train_state: torchtitan
+
+
+def train_state(client: Mapping[str, Value]) -> TrainState:
+    """What the client's values say about where training stood. Absent values are None."""
+    found: dict[str, Any] = {}
+    for name in _FIELDS:
+        value = next((value for _, value in _found(client, name)), None)
+        if value is not None:
+            found[name] = value
+    scheduler = next((key for key in counters.SCHEDULER if isinstance(client.get(key), Mapping)), None)
+    return TrainState(**found, scheduler=client[scheduler] if scheduler else {})
+
+
+def with_state(client: Mapping[str, Value], state: TrainState) -> dict[str, Value]:
+    """The client's values with the progress as `state` has it: in its place, or under its first name."""
+    out: Value = dict(client)
+    values: dict[str, Value] = {
+        "step": state.step,
+        "iteration": state.iteration,
+        "epoch": state.epoch,
+        "samples": state.samples,
+        "skipped_steps": state.skipped_steps,
+        "train_loss": state.train_loss,
+        "val_loss": state.val_loss,
+    }
+    for name, (names, _) in _FIELDS.items():
+        value = values[name]
+        held = list(_found(out, name))
+        if value is not None and (not held or held[0][1] != value):
+            out = put(out, held[0][0] if held else names[:1], value)
+    scheduler = next((key for key in counters.SCHEDULER if isinstance(client.get(key), Mapping)), None)
+    if state.scheduler and (scheduler is None or client[scheduler] is not state.scheduler):
+        out = put(out, (scheduler or counters.SCHEDULER[0],), state.scheduler)
+    return dict(out)
+
+
+def _found(client: Mapping[str, Value], name: str) -> Iterator[tuple[Keys, Value]]:
+    names, kinds = _FIELDS[name]
+    for place in _PLACES:
+        for key in names:
+            value = at(client, *place, key)
+            value = scalar(value) if isinstance(value, TensorRef) else value
+            if isinstance(value, kinds) and not isinstance(value, bool):
+                yield (*place, key), value
+
+
+def scalar(ref: TensorRef) -> int | float | None:
+    """The value of a tensor of one element."""
+    if ref.numel != 1:
+        return None
+    from ckpttools.passes.read import load  # numpy: needed for tensors alone
+
+    value = load(ref).reshape(-1)[0].item()
+    return value if isinstance(value, int | float) else None

@@ -1,0 +1,60 @@
+"""The files and folders of a torch distributed checkpoint, and which of them a path leads to."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ckpttools.errors import Unsupported
+from ckpttools.formats.dcp.metadata import NAME
+from ckpttools.stores.files import entries, is_file, is_folder
+
+DATA = re.compile(r"__(\d+)_(\d+)\.distcp")
+SUFFIX = ".distcp"
+MODEL_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate, HF Trainer
+# accelerate with use_dcp=False: one torch file of DTensors for each rank
+RANK_FILE = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+_rank\d+\.bin")
+
+
+def is_dcp_file(name: str) -> bool:
+    """Whether a file is a part of a distributed checkpoint, which is a folder."""
+    return name == NAME or name.endswith(SUFFIX)
+
+
+def looks_like_dcp(folder: Path) -> bool:
+    """Whether a folder holds a distributed checkpoint, or the two that accelerate makes of one."""
+    found = entries(folder)
+    names = {entry.name for entry in found if is_file(entry)}
+    if any(is_dcp_file(name) for name in names):
+        return True
+    return any(
+        _is_part(folder / entry.name)
+        for entry in found
+        if entry.name in (MODEL_FOLDER, OPTIMIZER_FOLDER) and is_folder(entry)
+    )
+
+
+def _is_part(folder: Path) -> bool:
+    return any(is_dcp_file(entry.name) for entry in entries(folder))
+
+
+def parts(folder: Path) -> tuple[Path, ...]:
+    """The folders with a .metadata of their own: the folder itself, or accelerate's model and optimizer."""
+    if _is_part(folder):
+        return (folder,)
+    inner = [folder / name for name in (MODEL_FOLDER, OPTIMIZER_FOLDER)]
+    return tuple(path for path in inner if path.is_dir() and _is_part(path))
+
+
+def refuse_rank_files(folder: Path, names: list[str]) -> None:
+    """Raises Unsupported for what accelerate writes with use_dcp=False."""
+    if any(RANK_FILE.fullmatch(name) for name in names):
+        raise Unsupported(
+            "layout-unsupported",
+            "FSDP shards of accelerate, one file for each rank, which are recognised but not read",
+            where=folder,
+            why="their tensors are pickled DTensors: which part of a weight each holds is known to the "
+            "process group that saved them",
+            hint="save with fsdp_state_dict_type SHARDED_STATE_DICT (a distributed checkpoint) or "
+            "FULL_STATE_DICT",
+        )

@@ -1,0 +1,193 @@
+"""A torch distributed checkpoint as a Checkpoint: the metadata, the objects, and each item's header."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout
+from ckpttools.errors import CkptError, escape
+from ckpttools.formats.dcp.counters import train_state
+from ckpttools.formats.dcp.items import Data, Items, Wanted
+from ckpttools.formats.dcp.metadata import NAME, Item, Metadata, read_metadata
+from ckpttools.formats.dcp.names import DATA, MODEL_FOLDER, OPTIMIZER_FOLDER, parts
+from ckpttools.formats.dcp.pieces import assembled, check_pieces
+from ckpttools.formats.dcp.roles import ACCELERATE, Names, guessed, roles, tree
+from ckpttools.stores.files import size_of
+from ckpttools.tree import Path as Keys
+from ckpttools.tree import Value
+
+LOSS_SCALER = "loss_scaler"
+_INTEGERS = re.compile(r"u?int(16|32|64)|bool")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One folder with a `.metadata`; `values` has what each key stands for."""
+
+    folder: Path
+    metadata: Metadata
+    data: Mapping[Item, Data | Value] = field(repr=False)
+    values: Mapping[str, Value] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """What writing a distributed checkpoint again can take from the one that was read."""
+
+    names: Names
+    parts: tuple[Part, ...] = field(repr=False)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a folder: headers and objects only. Raises CkptError for the first thing that is wrong."""
+    folders = parts(path)
+    if not folders:
+        raise no_metadata(path)
+    return checkpoint(path, tuple(read_part(folder) for folder in folders))
+
+
+def no_metadata(path: Path) -> CkptError:
+    return CkptError(
+        "metadata-missing",
+        f"data files of a distributed checkpoint, and no {NAME}",
+        where=path,
+        why="it is written last, when all ranks are done: this save did not finish, or it was not copied",
+        hint=f"copy {NAME} (a hidden file) from where the folder was saved, or use an older checkpoint",
+    )
+
+
+def read_part(folder: Path) -> Part:
+    """Raises CkptError."""
+    if not (folder / NAME).exists():
+        raise no_metadata(folder)
+    metadata = read_metadata(folder)
+    for key, tensor in metadata.tensors.items():
+        try:
+            check_pieces(key, tensor)
+        except CkptError as error:
+            error.where = error.where or str(folder / NAME)
+            raise
+    return part(folder, metadata, Items(folder).read(wanted(folder, metadata)))
+
+
+def wanted(folder: Path, metadata: Metadata) -> Iterator[Wanted]:
+    """Every item that holds elements or an object. Raises CkptError for an object that lies nowhere."""
+    for key, tensor in metadata.tensors.items():
+        for piece in tensor.pieces:
+            if piece.numel and piece.item is not None:
+                yield Wanted(key, piece.item, tensor.dtype, piece.shape)
+    for key, item in metadata.objects.items():
+        if item is None:
+            raise object_lost(folder, key)
+        yield Wanted(key, item)
+
+
+def object_lost(folder: Path, key: str) -> CkptError:
+    return CkptError(
+        "entry-missing",
+        f"'{escape(key)}': no entry says where it lies",
+        where=folder / NAME,
+        why="torch would fail to load the checkpoint",
+        hint="copy .metadata and all data files again, from one save",
+    )
+
+
+def part(folder: Path, metadata: Metadata, data: Mapping[Item, Data | Value]) -> Part:
+    """The values of a folder's keys from its items."""
+    values: dict[str, Value] = {}
+    for key in metadata.keys:
+        if key in metadata.tensors:
+            values[key] = assembled(key, metadata.tensors[key], data)
+        else:
+            item = metadata.objects[key]
+            assert item is not None
+            values[key] = data[item]
+    return Part(folder=folder, metadata=metadata, data=data, values=values)
+
+
+def checkpoint(path: Path, found: tuple[Part, ...]) -> Checkpoint:
+    """Put the parts together. Raises CkptError where their keys make no sense."""
+    root = tree(path, ((keys, value) for each in found for keys, value in _paths(each)))
+    held = roles(path, root)
+    named = {name for group in held.groups for name in group.params}
+    dtypes = {ref.dtype.short for ref in held.tensors.values() if ref.dtype.is_float}
+    shards = [sum(p.numel > 0 for p in t.pieces) for each in found for t in each.metadata.tensors.values()]
+    client = dict(held.client)
+    if held.extra:
+        client["_extra_state"] = dict(held.extra)
+    scaler = client.get(LOSS_SCALER)
+    if isinstance(scaler, Mapping):
+        del client[LOSS_SCALER]
+    return Checkpoint(
+        path=path,
+        layout=Layout(
+            format="dcp",
+            dp_degree=max(shards, default=1) or 1,
+            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            writer="torch.distributed.checkpoint",
+            variant=ACCELERATE if any(p.folder.name == OPTIMIZER_FOLDER for p in found) else held.style,
+        ),
+        tensors=held.tensors,
+        groups=held.groups,
+        train_state=train_state(client),
+        shared=dict(_tied(found, held.tensors)),
+        # trained are floats alone: an integer that no group names is a buffer
+        buffers=frozenset(
+            name
+            for name, ref in held.tensors.items()
+            if named and name not in named and _INTEGERS.fullmatch(ref.dtype.name)
+        ),
+        files=tuple(role for each in found for role in _files(each)),
+        checks=tuple(
+            data.check
+            for each in found
+            for data in each.data.values()
+            if isinstance(data, Data) and data.check
+        ),
+        notes=held.notes,
+        loss_scaler=scaler if isinstance(scaler, Mapping) else {},
+        client=client,
+        template=Template(names=held.names, parts=found),
+    )
+
+
+def _paths(each: Part) -> Iterable[tuple[Keys, Value]]:
+    known = each.metadata.paths
+    paths = guessed(each.values) if known is None else known
+    for key, value in each.values.items():
+        yield paths.get(key, (key,)), value
+
+
+def _tied(found: tuple[Part, ...], tensors: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Names whose pieces are the same items: torch writes the data for each name, ckpt once for tied ones."""
+    names = {id(ref): name for name, ref in tensors.items()}
+    for each in found:
+        owners: dict[tuple[object, ...], str] = {}
+        for key in each.metadata.keys:
+            tensor = each.metadata.tensors.get(key)
+            name = names.get(id(each.values[key]))
+            if tensor is None or name is None or not any(piece.numel for piece in tensor.pieces):
+                continue
+            owner = owners.setdefault((tensor.dtype.name, tensor.shape, *tensor.pieces), name)
+            if owner != name:
+                yield name, owner
+
+
+def _files(each: Part) -> Iterator[FileRole]:
+    kinds: dict[str, list[int]] = {}
+    mine = each.metadata
+    for key, item in mine.items:
+        kinds.setdefault(item.file, [0, 0])[key in mine.objects] += 1
+    what = {MODEL_FOLDER: " of the model", OPTIMIZER_FOLDER: " of the optimizer"}.get(each.folder.name, "")
+    yield FileRole(
+        path=each.folder / NAME, nbytes=mine.nbytes, role=f"says where each part{what} lies; written last"
+    )
+    for name, (tensors, objects) in sorted(kinds.items()):
+        path = each.folder / name
+        named = DATA.fullmatch(name)
+        by = f" written by rank {named[1]}" if named else ""
+        held = [f"{tensors} parts of tensors"] * bool(tensors) + [f"{objects} values"] * bool(objects)
+        yield FileRole(path=path, nbytes=size_of(path), role=f"{' and '.join(held)}{by}")

@@ -1,0 +1,224 @@
+"""The plan of a distributed checkpoint: the Checkpoint as one saved state, cut into parts, item by item.
+
+Parts are whole tensors, or rows for a number of ranks as FSDP2 cuts them; any number of ranks loads either.
+Values and what has no rows are in the first file. Equal contents give equal bytes: no time, no path, no id
+of the save. `.metadata` comes last: a folder without it is an unfinished save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
+from ckpttools.errors import UsageError, escape
+from ckpttools.formats.dcp.counters import with_state
+from ckpttools.formats.dcp.items import Writer
+from ckpttools.formats.dcp.metadata import NAME, Item, Metadata, Piece, Tensor, write_metadata
+from ckpttools.formats.dcp.names import MODEL_FOLDER, OPTIMIZER_FOLDER
+from ckpttools.formats.dcp.pieces import rows
+from ckpttools.formats.dcp.read import LOSS_SCALER, Template
+from ckpttools.formats.dcp.roles import (
+    ACCELERATE,
+    FLAT,
+    GROUPS,
+    NESTED,
+    PARAMS,
+    STATE,
+    STYLES,
+    TITAN,
+    Names,
+)
+from ckpttools.plan import Literal, OutputFile, Plan
+from ckpttools.tensors import TensorRef
+from ckpttools.tree import Path as Keys
+from ckpttools.tree import Value
+
+FP32 = "fp32"
+
+
+def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
+    """The files of a distributed checkpoint. `layout.variant` is one of STYLES (nested where it is none of
+    them), `layout.dp_degree` the number of ranks that rows are cut for.
+    """
+    layout = layout or checkpoint.layout
+    style = layout.variant if layout.variant in STYLES else NESTED
+    if layout.dp_degree < 1:
+        raise UsageError("bad-usage", f"parts for {layout.dp_degree} ranks make no sense")
+    template = checkpoint.template if isinstance(checkpoint.template, Template) else None
+    names = _names(style, template)
+    notes: list[str] = []
+    model = [(_model_path(names, name), ref) for name, ref in _weights(checkpoint, notes)]
+    optimizer = [
+        ((*names.prefix, *path), value) for path, value in _optimizer(checkpoint, names, style, notes)
+    ]
+    client = [((*names.prefix, *path), value) for path, value in _client(checkpoint, names, notes)]
+    notes += _not_held(checkpoint)
+    ranks = layout.dp_degree
+    if style == ACCELERATE:
+        notes += [
+            f"'{escape(path[0])}' is not written: accelerate keeps it in files of its own"
+            for path, _ in client
+        ]
+        files = [
+            *_files(f"{MODEL_FOLDER}/", model, checkpoint, ranks),
+            *(_files(f"{OPTIMIZER_FOLDER}/", optimizer, checkpoint, ranks) if optimizer else ()),
+        ]
+    else:
+        files = [*_files("", [*model, *optimizer, *client], checkpoint, ranks)]
+    return Plan(files=tuple(files), notes=tuple(dict.fromkeys(notes)), checks=checkpoint.checks)
+
+
+def _names(style: str, template: Template | None) -> Names:
+    """The keys of the source's own where it has the same style, else the usual ones."""
+    if style == TITAN:
+        return Names(model=None)
+    names = template.names if template else Names()
+    if names.model is None or style == ACCELERATE:
+        return Names()
+    return names
+
+
+def _model_path(names: Names, name: str) -> Keys:
+    return (*names.prefix, name) if names.model is None else (*names.prefix, names.model, name)
+
+
+def _weights(checkpoint: Checkpoint, notes: list[str]) -> Iterator[tuple[str, TensorRef]]:
+    """One tensor for each name: the fp32 master where there is one. Tied names get the same object."""
+    master = checkpoint.master
+    rounded = {ref.dtype.short for name, ref in checkpoint.tensors.items() if _differs(master.get(name), ref)}
+    if rounded:
+        copies = ", ".join(sorted(rounded))
+        notes.append(f"one copy of each weight: the fp32 masters, not their {copies} copies")
+    chosen: dict[str, TensorRef] = {}
+    for name in dict.fromkeys((*checkpoint.tensors, *master)):
+        owner = checkpoint.shared.get(name, name)
+        ref = master.get(name) or master.get(owner) or checkpoint.tensors[name]
+        chosen[name] = ref
+        yield name, chosen[owner] if owner in chosen and chosen[owner].shape == ref.shape else ref
+
+
+def _differs(master: TensorRef | None, weight: TensorRef) -> bool:
+    return master is not None and master.dtype is not weight.dtype
+
+
+def _optimizer(
+    checkpoint: Checkpoint, names: Names, style: str, notes: list[str]
+) -> Iterator[tuple[Keys, Value]]:
+    flat = style in (FLAT, TITAN)
+    for group in checkpoint.groups:
+        for name in group.params:
+            for kind, value in _state(group, name):
+                path = group.paths.get(kind, (kind,))
+                if flat:
+                    yield (names.optimizer, ".".join((STATE, name, *map(str, path)))), value
+                else:
+                    yield from _flattened((names.optimizer, STATE, name, *map(str, path)), value, notes)
+    for g, group in enumerate(checkpoint.groups):
+        if flat:
+            for name in group.params:
+                for key, value in group.hyper.items():
+                    yield (names.optimizer, f"{GROUPS}.{name}.{key}"), value
+        else:
+            for key, value in group.hyper.items():
+                yield from _flattened((names.optimizer, GROUPS, g, key), value, notes)
+            yield (names.optimizer, GROUPS, g, PARAMS), list(group.params)
+    if flat and checkpoint.groups:
+        notes.append("the optimizer's state is flattened: which parameters make a group is not kept")
+
+
+def _state(group: ParamGroup, name: str) -> Iterator[tuple[str, Value]]:
+    for kinds in (group.scalars, group.state):
+        for kind, values in kinds.items():
+            if name in values and kind != FP32:
+                yield kind, values[name]
+
+
+def _client(checkpoint: Checkpoint, names: Names, notes: list[str]) -> Iterator[tuple[Keys, Value]]:
+    values = with_state(checkpoint.client, checkpoint.train_state)
+    if checkpoint.loss_scaler:
+        values[LOSS_SCALER] = dict(checkpoint.loss_scaler)
+    for key, value in values.items():
+        if key in (names.model, names.optimizer):
+            notes.append(f"'{key}' among the client's values is not written: the name is taken")
+        else:
+            yield from _flattened((key,), value, notes)
+
+
+def _flattened(path: Keys, value: Value, notes: list[str]) -> Iterator[tuple[Keys, Value]]:
+    """The leaves that torch's planner makes: dicts are entered, lists where they hold tensors or dicts."""
+    if isinstance(value, Mapping):
+        if not value:
+            notes.append(f"'{escape(_dotted(path))}' is an empty dict, which the format cannot hold")
+        for key, inner in value.items():
+            yield from _flattened((*path, str(key)), inner, notes)
+    elif isinstance(value, list) and not _terminal(value):
+        for i, inner in enumerate(value):
+            yield from _flattened((*path, i), inner, notes)
+    else:
+        yield path, value
+
+
+def _dotted(path: Keys) -> str:
+    return ".".join(map(str, path))
+
+
+def _terminal(value: Value) -> bool:
+    """As torch/distributed/checkpoint/_traverse.py has it."""
+    if isinstance(value, Mapping):
+        return False
+    if not isinstance(value, list):
+        return True
+    return not any(
+        isinstance(inner, TensorRef) or (isinstance(inner, Mapping | list) and not _terminal(inner))
+        for inner in value
+    )
+
+
+def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.optimizer:
+        yield f"the optimizer's class ({escape(checkpoint.optimizer)}) has no place in the format"
+    if checkpoint.frozen:
+        yield f"which {len(checkpoint.frozen)} weights are frozen has no place in the format"
+    if checkpoint.train_state.batch:
+        yield "the batch sizes have no place in the format"
+
+
+def _files(
+    folder: str, state: list[tuple[Keys, Value]], checkpoint: Checkpoint, ranks: int
+) -> Iterator[OutputFile]:
+    """The data files of one folder, and its `.metadata` last."""
+    writers = [Writer(f"__{rank}_0.distcp") for rank in range(ranks)]
+    tensors: dict[str, Tensor] = {}
+    objects: dict[str, Item | None] = {}
+    paths: dict[str, Keys] = {}
+    placed: dict[int, Tensor] = {}  # by the identity of the reference: tied names share their items
+    for path, value in state:
+        key = _dotted(path)
+        if key in paths:
+            raise UsageError(
+                "names-collide",
+                f"two values would get the key '{escape(key)}'",
+                where=checkpoint.path,
+                why="a distributed checkpoint joins names by dots, and a reader could not tell them apart",
+                hint="rename one of them with --rename",
+            )
+        paths[key] = path
+        if not isinstance(value, TensorRef):
+            objects[key] = writers[0].value(value)
+            continue
+        if id(value) not in placed:
+            placed[id(value)] = _pieces(value, writers)
+        tensors[key] = placed[id(value)]
+    metadata = write_metadata(Metadata(tensors=tensors, objects=objects, paths=paths))
+    for writer in writers:
+        if writer.segments:
+            yield OutputFile(path=f"{folder}{writer.name}", segments=tuple(writer.segments))
+    yield OutputFile(path=f"{folder}{NAME}", segments=(Literal(metadata),))
+
+
+def _pieces(ref: TensorRef, writers: list[Writer]) -> Tensor:
+    pieces = []
+    for writer, (first, part) in zip(writers, rows(ref, len(writers)), strict=False):
+        offsets = (first, *(0 for _ in ref.shape[1:])) if ref.shape else ()
+        pieces.append(Piece(offsets, part.shape, writer.tensor(part)))
+    return Tensor(ref.dtype, ref.shape, tuple(pieces))

@@ -1,0 +1,190 @@
+"""Checkpoints of real torch: read as exactly what its ranks held when they saved them."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from support import FIXTURES, as_torch, identical, name_of
+
+from ckpttools.checks import verify
+from ckpttools.errors import CkptError, Unsupported
+from ckpttools.findings import INFO
+from ckpttools.formats import locate, open_checkpoint
+from ckpttools.tensors import TensorRef, Tiles
+
+from .compare import edited, unlike
+
+SAMPLES = sorted(p for p in (FIXTURES / "dcp").iterdir() if p.name != "truth")
+PER_PARAMETER = ("flat", "titan")
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=name_of)
+def test_every_sample_is_what_the_ranks_held(path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+    truth = torch.load(path.parent / "truth" / f"{path.name}.pt", weights_only=True)
+    assert unlike(checkpoint, truth, groups=checkpoint.layout.variant not in PER_PARAMETER) == []
+    assert {"count", "mask"} <= checkpoint.buffers <= {"count", "mask"}
+    verdict = verify(path, workers=1)
+    assert [f for f in verdict.findings if f.severity != INFO] == []
+    assert verdict.format == "dcp"
+
+
+def test_layouts() -> None:
+    found = {path.name: open_checkpoint(path).layout for path in SAMPLES}
+    assert {name: layout.variant for name, layout in found.items()} == {
+        "accelerate_ws2": "accelerate",
+        "app_ws2": "nested",
+        "ddp_ws2": "nested",
+        "flat_ws2": "flat",
+        "fsdp2-bf16_ws4": "nested",
+        "fsdp2_ws2": "nested",
+        "hsdp_ws4": "nested",
+        "plain-sgd_ws1": "nested",
+        "step-3": "titan",
+        "tp_ws4": "nested",
+    }
+    shards = {"ddp_ws2": 1, "plain-sgd_ws1": 1, "fsdp2-bf16_ws4": 4, "tp_ws4": 4}
+    assert {name: layout.dp_degree for name, layout in found.items()} == {
+        name: shards.get(name, 2) for name in found
+    }
+
+
+def test_columns_are_tiles_and_rows_are_ranges() -> None:
+    tensors = open_checkpoint(FIXTURES / "dcp/tp_ws4").tensors
+    assert [type(chunk) for chunk in tensors["down.weight"].chunks] == [Tiles, Tiles]
+    assert not any(isinstance(chunk, Tiles) for chunk in tensors["up.weight"].chunks)
+
+
+def test_what_is_saved_beside_them() -> None:
+    checkpoint = open_checkpoint(FIXTURES / "dcp/fsdp2_ws2")
+    assert (checkpoint.train_state.step, checkpoint.train_state.epoch) == (3, 1)
+    assert checkpoint.train_state.val_loss == 0.25
+    meta = checkpoint.client["meta"]
+    assert (meta["name"], meta["sizes"], meta["list"]) == ("run", (1, 2), [1, "a"])
+    assert identical(as_torch(meta["rng"]), torch.arange(5, dtype=torch.uint8))
+
+
+def test_torchtitan() -> None:
+    checkpoint = open_checkpoint(FIXTURES / "dcp/step-3")
+    assert checkpoint.train_state.step == 3
+    assert checkpoint.train_state.scheduler == {"last_epoch": 3, "base_lrs": [0.01, 0.01]}
+    assert set(checkpoint.client["dataloader"]) == {"dp_rank_0", "dp_rank_1"}
+    assert len(checkpoint.groups) == 2 and "same settings make one" in checkpoint.notes[0]
+
+
+def test_a_part_leads_to_its_folder(tmp_path: Path) -> None:
+    for name in (".metadata", "__0_0.distcp"):
+        assert locate(FIXTURES / "dcp/fsdp2_ws2" / name).target == FIXTURES / "dcp/fsdp2_ws2"
+    shutil.copytree(FIXTURES / "dcp/step-3", tmp_path / "run/step-3")
+    assert locate(tmp_path / "run").target == tmp_path / "run/step-3"
+    shutil.copytree(FIXTURES / "dcp/step-3", tmp_path / "run/step-10")
+    with pytest.raises(CkptError) as caught:
+        locate(tmp_path / "run")
+    assert caught.value.id == "several-checkpoints"
+
+
+def test_rank_files_of_accelerate_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model_fsdp_0_rank0.bin").write_bytes(b"x")
+    with pytest.raises(Unsupported) as caught:
+        locate(tmp_path)
+    assert caught.value.id == "layout-unsupported" and "SHARDED_STATE_DICT" in caught.value.hint
+
+
+# --- made here ----------------------------------------------------------------------------------------
+
+
+def saved(tmp_path: Path, state: dict[str, object], **settings: object) -> Path:
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "made", **settings), no_dist=True)  # type: ignore[arg-type]
+    return tmp_path / "made"
+
+
+def test_pathological_tensors(tmp_path: Path) -> None:
+    names = ["a.b/c d", "ü" * 100, "n" * 300, "model", "0", "state.x.exp_avg"]
+    kinds = [torch.bool, torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn, torch.bfloat16]
+    model = {name: torch.arange(6).to(kind).reshape(2, 3) for name, kind in zip(names, kinds, strict=True)}
+    model |= {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+        "ones": torch.ones(1, 1, 1),
+        "turned": torch.arange(12.0).reshape(3, 4).T,
+        "view": torch.arange(100.0)[10:13],
+    }
+    path = saved(tmp_path, {"model": model})
+    found = open_checkpoint(path)
+    assert list(found.tensors) == list(model)
+    assert [n for n in model if not identical(as_torch(found.tensors[n]), model[n])] == []
+    assert verify(path, workers=1).ok
+
+
+@pytest.mark.parametrize("settings", [{}, {"single_file_per_rank": False}, {"thread_count": 3}])
+def test_many_small_tensors(settings: dict[str, object], tmp_path: Path) -> None:
+    """Each item is proven by its own header, whether or not one like it was seen before."""
+    model = {f"layer.{i}.weight": torch.full((1 + i % 3, 2), float(i)) for i in range(120)}
+    found = open_checkpoint(saved(tmp_path, {"model": model}, **settings))
+    assert [n for n in model if not identical(as_torch(found.tensors[n]), model[n])] == []
+    assert len(found.checks) == 120
+
+
+def test_a_bare_state_dict_and_one_without_paths(tmp_path: Path) -> None:
+    model = {"l.0.weight": torch.ones(3, 2), "l.0.bias": torch.zeros(3)}
+    assert list(open_checkpoint(saved(tmp_path, dict(model))).tensors) == list(model)
+    optimizer = {
+        "state": {"l.0.weight": {"exp_avg": torch.ones(3, 2), "step": torch.tensor(4.0)}},
+        "param_groups": [{"lr": 0.5, "params": ["l.0.weight"]}],
+    }
+    shutil.rmtree(tmp_path / "made")
+    path = saved(tmp_path, {"model": model, "optimizer": optimizer})
+    with edited(path) as metadata:
+        metadata.planner_data = None
+    found = open_checkpoint(path)
+    assert list(found.tensors) == list(model)
+    (group,) = found.groups
+    assert group.params == {"l.0.weight": (3, 2)} and group.hyper == {"lr": 0.5}
+    assert list(group.state) == ["exp_avg"] and list(group.scalars) == ["step"]
+
+
+def test_state_of_a_parameter_without_dimensions(tmp_path: Path) -> None:
+    """Its step and its moments have the same shape as it; only the step is a scalar."""
+    weight = torch.nn.Parameter(torch.tensor(1.5))
+    optimizer = torch.optim.Adam([weight])
+    weight.backward()
+    optimizer.step()
+    state = {"state": {"scale": dict(optimizer.state[weight])}, "param_groups": [{"params": ["scale"]}]}
+    found = open_checkpoint(saved(tmp_path, {"model": {"scale": weight.data}, "optimizer": state}))
+    assert set(found.groups[0].state) == {"exp_avg", "exp_avg_sq"}
+    assert set(found.groups[0].scalars) == {"step"}
+
+
+def test_numbered_optimizer_state_is_kept_and_said(tmp_path: Path) -> None:
+    """What torch's format_utils torch_to_dcp makes of a .pt file."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.sum().backward()
+    optimizer.step()
+    path = saved(tmp_path, {"model": {"w": weight.data}, "optimizer": optimizer.state_dict()})
+    found = open_checkpoint(path)
+    assert found.groups == () and "numbered" in found.notes[0]
+    assert isinstance(found.client["optimizer"]["state"]["0"]["momentum_buffer"], TensorRef)
+
+
+def test_items_in_the_older_serialization(tmp_path: Path) -> None:
+    """torch loads them, so they are read."""
+    path = saved(tmp_path, {"model": {"w": torch.arange(4.0), "v": torch.ones(2, 2)}, "epoch": 2})
+    data = (path / "__0_0.distcp").read_bytes()
+    out = b""
+    with edited(path) as metadata:
+        for info in metadata.storage_data.values():
+            item = torch.load(io.BytesIO(data[info.offset : info.offset + info.length]), weights_only=True)
+            buffer = io.BytesIO()
+            torch.save(item, buffer, _use_new_zipfile_serialization=False)
+            info.offset, info.length = len(out), buffer.tell()
+            out += buffer.getvalue()
+    (path / "__0_0.distcp").write_bytes(out)
+    found = open_checkpoint(path)
+    assert as_torch(found.tensors["w"]).equal(torch.arange(4.0)) and found.train_state.epoch == 2
+    assert found.checks == () and verify(path, workers=1).ok
