@@ -8,9 +8,12 @@ python=${PYTHON:-python3}
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e '.[test]'
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
-# DeepSpeed compiles a small extension at its first launch; a killed launch can leave a lock in that folder
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/mypy
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# DeepSpeed compiles a small extension at its first launch; a killed launch can leave a lock in that folder.
+# Its build files cannot name a folder with spaces.
+extensions=$(mktemp -d /tmp/ckpttools-extensions.XXXXXX)
+trap 'rm -rf "$extensions"' EXIT
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$extensions}
+.venv/bin/python -m ruff check .
+.venv/bin/python -m ruff format --check .
+.venv/bin/python -m mypy
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"

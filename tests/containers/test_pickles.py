@@ -16,7 +16,6 @@ import pickletools
 import random
 import struct
 import sys
-import time
 import tracemalloc
 import types
 import uuid
@@ -27,6 +26,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from work import at_most
 
 from ckpttools.containers.pickles import (
     Dict,
@@ -547,10 +547,8 @@ REFUSED: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_malformed_pickles_are_refused(name: str) -> None:
-    started = time.monotonic()
-    with pytest.raises(Reject) as caught:
+    with pytest.raises(Reject) as caught, at_most(2_000_000):
         loads(REFUSED[name])
-    assert time.monotonic() - started < 1
     assert caught.value.id == "pickle-damaged" and len(str(caught.value)) < 500
 
 
@@ -600,18 +598,16 @@ def test_bombs_take_bounded_time_and_memory(name: str) -> None:
     data = BOMBS[name]
     if name in MULTIPLYING:
         tracemalloc.start()
-    started = time.process_time()
-    try:
-        value = loads(data).value
-        sum(1 for _ in walk(value))
-        plain(value)
-        dumps(value)
-    except Reject:
-        assert name == "big int shared"
-    spent = time.process_time() - started
+    with at_most(60_000_000):
+        try:
+            value = loads(data).value
+            sum(1 for _ in walk(value))
+            plain(value)
+            dumps(value)
+        except Reject:
+            assert name == "big int shared"
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert spent < 5
     assert peak < 512 << 20
 
 
@@ -699,17 +695,16 @@ REAL = real_pickles()
 
 
 def only_reject(data: bytes) -> None:
-    started = time.monotonic()
     try:
-        value = loads(data).value
-        plain(value)
-        for _ in walk(value):
-            pass
-        again = loads(dumps(value)).value
-        assert dumps(again) == dumps(value)
+        with at_most(20_000_000):
+            value = loads(data).value
+            plain(value)
+            for _ in walk(value):
+                pass
+            again = loads(dumps(value)).value
+            assert dumps(again) == dumps(value)
     except Reject:
         pass
-    assert time.monotonic() - started < 5
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -771,18 +766,22 @@ def test_every_truncation_of_real_pickles() -> None:
                 loads(data[:n])
 
 
-def test_speed() -> None:
-    """100,000 tensors in one file must open in seconds."""
+def test_many_tensors_cost_as_much_as_each() -> None:
     storage = Persistent(("storage", Global("torch", "FloatStorage"), "0", "cpu", 4))
     name = Global("torch._utils", "_rebuild_tensor_v2")
-    value = Dict.of(
-        (f"layer.{i}.weight", Object("reduce", name, (storage, 0, (2, 2), (2, 1), False)))
-        for i in range(20_000)
-    )
-    data = dumps(value)
-    started = time.monotonic()
-    loads(data)
-    assert time.monotonic() - started < 5
+
+    def work(tensors: int) -> float:
+        value = Dict.of(
+            (f"layer.{i}.weight", Object("reduce", name, (storage, 0, (2, 2), (2, 1), False)))
+            for i in range(tensors)
+        )
+        data = dumps(value)
+        with at_most(20_000_000) as lines:
+            loads(data)
+        return lines.count / tensors
+
+    assert work(10_000) < 1.1 * work(1000)
+    assert work(10_000) < 1000
 
 
 def test_copyreg_is_left_alone() -> None:

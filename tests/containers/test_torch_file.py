@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import io
 import struct
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from work import at_most
 
 from ckpttools.containers import torch_file
 from ckpttools.containers.archive import read_archive, unexplained
@@ -271,18 +271,17 @@ def test_without_checksums(tmp_path: Path) -> None:
     assert ours.has_checksums and len(list(ours.checks())) == 4
 
 
-def test_20_000_tensors(tmp_path: Path) -> None:
+def test_many_tensors_cost_as_much_as_each(tmp_path: Path) -> None:
     path = tmp_path / "many.pt"
-    torch.save({f"layer.{i}": torch.full((2,), float(i)) for i in range(20_000)}, path)
-    started = time.process_time()
-    file = read_torch_file(path)
-    assert isinstance(file.value, Dict)
-    views = [file.view(node) for _, node in file.value.named()]
-    assert time.process_time() - started < 6
+    torch.save({f"layer.{i}": torch.full((2,), float(i)) for i in range(5000)}, path)
+    with at_most(5000 * 1000):
+        file = read_torch_file(path)
+        assert isinstance(file.value, Dict)
+        views = [file.view(node) for _, node in file.value.named()]
     last = views[-1]
-    assert len(views) == 20_000 and last is not None and scalar(last) is None
-    assert struct.unpack("<2f", raw(last.ref)) == (19_999.0, 19_999.0)
-    assert len(file.storages) == 20_000
+    assert len(views) == 5000 and last is not None and scalar(last) is None
+    assert struct.unpack("<2f", raw(last.ref)) == (4999.0, 4999.0)
+    assert len(file.storages) == 5000
 
 
 def test_labels(tmp_path: Path) -> None:
@@ -446,26 +445,25 @@ def dag() -> bytes:
 @pytest.mark.parametrize("where", ["keys", "dtype", "size", "labels"])
 def test_graphs_with_2_to_the_60_leaves(tmp_path: Path, where: str) -> None:
     path = tmp_path / "r.pt"
-    started = time.monotonic()
-    if where == "keys":
-        path.write_bytes(legacy(keys=b"\x80\x02]" + dag() + b"a."))
-        with pytest.raises(CkptError):
-            read_torch_file(path)
-    elif where == "labels":
-        file = read_torch_file(zip_of(path, b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b"."))
-        assert list(torch_file.labelled(file)) == []
-    else:
-        tail = (
-            b"K\x00K\x04\x85K\x01\x85\x89N" + dag() + b"t"
-            if where == "dtype"
-            else b"K\x00" + dag() + b"K\x01\x85\x89t"
-        )
-        name = b"_rebuild_tensor_v3" if where == "dtype" else b"_rebuild_tensor_v2"
-        head = b"\x80\x02ctorch._utils\n" + name + b"\n(" + dumps(storage_id())[2:-1].replace(b"q", b"q")
-        file = read_torch_file(zip_of(path, head + tail + b"R.", {"0": bytes(16)}))
-        with pytest.raises(CkptError):
-            file.view(file.value)
-    assert time.monotonic() - started < 5
+    with at_most(20_000_000):
+        if where == "keys":
+            path.write_bytes(legacy(keys=b"\x80\x02]" + dag() + b"a."))
+            with pytest.raises(CkptError):
+                read_torch_file(path)
+        elif where == "labels":
+            file = read_torch_file(zip_of(path, b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b"."))
+            assert list(torch_file.labelled(file)) == []
+        else:
+            tail = (
+                b"K\x00K\x04\x85K\x01\x85\x89N" + dag() + b"t"
+                if where == "dtype"
+                else b"K\x00" + dag() + b"K\x01\x85\x89t"
+            )
+            name = b"_rebuild_tensor_v3" if where == "dtype" else b"_rebuild_tensor_v2"
+            head = b"\x80\x02ctorch._utils\n" + name + b"\n(" + dumps(storage_id())[2:-1].replace(b"q", b"q")
+            file = read_torch_file(zip_of(path, head + tail + b"R.", {"0": bytes(16)}))
+            with pytest.raises(CkptError):
+                file.view(file.value)
 
 
 def legacy(

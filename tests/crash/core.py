@@ -62,7 +62,7 @@ class Server:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.wait()
 
 
 def contents(path: Path) -> Bytes | None:
