@@ -1,9 +1,8 @@
-"""The Hugging Face Trainer and accelerate: folders of small files beside the weights.
+"""The Hugging Face Trainer: a folder of small files beside the weights.
 
-The Trainer counts updates in trainer_state.json; its schedules are LambdaLR, whose functions are not saved:
-their kind and constants are in training_args.bin. `epoch` in the log is the epoch plus the micro-batches
-done in it over those of an epoch, from which that number can be found. accelerate steps a scheduler once per
-process and update, unless the loader splits its batches; it saves no counter of its own.
+It counts updates in trainer_state.json; its schedules are LambdaLR, whose functions are not saved: their kind
+and constants are in training_args.bin. `epoch` in the log is the epoch plus the micro-batches done in it over
+those of an epoch, from which that number can be found.
 """
 
 from __future__ import annotations
@@ -19,41 +18,39 @@ from ckpttools.containers.pickles import Object
 from ckpttools.containers.torch_file import is_torch_file, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.frameworks import parts
+from ckpttools.frameworks.framework import Framework, Saved
+from ckpttools.frameworks.parts import MARKER_FILE, marked_beside, torch_optimizer
 from ckpttools.schedules.evidence import stated
-from ckpttools.stores.files import entries, is_file
+from ckpttools.stores.files import entries
 from ckpttools.training import (
     BatchField,
     Counter,
-    OptimizerSettings,
     Place,
     SavedSchedule,
     StepList,
     Training,
+    merge,
 )
 
 STATE = "trainer_state.json"
 ARGUMENTS = "training_args.bin"
-MARKER_FILE = "ckpt-rebase.json"
 MAX_ACCUMULATION = 100_000
-ASSUMED = (
-    "the scheduler is taken to have been stepped once per process and update, as accelerate does unless the "
-    "loader splits its batches"
-)
-RANDOM = re.compile(r"random_states_\d+\.pkl")
 
 
 def is_trainer(folder: Path) -> bool:
     return (folder / STATE).is_file()
 
 
-def is_accelerate(folder: Path) -> bool:
-    return any(RANDOM.fullmatch(entry.name) for entry in entries(folder))
+def read(saved: Saved) -> Training:
+    """A checkpoint-N folder, with a ZeRO folder below where DeepSpeed was used."""
+    folder = saved.place
+    if saved.engine is None:
+        return _read(folder, deepspeed=False)
+    own = replace(saved.engine, schedules=_of_arguments(folder, saved.engine.schedules))
+    return merge(_read(folder, deepspeed=True), own)
 
 
-# --- the Trainer --------------------------------------------------------------------------------------
-
-
-def read(folder: Path, *, deepspeed: bool) -> Training:
+def _read(folder: Path, *, deepspeed: bool) -> Training:
     """`deepspeed`: the optimizer is in a ZeRO folder below."""
     path = folder / STATE
     state = jsons.read(path, allow_nan=True)
@@ -86,7 +83,7 @@ def read(folder: Path, *, deepspeed: bool) -> Training:
         counters=tuple(_counters(path, state)),
         histories=tuple(_history(path, history)),
         losses=tuple(_losses(log)),
-        optimizers=() if deepspeed else tuple(_optimizer(folder / "optimizer.pt")),
+        optimizers=() if deepspeed else tuple(torch_optimizer(folder / "optimizer.pt")),
         schedules=tuple(_schedule(folder / "scheduler.pt", arguments, total)),
         batch_fields=tuple(_batch_field(path, state)),
         batch_names=(
@@ -97,12 +94,8 @@ def read(folder: Path, *, deepspeed: bool) -> Training:
         notes=() if arguments else (f"{ARGUMENTS} is not here: which schedule it was is not known",),
         # DeepSpeed's model file holds the note where there is one
         marker=None if deepspeed else Place(file=folder / MARKER_FILE, at=()),
-        marked=None if deepspeed else _marked(folder / MARKER_FILE),
+        marked=None if deepspeed else marked_beside(folder),
     )
-
-
-def _marked(path: Path) -> dict[str, object] | None:
-    return jsons.read(path) if path.is_file() else None
 
 
 def _whole(found: object) -> int | None:
@@ -202,20 +195,13 @@ def _batches(updates: int | None, accumulation: int | None, log: list[dict[str, 
     return [n for n in range((updates - 1) * accumulation + 1, updates * accumulation + 1) if fits(n)]
 
 
-def _optimizer(path: Path) -> Iterator[OptimizerSettings]:
-    if path.is_file():
-        found = parts.optimizer(read_torch_file(path), "the optimizer")
-        if found is not None:
-            yield found
-
-
 def _schedule(path: Path, arguments: Mapping[str, object], total: int | None) -> Iterator[SavedSchedule]:
     if path.is_file():
         for found in parts.schedules(read_torch_file(path), "torch", "update"):
             yield _of_trainer(found, arguments, total)
 
 
-def of_trainer(folder: Path, saved: tuple[SavedSchedule, ...]) -> tuple[SavedSchedule, ...]:
+def _of_arguments(folder: Path, saved: tuple[SavedSchedule, ...]) -> tuple[SavedSchedule, ...]:
     """Schedules that DeepSpeed saved for the Trainer, with what the Trainer's arguments say of them."""
     arguments = _arguments(folder / ARGUMENTS)
     total = _whole(jsons.read(folder / STATE, allow_nan=True).get("max_steps"))
@@ -231,72 +217,4 @@ def _of_trainer(saved: SavedSchedule, arguments: Mapping[str, object], total: in
     return replace(saved, framework="transformers", about={**about, "max_steps": total})
 
 
-# --- accelerate ---------------------------------------------------------------------------------------
-
-
-def read_accelerate(folder: Path, *, updates: int | None) -> Training:
-    """accelerate's save_state. `updates` are those that DeepSpeed counted, None where it was not used."""
-    names = [entry.name for entry in entries(folder) if is_file(entry)]
-    ranks = sum(RANDOM.fullmatch(name) is not None for name in names)
-    files = [] if updates is not None else _numbered(folder, names, "optimizer")
-    optimizers = [each for path in files for each in _optimizer(path)]
-    made = updates if updates is not None else optimizers[0].steps if optimizers else None
-    known = made is not None
-    marked = None if updates is not None else _marked(folder / MARKER_FILE)
-    saved: list[SavedSchedule] = []
-    for i, path in enumerate(_numbered(folder, names, "scheduler")):
-        acts_on = min(i, max(0, len(optimizers) - 1))
-        for found in parts.schedules(read_torch_file(path), "torch", "update", optimizer=acts_on):
-            steps = found.states[0].get("last_epoch")
-            repeats = _repeats(steps, made, ranks) if marked is None else _noted(marked, i)
-            saved.append(replace(found, repeats=repeats))
-            if updates is None and i == 0 and isinstance(steps, int) and steps % repeats == 0:
-                made = steps // repeats  # Adam's own count stays behind when a checkpoint is rebased
-    return Training(
-        framework="accelerate",
-        unit="update",
-        count=made,
-        evidence=tuple(stated("ranks", None if updates is not None else ranks, "the files of random states")),
-        counters=tuple(_accumulated(folder, names)),
-        optimizers=tuple(optimizers),
-        schedules=tuple(saved),
-        batch_names=(
-            ("micro", "the data loader's batch_size", "your training code"),
-            ("accumulation", "gradient_accumulation_steps", "Accelerator"),
-        ),
-        outside=("your own counters of steps and epochs",),
-        notes=() if known or ranks < 2 or not saved else (ASSUMED,),
-        marker=None if updates is not None else Place(file=folder / MARKER_FILE, at=()),
-        marked=marked,
-    )
-
-
-def _accumulated(folder: Path, names: list[str]) -> Iterator[Counter]:
-    """The micro-batches of the running epoch, by which every process tells when to make an update."""
-    for name in names:
-        if RANDOM.fullmatch(name) and is_torch_file(folder / name):
-            yield from parts.counter(read_torch_file(folder / name), "micro", "step", role="inside")
-
-
-def _repeats(steps: object, updates: int | None, ranks: int) -> int:
-    """How often the scheduler was stepped for each update: once per process, or just once.
-
-    Where no optimizer counted its updates, it is accelerate's default: once per process.
-    """
-    if not isinstance(steps, int) or steps % ranks:
-        return 1
-    return ranks if updates is None or steps == updates * ranks else 1
-
-
-def _noted(marked: Mapping[str, object], i: int) -> int:
-    """The same, as a rebase noted it."""
-    found = marked.get("schedule_repeats")
-    noted = found[i] if isinstance(found, list) and i < len(found) else 1
-    return noted if isinstance(noted, int) and 1 <= noted <= 1 << 20 else 1
-
-
-def _numbered(folder: Path, names: list[str], stem: str) -> list[Path]:
-    """stem.bin, stem_1.bin ... in the order of their numbers."""
-    pattern = re.compile(rf"{stem}(?:_(\d{{1,4}}))?\.(?:bin|pt)")
-    found = [(int(match[1] or 0), folder / match[0]) for name in names if (match := pattern.fullmatch(name))]
-    return [path for _, path in sorted(found)]
+FRAMEWORK = Framework(name="hf-trainer", recognise=lambda saved: saved.is_folder(is_trainer), read=read)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from ckpttools.containers.edit import at
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import parts
+from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.schedules.evidence import Fact
 from ckpttools.schedules.lengths import Unit
 from ckpttools.training import Counter, OptimizerSettings, Role, SavedSchedule, Training
@@ -27,11 +28,20 @@ MAX_ACCUMULATION = 100_000
 PROGRESS = ("ready", "started", "processed", "completed")
 
 
-def is_lightning(file: TorchFile) -> bool:
+def is_lightning(saved: Saved) -> bool:
+    file = saved.file
+    if file is None:
+        return False
     return isinstance(at(file.value, VERSION), str) and parts.mapping(file, "loops") is not None
 
 
-def read(file: TorchFile) -> Training:
+def read(saved: Saved) -> Training:
+    """A single file, or the model file of a DeepSpeed folder."""
+    assert saved.file is not None
+    return saved.over(_read(saved.file))
+
+
+def _read(file: TorchFile) -> Training:
     """The loops' counters, schedules, and (in a single file) the optimizers."""
     step = parts.integer(file, "global_step")
     total = parts.integer(file, *BATCHES, "total", "ready")
@@ -124,3 +134,6 @@ def _schedules(file: TorchFile, optimizers: int) -> Iterator[SavedSchedule]:
                 yield replace(found, states=(found.states[i],), places=(found.places[i],), optimizer=i)
         else:
             yield found
+
+
+FRAMEWORK = Framework(name="lightning", recognise=is_lightning, read=read)

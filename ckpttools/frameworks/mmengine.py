@@ -16,6 +16,7 @@ from ckpttools.containers.edit import at, place
 from ckpttools.containers.pickles import Object, as_mapping
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import parts
+from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.schedules.evidence import Fact, What, stated
 from ckpttools.schedules.mmengine.config import settings
 from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Training
@@ -25,12 +26,21 @@ OUTSIDE = "val_interval, and the intervals of hooks that count iterations"
 RUNTIME = ("message_hub", "runtime_info")
 
 
-def is_mmengine(file: TorchFile) -> bool:
+def is_mmengine(saved: Saved) -> bool:
+    file = saved.file
+    if file is None:
+        return False
     meta = parts.mapping(file, "meta")
     return meta is not None and "iter" in meta and at(file.value, "message_hub") is not None
 
 
-def read(file: TorchFile, *, in_folder: bool = False) -> Training:
+def read(saved: Saved) -> Training:
+    """A single file, or the model file of a DeepSpeed folder."""
+    assert saved.file is not None
+    return saved.over(_read(saved.file, in_folder=saved.zero is not None))
+
+
+def _read(file: TorchFile, *, in_folder: bool) -> Training:
     """`in_folder`: the model file of a DeepSpeed folder, whose shards hold the optimizer's settings."""
     config = settings(at(file.value, "meta", "cfg"))
     loader = config.get("train_dataloader")
@@ -165,3 +175,6 @@ def _schedules(file: TorchFile, batches: int | None, in_folder: bool) -> Iterato
 def _entry(section: object, key: str) -> int | None:
     value = section.get(key) if isinstance(section, dict) else None
     return int(value) if isinstance(value, int) else None
+
+
+FRAMEWORK = Framework(name="mmengine", recognise=is_mmengine, read=read)

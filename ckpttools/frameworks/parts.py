@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from ckpttools.containers import jsons
 from ckpttools.containers.edit import at, place, value
 from ckpttools.containers.pickles import as_mapping
-from ckpttools.containers.torch_file import TorchFile
+from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.schedules.lengths import Unit
 from ckpttools.training import Counter, Key, OptimizerSettings, Role, SavedSchedule
 
 MARKER = "ckpttools_rebase"
+MARKER_FILE = "ckpt-rebase.json"  # where a folder has no file that could hold the note
 
 
 def integer(file: TorchFile, *keys: Key) -> int | None:
@@ -123,3 +126,17 @@ def same_groups(found: Sequence[OptimizerSettings]) -> OptimizerSettings:
                 hint="ckpt verify says more; use an older checkpoint",
             )
     return replace(first, places=tuple(place for each in found for place in each.places))
+
+
+def marked_beside(folder: Path) -> dict[str, object] | None:
+    """The rebase that a folder's own file notes."""
+    path = folder / MARKER_FILE
+    return jsons.read(path) if path.is_file() else None
+
+
+def torch_optimizer(path: Path) -> Iterator[OptimizerSettings]:
+    """The settings in a file that is an optimizer's state_dict, where it is there."""
+    if path.is_file():
+        found = optimizer(read_torch_file(path), "the optimizer")
+        if found is not None:
+            yield found

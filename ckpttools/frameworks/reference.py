@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats.zero.read import ZeroFolder
 from ckpttools.frameworks import parts
+from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.schedules.evidence import What
 from ckpttools.training import BatchField, Counter, Role, Training
 
@@ -20,11 +20,20 @@ CONFIG = "the configuration of ckpt train"
 BATCH = ("config", "batch")
 
 
-def is_ours(file: TorchFile) -> bool:
+def is_ours(saved: Saved) -> bool:
+    file = saved.file
+    if file is None or saved.zero is None:
+        return False
     return parts.integer(file, "format_version") == 1 and parts.integer(file, "samples_in_epoch") is not None
 
 
-def read(file: TorchFile, folder: ZeroFolder) -> Training:
+def read(saved: Saved) -> Training:
+    """Its keys in the model file, over DeepSpeed's."""
+    assert saved.file is not None
+    return saved.over(_read(saved.file))
+
+
+def _read(file: TorchFile) -> Training:
     size, total = parts.integer(file, "dataset_size"), parts.integer(file, *BATCH, "global_batch_size")
     epochs = parts.integer(file, "config", "epochs")
     planned = parts.integer(file, "config", "schedule", "total_steps")
@@ -76,3 +85,6 @@ def _fields(file: TorchFile) -> Iterator[BatchField]:
                 value=found,
                 places=(place(file, *BATCH, key),),
             )
+
+
+FRAMEWORK = Framework(name="ckpt train", recognise=is_ours, read=read)

@@ -12,7 +12,7 @@ from ckpttools.containers.edit import edited, files_of
 from ckpttools.formats.locate import LATEST, Source
 from ckpttools.formats.surroundings import tree, with_surroundings
 from ckpttools.formats.zero.read import ZeroFolder
-from ckpttools.frameworks.huggingface import MARKER_FILE
+from ckpttools.frameworks.parts import MARKER_FILE
 from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck, copy_file
 from ckpttools.stores.files import size_of
 from ckpttools.stores.links import within

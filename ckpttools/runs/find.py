@@ -20,7 +20,7 @@ from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, read
 from ckpttools.formats.locate import checkpoints, holds_one
 from ckpttools.formats.zero.names import looks_like_zero
-from ckpttools.frameworks import huggingface
+from ckpttools.frameworks import accelerate, huggingface
 from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
 from ckpttools.stores.files import entries, is_folder
@@ -131,7 +131,7 @@ def _whole(path: Path) -> bool:
     names = {entry.name for entry in entries(path)}
     if "latest" not in names or looks_like_zero(path):
         return holds_one(path)
-    return path.suffix == ".ckpt" or huggingface.is_trainer(path) or huggingface.is_accelerate(path)
+    return path.suffix == ".ckpt" or huggingface.is_trainer(path) or accelerate.is_accelerate(path)
 
 
 def _several(path: Path) -> bool:

@@ -21,7 +21,8 @@ def ds_config(saved: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     if scheduler is None:  # the client's
         return {}
     prefix = "scheduler.params."
-    new = {s["name"]: s["new"] for s in report["settings"] if s["where"] == "ds_config"}
+    said = [s for s in report["settings"] if s["where"] == "ds_config" and "." in s["name"]]
+    new = {s["name"]: s["new"] for s in said}
     return scheduler["params"] | {name.removeprefix(prefix): value for name, value in new.items()}
 
 

@@ -143,7 +143,8 @@ def test_every_shard_gets_the_same_learning_rate(tmp_path: Path) -> None:
             "rebase-schedule", source, tmp_path / name_of(source).replace("/", "_"), "--json", "--new-bs", 1
         )
         if ran.code:
-            assert "run-finished" in ran.err or "no-schedule" in ran.err, ran.err
+            said = ran.out + ran.err
+            assert "run-finished" in said or "no-schedule" in said, said
             continue
         shards = list(Path(json.loads(ran.out)["destination"]).rglob("*optim_states.pt"))
         states = [torch.load(p, weights_only=False)["optimizer_state_dict"] for p in shards]

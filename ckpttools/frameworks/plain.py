@@ -1,8 +1,6 @@
-"""Single files of plain training code, and the layouts of frameworks that save such files.
+"""Single files of plain training code, timm's among them: a step, an epoch, a scheduler's state.
 
-OpenPCDet: `it` counts iterations, the model's own buffer `global_step` too, the one-cycle schedule is a
-function of `it` and not saved. timm: everything counts epochs. Others: a step, an epoch and a scheduler's
-state under the usual names; whether the step counts updates or batches is not saved.
+They lie under the usual names. Whether the step counts updates or batches is not saved; timm counts epochs.
 """
 
 from __future__ import annotations
@@ -14,47 +12,25 @@ from ckpttools.containers.edit import at
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.counters import DATASET, EPOCH, SCHEDULER, STEP, TOTAL
 from ckpttools.formats.monolithic import OPTIMIZER
-from ckpttools.frameworks import lightning, mmengine, parts
-from ckpttools.schedules.evidence import Fact
+from ckpttools.frameworks import parts
+from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.training import Key, OptimizerSettings, SavedSchedule, Training
 
 CODE = "your training code"
 
 
-def read(file: TorchFile) -> Training:
+def is_timm(saved: Saved) -> bool:
+    """An architecture's name beside epoch and state: timm/utils/checkpoint_saver.py."""
+    if saved.file is None or saved.zero is not None:
+        return False
+    keys = (at(saved.file.value, key) for key in ("arch", "state_dict"))
+    return all(key is not None for key in keys) and parts.integer(saved.file, "epoch") is not None
+
+
+def read(saved: Saved) -> Training:
     """Whatever wrote it."""
-    if lightning.is_lightning(file):
-        return lightning.read(file)
-    if mmengine.is_mmengine(file):
-        return mmengine.read(file)
-    if at(file.value, "model_state") is not None and parts.integer(file, "it") is not None:
-        return _openpcdet(file)
-    return _plain(file)
-
-
-def _openpcdet(file: TorchFile) -> Training:
-    count, epoch = parts.integer(file, "it"), parts.integer(file, "epoch")
-    found = parts.optimizer(file, "the optimizer", "optimizer_state")
-    # checkpoint_epoch_N.pth is saved at the end of an epoch, latest_model.pth inside one
-    at_end = file.path.name.startswith(f"checkpoint_epoch_{epoch}.")
-    whole = bool(at_end and count and epoch and count % epoch == 0)
-    return Training(
-        framework="openpcdet",
-        unit="micro",
-        count=count,
-        epoch=epoch,
-        evidence=(Fact("accumulation", 1, 1, "OpenPCDet, which makes an update of every batch"),),
-        batches=count // epoch if whole and count and epoch else None,
-        counters=(
-            *parts.counter(file, "micro", "it"),
-            *parts.counter(file, "micro", "model_state", "global_step"),
-        ),
-        # the scheduler sets lr and momentum from `it` before each iteration: what is saved is not used
-        optimizers=(replace(found, first_update=False),) if found is not None else (),
-        batch_names=(("micro", "OPTIMIZATION.BATCH_SIZE_PER_GPU", "OpenPCDet's configuration"),),
-        notes=("the one-cycle schedule is a function of `it` and of the config: it follows by itself",),
-        **parts.marked(file),
-    )
+    assert saved.file is not None
+    return _plain(saved.file)
 
 
 def _plain(file: TorchFile) -> Training:
@@ -109,3 +85,9 @@ def _own(schedule: SavedSchedule) -> SavedSchedule:
     timm = all("t_in_epochs" in state or "param_group_field" in state for state in schedule.states)
     deepspeed = all(set(state) == {"last_batch_iteration"} for state in schedule.states)
     return replace(schedule, framework="timm" if timm else "deepspeed" if deepspeed else schedule.framework)
+
+
+TIMM = Framework(name="timm", recognise=is_timm, read=lambda saved: replace(read(saved), framework="timm"))
+FRAMEWORK = Framework(
+    name="plain", recognise=lambda saved: saved.file is not None and saved.zero is None, read=read
+)

@@ -1,0 +1,106 @@
+"""accelerate's save_state: a folder of small files beside the weights.
+
+It steps a scheduler once per process and update, unless the loader splits its batches. It saves no counter of
+its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ckpttools.containers.torch_file import is_torch_file, read_torch_file
+from ckpttools.frameworks import parts
+from ckpttools.frameworks.framework import Framework, Saved
+from ckpttools.frameworks.parts import MARKER_FILE, marked_beside, torch_optimizer
+from ckpttools.schedules.evidence import stated
+from ckpttools.stores.files import entries, is_file
+from ckpttools.training import Counter, Place, SavedSchedule, Training
+
+ASSUMED = (
+    "the scheduler is taken to have been stepped once per process and update, as accelerate does unless the "
+    "loader splits its batches"
+)
+RANDOM = re.compile(r"random_states_\d+\.pkl")
+
+
+def is_accelerate(folder: Path) -> bool:
+    return any(RANDOM.fullmatch(entry.name) for entry in entries(folder))
+
+
+def read(saved: Saved) -> Training:
+    """The folder, with a ZeRO folder below where DeepSpeed was used."""
+    return saved.over(_read(saved.place, updates=saved.engine.count if saved.engine is not None else None))
+
+
+def _read(folder: Path, *, updates: int | None) -> Training:
+    """accelerate's save_state. `updates` are those that DeepSpeed counted, None where it was not used."""
+    names = [entry.name for entry in entries(folder) if is_file(entry)]
+    ranks = sum(RANDOM.fullmatch(name) is not None for name in names)
+    files = [] if updates is not None else _numbered(folder, names, "optimizer")
+    optimizers = [each for path in files for each in torch_optimizer(path)]
+    made = updates if updates is not None else optimizers[0].steps if optimizers else None
+    known = made is not None
+    marked = None if updates is not None else marked_beside(folder)
+    saved: list[SavedSchedule] = []
+    for i, path in enumerate(_numbered(folder, names, "scheduler")):
+        acts_on = min(i, max(0, len(optimizers) - 1))
+        for found in parts.schedules(read_torch_file(path), "torch", "update", optimizer=acts_on):
+            steps = found.states[0].get("last_epoch")
+            repeats = _repeats(steps, made, ranks) if marked is None else _noted(marked, i)
+            saved.append(replace(found, repeats=repeats))
+            if updates is None and i == 0 and isinstance(steps, int) and steps % repeats == 0:
+                made = steps // repeats  # Adam's own count stays behind when a checkpoint is rebased
+    return Training(
+        framework="accelerate",
+        unit="update",
+        count=made,
+        evidence=tuple(stated("ranks", None if updates is not None else ranks, "the files of random states")),
+        counters=tuple(_accumulated(folder, names)),
+        optimizers=tuple(optimizers),
+        schedules=tuple(saved),
+        batch_names=(
+            ("micro", "the data loader's batch_size", "your training code"),
+            ("accumulation", "gradient_accumulation_steps", "Accelerator"),
+        ),
+        outside=("your own counters of steps and epochs",),
+        notes=() if known or ranks < 2 or not saved else (ASSUMED,),
+        marker=None if updates is not None else Place(file=folder / MARKER_FILE, at=()),
+        marked=marked,
+    )
+
+
+def _accumulated(folder: Path, names: list[str]) -> Iterator[Counter]:
+    """The micro-batches of the running epoch, by which every process tells when to make an update."""
+    for name in names:
+        if RANDOM.fullmatch(name) and is_torch_file(folder / name):
+            yield from parts.counter(read_torch_file(folder / name), "micro", "step", role="inside")
+
+
+def _repeats(steps: object, updates: int | None, ranks: int) -> int:
+    """How often the scheduler was stepped for each update: once per process, or just once.
+
+    Where no optimizer counted its updates, it is accelerate's default: once per process.
+    """
+    if not isinstance(steps, int) or steps % ranks:
+        return 1
+    return ranks if updates is None or steps == updates * ranks else 1
+
+
+def _noted(marked: Mapping[str, object], i: int) -> int:
+    """The same, as a rebase noted it."""
+    found = marked.get("schedule_repeats")
+    noted = found[i] if isinstance(found, list) and i < len(found) else 1
+    return noted if isinstance(noted, int) and 1 <= noted <= 1 << 20 else 1
+
+
+def _numbered(folder: Path, names: list[str], stem: str) -> list[Path]:
+    """stem.bin, stem_1.bin ... in the order of their numbers."""
+    pattern = re.compile(rf"{stem}(?:_(\d{{1,4}}))?\.(?:bin|pt)")
+    found = [(int(match[1] or 0), folder / match[0]) for name in names if (match := pattern.fullmatch(name))]
+    return [path for _, path in sorted(found)]
+
+
+FRAMEWORK = Framework(name="accelerate", recognise=lambda saved: saved.is_folder(is_accelerate), read=read)

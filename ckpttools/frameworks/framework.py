@@ -1,0 +1,42 @@
+"""What a framework is to us: how its checkpoints are recognised, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.training import Training, merge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint as it was found. `place` is the file or folder that a framework's own files lie in.
+
+    `file` is a single torch file, or the model file of a ZeRO folder; `zero` is that folder, and `engine`
+    what DeepSpeed itself says in it.
+    """
+
+    place: Path
+    file: TorchFile | None = None
+    zero: ZeroFolder | None = None
+    engine: Training | None = None
+
+    def is_folder(self, of: Callable[[Path], bool]) -> bool:
+        """Whether the place is a folder that has a framework's files beside the weights."""
+        return self.place.is_dir() and of(self.place)
+
+    def over(self, training: Training) -> Training:
+        """A framework's description over DeepSpeed's, where that was driven by it."""
+        return training if self.engine is None else merge(training, self.engine)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Framework:
+    """`name` is the `framework` of the Training that `read` gives."""
+
+    name: str
+    recognise: Callable[[Saved], bool]
+    read: Callable[[Saved], Training]
