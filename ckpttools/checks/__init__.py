@@ -56,17 +56,19 @@ def verify(
     subset: Subset | None = None,
     workers: int = 0,
     bar: Bar | None = None,
+    key: str | None = None,
 ) -> Verdict:
     """Check the one checkpoint that `path` means; `describe` it also for a manifest, from the same bytes.
 
     What of `require` (held.KEYS) it lacks is an error. `subset` is the part of the bytes that is read.
+    `key` is where the weights of a single file lie, if under an unusual name.
 
     Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked; damage is
     reported in the verdict.
     """
     unsupported: Unsupported | None = None
     try:
-        source = locate(path, tag)
+        source = replace(locate(path, tag), key=key)
     except Unsupported as reason:
         if reason.id != "layout-unsupported":
             raise

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import DST, SRC, how, parse_size, writing
+from ckpttools.cli.options import DST, KEY, SRC, how, parse_size, writing
 from ckpttools.errors import UsageError
 
 
@@ -51,6 +51,7 @@ from ckpttools.errors import UsageError
 @click.option(
     "--strip-prefix", default="", metavar="PREFIX", help="Remove this prefix from names that have it."
 )
+@KEY
 @writing
 def command(
     src: Path,
@@ -66,6 +67,7 @@ def command(
     exclude_frozen_parameters: bool,
     hf_config: Path | None,
     strip_prefix: str,
+    key: str | None,
     tag: str | None,
     **options: Any,
 ) -> None:
@@ -92,6 +94,7 @@ def command(
         hf_config=hf_config,
         strip_prefix=strip_prefix,
         tag=tag,
+        key=key,
         how=how(options),
     )
     render.written(written, options)

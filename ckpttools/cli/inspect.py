@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, SRC, TAG
+from ckpttools.cli.options import FOLLOW, JSON, KEY, SRC, TAG
 from ckpttools.errors import escape
 
 if TYPE_CHECKING:
@@ -24,15 +24,16 @@ STATE_FILES = 24  # files listed before the rest is only counted
 @click.option("--tensors", is_flag=True, help="List every tensor with its dtype, shape and size.")
 @FOLLOW
 @TAG
+@KEY
 @JSON
-def command(src: Path, tensors: bool, tag: str | None, as_json: bool) -> None:
+def command(src: Path, tensors: bool, tag: str | None, key: str | None, as_json: bool) -> None:
     """What SRC is: format, tag, step, epoch, losses, ranks, dtypes, settings, and what each file is for.
 
     Only headers are read: it takes the same fraction of a second for 1 MB and for 1 TB.
     """
     from ckpttools.operations.dangers import read_judged, warning
 
-    source, checkpoint, dangers = read_judged(src, tag)
+    source, checkpoint, dangers = read_judged(src, tag, key)
     if as_json:
         warnings = [{"file": str(path), "what": what} for path, what in dangers]
         render.document(_json(source, checkpoint, tensors) | {"dangers": warnings})

@@ -24,6 +24,9 @@ DST = click.argument("dst", type=PATH, required=False)
 TAG = click.option(
     "-t", "--tag", metavar="TAG", help="The tag folder to take, instead of what `latest` names."
 )
+KEY = click.option(
+    "--key", metavar="NAME", help="Where the weights lie in a .pt file, if under an unusual name: net_G, a.b."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and the result's path.")
 FORCE = click.option(

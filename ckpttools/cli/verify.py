@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PATH, QUIET, TAG, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, TAG, WORKERS
 from ckpttools.errors import CkptError, UsageError, escape
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ AT_THE_END = {"rescue"}
 )
 @FOLLOW
 @TAG
+@KEY
 @JSON
 @QUIET
 @WORKERS
@@ -57,6 +58,7 @@ def command(
     subset: str | None,
     write_manifest: bool,
     tag: str | None,
+    key: str | None,
     as_json: bool,
     quiet: bool,
     workers: int,
@@ -95,6 +97,7 @@ def command(
             describe=write_manifest,
             require=keys,
             subset=part,
+            key=key,
             workers=workers,
         ):
             several = several or verdict.path != path

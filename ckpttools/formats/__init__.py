@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
@@ -9,7 +10,12 @@ from ckpttools.formats import dcp, hf, monolithic, zero
 from ckpttools.formats.locate import Source, locate
 from ckpttools.stores.links import within
 
-FORMATS = {"zero": zero.read, "pt": monolithic.read, "hf": hf.read, "dcp": dcp.read}
+FORMATS: dict[str, Callable[[Path], Checkpoint]] = {
+    "zero": zero.read,
+    "pt": monolithic.read,
+    "hf": hf.read,
+    "dcp": dcp.read,
+}
 
 __all__ = ["FORMATS", "Source", "locate", "open_checkpoint", "read"]
 
@@ -17,6 +23,8 @@ __all__ = ["FORMATS", "Source", "locate", "open_checkpoint", "read"]
 def read(source: Source) -> Checkpoint:
     """Read what `locate` found: headers only."""
     with within(source.root):
+        if source.key is not None:
+            return monolithic.read(source.target, source.key)
         return FORMATS[source.format](source.target)
 
 

@@ -42,6 +42,16 @@ class Source:
     target: Path  # the tag folder, the file, or the HF folder
     root: Path
     how: str  # why this one, for people
+    key: str | None = None  # under which the weights lie, where the user says so
+
+    def __post_init__(self) -> None:
+        if self.key is not None and self.format != "pt":
+            raise UsageError(
+                "bad-usage",
+                "--key says where the weights lie in a single file of torch.save",
+                where=self.target,
+                hint="leave it off",
+            )
 
     @property
     def inner(self) -> str:

@@ -1,7 +1,8 @@
 """Single files of torch.save: `.pt`, `.pth`, `.ckpt`, `.bin`, `.pth.tar`.
 
-The weights are the file's value itself (a bare state dict), or lie under one of the names that training
-code uses. DDP's and torch.compile's prefixes are removed where every name carries them.
+The weights are the file's value itself (a bare state dict, a pickled module, a list), lie under one of the
+names that training code uses, or under the key that is asked for. DDP's and torch.compile's prefixes are
+removed where every name carries them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Node
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
-from ckpttools.errors import CkptError, escape
+from ckpttools.containers.torch_file.modules import candidates, named_views, state_of, under, what_it_is
+from ckpttools.errors import UsageError, escape
 from ckpttools.formats.counters import train_state
 from ckpttools.tensors import TensorRef
 
@@ -31,10 +33,13 @@ OPTIMIZER = ("optimizer_state_dict", "optimizer", "optim", "optimizer_state", "o
 PREFIXES = ("module.", "_orig_mod.")
 
 
-def read(path: Path) -> Checkpoint:
-    """Read a single file. Raises CkptError where no weights are found in it."""
+def read(path: Path, wanted: str | None = None) -> Checkpoint:
+    """Read a single file; `wanted` is the key of the weights, with dots below the first one.
+
+    Raises UsageError where no weights are found in it.
+    """
     file = read_torch_file(path)
-    key, found = find_weights(file)
+    key, found = find_weights(file, wanted)
     tensors, prefix = strip(found)
     root = fields.as_mapping(file.value)
     keys = [name for name in (root.names() if root is not None and key else ()) if name != key]
@@ -43,7 +48,13 @@ def read(path: Path) -> Checkpoint:
         notes.append("in torch's older serialization, which has no checksums")
     elif not file.has_checksums:
         notes.append("saved without checksums (compute_crc32=False)")
-    held = f"weights under '{key}'" if key else "a bare state dict"
+    held = (
+        f"weights under '{escape(key)}'"
+        if key
+        else "a bare state dict"
+        if root is not None
+        else "weights by name"
+    )
     also = f", with {', '.join(map(escape, keys[:12]))}" if keys else ""
     dtypes = {ref.dtype.short for ref in tensors.values() if ref.dtype.is_float}
     return Checkpoint(
@@ -63,37 +74,47 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def find_weights(file: TorchFile) -> tuple[str | None, dict[str, TensorRef]]:
-    """The weights and the key they lie under, None for a bare state dict."""
+def find_weights(file: TorchFile, wanted: str | None = None) -> tuple[str | None, dict[str, TensorRef]]:
+    """The weights and the key they lie under, None where they are the file's value itself."""
     root = fields.as_mapping(file.value)
-    if root is None:
-        raise no_weights(file.path, "its value is not a dict")
+    if wanted is not None:
+        tensors = _tensors(file, under(file.value, wanted))
+        if not tensors:
+            raise no_weights(file, f"nothing under '{escape(wanted)}' holds named tensors")
+        return wanted, tensors
     for key in WEIGHTS:
-        tensors = _tensors(file, root.get(key))
+        tensors = _tensors(file, root.get(key)) if root is not None else {}
         if tensors:
             return key, tensors
-    tensors = _tensors(file, root)
+    tensors = {} if root is not None and state_of(root) else _tensors(file, file.value)
     if not tensors:
-        shown = ", ".join(map(escape, root.names()[:12])) or "none"
-        raise no_weights(file.path, f"its keys are {shown}")
+        raise no_weights(file, what_it_is(file))
     return None, tensors
 
 
 def _tensors(file: TorchFile, node: Node) -> dict[str, TensorRef]:
-    pairs = fields.as_mapping(node)
-    if pairs is None:
-        return {}
-    views = ((name, file.view(value)) for name, value in pairs.named())
-    return {name: view.ref for name, view in views if view is not None}
+    return {name: view.ref for name, view in named_views(file, node).items()}
 
 
-def no_weights(path: Path, detail: str) -> CkptError:
-    return CkptError(
+def no_weights(file: TorchFile, detail: str) -> UsageError:
+    """Nothing is damaged: the file holds something else, or its weights lie where only the user can say."""
+    root = fields.as_mapping(file.value)
+    found = [] if root is not None and state_of(root) else candidates(file)
+    shown = ", ".join(f"{escape(key)} ({n} tensors)" for key, n in found[:12])
+    if not found:
+        return UsageError(
+            "not-a-checkpoint",
+            f"a torch file without model weights: {detail}",
+            where=file.path,
+            why="nothing in it holds named tensors",
+            hint="name the file that holds the model",
+        )
+    return UsageError(
         "no-weights",
-        f"a torch file without model weights: {detail}",
-        where=path,
-        why="none of the names under which training code saves weights holds named tensors",
-        hint=f"the names looked for are {', '.join(WEIGHTS)}",
+        f"the weights lie under no name that training code usually gives: {detail}",
+        where=file.path,
+        why=f"named tensors lie under {shown}; the names looked for are {', '.join(WEIGHTS)}",
+        hint=f"say which ones: --key {escape(found[0][0])}",
     )
 
 

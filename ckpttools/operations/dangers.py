@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
@@ -14,14 +15,14 @@ from ckpttools.stores.links import within
 Dangers = list[tuple[Path, str]]  # a file, and what loading it would run
 
 
-def read_judged(path: Path, tag: str | None) -> tuple[Source, Checkpoint, Dangers]:
+def read_judged(path: Path, tag: str | None, key: str | None = None) -> tuple[Source, Checkpoint, Dangers]:
     """The checkpoint that a path means, and the dangers of every file of it.
 
     Where nothing else can be read, the error says what loading would run (pickle-dangerous).
     """
     target = None if path.is_dir() else path
     try:
-        source = find(path, tag)
+        source = replace(find(path, tag), key=key)
         target = source.target
         checkpoint = read(source)
     except CkptError as error:

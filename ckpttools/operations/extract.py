@@ -42,13 +42,15 @@ def extract(
     hf_config: str | Path | None = None,
     strip_prefix: str = "",
     tag: str | None = None,
+    key: str | None = None,
     how: Writing | None = None,
 ) -> Written:
     """Write the weights of a checkpoint, for inference or for other tools.
 
     `dst` is a folder, which transformers loads, or one file; `form` is by its suffix, else safetensors.
     `copy` is "master" for the fp32 master weights (the default where there are any) or "model" for those
-    trained with. `max_shard_size` is in bytes and holds for folders.
+    trained with. `max_shard_size` is in bytes and holds for folders. `key` is where the weights lie in a
+    file of torch.save, if under an unusual name.
 
     >>> made = extract("fixtures/trainer/z2_bf16_2", out / "half.safetensors", dtype="bf16")
     >>> [(file.path or made.destination.name) for file in made.plan.files]
@@ -68,7 +70,7 @@ def extract(
             "a configuration needs a folder as DST",
             hint="leave the suffix off DST",
         )
-    source = find(src, tag)
+    source = replace(find(src, tag), key=key)
     checkpoint = check_before_use(source)
     chosen = weights(
         checkpoint,

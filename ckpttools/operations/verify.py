@@ -30,6 +30,7 @@ def verify(
     require: Collection[str] = (),
     subset: str | None = None,
     workers: int = 0,
+    key: str | None = None,
 ) -> Verdict:
     """Whether a checkpoint is whole: structure, checksums, completeness, and that its files belong together.
 
@@ -42,7 +43,9 @@ def verify(
     (True, 'zero2', 3)
     """
     part = part_of(subset)
-    return checks.verify(Path(path), tag, quick=quick, require=known(require), subset=part, workers=workers)
+    return checks.verify(
+        Path(path), tag, quick=quick, require=known(require), subset=part, workers=workers, key=key
+    )
 
 
 def part_of(subset: str | None) -> Subset | None:
@@ -95,6 +98,7 @@ def verify_all(
     subset: Subset | None = None,
     workers: int = 0,
     bar: Bar | None = None,
+    key: str | None = None,
 ) -> Iterator[Verdict]:
     """The verdict on each checkpoint of a folder, newest first; one of several that cannot be checked has a
     verdict too. Raises UsageError where nothing can be checked.
@@ -115,6 +119,7 @@ def verify_all(
                 subset=subset,
                 workers=workers,
                 bar=shown,
+                key=key,
             )
         except CkptError as error:
             if len(paths) == 1:

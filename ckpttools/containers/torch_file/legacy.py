@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ckpttools.containers.pickles import MAX_BYTES, Dict, Node, Pickle, Reject, dumps, loads
+from ckpttools.containers.pickles import MAX_BYTES, Dict, Global, Node, Pickle, Reject, dumps, loads
 from ckpttools.containers.torch_file.storages import Storage, same, storage_id
 from ckpttools.containers.torch_file.views import TorchFile
 from ckpttools.errors import CkptError
@@ -41,6 +41,8 @@ def _legacy(file: File, data: bytes, *, whole: bool) -> TorchFile:
     storages: dict[str, Storage] = {}
 
     def storage(pid: Node) -> Node:
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Global):
+            return pid[1]  # the class of a pickled nn.Module, with its source code, which is not looked at
         kind, dtype, key, location, numel = storage_id(pid)
         if key not in storages:
             storages[key] = Storage(kind, dtype, numel, (), location, f"storage {key}")
