@@ -16,6 +16,7 @@ from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint, Layout, TrainState
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
 from ckpttools.checks.causes import TENSORS, by_cause
+from ckpttools.checks.changing import Watch
 from ckpttools.checks.configs import check_configs
 from ckpttools.checks.copies import Copy, check_copies, missing_state
 from ckpttools.checks.files import dangers_at
@@ -63,9 +64,30 @@ def verify(
     What of `require` (held.KEYS) it lacks is an error. `subset` is the part of the bytes that is read.
     `key` is where the weights of a single file lie, if under an unusual name.
 
-    Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked; damage is
-    reported in the verdict.
+    Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked, also where the
+    files change meanwhile ("checkpoint-changing"); damage is reported in the verdict.
     """
+    watch = Watch(path)
+    try:
+        verdict = _verify(path, tag, watch, quick, describe, require, key, subset, workers, bar)
+    except (CkptError, OSError) as error:
+        raise watch.explain(error) from error
+    watch.refuse(verdict.findings)
+    return verdict
+
+
+def _verify(
+    path: Path,
+    tag: str | None,
+    watch: Watch,
+    quick: bool,
+    describe: bool,
+    require: Collection[str],
+    key: str | None,
+    subset: Subset | None,
+    workers: int,
+    bar: Bar | None,
+) -> Verdict:
     unsupported: Unsupported | None = None
     try:
         source = replace(locate(path, tag), key=key)
@@ -79,6 +101,7 @@ def verify(
         if error.exit_code != 1 and not dangerous:
             raise
         return refused(path, error, dangerous)
+    watch.below(source.target)
     with within(path):
         pointers = [*check_last_checkpoint(path), *(check_pointer(path, source) if tag is None else ())]
     held: Held = {}

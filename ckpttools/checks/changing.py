@@ -1,0 +1,100 @@
+"""Whether a checkpoint changed while it was read: then what was found holds for no state that it ever had.
+
+A save may be going on, or a clean-up. Such a checkpoint is neither good nor damaged: it could not be checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.findings import ERROR, Finding
+
+MAX_DEPTH = 4  # folders below a checkpoint
+# rewritten by every save of a run, also where the checkpoint at hand is left alone
+POINTERS = ("latest", "last_checkpoint", "checkpoint", "zero_to_fp32.py")
+
+Stamps = dict[Path, tuple[int, int, int] | None]  # inode, size, time in ns; None for a folder
+
+
+class Watch:
+    """Looks at the files of a checkpoint before they are read, and again afterwards."""
+
+    def __init__(self, path: Path) -> None:
+        self._looks: list[tuple[Callable[[], Stamps], Stamps]] = []
+        self._add(lambda: dict(_stamps(path, depth=0)))
+        self._path = path
+
+    def below(self, target: Path) -> None:
+        """Watch also everything in the checkpoint's own folder."""
+        if target != self._path or target.is_dir():
+            self._add(lambda: dict(_stamps(target, depth=MAX_DEPTH)))
+
+    def _add(self, look: Callable[[], Stamps]) -> None:
+        self._looks.append((look, look()))
+
+    def changed(self, *, pointers: bool) -> Path | None:
+        """A file that appeared, vanished or was written to; of what lies beside a tag folder, only files."""
+        for number, (look, before) in enumerate(self._looks):
+            now = look()
+            for path in sorted(before.keys() | now.keys()):
+                beside = not number and not pointers
+                is_folder = (path in before and before[path] is None) or (path in now and now[path] is None)
+                if beside and (is_folder or path.name in POINTERS):
+                    continue
+                if path not in before or path not in now or before[path] != now[path]:
+                    return path
+        return None
+
+    def refuse(self, findings: tuple[Finding, ...]) -> None:
+        """Raise UsageError where something changed; pointers and other tags count if they may explain an
+        error.
+        """
+        path = self.changed(pointers=any(finding.severity == ERROR for finding in findings))
+        if path is not None:
+            raise changing(path)
+
+    def explain(self, error: CkptError | OSError) -> CkptError:
+        """The error, unless a change is the reason for it."""
+        path = self.changed(pointers=True)
+        if path is not None:
+            return changing(path)
+        if isinstance(error, CkptError):
+            return error
+        return UsageError(
+            "not-readable",
+            f"cannot be read: {escape(error.strerror)}",
+            where=str(error.filename or self._path),
+            why="it was there when the folder was listed",
+            hint="check permissions and the file system, then run it again",
+        )
+
+
+def changing(path: Path) -> UsageError:
+    return UsageError(
+        "checkpoint-changing",
+        "the checkpoint changed while it was read",
+        where=path,
+        why="it is neither good nor damaged: a save or a clean-up is going on",
+        hint="run it again when that is done, or name an older checkpoint",
+    )
+
+
+def _stamps(path: Path, depth: int) -> Iterator[tuple[Path, tuple[int, int, int] | None]]:
+    """Of a file, or of all that a folder holds down to `depth` folders; nothing of what is not there."""
+    try:
+        if not path.is_dir():
+            info = path.stat()
+            yield path, (info.st_ino, info.st_size, info.st_mtime_ns)
+            return
+        inside = list(path.iterdir())
+    except OSError:
+        return
+    for entry in inside:
+        if entry.is_dir():
+            yield entry, None
+            if depth and not entry.is_symlink():
+                yield from _stamps(entry, depth - 1)
+        else:
+            yield from _stamps(entry, 0)

@@ -1,0 +1,116 @@
+"""A checkpoint that changes while it is read: always one document, never called good or damaged for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import ckpt_process, run
+from support import FIXTURES
+
+ZERO = FIXTURES / "deepspeed-0.19.8" / "z2_groups_ws2"
+TAG = "global_step3"
+SHARD = f"{TAG}/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "written to": lambda folder: os.utime(folder / SHARD, ns=(1, 1)),
+    "longer": lambda folder: os.truncate(folder / SHARD, 10**6),
+    "shorter": lambda folder: os.truncate(folder / SHARD, 1000),
+    "vanishes": lambda folder: (folder / SHARD).unlink(),
+    "appears": lambda folder: (folder / TAG / "zero_pp_rank_2_mp_rank_00_optim_states.pt").touch(),
+    "another one": lambda folder: Path(shutil.copy(folder / SHARD, folder / "x")).replace(folder / SHARD),
+    "all vanishes": lambda folder: shutil.rmtree(folder),
+}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("before_last", [0, 2])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_while_it_is_read(
+    change: str, before_last: int, quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right before one of the last reads: the first ones only find out which checkpoint is meant."""
+    folder = shutil.copytree(ZERO, tmp_path / "run")
+    options = ["--json", "--workers", "1", *["--quick"] * quick]
+    pread, preadv = os.pread, os.preadv
+    reads = 0
+
+    def count(at: int) -> None:
+        nonlocal reads
+        reads += 1
+        if reads == at:
+            CHANGES[change](folder)
+
+    def watch(at: int) -> None:
+        nonlocal reads
+        reads = 0
+        monkeypatch.setattr(os, "pread", lambda *args: (count(at), pread(*args))[1])
+        monkeypatch.setattr(os, "preadv", lambda *args: (count(at), preadv(*args))[1])
+
+    watch(0)
+    assert run("verify", folder, *options).code == 0
+    watch(reads - before_last)
+    ran = run("verify", folder, *options)
+    document = json.loads(ran.out)
+    assert ran.code == 2 and "Traceback" not in ran.err, ran
+    assert document["ok"] is False and "checkpoint-changing" in ran.out, ran
+
+
+def test_another_tag_and_the_pointer_are_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(ZERO, tmp_path / "run")
+    pread = os.pread
+
+    def save(*args: int) -> bytes:
+        (folder / "global_step9").mkdir(exist_ok=True)
+        (folder / "global_step9" / "mp_rank_00_model_states.pt").write_bytes(b"half")
+        (folder / "latest").write_text(TAG)
+        return pread(*args)
+
+    monkeypatch.setattr(os, "pread", save)
+    assert run("verify", folder / TAG, "--json").code == 0
+
+
+SAVES = """
+import shutil, sys
+from pathlib import Path
+source, folder = map(Path, sys.argv[1:])
+for step in range(10**9):
+    tag = folder / f"global_step{step}"
+    tag.mkdir()
+    for file in sorted(source.iterdir()):
+        with (tag / file.name).open("wb", buffering=0) as out:
+            data = file.read_bytes()
+            for at in range(0, len(data), 500):
+                out.write(data[at : at + 500])
+    (folder / "new").write_text(tag.name)
+    (folder / "new").replace(folder / "latest")
+    shutil.rmtree(folder / f"global_step{step - 2}", ignore_errors=True)
+"""
+
+
+def test_beside_a_process_that_saves_and_cleans_up(tmp_path: Path) -> None:
+    """Whatever moment it meets: one document, with an answer or with the reason why there is none."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    saver = subprocess.Popen([sys.executable, "-c", SAVES, str(ZERO / TAG), str(folder)])
+    try:
+        while not (folder / "latest").exists():
+            assert saver.poll() is None
+        said = Counter[int]()
+        for _ in range(8):
+            done = ckpt_process("verify", folder, "--json", "--quick")
+            assert "Traceback" not in done.stderr and "[internal]" not in done.stderr, done
+            assert isinstance(json.loads(done.stdout), dict), done
+            said[done.returncode] += 1
+        assert saver.poll() is None
+    finally:
+        saver.kill()
+        saver.wait()
+    assert said[2] and not set(said) - {0, 1, 2}, said
