@@ -218,5 +218,6 @@ def _readings(folder: Path, text: str) -> Iterator[tuple[Path, str]]:
     """What a pointer's text can mean: a name beside it, or a path whose last part lies beside it."""
     base = PurePath(text).name
     if base and base not in (".", "..") and base.isprintable():
-        moved = "" if base == text else ", found beside the pointer"
+        in_place = text == base or PurePath(text) == folder.absolute() / base
+        moved = "" if in_place else ", found beside the pointer"
         yield folder / base, moved

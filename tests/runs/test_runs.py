@@ -129,6 +129,8 @@ def test_pointers_win_and_may_be_stale_paths(folder: Path) -> None:
     choice = runs.newest(folder)
     assert choice.path == folder / "epoch_9_step_180.pt" and "beside the pointer" in choice.why
     assert "epoch_10_step_200.pt is newer (step 200)" in choice.notes[0]
+    (folder / "last_checkpoint").write_text(str(folder / "epoch_9_step_180.pt"))
+    assert "beside the pointer" not in runs.newest(folder).why  # where it says
     for text in ("epoch_11.pt", "..", " ", "a\nb"):
         (folder / "last_checkpoint").write_text(text)
         ran = run("latest", folder)
