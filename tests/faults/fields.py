@@ -292,7 +292,7 @@ def shared_params_of_unknown_names(copy: Copy, rng: Random) -> Expectation | Non
 @fault(MODEL, ZERO)
 def tied_weights_differ(copy: Copy, rng: Random) -> Expectation | None:
     root = load(copy.model)
-    shared = {a: o for a, o in (root.get("shared_params") or {}).items() if a in root["module"]}
+    shared = {a: o for a, o in (root.get("shared_params") or {}).items() if {a, o} <= root["module"].keys()}
     alias = pick(rng, (a for a in shared if root["module"][a].numel()))
     if alias is None:
         return None
