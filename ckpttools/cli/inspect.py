@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -139,7 +140,7 @@ SETTINGS = ("name", "lr", "initial_lr", "betas", "momentum", "eps", "weight_deca
 
 def _groups(checkpoint: Any) -> Iterator[tuple[object, ...]]:
     for g, group in enumerate(checkpoint.groups):
-        numel = sum(ref.numel for ref in group.state.get("fp32", {}).values())
+        numel = sum(math.prod(shape) for shape in group.params.values())
         yield g, len(group.params), render.count(numel), ", ".join(group.state), _settings(group.hyper)
 
 
