@@ -1,0 +1,165 @@
+"""The shape of the package, from its code: who imports whom, who names a format, who opens files.
+
+python tests/structure.py           the touch lists and the lines
+python tests/structure.py --svg     the drawing of the imports
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "ckpttools"
+FORMATS = ("zero", "hf", "torch", "monolithic")
+# the places that may open files: where bytes lie, where they are written, the trainer, and what is shown
+OPENERS = ("stores", "execute", "trainer", "cli", "integrations")
+OPENING = {"open", "read_text", "read_bytes", "stat", "exists", "is_file", "is_dir", "iterdir"}
+OPENING |= {"glob", "rglob"}
+
+
+def modules() -> dict[Path, ast.Module]:
+    return {p.relative_to(PACKAGE): ast.parse(p.read_text()) for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def part(path: Path) -> str:
+    """The package or module directly below ckpttools; "" is ckpttools itself."""
+    return path.parts[0] if len(path.parts) > 1 else "" if path.stem == "__init__" else path.stem
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Dotted names within ckpttools, function-level imports included, those for types left out."""
+    typed = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typed:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix("ckpttools.") for name in names if name.startswith("ckpttools."))
+
+
+def graph() -> dict[str, set[str]]:
+    """Part -> the parts that it imports."""
+    found = modules()
+    parts = {part(path) for path in found} - {""}
+    out: dict[str, set[str]] = {name: set() for name in sorted(parts)}
+    for path, tree in found.items():
+        if own := part(path):
+            out[own] |= {name.split(".")[0] for name in imported(tree)} & parts - {own}
+    return out
+
+
+def layers(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Bottom up: each part imports only parts of layers before its own. Raises ValueError in a circle."""
+    out: list[list[str]] = []
+    done: set[str] = set()
+    while len(done) < len(edges):
+        layer = sorted(name for name in edges if name not in done and edges[name] <= done)
+        if not layer:
+            raise ValueError(f"a circle among {sorted(set(edges) - done)}")
+        out.append(layer)
+        done |= set(layer)
+    return out
+
+
+def svg() -> str:
+    """The parts in layers, the lowest at the bottom; every line leads down."""
+    edges = graph()
+    rows = layers(edges)
+    width, step = 1000, 84
+    height = step * len(rows)
+    at: dict[str, tuple[float, float]] = {}
+    for level, row in enumerate(rows):
+        for i, name in enumerate(row):
+            at[name] = (width * (i + 0.5) / len(row), height - step * (level + 0.5))
+    box = f'viewBox="0 0 {width} {height}"'
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" {box} font-family="sans-serif">']
+    for name, below in edges.items():
+        x, y = at[name]
+        for other in sorted(below):
+            u, v = at[other]
+            out.append(
+                f'<path d="M{x:.0f} {y + 14:.0f} C{x:.0f} {(y + v) / 2:.0f} {u:.0f} {(y + v) / 2:.0f} '
+                f'{u:.0f} {v - 14:.0f}" fill="none" stroke="#3b6ea5" stroke-opacity="0.35"/>'
+            )
+    for name, (x, y) in at.items():
+        half = 5 + 4.2 * len(name)
+        out.append(
+            f'<rect x="{x - half:.0f}" y="{y - 14:.0f}" width="{2 * half:.0f}" height="28" rx="5" '
+            f'fill="#fff" stroke="#3b6ea5"/><text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle" '
+            f'font-size="14">{name}</text>'
+        )
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def naming_formats() -> dict[str, list[str]]:
+    """Modules outside formats/ that import one format by name."""
+    out: dict[str, list[str]] = {name: [] for name in FORMATS}
+    for path, tree in modules().items():
+        if part(path) == "formats":
+            continue
+        named = {n.split(".")[1] for n in imported(tree) if n.startswith("formats.")}
+        for name in named & set(FORMATS):
+            out[name].append(path.as_posix())
+    return out
+
+
+def opening() -> list[str]:
+    """Modules outside the places for it that open, list or stat a path by themselves."""
+    out = []
+    for path, tree in modules().items():
+        if part(path) in OPENERS:
+            continue
+        used = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        used &= {"open"}
+        used |= {
+            n.func.attr
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in OPENING
+        }
+        if used:
+            out.append(path.as_posix())
+    return out
+
+
+def frameworks() -> dict[str, list[str]]:
+    """Modules outside frameworks/ that import one framework by name."""
+    names = {p.stem for p in (PACKAGE / "frameworks").glob("*.py")} - {"__init__"}
+    out: dict[str, list[str]] = {}
+    for path, tree in modules().items():
+        if part(path) != "frameworks":
+            named = {n.split(".")[1] for n in imported(tree) if n.startswith("frameworks.")}
+            for name in sorted(named & names):
+                out.setdefault(name, []).append(path.as_posix())
+    return out
+
+
+def lines() -> int:
+    return sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
+
+
+def main() -> None:
+    if "--svg" in sys.argv:
+        print(svg(), end="")
+        return
+    for title, lists in (("name the format", naming_formats()), ("name the framework", frameworks())):
+        for name, where in lists.items():
+            print(f"{len(where):3} modules outside {title} {name}: {', '.join(where) or '-'}")
+    found = opening()
+    print(f"{len(found):3} modules open, list or stat by themselves: {', '.join(found)}")
+    print(f"{lines()} lines in {len(modules())} modules")
+    print("layers, lowest first:", " | ".join(" ".join(row) for row in layers(graph())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The documentation: every command on its pages runs, and the site builds strictly."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import structure
+from commands import run
+
+from ckpttools.cli.app import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs/pages").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "docs/pages").as_posix())
+def test_the_commands_of_a_page_run_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.splitlines():
+            ran = run(*shlex.split(line.removeprefix("$ ckpt ")))
+            assert ran.code == 0, (line, ran.out, ran.err)
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", "docs/mkdocs.yml"]
+    built = subprocess.run(
+        [*command, "-d", str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    commands = (tmp_path / "site/commands/index.html").read_text()
+    for name in COMMANDS:
+        assert f'id="{name}"' in commands
+    assert "<svg" in (tmp_path / "site/imports.svg").read_text()
+    assert "ckpttools.operations.opened" in (tmp_path / "site/api/index.html").read_text()
+
+
+def test_the_drawing_has_no_circle_and_no_arrow_that_points_up() -> None:
+    edges = structure.graph()
+    level = {name: i for i, row in enumerate(structure.layers(edges)) for name in row}
+    assert all(level[below] < level[name] for name in edges for below in edges[name])
+    with pytest.raises(ValueError, match="a circle"):
+        structure.layers({"a": {"b"}, "b": {"a"}})
+
+
+# what is reached: these numbers may fall, not rise
+def test_touch_lists_do_not_grow() -> None:
+    named = {name: len(where) for name, where in structure.naming_formats().items()}
+    assert all(named[name] <= most for name, most in MOST_NAMING.items()), structure.naming_formats()
+    assert len(structure.opening()) <= MOST_OPENING, structure.opening()
+
+
+MOST_NAMING = {"zero": 20, "hf": 6, "torch": 2, "monolithic": 6}
+MOST_OPENING = 40
