@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ STATE_FILES = 24  # files listed before the rest is only counted
 @TAG
 @KEY
 @JSON
-def command(src: Path, tensors: bool, tag: str | None, key: str | None, as_json: bool) -> None:
+def command(src: Path, tensors: bool, tag: str | None, key: str | None, as_json: bool) -> int:
     """What SRC is: format, tag, step, epoch, losses, ranks, dtypes, settings, and what each file is for.
 
     Only headers are read: it takes the same fraction of a second for 1 MB and for 1 TB.
@@ -38,7 +37,7 @@ def command(src: Path, tensors: bool, tag: str | None, key: str | None, as_json:
     if as_json:
         warnings = [{"file": str(path), "what": what} for path, what in dangers]
         render.document(_json(source, checkpoint, tensors) | {"dangers": warnings})
-        sys.exit(1 if dangers else 0)
+        return 1 if dangers else 0
     for path, what in dangers:
         click.echo(click.style(warning(path, what), fg="red", bold=True))
     from ckpttools.frameworks.progress import progress
@@ -68,7 +67,7 @@ def command(src: Path, tensors: bool, tag: str | None, key: str | None, as_json:
     if tensors:
         click.echo("\ntensors")
         click.echo(render.table(_tensors(checkpoint), ("name", "dtype", "shape", "size", "")))
-    sys.exit(1 if dangers else 0)
+    return 1 if dangers else 0
 
 
 FORMATS = {
