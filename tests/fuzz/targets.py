@@ -27,7 +27,7 @@ from ckpttools.containers.pickles.judge import judge
 from ckpttools.containers.torch_file import labelled, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
-from ckpttools.formats import hf, locate, zero
+from ckpttools.formats import dcp, hf, locate, zero
 from ckpttools.transforms.reshard import reshard
 from ckpttools.transforms.select import weights
 
@@ -42,6 +42,7 @@ ZERO = (
     "deepspeed-0.19.8/z2_legacy_ws2", "deepspeed-0.19.8/z2_clientstate_ws2", "deepspeed-0.10.3/z2_groups_ws2",
     "deepspeed-0.19.8/z2_sgd_ws2", "deepspeed-0.19.8/z2_zerosize_ws2", "deepspeed-0.19.8/z2_nostep_ws2",
 )  # fmt: skip
+DCP = ("dcp/fsdp2_ws2", "dcp/tp_ws4", "dcp/flat_ws2", "dcp/step-3", "dcp/accelerate_ws2", "dcp/plain-sgd_ws1")
 HF = ("hf/sharded", "hf/single", "hf/gpt2_tied", "hf/peft", "hf/bin_sharded", "hf/bin")
 
 
@@ -90,7 +91,7 @@ def read_file(path: Path) -> None:
 def read_checkpoint(path: Path, out: Path | None = None) -> None:
     """verify, inspect and, where it is still good enough, the plans of reshard and extract."""
     for args in (["verify", "--workers", "1", "--no-progress", "--json"], ["inspect"], ["inspect", "--json"]):
-        with contextlib.suppress(CkptError), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.suppress(CkptError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
             app.main([*args, str(path)], prog_name="ckpt", standalone_mode=False)
     try:
         checkpoint = check_before_use(locate(path))
@@ -100,6 +101,7 @@ def read_checkpoint(path: Path, out: Path | None = None) -> None:
         lambda: hf.plan(weights(checkpoint)),
         lambda: hf.plan_bin(weights(checkpoint), single=True),
         lambda: zero.plan(reshard(checkpoint, 3)),
+        lambda: dcp.plan(checkpoint),
     )
     for make in plans:
         with contextlib.suppress(CkptError):
@@ -237,6 +239,15 @@ def _zero(rng: Random, place: Workplace) -> Case:
     return _in_folder(place, folder, path, data, place.out if rng.random() < 0.2 else None)
 
 
+def _dcp(rng: Random, place: Workplace) -> Case:
+    folder = place.copy(rng.choice(DCP))
+    name = "*.distcp" if rng.random() < 0.3 else ".metadata"
+    path = rng.choice(sorted(folder.rglob(name)))
+    old = path.read_bytes()
+    data = mutations.of_bytes(old, rng) if name == "*.distcp" else mutations.of_pickle(old, rng, pickles())
+    return _in_folder(place, folder, path, data, place.out if rng.random() < 0.2 else None)
+
+
 TARGETS: dict[str, Callable[[Random, Workplace], Case]] = {
     "pickle": _pickle,
     "zip": _zip,
@@ -246,6 +257,7 @@ TARGETS: dict[str, Callable[[Random, Workplace], Case]] = {
     "latest": _latest,
     "manifest": _manifest,
     "zero": _zero,
+    "dcp": _dcp,
 }
 
 

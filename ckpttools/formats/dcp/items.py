@@ -155,7 +155,7 @@ def refuse_compressed(path: Path, wanted: Wanted) -> None:
 
 
 def _what(wanted: Wanted) -> str:
-    return f"'{escape(wanted.key)}'"
+    return f"'{wanted.key}'"  # escaped where it is shown
 
 
 def _opened(path: Path, key: str):  # type: ignore[no-untyped-def]
