@@ -3,6 +3,7 @@
     <folder>/.metadata              a pickle: which tensors and objects there are, and where their parts lie
     <folder>/__R_I.distcp           the I-th file of rank R: one torch file after another
     <folder>/{pytorch_model_fsdp_0,optimizer_0}/    accelerate and the HF Trainer: one such folder each
+    <folder>/shard-R-model-I-of-N.safetensors       HuggingFaceStorageWriter: the model alone, read only
 
 There are no ranks to match: a reader takes the parts that it needs, however many ranks wrote them. Every
 name is read through the path that the key was joined from. Nothing says which tensors are buffers or frozen,

@@ -20,9 +20,10 @@ from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.dcp.items import SMALL, Data, Wanted, read_piece, refuse_compressed
 from ckpttools.formats.dcp.metadata import NAME, Item, Metadata, read_metadata
-from ckpttools.formats.dcp.names import SUFFIX, parts
+from ckpttools.formats.dcp.names import SUFFIX, has_shards, parts
 from ckpttools.formats.dcp.pieces import check_pieces
 from ckpttools.formats.dcp.read import Part, checkpoint, no_metadata, object_lost, part
+from ckpttools.formats.dcp.shards import read_shards
 from ckpttools.stores.files import File, entries, is_file, opened
 from ckpttools.tree import Value
 
@@ -35,6 +36,9 @@ def check_folder(path: Path) -> tuple[list[Finding], Checkpoint | None]:
     """Findings, and the checkpoint where it can be put together."""
     found = _Findings()
     folders = parts(path)
+    if not folders and has_shards(path):
+        shards = found.attempt(lambda: read_shards(path), path)
+        return found.shown(), shards
     if not folders:
         found.of(no_metadata(path))
     whole = [_Part(folder, found).check() for folder in folders]

@@ -12,6 +12,8 @@ from ckpttools.stores.files import entries, is_file, is_folder
 DATA = re.compile(r"__(\d+)_(\d+)\.distcp")
 SUFFIX = ".distcp"
 MODEL_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate, HF Trainer
+# of HuggingFaceStorageWriter: the rank from 1, the number of the file and how many the rank has
+SHARD = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
 # accelerate with use_dcp=False: one torch file of DTensors for each rank
 RANK_FILE = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+_rank\d+\.bin")
 
@@ -25,7 +27,7 @@ def looks_like_dcp(folder: Path) -> bool:
     """Whether a folder holds a distributed checkpoint, or the two that accelerate makes of one."""
     found = entries(folder)
     names = {entry.name for entry in found if is_file(entry)}
-    if any(is_dcp_file(name) for name in names):
+    if any(is_dcp_file(name) or SHARD.fullmatch(name) for name in names):
         return True
     return any(
         _is_part(folder / entry.name)
@@ -44,6 +46,11 @@ def parts(folder: Path) -> tuple[Path, ...]:
         return (folder,)
     inner = [folder / name for name in (MODEL_FOLDER, OPTIMIZER_FOLDER)]
     return tuple(path for path in inner if path.is_dir() and _is_part(path))
+
+
+def has_shards(folder: Path) -> bool:
+    """Whether a folder holds the safetensors shards of HuggingFaceStorageWriter."""
+    return any(SHARD.fullmatch(entry.name) for entry in entries(folder))
 
 
 def refuse_rank_files(folder: Path, names: list[str]) -> None:

@@ -12,9 +12,10 @@ from ckpttools.errors import CkptError, escape
 from ckpttools.formats.dcp.counters import train_state
 from ckpttools.formats.dcp.items import Data, Items, Wanted
 from ckpttools.formats.dcp.metadata import NAME, Item, Metadata, read_metadata
-from ckpttools.formats.dcp.names import DATA, MODEL_FOLDER, OPTIMIZER_FOLDER, parts
+from ckpttools.formats.dcp.names import DATA, MODEL_FOLDER, OPTIMIZER_FOLDER, has_shards, parts
 from ckpttools.formats.dcp.pieces import assembled, check_pieces
 from ckpttools.formats.dcp.roles import ACCELERATE, Names, guessed, roles, tree
+from ckpttools.formats.dcp.shards import read_shards
 from ckpttools.stores.files import size_of
 from ckpttools.tree import Path as Keys
 from ckpttools.tree import Value
@@ -44,6 +45,8 @@ class Template:
 def read(path: Path) -> Checkpoint:
     """Read a folder: headers and objects only. Raises CkptError for the first thing that is wrong."""
     folders = parts(path)
+    if not folders and has_shards(path):
+        return read_shards(path)
     if not folders:
         raise no_metadata(path)
     return checkpoint(path, tuple(read_part(folder) for folder in folders))

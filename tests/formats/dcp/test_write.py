@@ -248,10 +248,10 @@ def test_torch_reads_it(style: str, tmp_path: Path) -> None:
     assert list(model) == list(weights)
 
 
-def launched(ranks: int, *arguments: str) -> None:
+def launched(ranks: int, *arguments: str, job: Path = JOB) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [sys.executable, *(torchrun if ranks else []), str(JOB), *arguments],
+        [sys.executable, *(torchrun if ranks else []), str(job), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -301,3 +301,15 @@ def test_torch_trains_on_from_it(source: str, style: str, kind: str, ranks: int,
     expected = uninterrupted(tmp_path, f"plain-{plain}-nested")
     assert resumed(ranks, kind, out) == pytest.approx(expected, rel=2e-6)
     assert len(set(expected)) == 3
+
+
+@pytest.mark.distributed
+@pytest.mark.heavy
+def test_accelerate_trains_on_from_it(tmp_path: Path) -> None:
+    job = JOB.with_name("dcp_accelerate.py")
+    launched(2, "save", str(tmp_path / "saved"), str(tmp_path / "one.json"), job=job)
+    checkpoint = dataclasses.replace(open_checkpoint(tmp_path / "saved"), template=None)
+    out = written(checkpoint, tmp_path / "out", variant="accelerate", dp_degree=3)
+    launched(2, "load", str(out), str(tmp_path / "two.json"), job=job)
+    one, two = ((tmp_path / name).read_text() for name in ("one.json", "two.json"))
+    assert one == two
