@@ -41,8 +41,9 @@ class TrainState:
     skipped_steps: int | None = None
     train_loss: float | None = None
     val_loss: float | None = None
-    scheduler: Mapping[str, object] = field(default_factory=dict)  # its state, as saved
+    scheduler: Value = field(default_factory=dict)  # its state as saved, a list where there are several
     batch: Mapping[str, int] = field(default_factory=dict)  # global, micro, accumulation, as saved
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # field -> where it was found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,7 @@ class Layout:
     writer: str | None = None  # the library and version that saved it, where known
     variant: str | None = None  # of the format, e.g. "BF16_Optimizer", "elastic"
     round_robin: bool = False
+    aligned: bool = False  # zero_optimization.parameter_alignment
     stem: str | None = None  # of the weight files, where it is not the usual one: "adapter_model" (PEFT)
 
 
@@ -77,9 +79,12 @@ class Checkpoint:
     """A logical, unpartitioned description; nothing is loaded.
 
     `tensors` are the model's weights and buffers as saved, by name; tied names share their chunks.
-    `shared` maps an alias to its owner, `frozen` and `buffers` name entries of `tensors`.
+    `shared` maps an alias to its owner, `frozen` and `buffers` name entries of `tensors`,
+    `left_out` parameters that the model has and the files do not (name -> shape). `extra_state` is what the
+    model's state holds beside tensors.
     `optimizer` is the class of the optimizer where the files name it ("AdamW"). `loss_scaler` is its state
-    as plain values. `client` is what training code saved beside all that, by key. `template` is what the
+    as plain values. `client` is what training code saved beside all that, by key; `settings` the run's
+    configuration as saved (ds_config). `template` is what the
     source's own format keeps to write files as they were: opaque to everyone else, never needed, never more
     than fidelity.
     """
@@ -92,12 +97,15 @@ class Checkpoint:
     shared: Mapping[str, str] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
+    left_out: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    extra_state: Mapping[str, Value] = field(default_factory=dict)
     files: tuple[FileRole, ...] = ()
     checks: tuple[SourceCheck, ...] = ()  # checksums that the files state for their parts
     notes: tuple[str, ...] = ()  # what a reader should know: unknown classes, missing checksums ...
     optimizer: str | None = None
     loss_scaler: Mapping[str, Value] = field(default_factory=dict)
     client: Mapping[str, Value] = field(default_factory=dict)
+    settings: Mapping[str, Value] = field(default_factory=dict)
     template: object = None
 
     @property

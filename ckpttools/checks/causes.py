@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.findings import ERROR, Finding
-from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.formats.zero.join import ZeroFolder
 
 # what makes a whole file the wrong one
 CAUSES = ("rank-misplaced", "file-renamed", "step-mismatch")

@@ -13,7 +13,8 @@ from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.monolithic import OPTIMIZER
-from ckpttools.formats.zero.read import ZeroFolder, frozen_fragments
+from ckpttools.formats.zero.decode import frozen_fragments
+from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.passes import tasks as data
 from ckpttools.passes.hashes import Ranges
 from ckpttools.passes.ranges import Claims

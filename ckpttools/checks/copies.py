@@ -21,7 +21,7 @@ from ckpttools.containers import fields, jsons
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats import Source, hf
-from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.tensors import TensorRef
 
 BUNDLE, MODEL, INFO = "deepspeed", "hf_model", "training_info.json"

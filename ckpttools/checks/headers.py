@@ -15,16 +15,10 @@ from ckpttools.findings import INFO, Finding, of_error
 from ckpttools.formats import Source, read
 from ckpttools.formats.dcp.checks import check_folder as dcp_findings
 from ckpttools.formats.zero.checks import archive_roots, check_folder
+from ckpttools.formats.zero.decode import Rank, read_model, read_rank
+from ckpttools.formats.zero.join import ZeroFolder, assemble, check_complete
 from ckpttools.formats.zero.names import find
-from ckpttools.formats.zero.read import (
-    Rank,
-    ZeroFolder,
-    assemble,
-    check_complete,
-    checkpoint,
-    read_model,
-    read_rank,
-)
+from ckpttools.formats.zero.read import checkpoint
 from ckpttools.stores.links import within
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, Finding
 from ckpttools.formats import Source
 from ckpttools.formats.monolithic import OPTIMIZER
-from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.training import Training
 
 KEYS = ("optimizer", "scheduler", "step", "epoch", "train_loss", "val_loss")

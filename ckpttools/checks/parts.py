@@ -65,7 +65,7 @@ def check_parts(folder: Path, reason: Unsupported) -> tuple[list[Finding], Check
             for label, view in labelled(file)
             if file.path.name.endswith("model_states.pt") and label.startswith("module")
         },
-        train_state=train_state(first if first is not None else Dict(), step_keys=("global_steps",)),
+        train_state=train_state(None, first if first is not None else Dict(), step_keys=("global_steps",)),
         files=tuple(FileRole(path=path, nbytes=size_of(path), role="") for path in paths),
         checks=tuple(check for file in files for check in file.checks()),
     )

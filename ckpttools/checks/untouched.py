@@ -12,7 +12,9 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields
 from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding
-from ckpttools.formats.zero.read import Rank, ZeroFolder, vector
+from ckpttools.formats.zero.decode import Rank
+from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.formats.zero.read import vector
 from ckpttools.passes.read import Reader, blocks
 from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, DType, TensorRef
 from ckpttools.values import Array, is_rounded, is_zero
@@ -75,11 +77,15 @@ def _numel(folder: ZeroFolder, rank: Rank) -> int:
 
 
 def _moments(folder: ZeroFolder, rank: Rank) -> Iterator[TensorRef]:
-    return (vector(rank, g, key) for g, keys in enumerate(folder.partitioned) for key in keys)
+    return (vector(folder, rank.dp_rank, g, key) for g, keys in enumerate(folder.partitioned) for key in keys)
 
 
 def _masters(folder: ZeroFolder, rank: Rank) -> Iterator[TensorRef]:
-    return (ref for g in range(len(folder.groups)) if (ref := vector(rank, g, "fp32")).dtype is FLOAT32)
+    return (
+        ref
+        for g in range(len(folder.groups))
+        if (ref := vector(folder, rank.dp_rank, g, "fp32")).dtype is FLOAT32
+    )
 
 
 def _all(refs: Iterator[TensorRef], holds: Callable[[Array], bool], reader: Reader) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from ckpttools.containers.pickles import Dict, Global, Node, Object
+from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping
 from ckpttools.containers.torch_file import Storage, TorchFile, new_storage, tensor_node
 from ckpttools.tensors import TensorRef, join_chunks
-from ckpttools.tree import MAX_DEPTH, Opaque, Value
+from ckpttools.tree import MAX_DEPTH, Key, Opaque, Value, same
 
 ORDERED = Global("collections", "OrderedDict")
 
@@ -87,3 +87,52 @@ def encode_tensor(ref: TensorRef, storages: dict[object, Storage]) -> Object:
     if key not in storages:
         storages[key] = new_storage(ref.dtype, ref.numel, ref.chunks)
     return tensor_node(TensorRef(ref.dtype, ref.shape, ()), storages[key])
+
+
+def kept(file: TorchFile, old: Node, value: Value, storages: dict[object, Storage] | None = None) -> Node:
+    """The node for a value that was read from `old` of `file` and may have changed: what has not stays as it
+    was.
+
+    Mappings and lists of the same length are compared item by item, so that one changed value leaves the
+    classes, orders and objects around it alone.
+    """
+    if same(decode(file, old), value):
+        return old
+    pairs = as_mapping(old)
+    if isinstance(pairs, Dict | Object) and isinstance(value, Mapping) and keyed(pairs):
+        before = {key: node for key, node in pairs.pairs if isinstance(key, str | int)}
+        return _with_pairs(
+            pairs,
+            [
+                (key, kept(file, before[key], new, storages) if key in before else encode(new, storages))
+                for key, new in value.items()
+            ],
+        )
+    if isinstance(old, list | tuple) and type(old) is type(value) and len(old) == len(value):
+        return type(old)(kept(file, a, b, storages) for a, b in zip(old, value, strict=True))
+    return encode(value, storages)
+
+
+def put_node(node: Node, path: tuple[Key, ...], new: Node) -> Node:
+    """A copy of the node in which `path` leads to `new`; dicts are made where a key is not there yet."""
+    if not path:
+        return new
+    key, rest = path[0], path[1:]
+    if isinstance(node, list | tuple) and isinstance(key, int):
+        made = [*node]
+        made[key] = put_node(made[key], rest, new)
+        return type(node)(made)
+    old = as_mapping(node)
+    if not isinstance(old, Dict | Object):
+        return Dict.of([(key, put_node(None, rest, new))])
+    if key in old:
+        return _with_pairs(old, [(k, put_node(v, rest, new) if k == key else v) for k, v in old.pairs])
+    return _with_pairs(old, [*old.pairs, (key, put_node(None, rest, new))])
+
+
+def _with_pairs(old: Dict | Object, pairs: list[tuple[Node, Node]]) -> Dict | Object:
+    if isinstance(old, Dict):
+        return Dict.of(pairs)
+    made = Object(old.how, old.cls, old.args, old.kwargs)
+    made.items, made.state, made.pairs = old.items, old.state, pairs
+    return made

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ckpttools.checkpoint import TrainState
 from ckpttools.containers import fields
-from ckpttools.containers.pickles import Node, plain
-from ckpttools.schedules.evidence import What
+from ckpttools.containers.nodes import decode
+from ckpttools.containers.pickles import Node
+from ckpttools.containers.torch_file import TorchFile
+
+if TYPE_CHECKING:
+    from ckpttools.schedules.evidence import What  # a heavy import for a type
 
 STEP = ("global_step", "step", "global_steps", "total_steps", "iteration", "iter", "it")
 ITERATION = ("iteration", "iter", "it")
@@ -45,26 +51,46 @@ BATCH = {
 }
 
 
-def train_state(root: fields.Mapping, step_keys: tuple[str, ...] = STEP) -> TrainState:
-    """What a checkpoint's top level says about where training stood. Absent values are None."""
-    meta = fields.as_mapping(root.get("meta"))  # MMEngine
-    epoch = _first(root, EPOCH)
-    iteration = _first(root, ITERATION)
-    if meta is not None:
-        epoch = fields.number(meta.get("epoch")) if epoch is None else epoch
-        iteration = fields.number(meta.get("iter")) if iteration is None else iteration
-    step = _first(root, step_keys)
-    return TrainState(
-        step=_int(step),
-        iteration=_int(iteration),
-        epoch=epoch,
-        samples=_int(_first(root, SAMPLES)),
-        skipped_steps=_int(_first(root, ("skipped_steps",))),
-        train_loss=_first(root, TRAIN_LOSS),
-        val_loss=_first(root, VAL_LOSS),
-        scheduler=_scheduler(root),
-        batch=batch_settings(root.get("ds_config")),
-    )
+def train_state(
+    file: TorchFile | None, root: fields.Mapping, step_keys: tuple[str, ...] = STEP
+) -> TrainState:
+    """What a checkpoint's top level says about where training stood. Absent values are None.
+
+    `file` holds `root`, which may be empty where there is none.
+    """
+    wanted: dict[str, list[tuple[str, ...]]] = {
+        "step": [(key,) for key in step_keys],
+        "iteration": [*((key,) for key in ITERATION), ("meta", "iter")],  # meta: MMEngine
+        "epoch": [*((key,) for key in EPOCH), ("meta", "epoch")],
+        "samples": [(key,) for key in SAMPLES],
+        "skipped_steps": [("skipped_steps",)],
+        "train_loss": [(key,) for key in TRAIN_LOSS],
+        "val_loss": [(key,) for key in VAL_LOSS],
+    }
+    found: dict[str, Any] = {}
+    keys: dict[str, tuple[str, ...]] = {}
+    for name, paths in wanted.items():
+        whole = name in ("step", "iteration", "samples", "skipped_steps")
+        for path in paths:
+            value = fields.number(_at(root, path))
+            if value is not None:
+                if isinstance(value, int) or not whole:
+                    found[name], keys[name] = value, path
+                break
+    scheduler = next((key for key in SCHEDULER if _at(root, (key,))), None)
+    if scheduler is not None and file is not None:
+        value = decode(file, root.get(scheduler))
+        if isinstance(value, dict | list):
+            found["scheduler"], keys["scheduler"] = value, (scheduler,)
+    return TrainState(**found, batch=batch_settings(root.get("ds_config")), keys=keys)
+
+
+def _at(root: fields.Mapping, path: tuple[str, ...]) -> Node:
+    node: Node = root
+    for key in path:
+        pairs = fields.as_mapping(node)
+        node = pairs.get(key) if pairs is not None else None
+    return node
 
 
 def batch_settings(config: Node) -> dict[str, int]:
@@ -74,26 +100,3 @@ def batch_settings(config: Node) -> dict[str, int]:
         return {}
     found = {name: fields.integer(pairs.get(key)) for name, key in BATCH.items()}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _first(root: fields.Mapping, keys: tuple[str, ...]) -> float | int | None:
-    for key in keys:
-        value = fields.number(root.get(key))
-        if value is not None:
-            return value
-    return None
-
-
-def _int(value: float | int | None) -> int | None:
-    return value if isinstance(value, int) else None
-
-
-def _scheduler(root: fields.Mapping) -> dict[str, object]:
-    for key in SCHEDULER:
-        node = root.get(key)
-        if isinstance(node, list):
-            return {"schedulers": plain(node)} if node else {}
-        if fields.as_mapping(node) is not None:
-            shown = plain(node)
-            return dict(shown) if isinstance(shown, dict) else {}
-    return {}

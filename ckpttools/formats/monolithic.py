@@ -66,7 +66,7 @@ def read(path: Path, wanted: str | None = None) -> Checkpoint:
         ),
         tensors=tensors,
         shared=tied(tensors),
-        train_state=train_state(root) if root is not None and key else train_state(Dict()),
+        train_state=train_state(file, root) if root is not None and key else train_state(file, Dict()),
         files=(FileRole(path=path, nbytes=file.size, role=held + also, dangers=file.dangers),),
         checks=tuple(file.checks()),
         notes=tuple(notes),

@@ -20,7 +20,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import Unsupported
 from ckpttools.formats.locate import Source
-from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.frameworks import (
     accelerate,
     client,

@@ -13,7 +13,7 @@ from dataclasses import replace
 from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.counters import BATCH
-from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.frameworks import parts
 from ckpttools.schedules.evidence import What, of_deepspeed
 from ckpttools.training import BatchField, Counter, OptimizerSettings, SavedSchedule, Training

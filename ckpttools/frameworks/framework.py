@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.training import Training, merge
 
 

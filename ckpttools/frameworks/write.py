@@ -11,7 +11,7 @@ from pathlib import Path
 from ckpttools.containers.edit import edited, files_of
 from ckpttools.formats.locate import LATEST, Source
 from ckpttools.formats.surroundings import tree, with_surroundings
-from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.frameworks.parts import MARKER_FILE
 from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck, copy_file
 from ckpttools.stores.files import size_of

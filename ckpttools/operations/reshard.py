@@ -31,8 +31,9 @@ def reshard(
     src = Path(src)
     source = find(src, tag)
     checkpoint = check_before_use(source)
-    changed = world_size != checkpoint.layout.dp_degree
-    plan = with_surroundings(source, zero.plan(resharded(checkpoint, world_size)), ranks_change=changed)
+    layout = resharded(checkpoint, world_size)
+    changed = layout.dp_degree != checkpoint.layout.dp_degree
+    plan = with_surroundings(source, zero.plan(checkpoint, layout), ranks_change=changed)
     dst = Path(dst) if dst is not None else default_dst(src, f"ws{world_size}")
     steps = advice.resume(source, checkpoint, dst, world_size)
     return carry_out(src, dst, plan, how or Writing(), label="reshard", next=steps)

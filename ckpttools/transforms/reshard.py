@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.errors import Unsupported, UsageError
 
 MAX_RANKS = 65_536
 
 
-def reshard(checkpoint: Checkpoint, dp_degree: int) -> Checkpoint:
-    """The checkpoint for `dp_degree` ranks. Partitioning itself belongs to the format's encoder.
+def reshard(checkpoint: Checkpoint, dp_degree: int) -> Layout:
+    """The checkpoint's layout for `dp_degree` ranks. Partitioning itself belongs to the format's writer.
 
     Raises UsageError for a rank count that makes no sense, Unsupported for formats without ranks.
     """
@@ -30,4 +30,4 @@ def reshard(checkpoint: Checkpoint, dp_degree: int) -> Checkpoint:
             why="any number of ranks can load it as it is",
             hint="reshard is for DeepSpeed ZeRO-1 and ZeRO-2 folders",
         )
-    return replace(checkpoint, layout=replace(checkpoint.layout, dp_degree=dp_degree))
+    return replace(checkpoint.layout, dp_degree=dp_degree)

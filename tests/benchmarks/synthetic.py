@@ -25,7 +25,7 @@ from ckpttools.containers.torch_file import (
 )
 from ckpttools.execute import execute
 from ckpttools.formats.zero.flat import FlatGroup
-from ckpttools.formats.zero.write import ADDRESS
+from ckpttools.formats.zero.optim_file import ADDRESS
 from ckpttools.plan import Cast, Crc32, Literal, OutputFile, Plan, Segment
 from ckpttools.tensors import BFLOAT16, FLOAT32, ByteRange, TensorRef, Zeros
 

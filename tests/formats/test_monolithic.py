@@ -70,7 +70,7 @@ def test_counters_under_many_names(
 def test_lightning_counters() -> None:
     state = open_checkpoint(LIGHTNING).train_state
     assert (state.step, state.epoch) == (3, 0)
-    (scheduler,) = state.scheduler["schedulers"]  # type: ignore[misc]
+    (scheduler,) = state.scheduler
     assert scheduler["T_max"] == 8
 
 

@@ -100,7 +100,7 @@ def read_checkpoint(path: Path, out: Path | None = None) -> None:
     plans = (
         lambda: hf.plan(weights(checkpoint)),
         lambda: hf.plan_bin(weights(checkpoint), single=True),
-        lambda: zero.plan(reshard(checkpoint, 3)),
+        lambda: zero.plan(checkpoint, reshard(checkpoint, 3)),
         lambda: dcp.plan(checkpoint),
     )
     for make in plans:

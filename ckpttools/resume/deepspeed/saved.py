@@ -16,6 +16,7 @@ from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError, Unsupported
+from ckpttools.formats.zero.decode import read_model, stage_of
 from ckpttools.formats.zero.names import (
     MODEL,
     OPTIM,
@@ -23,7 +24,6 @@ from ckpttools.formats.zero.names import (
     refuse_other_layouts,
     tensor_parallel,
 )
-from ckpttools.formats.zero.read import read_model, stage_of
 from ckpttools.resume.model import Shape, Tensor
 from ckpttools.stores.files import entries
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from ckpttools.findings import Finding
 from ckpttools.formats.zero.checks import model, ranks, training
 from ckpttools.formats.zero.checks.ranks import archive_roots
-from ckpttools.formats.zero.read import ZeroFolder
+from ckpttools.formats.zero.join import ZeroFolder
 
 __all__ = ["archive_roots", "check_folder"]
 
@@ -19,6 +19,7 @@ CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     ranks.paddings,
     ranks.moments,
     ranks.second_moment,
+    ranks.of_single_ranks,
     ranks.state_kept,
     ranks.same_on_all_ranks,
     training.counters,

@@ -9,8 +9,11 @@ from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, plain
 from ckpttools.containers.torch_file import TorchFile, scalar
 from ckpttools.findings import ERROR, INFO, WARNING, Finding
-from ckpttools.formats.zero.checks.found import contradiction, found
-from ckpttools.formats.zero.read import Rank, ZeroFolder, expected_mapping
+from ckpttools.formats.zero.checks.found import ONE_SAVE, contradiction, found
+from ckpttools.formats.zero.decode import Rank
+from ckpttools.formats.zero.flat import FlatGroup
+from ckpttools.formats.zero.join import ZeroFolder, expected_mapping
+from ckpttools.formats.zero.state import State, unaccounted
 
 
 def archive_roots(files: Sequence[TorchFile]) -> Iterator[Finding]:
@@ -86,35 +89,77 @@ def paddings(folder: ZeroFolder) -> Iterator[Finding]:
             )
 
 
+# moments of torch's and DeepSpeed's optimizers, which are always as long as the partition
+FLAT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "momentum_buffer"}
+
+
 def moments(folder: ZeroFolder) -> Iterator[Finding]:
-    """Every rank holds the same kinds of optimizer state, each as long as its partition."""
-    for g, group in enumerate(folder.groups):
-        every = {key for rank in folder.ranks for key in rank.moments[g]}
-        tensors = {"exp_avg", "exp_avg_sq"}
-        tensors |= {key for r in folder.ranks for key, node in r.moments[g].items() if r.file.view(node)}
-        for rank in folder.ranks:
-            if lacking := every - set(rank.moments[g]):
+    """Every rank holds the same kinds of optimizer state, each as long as its partition if cut at all."""
+    muon = _uses_muon(folder)  # whose momentum_buffer spans whole parameters
+    for g, (group, states) in enumerate(zip(folder.groups, folder.states, strict=True)):
+        every = {kind: leaf.path for state in states for kind, leaf in state.items()}
+        for rank, state in zip(folder.ranks, states, strict=True):
+            if lacking := every.keys() - state.keys():
                 yield found(
                     "moment-missing",
                     rank.file.path,
                     f"group {g}",
                     f"dp rank {rank.dp_rank} lacks the optimizer state {_list(lacking)}, which others have",
                 )
-            lengths = {group.part, group.part - group.padding(rank.dp_rank), rank.fp32[g].shape[0]}
-            for key, node in rank.moments[g].items():
-                view = rank.file.view(node)
-                if view is None and key in tensors:
-                    yield found("moment-size", rank.file.path, f"group {g} {key}", "is no tensor")
-                if view is None or len(view.shape) != 1 or key in folder.partitioned[g]:
-                    continue
-                if view.shape[0] in lengths:  # another rank's has not: it is named there
-                    continue
-                yield found(
-                    "moment-size",
-                    rank.file.path,
-                    f"group {g} {key}",
-                    f"has {view.shape[0]} elements where the partition has {group.part}",
-                )
+        tensors = {"exp_avg", "exp_avg_sq"} | {k for state in states for k, leaf in state.items() if leaf.ref}
+        for kind, path in every.items():
+            if kind in folder.partitioned[g]:
+                continue
+            for i, state in enumerate(states):
+                if kind in tensors and kind in state and state[kind].ref is None:
+                    yield found("moment-size", folder.ranks[i].file.path, f"group {g} {kind}", "is no tensor")
+            lengths = {i: _length(state, kind) for i, state in enumerate(states)}
+            fits = {i: n in _lengths(group, folder.ranks[i], g) for i, n in lengths.items()}
+            if not any(fits.values()) and (muon or path[-1] not in FLAT):
+                continue  # DeepSpeed's rule: what has not the partition's length is carried as it is
+            for i, numel in lengths.items():
+                if numel is not None and not fits[i]:
+                    yield found(
+                        "moment-size",
+                        folder.ranks[i].file.path,
+                        f"group {g} {kind}",
+                        f"has {numel} elements where the partition has {group.part}",
+                    )
+
+
+def _length(state: State, kind: str) -> int | None:
+    """The length of a flat tensor; None for everything else."""
+    ref = state[kind].ref if kind in state else None
+    return ref.shape[0] if ref is not None and len(ref.shape) == 1 else None
+
+
+def _lengths(group: FlatGroup, rank: Rank, g: int) -> set[int]:
+    """How long a partition may be stored: with its padding, or without."""
+    return {group.part, group.part - group.padding(rank.dp_rank), rank.fp32[g].shape[0]}
+
+
+def _uses_muon(folder: ZeroFolder) -> bool:
+    hyper = folder.ranks[0].hyper
+    return hyper is not None and any("use_muon" in group for group in hyper)
+
+
+def of_single_ranks(folder: ZeroFolder) -> Iterator[Finding]:
+    """State that is neither cut over the ranks nor the same on all: it fits as many ranks only."""
+    for g, states in enumerate(folder.states):
+        for each in unaccounted(g, states, folder.partitioned[g]):
+            leaf = states[each.rank].get(each.kind)
+            own = len(leaf.path) == 1 and leaf.path[0] in {"step", *FLAT} if leaf is not None else True
+            if leaf is None or (own and not _uses_muon(folder)):
+                continue  # named by its own check
+            number = leaf.ref is None
+            yield found(
+                "rank-local-state",
+                folder.ranks[each.rank].file.path,
+                f"group {g} {each.kind}",
+                each.problem,
+                severity=WARNING if number else INFO,
+                hint=ONE_SAVE if number else "resume it on the same number of ranks: it cannot be resharded",
+            )
 
 
 def state_kept(folder: ZeroFolder) -> Iterator[Finding]:

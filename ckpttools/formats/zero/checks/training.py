@@ -11,7 +11,8 @@ from ckpttools.errors import escape
 from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.formats.zero.checks.found import found
 from ckpttools.formats.zero.checks.ranks import steps
-from ckpttools.formats.zero.read import Rank, ZeroFolder
+from ckpttools.formats.zero.decode import Rank
+from ckpttools.formats.zero.join import ZeroFolder
 
 
 def counters(folder: ZeroFolder) -> Iterator[Finding]:

@@ -1,0 +1,314 @@
+"""One file of a ZeRO-1/2 folder, decoded: the model file, or a rank's optimizer file.
+
+Three optimizer layouts exist (deepspeed.md of each release differs in detail, not in these):
+
+    rigid           fp32 partitions without padding, moments with it; `base_optimizer_state` is the torch
+                    optimizer's state_dict
+    bf16_optimizer  both with padding; no zero_stage, loss_scaler, overflow (class BF16_Optimizer)
+    elastic         both without padding; `base_optimizer_state` is a list per group, no param_groups
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpttools.containers import fields
+from ckpttools.containers.nodes import decode
+from ckpttools.containers.pickles import Global, Node, Object
+from ckpttools.containers.torch_file import TorchFile, View, read_torch_file, size
+from ckpttools.errors import Unsupported
+from ckpttools.tensors import TensorRef
+from ckpttools.tree import Value
+
+FP32 = "fp32"  # the kind of master weights, whatever their dtype
+# what a model file holds beside the client's own keys
+OWN_KEYS = frozenset(
+    (
+        "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
+        "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
+        "csr_tensor_module_names", "skipped_steps", "global_steps", "global_samples", "dp_world_size",
+        "mp_world_size", "checkpoint_parallel_dimensions", "ds_config", "ds_version",
+    )
+)  # fmt: skip
+Addresses = dict[str, tuple[int, int]]  # name -> (numel, start) within a rank's partition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStates:
+    """mp_rank_00_model_states.pt, decoded. `shapes` is per group, in flat order."""
+
+    file: TorchFile
+    root: fields.Mapping
+    weights: Mapping[str, TensorRef]
+    buffers: frozenset[str]
+    frozen: frozenset[str]
+    frozen_shapes: Mapping[str, tuple[int, ...]]  # as stated: also of those that the file leaves out
+    shared: Mapping[str, str]
+    extra_state: Mapping[str, Value]  # what module holds beside tensors
+    shapes: tuple[Mapping[str, tuple[int, ...]], ...] | None  # None: in the optimizer files (<= 0.5.10)
+    dp_world_size: int | None
+    ds_version: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """One optimizer file, decoded. Lists are per parameter group."""
+
+    dp_rank: int
+    file: TorchFile
+    root: fields.Mapping
+    state: fields.Mapping  # optimizer_state_dict
+    fp32: tuple[View, ...]
+    moments: tuple[Mapping[str, Node], ...]
+    hyper: tuple[fields.Mapping, ...] | None  # param_groups; None where the layout has none
+    variant: str
+    stage: int | None
+    partition_count: tuple[int, ...] | None
+    paddings: tuple[int, ...] | None
+    gaps: tuple[tuple[int, ...], ...] | None
+    mappings: tuple[Addresses, ...] | None
+    ds_version: str | None
+
+
+def read_model(path: Path) -> ModelStates:
+    """Decode the model file."""
+    file = read_torch_file(path)
+    root = fields.mapping(path, file.value, "the file's value")
+    module = root.get("module")
+    if module is None and "module" in root:
+        raise Unsupported(
+            "layout-unsupported",
+            "module is empty: a pipeline-parallel checkpoint, which is recognised but not read yet",
+            where=path,
+        )
+    weights: dict[str, TensorRef] = {}
+    extra: dict[str, Value] = {}
+    for name, node in fields.mapping(path, module, "module").named():
+        if view := file.view(node):
+            weights[name] = view.ref
+        else:
+            extra[name] = decode(file, node)
+    shapes = None
+    if root.get("param_shapes") is not None:
+        groups = fields.sequence(path, root.get("param_shapes"), "param_shapes")
+        shapes = tuple(shapes_of(path, node, f"param_shapes[{g}]") for g, node in enumerate(groups))
+    frozen = root.get("frozen_param_shapes")
+    trainable = {name for group in shapes or () for name in group}
+    shared = _shared(root, weights, trainable)
+    buffers = _names(root.get("buffer_names"))
+    frozen_shapes: Mapping[str, tuple[int, ...]] = {}
+    if frozen is not None:
+        frozen_shapes = shapes_of(path, frozen, "frozen_param_shapes")
+        frozen_names = frozenset(frozen_shapes)
+    elif shapes is not None:
+        # stage 1 records no frozen parameters: whatever module holds beside the rest is frozen
+        frozen_names = frozenset(weights) - trainable - buffers - frozenset(shared)
+    else:
+        frozen_names = frozenset()
+    version = root.get("ds_version")
+    return ModelStates(
+        file=file,
+        root=root,
+        weights=weights,
+        buffers=buffers,
+        frozen=frozen_names,
+        frozen_shapes=frozen_shapes,
+        extra_state=extra,
+        shared=shared,
+        shapes=shapes,
+        dp_world_size=fields.integer(root.get("dp_world_size")),
+        ds_version=version if isinstance(version, str) else None,
+    )
+
+
+def frozen_fragments(model: ModelStates) -> dict[str, TensorRef]:
+    """DeepSpeed's second copy of the frozen parameters, by name; {} where there is none."""
+    pairs = fields.as_mapping(model.root.get("frozen_param_fragments"))
+    views = ((name, model.file.view(node)) for name, node in (pairs.named() if pairs is not None else ()))
+    return {name: view.ref for name, view in views if view is not None}
+
+
+def shapes_of(path: Path, node: Node, field: str) -> dict[str, tuple[int, ...]]:
+    return {name: size(value) for name, value in fields.mapping(path, node, field).named()}
+
+
+def _names(node: Node) -> frozenset[str]:
+    return frozenset(x for x in node if isinstance(x, str)) if isinstance(node, list | tuple) else frozenset()
+
+
+def _shared(root: fields.Mapping, weights: Mapping[str, TensorRef], trainable: set[str]) -> dict[str, str]:
+    """Alias -> owner, where the file has the owner. Before DeepSpeed 0.9.2 only a shared storage says so."""
+    stated = root.get("shared_params")
+    if stated is not None:
+        pairs = fields.as_mapping(stated)
+        found = {a: o for a, o in pairs.named() if isinstance(o, str)} if pairs is not None else {}
+        # exclude_frozen_parameters leaves out the owner alone: its alias is then a weight like any other
+        found = {a: o for a, o in found.items() if o in weights or o in trainable}
+        # parameters without elements have no address: DeepSpeed takes them all for one
+        return {a: o for a, o in found.items() if a not in weights or weights[a].numel or a not in trainable}
+    owner: dict[object, str] = {}
+    found = {}
+    for name in [*(n for n in weights if n in trainable), *(n for n in weights if n not in trainable)]:
+        ref = weights[name]
+        if ref.numel:
+            first = owner.setdefault((ref.chunks, ref.shape, ref.dtype.name), name)
+            if first != name and name not in trainable:
+                found[name] = first
+    return found
+
+
+def read_rank(path: Path, dp_rank: int) -> Rank:
+    """Decode one rank's optimizer file."""
+    file = read_torch_file(path)
+    root = fields.mapping(path, file.value, "the file's value")
+    state = fields.mapping(path, root.get("optimizer_state_dict"), "optimizer_state_dict")
+    at = "optimizer_state_dict."
+    _refuse_old(path, state)
+    fp32 = tuple(
+        _vector(file, node, f"{at}single_partition_of_fp32_groups[{g}]")
+        for g, node in enumerate(
+            fields.sequence(
+                path, state.get("single_partition_of_fp32_groups"), f"{at}single_partition_of_fp32_groups"
+            )
+        )
+    )
+    base = state.get("base_optimizer_state")
+    hyper: tuple[fields.Mapping, ...] | None = None
+    moments: tuple[Mapping[str, Node], ...]
+    if isinstance(base, list):
+        variant = "elastic"
+        moments = tuple(
+            dict(fields.mapping(path, node, f"{at}base_optimizer_state[{g}]").named())
+            for g, node in enumerate(base)
+        )
+    else:
+        variant = "bf16_optimizer" if "zero_stage" not in state and "loss_scaler" not in state else "rigid"
+        pairs = fields.mapping(path, base, f"{at}base_optimizer_state")
+        hyper, moments = _torch_state(path, pairs, f"{at}base_optimizer_state.")
+    if len(moments) != len(fp32):
+        raise fields.bad_field(
+            path, f"{at}base_optimizer_state", f"has {len(moments)} groups where fp32 has {len(fp32)}"
+        )
+    version = root.get("ds_version") or state.get("ds_version")
+    return Rank(
+        dp_rank=dp_rank,
+        file=file,
+        root=root,
+        state=state,
+        fp32=fp32,
+        moments=moments,
+        hyper=hyper,
+        variant=variant,
+        stage=stage_of(state.get("zero_stage")),
+        partition_count=_counts(state.get("partition_count"), len(fp32)),
+        paddings=_counts(state.get("group_paddings", state.get("groups_padding")), len(fp32)),
+        gaps=_gaps(path, state.get("param_alignment_paddings")),
+        mappings=_mappings(path, state.get("param_slice_mappings")),
+        ds_version=version if isinstance(version, str) else None,
+    )
+
+
+def _refuse_old(path: Path, state: fields.Mapping) -> None:
+    if "fp32_flat_groups" in state:
+        raise Unsupported(
+            "layout-unsupported", "a ZeRO-3 optimizer file, which is recognised but not read yet", where=path
+        )
+    if "local_sub_partitions_of_fp32_groups" in state:
+        raise Unsupported(
+            "layout-unsupported",
+            "a file of the first ZeRO-1 (DeepSpeed 0.3), whose partitions are interleaved",
+            where=path,
+            why="current DeepSpeed refuses it too",
+            hint="load and save it with DeepSpeed 0.3 to 0.5 with ZeRO stage 2",
+        )
+
+
+def _vector(file: TorchFile, node: Node, field: str) -> View:
+    view = file.view(node)
+    if view is None or len(view.shape) != 1:
+        raise fields.bad_field(file.path, field, "is not a flat tensor")
+    return view
+
+
+def _torch_state(
+    path: Path, base: fields.Mapping, at: str
+) -> tuple[tuple[fields.Mapping, ...], tuple[Mapping[str, Node], ...]]:
+    """param_groups and, per group, the state of its one flat parameter."""
+    groups = tuple(
+        fields.mapping(path, node, f"{at}param_groups[{g}]")
+        for g, node in enumerate(fields.sequence(path, base.get("param_groups"), f"{at}param_groups"))
+    )
+    state = fields.mapping(path, base.get("state"), f"{at}state")
+    moments: list[Mapping[str, Node]] = []
+    for g, group in enumerate(groups):
+        params = group.get("params")
+        if not isinstance(params, list) or len(params) != 1 or fields.integer(params[0]) is None:
+            raise fields.bad_field(path, f"{at}param_groups[{g}].params", "does not name one flat parameter")
+        index = fields.integer(params[0])
+        assert index is not None
+        own = state.get(index)  # absent before the first step
+        moments.append(
+            dict(fields.mapping(path, own, f"{at}state[{index}]").named()) if own is not None else {}
+        )
+    return groups, tuple(moments)
+
+
+def stage_of(node: Node) -> int | None:
+    """The ZeRO stage: an int, ZeroStageEnum(2), or as Python 3.11.0 to 3.11.3 pickled it, by getattr."""
+    if isinstance(node, Object) and node.how == "reduce":
+        if isinstance(node.cls, Global) and node.cls.name == "ZeroStageEnum" and len(node.args) == 1:
+            return fields.integer(node.args[0])
+        if isinstance(node.cls, Global) and node.cls.name == "getattr" and len(node.args) == 2:
+            names = ["disabled", "optimizer_states", "gradients", "weights"]
+            return names.index(node.args[1]) if node.args[1] in names else None
+    return fields.integer(node)
+
+
+def _counts(node: Node, groups: int) -> tuple[int, ...] | None:
+    """A list of ints per group; DeepSpeed 0.2 to 0.4 saved one int for all."""
+    if isinstance(node, list) and all(fields.integer(x) is not None for x in node):
+        return tuple(x for x in node if isinstance(x, int))
+    single = fields.integer(node)
+    return (single,) * groups if single is not None else None
+
+
+def _gaps(path: Path, node: Node) -> tuple[tuple[int, ...], ...] | None:
+    if node is None:
+        return None
+    field = "optimizer_state_dict.param_alignment_paddings"
+    return tuple(
+        tuple(fields.count(path, x, f"{field}[{g}]") for x in fields.sequence(path, group, f"{field}[{g}]"))
+        for g, group in enumerate(fields.sequence(path, node, field))
+    )
+
+
+def _mappings(path: Path, node: Node) -> tuple[Addresses, ...] | None:
+    if node is None:
+        return None
+    field = "optimizer_state_dict.param_slice_mappings"
+    out: list[Addresses] = []
+    for g, group in enumerate(fields.sequence(path, node, field)):
+        found: Addresses = {}
+        for name, value in fields.mapping(path, group, f"{field}[{g}]").named():
+            found[name] = _address(path, value, f"{field}[{g}].{name}")
+        out.append(found)
+    return tuple(out)
+
+
+def _address(path: Path, node: Node, field: str) -> tuple[int, int]:
+    """deepspeed.utils.tensor_fragment.fragment_address: a dataclass with numel and start."""
+    state = fields.as_mapping(node.state) if isinstance(node, Object) and node.has_state else None
+    if state is None:
+        raise fields.bad_field(path, field, "is not a fragment address")
+    return (
+        fields.count(path, state.get("numel"), f"{field}.numel", 1 << 62),
+        fields.count(path, state.get("start"), f"{field}.start", 1 << 62),
+    )
+
+
+def version_numbers(text: str | None) -> tuple[int, ...]:
+    """A version's first three numbers; () where it is not recorded."""
+    return tuple(int(x) for x in re.findall(r"\d+", text or "")[:3])

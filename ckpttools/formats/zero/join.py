@@ -1,0 +1,203 @@
+"""All files of a ZeRO-1/2 folder together: do the ranks fit, and where is each parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckpttools.containers import fields
+from ckpttools.containers.pickles import Node
+from ckpttools.errors import CkptError, Unsupported
+from ckpttools.formats.zero.decode import Addresses, ModelStates, Rank, shapes_of, version_numbers
+from ckpttools.formats.zero.flat import FlatGroup, mapping_starts, original
+from ckpttools.formats.zero.names import ZeroFiles
+from ckpttools.formats.zero.state import State, partitioned, state_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroFolder:
+    """A whole tag folder, decoded; the opaque remainder that the writer needs."""
+
+    files: ZeroFiles
+    model: ModelStates
+    ranks: tuple[Rank, ...]
+    groups: tuple[FlatGroup, ...]
+    names: tuple[tuple[str, ...], ...]  # per group, in the optimizer's own order
+    shapes: tuple[Mapping[str, tuple[int, ...]], ...]  # per group, in flat order
+    states: tuple[tuple[State, ...], ...]  # per group and rank: what the optimizer keeps
+    partitioned: tuple[tuple[str, ...], ...]  # per group: the kinds of it that are cut over the ranks
+    round_robin: bool
+
+
+def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> ZeroFolder:
+    """Fit the ranks together. Raises CkptError where a parameter's bytes cannot be located for certain."""
+    n = check_complete(files, model, ranks)
+    shapes = model.shapes
+    if shapes is None:
+        if version_numbers(model.ds_version or ranks[0].ds_version) >= (0, 6):
+            raise fields.bad_field(files.model, "param_shapes", "is missing")
+        shapes = _old_shapes(ranks[0])
+    if any(len(rank.fp32) != len(shapes) for rank in ranks):
+        raise CkptError(
+            "group-count",
+            f"the model file describes {len(shapes)} parameter groups, the ranks hold "
+            f"{sorted({len(rank.fp32) for rank in ranks})}",
+            where=files.folder,
+            why="the files do not belong to one save",
+            hint="copy all files of the folder again from one save",
+        )
+    groups = tuple(_group(files, shapes[g], g, ranks) for g in range(len(shapes)))
+    round_robin = _is_round_robin(model, ranks, groups)
+    names = tuple(tuple(original(group.names, n)) if round_robin else group.names for group in groups)
+    states = tuple(tuple(state_of(rank, g) for rank in ranks) for g in range(len(groups)))
+    return ZeroFolder(
+        files=files,
+        model=model,
+        ranks=ranks,
+        groups=groups,
+        names=names,
+        shapes=shapes,
+        states=states,
+        partitioned=tuple(partitioned(ranks, states[g], g, group) for g, group in enumerate(groups)),
+        round_robin=round_robin,
+    )
+
+
+def check_complete(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> int:
+    """How many ranks there are: every one from 0 on, as many as the files say. Raises CkptError otherwise."""
+    if model.dp_world_size is not None and model.dp_world_size < 1:
+        raise fields.bad_field(files.model, "dp_world_size", f"is {model.dp_world_size}")
+    stated = {rank.partition_count[0] for rank in ranks if rank.partition_count}
+    expected = model.dp_world_size or (max(stated) if stated else len(ranks))
+    missing = [rank for rank in range(expected) if rank not in files.optim]
+    if missing:
+        raise missing_shards(files, missing, expected)
+    extra = [rank for rank in files.optim if rank >= expected]
+    if extra:
+        raise CkptError(
+            "shard-extra",
+            f"optimizer files of dp ranks {_some(extra)} where the model file says {expected} ranks",
+            where=files.folder,
+            why="they are left over from another save; DeepSpeed and its converters trip over them",
+            hint="move the extra files out of the folder",
+        )
+    if stated - {expected}:
+        raise CkptError(
+            "rank-count",
+            f"the optimizer files were saved with {sorted(stated)} ranks, the model file with {expected}",
+            where=files.folder,
+            why="the files do not belong to one save",
+            hint="copy all files of the folder again from one save",
+        )
+    return expected
+
+
+def missing_shards(files: ZeroFiles, missing: list[int], expected: int) -> CkptError:
+    one = len(missing) == 1
+    return CkptError(
+        "shard-missing",
+        f"no optimizer states for dp rank{'' if one else 's'} {_some(missing)} of {expected}",
+        where=files.folder,
+        why=f"without {'it' if one else 'them'} the parameters that "
+        f"{'this rank' if one else 'these ranks'} owned cannot be restored",
+        hint=f"copy {files.optim_name(missing[0])}{'' if one else ' and the others'} "
+        f"from the node that ran rank {missing[0]}",
+    )
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+
+
+def _old_shapes(rank: Rank) -> tuple[Mapping[str, tuple[int, ...]], ...]:
+    """param_shapes of DeepSpeed 0.4.4 to 0.5.10, which kept them in the optimizer files."""
+    path, node = rank.file.path, rank.root.get("param_shapes")
+    if node is None or version_numbers(rank.ds_version) < (0, 4, 4):
+        raise Unsupported(
+            "shapes-missing",
+            "the parameters' shapes and order are not in the checkpoint, or not reliably",
+            where=path,
+            why="before DeepSpeed 0.4.4 param_shapes is absent or in another order than the flat groups",
+            hint="load and save it once with a newer DeepSpeed (0.5.4 or later)",
+        )
+    groups = node if isinstance(node, list) else [node]
+    if len(groups) != len(rank.fp32):
+        raise Unsupported(
+            "shapes-missing",
+            f"one list of parameter shapes for {len(rank.fp32)} groups",
+            where=path,
+            why="DeepSpeed before 0.5.4 did not say which parameter is in which group",
+        )
+    return tuple(shapes_of(path, group, f"param_shapes[{g}]") for g, group in enumerate(groups))
+
+
+def _group(
+    files: ZeroFiles, shapes: Mapping[str, tuple[int, ...]], g: int, ranks: tuple[Rank, ...]
+) -> FlatGroup:
+    n = len(ranks)
+    names = tuple(shapes)
+    numels = tuple(math.prod(shape) for shape in shapes.values())
+    stated = ranks[0].gaps
+    gaps = stated[g] if stated is not None and g < len(stated) else (0,) * len(names)
+    if len(gaps) != len(names):
+        raise fields.bad_field(
+            ranks[0].file.path,
+            f"optimizer_state_dict.param_alignment_paddings[{g}]",
+            f"has {len(gaps)} entries for {len(names)} parameters",
+        )
+    for alignment in (2 * n, n):  # n: DeepSpeed up to 0.5.1
+        group = FlatGroup(names=names, numels=numels, gaps=gaps, ranks=n, alignment=alignment)
+        if all(_fits(rank.fp32[g].shape[0], group, i) for i, rank in enumerate(ranks)):
+            return group
+    group = FlatGroup(names=names, numels=numels, gaps=gaps, ranks=n, alignment=2 * n)
+    wrong = [i for i, rank in enumerate(ranks) if not _fits(rank.fp32[g].shape[0], group, i)]
+    raise CkptError(
+        "partition-size",
+        f"parameter group {g}: {group.used} elements over {n} ranks make partitions of {group.part}, "
+        f"but rank {wrong[0]} holds {ranks[wrong[0]].fp32[g].shape[0]}",
+        where=ranks[wrong[0]].file.path,
+        why="the file belongs to another model, another save or another rank",
+        hint="copy all files of the folder again from one save",
+    )
+
+
+def _fits(stored: int, group: FlatGroup, rank: int) -> bool:
+    """Stored without padding (ZeRO), with it (BF16_Optimizer), or with what 0.3 to 0.6 left of it."""
+    lean = group.part - group.padding(rank)
+    return lean <= stored <= group.part if rank == group.ranks - 1 else stored in (lean, group.part)
+
+
+def _is_round_robin(model: ModelStates, ranks: tuple[Rank, ...], groups: tuple[FlatGroup, ...]) -> bool:
+    """What the slice mappings show; where they fit both orders or neither, what ds_config says.
+
+    Stage 1 ignored the setting until DeepSpeed 0.13 (PR 4887).
+    """
+    in_order = all(mappings_agree(rank, groups, round_robin=False) for rank in ranks)
+    in_turns = all(mappings_agree(rank, groups, round_robin=True) for rank in ranks)
+    if in_order != in_turns:
+        return in_turns
+    if ranks[0].stage == 1 and (version_numbers(ranks[0].ds_version) or (1,)) < (0, 13):
+        return False
+    return _configured(ranks[0].root.get("ds_config")) or _configured(model.root.get("ds_config"))
+
+
+def _configured(config: Node) -> bool:
+    pairs = fields.as_mapping(config)
+    zero = fields.as_mapping(pairs.get("zero_optimization")) if pairs is not None else None
+    return zero is not None and zero.get("round_robin_gradients") is True
+
+
+def mappings_agree(rank: Rank, groups: tuple[FlatGroup, ...], *, round_robin: bool) -> bool:
+    """Whether a rank's param_slice_mappings are those of its place among the ranks; True if it has none."""
+    if rank.mappings is None:
+        return True
+    return rank.mappings == tuple(
+        expected_mapping(group, rank.dp_rank, round_robin=round_robin) for group in groups
+    )
+
+
+def expected_mapping(group: FlatGroup, rank: int, *, round_robin: bool) -> Addresses:
+    """The param_slice_mappings entry that DeepSpeed writes for one rank and group."""
+    names = original(group.names, group.ranks) if round_robin else list(group.names)
+    return group.mapping(rank, mapping_starts(names, group), names)
