@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpttools import tree
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, JSON, KEY, SRC, TAG
 from ckpttools.errors import escape
@@ -208,7 +209,7 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
         "train_loss": state.train_loss,
         "val_loss": state.val_loss,
         "batch": dict(state.batch),
-        "scheduler": dict(state.scheduler),
+        "scheduler": _schedulers(state.scheduler),
         "parameters": sum(
             ref.numel
             for name, ref in checkpoint.tensors.items()
@@ -218,7 +219,7 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
         "shared": dict(checkpoint.shared),
         "buffers": sorted(checkpoint.buffers),
         "groups": [
-            {"parameters": len(g.params), "state": list(g.state), "settings": dict(g.hyper)}
+            {"parameters": len(g.params), "state": list(g.state), "settings": tree.plain(g.hyper)}
             for g in checkpoint.groups
         ],
         "files": [{"path": str(f.path), "nbytes": f.nbytes, "role": f.role} for f in checkpoint.files],
@@ -231,3 +232,8 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
             for name, ref in checkpoint.tensors.items()
         ]
     return out
+
+
+def _schedulers(state: tree.Value) -> object:
+    """A scheduler's state; several are shown under one key."""
+    return tree.plain({"schedulers": state} if isinstance(state, list) and state else dict(state or {}))
