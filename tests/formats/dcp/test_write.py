@@ -200,6 +200,27 @@ def test_what_the_format_cannot_hold_is_said() -> None:
     assert any("which parameters make a group is not kept" in note for note in flat.notes)
 
 
+ZERO = ("z2_groups_ws2", "z2_tied_ws2", "z2_frozen_ws2", "z2_clientstate_ws2")
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_from_a_zero_folder(name: str, tmp_path: Path) -> None:
+    """Weights are the fp32 masters, moments and groups what they were, tied names still one."""
+    source = open_checkpoint(FIXTURES / "deepspeed-0.19.8" / name)
+    execute(ours.plan(source), tmp_path / "out")
+    again = open_checkpoint(tmp_path / "out")
+    best = {n: source.master.get(source.shared.get(n, n), ref) for n, ref in source.tensors.items()}
+    assert [n for n in best if not identical(as_torch(again.tensors[n]), as_torch(best[n]))] == []
+    assert [list(g.params) for g in again.groups] == [list(g.params) for g in source.groups]
+    for one, two in zip(source.groups, again.groups, strict=True):
+        assert set(two.state) == set(one.state) - {"fp32"}
+        for kind, refs in two.state.items():
+            assert [n for n in refs if not identical(as_torch(refs[n]), as_torch(one.state[kind][n]))] == []
+        assert two.hyper.get("lr") == one.hyper.get("lr")
+    assert again.shared == source.shared and again.train_state.step == source.train_state.step
+    assert verify(tmp_path / "out", workers=1).ok
+
+
 def test_keys_that_would_be_the_same_are_refused() -> None:
     ref = TensorRef(FLOAT32, (1,), (Zeros(4),))
     group = ParamGroup(
