@@ -49,7 +49,11 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     template = checkpoint.template if isinstance(checkpoint.template, Template) else None
     names = _names(style, template)
     notes: list[str] = []
-    model = [(_model_path(names, name), ref) for name, ref in _weights(checkpoint, notes)]
+    model: list[tuple[Keys, Value]] = [
+        (_model_path(names, name), ref) for name, ref in _weights(checkpoint, notes)
+    ]
+    for name, value in checkpoint.extra_state.items():
+        model += _flattened(_model_path(names, name), value, notes)
     optimizer = [
         ((*names.prefix, *path), value) for path, value in _optimizer(checkpoint, names, style, notes)
     ]
@@ -182,6 +186,10 @@ def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the optimizer's class ({escape(checkpoint.optimizer)}) has no place in the format"
     if checkpoint.frozen:
         yield f"which {len(checkpoint.frozen)} weights are frozen has no place in the format"
+    if checkpoint.left_out:
+        yield f"{len(checkpoint.left_out)} weights of the model are not in the source: their names are lost"
+    if checkpoint.settings:
+        yield "the run's settings have no place in the format"
     if checkpoint.train_state.batch:
         yield "the batch sizes have no place in the format"
 

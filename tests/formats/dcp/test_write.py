@@ -127,7 +127,11 @@ def no_optimizer(c: Checkpoint) -> Checkpoint:
     return dataclasses.replace(c, groups=(), buffers=frozenset())
 
 
-CHANGES = (rename, cast, step, rate, tied, reordered, client, no_optimizer)
+def extra(c: Checkpoint) -> Checkpoint:
+    return dataclasses.replace(c, extra_state={"up._extra_state": b"amax", "down._extra_state": None})
+
+
+CHANGES = (rename, cast, step, rate, tied, reordered, client, no_optimizer, extra)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["template", "bare"])
@@ -141,6 +145,7 @@ def test_every_change_is_in_what_is_written(
     again = open_checkpoint(written(checkpoint, tmp_path / "out"))
     assert differences(checkpoint, again) == []
     assert same(dict(again.loss_scaler), dict(checkpoint.loss_scaler))
+    assert list(again.extra_state) == list(checkpoint.extra_state)
     assert {k for k, v in checkpoint.client.items() if k not in again.client} == set()
     for key in ("note", "table", "sizes"):
         assert same(again.client.get(key), checkpoint.client.get(key))
