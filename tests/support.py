@@ -22,8 +22,7 @@ from ckpttools.transforms.reshard import reshard
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # recognised and refused
-REFUSED = {"moe": "layout-unsupported", "pp": "layout-unsupported", "z3_bf16": "layout-unsupported"}
-REFUSED |= {"z0_bf16": "no-optimizer-shards"}
+REFUSED = {"moe": "layout-unsupported", "pp": "layout-unsupported", "z0_bf16": "no-optimizer-shards"}
 
 
 def _deepspeed_samples() -> Iterator[Path]:
@@ -37,7 +36,8 @@ def variant_of(sample: Path) -> str:
 
 REFUSED_SAMPLES = [p for p in _deepspeed_samples() if variant_of(p) in REFUSED]
 # every sample of a DeepSpeed version that is ZeRO-1 or ZeRO-2, with the truth about it
-SAMPLES = [p for p in _deepspeed_samples() if variant_of(p) not in REFUSED]
+SAMPLES = [p for p in _deepspeed_samples() if variant_of(p) not in REFUSED and not p.name.startswith("z3_")]
+ZERO3_SAMPLES = [p for p in _deepspeed_samples() if p.name.startswith("z3_")]
 # everything that any framework wrote through DeepSpeed
 ZERO_FIXTURES = [
     *SAMPLES,

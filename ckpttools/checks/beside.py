@@ -63,7 +63,7 @@ def check_pointer(path: Path, source: Source) -> Iterator[Finding]:
     Not said where the tag folder itself was named, or where MMEngine's and ckpt train's pointer is.
     """
     folder = source.target.parent
-    if source.format != "zero" or not path.is_dir():
+    if source.format not in ("zero", "zero3") or not path.is_dir():
         return
     with within(folder):
         yield from _stale(folder, source.target.name)

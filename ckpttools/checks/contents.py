@@ -24,6 +24,7 @@ from ckpttools.tensors import ByteRange, TensorRef, Tiles, spans
 
 # optimizer state that is a running mean (or sum) of squares
 SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
+PADDED = ("optimizer_state_dict", "frozen_param_fragments")
 NAMED = 8  # tensors of one damaged record
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
 
@@ -47,6 +48,8 @@ def tasks_of(found: Checkpoint, files: list[TorchFile], copies: Sequence[Copy] =
     for twins in _twins(found, copies):
         tasks.append(replace(twins, apart=claims.claim_all([twins.one, twins.other])))
     for name, ref in _tensors(found, files):
+        # what is left of ZeRO-3's flat vectors after the parameters is padding, which nobody cleared
+        padding = found.layout.format == "zero3" and name.startswith(PADDED)
         if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
             continue
         for chunk in ref.chunks:
@@ -54,7 +57,7 @@ def tasks_of(found: Checkpoint, files: list[TorchFile], copies: Sequence[Copy] =
                 for part in claims.claim(span):
                     whole = (part.start - span.start) % ref.dtype.itemsize == 0
                     squares = name.endswith(SQUARES)
-                    dtype = ref.dtype if whole else None
+                    dtype = ref.dtype if whole and not padding else None
                     tasks.append(data.Scan(source=part, dtype=dtype, name=name, squares=squares))
     for record in _records(found):
         tasks += [data.Scan(source=part, dtype=None, name="") for part in claims.claim(record)]

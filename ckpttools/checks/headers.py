@@ -19,6 +19,7 @@ from ckpttools.formats.zero.decode import Rank, read_model, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble, check_complete
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import checkpoint
+from ckpttools.formats.zero3.checks import check_folder as zero3_findings
 from ckpttools.stores.links import within
 
 T = TypeVar("T")
@@ -40,6 +41,16 @@ def check_headers(
             if not in_parts:
                 raise
             return check_parts(source.target, reason)
+    if source.format == "zero3":
+        try:
+            with within(source.root):
+                findings, put_together, files = zero3_findings(source.target)
+        except Unsupported as reason:
+            if not in_parts:
+                raise
+            return check_parts(source.target, reason)
+        findings = [*check_files(files), *archive_roots(files), *findings]
+        return [*findings, *(_notes(put_together) if put_together else ())], put_together, files
     if source.format == "dcp":
         with within(source.root):
             findings, read_anyway = dcp_findings(source.target)

@@ -74,6 +74,7 @@ def command(src: Path, tensors: bool, tag: str | None, key: str | None, as_json:
 FORMATS = {
     "zero1": "DeepSpeed ZeRO-1",
     "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
     "pt": "torch file",
     "hf": "Hugging Face folder",
     "safetensors": "safetensors file",

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.formats import dcp, hf, monolithic, zero
+from ckpttools.formats import dcp, hf, monolithic, zero, zero3
 from ckpttools.formats.locate import Source, locate
 from ckpttools.stores.links import within
 
 FORMATS: dict[str, Callable[[Path], Checkpoint]] = {
     "zero": zero.read,
+    "zero3": zero3.read,
     "pt": monolithic.read,
     "hf": hf.read,
     "dcp": dcp.read,

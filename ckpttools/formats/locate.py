@@ -17,7 +17,9 @@ from ckpttools.containers.torch_file import is_torch_file
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats.dcp.names import is_dcp_file, looks_like_dcp, refuse_rank_files
 from ckpttools.formats.hf import SHARD, looks_like_hf
-from ckpttools.formats.zero.names import ANY, OPTIM, looks_like_zero
+from ckpttools.formats.zero.names import OPTIM, looks_like_zero
+from ckpttools.formats.zero3.names import MODEL as STAGE3_MODEL
+from ckpttools.formats.zero3.names import looks_like_zero3
 from ckpttools.siblings import is_copy, is_ours
 from ckpttools.stores.files import entries, is_file, is_folder, opened, plain_name, small_text
 from ckpttools.stores.links import refuse_outside, within
@@ -114,10 +116,11 @@ def _is_link(path: Path) -> bool:
 def _file(path: Path) -> Source:
     if path.name.endswith(".safetensors"):
         return Source(format="hf", target=path, root=path, how="a safetensors file")
-    if ANY.fullmatch(path.name) and OPTIM.fullmatch(path.name):
+    if OPTIM.fullmatch(path.name) or STAGE3_MODEL.fullmatch(path.name):
+        what = "optimizer" if OPTIM.fullmatch(path.name) else "model"
         raise Unsupported(
             "one-shard",
-            "one rank's optimizer file, not a whole checkpoint",
+            f"one rank's {what} file, not a whole checkpoint",
             where=path,
             why="each rank holds only its partition",
             hint=f"name the folder: {escape(path.parent)}",
@@ -144,7 +147,7 @@ def _folder(path: Path, tag: str | None) -> Source:
             hint = did_you_mean(tag, _tag_names(path)) or _tags(path)
             raise UsageError("tag-missing", f"there is no tag {escape(tag)}", where=path, hint=hint)
         refuse_outside(target)
-        return Source(format="zero", target=target, root=path, how=f"tag {escape(tag)}, as asked for")
+        return Source(format=_stage(target), target=target, root=path, how=f"tag {escape(tag)}, as asked for")
     names = [entry.name for entry in entries(path)]
     if not names:
         raise CkptError(
@@ -159,7 +162,7 @@ def _folder(path: Path, tag: str | None) -> Source:
         return Source(format="dcp", target=path, root=path, how="a torch distributed checkpoint")
     refuse_rank_files(path, names)
     if looks_like_zero(path):
-        return Source(format="zero", target=path, root=path, how="a DeepSpeed tag folder")
+        return Source(format=_stage(path), target=path, root=path, how="a DeepSpeed tag folder")
     if LATEST in names:
         return _latest(path)
     if BUNDLE in names and (path / BUNDLE).is_dir():
@@ -179,6 +182,11 @@ def _folder(path: Path, tag: str | None) -> Source:
             hint="copy model.safetensors (or its shards and index) from where the folder was saved",
         )
     return _only_one(path)
+
+
+def _stage(folder: Path) -> str:
+    """Which of DeepSpeed's layouts a tag folder has: stage 3's, or that of stages 1 and 2."""
+    return "zero3" if looks_like_zero3(folder) else "zero"
 
 
 def _latest(path: Path) -> Source:
@@ -202,7 +210,7 @@ def _latest(path: Path) -> Source:
             why="the save did not finish, or its files were moved",
             hint=_tags(path, but=tag),
         )
-    return Source(format="zero", target=target, root=path, how=f"latest names {escape(tag)}")
+    return Source(format=_stage(target), target=target, root=path, how=f"latest names {escape(tag)}")
 
 
 def _tags(path: Path, but: str = "") -> str:

@@ -21,6 +21,7 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import Unsupported
 from ckpttools.formats.locate import Source
 from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.formats.zero3.join import Zero3Folder
 from ckpttools.frameworks import (
     accelerate,
     client,
@@ -68,6 +69,9 @@ def read(source: Source, checkpoint: Checkpoint) -> Training:
 def _saved(source: Source, checkpoint: Checkpoint) -> Saved:
     found = checkpoint.template
     if isinstance(found, ZeroFolder):
-        engine = deepspeed.read(found)
-        return Saved(place=source.root, file=found.model.file, zero=found, engine=engine)
+        engine = deepspeed.read(found.model.file, [rank.file for rank in found.ranks])
+        return Saved(place=source.root, file=found.model.file, zero=True, engine=engine)
+    if isinstance(found, Zero3Folder):
+        model, shards = found.models[0].file, [shard.file for shard in found.shards]
+        return Saved(place=source.root, file=model, zero=True, engine=deepspeed.read(model, shards))
     return Saved(place=source.target, file=found if isinstance(found, TorchFile) else None)

@@ -103,4 +103,4 @@ def read(saved: Saved) -> Training:
     return merge(saved.engine, *(each for each in found if each is not None))
 
 
-FRAMEWORK = Framework(name="deepspeed", recognise=lambda saved: saved.zero is not None, read=read)
+FRAMEWORK = Framework(name="deepspeed", recognise=lambda saved: saved.zero, read=read)

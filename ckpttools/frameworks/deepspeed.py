@@ -7,13 +7,12 @@ first update (DeepSpeed's stage_1_and_2.py, lr_schedules.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.counters import BATCH
-from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.frameworks import parts
 from ckpttools.schedules.evidence import What, of_deepspeed
 from ckpttools.training import BatchField, Counter, OptimizerSettings, SavedSchedule, Training
@@ -22,10 +21,9 @@ WHICH: dict[str, What] = {"global": "total", "micro": "micro", "accumulation": "
 OWN = {"last_batch_iteration"}  # the whole state of each of DeepSpeed's schedulers
 
 
-def read(folder: ZeroFolder) -> Training:
-    """What every ZeRO folder holds, whoever wrote it."""
-    model = folder.model.file
-    files = [model, *(rank.file for rank in folder.ranks)]
+def read(model: TorchFile, shards: Sequence[TorchFile]) -> Training:
+    """What every ZeRO folder holds, whoever wrote it: the model file, and the ranks' optimizer files."""
+    files = [model, *shards]
     stated = {name: parts.integer(model, "ds_config", key) for name, key in BATCH.items()}
     batch = {name: value for name, value in stated.items() if value is not None}
     steps = parts.integer(model, "global_steps")
@@ -33,14 +31,14 @@ def read(folder: ZeroFolder) -> Training:
         framework="deepspeed",
         unit="update",
         count=steps,
-        evidence=of_deepspeed(batch, len(folder.ranks)),
+        evidence=of_deepspeed(batch, len(shards)),
         remainder="running",
         counters=(
             *parts.counter(model, "update", "global_steps"),
             *_samples(model),
             *parts.counter(model, "update", "skipped_steps", role="skipped"),
         ),
-        optimizers=tuple(_optimizers(folder)),
+        optimizers=tuple(_optimizers(shards)),
         schedules=tuple(_schedules(model, files)),
         batch_fields=tuple(_batch_fields(files)),
         batch_names=tuple(
@@ -57,11 +55,11 @@ def _samples(model: TorchFile) -> Iterator[Counter]:
     yield from parts.counter(model, "update", "global_samples", role="samples")
 
 
-def _optimizers(folder: ZeroFolder) -> Iterator[OptimizerSettings]:
+def _optimizers(shards: Sequence[TorchFile]) -> Iterator[OptimizerSettings]:
     found: list[OptimizerSettings] = []
-    for rank in folder.ranks:
-        for key in ("base_optimizer_state", "optimizer_state_dict"):  # the latter up to 0.2
-            settings = parts.optimizer(rank.file, "the optimizer", "optimizer_state_dict", key)
+    for shard in shards:
+        for key in ("base_optimizer_state", "optimizer_state_dict"):  # the latter up to 0.2, and in stage 3
+            settings = parts.optimizer(shard, "the optimizer", "optimizer_state_dict", key)
             if settings is not None:
                 found.append(settings)
                 break

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.training import Training, merge
 
 
@@ -15,13 +14,13 @@ from ckpttools.training import Training, merge
 class Saved:
     """A checkpoint as it was found. `place` is the file or folder that a framework's own files lie in.
 
-    `file` is a single torch file, or the model file of a ZeRO folder; `zero` is that folder, and `engine`
-    what DeepSpeed itself says in it.
+    `file` is a single torch file, or the model file of a ZeRO folder (rank 0's); `zero` says which, and
+    `engine` what DeepSpeed itself says in it.
     """
 
     place: Path
     file: TorchFile | None = None
-    zero: ZeroFolder | None = None
+    zero: bool = False
     engine: Training | None = None
 
     def is_folder(self, of: Callable[[Path], bool]) -> bool:

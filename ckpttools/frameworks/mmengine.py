@@ -37,7 +37,7 @@ def is_mmengine(saved: Saved) -> bool:
 def read(saved: Saved) -> Training:
     """A single file, or the model file of a DeepSpeed folder."""
     assert saved.file is not None
-    return saved.over(_read(saved.file, in_folder=saved.zero is not None))
+    return saved.over(_read(saved.file, in_folder=saved.zero))
 
 
 def _read(file: TorchFile, *, in_folder: bool) -> Training:

@@ -17,7 +17,7 @@ from ckpttools.training import Training
 
 def is_openpcdet(saved: Saved) -> bool:
     file = saved.file
-    if file is None or saved.zero is not None:
+    if file is None or saved.zero:
         return False
     return at(file.value, "model_state") is not None and parts.integer(file, "it") is not None
 

@@ -21,7 +21,7 @@ CODE = "your training code"
 
 def is_timm(saved: Saved) -> bool:
     """An architecture's name beside epoch and state: timm/utils/checkpoint_saver.py."""
-    if saved.file is None or saved.zero is not None:
+    if saved.file is None or saved.zero:
         return False
     keys = (at(saved.file.value, key) for key in ("arch", "state_dict"))
     return all(key is not None for key in keys) and parts.integer(saved.file, "epoch") is not None
@@ -89,5 +89,5 @@ def _own(schedule: SavedSchedule) -> SavedSchedule:
 
 TIMM = Framework(name="timm", recognise=is_timm, read=lambda saved: replace(read(saved), framework="timm"))
 FRAMEWORK = Framework(
-    name="plain", recognise=lambda saved: saved.file is not None and saved.zero is None, read=read
+    name="plain", recognise=lambda saved: saved.file is not None and not saved.zero, read=read
 )

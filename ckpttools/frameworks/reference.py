@@ -22,7 +22,7 @@ BATCH = ("config", "batch")
 
 def is_ours(saved: Saved) -> bool:
     file = saved.file
-    if file is None or saved.zero is None:
+    if file is None or not saved.zero:
         return False
     return parts.integer(file, "format_version") == 1 and parts.integer(file, "samples_in_epoch") is not None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import FIXTURES, REFUSED_SAMPLES, ZERO_FIXTURES, name_of, resharded
+from support import FIXTURES, REFUSED_SAMPLES, ZERO3_SAMPLES, ZERO_FIXTURES, name_of, resharded
 
 from ckpttools.errors import CkptError, Unsupported, UsageError
 from ckpttools.formats import locate, open_checkpoint
@@ -57,10 +57,10 @@ def test_every_layout_is_found(path: str) -> None:
     assert source.how
 
 
-@pytest.mark.parametrize("path", [*ZERO_FIXTURES, *REFUSED_SAMPLES], ids=name_of)
+@pytest.mark.parametrize("path", [*ZERO_FIXTURES, *ZERO3_SAMPLES, *REFUSED_SAMPLES], ids=name_of)
 def test_every_deepspeed_fixture_is_found(path: Path) -> None:
     source = locate(path)
-    assert source.format == "zero"
+    assert source.format == ("zero3" if path in ZERO3_SAMPLES else "zero")
     assert list(source.target.glob("*_model_states.pt"))
 
 

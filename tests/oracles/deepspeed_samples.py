@@ -73,6 +73,8 @@ class Variant:
 Z1, Z2, Z3 = {"stage": 1}, {"stage": 2}, {"stage": 3}
 RR = {"stage": 2, "round_robin_gradients": True}
 FP32_GRADS = {"data_types": {"grad_accum_dtype": "fp32"}}
+Z3_CUT = {"stage": 3, "sub_group_size": 10}
+CPU = {"zero_force_ds_cpu_optimizer": False}
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
 
 VARIANTS: dict[str, Variant] = {
@@ -147,6 +149,18 @@ VARIANTS: dict[str, Variant] = {
     ),
     "z1_round_robin": Variant({"stage": 1, "round_robin_gradients": True}),
     "z3_bf16": Variant(Z3),
+    "z3_fp32": Variant(Z3, "fp32"),
+    "z3_fp16": Variant(Z3, "fp16"),
+    # several groups and, within them, several sub-groups; tied, frozen and buffers
+    "z3_groups": Variant(
+        Z3_CUT, model={"frozen": True, "tied": True, "buffers": True}, groups=True, client_state=True
+    ),
+    "z3_lora": Variant({**Z3, "stage3_param_persistence_threshold": 0}, model={"lora": True}),
+    "z3_exclude_frozen": Variant(Z3, model={"frozen": True}, exclude_frozen=True),
+    "z3_offload": Variant({**Z3, "offload_optimizer": {"device": "cpu", "pin_memory": False}}, config=CPU),
+    "z3_sgd": Variant(Z3, optimizer="sgd"),
+    "z3_nostep": Variant(Z3_CUT, steps=0),
+    "z3_tiny_groups": Variant(Z3, "fp32", model={"tiny": 2}, groups=True, scheduler=None),
     "z0_bf16": Variant({"stage": 0}),
     "moe": Variant(Z2, kind="moe"),
     "pp": Variant(Z1, kind="pipeline"),
@@ -519,14 +533,32 @@ def safe_get_agrees(engine: Any, fp32: dict[str, torch.Tensor]) -> bool:
 
 
 def zero3_truth(engine: Any) -> dict[str, Any]:
+    """What the partitioned engine holds, gathered: its own weights, masters and state by name."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    named = list(engine.module.named_parameters())
-    state = {
-        key: {n: safe_get_full_optimizer_state(p, key).clone() for n, p in named}
-        for key in ("exp_avg", "exp_avg_sq")
+    opt = engine.optimizer
+    named = list(engine.module.named_parameters(remove_duplicate=False))
+    trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad and p.ds_numel]
+    # empty ones aside, gathering leaves the parameters as they were
+    with deepspeed.zero.GatheredParameters([p for _, p in named if p.ds_numel]):
+        weights = {n: p.detach().clone() for n, p in named}
+    scalars: list[dict[str, Any]] = []
+    kinds: list[str] = []
+    for flat in opt.fp32_partitioned_groups_flat:
+        scalars.append({})
+        for key, value in opt.optimizer.state.get(flat, {}).items():
+            if torch.is_tensor(value) and value.ndim:
+                kinds += [key] if key not in kinds else []
+            else:
+                scalars[-1][key] = value.item() if torch.is_tensor(value) else value
+    ids = {id(p): n for n, p in trained}
+    return {
+        "module": weights,
+        "fp32": {n: safe_get_full_fp32_param(p).clone() for n, p in trained},
+        "state": {k: {n: safe_get_full_optimizer_state(p, k).clone() for n, p in trained} for k in kinds},
+        "scalars": scalars,  # per sub-group
+        "group_names": [[ids[id(p)] for p in group] for group in opt.fp16_groups],  # likewise
     }
-    return {"fp32": {n: safe_get_full_fp32_param(p).clone() for n, p in named}, "state": state}
 
 
 def truth(engine: Any) -> dict[str, Any]:

@@ -17,22 +17,14 @@ from pathlib import Path
 
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
-from ckpttools.containers.pickles import Global, Node, Object
-from ckpttools.containers.torch_file import TorchFile, View, read_torch_file, size
+from ckpttools.containers.pickles import Node, Object
+from ckpttools.containers.torch_file import TorchFile, View, read_torch_file
 from ckpttools.errors import Unsupported
+from ckpttools.formats.deepspeed import names_of, shapes_of, stage_of
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value
 
 FP32 = "fp32"  # the kind of master weights, whatever their dtype
-# what a model file holds beside the client's own keys
-OWN_KEYS = frozenset(
-    (
-        "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
-        "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
-        "csr_tensor_module_names", "skipped_steps", "global_steps", "global_samples", "dp_world_size",
-        "mp_world_size", "checkpoint_parallel_dimensions", "ds_config", "ds_version",
-    )
-)  # fmt: skip
 Addresses = dict[str, tuple[int, int]]  # name -> (numel, start) within a rank's partition
 
 
@@ -98,7 +90,7 @@ def read_model(path: Path) -> ModelStates:
     frozen = root.get("frozen_param_shapes")
     trainable = {name for group in shapes or () for name in group}
     shared = _shared(root, weights, trainable)
-    buffers = _names(root.get("buffer_names"))
+    buffers = names_of(root.get("buffer_names"))
     frozen_shapes: Mapping[str, tuple[int, ...]] = {}
     if frozen is not None:
         frozen_shapes = shapes_of(path, frozen, "frozen_param_shapes")
@@ -129,14 +121,6 @@ def frozen_fragments(model: ModelStates) -> dict[str, TensorRef]:
     pairs = fields.as_mapping(model.root.get("frozen_param_fragments"))
     views = ((name, model.file.view(node)) for name, node in (pairs.named() if pairs is not None else ()))
     return {name: view.ref for name, view in views if view is not None}
-
-
-def shapes_of(path: Path, node: Node, field: str) -> dict[str, tuple[int, ...]]:
-    return {name: size(value) for name, value in fields.mapping(path, node, field).named()}
-
-
-def _names(node: Node) -> frozenset[str]:
-    return frozenset(x for x in node if isinstance(x, str)) if isinstance(node, list | tuple) else frozenset()
 
 
 def _shared(root: fields.Mapping, weights: Mapping[str, TensorRef], trainable: set[str]) -> dict[str, str]:
@@ -254,17 +238,6 @@ def _torch_state(
             dict(fields.mapping(path, own, f"{at}state[{index}]").named()) if own is not None else {}
         )
     return groups, tuple(moments)
-
-
-def stage_of(node: Node) -> int | None:
-    """The ZeRO stage: an int, ZeroStageEnum(2), or as Python 3.11.0 to 3.11.3 pickled it, by getattr."""
-    if isinstance(node, Object) and node.how == "reduce":
-        if isinstance(node.cls, Global) and node.cls.name == "ZeroStageEnum" and len(node.args) == 1:
-            return fields.integer(node.args[0])
-        if isinstance(node.cls, Global) and node.cls.name == "getattr" and len(node.args) == 2:
-            names = ["disabled", "optimizer_states", "gradients", "weights"]
-            return names.index(node.args[1]) if node.args[1] in names else None
-    return fields.integer(node)
 
 
 def _counts(node: Node, groups: int) -> tuple[int, ...] | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.formats.zero.decode import Addresses, ModelStates, Rank, shapes_of, version_numbers
+from ckpttools.formats.deepspeed import shapes_of
+from ckpttools.formats.zero.decode import Addresses, ModelStates, Rank, version_numbers
 from ckpttools.formats.zero.flat import FlatGroup, mapping_starts, original
 from ckpttools.formats.zero.names import ZeroFiles
 from ckpttools.formats.zero.state import State, partitioned, state_of

@@ -9,13 +9,13 @@ from ckpttools.containers import fields
 from ckpttools.containers.nodes import ORDERED, decode, encode, encode_tensor, kept
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, size, size_node, write_torch_file
-from ckpttools.formats.zero.decode import OWN_KEYS, ModelStates
+from ckpttools.formats.deepspeed import OWN_KEYS, client_values, counter_values, scheduler_state, version_of
+from ckpttools.formats.zero.decode import ModelStates
 from ckpttools.formats.zero.target import Target
 from ckpttools.plan import OutputFile
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Value, put, same
+from ckpttools.tree import Value, same
 
-LR_SCHEDULER = ("lr_scheduler",)
 NAME = "mp_rank_00_model_states.pt"
 # what DeepSpeed writes beside the rest and nothing models (engine.py, _common_checkpoint_state)
 EMPTY: Mapping[str, Node] = {"optimizer": None, "data_sampler": None, "random_ltd": None}
@@ -51,19 +51,13 @@ def _values(to: Target, template: ModelStates | None, storages: dict[object, Sto
         out["frozen_param_fragments"] = _fragments(checkpoint, storages)
     if template is None or checkpoint.shared != template.shared:
         out["shared_params"] = encode(dict(checkpoint.shared))
-    state = checkpoint.train_state
-    own = state.keys.get("scheduler", LR_SCHEDULER) == LR_SCHEDULER
-    if template is None or (own and (state.scheduler or root.get("lr_scheduler"))):
-        out["lr_scheduler"] = _kept(template, "lr_scheduler", state.scheduler or None if own else None)
-    counters = {
-        "skipped_steps": state.skipped_steps,
-        "global_steps": state.step,
-        "global_samples": state.samples,
-    }
-    out |= {key: number for key, number in counters.items() if number is not None}
+    scheduler, own = scheduler_state(checkpoint)
+    if template is None or (own and (scheduler or root.get("lr_scheduler"))):
+        out["lr_scheduler"] = _kept(template, "lr_scheduler", scheduler)
+    out |= counter_values(checkpoint)
     out["dp_world_size"] = to.ranks
     if template is None:
-        out |= {"mp_world_size": 1, "ds_version": version_of(to)}
+        out |= {"mp_world_size": 1, "ds_version": version_of(to.checkpoint)}
     return out
 
 
@@ -128,24 +122,11 @@ def _client(
     checkpoint: Checkpoint, template: ModelStates | None, storages: dict[object, Storage]
 ) -> dict[str, Node]:
     """The client's values, with losses and the like under the keys where they were found."""
-    state = checkpoint.train_state
-    values: dict[str, Value] = dict(checkpoint.client)
-    found: dict[str, Value] = {
-        "iteration": state.iteration,
-        "epoch": state.epoch,
-        "train_loss": state.train_loss,
-        "val_loss": state.val_loss,
-        "scheduler": state.scheduler,
-    }
-    for field, value in found.items():
-        path = state.keys.get(field, LR_SCHEDULER if field == "scheduler" else (field,))
-        if value not in (None, {}, []) and path[0] not in OWN_KEYS:
-            values = put(values, path, value)
     return {
         key: encode(value, storages)
         if template is None or key not in template.root
         else kept(template.file, template.root.get(key), value, storages)
-        for key, value in values.items()
+        for key, value in client_values(checkpoint).items()
     }
 
 
@@ -159,12 +140,3 @@ def configured(to: Target, root: Dict | Object, batch: Mapping[str, int]) -> dic
     if not settings:
         return {}
     return {"ds_config": encode(settings | dict(batch))}
-
-
-def version_of(to: Target) -> str:
-    """The version that the files state: the source's where DeepSpeed wrote it; load requires one."""
-    writer = to.checkpoint.layout.writer or ""
-    return writer.removeprefix("DeepSpeed ") if writer.startswith("DeepSpeed ") else VERSION
-
-
-VERSION = "0.19.8"  # of DeepSpeed, whose layout this is: what new folders state

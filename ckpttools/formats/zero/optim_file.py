@@ -10,17 +10,16 @@ from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import ORDERED, encode, kept, put_node
 from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.torch_file import new_storage, tensor_node, write_torch_file
+from ckpttools.formats.deepspeed import STAGE, new_scaler, version_of
 from ckpttools.formats.zero.decode import FP32, Rank
 from ckpttools.formats.zero.flat import mapping_starts
 from ckpttools.formats.zero.join import ZeroFolder
-from ckpttools.formats.zero.model_file import configured, param_shapes, version_of
+from ckpttools.formats.zero.model_file import configured, param_shapes
 from ckpttools.formats.zero.target import Target
 from ckpttools.plan import OutputFile
 from ckpttools.tensors import TensorRef, cut_chunks
 
 ADDRESS = Global("deepspeed.utils.tensor_fragment", "fragment_address")
-STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
-SCALER = "deepspeed.runtime.fp16.loss_scaler"
 
 
 def outputs(to: Target, batch: Mapping[str, int]) -> Iterator[OutputFile]:
@@ -36,7 +35,13 @@ def outputs(to: Target, batch: Mapping[str, int]) -> Iterator[OutputFile]:
             state: Node = Dict.of(_fresh(to, rank).items())
             yield write_torch_file(
                 _name(to, rank),
-                Dict.of([("optimizer_state_dict", state), *common.items(), ("ds_version", version_of(to))]),
+                Dict.of(
+                    [
+                        ("optimizer_state_dict", state),
+                        *common.items(),
+                        ("ds_version", version_of(to.checkpoint)),
+                    ]
+                ),
             )
         else:
             state = template.state.replace(_changed(to, template, rank))
@@ -90,7 +95,7 @@ def _fresh(to: Target, rank: int) -> dict[str, Node]:
         "group_paddings": _paddings(to, rank),
         "param_alignment_paddings": [list(group.gaps) for group in to.groups],
         "partition_count": [to.ranks] * len(to.groups),
-        "ds_version": version_of(to),
+        "ds_version": version_of(to.checkpoint),
         "param_slice_mappings": _mappings(to, rank),
     }
     return {**head, **body, **stage, **tail} if to.lean else {**body, **tail}
@@ -103,8 +108,7 @@ def _clip_grad(to: Target) -> float:
 
 def _scaler(to: Target, template: Rank | None) -> Node:
     """The loss scaler as saved; a new object where it changed, or where none was read."""
-    wanted = dict(to.checkpoint.loss_scaler)
-    name = wanted.pop("class", "LossScaler")
+    wanted = {key: value for key, value in to.checkpoint.loss_scaler.items() if key != "class"}
     old = template.state.get("loss_scaler") if template is not None else None
     if isinstance(old, Object) and template is not None:
         state = kept(template.file, old.state, wanted) if wanted else old.state
@@ -115,9 +119,7 @@ def _scaler(to: Target, template: Rank | None) -> Node:
         return made
     if template is not None:
         return old
-    made = Object("newobj", Global(SCALER, str(name)), ())
-    made.state = encode(wanted or {"cur_scale": 1.0, "dynamic": False})
-    return made
+    return new_scaler(to.checkpoint.loss_scaler)
 
 
 def _masters(to: Target, rank: int) -> list[Node]:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup, TrainState
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
-from ckpttools.containers.pickles import Global, Object
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
-from ckpttools.formats.counters import train_state
-from ckpttools.formats.zero.decode import FP32, OWN_KEYS, ModelStates, Rank, read_model, read_rank
+from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
+from ckpttools.formats.zero.decode import FP32, ModelStates, Rank, read_model, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble
 from ckpttools.formats.zero.names import find
 from ckpttools.stores.files import size_of
@@ -34,6 +33,7 @@ def checkpoint(folder: ZeroFolder) -> Checkpoint:
     model, ranks = folder.model, folder.ranks
     stage = next((rank.stage for rank in ranks if rank.stage is not None), None)
     variant = ranks[0].variant
+    settings = settings_of(model.file, model.root)
     return Checkpoint(
         path=folder.files.folder,
         layout=Layout(
@@ -49,7 +49,7 @@ def checkpoint(folder: ZeroFolder) -> Checkpoint:
         ),
         tensors=model.weights,
         groups=tuple(_param_group(folder, g) for g in range(len(folder.groups))),
-        train_state=_train_state(model),
+        train_state=counters(model.file, model.root),
         shared=model.shared,
         frozen=model.frozen,
         left_out={name: shape for name, shape in model.frozen_shapes.items() if name not in model.weights},
@@ -58,10 +58,10 @@ def checkpoint(folder: ZeroFolder) -> Checkpoint:
         files=tuple(_roles(folder)),
         checks=tuple(check for file in torch_files(folder) for check in file.checks()),
         notes=tuple(_notes(folder)),
-        optimizer=_optimizer(folder),
-        loss_scaler=_loss_scaler(ranks[0]),
-        client=_client(model),
-        settings=_settings(model),
+        optimizer=optimizer_class(settings),
+        loss_scaler=loss_scaler(ranks[0].file, ranks[0].state.get("loss_scaler")),
+        client=client(model.file, model.root),
+        settings=settings,
         template=folder,
     )
 
@@ -173,41 +173,6 @@ def _notes(folder: ZeroFolder) -> Iterator[str]:
     missing = [name for group in folder.shapes for name in group if name not in folder.model.weights]
     if missing:
         yield f"{len(missing)} trainable parameters are not in module, the first {escape(missing[0])}"
-
-
-def _settings(model: ModelStates) -> Mapping[str, Value]:
-    found = decode(model.file, model.root.get("ds_config"))
-    return found if isinstance(found, dict) else {}
-
-
-def _optimizer(folder: ZeroFolder) -> str | None:
-    """The class that ds_config names; a client's own optimizer leaves no name in the files."""
-    section = _settings(folder.model).get("optimizer")
-    name = section.get("type") if isinstance(section, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def _loss_scaler(rank: Rank) -> dict[str, Value]:
-    """The loss scaler's class and fields, where the layout has one."""
-    node = rank.state.get("loss_scaler")
-    if not isinstance(node, Object) or not isinstance(node.cls, Global) or not node.has_state:
-        return {}
-    state = decode(rank.file, node.state)
-    return {"class": node.cls.name, **state} if isinstance(state, dict) else {}
-
-
-def _client(model: ModelStates) -> dict[str, Value]:
-    """What training code saved beside DeepSpeed's own keys; counters at its top level are in TrainState."""
-    read = {path[0] for path in _train_state(model).keys.values() if len(path) == 1}
-    return {
-        key: decode(model.file, node)
-        for key, node in model.root.named()
-        if key not in OWN_KEYS and key not in read
-    }
-
-
-def _train_state(model: ModelStates) -> TrainState:
-    return train_state(model.file, model.root, step_keys=("global_steps",))
 
 
 def _is_aligned(folder: ZeroFolder) -> bool:

@@ -16,7 +16,8 @@ from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.formats.zero.decode import read_model, stage_of
+from ckpttools.formats.deepspeed import stage_of
+from ckpttools.formats.zero.decode import read_model
 from ckpttools.formats.zero.names import (
     MODEL,
     OPTIM,

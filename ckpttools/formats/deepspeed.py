@@ -1,0 +1,138 @@
+"""What DeepSpeed's files have in common, whatever the ZeRO stage: keys, counters, settings, the client's
+values.
+
+Source: deepspeed/runtime/engine.py (_save_checkpoint, _common_checkpoint_state), fp16/loss_scaler.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.containers import fields
+from ckpttools.containers.nodes import decode, encode
+from ckpttools.containers.pickles import Global, Node, Object
+from ckpttools.containers.torch_file import TorchFile, size
+from ckpttools.formats.counters import train_state
+from ckpttools.tree import Value, put
+
+# what a model file holds beside the client's own keys
+OWN_KEYS = frozenset(
+    (
+        "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
+        "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
+        "csr_tensor_module_names", "skipped_steps", "global_steps", "global_samples", "dp_world_size",
+        "mp_world_size", "checkpoint_parallel_dimensions", "ds_config", "ds_version",
+    )
+)  # fmt: skip
+LR_SCHEDULER = ("lr_scheduler",)
+VERSION = "0.19.8"  # of DeepSpeed, whose layout this is: what new folders state
+STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
+SCALER = "deepspeed.runtime.fp16.loss_scaler"
+
+
+def shapes_of(path: Path, node: Node, field: str) -> dict[str, tuple[int, ...]]:
+    """A dict of names and torch.Size, as param_shapes holds them."""
+    return {name: size(value) for name, value in fields.mapping(path, node, field).named()}
+
+
+def names_of(node: Node) -> frozenset[str]:
+    return frozenset(x for x in node if isinstance(x, str)) if isinstance(node, list | tuple) else frozenset()
+
+
+def stage_of(node: Node) -> int | None:
+    """The ZeRO stage: an int, ZeroStageEnum(2), or as Python 3.11.0 to 3.11.3 pickled it, by getattr."""
+    if isinstance(node, Object) and node.how == "reduce":
+        if isinstance(node.cls, Global) and node.cls.name == "ZeroStageEnum" and len(node.args) == 1:
+            return fields.integer(node.args[0])
+        if isinstance(node.cls, Global) and node.cls.name == "getattr" and len(node.args) == 2:
+            names = ["disabled", "optimizer_states", "gradients", "weights"]
+            return names.index(node.args[1]) if node.args[1] in names else None
+    return fields.integer(node)
+
+
+def settings_of(file: TorchFile, root: fields.Mapping) -> Mapping[str, Value]:
+    """ds_config, as saved."""
+    found = decode(file, root.get("ds_config"))
+    return found if isinstance(found, dict) else {}
+
+
+def optimizer_class(settings: Mapping[str, Value]) -> str | None:
+    """The class that ds_config names; a client's own optimizer leaves no name in the files."""
+    section = settings.get("optimizer")
+    name = section.get("type") if isinstance(section, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def loss_scaler(file: TorchFile, node: Node) -> dict[str, Value]:
+    """The loss scaler's class and fields, where the layout has one."""
+    if not isinstance(node, Object) or not isinstance(node.cls, Global) or not node.has_state:
+        return {}
+    state = decode(file, node.state)
+    return {"class": node.cls.name, **state} if isinstance(state, dict) else {}
+
+
+def counters(file: TorchFile, root: fields.Mapping) -> TrainState:
+    return train_state(file, root, step_keys=("global_steps",))
+
+
+def client(file: TorchFile, root: fields.Mapping) -> dict[str, Value]:
+    """What training code saved beside DeepSpeed's own keys; counters at its top level are in TrainState."""
+    read = {path[0] for path in counters(file, root).keys.values() if len(path) == 1}
+    return {key: decode(file, node) for key, node in root.named() if key not in OWN_KEYS and key not in read}
+
+
+# --- written anew, from a Checkpoint alone --------------------------------------------------------------
+
+
+def client_values(checkpoint: Checkpoint) -> dict[str, Value]:
+    """The client's values, with losses and the like under the keys where they were found."""
+    state = checkpoint.train_state
+    values: dict[str, Value] = dict(checkpoint.client)
+    found: dict[str, Value] = {
+        "iteration": state.iteration,
+        "epoch": state.epoch,
+        "train_loss": state.train_loss,
+        "val_loss": state.val_loss,
+        "scheduler": state.scheduler,
+    }
+    for field, value in found.items():
+        path = state.keys.get(field, LR_SCHEDULER if field == "scheduler" else (field,))
+        if value not in (None, {}, []) and path[0] not in OWN_KEYS:
+            values = put(values, path, value)
+    return values
+
+
+def counter_values(checkpoint: Checkpoint) -> dict[str, int]:
+    """DeepSpeed's own counters, as far as they are known."""
+    state = checkpoint.train_state
+    counters = {
+        "skipped_steps": state.skipped_steps,
+        "global_steps": state.step,
+        "global_samples": state.samples,
+    }
+    return {key: number for key, number in counters.items() if number is not None}
+
+
+def scheduler_state(checkpoint: Checkpoint) -> tuple[Value, bool]:
+    """What the engine's own lr_scheduler gets, and whether the schedule is the engine's, not the client's."""
+    state = checkpoint.train_state
+    own = state.keys.get("scheduler", LR_SCHEDULER) == LR_SCHEDULER
+    return state.scheduler or None if own else None, own
+
+
+def new_scaler(scaler: Mapping[str, Value]) -> Object:
+    """A LossScaler, or the class and fields that were read."""
+    wanted = dict(scaler)
+    name = wanted.pop("class", "LossScaler")
+    made = Object("newobj", Global(SCALER, str(name)), ())
+    made.state = encode(wanted or {"cur_scale": 1.0, "dynamic": False})
+    return made
+
+
+def version_of(checkpoint: Checkpoint) -> str:
+    """The version that the files state: the source's where DeepSpeed wrote it; load requires one."""
+    writer = checkpoint.layout.writer or ""
+    version = writer.removeprefix("DeepSpeed ")
+    return version if version != writer and version[:1].isdigit() else VERSION

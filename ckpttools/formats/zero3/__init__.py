@@ -1,0 +1,21 @@
+"""DeepSpeed ZeRO-3 folders.
+
+    <tag>/zero_pp_rank_{dp}_mp_rank_00_model_states.pt          one per rank: names, shapes, buffers, counters
+    <tag>/[bf16_]zero_pp_rank_{dp}_mp_rank_00_optim_states.pt   one per rank: masters and optimizer state
+
+Every parameter is cut by itself: of n elements over N ranks each rank holds ceil(n / N), the last ones filled
+up with padding. A rank's parts of the parameters of a sub-group lie one after another in one flat fp32
+vector, and in one of each moment; sub-groups are runs of a parameter group whose parts reach
+`sub_group_size` elements. There is no 16-bit copy of what is trained: the engine makes it from the masters.
+Frozen parameters are cut alike, in the engine's dtype; buffers are whole on every rank. Small parameters
+that the engine keeps whole (stage3_param_persistence_threshold) and its secondary copies within a node
+(zero_hpz_partition_size) leave no trace in the files.
+Source: deepspeed/runtime/zero/stage3.py, partition_parameters.py, engine.py.
+
+`names` knows the files, `cuts` the arithmetic, `decode` one file, `read` all of them together.
+"""
+
+from ckpttools.formats.zero3.names import looks_like_zero3
+from ckpttools.formats.zero3.read import read
+
+__all__ = ["looks_like_zero3", "read"]

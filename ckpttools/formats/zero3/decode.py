@@ -1,0 +1,170 @@
+"""One rank's two files of a ZeRO-3 folder, decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpttools.containers import fields
+from ckpttools.containers.nodes import decode
+from ckpttools.containers.pickles import Node
+from ckpttools.containers.torch_file import TorchFile, read_torch_file
+from ckpttools.errors import Unsupported
+from ckpttools.formats.deepspeed import names_of, shapes_of, stage_of
+from ckpttools.tensors import TensorRef
+from ckpttools.tree import Path as KeyPath
+from ckpttools.tree import Value, dotted, leaves
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A rank's model file. `module` holds parameters as tensors without elements, and whole buffers."""
+
+    dp_rank: int
+    file: TorchFile
+    root: fields.Mapping
+    module: Mapping[str, TensorRef]
+    extra_state: Mapping[str, Value]
+    buffers: frozenset[str]
+    shapes: tuple[Shapes, ...]  # per sub-group, in flat order
+    frozen: Shapes
+    fragments: Mapping[str, TensorRef]  # this rank's parts of frozen parameters
+    shared: Mapping[str, str]  # filled on rank 0 only
+    dp_world_size: int | None
+    ds_version: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A value inside the optimizer's state of a sub-group, and the keys that lead to it."""
+
+    path: KeyPath
+    value: Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A rank's optimizer file. `fp32` and `states` are per sub-group, `groups` and `members` per parameter
+    group.
+    """
+
+    dp_rank: int
+    file: TorchFile
+    root: fields.Mapping
+    state: fields.Mapping  # optimizer_state_dict
+    fp32: tuple[TensorRef, ...]
+    states: tuple[Mapping[str, Leaf], ...]  # by kind: the keys joined by dots
+    groups: tuple[fields.Mapping, ...]  # param_groups
+    members: tuple[tuple[int, ...], ...]  # the sub-groups of each
+    partition_count: int | None
+    ds_version: str | None
+
+
+def read_model(path: Path, dp_rank: int) -> Model:
+    """Decode a rank's model file."""
+    file = read_torch_file(path)
+    root = fields.mapping(path, file.value, "the file's value")
+    module: dict[str, TensorRef] = {}
+    extra: dict[str, Value] = {}
+    for name, node in fields.mapping(path, root.get("module"), "module").named():
+        if view := file.view(node):
+            module[name] = view.ref
+        else:
+            extra[name] = decode(file, node)
+    frozen, fragments = root.get("frozen_param_shapes"), root.get("frozen_param_fragments")
+    shared = fields.as_mapping(root.get("shared_params"))
+    version = root.get("ds_version")
+    return Model(
+        dp_rank=dp_rank,
+        file=file,
+        root=root,
+        module=module,
+        extra_state=extra,
+        buffers=names_of(root.get("buffer_names")),
+        shapes=tuple(
+            shapes_of(path, node, f"param_shapes[{s}]")
+            for s, node in enumerate(fields.sequence(path, root.get("param_shapes"), "param_shapes"))
+        ),
+        frozen=shapes_of(path, frozen, "frozen_param_shapes") if frozen is not None else {},
+        fragments=_tensors(file, fragments, "frozen_param_fragments") if fragments is not None else {},
+        shared={a: o for a, o in shared.named() if isinstance(o, str)} if shared is not None else {},
+        dp_world_size=fields.integer(root.get("dp_world_size")),
+        ds_version=version if isinstance(version, str) else None,
+    )
+
+
+def _tensors(file: TorchFile, node: Node, field: str) -> dict[str, TensorRef]:
+    return {
+        name: _vector(file, inner, f"{field}.{name}")
+        for name, inner in fields.mapping(file.path, node, field).named()
+    }
+
+
+def _vector(file: TorchFile, node: Node, field: str) -> TensorRef:
+    view = file.view(node)
+    if view is None or len(view.shape) != 1:
+        raise fields.bad_field(file.path, field, "is not a flat tensor")
+    return view.ref
+
+
+def read_shard(path: Path, dp_rank: int) -> Shard:
+    """Decode a rank's optimizer file."""
+    file = read_torch_file(path)
+    root = fields.mapping(path, file.value, "the file's value")
+    at = "optimizer_state_dict"
+    state = fields.mapping(path, root.get(at), at)
+    stage = stage_of(state.get("zero_stage"))
+    if stage not in (None, 3):
+        raise fields.bad_field(path, f"{at}.zero_stage", f"is {stage} in a folder of ZeRO-3")
+    if state.get("ds_zero_partition_groups") is not None:
+        raise Unsupported(
+            "layout-unsupported",
+            "a ZeRO-3 checkpoint with expert parallelism (AutoEP), which is recognised but not read yet",
+            where=path,
+            why="its expert parameters are cut over other ranks than the rest",
+        )
+    flat = fields.sequence(path, state.get("fp32_flat_groups"), f"{at}.fp32_flat_groups")
+    fp32 = tuple(_vector(file, node, f"{at}.fp32_flat_groups[{s}]") for s, node in enumerate(flat))
+    for s, ref in enumerate(fp32):
+        if not ref.dtype.is_float:
+            raise fields.bad_field(path, f"{at}.fp32_flat_groups[{s}]", f"is {ref.dtype}")
+    inner = fields.mapping(path, state.get(at), f"{at}.{at}")
+    groups = tuple(
+        fields.mapping(path, node, f"{at}.{at}.param_groups[{g}]")
+        for g, node in enumerate(fields.sequence(path, inner.get("param_groups"), f"{at}.param_groups"))
+    )
+    kept = fields.mapping(path, inner.get("state"), f"{at}.{at}.state")
+    version = root.get("ds_version")
+    return Shard(
+        dp_rank=dp_rank,
+        file=file,
+        root=root,
+        state=state,
+        fp32=fp32,
+        states=tuple(_state(file, kept.get(s), f"{at}.{at}.state[{s}]") for s in range(len(fp32))),
+        groups=groups,
+        members=tuple(_members(path, group, g) for g, group in enumerate(groups)),
+        partition_count=fields.integer(state.get("partition_count")),
+        ds_version=version if isinstance(version, str) else None,
+    )
+
+
+def _state(file: TorchFile, node: Node, field: str) -> dict[str, Leaf]:
+    """What the optimizer keeps for a sub-group; nothing before its first step."""
+    if node is None:
+        return {}
+    found = (
+        Leaf((key, *path), value)
+        for key, inner in fields.mapping(file.path, node, field).named()
+        for path, value in leaves(decode(file, inner))
+    )
+    return {dotted(leaf.path): leaf for leaf in found}
+
+
+def _members(path: Path, group: fields.Mapping, g: int) -> tuple[int, ...]:
+    field = f"optimizer_state_dict.optimizer_state_dict.param_groups[{g}].params"
+    params = fields.sequence(path, group.get("params"), field)
+    return tuple(fields.count(path, item, field) for item in params)

@@ -1,0 +1,151 @@
+"""Reading a ZeRO-3 tag folder: headers of every rank, joined into one logical checkpoint.
+
+`tensors` are what the engine computes with: the master weights rounded to its dtype, as it makes them itself
+on every load. Frozen parameters and buffers are as saved, buffers those of rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup
+from ckpttools.containers.nodes import decode
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.errors import escape
+from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
+from ckpttools.formats.zero3.decode import read_model, read_shard
+from ckpttools.formats.zero3.join import Zero3Folder, assemble, frozen_weights, gathered
+from ckpttools.formats.zero3.names import find
+from ckpttools.stores.files import size_of
+from ckpttools.tensors import DTYPES, FLOAT32, DType, TensorRef
+from ckpttools.tree import Key, Value
+
+FP32 = "fp32"  # the kind of master weights
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read a tag folder. Raises CkptError where a file is missing, damaged or contradicts the others."""
+    files = find(folder)
+    models = [read_model(path, rank) for rank, path in files.model.items()]
+    shards = [read_shard(path, rank) for rank, path in files.optim.items()]
+    return checkpoint(assemble(files, models, shards))
+
+
+def checkpoint(folder: Zero3Folder) -> Checkpoint:
+    """The whole, unpartitioned."""
+    model, shard = folder.models[0], folder.shards[0]
+    settings = settings_of(model.file, model.root)
+    masters = {n: r for s in range(len(folder.shapes)) for n, r in gathered(folder, s).items()}
+    dtype = _dtype(folder)
+    tensors = _tensors(folder, masters, dtype)
+    version = model.ds_version or shard.ds_version
+    return Checkpoint(
+        path=folder.files.folder,
+        layout=Layout(
+            format="zero3",
+            zero_stage=3,
+            dp_degree=folder.ranks,
+            tag=folder.files.folder.name,
+            dtype=dtype.short if dtype is not None else None,
+            writer=f"DeepSpeed {version or '(version not recorded)'}",
+        ),
+        tensors=tensors,
+        groups=tuple(_group(folder, g, masters) for g in range(len(shard.groups))),
+        train_state=counters(model.file, model.root),
+        shared={a: o for a, o in model.shared.items() if o in tensors},
+        frozen=frozenset(model.frozen) & tensors.keys(),
+        left_out={name: shape for name, shape in model.frozen.items() if name not in tensors},
+        extra_state=model.extra_state,
+        buffers=model.buffers,
+        files=tuple(_roles(folder)),
+        checks=tuple(check for file in torch_files(folder) for check in file.checks()),
+        notes=tuple(_notes(folder)),
+        optimizer=optimizer_class(settings),
+        loss_scaler=loss_scaler(shard.file, shard.state.get("loss_scaler")),
+        client=client(model.file, model.root),
+        settings=settings,
+        template=folder,
+    )
+
+
+def torch_files(folder: Zero3Folder) -> Iterator[TorchFile]:
+    yield from (model.file for model in folder.models)
+    yield from (shard.file for shard in folder.shards)
+
+
+def _dtype(folder: Zero3Folder) -> DType | None:
+    """The engine's, as module's placeholders have it; else what the prefix of the files says."""
+    module = folder.models[0].module
+    found = next((module[name].dtype for name in folder.trainable if name in module), None)
+    return found or (DTYPES["bfloat16"] if folder.files.prefix == "bf16_" else None)
+
+
+def _tensors(folder: Zero3Folder, masters: dict[str, TensorRef], dtype: DType | None) -> dict[str, TensorRef]:
+    """Every name of module in its order, then trained parameters that it lacks."""
+    model, frozen = folder.models[0], frozen_weights(folder)
+
+    def weight(name: str) -> TensorRef:
+        have = model.module.get(name)
+        return masters[name].cast(have.dtype if have is not None else dtype or FLOAT32)
+
+    out: dict[str, TensorRef] = {}
+    for name, ref in model.module.items():
+        owner = model.shared.get(name, name)
+        if owner in masters:
+            out[name] = weight(owner)
+        else:
+            out[name] = frozen.get(owner, ref)
+    return out | {name: weight(name) for name in masters if name not in out}
+
+
+def _group(folder: Zero3Folder, g: int, masters: dict[str, TensorRef]) -> ParamGroup:
+    """A parameter group: its sub-groups one after another."""
+    shard = folder.shards[0]
+    params: dict[str, tuple[int, ...]] = {}
+    state: dict[str, dict[str, TensorRef]] = {FP32: {}}
+    scalars: dict[str, dict[str, Value]] = {}
+    paths: dict[str, tuple[Key, ...]] = {}
+    for s in shard.members[g]:
+        names = folder.shapes[s]
+        params |= names
+        state[FP32] |= {name: masters[name] for name in names}
+        for kind, leaf in shard.states[s].items():
+            if kind in folder.cut[s]:
+                state.setdefault(kind, {}).update(gathered(folder, s, kind))
+            else:
+                scalars.setdefault(kind, {}).update(dict.fromkeys(names, leaf.value))
+            if leaf.path != (kind,):
+                paths[kind] = leaf.path
+    hyper = {k: decode(shard.file, node) for k, node in shard.groups[g].named() if k != "params"}
+    return ParamGroup(params=params, state=state, scalars=scalars, hyper=hyper, paths=paths)
+
+
+def _roles(folder: Zero3Folder) -> Iterator[FileRole]:
+    n = folder.ranks
+    for model in folder.models:
+        yield FileRole(
+            path=model.file.path,
+            nbytes=model.file.size,
+            role=f"dp rank {model.dp_rank} of {n}: shapes, buffers, its parts of frozen weights, counters",
+            dangers=model.file.dangers,
+        )
+    for shard in folder.shards:
+        yield FileRole(
+            path=shard.file.path,
+            nbytes=shard.file.size,
+            role=f"dp rank {shard.dp_rank} of {n}: its parts of fp32 weights and optimizer state",
+            dangers=shard.file.dangers,
+        )
+    for path in folder.files.others:
+        yield FileRole(path=path, nbytes=size_of(path), role="not part of the ZeRO layout")
+
+
+def _notes(folder: Zero3Folder) -> Iterator[str]:
+    files = list(torch_files(folder))
+    unchecked = [f.path.name for f in files if f.archive is not None and not f.has_checksums]
+    legacy = [f.path.name for f in files if f.archive is None]
+    if unchecked:
+        yield f"saved without checksums (compute_crc32=False): {', '.join(map(escape, unchecked))}"
+    if legacy:
+        yield f"in torch's older serialization, which has no checksums: {', '.join(map(escape, legacy))}"
