@@ -42,6 +42,16 @@ def within(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def inside(path: Path) -> Iterator[None]:
+    """`within`, unless a caller has said already what is read: a reader called alone guards itself."""
+    if _places.get():
+        yield
+        return
+    with within(path):
+        yield
+
+
+@contextmanager
 def followed() -> Iterator[None]:
     """Every link is followed meanwhile, wherever it leads: the user said so."""
     token = _follow.set(True)

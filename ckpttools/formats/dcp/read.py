@@ -17,6 +17,7 @@ from ckpttools.formats.dcp.pieces import assembled, check_pieces
 from ckpttools.formats.dcp.roles import ACCELERATE, Names, guessed, roles, tree
 from ckpttools.formats.dcp.shards import read_shards
 from ckpttools.stores.files import size_of
+from ckpttools.stores.links import inside
 from ckpttools.tree import Path as Keys
 from ckpttools.tree import Value
 
@@ -44,12 +45,13 @@ class Template:
 
 def read(path: Path) -> Checkpoint:
     """Read a folder: headers and objects only. Raises CkptError for the first thing that is wrong."""
-    folders = parts(path)
-    if not folders and has_shards(path):
-        return read_shards(path)
-    if not folders:
-        raise no_metadata(path)
-    return checkpoint(path, tuple(read_part(folder) for folder in folders))
+    with inside(path):
+        folders = parts(path)
+        if not folders and has_shards(path):
+            return read_shards(path)
+        if not folders:
+            raise no_metadata(path)
+        return checkpoint(path, tuple(read_part(folder) for folder in folders))
 
 
 def no_metadata(path: Path) -> CkptError:

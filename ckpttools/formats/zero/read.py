@@ -16,16 +16,18 @@ from ckpttools.formats.zero.decode import FP32, ModelStates, Rank, read_model, r
 from ckpttools.formats.zero.join import ZeroFolder, assemble
 from ckpttools.formats.zero.names import find
 from ckpttools.stores.files import size_of
+from ckpttools.stores.links import inside
 from ckpttools.tensors import Flat, TensorRef, cat
 from ckpttools.tree import Value
 
 
 def read(folder: Path) -> Checkpoint:
     """Read a tag folder. Raises CkptError where a file is missing, damaged or contradicts the others."""
-    files = find(folder)
-    model = read_model(files.model)
-    ranks = tuple(read_rank(path, rank) for rank, path in files.optim.items())
-    return checkpoint(assemble(files, model, ranks))
+    with inside(folder):
+        files = find(folder)
+        model = read_model(files.model)
+        ranks = tuple(read_rank(path, rank) for rank, path in files.optim.items())
+        return checkpoint(assemble(files, model, ranks))
 
 
 def checkpoint(folder: ZeroFolder) -> Checkpoint:
