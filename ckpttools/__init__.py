@@ -10,6 +10,9 @@
     ckpttools.extract("run/checkpoint-20", "weights", dtype="bf16")
     ckpttools.reshard("run/checkpoint-20", "four", world_size=4)
     ckpttools.rebase("run/checkpoint-20", "half", new_bs=32)
+    ckpttools.digest("run/checkpoint-20").digests.state    # the same for "four"
+    ckpttools.diff("run/checkpoint-10", "run/checkpoint-20").tensors
+    ckpttools.prove("run/checkpoint-20", "four").verdict
 
 1. A `Checkpoint` is a logical, unpartitioned description: tensors by name, each a `TensorRef` (dtype,
    shape, and the byte ranges that hold it). Nothing is loaded.
@@ -29,6 +32,7 @@
     schedules/                          clocks, batches, and the learning rates of every scheduler family
     training                            the values that frameworks/ and transforms/rebase share
     transforms/                         reshard, select: Checkpoint -> Checkpoint or Weights; rebase
+    compare/                            what two checkpoints hold, whatever their layouts
     checks/                             headers, files against each other, every byte
     runs/, resume/                      which is the newest; will DeepSpeed load it, and what goes on
     values, passes/, checksums          the only code that computes on tensor bytes, and that reads them
@@ -52,10 +56,13 @@ if TYPE_CHECKING:
     from ckpttools.checkpoint import Checkpoint, ParamGroup
     from ckpttools.checks import Finding, Verdict
     from ckpttools.errors import CkptError, Unsupported, UsageError
+    from ckpttools.operations.diff import Diff, diff
+    from ckpttools.operations.digest import Digested, digest
     from ckpttools.operations.extract import extract
     from ckpttools.operations.inspect import inspect
     from ckpttools.operations.latest import latest
     from ckpttools.operations.opened import Opened, open
+    from ckpttools.operations.prove import Proof, prove
     from ckpttools.operations.rebase import rebase
     from ckpttools.operations.reshard import reshard
     from ckpttools.operations.verify import verify
@@ -69,11 +76,14 @@ _PLACES = {
     "Checkpoint": "checkpoint",
     "Choice": "runs",
     "CkptError": "errors",
+    "Diff": "operations.diff",
+    "Digested": "operations.digest",
     "Entry": "runs",
     "Finding": "checks",
     "Opened": "operations.opened",
     "ParamGroup": "checkpoint",
     "Plan": "plan",
+    "Proof": "operations.prove",
     "Rebased": "transforms.rebase",
     "TensorRef": "tensors",
     "Unsupported": "errors",
@@ -81,10 +91,13 @@ _PLACES = {
     "Verdict": "checks",
     "Writing": "operations.writing",
     "Written": "operations.writing",
+    "diff": "operations.diff",
+    "digest": "operations.digest",
     "extract": "operations.extract",
     "inspect": "operations.inspect",
     "latest": "operations.latest",
     "open": "operations.opened",
+    "prove": "operations.prove",
     "rebase": "operations.rebase",
     "reshard": "operations.reshard",
     "verify": "operations.verify",
@@ -94,11 +107,14 @@ __all__ = [
     "Checkpoint",
     "Choice",
     "CkptError",
+    "Diff",
+    "Digested",
     "Entry",
     "Finding",
     "Opened",
     "ParamGroup",
     "Plan",
+    "Proof",
     "Rebased",
     "TensorRef",
     "Unsupported",
@@ -107,10 +123,13 @@ __all__ = [
     "Writing",
     "Written",
     "__version__",
+    "diff",
+    "digest",
     "extract",
     "inspect",
     "latest",
     "open",
+    "prove",
     "rebase",
     "reshard",
     "verify",

@@ -39,6 +39,8 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("reshard {big} {out} --world-size 4 -q", id="reshard"),
         pytest.param("rebase-schedule {big} {out} --new-bs 1 --counters-only -q", id="rebase"),
         pytest.param("verify {big} -q", id="verify"),
+        pytest.param("digest {big} -q", id="digest"),
+        pytest.param("diff {big} {big} -q", id="diff"),
     ],
 )
 def test_peak_memory_is_below_half_of_300_mb(big: Path, tmp_path: Path, command: str) -> None:

@@ -113,6 +113,7 @@ LAYERS = [
     "formats",
     "frameworks",
     "transforms",
+    "compare",
     "manifest",
     "checks",
     "runs",

@@ -23,6 +23,9 @@ COMMANDS = {
     "verify": "check a checkpoint: every byte, or headers with --quick",
     "latest": "the checkpoint that a resume would take, and why",
     "resume-check": "will it resume, where, with which learning rate; what changed",
+    "digest": "one digest of all weights and optimizer state, equal in every layout",
+    "diff": "how two checkpoints differ, whatever their layouts",
+    "prove": "the same training state, identical except ..., or different",
     "explain": "what a check or an error means, and how to mend it",
     "extract": "weights only, as safetensors or .pt",
     "reshard": "move a ZeRO checkpoint to another number of ranks, optimizer state kept",
@@ -35,6 +38,7 @@ ALIASES = {
     "info": "inspect",
     "check": "verify",
     "validate": "verify",
+    "compare": "diff",
     "merge": "extract",
     "consolidate": "extract",
 }

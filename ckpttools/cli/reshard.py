@@ -21,8 +21,13 @@ from ckpttools.cli.options import DST, SRC, how, writing
     metavar="N",
     help="The number of data-parallel ranks to write for.",
 )
+@click.option(
+    "--digest", is_flag=True, help="Read the result again, and hold its digest against the source's."
+)
 @writing
-def command(src: Path, dst: Path | None, world_size: int, tag: str | None, **options: Any) -> None:
+def command(
+    src: Path, dst: Path | None, world_size: int, digest: bool, tag: str | None, **options: Any
+) -> None:
     """Move a ZeRO-1 or ZeRO-2 checkpoint to N ranks: weights, optimizer state and counters kept.
 
     Unmodified DeepSpeed resumes from the result on N ranks. SRC is never changed; DST (by default wsN-of-SRC
@@ -31,5 +36,5 @@ def command(src: Path, dst: Path | None, world_size: int, tag: str | None, **opt
     """
     from ckpttools.operations.reshard import reshard
 
-    written = reshard(src, dst, world_size=world_size, tag=tag, how=how(options))
+    written = reshard(src, dst, world_size=world_size, tag=tag, digest=digest, how=how(options))
     render.written(written, options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ckpttools.checks import check_before_use
 from ckpttools.formats import zero
 from ckpttools.formats.surroundings import with_surroundings
 from ckpttools.operations import advice
+from ckpttools.operations.sidecar import written_wrong
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.siblings import default_dst
@@ -20,9 +22,13 @@ def reshard(
     *,
     world_size: int,
     tag: str | None = None,
+    digest: bool = False,
     how: Writing | None = None,
 ) -> Written:
     """Move a ZeRO-1 or ZeRO-2 checkpoint to `world_size` ranks: weights, optimizer state, counters kept.
+
+    With `digest`, what was written is read again before it gets its name, and must hold what the source holds
+    (`ckpttools.digest`).
 
     >>> made = reshard("fixtures/trainer/z2_bf16_2", out / "four", world_size=4)
     >>> made.destination.name, len([file for file in made.plan.files if "optim" in file.path])
@@ -36,4 +42,24 @@ def reshard(
     plan = with_surroundings(source, zero.plan(checkpoint, layout), ranks_change=changed)
     dst = Path(dst) if dst is not None else default_dst(src, f"ws{world_size}")
     steps = advice.resume(source, checkpoint, dst, world_size)
-    return carry_out(src, dst, plan, how or Writing(), label="reshard", next=steps)
+    how = how or Writing()
+    check = partial(_holds_the_same, src, tag, how) if digest else None
+    return carry_out(src, dst, plan, how, label="reshard", next=steps, check=check)
+
+
+def _holds_the_same(src: Path, tag: str | None, how: Writing, staged: Path) -> str:
+    """Raises CkptError where it does not: a defect of ckpttools."""
+    from ckpttools.operations.digest import compare
+    from ckpttools.operations.digest import digest as digest_of
+
+    before, after = (
+        digest_of(path, tag=of, workers=how.workers, bar=how.bar) for path, of in ((src, tag), (staged, None))
+    )
+    result = compare(before, after)
+    if result.same and before.digests.state == after.digests.state and result.settings and result.counters:
+        return f"digest {after.digests.state}, of the source and of what was written"
+    first = result.different[0] if result.different else None
+    problem = (
+        f"{first.kind} of {first.name} is another one" if first else "its settings or counters are others"
+    )
+    raise written_wrong(staged, problem, "digest", str(staged))

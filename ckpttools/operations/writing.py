@@ -44,16 +44,31 @@ class Written:
 
 
 def carry_out(
-    src: Path, dst: Path, plan: Plan, how: Writing, *, label: str, next: tuple[str, ...] = ()
+    src: Path,
+    dst: Path,
+    plan: Plan,
+    how: Writing,
+    *,
+    label: str,
+    next: tuple[str, ...] = (),
+    check: Callable[[Path], str] | None = None,
 ) -> Written:
     """The end of every writing operation: `dst` is whole and checked afterwards, or as it was.
 
+    `check` is given the folder before it gets its name: it may raise, or return what to tell.
     Raises UsageError where it cannot be written, CkptError where the source is damaged.
     """
     if how.dry_run:
         return Written(source=src, destination=dst, plan=plan, notes=plan.notes, next=next)
     from ckpttools.execute import execute
     from ckpttools.operations.replacing import replaceable
+
+    told: list[str] = []
+
+    def finish(staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
+        if check is not None:
+            told.append(check(staged))
+        return _finish(staged, crcs, how.workers)
 
     single = Sidecar(dst, how.workers) if plan.is_single_file else None
     started = time.monotonic()
@@ -66,14 +81,14 @@ def carry_out(
             workers=how.workers,
             progress=progress,
             replaces=lambda: replaceable(dst, plan),
-            finish=single.finish if single else lambda staged, crcs: _finish(staged, crcs, how.workers),
+            finish=single.finish if single else finish,
         )
     after = single.write() if single else ()
     return Written(
         source=src,
         destination=dst,
         plan=plan,
-        notes=(*plan.notes, *report.notes, *after),
+        notes=(*plan.notes, *report.notes, *told, *after),
         next=next,
         seconds=time.monotonic() - started,
         checked=report.checked,

@@ -1,0 +1,172 @@
+"""ckpt digest: what a checkpoint holds, whatever its layout, as digests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ckpttools.cli import render
+from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, SRC, TAG, WORKERS
+from ckpttools.errors import escape
+
+if TYPE_CHECKING:
+    from ckpttools.operations.digest import Compared, Digested
+
+SHOWN = 20
+
+
+@click.command("digest")
+@SRC
+@click.option("--compare", "other", type=PATH, metavar="OTHER", help="Say whether OTHER holds the same.")
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    metavar="KIND",
+    help="With --compare: only weight, master, exp_avg, step ... (repeatable).",
+)
+@click.option("--tensors", is_flag=True, help="Also list the digest of each tensor.")
+@FOLLOW
+@TAG
+@KEY
+@JSON
+@QUIET
+@WORKERS
+@NO_PROGRESS
+def command(
+    src: Path,
+    other: Path | None,
+    kinds: tuple[str, ...],
+    tensors: bool,
+    tag: str | None,
+    key: str | None,
+    as_json: bool,
+    quiet: bool,
+    workers: int,
+    no_progress: bool,
+) -> int:
+    """Print a digest of all weights, master weights, optimizer state and steps of SRC, and one per kind.
+
+    It is the same for every layout of the same content: any number of ranks, ZeRO, distributed or a single
+    file. Every tensor is read once, and the checksums of the files are verified on the way. Hyper-parameters
+    and counters have digests of their own.
+
+    With --compare, exit code 0: each holds all that the other does, and it is equal; 1: something differs,
+    or one side does not hold a kind at all, which is named. Weights that were extracted are compared so:
+
+        ckpt digest run/checkpoint-20 --compare weights --kind weight --kind master
+    """
+    from ckpttools.operations.digest import compare, digest
+
+    bar = render.bars(enabled=not (no_progress or quiet))
+    found = digest(src, tag=tag, key=key if src.is_file() else None, workers=workers, bar=bar)
+    if other is None:
+        if as_json:
+            render.document(_json(found))
+        else:
+            click.echo("\n".join(_text(found, tensors=tensors)) if not quiet else found.digests.state)
+        return 0
+    theirs = digest(other, key=key if other.is_file() else None, workers=workers, bar=bar)
+    result = compare(found, theirs, kinds)
+    if as_json:
+        render.document(_compared_json(result))
+    else:
+        click.echo("\n".join(compared(result)))
+    return 0 if result.same else 1
+
+
+def _text(found: Digested, *, tensors: bool) -> list[str]:
+    digests = found.digests
+    rows = [(digests.state, "", "state: weights, optimizer state and steps, in any layout")]
+    for kind, digest in digests.kinds.items():
+        rows.append((digest, kind, f"{render.count(len(digests.tensors[kind]))} names{_dtypes(found, kind)}"))
+    rows.append((digests.settings, "", "settings: hyper-parameters"))
+    rows.append((digests.counters, "", "counters: steps, epochs, losses, schedule, batch, loss scale"))
+    lines = [render.table(rows)]
+    if digests.apart:
+        lines.append(
+            f"note: {len(digests.apart)} weights are not their rounded masters, the first "
+            f"{escape(digests.apart[0])}; ckpt verify says more"
+        )
+    if tensors:
+        each = [
+            (digest, kind, name) for kind, named in digests.tensors.items() for name, digest in named.items()
+        ]
+        lines.append(render.table(each))
+    lines.append(f"{digests.checked} checksums verified")
+    return lines
+
+
+def _dtypes(found: Digested, kind: str) -> str:
+    names = sorted(set(found.digests.dtypes.get(kind, {}).values()))
+    return f", {', '.join(names)}" if names else ""
+
+
+def _json(found: Digested) -> dict[str, object]:
+    digests = found.digests
+    return {
+        "ok": True,
+        "path": str(found.path),
+        "format": found.checkpoint.layout.format,
+        "state": digests.state,
+        "settings": digests.settings,
+        "counters": digests.counters,
+        "kinds": dict(digests.kinds),
+        "tensors": {kind: dict(named) for kind, named in digests.tensors.items()},
+        "apart": list(digests.apart),
+        "checksums_verified": digests.checked,
+    }
+
+
+def compared(result: Compared) -> list[str]:
+    """What is equal, what differs and what only one side holds; of the names, the first."""
+    lines = [f"equal: {number} of {kind}" for kind, number in result.equal.items() if number]
+    lines += [
+        f"DIFFERENT: {each.kind} {escape(each.name, 300)}{_only(each.left, each.right)}"
+        for each in result.different[:SHOWN]
+    ]
+    if len(result.different) > SHOWN:
+        lines.append(f"and {len(result.different) - SHOWN} more that differ")
+    for kind, is_left in result.one_sided.items():
+        side = result.left if is_left else result.right
+        lines.append(f"NOT COMPARED: {kind}, which only {escape(side.path)} holds")
+    for what, same in (("hyper-parameters", result.settings), ("counters and schedule", result.counters)):
+        lines.append(f"{what}: {'equal' if same else 'not the same; ckpt diff names them'}")
+    lines.append(_verdict(result))
+    return lines
+
+
+def _only(left: str, right: str) -> str:
+    if left and right:
+        return ""
+    return ", only in the first" if left else ", only in the second"
+
+
+def _verdict(result: Compared) -> str:
+    if result.same:
+        return "the same weights and optimizer state"
+    if result.different or not result.equal:
+        return "different"
+    kinds = " ".join(f"--kind {kind}" for kind in result.equal)
+    return f"equal in what both hold; {kinds} compares that alone"
+
+
+def _compared_json(result: Compared) -> dict[str, object]:
+    return {
+        "ok": result.same,
+        "left": _json(result.left),
+        "right": _json(result.right),
+        "equal": dict(result.equal),
+        "different": [
+            {"kind": d.kind, "name": d.name, "left": d.left or None, "right": d.right or None}
+            for d in result.different
+        ],
+        "one_sided": {
+            kind: str((result.left if is_left else result.right).path)
+            for kind, is_left in result.one_sided.items()
+        },
+        "settings_equal": result.settings,
+        "counters_equal": result.counters,
+    }

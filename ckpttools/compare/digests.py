@@ -1,0 +1,198 @@
+"""A digest of what a checkpoint holds, equal for every layout of the same training state.
+
+Of a tensor: xxh3_128 of `DTYPE N,M,...\\n` (torch's name of the type, the shape) and its bytes in C order,
+little-endian. Of a number (a step as an int, a float or a 0-d tensor): the number itself, as JSON.
+Of a kind: xxh3_128 of one JSON line [kind, name, digest] for each name, sorted by code points.
+
+Of the whole, `state`: the same over all kinds, with one copy of each weight under "weight": the fp32 master
+where there is one, else the weight as saved. So a `.pt` or a distributed checkpoint, which keep the fp32 copy
+alone, agree with the ZeRO folder that they came from. A 16-bit copy that is not its rounded master (both are
+read, so this is known) is content of its own: it has a line under "weight, apart". Every changed byte of a
+weight, a master, a moment or a step therefore changes `state`; paddings and the order of ranks do not.
+
+Apart from `state`: `settings` (the hyper-parameters of each set of parameters, without how an implementation
+computes: foreach, fused, capturable, differentiable) and `counters` (counters, losses, schedule, global
+batch, loss scale, class of the optimizer). xxh3 guards against accidents, not against intent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import xxhash
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.compare.content import (
+    MASTER,
+    WEIGHT,
+    Content,
+    content,
+    hyper,
+    is_number,
+    number,
+    plain,
+    progress,
+)
+from ckpttools.compare.stream import Stream, in_threads, place, refuse_links
+from ckpttools.passes.read import Reader, load
+from ckpttools.progress import Progress
+from ckpttools.tensors import DType, TensorRef
+from ckpttools.tree import Value
+from ckpttools.values import Array, cast, comparable, nonfinite
+
+APART = "weight, apart"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digests:
+    """`tensors` has one digest per kind and name, `kinds` one per kind; `dtypes` the type of each tensor.
+
+    `apart` are the 16-bit weights that are not their rounded masters. `checked` counts the checksums of the
+    source that were compared and found right.
+    """
+
+    state: str
+    settings: str
+    counters: str
+    kinds: Mapping[str, str]
+    tensors: Mapping[str, Mapping[str, str]] = field(repr=False)
+    dtypes: Mapping[str, Mapping[str, str]] = field(repr=False)
+    tied: Mapping[str, str] = field(repr=False)
+    apart: tuple[str, ...] = ()
+    checked: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A tensor to be read once; `rounded` asks for the digest of its elements in another type too."""
+
+    ref: TensorRef
+    number: bool
+    rounded: DType | None = None
+
+
+def nbytes_of(checkpoint: Checkpoint) -> int:
+    """How many bytes `digests` goes through, each tensor once."""
+    return sum(job.ref.nbytes for job in set(_jobs(content(checkpoint)).values()))
+
+
+def digests(checkpoint: Checkpoint, *, workers: int = 0, bar: Progress | None = None) -> Digests:
+    """Read every tensor of a checkpoint once. To be called inside `within` its root.
+
+    Raises CkptError where a file ends too early or differs from a checksum that it states.
+    """
+    found = content(checkpoint)
+    jobs = _jobs(found)
+    todo = sorted(set(jobs.values()), key=lambda job: place(job.ref))
+    refuse_links(job.ref for job in todo)
+    stream = Stream(checkpoint.checks)
+    results: dict[_Job, tuple[str, str]] = {}
+
+    def work(job: _Job, reader: Reader) -> int:
+        results[job] = _digest(job, stream, reader)
+        return job.ref.nbytes
+
+    in_threads(workers, work, todo, bar)
+    checked = stream.finish(workers)
+    tensors: dict[str, dict[str, str]] = {}
+    for kind, held in found.held.items():
+        for name, value in held.items():
+            job = jobs.get((kind, name))
+            tensors.setdefault(kind, {})[name] = results[job][0] if job else _line(plain(value, shown))
+    apart = tuple(
+        name
+        for name, own in tensors.get(WEIGHT, {}).items()
+        if (job := jobs.get((MASTER, name))) and own not in results[job]
+    )
+    return Digests(
+        state=_state(tensors, apart),
+        settings=_hash(sorted(_line([sorted(names), sets]) for names, sets in hyper(checkpoint, shown))),
+        counters=_hash([_line(progress(checkpoint, shown))]),
+        kinds={kind: _hash(_lines(kind, named)) for kind, named in tensors.items()},
+        tensors=tensors,
+        dtypes={
+            kind: {name: ref.dtype.name for name, ref in held.items() if isinstance(ref, TensorRef)}
+            for kind, held in found.held.items()
+        },
+        tied=found.tied,
+        apart=apart,
+        checked=checked,
+    )
+
+
+def shown(ref: TensorRef) -> object:
+    """A tensor inside settings: its number, or its digest."""
+    if is_number(ref):
+        return _number(load(ref).reshape(-1), ref.dtype)
+    with Reader() as reader:
+        return _digest(_Job(ref, number=False), Stream(()), reader)[0]
+
+
+def _jobs(found: Content) -> dict[tuple[str, str], _Job]:
+    weights = found.held.get(WEIGHT, {})
+    jobs = {}
+    for kind, held in found.held.items():
+        for name, value in held.items():
+            if isinstance(value, TensorRef):
+                rounded = _rounds_to(value, weights.get(name)) if kind == MASTER else None
+                jobs[kind, name] = _Job(value, kind in found.counts and is_number(value), rounded)
+    return jobs
+
+
+def _rounds_to(master: TensorRef, weight: TensorRef | Value) -> DType | None:
+    if not isinstance(weight, TensorRef) or weight.dtype is master.dtype or weight.shape != master.shape:
+        return None
+    return weight.dtype if weight.dtype.is_float and master.dtype.is_float else None
+
+
+def _digest(job: _Job, stream: Stream, reader: Reader) -> tuple[str, str]:
+    """Of a tensor, and of the same elements rounded where that is asked for."""
+    ref = job.ref
+    if job.number:
+        return _line(_number(next(stream.blocks(ref, reader)), ref.dtype)), ""
+    own = xxhash.xxh3_128(_head(ref.dtype, ref.shape))
+    other = xxhash.xxh3_128(_head(job.rounded, ref.shape)) if job.rounded else None
+    for block in stream.blocks(ref, reader):
+        own.update(block.view("u1").data)
+        if other is not None and job.rounded is not None:
+            other.update(_rounded(block, ref.dtype, job.rounded).view("u1").data)
+    return own.hexdigest(), other.hexdigest() if other is not None else ""
+
+
+def _head(dtype: DType, shape: tuple[int, ...]) -> bytes:
+    return f"{dtype.name} {','.join(map(str, shape))}\n".encode()
+
+
+def _rounded(block: Array, source: DType, target: DType) -> Array:
+    if nonfinite(block, source) == (0, 0):
+        return comparable(block, source, target, is_ordinary=True)  # twice as fast as the cast
+    return cast(block, source, target)
+
+
+def _number(block: Array, dtype: DType) -> object:
+    if dtype.is_float:
+        return number(float(block[0]))
+    return str(block[0]) if dtype.name.startswith("complex") else int(block[0])
+
+
+def _state(tensors: Mapping[str, Mapping[str, str]], apart: Iterable[str]) -> str:
+    weights, masters = tensors.get(WEIGHT, {}), tensors.get(MASTER, {})
+    lines = _lines(WEIGHT, {**weights, **masters})
+    lines += _lines(APART, {name: weights[name] for name in apart})
+    for kind in tensors.keys() - {WEIGHT, MASTER}:
+        lines += _lines(kind, tensors[kind])
+    return _hash(sorted(lines))
+
+
+def _lines(kind: str, named: Mapping[str, str]) -> list[str]:
+    return [_line([kind, name, named[name]]) for name in sorted(named)]
+
+
+def _line(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return xxhash.xxh3_128("".join(f"{line}\n" for line in lines).encode()).hexdigest()

@@ -1,0 +1,118 @@
+"""Settings and counters of two checkpoints side by side: what differs, and what only one of them says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.compare.content import hyper, plain, progress
+from ckpttools.compare.digests import shown
+from ckpttools.tree import Opaque, Value, leaves
+from ckpttools.tree import dotted as dotted_path
+
+RANDOM = re.compile(r"(^|[^a-z])(rng|random)", re.IGNORECASE)  # rng_state, random_states, torch_rng ...
+HYPER = "hyper-parameters"
+CLIENT = "client state"
+
+
+class _Unknown:
+    """What a checkpoint does not say."""
+
+    def __repr__(self) -> str:
+        return "?"
+
+
+UNKNOWN = _Unknown()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """Something that the two say otherwise; UNKNOWN for what one of them does not say."""
+
+    part: str
+    name: str
+    left: object
+    right: object
+
+
+def differences(a: Checkpoint, b: Checkpoint) -> tuple[Fact, ...]:
+    """Every counter, loss, setting and value of training code that is not the same in both."""
+    return tuple(_differences(a, b))
+
+
+def _differences(a: Checkpoint, b: Checkpoint) -> Iterator[Fact]:
+    left, right = progress(a, shown), progress(b, shown)
+    for part in left:
+        yield from _unequal(part, left[part], right[part])
+    yield from _hyper(a, b)
+    for fact in _unequal(CLIENT, dict(_client(a)), dict(_client(b))):
+        if not RANDOM.search(fact.name):
+            yield fact
+
+
+def _hyper(a: Checkpoint, b: Checkpoint) -> Iterator[Fact]:
+    """Groups are matched by the parameters that they share: their order and number may differ."""
+    left, right = list(hyper(a, shown)), list(hyper(b, shown))
+    if not left or not right:
+        return  # the missing optimizer state itself is said
+    for i, (names, ours) in enumerate(left):
+        for j, (others, theirs) in enumerate(right):
+            if names & others or (not names and not others and i == j):
+                where = f"group {i}" if i == j else f"group {i}, {j} there"
+                yield from _unequal(HYPER, ours, theirs, f"{where}: ")
+
+
+def _unequal(
+    part: str, left: Mapping[str, object], right: Mapping[str, object], prefix: str = ""
+) -> Iterator[Fact]:
+    flat, other = _flat(left), _flat(right)
+    for key in dict.fromkeys((*flat, *other)):
+        one, two = flat.get(key, UNKNOWN), other.get(key, UNKNOWN)
+        if not _same(one, two):
+            yield Fact(part=part, name=f"{prefix}{key}", left=one, right=two)
+
+
+def _flat(value: Mapping[str, object]) -> dict[str, object]:
+    return {dotted_path(path): leaf for path, leaf in leaves(value) if path and leaf is not None}
+
+
+def _same(a: object, b: object) -> bool:
+    """NaN equals NaN: the same bits were written."""
+    return (a == b and type(a) is type(b)) or (a != a and b != b)
+
+
+def _client(checkpoint: Checkpoint) -> Iterator[tuple[str, object]]:
+    """What training code saved, but for what the counters say already."""
+    said = set(_names(checkpoint))
+    for key, value in checkpoint.client.items():
+        if key not in said:
+            yield key, plain(_known(value), shown)
+
+
+def _names(checkpoint: Checkpoint) -> Iterator[str]:
+    state = checkpoint.train_state
+    for name in ("step", "iteration", "epoch", "samples", "skipped_steps", "train_loss", "val_loss"):
+        if (said := getattr(state, name)) is not None and checkpoint.client.get(name) == said:
+            yield name
+
+
+def _known(value: Value) -> Value:
+    """Without objects that nobody looks into: whether two are equal is not known."""
+    if isinstance(value, Opaque):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _known(inner) for key, inner in value.items()}
+    return [_known(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def opaque(checkpoint: Checkpoint) -> list[str]:
+    """Where the client's objects lie that cannot be compared."""
+    return [dotted_path(path) for path, leaf in leaves(checkpoint.client) if isinstance(leaf, Opaque)]
+
+
+def random_states(checkpoint: Checkpoint) -> list[str]:
+    """Random states among what training code saved, by the names that lead to them."""
+    found = (re.split(r"\[", dotted_path(path))[0] for path, _ in leaves(checkpoint.client))
+    return list(dict.fromkeys(name for name in found if RANDOM.search(name)))

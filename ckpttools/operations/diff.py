@@ -1,0 +1,215 @@
+"""How two checkpoints differ: counters, settings, and each tensor, whatever the layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.checks import check_before_use
+from ckpttools.compare.apart import Apart, measure
+from ckpttools.compare.content import Content, Held, content, is_number, plain
+from ckpttools.compare.digests import shown
+from ckpttools.compare.facts import Fact, differences
+from ckpttools.compare.pairs import Pair, left_out, pairs, value
+from ckpttools.compare.stream import Stream, refuse_links
+from ckpttools.errors import UsageError
+from ckpttools.formats import Source
+from ckpttools.operations.source import find
+from ckpttools.operations.writing import Bar
+from ckpttools.stores.links import within
+from ckpttools.tensors import TensorRef
+from ckpttools.tree import Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changed:
+    """A tensor or number that is not the same in both.
+
+    `what` is "changed", "added" (only on the right), "removed", "reshaped" or "retyped". `left` and `right`
+    say type and shape, or the number. `apart` is None where there are not as many elements on both sides.
+    """
+
+    kind: str
+    name: str
+    what: str
+    left: str
+    right: str
+    apart: Apart | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """`layout` is how each is stored, which makes no difference; `equal` counts what is the same, by kind.
+
+    `tensors` has those that changed, the farthest apart first; `checked` counts checksums found right.
+    """
+
+    left: Checkpoint
+    right: Checkpoint
+    layout: dict[str, tuple[object, object]]
+    facts: tuple[Fact, ...]
+    equal: dict[str, int]
+    tensors: tuple[Changed, ...]
+    checked: int
+
+    @property
+    def same(self) -> bool:
+        return not self.facts and not self.tensors and bool(self.equal)
+
+
+def diff(
+    left: str | Path,
+    right: str | Path,
+    *,
+    only: Collection[str] = (),
+    key: str | None = None,
+    workers: int = 0,
+    bar: Bar | None = None,
+) -> Diff:
+    """Compare two checkpoints of any formats: what was added, removed, reshaped, retyped, and how far apart
+    the rest is. `only` are globs for names of tensors; settings and counters are then left out.
+
+    Raises CkptError where one is damaged, UsageError where nothing matches.
+
+    >>> found = diff("fixtures/hf-trainer/plain/checkpoint-2", "fixtures/hf-trainer/plain/checkpoint-4")
+    >>> found.same, found.tensors[0].what, found.tensors[0].apart.cosine > 0.9
+    (False, 'changed', True)
+    """
+    (first, a), (second, b) = _open(left, key), _open(right, key)
+    ours, theirs = content(a), content(b)
+    wanted = [pair for pair in pairs(ours, theirs) if _matches(pair, only)]
+    if not wanted:
+        raise UsageError(
+            "bad-usage", "no tensor has such a name", hint="ckpt inspect --tensors lists the names"
+        )
+    held = [_both(pair, ours.held, theirs.held) for pair in wanted]
+    measured = [i for i, both in enumerate(held) if _is_measured(*both)]
+    refs = [_refs(*held[i]) for i in measured]
+    streams = Stream(a.checks), Stream(b.checks)
+    for source, side in ((first, 0), (second, 1)):
+        with within(source.root):
+            refuse_links(pair[side] for pair in refs)
+    nbytes = sum(one.nbytes + two.nbytes for one, two in refs)
+    with bar(nbytes, "diff") if bar is not None else nullcontext() as progress:
+        found = dict(zip(measured, measure(refs, *streams, workers=workers, bar=progress), strict=True))
+    checked = sum(stream.finish(workers) for stream in streams)
+    counts = ours.counts | theirs.counts
+    equal: dict[str, int] = {}
+    changed: list[Changed] = []
+    for i, pair in enumerate(wanted):
+        one = _changed(pair, *held[i], found.get(i), counted=pair.kind in counts)
+        if one is None:
+            equal[pair.kind] = equal.get(pair.kind, 0) + 1
+        else:
+            changed.append(one)
+    return Diff(
+        left=a,
+        right=b,
+        layout=_layout(a, b) | _tied(ours, theirs),
+        facts=() if only else differences(a, b),
+        equal=equal,
+        tensors=tuple(sorted(changed, key=_rank)),
+        checked=checked,
+    )
+
+
+def _open(path: str | Path, key: str | None) -> tuple[Source, Checkpoint]:
+    source = find(path)
+    if key is not None and source.target.is_file():
+        source = replace(source, key=key)
+    return source, check_before_use(source)
+
+
+def _matches(pair: Pair, only: Collection[str]) -> bool:
+    return not only or any(
+        fnmatchcase(text, glob) for glob in only for text in (pair.name, f"{pair.kind}/{pair.name}")
+    )
+
+
+Two = tuple[TensorRef | Value, TensorRef | Value]
+
+
+def _both(pair: Pair, ours: Held, theirs: Held) -> Two:
+    """What each side has, None where it has nothing."""
+    one = two = None
+    if pair.left != "rounded":
+        one = value(ours, pair, pair.left, None)
+    two = value(theirs, pair, pair.right, one)
+    if pair.left == "rounded":
+        one = value(ours, pair, pair.left, two)
+    return one, two
+
+
+def _is_measured(a: TensorRef | Value, b: TensorRef | Value) -> bool:
+    if not isinstance(a, TensorRef) or not isinstance(b, TensorRef):
+        return False
+    return a.shape == b.shape and a.numel > 0
+
+
+def _refs(a: TensorRef | Value, b: TensorRef | Value) -> tuple[TensorRef, TensorRef]:
+    assert isinstance(a, TensorRef) and isinstance(b, TensorRef)
+    return a, b
+
+
+def _changed(
+    pair: Pair, a: TensorRef | Value, b: TensorRef | Value, apart: Apart | None, *, counted: bool
+) -> Changed | None:
+    """None where both are the same; `counted` kinds are numbers, however they are kept."""
+    one, two = (
+        "" if side == "absent" else _described(held) for side, held in ((pair.left, a), (pair.right, b))
+    )
+    if not pair.is_whole:
+        what = "added" if pair.left == "absent" else "removed"
+    elif counted and all(is_number(side) for side in (a, b)):
+        one, two = str(plain(a, shown)), str(plain(b, shown))
+        if one == two:
+            return None
+        what = "changed"
+    elif isinstance(a, TensorRef) and isinstance(b, TensorRef):
+        same = apart.equal == apart.numel if apart is not None else a.shape == b.shape
+        if same and a.dtype.name == b.dtype.name:
+            return None
+        what = "reshaped" if a.shape != b.shape else "retyped" if a.dtype.name != b.dtype.name else "changed"
+    else:
+        one, two = str(plain(a, shown)), str(plain(b, shown))
+        if one == two:
+            return None
+        what = "changed"
+    return Changed(kind=pair.kind, name=pair.name, what=what, left=one, right=two, apart=apart)
+
+
+def _described(held: TensorRef | Value) -> str:
+    return f"{held.dtype.short} {list(held.shape)}" if isinstance(held, TensorRef) else str(held)
+
+
+def _rank(changed: Changed) -> tuple[bool, float]:
+    """What is there on one side only first, then the farthest apart."""
+    if changed.apart is None:
+        return False, 0.0
+    relative = changed.apart.relative
+    return True, float("-inf") if relative is None or relative != relative else -relative
+
+
+def _layout(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, object]]:
+    """How each is stored, where it is not the same."""
+    fields = {
+        "format": (a.layout.format, b.layout.format),
+        "ranks": (a.layout.dp_degree, b.layout.dp_degree),
+        "dtype": (a.layout.dtype, b.layout.dtype),
+        "writer": (a.layout.writer, b.layout.writer),
+        "variant": (a.layout.variant, b.layout.variant),
+        "tag": (a.layout.tag, b.layout.tag),
+        "micro-batch": (a.train_state.batch.get("micro"), b.train_state.batch.get("micro")),
+        "accumulation": (a.train_state.batch.get("accumulation"), b.train_state.batch.get("accumulation")),
+    }
+    return {name: sides for name, sides in fields.items() if sides[0] != sides[1]}
+
+
+def _tied(a: Content, b: Content) -> dict[str, tuple[object, object]]:
+    """Names that one side leaves out because they are tied to one that it has."""
+    sides = (", ".join(sorted(left_out(b, a))) or None, ", ".join(sorted(left_out(a, b))) or None)
+    return {"left out, tied": sides} if sides != (None, None) else {}

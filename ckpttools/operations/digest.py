@@ -1,0 +1,149 @@
+"""What a checkpoint holds, as digests that every layout of it has; two of them compared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.checks import check_before_use
+from ckpttools.compare.content import Content, content
+from ckpttools.compare.digests import Digests, digests, nbytes_of
+from ckpttools.compare.pairs import Pair, pairs
+from ckpttools.errors import UsageError, escape
+from ckpttools.formats import Source
+from ckpttools.operations.source import find
+from ckpttools.operations.writing import Bar
+from ckpttools.stores.links import within
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digested:
+    """`path` and what it holds; `digests.state` is the digest of the whole."""
+
+    path: Path
+    source: Source = field(repr=False)
+    checkpoint: Checkpoint = field(repr=False)
+    digests: Digests = field(repr=False)
+
+    @property
+    def content(self) -> Content:
+        return content(self.checkpoint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A tensor or number that is not the same in both; "" where one side does not have it."""
+
+    kind: str
+    name: str
+    left: str
+    right: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """Two checkpoints by their digests. `equal` counts what is the same, by kind.
+
+    `one_sided` are the kinds that one side does not hold at all, with True where it is the left one that
+    holds them: they are not counted as equal. `settings` and `counters` say whether those are the same, and
+    do not count for `same`.
+    """
+
+    left: Digested
+    right: Digested
+    equal: dict[str, int]
+    different: tuple[Difference, ...]
+    one_sided: dict[str, bool]
+    settings: bool
+    counters: bool
+
+    @property
+    def same(self) -> bool:
+        """Whether each side holds all that the other does, and all of it is equal."""
+        return not self.different and not self.one_sided and bool(self.equal)
+
+
+def digest(
+    path: str | Path,
+    *,
+    tag: str | None = None,
+    key: str | None = None,
+    workers: int = 0,
+    bar: Bar | None = None,
+) -> Digested:
+    """Read every tensor once: a digest for each, one for each kind, and one for the whole.
+
+    They are equal for every layout of the same content: any number of ranks, ZeRO, distributed, one file.
+    Raises CkptError where the checkpoint is damaged.
+
+    >>> found = digest("fixtures/trainer/z2_bf16_2")
+    >>> list(found.digests.kinds)[:4]
+    ['weight', 'master', 'exp_avg', 'exp_avg_sq']
+    >>> from ckpttools import reshard
+    >>> reshard("fixtures/trainer/z2_bf16_2", out / "ws3", world_size=3).destination.name
+    'ws3'
+    >>> digest(out / "ws3").digests.state == found.digests.state
+    True
+    """
+    path = Path(path)
+    source = replace(find(path, tag), key=key)
+    checkpoint = check_before_use(source)
+    shown = bar(nbytes_of(checkpoint), "digest") if bar is not None else nullcontext()
+    with within(source.root), shown as progress:
+        found = digests(checkpoint, workers=workers, bar=progress)
+    return Digested(path=path, source=source, checkpoint=checkpoint, digests=found)
+
+
+def compare(left: Digested, right: Digested, kinds: Collection[str] = ()) -> Compared:
+    """What two checkpoints hold, each tensor against the same one of the other; only `kinds`, if any.
+
+    Raises UsageError for a kind that neither holds.
+    """
+    a, b = left.content, right.content
+    known = {*a.kinds, *b.kinds}
+    for kind in kinds:
+        if kind not in known:
+            raise UsageError(
+                "bad-usage", f"neither holds '{escape(kind)}'", hint=f"they hold {', '.join(sorted(known))}"
+            )
+    equal: dict[str, int] = {}
+    different: list[Difference] = []
+    one_sided: dict[str, bool] = {}
+    all_pairs = [pair for pair in pairs(a, b) if not kinds or pair.kind in kinds]
+    for kind in dict.fromkeys(pair.kind for pair in all_pairs):
+        of_kind = [pair for pair in all_pairs if pair.kind == kind]
+        if all(pair.left == "absent" for pair in of_kind) or all(p.right == "absent" for p in of_kind):
+            one_sided[kind] = of_kind[0].right == "absent"
+            continue
+        found = list(_different(of_kind, left.digests, right.digests))
+        different += found
+        equal[kind] = len(of_kind) - len(found)
+    return Compared(
+        left=left,
+        right=right,
+        equal=equal,
+        different=tuple(different),
+        one_sided=one_sided,
+        settings=left.digests.settings == right.digests.settings,
+        counters=left.digests.counters == right.digests.counters,
+    )
+
+
+def _different(of_kind: list[Pair], a: Digests, b: Digests) -> Iterator[Difference]:
+    for pair in of_kind:
+        one, two = _text(pair, pair.left, a), _text(pair, pair.right, b)
+        if pair.left == "rounded" or pair.right == "rounded":
+            # the master pair says whether the copy is the same; here only whether it follows from it
+            if pair.name in (b.apart if pair.left == "rounded" else a.apart):
+                yield Difference(kind=pair.kind, name=pair.name, left=one, right=two)
+        elif one != two:
+            yield Difference(kind=pair.kind, name=pair.name, left=one, right=two)
+
+
+def _text(pair: Pair, side: str, of: Digests) -> str:
+    if side in ("absent", "rounded"):
+        return ""
+    return of.tensors["weight" if side == "single" else pair.kind][pair.name]

@@ -1,0 +1,90 @@
+"""Whether two checkpoints are the same training state: one verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ckpttools.checkpoint import TrainState
+from ckpttools.compare.facts import RANDOM, Fact, differences, opaque, random_states
+from ckpttools.formats import Source
+from ckpttools.operations.digest import Compared, Digested, compare, digest
+from ckpttools.operations.writing import Bar
+from ckpttools.stores.files import entries, is_file
+from ckpttools.stores.links import within
+
+Verdict = Literal["same", "except", "different"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """`compared` holds weights, moments and steps against each other, `facts` what else is said otherwise.
+
+    `random` are the random states that each side has, `uncompared` the objects of training code that nobody
+    looks into: neither counts for the verdict, because they belong to single ranks or cannot be compared.
+    """
+
+    compared: Compared
+    facts: tuple[Fact, ...]
+    random: tuple[tuple[str, ...], tuple[str, ...]]
+    uncompared: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "different" where a tensor or a step is, "except" where anything else is, or one side lacks it."""
+        if self.compared.different or not self.compared.equal:
+            return "different"
+        return "except" if self.compared.one_sided or self.facts or self.unread else "same"
+
+    @property
+    def unread(self) -> bool:
+        """Whether no optimizer state was found in either: there is none, or none that is read."""
+        return not (self.compared.left.checkpoint.groups or self.compared.right.checkpoint.groups)
+
+    @property
+    def uncounted(self) -> bool:
+        """Whether neither says how far training is."""
+        sides = (self.compared.left, self.compared.right)
+        return all(side.checkpoint.train_state == TrainState() for side in sides)
+
+
+def prove(
+    left: str | Path,
+    right: str | Path,
+    *,
+    key: str | None = None,
+    workers: int = 0,
+    bar: Bar | None = None,
+) -> Proof:
+    """Hold two checkpoints of any layouts against each other: weights, moments, steps, hyper-parameters,
+    schedule, counters, and what training code saved. Every byte of both is read once.
+
+    Raises CkptError where one is damaged.
+
+    >>> prove("fixtures/trainer/z2_bf16_2", "fixtures/trainer/z2_bf16_2").verdict
+    'same'
+    """
+    a, b = (digest(path, key=_key(path, key), workers=workers, bar=bar) for path in (left, right))
+    found = differences(a.checkpoint, b.checkpoint)
+    return Proof(
+        compared=compare(a, b),
+        facts=found,
+        random=(_random(a), _random(b)),
+        uncompared=tuple(dict.fromkeys((*opaque(a.checkpoint), *opaque(b.checkpoint)))),
+    )
+
+
+def _key(path: str | Path, key: str | None) -> str | None:
+    return key if Path(path).is_file() else None
+
+
+def _random(found: Digested) -> tuple[str, ...]:
+    """Random states: what training code saved, and the files that trainers write beside the weights."""
+    return (*random_states(found.checkpoint), *sorted(_files(found.source)))
+
+
+def _files(source: Source) -> set[str]:
+    with within(source.root):
+        folders = [folder for folder in {source.root, source.target} if folder.is_dir()]
+        return {e.name for folder in folders for e in entries(folder) if is_file(e) and RANDOM.search(e.name)}

@@ -1,0 +1,173 @@
+"""`ckpt diff` and `ckpt prove`, held against torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import run
+from support import FIXTURES, as_torch, resharded
+
+import ckpttools
+from ckpttools.compare.content import content
+from ckpttools.compare.facts import Fact
+from ckpttools.formats import locate, read
+
+SAMPLES = FIXTURES / "deepspeed-0.19.8"
+TIED, GROUPS = SAMPLES / "z2_tied_ws2", SAMPLES / "z2_groups_ws2"
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.uint8,
+    torch.complex64,
+]
+
+
+def _saved(path: Path, **tensors: torch.Tensor) -> Path:
+    torch.save(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_are_torchs(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    a = (torch.randn(300, 500, dtype=torch.complex64 if dtype.is_complex else None) * 50).to(dtype)
+    b = a.clone()
+    b[7:60] += 1
+    (found,) = ckpttools.diff(_saved(tmp_path / "a.pt", w=a), _saved(tmp_path / "b.pt", w=b)).tensors
+    assert found.apart is not None and found.what == "changed"
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    x, y = a.to(wide).flatten(), b.to(wide).flatten()
+    assert found.apart.equal == int((a == b).sum()) and found.apart.numel == 150_000
+    assert found.apart.largest == pytest.approx((x - y).abs().max().item(), rel=1e-12)
+    assert found.apart.relative == pytest.approx((torch.norm(x - y) / torch.norm(x)).item(), rel=1e-9)
+    cosine = torch.vdot(x, y).real / (torch.norm(x) * torch.norm(y))
+    assert found.apart.cosine == pytest.approx(cosine.item(), rel=1e-9)
+
+
+def test_special_values(tmp_path: Path) -> None:
+    inf, nan = float("inf"), float("nan")
+    a = _saved(tmp_path / "a.pt", w=torch.tensor([inf, nan, 0.0, 1.0]), v=torch.zeros(2), u=torch.ones(2))
+    b = _saved(
+        tmp_path / "b.pt", w=torch.tensor([inf, nan, -0.0, 1.0]), v=torch.ones(2), u=torch.tensor([1, nan])
+    )
+    found = {each.name: each.apart for each in ckpttools.diff(a, b).tensors}
+    w, v, u = found["w"], found["v"], found["u"]
+    assert w is not None and v is not None and u is not None
+    assert (w.equal, w.largest) == (3, 0.0)  # -0 is not the same bits as 0
+    assert (v.equal, v.largest, v.relative, v.cosine) == (0, 1.0, None, None)
+    assert u.largest != u.largest and u.equal == 1
+    ran = run("diff", a, b, "--json")
+    assert ran.code == 1 and '"nan"' in ran.out
+
+
+def test_added_removed_reshaped_retyped(tmp_path: Path) -> None:
+    w = torch.arange(6.0)
+    a = _saved(tmp_path / "a.pt", same=w, gone=w.clone(), shape=w.clone(), type=w.clone())
+    b = _saved(tmp_path / "b.pt", same=w, new=w.clone(), shape=w.reshape(2, 3).clone(), type=w.half())
+    found = ckpttools.diff(a, b)
+    assert {each.name: each.what for each in found.tensors} == {
+        "gone": "removed",
+        "new": "added",
+        "shape": "reshaped",
+        "type": "retyped",
+    }
+    retyped = next(each for each in found.tensors if each.name == "type")
+    assert retyped.apart is not None and retyped.apart.equal == 6 and retyped.apart.largest == 0
+    assert (retyped.left, retyped.right) == ("fp32 [6]", "fp16 [6]")
+    assert found.equal == {"weight": 1} and not found.same
+    assert ckpttools.diff(a, b, only=["same"]).same
+
+
+def test_optimizer_state_of_two_steps_is_torchs(tmp_path: Path) -> None:
+    """Two rank counts and two saves at once, every kind."""
+    other = resharded(SAMPLES / "z2_bf16_ws4", 3, tmp_path / "three")
+    first = SAMPLES / "z2_bf16_ws2"
+    found = ckpttools.diff(first, other)
+    a, b = (content(read(locate(path))).held for path in (first, other))
+    assert found.layout["ranks"] == (2, 3) and {"master", "exp_avg", "exp_avg_sq"} <= {
+        each.kind for each in found.tensors
+    }
+    for each in found.tensors:
+        x, y = (as_torch(held[each.kind][each.name]).double() for held in (a, b))
+        assert each.apart is not None
+        assert each.apart.largest == pytest.approx((x - y).abs().max().item(), rel=1e-12)
+        assert each.apart.relative == pytest.approx((torch.norm(x - y) / torch.norm(x)).item(), rel=1e-9)
+    relative = [each.apart.relative or 0 for each in found.tensors if each.apart is not None]
+    assert relative == sorted(relative, reverse=True)
+
+
+@pytest.mark.parametrize("path", [TIED, GROUPS], ids=lambda path: path.name)
+def test_another_layout_is_no_difference(path: Path, tmp_path: Path) -> None:
+    four = resharded(path, 4, tmp_path / "four")
+    found = ckpttools.diff(path, four)
+    assert found.same and found.checked > 0 and not found.facts
+    assert run("diff", path, four).code == 0 == run("prove", path, four).code
+    assert run("prove", path, four).out.startswith("the same training state\n")
+    # against one file of fp32 copies and against safetensors: what both hold is equal
+    for destination in (tmp_path / "weights.pt", tmp_path / "hf"):
+        made = ckpttools.extract(path, destination).destination
+        found = ckpttools.diff(path, made)
+        assert {each.what for each in found.tensors} == {"removed"}
+        assert {each.kind for each in found.tensors} == {"exp_avg", "exp_avg_sq", "step"}
+        assert found.equal["weight"] == found.equal["master"] >= 11
+        ran = run("prove", path, made)
+        assert ran.code == 1 and ran.out.startswith("identical except exp_avg (only in ")
+
+
+def test_counters_and_settings_are_named(tmp_path: Path) -> None:
+    made = tmp_path / "rebased"
+    assert run("rebase-schedule", GROUPS, made, "--new-bs", "30", "--counters-only", "-q").code == 0
+    proof = ckpttools.prove(GROUPS, made)
+    assert proof.verdict == "except" and not proof.compared.different
+    assert Fact(part="counters", name="step", left=3, right=6) in proof.facts
+    ran = run("prove", GROUPS, made)
+    assert ran.code == 1 and ran.out.startswith("identical except counters (step")
+    document = json.loads(run("diff", GROUPS, made, "--json").out)
+    assert (
+        document["tensors"] == []
+        and {"part": "counters", "name": "step", "left": 3, "right": 6} in document["facts"]
+    )
+    document = json.loads(run("prove", GROUPS, made, "--json").out)
+    assert document["verdict"] == "except" and document["digests"][0] == document["digests"][1]
+
+
+def test_what_nobody_found_is_not_called_the_same() -> None:
+    plain = FIXTURES / "hf-trainer/plain/checkpoint-2"
+    proof = ckpttools.prove(plain, plain)
+    assert proof.random == (("rng_state.pth",), ("rng_state.pth",))
+    ran = run("prove", FIXTURES / "hf/single", FIXTURES / "hf/single")
+    assert ran.code == 1 and "optimizer state (found in neither)" in ran.out
+
+
+def test_a_single_changed_moment_is_different(tmp_path: Path) -> None:
+    source = FIXTURES / "dcp/fsdp2_ws2"
+    assert run("prove", source, source).code == 0
+    proof = ckpttools.prove(source, FIXTURES / "dcp/app_ws2")  # the same tensors, without counters
+    assert proof.verdict == "except" and proof.random[0] == ("meta.rng",) and proof.random[1] == ()
+    assert all(fact.right.__repr__() == "?" and "rng" not in fact.name for fact in proof.facts)
+    ran = run("prove", source, FIXTURES / "dcp/hsdp_ws4")
+    assert ran.code == 1
+
+
+def test_only_and_top_and_bad_calls(tmp_path: Path) -> None:
+    b = FIXTURES / "hf-trainer/plain/checkpoint-4"
+    a = FIXTURES / "hf-trainer/plain/checkpoint-2"
+    assert "and 18 more" in run("diff", a, b, "--top", "3").out
+    document = json.loads(run("diff", a, b, "--only", "weight/lm_head.*", "--json").out)
+    assert [each["name"] for each in document["tensors"]] == ["lm_head.weight"] and document["facts"] == []
+    assert run("compare", a, b, "-q").out == ""
+    ran = run("diff", a, b, "--only", "nothing")
+    assert ran.code == 2 and "error[bad-usage]" in ran.err
+    shutil.copytree(GROUPS, tmp_path / "cut")
+    file = next((tmp_path / "cut").glob("*/*rank_1*"))
+    file.write_bytes(file.read_bytes()[:-900])
+    for command in ("diff", "prove"):
+        assert run(command, GROUPS, tmp_path / "cut").code == 1
+    assert run("diff", GROUPS, tmp_path / "nowhere").code == 2
