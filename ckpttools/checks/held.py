@@ -42,6 +42,9 @@ def holds(source: Source, found: Checkpoint) -> Held:
     if root is not None:
         optimizer = optimizer or has_any(root, OPTIMIZER)
         scheduler = scheduler or has_any(root, SCHEDULERS)
+    if found.layout.format == "dcp":
+        optimizer = bool(found.groups) or any(name in found.client for name in OPTIMIZER)
+        scheduler = bool(scheduler or state.scheduler)
     counts = training.counters if training is not None else ()
     epoch = training.epoch if training is not None else None
     return {

@@ -486,7 +486,7 @@ FILE_DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda d: (d / name(1)).rename(d / name(1).replace("mp_rank_00", "mp_rank_01")),
     ),
     "stage 3 model": (
-        "layout-unsupported",
+        "field-damaged",  # the optimizer files say stage 2
         lambda d: (d / MODEL).rename(d / f"zero_pp_rank_0_{MODEL}"),
     ),
     "expert": (

@@ -121,8 +121,6 @@ def checkpoint(path: Path, found: tuple[Part, ...]) -> Checkpoint:
     dtypes = {ref.dtype.short for ref in held.tensors.values() if ref.dtype.is_float}
     shards = [sum(p.numel > 0 for p in t.pieces) for each in found for t in each.metadata.tensors.values()]
     client = dict(held.client)
-    if held.extra:
-        client["_extra_state"] = dict(held.extra)
     scaler = client.get(LOSS_SCALER)
     if isinstance(scaler, Mapping):
         del client[LOSS_SCALER]
@@ -145,6 +143,7 @@ def checkpoint(path: Path, found: tuple[Part, ...]) -> Checkpoint:
             for name, ref in held.tensors.items()
             if named and name not in named and _INTEGERS.fullmatch(ref.dtype.name)
         ),
+        extra_state=held.extra,
         files=tuple(role for each in found for role in _files(each)),
         checks=tuple(
             data.check

@@ -38,16 +38,22 @@ FP32 = "fp32"
 
 def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     """The files of a distributed checkpoint. `layout.variant` is one of STYLES (nested where it is none of
-    them), `layout.dp_degree` the number of ranks that rows are cut for.
+    them), `layout.dp_degree` the number of ranks that rows are cut for. Without a layout it is the source's,
+    or whole tensors where that is another format.
     """
-    layout = layout or checkpoint.layout
+    if layout is None:
+        layout = checkpoint.layout if checkpoint.layout.format == "dcp" else Layout(format="dcp")
     style = layout.variant if layout.variant in STYLES else NESTED
     if layout.dp_degree < 1:
         raise UsageError("bad-usage", f"parts for {layout.dp_degree} ranks make no sense")
     template = checkpoint.template if isinstance(checkpoint.template, Template) else None
     names = _names(style, template)
     notes: list[str] = []
-    model = [(_model_path(names, name), ref) for name, ref in _weights(checkpoint, notes)]
+    model: list[tuple[Keys, Value]] = [
+        (_model_path(names, name), ref) for name, ref in _weights(checkpoint, notes)
+    ]
+    for name, value in checkpoint.extra_state.items():
+        model += _flattened(_model_path(names, name), value, notes)
     optimizer = [
         ((*names.prefix, *path), value) for path, value in _optimizer(checkpoint, names, style, notes)
     ]
@@ -114,12 +120,13 @@ def _optimizer(
                 else:
                     yield from _flattened((names.optimizer, STATE, name, *map(str, path)), value, notes)
     for g, group in enumerate(checkpoint.groups):
+        hyper = {key: value for key, value in group.hyper.items() if key != PARAMS}
         if flat:
             for name in group.params:
-                for key, value in group.hyper.items():
+                for key, value in hyper.items():
                     yield (names.optimizer, f"{GROUPS}.{name}.{key}"), value
         else:
-            for key, value in group.hyper.items():
+            for key, value in hyper.items():
                 yield from _flattened((names.optimizer, GROUPS, g, key), value, notes)
             yield (names.optimizer, GROUPS, g, PARAMS), list(group.params)
     if flat and checkpoint.groups:
@@ -179,6 +186,10 @@ def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the optimizer's class ({escape(checkpoint.optimizer)}) has no place in the format"
     if checkpoint.frozen:
         yield f"which {len(checkpoint.frozen)} weights are frozen has no place in the format"
+    if checkpoint.left_out:
+        yield f"{len(checkpoint.left_out)} weights of the model are not in the source: their names are lost"
+    if checkpoint.settings:
+        yield "the run's settings have no place in the format"
     if checkpoint.train_state.batch:
         yield "the batch sizes have no place in the format"
 

@@ -259,6 +259,12 @@ def test_what_is_written_from_a_damaged_one_is_refused_or_right(
         assert fault.__name__ in ("bit_in_data", "nan")  # in the optimizer alone
 
 
+def test_what_a_good_one_holds(folder: Path) -> None:
+    out = run("verify", folder).out
+    assert "step 3, epoch 1" in out and "no optimizer" not in out and "no scheduler" in out
+    assert run("verify", FIXTURES / "dcp/step-3").out.count("no ") == 0
+
+
 def test_the_tensor_is_named(folder: Path) -> None:
     other_dtype(folder)
     assert all(KEY in f.where + f.message for f in found(folder))

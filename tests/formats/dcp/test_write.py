@@ -127,7 +127,11 @@ def no_optimizer(c: Checkpoint) -> Checkpoint:
     return dataclasses.replace(c, groups=(), buffers=frozenset())
 
 
-CHANGES = (rename, cast, step, rate, tied, reordered, client, no_optimizer)
+def extra(c: Checkpoint) -> Checkpoint:
+    return dataclasses.replace(c, extra_state={"up._extra_state": b"amax", "down._extra_state": None})
+
+
+CHANGES = (rename, cast, step, rate, tied, reordered, client, no_optimizer, extra)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["template", "bare"])
@@ -141,6 +145,7 @@ def test_every_change_is_in_what_is_written(
     again = open_checkpoint(written(checkpoint, tmp_path / "out"))
     assert differences(checkpoint, again) == []
     assert same(dict(again.loss_scaler), dict(checkpoint.loss_scaler))
+    assert list(again.extra_state) == list(checkpoint.extra_state)
     assert {k for k, v in checkpoint.client.items() if k not in again.client} == set()
     for key in ("note", "table", "sizes"):
         assert same(again.client.get(key), checkpoint.client.get(key))
@@ -198,6 +203,27 @@ def test_what_the_format_cannot_hold_is_said() -> None:
         assert what in notes
     flat = ours.plan(checkpoint, dataclasses.replace(checkpoint.layout, variant="flat"))
     assert any("which parameters make a group is not kept" in note for note in flat.notes)
+
+
+ZERO = ("z2_groups_ws2", "z2_tied_ws2", "z2_frozen_ws2", "z2_clientstate_ws2")
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_from_a_zero_folder(name: str, tmp_path: Path) -> None:
+    """Weights are the fp32 masters, moments and groups what they were, tied names still one."""
+    source = open_checkpoint(FIXTURES / "deepspeed-0.19.8" / name)
+    execute(ours.plan(source), tmp_path / "out")
+    again = open_checkpoint(tmp_path / "out")
+    best = {n: source.master.get(source.shared.get(n, n), ref) for n, ref in source.tensors.items()}
+    assert [n for n in best if not identical(as_torch(again.tensors[n]), as_torch(best[n]))] == []
+    assert [list(g.params) for g in again.groups] == [list(g.params) for g in source.groups]
+    for one, two in zip(source.groups, again.groups, strict=True):
+        assert set(two.state) == set(one.state) - {"fp32"}
+        for kind, refs in two.state.items():
+            assert [n for n in refs if not identical(as_torch(refs[n]), as_torch(one.state[kind][n]))] == []
+        assert two.hyper.get("lr") == one.hyper.get("lr")
+    assert again.shared == source.shared and again.train_state.step == source.train_state.step
+    assert verify(tmp_path / "out", workers=1).ok
 
 
 def test_keys_that_would_be_the_same_are_refused() -> None:
