@@ -31,7 +31,7 @@
     frameworks/                         each framework's counters and schedules
     schedules/                          clocks, batches, and the learning rates of every scheduler family
     training                            the values that frameworks/ and transforms/rebase share
-    transforms/                         reshard, select: Checkpoint -> Checkpoint or Weights; rebase
+    transforms/                         select, rename, cast, reshard: Checkpoint -> Checkpoint; rebase
     compare/                            what two checkpoints hold, whatever their layouts
     checks/                             headers, files against each other, every byte
     runs/, resume/                      which is the newest; will DeepSpeed load it, and what goes on

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpttools.plan import SourceCheck
-from ckpttools.tensors import DType, TensorRef
+from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value
 
 
@@ -110,26 +110,22 @@ class Checkpoint:
 
     @property
     def master(self) -> Mapping[str, TensorRef]:
-        """The fp32 master weights by name; empty where the checkpoint has none."""
+        """The fp32 master weights by name, gathered anew at each call; empty where there are none."""
         return {fqn: ref for group in self.groups for fqn, ref in group.state.get("fp32", {}).items()}
 
+    def best_copies(self) -> dict[str, TensorRef]:
+        """The model's tensors by name, in its order: the fp32 master where there is one, of the name itself
+        or of the one that it is tied to, else the weight as saved. What a target with one copy writes.
+        """
+        master = self.master
+        out = {
+            name: master.get(name) or master.get(self.shared.get(name, name), ref)
+            for name, ref in self.tensors.items()
+        }
+        return out | {name: ref for name, ref in master.items() if name not in out}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """Named tensors to be written as a model, in its own order, and the dtype that each one gets.
 
-    `shared` maps an alias to the name that it is tied to; `about` says where the weights come from; `stem`
-    begins the file names where it is not the format's usual one.
-    """
-
-    tensors: Mapping[str, TensorRef]
-    dtypes: Mapping[str, DType]
-    shared: Mapping[str, str] = field(default_factory=dict)
-    about: Mapping[str, str] = field(default_factory=dict)
-    checks: tuple[SourceCheck, ...] = ()
-    notes: tuple[str, ...] = ()
-    stem: str | None = None
-
-    def nbytes(self, name: str) -> int:
-        """The size of one tensor as it will be written."""
-        return self.tensors[name].numel * self.dtypes[name].itemsize
+def common_dtype(tensors: Mapping[str, TensorRef]) -> str | None:
+    """The short name of the dtype that all floating point tensors have; None where there are several."""
+    found = {ref.dtype.short for ref in tensors.values() if ref.dtype.is_float}
+    return found.pop() if len(found) == 1 else None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +71,8 @@ DTYPES: dict[str, DType] = {
 }
 BY_STORAGE: dict[str, DType] = {d.storage: d for d in DTYPES.values() if d.storage}
 BY_SAFETENSORS: dict[str, DType] = {d.safetensors: d for d in DTYPES.values() if d.safetensors}
+# conversions that lose nothing, by name
+EXACT = {(a, b) for a in ("float16", "bfloat16") for b in ("float32", "float64")} | {("float32", "float64")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,18 +262,25 @@ class TensorRef:
         return TensorRef(self.dtype, shape, self.chunks)
 
     def cast(self, dtype: DType) -> TensorRef:
-        """The same values as `dtype`, still unread. Raises ValueError for one that is cast already."""
+        """The same values as `dtype`, still unread, rounded at most once.
+
+        Raises ValueError for one that was rounded already: cast the tensor that it was made from.
+        """
         if dtype is self.dtype:
             return self
-        if not self.chunks:
-            return TensorRef(dtype, self.shape, ())
-        chunks: list[Source] = []
-        source = self.dtype
+        parts: list[tuple[DType, Source]] = []
         for chunk in self.chunks:
-            if isinstance(chunk, Cast):
+            if not isinstance(chunk, Cast):
+                parts.append((self.dtype, chunk))
+            elif (chunk.source.name, chunk.target.name) in EXACT:
+                parts += ((chunk.source, inner) for inner in chunk.chunks)
+            else:
                 raise ValueError("a cast tensor cannot be cast again: cast the one that it was made from")
-            chunks.append(chunk)
-        return TensorRef(dtype, self.shape, (Cast(tuple(chunks), source, dtype),))
+        out: list[Chunk] = []
+        for source, run in groupby(parts, key=itemgetter(0)):
+            chunks = tuple(chunk for _, chunk in run)
+            out += chunks if source is dtype else (Cast(chunks, source, dtype),)
+        return TensorRef(dtype, self.shape, tuple(out))
 
 
 def cut_chunks(chunks: Iterable[C], start: int, nbytes: int) -> tuple[C, ...]:
@@ -284,31 +295,33 @@ def cut_chunks(chunks: Iterable[C], start: int, nbytes: int) -> tuple[C, ...]:
         at += chunk.nbytes
         if at >= end:
             break
-    return join_chunks(out)
+    return join_chunks(out) if len(out) > 1 else tuple(out)
 
 
 def join_chunks(chunks: Iterable[C]) -> tuple[C, ...]:
     """The same bytes in as few chunks as possible; empty ones dropped."""
     out: list[Any] = []
-    for chunk in chunks:
-        if not chunk.nbytes:
+    for dtypes, run in groupby((chunk for chunk in chunks if chunk.nbytes), key=_dtypes):
+        if dtypes is not None:
+            casts = (chunk for chunk in run if isinstance(chunk, Cast))
+            out.append(Cast(join_chunks(inner for cast in casts for inner in cast.chunks), *dtypes))
             continue
-        last = out[-1] if out else None
-        match last, chunk:
-            case ByteRange(path, start, nbytes), ByteRange(path2, start2, nbytes2) if (
-                path == path2 and start + nbytes == start2
-            ):
-                out[-1] = ByteRange(path, start, nbytes + nbytes2)
-            case Zeros(nbytes), Zeros(nbytes2):
-                out[-1] = Zeros(nbytes + nbytes2)
-            case Cast(mine, source, target), Cast(yours, source2, target2) if (
-                source is source2 and target is target2
-            ):
-                inner = join_chunks((*mine, *yours))
-                out[-1] = Cast(inner, source, target)
-            case _:
-                out.append(chunk)
+        for chunk in run:
+            match out[-1] if out else None, chunk:
+                case ByteRange(path, start, nbytes), ByteRange(path2, start2, nbytes2) if (
+                    path == path2 and start + nbytes == start2
+                ):
+                    out[-1] = ByteRange(path, start, nbytes + nbytes2)
+                case Zeros(nbytes), Zeros(nbytes2):
+                    out[-1] = Zeros(nbytes + nbytes2)
+                case _:
+                    out.append(chunk)
     return tuple(out)
+
+
+def _dtypes(chunk: Chunk) -> tuple[DType, DType] | None:
+    """What a cast converts from and to; None for bytes as they lie."""
+    return (chunk.source, chunk.target) if isinstance(chunk, Cast) else None
 
 
 def cat(tensors: Iterable[TensorRef], dtype: DType) -> TensorRef:
@@ -344,7 +357,8 @@ class Flat:
         item = self.dtype.itemsize
         first = max(bisect_right(self._starts, start * item) - 1, 0)
         offset = self._starts[first] if self._chunks else 0
-        chunks = cut_chunks(self._chunks[first:], start * item - offset, numel * item)
+        rest = (self._chunks[i] for i in range(first, len(self._chunks)))  # no copy of a long tail
+        chunks = cut_chunks(rest, start * item - offset, numel * item)
         return TensorRef(self.dtype, (numel,) if shape is None else shape, chunks)
 
 

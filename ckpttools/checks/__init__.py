@@ -17,7 +17,6 @@ from ckpttools.checkpoint import Checkpoint, Layout, TrainState
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
 from ckpttools.checks.causes import TENSORS, by_cause
 from ckpttools.checks.changing import Watch
-from ckpttools.checks.configs import check_configs
 from ckpttools.checks.copies import Copy, check_copies, missing_state
 from ckpttools.checks.files import dangers_at
 from ckpttools.checks.headers import check_headers
@@ -33,6 +32,7 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.findings import ERROR, INFO, Finding
 from ckpttools.formats import Source, locate
+from ckpttools.formats.hf.checks import check_configs
 from ckpttools.formats.zero.names import MODEL
 from ckpttools.progress import Progress
 from ckpttools.stores.links import within

@@ -106,38 +106,25 @@ def _entry(path: Path, name: str, entry: object) -> tuple[DType, tuple[int, ...]
     return dtype, tuple(shape), start, end
 
 
-def safetensors_file(
-    path: str,
-    tensors: Mapping[str, TensorRef],
-    metadata: Mapping[str, str],
-    dtypes: Mapping[str, DType],
-) -> OutputFile:
-    """A safetensors file with these tensors, each cast to `dtypes[name]`.
+def safetensors_file(path: str, tensors: Mapping[str, TensorRef], metadata: Mapping[str, str]) -> OutputFile:
+    """A safetensors file with these tensors.
 
     Tensors are ordered by descending element size, then name, as the safetensors library does, so that
     each one is aligned. Raises CkptError for a dtype that safetensors does not have.
     """
-    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
     segments: list[Segment] = []
     at = 0
-    for name in names:
-        ref, dtype = tensors[name], dtypes[name]
-        if dtype.safetensors is None:
-            raise CkptError("dtype-unsupported", f"safetensors has no {dtype}", where=name)
-        nbytes = ref.numel * dtype.itemsize
+    for name, ref in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        if ref.dtype.safetensors is None:
+            raise CkptError("dtype-unsupported", f"safetensors has no {ref.dtype}", where=name)
         header[name] = {
-            "dtype": dtype.safetensors,
+            "dtype": ref.dtype.safetensors,
             "shape": list(ref.shape),
-            "data_offsets": [at, at + nbytes],
+            "data_offsets": [at, at + ref.nbytes],
         }
-        at += nbytes
-        segments += cast(ref, dtype)
+        at += ref.nbytes
+        segments += ref.chunks
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     return OutputFile(path=path, segments=(Literal(struct.pack("<Q", len(raw)) + raw), *segments))
-
-
-def cast(ref: TensorRef, dtype: DType) -> tuple[Segment, ...]:
-    """The tensor's bytes as `dtype`."""
-    return ref.cast(dtype).chunks

@@ -16,6 +16,7 @@ from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.containers.torch_file.modules import candidates, named_views, state_of, under, what_it_is
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats.counters import train_state
+from ckpttools.formats.ties import tied
 from ckpttools.tensors import TensorRef
 
 WEIGHTS = (
@@ -127,15 +128,3 @@ def strip(tensors: dict[str, TensorRef]) -> tuple[dict[str, TensorRef], str]:
             return tensors, removed
         tensors = {name[len(prefix) :]: ref for name, ref in tensors.items()}
         removed += prefix
-
-
-def tied(tensors: dict[str, TensorRef]) -> dict[str, str]:
-    """Alias -> owner for names that are the very same bytes with the same shape."""
-    owners: dict[object, str] = {}
-    out: dict[str, str] = {}
-    for name, ref in tensors.items():
-        if ref.numel:
-            owner = owners.setdefault((ref.chunks, ref.shape, ref.dtype.name), name)
-            if owner != name:
-                out[name] = owner
-    return out

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from ckpttools.checkpoint import Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import hf
@@ -16,7 +17,9 @@ from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.plan import Plan
 from ckpttools.siblings import default_dst
 from ckpttools.stores.links import refuse_outside, within
-from ckpttools.transforms.select import DTYPE_NAMES, weights
+from ckpttools.transforms.cast import DTYPE_NAMES, cast
+from ckpttools.transforms.rename import rename
+from ckpttools.transforms.select import Copy, select, weights_only
 
 Form = Literal["safetensors", "pt"]
 SINGLE_FILES: dict[Form, tuple[str, ...]] = {
@@ -25,7 +28,6 @@ SINGLE_FILES: dict[Form, tuple[str, ...]] = {
 }
 # suffixes of single files that other tools write
 FOREIGN = (".gguf", ".ggml", ".onnx", ".h5", ".npz", ".npy", ".msgpack", ".tflite", ".pb", ".index", ".tar")
-HEADS = ("config.json", "adapter_config.json")
 
 
 def extract(
@@ -37,7 +39,7 @@ def extract(
     max_shard_size: int = 5_000_000_000,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
-    copy: Literal["master", "model"] | None = None,
+    copy: Copy | None = None,
     exclude_frozen: bool = False,
     hf_config: str | Path | None = None,
     strip_prefix: str = "",
@@ -72,21 +74,20 @@ def extract(
         )
     source = replace(find(src, tag), key=key)
     checkpoint = check_before_use(source)
-    chosen = weights(
-        checkpoint,
-        source=copy,
-        dtype=DTYPE_NAMES[dtype] if dtype else None,
-        include=include,
-        exclude=exclude,
-        exclude_frozen=exclude_frozen,
-        strip_prefix=strip_prefix,
-    )
-    make = hf.plan if form == "safetensors" else hf.plan_bin
-    plan = make(chosen, max_shard_size=max_shard_size, single=single)
+    chosen = select(checkpoint, include=include, exclude=exclude, exclude_frozen=exclude_frozen)
+    chosen = weights_only(chosen, copy)
+    if strip_prefix:
+        chosen = rename(chosen, lambda name: name.removeprefix(strip_prefix))
+    if dtype is not None:
+        chosen = cast(chosen, DTYPE_NAMES[dtype])
+    layout = Layout(format="hf", variant=hf.BIN if form == "pt" else None)
+    plan = hf.plan(chosen, layout, max_shard_size=max_shard_size, single=single)
+    made = [note for note in chosen.notes if note not in checkpoint.notes]
+    plan = replace(plan, notes=(*made, *plan.notes))
     if not single:
         plan = _with_config(plan, Path(hf_config) if hf_config is not None else None, source.root)
     dst = dst or default_dst(src, "weights", "")
-    configured = any(file.path in HEADS for file in plan.files)
+    configured = any(file.path in hf.HEADS for file in plan.files)
     steps = advice.weights(dst, form, single=single, configured=configured)
     return carry_out(src, dst, plan, how or Writing(), label="extract", next=steps)
 
@@ -116,7 +117,7 @@ def _form(asked: Form | None, dst: Path | None) -> Form:
 def _with_config(plan: Plan, asked: Path | None, root: Path) -> Plan:
     """Configuration and tokenizer from the folder asked for, else from beside the checkpoint."""
     near = (root, root / "hf_model", root / "hf_config")
-    folder = asked or next((f for f in near if any((f / head).is_file() for head in HEADS)), None)
+    folder = asked or next((f for f in near if any((f / head).is_file() for head in hf.HEADS)), None)
     if folder is None:
         return replace(
             plan, notes=(*plan.notes, "no config.json: transformers needs one; give it with --hf-config DIR")

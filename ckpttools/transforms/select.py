@@ -1,101 +1,60 @@
-"""Weights only: which tensors leave a checkpoint, under which names, from which copy, in which dtype."""
+"""Which tensors leave a checkpoint, and from which copy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Literal, TypeVar
 
-from ckpttools.checkpoint import Checkpoint, Weights
+from ckpttools.checkpoint import Checkpoint, ParamGroup, common_dtype
 from ckpttools.errors import UsageError, escape
-from ckpttools.tensors import BFLOAT16, DTYPES, FLOAT16, FLOAT32, DType, TensorRef
+from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32
 
-DTYPE_NAMES = {d.short: d for d in DTYPES.values() if d.is_float} | {
-    d.name: d for d in DTYPES.values() if d.is_float
-}
+Copy = Literal["master", "model"]
+T = TypeVar("T")
 
 
-def weights(
+def select(
     checkpoint: Checkpoint,
     *,
-    source: str | None = None,
-    dtype: DType | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     exclude_frozen: bool = False,
-    strip_prefix: str = "",
-) -> Weights:
-    """The model's weights and buffers.
+) -> Checkpoint:
+    """The tensors whose names match, with what is said about them and the optimizer's state for them.
 
-    `source` is "master" for the fp32 master weights (the default where there are any) or "model" for the
-    weights as trained with. Master weights come out as fp32 unless `dtype` says otherwise, and so do frozen
-    parameters and buffers of 16 bits, which have no master. `dtype` casts every floating point tensor.
-    `include` and `exclude` are shell patterns on names as they are in the checkpoint.
+    `include` and `exclude` are shell patterns. A group of which no parameter is left stays, empty: the
+    scheduler keeps a rate for each group. A note says how many are left out.
 
-    Raises UsageError where nothing is left, master weights are asked for and there are none, or two names
-    become one.
+    Raises UsageError where nothing is left.
     """
-    master = checkpoint.master
-    if source == "master" and not master:
-        raise UsageError(
-            "no-master",
-            "the checkpoint has no fp32 master weights",
-            where=checkpoint.path,
-            hint="leave out --source, or use --source model",
-        )
-    use_master = bool(master) and source != "model"
-    chosen = _chosen(checkpoint, use_master)
+    inside, outside = tuple(include), tuple(exclude)
     frozen = checkpoint.frozen if exclude_frozen else frozenset()
-    names = [n for n in chosen if _wanted(n, tuple(include), tuple(exclude)) and n not in frozen]
+    params = (name for group in checkpoint.groups for name in group.params)
+    every = dict.fromkeys((*checkpoint.tensors, *params))
+    names = {name for name in every if name not in frozen and _wanted(name, inside, outside)}
     if not names:
         raise UsageError(
             "nothing-selected",
-            f"none of the {len(chosen)} tensors is selected",
+            f"none of the {len(every)} tensors is selected",
             where=checkpoint.path,
             hint="ckpt inspect --tensors lists the names; quote the patterns: --include '*.weight'",
         )
-    renamed = {name: name.removeprefix(strip_prefix) for name in names}
-    if len(set(renamed.values())) != len(names) or "" in renamed.values():
-        raise UsageError("names-collide", f"without '{escape(strip_prefix)}' two names become one or none")
-    tensors = {renamed[name]: chosen[name] for name in names}
-    targets = {name: _target(ref.dtype, dtype, use_master) for name, ref in tensors.items()}
-    shared = {
-        renamed[alias]: renamed[owner]
-        for alias, owner in checkpoint.shared.items()
-        if alias in renamed and owner in renamed
-    }
-    return Weights(
-        tensors=tensors,
-        dtypes=targets,
-        shared=shared,
-        about=_about(checkpoint),
-        checks=checkpoint.checks,
-        stem=checkpoint.layout.stem,
-        notes=tuple(_notes(checkpoint, chosen, names, use_master)),
+    if len(names) == len(every):
+        return checkpoint
+    left = len(every) - len(names)
+    return replace(
+        checkpoint,
+        tensors=_only(checkpoint.tensors, names),
+        groups=tuple(_group(group, names) for group in checkpoint.groups),
+        shared=_ties(checkpoint.shared, names),
+        frozen=checkpoint.frozen & names,
+        buffers=checkpoint.buffers & names,
+        left_out={n: shape for n, shape in checkpoint.left_out.items() if _wanted(n, inside, outside)},
+        extra_state={n: value for n, value in checkpoint.extra_state.items() if _wanted(n, inside, outside)},
+        notes=(*checkpoint.notes, f"{left} of {len(every)} tensors are left out, as asked for"),
     )
-
-
-def _about(checkpoint: Checkpoint) -> dict[str, str]:
-    """Where the weights come from, as strings: what a safetensors header can hold."""
-    state = checkpoint.train_state
-    known = {
-        "step": state.step,
-        "epoch": state.epoch,
-        "train_loss": state.train_loss,
-        "val_loss": state.val_loss,
-    }
-    return {name: str(value) for name, value in known.items() if value is not None}
-
-
-def _chosen(checkpoint: Checkpoint, use_master: bool) -> dict[str, TensorRef]:
-    """Every name of the model in the model's order, with the copy that is wanted."""
-    if not use_master:
-        return dict(checkpoint.tensors)
-    master = checkpoint.master
-    out: dict[str, TensorRef] = {}
-    for name, ref in checkpoint.tensors.items():
-        owner = checkpoint.shared.get(name, name)
-        out[name] = master.get(name, master.get(owner, ref))
-    return out | {name: ref for name, ref in master.items() if name not in out}
 
 
 def _wanted(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
@@ -103,31 +62,80 @@ def _wanted(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bo
     return inside and not any(fnmatchcase(name, pattern) for pattern in exclude)
 
 
-def _target(have: DType, asked: DType | None, use_master: bool) -> DType:
-    if not have.is_float or have.itemsize == 1:  # float8 values need their scales: never cast
-        return have
-    if asked is not None:
-        return asked
-    return FLOAT32 if use_master and have in (BFLOAT16, FLOAT16) else have
+def _only(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
+    return {name: value for name, value in values.items() if name in names}
 
 
-def _notes(
-    checkpoint: Checkpoint, chosen: Mapping[str, TensorRef], names: list[str], use_master: bool
-) -> Iterable[str]:
-    if use_master:
+def _group(group: ParamGroup, names: Collection[str]) -> ParamGroup:
+    return replace(
+        group,
+        params=_only(group.params, names),
+        state={kind: _only(values, names) for kind, values in group.state.items()},
+        scalars={kind: _only(values, names) for kind, values in group.scalars.items()},
+    )
+
+
+def _ties(shared: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
+    """Where the owner is gone, the first of its other names owns the rest."""
+    owners: dict[str, str] = {}
+    out: dict[str, str] = {}
+    for alias, owner in shared.items():
+        if alias in names:
+            new = owner if owner in names else owners.setdefault(owner, alias)
+            if new != alias:
+                out[alias] = new
+    return out
+
+
+def weights_only(checkpoint: Checkpoint, source: Copy | None = None) -> Checkpoint:
+    """One copy of each weight and buffer, and no optimizer.
+
+    `source` is "master" for the fp32 master weights (the default where there are any), with frozen
+    parameters and buffers of 16 bits, which have no master, as fp32 too; or "model" for the weights as
+    trained with.
+
+    Raises UsageError where master weights are asked for and there are none, or no weights at all.
+    """
+    has_master = any("fp32" in group.state for group in checkpoint.groups)
+    if source == "master" and not has_master:
+        raise UsageError(
+            "no-master",
+            "the checkpoint has no fp32 master weights",
+            where=checkpoint.path,
+            hint="leave out --source, or use --source model",
+        )
+    notes = list(checkpoint.notes)
+    tensors = dict(checkpoint.tensors)
+    if has_master and source != "model":
+        best, master, shared = checkpoint.best_copies(), checkpoint.master, checkpoint.shared
         without = [
             name
-            for name in names
-            if name not in checkpoint.master
-            and checkpoint.shared.get(name) not in checkpoint.master
-            and chosen[name].dtype.is_float
+            for name, ref in best.items()
+            if name not in master and shared.get(name) not in master and ref.dtype.is_float
         ]
         if without:
-            yield (
+            notes.append(
                 f"{len(without)} tensors have no master weights (frozen parameters and buffers): "
                 f"taken as trained with, the first {escape(without[0])}"
             )
-    if len(names) < len(chosen):
-        yield f"{len(chosen) - len(names)} of {len(chosen)} tensors are left out, as asked for"
+        short = (BFLOAT16, FLOAT16)
+        tensors = {name: ref.cast(FLOAT32) if ref.dtype in short else ref for name, ref in best.items()}
+    if not tensors:
+        raise UsageError(
+            "nothing-selected",
+            "the checkpoint holds no weights, only the optimizer's state",
+            where=checkpoint.path,
+            hint="name the folder or the file that holds the model",
+        )
     if checkpoint.groups:
-        yield "not carried: optimizer state, scheduler and counters (weights only)"
+        scaler = " and the loss scaler" if checkpoint.loss_scaler else ""
+        notes.append(f"not carried: the optimizer's state{scaler} (weights only)")
+    return replace(
+        checkpoint,
+        tensors=tensors,
+        groups=(),
+        optimizer=None,
+        loss_scaler={},
+        layout=replace(checkpoint.layout, dtype=common_dtype(tensors)),
+        notes=tuple(notes),
+    )

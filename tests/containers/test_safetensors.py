@@ -28,8 +28,7 @@ from ckpttools.tensors import BFLOAT16, BY_SAFETENSORS, DTYPES, FLOAT32, TensorR
 
 
 def write(path: Path, tensors: dict[str, TensorRef], metadata: dict[str, str] | None = None) -> Path:
-    dtypes = {name: ref.dtype for name, ref in tensors.items()}
-    file = safetensors_file(path.name, tensors, metadata or {}, dtypes)
+    file = safetensors_file(path.name, tensors, metadata or {})
     execute(Plan(files=(OutputFile(path="", segments=file.segments),)), path)
     return path
 
@@ -88,7 +87,7 @@ def test_casts(tmp_path: Path) -> None:
     source = tmp_path / "a.safetensors"
     value = torch.randn(1000)
     oracle.save_file({"a": value}, source)
-    file = safetensors_file("b", read_safetensors(source).tensors, {}, {"a": BFLOAT16})
+    file = safetensors_file("b", {"a": read_safetensors(source).tensors["a"].cast(BFLOAT16)}, {})
     execute(Plan(files=(OutputFile(path="", segments=file.segments),)), tmp_path / "b")
     assert oracle.load_file(tmp_path / "b")["a"].equal(value.to(torch.bfloat16))
 
@@ -96,7 +95,7 @@ def test_casts(tmp_path: Path) -> None:
 def test_a_dtype_that_the_format_lacks() -> None:
     dtype = DTYPES["complex128"]
     with pytest.raises(CkptError, match="no complex128"):
-        safetensors_file("a", {"a": TensorRef(dtype, (1,), (Zeros(16),))}, {}, {"a": dtype})
+        safetensors_file("a", {"a": TensorRef(dtype, (1,), (Zeros(16),))}, {})
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda n: n != "__metadata__")

@@ -17,10 +17,10 @@ from torch.serialization import skip_data
 from torch.utils.serialization import config as torch_config
 
 from ckpttools import formats
+from ckpttools.checkpoint import Layout
 from ckpttools.execute import execute
 from ckpttools.formats import hf
-from ckpttools.plan import Plan
-from ckpttools.transforms.select import weights
+from ckpttools.transforms.select import weights_only
 
 from .core import HF, PT, ZERO, Base, bases, load
 from .layout import contents, regions
@@ -79,9 +79,10 @@ for _ranks in range(1, 9):
     _resharded_to(_ranks)
 
 
-def _written(make: Callable[..., Plan], base: Base, folder: Path, **options: int) -> Path:
+def _written(base: Base, folder: Path, variant: str | None = None, **options: int) -> Path:
     """What `ckpt extract` makes of it, with the configuration of a model folder."""
-    plan = make(weights(formats.open_checkpoint(base.path)), **options)
+    checkpoint = weights_only(formats.open_checkpoint(base.path))
+    plan = hf.plan(checkpoint, Layout(format="hf", variant=variant), **options)
     if base.kind == HF and base.path.is_dir():
         plan = replace(plan, files=(*plan.files, *hf.config_files(base.path)))
     execute(plan, folder / "out", source=base.path)
@@ -90,17 +91,17 @@ def _written(make: Callable[..., Plan], base: Base, folder: Path, **options: int
 
 @variation(ZERO, PT, HF)
 def extracted(base: Base, folder: Path) -> Path:
-    return _written(hf.plan, base, folder)
+    return _written(base, folder)
 
 
 @variation(ZERO, PT, HF)
 def extracted_in_shards(base: Base, folder: Path) -> Path:
-    return _written(hf.plan, base, folder, max_shard_size=1024)
+    return _written(base, folder, max_shard_size=1024)
 
 
 @variation(ZERO, PT, HF)
 def extracted_as_bin(base: Base, folder: Path) -> Path:
-    return _written(hf.plan_bin, base, folder, max_shard_size=1500)
+    return _written(base, folder, hf.BIN, max_shard_size=1500)
 
 
 def _saved_again(base: Base, folder: Path, save: Callable[[object, Path], object]) -> Path | None:

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+from ckpttools.checkpoint import Layout
 from ckpttools.checks import check_before_use, manifest_of, verify
 from ckpttools.cli.app import app
 from ckpttools.containers.pickles import dumps, loads, plain, walk
@@ -29,7 +30,7 @@ from ckpttools.errors import CkptError
 from ckpttools.execute import execute
 from ckpttools.formats import dcp, hf, locate, zero
 from ckpttools.transforms.reshard import reshard
-from ckpttools.transforms.select import weights
+from ckpttools.transforms.select import weights_only
 
 from . import mutations
 
@@ -98,8 +99,8 @@ def read_checkpoint(path: Path, out: Path | None = None) -> None:
     except CkptError:
         return
     plans = (
-        lambda: hf.plan(weights(checkpoint)),
-        lambda: hf.plan_bin(weights(checkpoint), single=True),
+        lambda: hf.plan(weights_only(checkpoint)),
+        lambda: hf.plan(weights_only(checkpoint), Layout(format="hf", variant=hf.BIN), single=True),
         lambda: zero.plan(checkpoint, reshard(checkpoint, 3)),
         lambda: dcp.plan(checkpoint),
     )

@@ -14,7 +14,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding
-from ckpttools.formats import hf
+from ckpttools.formats.hf.names import ADAPTER
 
 LAYER = re.compile(r"(?P<prefix>.*?)(?:^|\.)(?:layers|h|layer|blocks)\.(?P<number>\d+)\..+")
 EMBEDDING = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
@@ -27,7 +27,7 @@ def check_configs(found: Checkpoint, folder: Path) -> Iterator[Finding]:
     """config.json, adapter_config.json and the index's total size against the weights of the folder."""
     if (folder / "adapter_config.json").is_file():
         yield from _adapter(found, folder / "adapter_config.json")
-    elif found.layout.stem == hf.ADAPTER:
+    elif found.layout.stem == ADAPTER:
         yield Finding(
             id="config-mismatch",
             severity=WARNING,

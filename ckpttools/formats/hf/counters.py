@@ -1,0 +1,50 @@
+"""The counters and losses that a safetensors header can hold: strings in its `__metadata__`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ckpttools.checkpoint import TrainState
+from ckpttools.tensors import TensorRef
+
+KEYS = ("step", "epoch", "train_loss", "val_loss")
+FORMAT = "format"  # "pt": which framework's tensors these are
+_INTEGER = re.compile(r"-?\d{1,18}")
+
+
+def to_metadata(state: TrainState) -> dict[str, str]:
+    """What of the training state has a place in the header, as strings that read back as they were."""
+    values = (state.step, state.epoch, state.train_loss, state.val_loss)
+    return {key: str(value) for key, value in zip(KEYS, values, strict=True) if value is not None}
+
+
+def from_metadata(metadata: Mapping[str, str]) -> TrainState:
+    """The counters and losses that a header states; None for what is no number."""
+    step, epoch, train, val = (_number(metadata.get(key)) for key in KEYS)
+    return TrainState(
+        step=step if isinstance(step, int) else None,
+        epoch=epoch,
+        train_loss=None if train is None else float(train),
+        val_loss=None if val is None else float(val),
+    )
+
+
+def _number(text: str | None) -> int | float | None:
+    if text is None:
+        return None
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    try:
+        return float(text)  # a loss may be NaN or infinite
+    except ValueError:
+        return None
+
+
+def aliases(metadata: Mapping[str, str], tensors: Mapping[str, TensorRef]) -> dict[str, str]:
+    """Alias -> owner for the names that the header says are tied to a tensor of the files."""
+    return {
+        alias: owner
+        for alias, owner in metadata.items()
+        if owner in tensors and alias not in tensors and alias not in (*KEYS, FORMAT)
+    }

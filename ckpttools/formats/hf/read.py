@@ -1,0 +1,169 @@
+"""A model folder, or one .safetensors file, as a Checkpoint: headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout, TrainState, common_dtype
+from ckpttools.containers import fields, jsons
+from ckpttools.containers.safetensors import read_safetensors
+from ckpttools.containers.torch_file import TorchFile, read_torch_file
+from ckpttools.errors import CkptError, escape
+from ckpttools.formats.hf.counters import aliases, from_metadata
+from ckpttools.formats.hf.names import ADAPTER, ROLES, weight_files
+from ckpttools.formats.ties import tied
+from ckpttools.plan import SourceCheck
+from ckpttools.stores.files import entries, is_file, plain_name, size_of
+from ckpttools.tensors import TensorRef
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a folder, or one .safetensors file. Headers only."""
+    if path.is_dir():
+        index, single = weight_files(path)
+        if single is not None and (index is None or single.endswith(".safetensors")):
+            index, shards = None, {single: None}
+        elif index is not None:
+            shards = dict.fromkeys(_shards(path, index))
+        else:
+            raise CkptError("no-weights", "no model weights in this folder", where=path)
+        folder = path
+    else:
+        index, shards, folder = None, {path.name: None}, path.parent
+    tensors: dict[str, TensorRef] = {}
+    checks: list[SourceCheck] = []
+    metadata: dict[str, str] = {}
+    files: list[FileRole] = []
+    torch_files: list[TorchFile] = []
+    weight_map = _weight_map(folder / index) if index is not None else None
+    for name in shards:
+        if not (folder / name).exists():
+            raise _missing(folder / name)
+    for name in shards:
+        found = _read_shard(folder / name, checks, metadata, torch_files)
+        if weight_map is not None:
+            _check_shard(folder / name, found, weight_map)
+        tensors |= found
+        dangers = () if name.endswith(".safetensors") else torch_files[-1].dangers
+        files.append(
+            FileRole(path=folder / name, nbytes=size_of(folder / name), role="weights", dangers=dangers)
+        )
+    if index is not None:
+        _check_index(folder / index, tensors)
+        files.append(
+            FileRole(path=folder / index, nbytes=size_of(folder / index), role="which shard holds what")
+        )
+    if path.is_dir():
+        files += _other_files(path, {file.path.name for file in files})
+    ties = aliases(metadata, tensors)
+    tensors |= {alias: tensors[owner] for alias, owner in ties.items()}
+    return Checkpoint(
+        path=path,
+        layout=Layout(
+            format="hf" if path.is_dir() else "safetensors",
+            dtype=common_dtype(tensors),
+            stem=ADAPTER if all(name.startswith(ADAPTER) for name in shards) else None,
+        ),
+        tensors=tensors,
+        shared=tied(tensors) | ties,
+        train_state=_train_state(path, metadata),
+        files=tuple(files),
+        checks=tuple(checks),
+        notes=("safetensors files carry no checksums",) if not checks else (),
+        template=tuple(torch_files),
+    )
+
+
+def _shards(folder: Path, index: str) -> list[str]:
+    weight_map = _weight_map(folder / index)
+    return sorted({plain_name(shard, folder / index) for shard in weight_map.values()})
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = jsons.read(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise jsons.damaged(path, "weight_map is missing or empty")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise jsons.damaged(path, "weight_map names something that is not a file")
+    return weight_map
+
+
+def _check_shard(path: Path, tensors: Mapping[str, TensorRef], weight_map: Mapping[str, str]) -> None:
+    """Each tensor of a shard is one that the index says is there."""
+    for name in tensors:
+        if name not in weight_map:
+            problem = f"holds '{escape(name)}', which the index does not name"
+        elif weight_map[name] != path.name:
+            problem = f"holds '{escape(name)}', which the index says is in {escape(weight_map[name])}"
+        else:
+            continue
+        raise _mismatch(path, problem)
+
+
+def _check_index(path: Path, tensors: Mapping[str, TensorRef]) -> None:
+    missing = [name for name in _weight_map(path) if name not in tensors]
+    if missing:
+        raise _mismatch(
+            path, f"names {len(missing)} tensors that no shard holds, first '{escape(missing[0])}'"
+        )
+
+
+def _mismatch(path: Path, problem: str) -> CkptError:
+    return CkptError(
+        "index-mismatch",
+        f"{escape(path.name)} {problem}",
+        where=path,
+        why="the shards and the index come from different saves",
+        hint="copy the whole folder again from where it was saved",
+    )
+
+
+def _missing(path: Path) -> CkptError:
+    return CkptError(
+        "shard-missing",
+        f"the shard {escape(path.name)} is missing",
+        where=path.parent,
+        why="the index names it: the tensors in it cannot be restored",
+        hint="copy it from where the folder was saved",
+    )
+
+
+def _read_shard(
+    path: Path, checks: list[SourceCheck], metadata: dict[str, str], torch_files: list[TorchFile]
+) -> dict[str, TensorRef]:
+    if path.name.endswith(".safetensors"):
+        file = read_safetensors(path)
+        metadata |= file.metadata
+        return dict(file.tensors)
+    torch_file = read_torch_file(path)
+    torch_files.append(torch_file)
+    checks += torch_file.checks()
+    root = fields.mapping(path, torch_file.value, "the file's value")
+    views = ((name, torch_file.view(node)) for name, node in root.named())
+    return {name: view.ref for name, view in views if view is not None}
+
+
+def _other_files(folder: Path, known: set[str]) -> list[FileRole]:
+    return [
+        FileRole(
+            path=folder / entry.name,
+            nbytes=entry.stat().st_size,
+            role=ROLES.get(entry.name, "not part of the weights"),
+        )
+        for entry in entries(folder)
+        if is_file(entry) and entry.name not in known
+    ]
+
+
+def _train_state(path: Path, metadata: Mapping[str, str]) -> TrainState:
+    """What trainer_state.json says, or the weights' own `__metadata__`, where `ckpt extract` notes it."""
+    state = path / "trainer_state.json"
+    if not path.is_dir() or not state.is_file():
+        return from_metadata(metadata)
+    values = jsons.read(state, allow_nan=True)  # a loss may be NaN, and Python writes it so
+    step, epoch = values.get("global_step"), values.get("epoch")
+    return TrainState(
+        step=step if type(step) is int else None,
+        epoch=epoch if type(epoch) in (int, float) else None,  # type: ignore[arg-type]
+    )

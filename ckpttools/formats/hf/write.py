@@ -1,0 +1,151 @@
+"""The plan of a model folder, or of one file: the weights of any Checkpoint, and what has no place in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.containers.pickles import Global, Node, Object
+from ckpttools.containers.safetensors import safetensors_file
+from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
+from ckpttools.errors import escape
+from ckpttools.formats.hf.counters import FORMAT, to_metadata
+from ckpttools.formats.hf.names import shard_names
+from ckpttools.plan import Literal, OutputFile, Plan
+from ckpttools.tensors import TensorRef
+
+BIN = "bin"  # the layout's variant for torch files instead of safetensors
+NO_LIMIT = 1 << 62
+Tensors = Mapping[str, TensorRef]
+Ties = Mapping[str, str]  # alias -> owner
+
+
+def plan(
+    checkpoint: Checkpoint,
+    layout: Layout | None = None,
+    *,
+    max_shard_size: int = NO_LIMIT,
+    single: bool = False,
+) -> Plan:
+    """A folder of shards, none larger than `max_shard_size` bytes unless one tensor is; with `single`, one
+    file at the destination itself.
+
+    `layout.variant` BIN is for torch files, in which tied names share a storage; else safetensors, in which
+    they are stored once, as transformers does. `layout.stem` begins the names of the files where it is not
+    the usual one. The notes name what of the Checkpoint is not in the files.
+    """
+    layout = layout or checkpoint.layout
+    binary = layout.variant == BIN
+    tensors = checkpoint.best_copies()
+    ties = {a: o for a, o in checkpoint.shared.items() if a in tensors and o in tensors}
+    stored = tensors if binary else {name: ref for name, ref in tensors.items() if name not in ties}
+    about = {FORMAT: "pt", **to_metadata(checkpoint.train_state), **ties}
+
+    def file(path: str, names: Sequence[str]) -> OutputFile:
+        mine = {name: stored[name] for name in names}
+        if binary:
+            return write_torch_file(path, _state_dict(mine, ties))
+        return safetensors_file(path, mine, about)
+
+    if single:
+        files = [file("", list(stored))]
+    else:
+        kind, suffix = ("pytorch_model", ".bin") if binary else ("model", ".safetensors")
+        stem = layout.stem or checkpoint.layout.stem or kind
+        files = _folder(stored, ties, file, stem, suffix, max_shard_size)
+    notes = () if binary else (f"{escape(a)} is tied to {escape(o)} and stored once" for a, o in ties.items())
+    return Plan(files=tuple(files), notes=(*notes, *_not_held(checkpoint, binary)), checks=checkpoint.checks)
+
+
+def _not_held(checkpoint: Checkpoint, binary: bool) -> Iterator[str]:
+    """What the Checkpoint says and the files do not."""
+    state, lost = checkpoint.train_state, []
+    if checkpoint.groups:
+        named = f" ({escape(checkpoint.optimizer)})" if checkpoint.optimizer else ""
+        lost.append(f"the optimizer's state{named}")
+    if checkpoint.loss_scaler:
+        lost.append("the loss scaler")
+    if state.scheduler:
+        lost.append("the scheduler")
+    if binary:
+        lost += [key.replace("_", " ") for key in to_metadata(state)]
+    more = {"iteration": state.iteration, "samples": state.samples, "skipped steps": state.skipped_steps}
+    lost += [what for what, value in more.items() if value is not None]
+    if state.batch:
+        lost.append("the batch sizes")
+    if checkpoint.frozen:
+        lost.append(f"which weights are frozen ({len(checkpoint.frozen)})")
+    if checkpoint.buffers:
+        lost.append(f"which tensors are buffers ({len(checkpoint.buffers)})")
+    if checkpoint.settings:
+        lost.append("the run's settings")
+    if checkpoint.extra_state:
+        lost.append(f"what the model's state holds beside tensors ({len(checkpoint.extra_state)})")
+    if checkpoint.left_out:
+        lost.append(f"parameters that the source has left out ({_some(checkpoint.left_out)})")
+    client = [key for key in checkpoint.client if key not in to_metadata(state)]
+    if client:
+        lost.append(f"the training code's {_some(client)}")
+    if lost:
+        yield f"not carried, as a model's files have no place for it: {', '.join(lost)}"
+
+
+def _some(names: Collection[str]) -> str:
+    more = ", ..." if len(names) > 12 else ""
+    return ", ".join(escape(name) for name in islice(names, 12)) + more
+
+
+def _folder(
+    tensors: Tensors,
+    ties: Ties,
+    file: Callable[[str, Sequence[str]], OutputFile],
+    stem: str,
+    suffix: str,
+    limit: int,
+) -> list[OutputFile]:
+    """The shards, and their index where there are several."""
+    found = shard(tensors, ties, limit)
+    shards = dict(zip(shard_names(stem, suffix, len(found)), found, strict=True))
+    files = [file(name, names) for name, names in shards.items()]
+    if len(shards) > 1:
+        files.append(_index(f"{stem}{suffix}.index.json", tensors, ties, shards))
+    return files
+
+
+def _state_dict(tensors: Tensors, ties: Ties) -> Node:
+    node = Object("reduce", Global("collections", "OrderedDict"), ())
+    storages: dict[str, Storage] = {}
+    for name, ref in tensors.items():
+        owner = ties.get(name, name)
+        if owner not in storages:
+            storages[owner] = new_storage(ref.dtype, ref.numel, ref.chunks)
+        node.pairs.append((name, tensor_node(TensorRef(ref.dtype, ref.shape, ()), storages[owner])))
+    return node
+
+
+def shard(tensors: Tensors, ties: Ties, limit: int) -> list[list[str]]:
+    """Names filled into shards in order; tied names go where their owner is and take no room."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    where: dict[str, list[str]] = {}
+    for name, ref in tensors.items():
+        owner = ties.get(name, name)
+        if owner in where:
+            where[owner].append(name)
+            continue
+        if shards[-1] and ref.nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        where[owner] = shards[-1]
+        room -= ref.nbytes
+    return shards
+
+
+def _index(name: str, tensors: Tensors, ties: Ties, shards: Mapping[str, Iterable[str]]) -> OutputFile:
+    weight_map = {tensor: file for file, names in shards.items() for tensor in names}
+    total = sum(tensors[tensor].nbytes for tensor in weight_map if tensor not in ties)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return OutputFile(path=name, segments=(Literal(json.dumps(index, indent=2).encode() + b"\n"),))

@@ -1,0 +1,38 @@
+"""Another dtype for the weights of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ckpttools.checkpoint import Checkpoint, common_dtype
+from ckpttools.tensors import DTYPES, DType
+
+# what --dtype takes, in torch's words and in short
+DTYPE_NAMES = {d.short: d for d in DTYPES.values() if d.is_float} | {
+    d.name: d for d in DTYPES.values() if d.is_float
+}
+
+
+def castable(dtype: DType) -> bool:
+    """Whether the values stand for themselves: those of float8 need scales that are kept elsewhere."""
+    return dtype.is_float and dtype.itemsize > 1
+
+
+def cast(checkpoint: Checkpoint, dtype: DType) -> Checkpoint:
+    """The checkpoint with all floating point weights and buffers in `dtype`, rounded once: from the fp32
+    master where there is one. float8 stays as it is. The optimizer's state, masters included, keeps the
+    precision that the optimizer works in.
+    """
+    best = checkpoint.best_copies()
+    kept = sum(ref.dtype.is_float and not castable(ref.dtype) for ref in checkpoint.tensors.values())
+    tensors = {
+        name: best[name].cast(dtype) if castable(ref.dtype) and ref.dtype is not dtype else ref
+        for name, ref in checkpoint.tensors.items()
+    }
+    note = f"{kept} float8 tensors stay as they are: their values need scales that are kept apart"
+    return replace(
+        checkpoint,
+        tensors=tensors,
+        layout=replace(checkpoint.layout, dtype=common_dtype(tensors)),
+        notes=(*checkpoint.notes, *([note] if kept else [])),
+    )
