@@ -62,4 +62,6 @@ def escape(text: object, limit: int = 200) -> str:
     """
     s = str(text)
     cut = s if len(s) <= limit else s[: limit - 1] + "…"
+    if cut.isprintable():
+        return cut
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)

@@ -14,6 +14,7 @@ from ckpttools.errors import CkptError, UsageError
 from ckpttools.formats import locate
 from ckpttools.formats.locate import checkpoints
 from ckpttools.operations.writing import Bar
+from ckpttools.runs.find import paths
 from ckpttools.runs.order import numbers, shape
 
 if TYPE_CHECKING:
@@ -77,15 +78,17 @@ def members(path: str | Path, *, newest: bool = False) -> tuple[Path, ...]:
         return (path,)
     if newest:
         return (runs.newest(path).path,)
-    found = runs.find(path)
-    if len(found) == 1 and found[0].path != path:
+    found = paths(path)
+    if len(found) > 1:
+        return tuple(entry.path for entry in runs.find(path))
+    if found and found[0] != path:
         try:
             locate(path)
         except UsageError:
-            return (found[0].path,)
+            return found
         except CkptError:
             return (path,)  # its own verdict says what is wrong
-    return tuple(entry.path for entry in found) if len(found) > 1 else (path,)
+    return (path,)
 
 
 def verify_all(

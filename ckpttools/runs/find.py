@@ -69,6 +69,18 @@ def find(folder: Path) -> tuple[Entry, ...]:
     return tuple(entry for run in runs(folder) for entry in run)
 
 
+def paths(folder: Path) -> tuple[Path, ...]:
+    """Where the checkpoints below a folder are, in no order, none of them read.
+
+    Raises UsageError where the folder itself cannot be listed.
+    """
+    entries(folder)  # raises where it cannot be listed
+    with within(folder):
+        if _whole(folder):
+            return (folder,)
+        return tuple(path for _, found in _runs(folder, MAX_DEPTH) for path in found)
+
+
 def runs(folder: Path) -> list[list[Entry]]:
     """The same by run: the newest run first, by its number where they are named alike, else by time."""
     entries(folder)  # raises where it cannot be listed

@@ -9,6 +9,7 @@ DeepSpeed would write them, tensors as holes that need no space on disk.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,9 +37,17 @@ Fill = Callable[[int, int], Segment]  # first element and number of elements of 
 
 def write_random(folder: Path, parameters: int, ranks: int = 2) -> None:
     """A whole checkpoint of random values; the bf16 weights are the rounded master weights."""
+    _write_random(folder, *_names_and_shapes(parameters), ranks)
+
+
+def write_many(folder: Path, tensors: int, ranks: int = 2) -> None:
+    """The same of many small parameters, 12 elements each: what costs is their number."""
+    _write_random(folder, [f"layers.{i}.weight" for i in range(tensors)], [(4, 3)] * tensors, ranks)
+
+
+def _write_random(folder: Path, names: list[str], shapes: list[tuple[int, ...]], ranks: int) -> None:
     import numpy as np
 
-    names, shapes = _names_and_shapes(parameters)
     group = _group(names, shapes, ranks)
     values = folder.with_name(folder.name + ".values")
     np.random.default_rng(0).random(group.total, np.float32).tofile(values)  # means of squares: not negative
@@ -68,7 +77,7 @@ def _names_and_shapes(parameters: int) -> tuple[list[str], list[tuple[int, ...]]
 
 
 def _group(names: Sequence[str], shapes: Sequence[tuple[int, ...]], ranks: int) -> FlatGroup:
-    numels = tuple(rows * columns for rows, columns in shapes)
+    numels = tuple(math.prod(shape) for shape in shapes)
     return FlatGroup(
         names=tuple(names), numels=numels, gaps=(0,) * len(names), ranks=ranks, alignment=2 * ranks
     )

@@ -121,7 +121,8 @@ def _change(made: Object) -> Judgement | None:
 def _special(state: Node) -> bool:
     """Whether a state sets what Python itself looks up, such as `__class__`."""
     parts = state if isinstance(state, tuple) else (state,)
-    return any(isinstance(part, Dict) and any(name in part for name in SPECIAL) for part in parts[:4])
+    dicts = [part for part in parts[:4] if isinstance(part, Dict)]
+    return any(isinstance(key, str) and key in SPECIAL for part in dicts for key, _ in part.pairs)
 
 
 # --- names --------------------------------------------------------------------------------------------
