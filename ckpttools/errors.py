@@ -51,7 +51,23 @@ class UsageError(CkptError):
 
 
 class Unsupported(UsageError):
-    """A checkpoint that is recognised but that this operation cannot handle: exit code 2."""
+    """A checkpoint that is recognised but that this operation cannot handle: exit code 2.
+
+    `layout` names what was recognised ("pipeline", "moe" ...), where that is known.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        message: str,
+        *,
+        where: str | Path = "",
+        why: str = "",
+        hint: str = "",
+        layout: str = "",
+    ) -> None:
+        super().__init__(id, message, where=where, why=why, hint=hint)
+        self.layout = layout
 
 
 def escape(text: object, limit: int = 200) -> str:

@@ -58,7 +58,7 @@ def check_parts(folder: Path, reason: Unsupported) -> tuple[list[Finding], Check
     first = next((fields.as_mapping(f.value) for f in files if f.path.name.endswith("model_states.pt")), None)
     found = Checkpoint(
         path=folder,
-        layout=Layout(format=_name(reason)),
+        layout=Layout(format=reason.layout or "deepspeed"),
         tensors={
             f"{file.path.name}: {label}": view.ref
             for file in files
@@ -70,12 +70,6 @@ def check_parts(folder: Path, reason: Unsupported) -> tuple[list[Finding], Check
         checks=tuple(check for file in files for check in file.checks()),
     )
     return findings, found, files
-
-
-def _name(reason: Unsupported) -> str:
-    kinds = {"ZeRO-3": "zero3", "universal": "universal", "pipeline": "pipeline"}
-    kinds |= {"tensor-parallel": "tensor-parallel", "mixture": "moe", "optimizer": "zero0"}
-    return next((name for word, name in kinds.items() if word in reason.message), "deepspeed")
 
 
 def _torch_paths(folder: Path, depth: int = 6) -> Iterator[Path]:

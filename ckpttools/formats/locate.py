@@ -233,6 +233,7 @@ def _refuse_known(path: Path, names: list[str]) -> None:
             "a DeepSpeed universal checkpoint, which is recognised but not read yet",
             where=path,
             hint="use the ZeRO folder that it was made from",
+            layout="universal",
         )
 
 

@@ -75,6 +75,7 @@ def read_model(path: Path) -> ModelStates:
             "layout-unsupported",
             "module is empty: a pipeline-parallel checkpoint, which is recognised but not read yet",
             where=path,
+            layout="pipeline",
         )
     weights: dict[str, TensorRef] = {}
     extra: dict[str, Value] = {}
@@ -198,7 +199,10 @@ def read_rank(path: Path, dp_rank: int) -> Rank:
 def _refuse_old(path: Path, state: fields.Mapping) -> None:
     if "fp32_flat_groups" in state:
         raise Unsupported(
-            "layout-unsupported", "a ZeRO-3 optimizer file, which is recognised but not read yet", where=path
+            "layout-unsupported",
+            "a ZeRO-3 optimizer file in a folder of ZeRO-1 or 2",
+            where=path,
+            layout="zero3",
         )
     if "local_sub_partitions_of_fp32_groups" in state:
         raise Unsupported(

@@ -93,6 +93,7 @@ def find(folder: Path) -> ZeroFiles:
             where=folder,
             why="either the optimizer shards were not copied, or this was saved with ZeRO stage 0",
             hint=f"the weights alone can be read: ckpt extract {escape(models[0])} --weights-only",
+            layout="zero0",
         )
     if len(styles) > 1:
         raise CkptError(
@@ -116,13 +117,21 @@ def find(folder: Path) -> ZeroFiles:
 def refuse_other_layouts(folder: Path, name: str) -> None:
     """Raise Unsupported where a file's name shows ZeRO-3, pipeline, expert or split files."""
     if STAGE3_MODEL.fullmatch(name):
-        kind, need = "ZeRO-3", "its parameters are partitioned one by one over the ranks"
+        kind, layout, need = "ZeRO-3", "zero3", "its parameters are partitioned one by one over the ranks"
     elif EXPERT.fullmatch(name):
-        kind, need = "mixture-of-experts", "expert weights are spread over expert-parallel ranks"
+        kind, layout, need = (
+            "mixture-of-experts",
+            "moe",
+            "expert weights lie on expert-parallel ranks",
+        )
     elif LAYER.fullmatch(name):
-        kind, need = "pipeline-parallel", "each layer has files of its own and module is empty"
+        kind, layout, need = (
+            "pipeline-parallel",
+            "pipeline",
+            "each layer has files, and module is empty",
+        )
     elif PART.fullmatch(name):
-        kind, need = "FAST-writer", "each torch file is split over several writers"
+        kind, layout, need = "FAST-writer", "deepspeed", "each torch file is split over several writers"
     else:
         return
     raise Unsupported(
@@ -131,6 +140,7 @@ def refuse_other_layouts(folder: Path, name: str) -> None:
         where=folder,
         why=f"{need} ({name})",
         hint="save with ZeRO stage 1 or 2, or consolidate it with DeepSpeed's own zero_to_fp32.py",
+        layout=layout,
     )
 
 
@@ -141,4 +151,5 @@ def tensor_parallel(folder: Path) -> CkptError:
         where=folder,
         why="each mp rank holds a slice of every weight; joining them needs the model's parallel layout",
         hint="merge it with the training framework that sliced it",
+        layout="tensor-parallel",
     )

@@ -125,6 +125,7 @@ def read_shard(path: Path, dp_rank: int) -> Shard:
             "a ZeRO-3 checkpoint with expert parallelism (AutoEP), which is recognised but not read yet",
             where=path,
             why="its expert parameters are cut over other ranks than the rest",
+            layout="zero3",
         )
     flat = fields.sequence(path, state.get("fp32_flat_groups"), f"{at}.fp32_flat_groups")
     fp32 = tuple(_vector(file, node, f"{at}.fp32_flat_groups[{s}]") for s, node in enumerate(flat))

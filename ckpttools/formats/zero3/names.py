@@ -117,6 +117,7 @@ def _plain(folder: Path, mp: str) -> None:
             where=folder,
             why="each mp rank holds a slice of every weight; joining them needs the model's parallel layout",
             hint="merge it with the training framework that sliced it",
+            layout="tensor-parallel",
         )
 
 
@@ -135,4 +136,5 @@ def _refuse_other_layouts(folder: Path, name: str) -> None:
         where=folder,
         why=f"{need} ({name})",
         hint="consolidate it with DeepSpeed's own zero_to_fp32.py",
+        layout="zero3",
     )
