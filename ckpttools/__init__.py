@@ -6,6 +6,9 @@
     run["lm_head.weight"]                            # a numpy array, mapped from its file
     run.torch("lm_head.weight")                      # where torch is installed
     ckpttools.verify("run/checkpoint-20").ok         # every byte
+    ckpttools.ls("runs")                             # every checkpoint below, by run
+    ckpttools.prune("run", keep_last=3)              # what stays is verified first
+    ckpttools.pin("run/checkpoint-20", "the paper's")
     ckpttools.latest("run").path                     # what a resume would take, and .why
     ckpttools.extract("run/checkpoint-20", "weights", dtype="bf16")
     ckpttools.reshard("run/checkpoint-20", "four", world_size=4)
@@ -61,8 +64,11 @@ if TYPE_CHECKING:
     from ckpttools.operations.extract import extract
     from ckpttools.operations.inspect import inspect
     from ckpttools.operations.latest import latest
+    from ckpttools.operations.ls import ls
     from ckpttools.operations.opened import Opened, open
+    from ckpttools.operations.pin import pin, unpin
     from ckpttools.operations.prove import Proof, prove
+    from ckpttools.operations.prune import prune
     from ckpttools.operations.rebase import rebase
     from ckpttools.operations.reshard import reshard
     from ckpttools.operations.verify import verify
@@ -96,10 +102,14 @@ _PLACES = {
     "extract": "operations.extract",
     "inspect": "operations.inspect",
     "latest": "operations.latest",
+    "ls": "operations.ls",
     "open": "operations.opened",
     "prove": "operations.prove",
+    "pin": "operations.pin",
+    "prune": "operations.prune",
     "rebase": "operations.rebase",
     "reshard": "operations.reshard",
+    "unpin": "operations.pin",
     "verify": "operations.verify",
 }
 
@@ -128,10 +138,14 @@ __all__ = [
     "extract",
     "inspect",
     "latest",
+    "ls",
     "open",
+    "pin",
     "prove",
+    "prune",
     "rebase",
     "reshard",
+    "unpin",
     "verify",
 ]
 

@@ -1,4 +1,4 @@
-"""What ckpt writes beside a checkpoint, by name: copies, manifests, folders that are still being written.
+"""What ckpt writes beside a checkpoint, by name: copies, manifests, pins, what is being written or deleted.
 
 A default DST lies beside SRC, in a folder that a framework looks after. So its name must be none that a
 framework takes for one of its own:
@@ -24,6 +24,8 @@ from ckpttools.errors import UsageError
 MANIFEST = "ckpt-manifest.json"  # describes the files beside it: never carried to files that differ
 STAGING = ".ckpt-tmp-"
 REPLACED = ".ckpt-old-"
+PIN = ".ckpt-pin-"  # in front: no glob takes a hidden name
+GONE = re.compile(r"\.ckpt-gone-[0-9a-f]{16}")  # what a prune is deleting; without the old name's suffix
 # whatever lies in such a folder is the framework's own
 THEIRS = ("ckpt", "checkpoints")
 
@@ -37,8 +39,22 @@ def is_copy(name: str) -> bool:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a name is that of a manifest, or of something that is or was being written."""
-    return name.endswith(MANIFEST) or STAGING in name or REPLACED in name
+    """Whether a name is that of a manifest or a pin, or of something that is being written or deleted."""
+    return (
+        name.endswith(MANIFEST)
+        or name.startswith(PIN)
+        or STAGING in name
+        or REPLACED in name
+        or GONE.fullmatch(name) is not None
+    )
+
+
+def pin_place(path: Path) -> Path:
+    """Where the note lies that keeps a checkpoint: beside it, or beside a framework's own folder."""
+    whole = path.resolve()
+    if whole.parent.name in THEIRS:
+        return whole.parent.with_name(f"{PIN}{whole.parent.name}-{whole.name}.json")
+    return whole.with_name(f"{PIN}{whole.name}.json")
 
 
 def default_dst(src: Path, kind: str, suffix: str | None = None) -> Path:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from ckpttools.suggest import did_you_mean
 COMMANDS = {
     "inspect": "format, step, ranks, dtypes, settings: header reads only",
     "verify": "check a checkpoint: every byte, or headers with --quick",
+    "ls": "the checkpoints of a run or of a tree of runs; ckpt DIR is the same",
     "latest": "the checkpoint that a resume would take, and why",
     "resume-check": "will it resume, where, with which learning rate; what changed",
     "digest": "one digest of all weights and optimizer state, equal in every layout",
@@ -30,6 +32,9 @@ COMMANDS = {
     "extract": "weights only, as safetensors or .pt",
     "reshard": "move a ZeRO checkpoint to another number of ranks, optimizer state kept",
     "rebase-schedule": "another batch size: same sample, right learning rate",
+    "prune": "remove old checkpoints: what stays is verified first, and you are asked",
+    "pin": "keep a checkpoint from every clean-up",
+    "unpin": "take back a pin",
     "batch": "effective batch, iterations, what an old iteration means, ways to keep the batch",
     "train": "the reference trainer (DeepSpeed ZeRO-2)",
     "demo": "train, verify, extract, reshard and resume on this machine's CPU",
@@ -63,6 +68,8 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
+        if self.get_command(ctx, name) is None and Path(name).is_dir():
+            return super().resolve_command(ctx, ["ls", *args])
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             raise UsageError(
                 "bad-usage",

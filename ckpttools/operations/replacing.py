@@ -22,6 +22,7 @@ from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats import locate, read
+from ckpttools.formats.dcp.names import is_dcp_file
 from ckpttools.formats.hf import CONFIG_FILES, INDEX, ROLES, SHARD
 from ckpttools.formats.locate import LATEST, SIDE_FILES
 from ckpttools.formats.zero.names import ANY
@@ -77,18 +78,27 @@ def _folder(dst: Path, plan: Plan) -> str:
         if len(places) > 1:
             raise _refused(dst, f"it holds several checkpoints: {', '.join(sorted(map(escape, places)))}")
     listed = _listed(files)
-    known = listed | {dst / file.path for file in plan.files}
     if not listed:
         _reads(dst)
-    own = [
-        path for path, is_plain in files if not is_plain or (path not in known and not _is_beside(path.name))
-    ]
+    own = _own(files, listed | {dst / file.path for file in plan.files})
     if own:
         names = ", ".join(escape(path.relative_to(dst)) for path in own[:SHOWN])
         more = f" and {len(own) - SHOWN} more" if len(own) > SHOWN else ""
         raise _refused(dst, f"it holds what no checkpoint needs: {names}{more}")
     nbytes = sum(path.lstat().st_size for path, _ in files)
     return f"{escape(dst)}, a folder with {len(files)} files, {nbytes} bytes"
+
+
+def somebodys(folder: Path) -> list[Path]:
+    """What lies in a checkpoint's folder that no framework would write again."""
+    files = list(_files(folder))
+    return _own(files, _listed(files))
+
+
+def _own(files: list[tuple[Path, bool]], known: set[Path]) -> list[Path]:
+    return [
+        path for path, is_plain in files if not is_plain or (path not in known and not _is_beside(path.name))
+    ]
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, bool]]:
@@ -126,7 +136,12 @@ def _reads(dst: Path) -> None:
 
 def _is_beside(name: str) -> bool:
     """Whether a framework gives such a name to what it writes."""
-    return name in BESIDE or is_ours(name) or any(pattern.fullmatch(name) for pattern in _PATTERNS)
+    return (
+        name in BESIDE
+        or is_ours(name)
+        or is_dcp_file(name)
+        or any(pattern.fullmatch(name) for pattern in _PATTERNS)
+    )
 
 
 def _refused(dst: Path, what: str) -> UsageError:

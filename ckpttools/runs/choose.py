@@ -40,7 +40,11 @@ def newest(folder: Path) -> Choice:
 
     Raises CkptError where a pointer leads nowhere, UsageError where there is no checkpoint.
     """
-    found = runs(folder)
+    return choice(runs(folder), folder)
+
+
+def choice(found: list[list[Entry]], folder: Path) -> Choice:
+    """The same for a folder whose runs are known. Raises as `newest` does."""
     run = found[0][0].run if found else folder
     among = _among(found, folder)
     if found and found[0][0].path == folder:
@@ -48,9 +52,9 @@ def newest(folder: Path) -> Choice:
     for place in dict.fromkeys((folder, run)):
         for name in POINTERS:
             if any(entry.name == name for entry in entries(place)):
-                choice = _pointed(place, name)
-                notes = (*among, *_behind(choice.path, found[0] if found else []), *_pointers(place))
-                return replace(choice, notes=notes)
+                named = _pointed(place, name)
+                notes = (*among, *_behind(named.path, found[0] if found else []), *_pointers(place))
+                return replace(named, notes=notes)
     if not found:
         raise nothing(folder)
     return replace(_furthest(found[0]), notes=(*among, *_disagreements(found[0])))

@@ -9,15 +9,16 @@ checkpoint.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from ckpttools import frameworks
-from ckpttools.checkpoint import TrainState
+from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, read
+from ckpttools.formats.hf import SHARD, looks_like_hf
 from ckpttools.formats.locate import checkpoints, holds_one
 from ckpttools.formats.zero.names import looks_like_zero
 from ckpttools.frameworks import accelerate, huggingface
@@ -27,10 +28,12 @@ from ckpttools.stores.files import entries, is_folder
 from ckpttools.stores.links import within
 
 MAX_DEPTH = 8
+SHARDED = ("dcp",)
 COUNTERS = ("iteration", "step", "epoch")
 # the Trainer's marks of a save that was not finished
 UNFINISHED = re.compile(r"tmp-checkpoint-.*")
 UNFINISHED_FILE = "checkpoint-is-incomplete.txt"
+NUMBERED = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,7 +41,10 @@ class Entry:
     """A checkpoint of a run, as far as its headers say.
 
     `resumes` is whether it holds optimizer state, None where that is not known. `time` is that of its newest
-    file, in ns. A `problem` is why it cannot be read, or is not finished: its counters are then unknown.
+    file, in ns, and `nbytes` the size of all of them. `ranks` is None where the format does not say.
+    `metrics` are the last of each loss. `model` is the same for checkpoints of one model: a digest of
+    the names and shapes of its weights, None where they do not look like a model's. A `problem` is why it
+    cannot be read, or is not finished: its counters are then unknown.
     """
 
     path: Path
@@ -47,6 +53,10 @@ class Entry:
     state: TrainState
     resumes: bool | None
     time: int
+    nbytes: int = 0
+    ranks: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    model: int | None = None
     problem: CkptError | None = None
 
     def count(self, counter: str) -> int | float | None:
@@ -85,7 +95,7 @@ def runs(folder: Path) -> list[list[Entry]]:
     """The same by run: the newest run first, by its number where they are named alike, else by time."""
     entries(folder)  # raises where it cannot be listed
     with within(folder):
-        if _whole(folder):
+        if _whole(folder) and not _several(folder):
             return [[_entry(folder, folder)]]
         found = [ordered([_entry(path, run) for path in paths]) for run, paths in _runs(folder, MAX_DEPTH)]
     keyed = {run[0].run: run for run in found}
@@ -97,6 +107,23 @@ def runs(folder: Path) -> list[list[Entry]]:
         time=lambda run: max(entry.time for entry in keyed[run]),
     )
     return [keyed[run] for run in order]
+
+
+def grouped(folder: Path) -> list[list[Entry]]:
+    """The same, with DeepSpeed's save folder of one tag as the run that it is: it has no other checkpoint."""
+    out: list[list[Entry]] = []
+    for run in runs(folder):
+        alone = [entry for entry in run if _is_run(entry.path)]
+        rest = [entry for entry in run if entry not in alone]
+        out += [*([rest] if rest else []), *([entry] for entry in alone)]
+    return out
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return path.is_dir() and any(e.name == "latest" for e in entries(path)) and not _whole(path)
+    except CkptError:
+        return True
 
 
 def ordered(found: list[Entry]) -> list[Entry]:
@@ -123,7 +150,7 @@ def _runs(folder: Path, depth: int) -> Iterator[tuple[Path, list[Path]]]:
     """The folders below that directly hold checkpoints, each with their paths."""
     try:
         listed = entries(folder)
-        direct = [path for path in checkpoints(folder) if not _several(path)]
+        direct = [p for p in checkpoints(folder) if not _several(p) and not SHARD.fullmatch(p.name)]
     except CkptError:
         if depth == MAX_DEPTH:
             raise
@@ -147,14 +174,18 @@ def _whole(path: Path) -> bool:
 
 
 def _several(path: Path) -> bool:
-    """Whether a folder is DeepSpeed's save folder with more than one tag in it."""
-    if not path.is_dir() or _whole(path):
+    """Whether a folder is DeepSpeed's save folder with more than one tag in it, or the Trainer's output
+    folder: the model that `save_model` left there at the end, beside checkpoint-N/."""
+    if not path.is_dir():
         return False
+    if _whole(path):
+        return any(NUMBERED.fullmatch(e.name) and is_folder(e) for e in entries(path)) and looks_like_hf(path)
     return sum(is_folder(e) and looks_like_zero(path / e.name) for e in entries(path)) > 1
 
 
 def _entry(path: Path, run: Path) -> Entry:
-    make = partial(Entry, path=path, run=run, time=_time(path))
+    time, nbytes = extent(path)
+    make = partial(Entry, path=path, run=run, time=time, nbytes=nbytes)
     try:
         if UNFINISHED.fullmatch(path.name) or (path / UNFINISHED_FILE).is_file():
             raise CkptError(
@@ -169,23 +200,51 @@ def _entry(path: Path, run: Path) -> Entry:
     except CkptError as error:
         return make(format=None, state=TrainState(), resumes=None, problem=error)
     resumes: bool | None
+    logged: tuple[tuple[str, float], ...] = ()
     try:
-        resumes = bool(frameworks.read(source, checkpoint).optimizers)
+        training = frameworks.read(source, checkpoint)
+        resumes, logged = bool(training.optimizers), training.losses
     except Unsupported as reason:
         resumes = False if reason.id == "weights-only" else None
     except CkptError:
         resumes = None
-    return make(format=checkpoint.layout.format, state=checkpoint.train_state, resumes=resumes)
+    layout, state = checkpoint.layout, checkpoint.train_state
+    losses = (("train_loss", state.train_loss), ("val_loss", state.val_loss), *logged)
+    return make(
+        format=layout.format,
+        state=state,
+        resumes=resumes,
+        ranks=layout.dp_degree if layout.format in SHARDED or layout.format.startswith("zero") else None,
+        metrics={name: value for name, value in losses if value is not None},
+        model=_model(checkpoint),
+    )
 
 
-def _time(path: Path) -> int:
-    """When its newest file was written: a folder's own time also changes with what is put beside."""
+def _model(checkpoint: Checkpoint) -> int | None:
+    """A torch file of tensors may be anything, predictions for instance."""
+    found = {name: ref.shape for name, ref in checkpoint.tensors.items()}
+    if not any(name.rpartition(".")[2] in ("weight", "bias") for name in found):
+        return None
+    return hash(frozenset(found.items()))
+
+
+def extent(path: Path) -> tuple[int, int]:
+    """When its newest file was written, in ns, and the bytes of all: a folder's own time also changes with
+    what is put beside."""
     try:
         if not path.is_dir():
-            return path.stat().st_mtime_ns
-        inside = [e for e in entries(path) if not is_ours(e.name)]
-        times = [e.stat().st_mtime_ns for e in inside if e.is_file()]
-        times += [_time(path / e.name) for e in inside if not times and e.is_dir() and not e.is_symlink()]
-        return max(times, default=path.stat().st_mtime_ns)
+            found = path.stat()
+            return found.st_mtime_ns, found.st_size
+        time = nbytes = deeper = 0
+        for entry in entries(path):
+            if is_ours(entry.name):
+                continue
+            if entry.is_file():
+                found = entry.stat()
+                time, nbytes = max(time, found.st_mtime_ns), nbytes + found.st_size
+            elif entry.is_dir() and not entry.is_symlink():
+                below, more = extent(path / entry.name)
+                deeper, nbytes = max(deeper, below), nbytes + more
+        return time or deeper or path.stat().st_mtime_ns, nbytes
     except (OSError, CkptError):
-        return 0
+        return 0, 0

@@ -1,0 +1,143 @@
+"""The checkpoints of a run or of a tree of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpttools import checks, runs
+from ckpttools.checks import Verdict, refused
+from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.findings import ERROR
+from ckpttools.operations.writing import Bar
+from ckpttools.runs import needs, pins
+from ckpttools.runs.choose import Choice
+from ckpttools.runs.find import Entry
+from ckpttools.runs.kinds import Kind, kind
+from ckpttools.runs.retain import best_of
+
+LATEST, BEST, PINNED, WEIGHTS = "latest", "best", "pinned", "weights only"
+DAMAGED, BAD, GOOD, UNKNOWN = "damaged (headers)", "damaged", "verified", "not checked"
+ORDERS: dict[str, Callable[[Entry], object]] = {
+    "time": lambda entry: -entry.time,
+    "size": lambda entry: -entry.nbytes,
+    "name": lambda entry: entry.path.name,
+}
+SORTS = ("progress", *ORDERS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """A checkpoint and what is to be known of it. `why` tells what is damaged, or why it is pinned."""
+
+    entry: Entry
+    kind: Kind | None
+    marks: tuple[str, ...]
+    why: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """The checkpoints of a run. `notes` say where times, names or pointers disagree with the order."""
+
+    path: Path
+    checkpoints: tuple[Listed, ...]
+    latest: Path | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing damaged was seen."""
+        bad = {DAMAGED, BAD}
+        return self.latest is not None and not any(bad & set(each.marks) for each in self.checkpoints)
+
+
+def ls(
+    folder: str | Path,
+    *,
+    sort: str = "progress",
+    verify: bool = False,
+    workers: int = 0,
+    bar: Bar | None = None,
+) -> tuple[Run, ...]:
+    """Every checkpoint below a folder by run, the furthest first, as far as their headers say.
+
+    `sort` is one of SORTS; with `verify` every byte is read. Raises UsageError where there is none.
+
+    >>> (run,) = ls("fixtures/hf-trainer/plain")
+    >>> [(each.entry.path.name, each.kind, each.entry.state.step, each.marks) for each in run.checkpoints]
+    [('checkpoint-4', 'step', 4, ('latest',)), ('checkpoint-2', 'step', 2, ())]
+    """
+    folder = Path(folder)
+    if sort not in SORTS:
+        raise UsageError("bad-usage", f"{sort!r} is no order", hint=f"one of {', '.join(SORTS)}")
+    found = runs.runs(folder)
+    if not found:
+        raise runs.nothing(folder)
+    verdict = (lambda path: _verdict(path, workers, bar)) if verify else None
+    return tuple(
+        _run(entries, folder if len(found) == 1 else entries[0].run, folder, sort, verdict)
+        for entries in found
+    )
+
+
+def _run(found: list[Entry], at: Path, top: Path, sort: str, verify: Callable[[Path], Verdict] | None) -> Run:
+    notes: list[str] = []
+    chosen: Choice | None = None
+    try:
+        chosen = runs.choice([found], at)
+        notes += chosen.notes
+    except CkptError as error:
+        notes.append(f"{error.message} [{error.id}]")
+    best, named = best_of(found), needs.trainers_best(found)
+    latest = chosen.path.resolve() if chosen is not None else None
+    listed: list[Listed] = []
+    for entry in _sorted(found, sort):
+        marks, why = [], []
+        if latest is not None and latest == entry.path.resolve():
+            marks.append(LATEST)
+        if kind(entry) == "best" or entry is best or (named and needs.names(named, entry.path)):
+            marks.append(BEST)
+        pin = pins.above(entry.path, top)
+        if pin is not None:
+            marks.append(PINNED)
+            why.append(str(pin))
+        if entry.resumes is False:
+            marks.append(WEIGHTS)
+        for mark, reason in _state(entry, verify):
+            marks.append(mark)
+            why += [reason] if reason else []
+        listed.append(Listed(entry=entry, kind=kind(entry), marks=tuple(marks), why=tuple(why)))
+    if latest is not None and not any(LATEST in each.marks for each in listed):
+        notes.append(f"a resume would take {escape(chosen.path if chosen else latest)}, which is not listed")
+    return Run(
+        path=found[0].run,
+        checkpoints=tuple(listed),
+        latest=chosen.path if chosen is not None else None,
+        notes=tuple(notes),
+    )
+
+
+def _state(entry: Entry, verify: Callable[[Path], Verdict] | None) -> Iterator[tuple[str, str]]:
+    """Whether it is whole, as far as that was looked at, and what is wrong."""
+    problem = entry.problem
+    if verify is not None:
+        verdict = verify(entry.path)
+        bad = next((f for f in verdict.findings if f.severity == ERROR), None)
+        mark = GOOD if verdict.ok else BAD if verdict.exit_code == 1 else UNKNOWN
+        yield mark, f"{bad.message} [{bad.id}]" if bad is not None else ""
+    elif problem is not None:
+        yield DAMAGED if problem.exit_code == 1 else UNKNOWN, f"{problem.message} [{problem.id}]"
+
+
+def _verdict(path: Path, workers: int, bar: Bar | None) -> Verdict:
+    shown: checks.Bar | None = (lambda nbytes: bar(nbytes, path.name)) if bar is not None else None
+    try:
+        return checks.verify(path, workers=workers, bar=shown)
+    except CkptError as error:
+        return refused(path, error)
+
+
+def _sorted(found: list[Entry], sort: str) -> list[Entry]:
+    return list(found) if sort == "progress" else sorted(found, key=ORDERS[sort])  # type: ignore[arg-type]

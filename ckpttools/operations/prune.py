@@ -1,0 +1,250 @@
+"""Removing old checkpoints: a plan of what goes and why the rest stays, then its execution.
+
+What goes gets another name first (siblings.GONE), by one rename, and is deleted then: whatever ends the
+program in between leaves no half checkpoint, and the next prune deletes the rest. A manifest beside a single
+file goes before the file: a manifest without its file would describe nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ckpttools import checks, manifest, runs
+from ckpttools.checks import Verdict
+from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.operations.replacing import somebodys
+from ckpttools.operations.writing import Bar
+from ckpttools.runs import needs, pins
+from ckpttools.runs.find import Entry
+from ckpttools.runs.retain import Decision, Policy, decide, require_best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruning:
+    """What a prune removes, or removed. `nbytes` is what that frees: a file with another hard link frees
+    nothing. `left` is what an interrupted prune left, which goes as well."""
+
+    folder: Path
+    runs: tuple[tuple[Path, tuple[Decision, ...]], ...]
+    nbytes: int
+    left: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def removed(self) -> tuple[Entry, ...]:
+        """Oldest first, run by run."""
+        return tuple(d.entry for _, decisions in self.runs for d in reversed(decisions) if d.goes)
+
+    @property
+    def kept(self) -> tuple[Decision, ...]:
+        return tuple(d for _, decisions in self.runs for d in decisions if not d.goes)
+
+
+def prune(
+    folder: str | Path,
+    *,
+    keep_last: int | None = None,
+    per_kind: bool = False,
+    keep_best: str | None = None,
+    keep_every: int | None = None,
+    keep_within: float | None = None,
+    verified: bool = False,
+    dry_run: bool = False,
+    workers: int = 0,
+    bar: Bar | None = None,
+) -> Pruning:
+    """Remove the old checkpoints of each run below a folder; what stays is verified first.
+
+    `keep_last` counts good ones only. `keep_best` is a metric ("val_loss", "accuracy:max"), "" the validation
+    loss; `keep_every` a number of steps; `keep_within` seconds. With `verified` every byte of what stays is
+    read. The newest good one, the best, and what is pinned, named by a pointer or needed by something else
+    stay always. Raises UsageError where nothing says what to keep, or that cannot be told.
+
+    >>> plan = prune("fixtures/hf-trainer/plain", keep_last=1, dry_run=True)
+    >>> [entry.path.name for entry in plan.removed], plan.kept[0].reasons
+    (['checkpoint-2'], ('one of the last 1',))
+    """
+    policy = Policy(last=keep_last, per_kind=per_kind, best=keep_best, every=keep_every, within=keep_within)
+    plan = plan_of(Path(folder), policy, verified=verified, workers=workers, bar=bar)
+    if not dry_run:
+        carry_out(plan)
+    return plan
+
+
+def plan_of(
+    folder: Path, policy: Policy, *, verified: bool = False, workers: int = 0, bar: Bar | None = None
+) -> Pruning:
+    """Decide, and touch nothing. Raises CkptError as `prune` does."""
+    found = runs.grouped(folder)
+    around = needs.around(folder)
+    if not found and not around.left:
+        raise runs.nothing(folder)
+    require_best((entry for run in found for entry in run), policy)
+    verify = partial(_good, verified=verified, workers=workers, bar=bar)
+    everything = [entry.path for run in found for entry in run]
+    decided: list[tuple[Path, tuple[Decision, ...]]] = []
+    notes: list[str] = []
+    for run in found:
+        best = needs.trainers_best(run)
+
+        def held(entry: Entry, run: list[Entry] = run, best: str | None = best) -> Iterator[str]:
+            yield from _held(entry, run[0].run, folder, around, everything)
+            if best is not None and needs.names(best, entry.path):
+                yield f"{needs.STATE} names it as the best"
+
+        decisions = decide(run, policy, good=verify, held=held, now=time.time())
+        if not any(d.good for d in decisions):
+            notes.append(f"{escape(run[0].run)}: nothing is removed, no checkpoint of it is known to be good")
+            decisions = [_stays(d, "no checkpoint of the run is known to be good") for d in decisions]
+        decided.append((run[0].run, tuple(decisions)))
+    gone = [d.entry.path for _, decisions in decided for d in decisions if d.goes]
+    return Pruning(
+        folder=folder,
+        runs=tuple(decided),
+        nbytes=freed([*gone, *around.left]),
+        left=around.left,
+        notes=tuple(notes),
+    )
+
+
+def _stays(decision: Decision, why: str) -> Decision:
+    return Decision(entry=decision.entry, reasons=decision.reasons or (why,), good=decision.good)
+
+
+def _good(entry: Entry, *, verified: bool, workers: int, bar: Bar | None) -> bool | None:
+    label = entry.path.name
+    shown: checks.Bar | None = (lambda nbytes: bar(nbytes, label)) if bar is not None else None
+    try:
+        verdict: Verdict = checks.verify(entry.path, quick=not verified, workers=workers, bar=shown)
+    except CkptError as error:
+        return False if error.exit_code == 1 else None
+    return True if verdict.ok else False if verdict.exit_code == 1 else None
+
+
+def _held(
+    entry: Entry, run: Path, folder: Path, around: needs.Around, everything: list[Path]
+) -> Iterator[str]:
+    """Why it may not go, whatever the policy says."""
+    path, real = entry.path, entry.path.resolve()
+    pin = pins.above(path, folder)
+    if pin is not None:
+        yield str(pin)
+    elif any(place == real or real in place.parents for place in map(Path.resolve, around.pinned)):
+        yield "pinned: something in it"
+    try:
+        for place, text in needs.pointers(run, folder):
+            if needs.names(text, path):
+                yield f"{place.name} names it"
+    except CkptError as error:
+        yield f"what a pointer names is not known: {error.message}"
+    why = needs.needed(path, around)
+    if why is not None:
+        yield why
+    if path.resolve() == folder.resolve() or any(path in other.parents for other in everything):
+        yield "other checkpoints are in it, or it is the folder itself"
+    if path.is_dir() and not path.is_symlink():
+        try:
+            own = somebodys(path)
+        except OSError as error:
+            yield f"it cannot be listed: {error.strerror}"
+        else:
+            if own:
+                yield f"it holds what is somebody's own: {escape(own[0].relative_to(path))}"
+
+
+def freed(paths: list[Path]) -> int:
+    """The bytes that removing these frees: of each file whose every hard link goes."""
+    names: Counter[tuple[int, int]] = Counter()
+    files: dict[tuple[int, int], os.stat_result] = {}
+    for path in paths:
+        for file in _tree(path):
+            with suppress(OSError):
+                found = file.lstat()
+                names[found.st_dev, found.st_ino] += 1
+                files[found.st_dev, found.st_ino] = found
+    return sum(found.st_size for key, found in files.items() if names[key] >= found.st_nlink)
+
+
+def _tree(path: Path) -> Iterator[Path]:
+    if path.is_symlink() or not path.is_dir():
+        yield path
+        place = manifest.beside(path)
+        if place.is_file():
+            yield place
+        return
+    for place_, _, files in os.walk(path):
+        yield from (Path(place_) / name for name in files)
+
+
+def carry_out(plan: Pruning, *, said: Callable[[Path], None] = lambda path: None) -> None:
+    """Remove what the plan says; `said` hears of each when it is gone. Raises UsageError where one of them is
+    no longer what the plan saw, or the system refuses; what was removed before stays removed."""
+    for path in plan.left:
+        _delete(path)
+    for run, decisions in plan.runs:
+        for decision in reversed(decisions):
+            if decision.goes:
+                _remove(decision.entry, run, plan.folder)
+                said(decision.entry.path)
+
+
+def _remove(entry: Entry, run: Path, folder: Path) -> None:
+    path = entry.path
+    _refuse_changed(entry, run, folder)
+    gone = path.with_name(f".ckpt-gone-{secrets.token_hex(8)}")
+    try:
+        if not path.is_dir():
+            manifest.beside(path).unlink(missing_ok=True)
+        path.rename(gone)
+    except OSError as error:
+        raise _failed(path, error) from None
+    _delete(gone)
+
+
+def _refuse_changed(entry: Entry, run: Path, folder: Path) -> None:
+    """Raises UsageError where somebody wrote, pinned or named it since the plan was made."""
+    now = runs.extent(entry.path)
+    try:
+        named = any(needs.names(text, entry.path) for _, text in needs.pointers(run, folder))
+    except CkptError:
+        named = True
+    if now != (entry.time, entry.nbytes) or named or pins.above(entry.path, folder) is not None:
+        raise UsageError(
+            "prune-changed",
+            "the checkpoint changed after the plan was made",
+            where=entry.path,
+            why="it was written, pinned or named by a pointer meanwhile; it was left",
+            hint="run ckpt prune again",
+        )
+
+
+def _delete(path: Path) -> None:
+    try:
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return  # another prune was faster
+    except OSError as error:
+        raise _failed(path, error) from None
+
+
+def _failed(path: Path, error: OSError) -> UsageError:
+    return UsageError(
+        "not-removed",
+        f"the system refused to remove it: {escape(error.strerror)}",
+        where=path,
+        why="what was removed before stays removed; no checkpoint is left in half",
+        hint="mend the permissions and run ckpt prune again: it goes on where this one stopped",
+    )

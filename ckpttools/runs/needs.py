@@ -1,0 +1,111 @@
+"""What may not go because something else names it or needs it, and what an interrupted prune left.
+
+    latest, last_checkpoint, latest_universal    in the run, above it, or beside the folder looked after
+    symbolic links                               from anywhere below, or from beside, into a checkpoint
+    adapter_config.json                          base_model_name_or_path: an adapter is nothing without it
+    trainer_state.json                           best_model_checkpoint, the Trainer's best
+
+A name is enough: a path that was true on another machine still keeps the checkpoint that is called so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from ckpttools.containers import jsons
+from ckpttools.errors import CkptError, escape
+from ckpttools.runs.find import Entry
+from ckpttools.siblings import GONE, PIN
+from ckpttools.stores.files import entries, is_file, small_text
+
+POINTERS = ("last_checkpoint", "latest", "latest_universal")
+ADAPTER, STATE = "adapter_config.json", "trainer_state.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Around:
+    """What lies below a folder, beside its checkpoints. `links` are (link, real target); `bases` are
+    (file, the path that it states); `pinned` the folders with pins in them; `left` is half deleted."""
+
+    links: tuple[tuple[Path, Path], ...]
+    bases: tuple[tuple[Path, str], ...]
+    pinned: tuple[Path, ...]
+    left: tuple[Path, ...]
+
+
+def around(folder: Path) -> Around:
+    """Look once through all of a folder, and at the links beside it."""
+    links: list[tuple[Path, Path]] = []
+    bases: list[tuple[Path, str]] = []
+    pinned: list[Path] = []
+    left: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        left += [here / name for name in (*folders, *files) if GONE.fullmatch(name)]
+        folders[:] = [name for name in folders if not GONE.fullmatch(name)]
+        links += [link for name in (*folders, *files) for link in _link(here / name)]
+        pinned += [here for name in files if name.startswith(PIN)]
+        base = _stated(here / ADAPTER, "base_model_name_or_path") if ADAPTER in files else None
+        if base:
+            bases.append((here / ADAPTER, base))
+    beside = folder.resolve().parent
+    with suppress(CkptError):  # links from where nobody may look
+        links += [link for entry in entries(beside) for link in _link(beside / entry.name)]
+    return Around(links=tuple(links), bases=tuple(bases), pinned=tuple(pinned), left=tuple(left))
+
+
+def _link(path: Path) -> Iterator[tuple[Path, Path]]:
+    if path.is_symlink():
+        try:
+            yield path, path.resolve()
+        except (OSError, RuntimeError):  # a link in circles
+            return
+
+
+def _stated(path: Path, key: str) -> str | None:
+    try:
+        found = jsons.read(path, allow_nan=True).get(key)
+    except CkptError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def trainers_best(run: Sequence[Entry]) -> str | None:
+    """What the newest checkpoint of a run, given newest first, says is the best: an older one does not know
+    the later ones."""
+    newest = next((e.path / STATE for e in run if e.problem is None and (e.path / STATE).is_file()), None)
+    return _stated(newest, "best_model_checkpoint") if newest is not None else None
+
+
+def needed(path: Path, found: Around) -> str | None:
+    """Why a checkpoint may not go, None where nothing around needs it."""
+    real = path.resolve()
+    for link, target in found.links:
+        inside = real in link.parent.resolve().parents or real == link.parent.resolve()
+        if not inside and (target == real or real in target.parents):
+            return f"{escape(link.name)} is a link to it"
+    for file, base in found.bases:
+        if names(base, path) and file.parent.resolve() != real:
+            return f"the adapter in {escape(file.parent.name)} needs it"
+    return None
+
+
+def names(stated: str, path: Path) -> bool:
+    """Whether a path that a file states can mean this checkpoint, or something in it."""
+    return path.name in PurePath(stated).parts
+
+
+def pointers(run: Path, folder: Path) -> Iterator[tuple[Path, str]]:
+    """What each pointer names that may speak of this run. Raises CkptError where one cannot be read."""
+    run, folder = run.resolve(), folder.resolve()
+    places = [
+        place for place in (run, *run.parents) if place in (folder, folder.parent) or folder in place.parents
+    ]
+    for place in places:
+        for name in POINTERS:
+            if any(entry.name == name and is_file(entry) for entry in entries(place)):
+                yield place / name, small_text(place / name, 4096).strip()

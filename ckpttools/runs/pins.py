@@ -1,0 +1,64 @@
+"""Pins: a small file beside a checkpoint that says who keeps it, since when and why.
+
+    .ckpt-pin-NAME.json    {"format": "ckpttools-pin", "version": 1, "name", "who", "when", "reason"}
+
+It is no part of the checkpoint, so no manifest and no digest knows of it. A pin on a folder keeps all that is
+in it. That the file is there is enough: one that cannot be read keeps its checkpoint, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpttools.containers import jsons
+from ckpttools.errors import CkptError
+from ckpttools.siblings import pin_place
+
+FORMAT, VERSION = "ckpttools-pin", 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """`when` is UTC, as ISO 8601 has it; None where the file does not say."""
+
+    path: Path
+    who: str | None = None
+    when: str | None = None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        parts = (f"by {self.who}" if self.who else "", f"on {self.when[:10]}" if self.when else "")
+        said = " ".join(("pinned", *filter(None, parts)))
+        return f"{said}: {self.reason}" if self.reason else said
+
+
+def dump(pin: Pin) -> bytes:
+    """The file's contents."""
+    values = {"name": pin.path.resolve().name, "who": pin.who, "when": pin.when, "reason": pin.reason}
+    return json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=1).encode() + b"\n"
+
+
+def of(path: Path) -> Pin | None:
+    """The pin on exactly this path."""
+    place = pin_place(path)
+    if not os.path.lexists(place):
+        return None
+    try:
+        values = jsons.read(place)
+    except CkptError:
+        return Pin(path=path)
+    said = {key: found for key in ("who", "when", "reason") if isinstance(found := values.get(key), str)}
+    return Pin(path=path, **said)
+
+
+def above(path: Path, top: Path) -> Pin | None:
+    """The pin on a path, or on a folder that it lies in, up to `top`."""
+    path, top = path.resolve(), top.resolve()
+    for place in (path, *path.parents):
+        found = of(place)
+        if found is not None or place == top or top not in place.parents:
+            return found
+    return None

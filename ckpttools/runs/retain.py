@@ -1,0 +1,207 @@
+"""Which checkpoints of a run stay: a policy over what is known of each, nothing touched.
+
+A checkpoint may go only if all of this holds: it is one of a series (kinds.py), older than as many good ones
+of its series as shall stay, of the same model as these, holds nothing that is somebody's own, and nothing
+pins, names or needs it. A damaged one counts as nothing: it takes no place, and one that is newer than those
+that stay is left alone, for it may be written at this moment. What is not known keeps a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ckpttools.errors import UsageError, escape
+from ckpttools.runs.find import COUNTERS, Entry
+from ckpttools.runs.kinds import kind, series
+
+VAL = ("val_loss", "eval_loss", "val/loss", "validation_loss", "valid_loss")
+# what is better when it is less; the direction of any other must be said
+_LESS = ("loss", "ppl", "perplexity", "error", "err", "wer", "cer", "mae", "mse", "rmse")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """`best` is a metric, or METRIC:min, METRIC:max; "" the validation loss. `within` is in seconds."""
+
+    last: int | None = None
+    per_kind: bool = False
+    best: str | None = None
+    every: int | None = None
+    within: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.last, self.best, self.every, self.within) == (None,) * 4:
+            raise UsageError(
+                "bad-usage",
+                "nothing says what to keep",
+                hint="add --keep-last N, --keep-best, --keep-every K or --keep-within 7d",
+            )
+        for name, value in (("last", self.last), ("every", self.every), ("within", self.within)):
+            if value is not None and not value > 0:
+                raise UsageError("bad-usage", f"--keep-{name} {value} keeps nothing", hint="give 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """`reasons` are why it stays; without one it goes. `good` is None where that was not looked at, or
+    cannot be told."""
+
+    entry: Entry
+    reasons: tuple[str, ...]
+    good: bool | None = None
+
+    @property
+    def goes(self) -> bool:
+        return not self.reasons
+
+
+def decide(
+    found: Sequence[Entry],
+    policy: Policy,
+    *,
+    good: Callable[[Entry], bool | None],
+    held: Callable[[Entry], Iterable[str]],
+    now: float,
+) -> list[Decision]:
+    """What happens to the checkpoints of one run, given newest first.
+
+    `good` verifies one, each at most once; `held` says what else keeps it. `now` is in seconds, as time.time.
+    """
+    known: dict[int, bool | None] = {}
+
+    def is_good(at: int) -> bool | None:
+        if at not in known:
+            known[at] = good(found[at])
+        return known[at]
+
+    reasons: dict[int, list[str]] = {at: list(held(entry)) for at, entry in enumerate(found)}
+    limits: dict[str, int] = {}  # series -> the last place that its newest good ones take
+    for members in _groups(found, policy.per_kind).values():
+        taken = _first(members, policy.last or 1, is_good)
+        words = f"one of the last {policy.last}" if policy.last else "the newest good one"
+        for at in taken:
+            reasons[at].append(words)
+        stem = series(found[members[0]]) or ""
+        limit = taken[-1] if len(taken) == (policy.last or 1) else len(found)
+        limits[stem] = max(limits.get(stem, 0), limit)
+        _keep_best(found, members, policy, is_good, reasons)
+        for at in members:
+            if at < limit and at not in taken:
+                reasons[at].append(
+                    _unproven(found[at], known.get(at)) if taken else "none of its series is good"
+                )
+            _keep_points(found[at], policy, now, reasons[at])
+    for at, entry in enumerate(found):
+        own = series(entry)
+        if entry.path.is_symlink():
+            reasons[at].append("it is a link")
+        elif own is None:
+            reasons[at].append("it is none of a series")
+        elif entry.problem is not None:
+            if entry.problem.exit_code != 1:
+                reasons[at].append(f"it could not be looked at: {entry.problem.message}")
+            elif at < limits.get(own, len(found)):
+                reasons[at].append(f"damaged, and nothing older stays for it: {entry.problem.message}")
+        elif entry.model is None:
+            reasons[at].append("its tensors do not look like a model's")
+    for at in range(len(found)):  # what stays is looked at, so that a damaged one is told
+        if reasons[at] and found[at].problem is None:
+            is_good(at)
+    return [
+        Decision(entry=entry, reasons=tuple(dict.fromkeys(reasons[at])), good=known.get(at))
+        for at, entry in enumerate(found)
+    ]
+
+
+def _groups(found: Sequence[Entry], per_kind: bool) -> dict[Hashable, list[int]]:
+    """The places of those that can take each other's place: of one series and model, with as much in them."""
+    groups: dict[Hashable, list[int]] = {}
+    for at, entry in enumerate(found):
+        stem = series(entry)
+        if stem is not None and entry.problem is None and not entry.path.is_symlink():
+            key = (stem, entry.resumes, entry.model, kind(entry) if per_kind else None)
+            groups.setdefault(key, []).append(at)
+    return groups
+
+
+def _first(members: Iterable[int], count: int, good: Callable[[int], bool | None]) -> list[int]:
+    """The first `count` that are good."""
+    taken: list[int] = []
+    for at in members:
+        if len(taken) == count:
+            break
+        if good(at):
+            taken.append(at)
+    return taken
+
+
+def _unproven(entry: Entry, good: bool | None) -> str:
+    return "damaged: not counted, and left alone" if good is False else "whether it is good is not known"
+
+
+def _keep_points(entry: Entry, policy: Policy, now: float, reasons: list[str]) -> None:
+    if policy.every is not None:
+        counted = next(((c, v) for c in COUNTERS if (v := entry.count(c)) is not None), None)
+        if counted is None:
+            reasons.append("it states no step, so whether it is one of every is not known")
+        elif counted[1] % policy.every == 0:
+            reasons.append(f"{counted[0]} {counted[1]} is a multiple of {policy.every}")
+    if policy.within is not None and now - entry.time / 1e9 <= policy.within:
+        reasons.append("younger than asked for")
+
+
+def _keep_best(
+    found: Sequence[Entry],
+    members: list[int],
+    policy: Policy,
+    good: Callable[[int], bool | None],
+    reasons: dict[int, list[str]],
+) -> None:
+    """The best by validation loss stays, always, and the one by the metric that was named."""
+    asked = [_metric(policy.best)] if policy.best else []
+    for name, sign in (*((name, 1) for name in VAL), *asked):
+        told = [at for at in members if (v := found[at].metrics.get(name)) is not None and math.isfinite(v)]
+        told.sort(key=lambda at: (sign * found[at].metrics[name], at))
+        for at in _first(told, 1, good):
+            reasons[at].append(f"the best by {escape(name)}: {found[at].metrics[name]:.6g}")
+
+
+def _metric(text: str) -> tuple[str, int]:
+    """A metric and its sign: 1 where less is better. Raises UsageError where that is not known."""
+    name, colon, way = text.rpartition(":")
+    if colon and way in ("min", "max"):
+        return name, 1 if way == "min" else -1
+    if any(text.lower().replace("/", "_").split("_")[-1] == word for word in _LESS):
+        return text, 1
+    raise UsageError(
+        "bad-usage",
+        f"whether less {escape(text)} is better is not known",
+        hint=f"write --keep-best {escape(text)}:max or {escape(text)}:min",
+    )
+
+
+def best_of(found: Sequence[Entry]) -> Entry | None:
+    """The one with the least validation loss, as its headers say; None where none states it."""
+    for name in VAL:
+        told = [e for e in found if (v := e.metrics.get(name)) is not None and math.isfinite(v)]
+        if told:
+            return min(told, key=lambda entry: entry.metrics[name])
+    return None
+
+
+def require_best(found: Iterable[Entry], policy: Policy) -> None:
+    """Raises UsageError where a best is asked for and nothing states it."""
+    if policy.best is None:
+        return
+    names = {_metric(policy.best)[0]} if policy.best else set(VAL)
+    stated = {name for entry in found for name in entry.metrics}
+    if not names & stated:
+        asked = escape(policy.best) if policy.best else "a validation loss"
+        raise UsageError(
+            "best-unknown",
+            f"no checkpoint states {asked}",
+            why="which one is the best cannot be told, so it could be removed",
+            hint=f"they state: {', '.join(map(escape, sorted(stated))) or 'nothing'}; leave --keep-best off",
+        )

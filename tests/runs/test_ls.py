@@ -1,0 +1,114 @@
+"""ckpt ls: what each checkpoint is, and that `<- latest` is what ckpt latest and the library itself take."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from commands import run
+from run_folders import Folder, One
+from support import FIXTURES
+
+from ckpttools.runs import Entry
+from ckpttools.trainer.search import search
+
+KEYS = {"path", "kind", "format", "step", "epoch", "samples", "nbytes", "ranks", "marks", "metrics"}
+REAL = [
+    "hf-trainer/plain", "hf-trainer/deepspeed", "hf-trainer/peft", "lightning/file", "lightning/deepspeed",
+    "mmengine/run", "trainer/z2_bf16_2", "trainer/z1_bf16_2", "monolithic/run", "accelerate/plain",
+]  # fmt: skip
+
+
+def listed(folder: Path, *options: str) -> list[dict[str, object]]:
+    ran = run("ls", folder, "--json", *options)
+    document = json.loads(ran.out)
+    assert set(document) == {"ok", "runs"} and all(
+        set(r) == {"path", "checkpoints"} for r in document["runs"]
+    )
+    found = [each for one in document["runs"] for each in one["checkpoints"]]
+    assert all(set(each) == KEYS for each in found)
+    return found
+
+
+def latest_of(folder: Path) -> list[object]:
+    return [each["path"] for each in listed(folder) if "latest" in each["marks"]]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_latest_is_what_ckpt_latest_says(name: str) -> None:
+    folder = FIXTURES / name
+    taken = run("latest", folder).out.strip()
+    (marked,) = latest_of(folder)
+    assert Path(str(marked)).resolve() == Path(taken).resolve()
+    assert run("ls", folder).out == run(folder).out and "<- latest" in run("ls", folder).out
+
+
+def test_latest_is_what_the_trainer_resumes_from(tmp_path: Path) -> None:
+    utils = pytest.importorskip("transformers.trainer_utils")
+    folder = tmp_path / "out"
+    shutil.copytree(FIXTURES / "hf-trainer" / "plain", folder)
+    shutil.copy(folder / "checkpoint-4" / "model.safetensors", folder)  # save_model at the end
+    shutil.copy(folder / "checkpoint-4" / "config.json", folder)
+    marked = latest_of(folder)
+    assert marked == [utils.get_last_checkpoint(str(folder))]
+
+
+def test_latest_is_what_the_reference_trainer_resumes_from() -> None:
+    folder = FIXTURES / "trainer" / "z2_bf16_2"
+    (marked,) = latest_of(folder)
+    found = search(folder)
+    assert found.path is not None and Path(str(marked)).resolve() == found.path.resolve()
+
+
+def test_marks_and_order(tmp_path: Path) -> None:
+    folder = Folder(tuple(One("", "iter", step, torn=step == 12) for step in (3, 10, 9, 12))).make(tmp_path)
+    os.utime(folder / "iter_3.pth", (2_000_000_000, 2_000_000_000))
+    ran = run("ls", folder)
+    assert ran.code == 1 and "damaged (headers)" in ran.out
+    assert "modification time iter_3.pth" in ran.err
+    names = [Path(str(each["path"])).name for each in listed(folder)]
+    assert names == ["iter_12.pth", "iter_10.pth", "iter_9.pth", "iter_3.pth"]
+    by_time = [Path(str(each["path"])).name for each in listed(folder, "--sort", "time")]
+    assert by_time[0] == "iter_3.pth"
+    torn, newest, best, _ = listed(folder)
+    assert torn["step"] is None and torn["ranks"] is None
+    assert newest["marks"] == ["latest"] and newest["step"] == 10 and newest["kind"] == "step"
+    assert best["marks"] == ["best"] and best["metrics"]["val_loss"] == 0.9  # type: ignore[index]
+    verified = listed(folder, "--verify")
+    assert verified[0]["marks"] == ["damaged"] and all("verified" in each["marks"] for each in verified[1:])  # type: ignore[operator]
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    folder = Folder((One("\x1b[31m\u202e", "iter", 3),)).make(tmp_path)
+    out = run("ls", folder, "--tree").out
+    assert "\x1b" not in out and "\u202e" not in out
+
+
+def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte of a header at most some times, and nothing of the tensors."""
+    import torch
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in range(3):
+        state = {"a.weight": torch.zeros(1_000_000)}
+        torch.save({"state_dict": state, "global_step": step}, folder / f"iter_{step}.pth")
+    seen: Counter[str] = Counter()
+    pread = os.pread
+
+    def counted(fd: int, n: int, at: int) -> bytes:
+        data = pread(fd, n, at)
+        seen["bytes"] += len(data)
+        return data
+
+    monkeypatch.setattr(os, "pread", counted)
+    assert len(listed(folder)) == 3
+    assert 0 < seen["bytes"] < 3 * 40_000
+
+
+def test_an_entry_is_public() -> None:
+    assert Entry.__doc__

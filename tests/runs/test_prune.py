@@ -1,0 +1,323 @@
+"""What prune keeps, in any folder: the rules one by one over random runs, and killed at every system call."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from commands import run
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from run_folders import FOLDERS, LOSSES, Folder, One, kept_by_guard, saved, snapshot
+from support import FIXTURES
+
+import ckpttools
+from ckpttools import siblings
+
+TRAINER = FIXTURES / "hf-trainer" / "plain"
+
+
+def check(folder: Folder, last: int, root: Path) -> None:
+    """Every rule, on one folder that is made below `root`."""
+    path = folder.make(root)
+    before = snapshot(root)
+    named = path / "last_checkpoint"
+    pointed = Path(named.read_text()).name if named.exists() else None
+    plan = ckpttools.prune(path, keep_last=last, dry_run=True)
+    assert snapshot(root) == before  # a dry run does nothing
+    done = ckpttools.prune(path, keep_last=last)
+    assert [e.path for e in plan.removed] == [e.path for e in done.removed] and plan.nbytes == done.nbytes
+    after = snapshot(root)
+    gone = {entry.path.name for entry in done.removed}
+    names = {one.name for one in folder.checkpoints}
+    assert gone <= names  # nothing that is no checkpoint
+    # each is there as it was, to the last byte, or not there at all
+    inside = lambda name: name.split("/")[1] if name.startswith("run/") else ""  # noqa: E731
+    assert after == {name: data for name, data in before.items() if inside(name) not in gone}
+    for one in folder.checkpoints:
+        if kept_by_guard(one, pointed):
+            assert one.name not in gone, one
+    for good in folder.series().values():
+        stay = good[:last]
+        best = min(good, key=lambda one: LOSSES[one.step])
+        assert not gone & {one.name for one in stay}, "a torn one took a place"
+        if best.kind != "hf":
+            assert best.name not in gone
+        for one in good[last:]:  # and it does remove what nothing keeps
+            older = all(other.step > one.step for other in stay)
+            if older and len(stay) == last and not kept_by_guard(one, pointed) and one != best:
+                assert one.name in gone, one
+    again = ckpttools.prune(path, keep_last=last)
+    assert not again.removed and snapshot(root) == after
+
+
+@settings(max_examples=200, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
+@given(folder=FOLDERS, last=st.integers(1, 3))
+def test_every_rule_in_random_folders(
+    folder: Folder, last: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("random")
+    check(folder, last, root)
+    shutil.rmtree(root)
+
+
+@pytest.mark.heavy
+@settings(max_examples=10_000, deadline=None, derandomize=False, suppress_health_check=list(HealthCheck))
+@given(folder=FOLDERS, last=st.integers(1, 4))
+def test_every_rule_in_ten_thousand_folders(
+    folder: Folder, last: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("random")
+    check(folder, last, root)
+    shutil.rmtree(root)
+
+
+def make(tmp_path: Path, *steps: int, torn: tuple[int, ...] = (), kind: str = "iter") -> Path:
+    return Folder(tuple(One("", kind, step, step in torn) for step in steps)).make(tmp_path)
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_truncated_newest_does_not_cost_the_good_ones(tmp_path: Path, verified: bool) -> None:
+    folder = make(tmp_path, 1, 2, 3, 5, 12, torn=(12,))
+    options = ["--verified"] if verified else []
+    ran = run("prune", folder, "--keep-last", 2, "-y", *options)
+    assert ran.code == 0, ran.err
+    assert left(folder) == {"iter_12.pth", "iter_5.pth", "iter_3.pth"}
+
+
+def test_only_verified_sees_a_flipped_byte(tmp_path: Path) -> None:
+    for verified, stays in (
+        (False, {"iter_12.pth", "iter_9.pth"}),
+        (True, {"iter_12.pth", "iter_11.pth", "iter_9.pth"}),
+    ):
+        folder = make(tmp_path / str(verified), 1, 9, 11, 12)
+        data = bytearray((folder / "iter_12.pth").read_bytes())
+        at = data.index(b"\x00\x00\x80?") if b"\x00\x00\x80?" in data else data.index(b"?\xf0") - 1
+        data[at] ^= 1
+        (folder / "iter_12.pth").write_bytes(data)
+        ran = run("prune", folder, "--keep-last", 1, "-y", *(["--verified"] if verified else []))
+        assert ran.code == 0 and left(folder) == stays, ran.out
+
+
+def test_without_a_good_one_nothing_goes(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1, 2, 3, torn=(1, 2, 3))
+    ran = run("prune", folder, "--keep-last", 1, "-y")
+    assert ran.code == 1 and "no checkpoint of it is known to be good" in ran.out
+    assert len(left(folder)) == 3
+
+
+def test_nobody_to_ask_means_exit_2_and_nothing_done(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1, 2, 3, 12)
+    before = snapshot(folder)
+    ran = run("prune", folder, "--keep-last", 1)
+    assert ran.code == 2 and "error[prune-unconfirmed]" in ran.err and "remove  iter_1.pth" in ran.out
+    ran = run("prune", folder, "--keep-last", 1, "--json")
+    assert ran.code == 2 and json.loads(ran.out)["error"]["id"] == "prune-unconfirmed"
+    for bad in (
+        [],
+        ["--keep-last", "0"],
+        ["--keep-within", "soon"],
+        ["--keep-last", "1", "--keep-best", "acc"],
+    ):
+        assert run("prune", folder, *bad, "-y").code == 2, bad
+    assert run("prune", folder, "--keep-last", 1, "--dry-run").code == 0
+    assert snapshot(folder) == before
+
+
+def test_the_policy(tmp_path: Path) -> None:
+    def plan(*options: object) -> set[str]:
+        ran = run("prune", folder, *options, "--dry-run", "--json")
+        assert ran.code == 0, ran.out
+        return {Path(entry["path"]).name for entry in json.loads(ran.out)["removed"]}
+
+    steps = [One("", "iter", step) for step in (2, 4, 6, 8)] + [One("", "epoch", step) for step in (1, 3, 5)]
+    folder = Folder(tuple(steps)).make(tmp_path)
+    every = left(folder)
+    best = {"epoch_5.pth"}
+    assert every - plan("--keep-last", 2) == {"iter_8.pth", "iter_6.pth"} | best
+    assert every - plan("--keep-last", 1, "--per-kind") == {"iter_8.pth"} | best | {
+        "iter_6.pth"
+    }  # best of its kind
+    assert every - plan("--keep-every", 4) == {"iter_8.pth", "iter_4.pth"} | best
+    assert (
+        every - plan("--keep-best", "val_loss:max")
+        == {
+            "iter_8.pth",
+            "epoch_1.pth",
+        }
+        | best
+    )
+    for path in folder.iterdir():
+        os.utime(path)
+    os.utime(folder / "iter_2.pth", (1, 1))
+    assert plan("--keep-within", "7d") == {"iter_2.pth"}
+
+
+def test_a_metric_that_nobody_states_is_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1, 2, 3)
+    ran = run("prune", folder, "--keep-best", "accuracy:max", "-y")
+    assert ran.code == 2 and "error[best-unknown]" in ran.err and "val_loss" in ran.err
+
+
+def test_tensors_that_are_no_model_and_files_without_a_number_stay(tmp_path: Path) -> None:
+    import torch
+
+    folder = make(tmp_path, 1, 2, 3, 5, 12)
+    for step in range(3):
+        torch.save({"predictions": torch.ones(3)}, folder / f"outputs_step_{step}.pt")
+    torch.save({"a.weight": torch.ones(3)}, folder / "pretrained.pt")
+    (folder / "last.pth").write_bytes(saved(1))
+    before = left(folder)
+    assert run("prune", folder, "--keep-last", 1, "-y").code == 0
+    assert before - left(folder) == {"iter_1.pth", "iter_2.pth", "iter_3.pth"}
+
+
+def test_the_trainers_own_best_stays(tmp_path: Path) -> None:
+    folder = Folder(tuple(One("", "hf", step) for step in (2, 4, 6, 8))).make(tmp_path)
+    for step, best in ((2, 2), (8, 4)):  # an older checkpoint says what was the best then
+        path = folder / f"checkpoint-{step}" / "trainer_state.json"
+        said = {"best_model_checkpoint": f"/elsewhere/out/checkpoint-{best}"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    assert run("prune", folder, "--keep-last", 1, "-y").code == 0
+    assert left(folder) == {"checkpoint-8", "checkpoint-4"}
+
+
+def test_experiments_of_one_tag_are_runs_of_their_own(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        shutil.copytree(FIXTURES / "deepspeed-0.19.8" / "z2_bf16_ws2", tmp_path / "runs" / name)
+    before = snapshot(tmp_path)
+    assert run("prune", tmp_path / "runs", "--keep-last", 1, "-y").code == 0
+    assert snapshot(tmp_path) == before
+
+
+def test_a_tag_that_latest_names_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(FIXTURES / "deepspeed-0.19.8" / "z2_bf16_ws2", folder)
+    tag = (folder / "latest").read_text()
+    for step in (1, 2, 9):
+        shutil.copytree(folder / tag, folder / f"global_step{step}")
+    (folder / "latest").write_text("global_step1")
+    assert run("prune", folder, "--keep-last", 1, "-y").code == 0
+    assert {"latest", "global_step1"} <= left(folder) and len(left(folder)) < 5
+
+
+def test_hard_links_free_nothing(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1, 2, 12, 9)
+    size = (folder / "iter_1.pth").stat().st_size
+    os.link(folder / "iter_2.pth", tmp_path / "other name")
+    plan = ckpttools.prune(folder, keep_last=1, dry_run=True)
+    assert {entry.path.name for entry in plan.removed} == {"iter_1.pth", "iter_2.pth"} and plan.nbytes == size
+
+
+def test_a_pin_that_comes_after_the_plan_is_seen(tmp_path: Path) -> None:
+    from ckpttools.operations.prune import carry_out, plan_of
+    from ckpttools.runs.retain import Policy
+
+    folder = make(tmp_path, 1, 2, 12)
+    plan = plan_of(folder, Policy(last=1))
+    ckpttools.pin(folder / "iter_1.pth")
+    with pytest.raises(ckpttools.UsageError, match="prune-changed"):
+        carry_out(plan)
+    assert (folder / "iter_1.pth").exists()
+
+
+def test_killed_at_any_moment_no_half_checkpoint_is_left(tmp_path: Path) -> None:
+    """A child is killed right before its n-th rename or deletion, for every n."""
+    content = Folder(
+        (*(One("", "hf", step) for step in (1, 2, 12)), *(One("b_", "iter", step) for step in (1, 9)))
+    )
+    whole = snapshot(content.make(tmp_path / "whole"))
+    ckpttools.prune(tmp_path / "whole" / "run", keep_last=1)
+    done = snapshot(tmp_path / "whole" / "run")
+    killed, n = 0, 0
+    while True:
+        folder = content.make(tmp_path / str(n))
+        (folder / "b_iter_1.pth.ckpt-manifest.json").write_text("{}")
+        child = os.fork()
+        if not child:
+            _die_at(n)
+            ckpttools.prune(folder, keep_last=1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        for name in {one.name for one in content.checkpoints} & left(folder):
+            now = {k: v for k, v in snapshot(folder).items() if k.split("/")[0] == name}
+            assert now == {k: v for k, v in whole.items() if k.split("/")[0] == name}, (n, name)
+        assert all(
+            e.path.name in whole or (folder / e.path.name).is_dir()
+            for r in ckpttools.ls(folder)
+            for e in _entries(r)
+        )
+        ckpttools.prune(folder, keep_last=1)
+        assert snapshot(folder) == done, n
+        if os.WIFEXITED(status):
+            break
+        killed, n = killed + 1, n + 1
+    assert killed > 10
+
+
+def _entries(found: object) -> list[ckpttools.Entry]:
+    return [each.entry for each in found.checkpoints]  # type: ignore[attr-defined]
+
+
+def _die_at(n: int) -> None:
+    seen = 0
+
+    def hook(event: str, _: object) -> None:
+        nonlocal seen
+        if event in ("os.rename", "os.remove", "os.rmdir"):
+            if seen == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+    sys.addaudithook(hook)
+
+
+# --- pins ---------------------------------------------------------------------------------------------
+
+
+def test_a_pin_keeps_and_is_no_part_of_the_checkpoint(tmp_path: Path) -> None:
+    folder = Folder(tuple(One("", "hf", step) for step in (2, 4, 6))).make(tmp_path)
+    pinned = folder / "checkpoint-2"
+    assert run("verify", pinned, "--write-manifest").code == 0
+    ran = run("pin", pinned, "-m", "the paper\x1b[31m")
+    assert ran.code == 0 and "\x1b" not in ran.err
+    (place,) = folder.glob(".ckpt-pin-*")
+    said = json.loads(place.read_text())
+    assert said["reason"].startswith("the paper") and said["when"] and said["name"] == "checkpoint-2"
+    assert run("verify", pinned).code == 0
+    assert run("prune", folder, "--keep-last", 1, "-y").code == 0
+    assert {"checkpoint-2", "checkpoint-6"} == left(folder) - {place.name}
+    assert "pinned" in run("ls", folder).out and "\x1b" not in run("ls", folder).out
+    assert run("unpin", pinned).code == 0 and not place.exists()
+    assert run("unpin", pinned).code == 2
+    assert run("prune", folder, "--keep-last", 1, "-y").code == 0 and left(folder) == {"checkpoint-6"}
+    assert run("pin", folder / "nothing").code == 2
+
+
+def test_no_framework_takes_a_pin_for_its_own(tmp_path: Path) -> None:
+    for theirs in ("ckpt", "checkpoints"):
+        path = tmp_path / theirs / "checkpoint_3"
+        assert siblings.pin_place(path).parent == tmp_path
+    utils = pytest.importorskip("transformers.trainer_utils")
+    folder = tmp_path / "out"
+    shutil.copytree(TRAINER, folder)
+    ckpttools.pin(folder / "checkpoint-2")
+    assert utils.get_last_checkpoint(str(folder)) == str(folder / "checkpoint-4")
+    assert len(utils.sort_checkpoints(output_dir=str(folder))) == 2
+    assert all(siblings.is_ours(name) for name in left(folder) if name.startswith("."))
+
+
+def test_a_pin_on_a_run_keeps_all_of_it(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1, 2, 12)
+    siblings.pin_place(folder).write_text("damaged")
+    assert not ckpttools.prune(tmp_path, keep_last=1).removed
+    assert not ckpttools.prune(folder, keep_last=1).removed
