@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ckpttools.checks import check_before_use
-from ckpttools.formats import zero
+from ckpttools.formats import zero, zero3
 from ckpttools.formats.surroundings import with_surroundings
 from ckpttools.operations import advice
 from ckpttools.operations.sidecar import written_wrong
@@ -25,7 +25,7 @@ def reshard(
     digest: bool = False,
     how: Writing | None = None,
 ) -> Written:
-    """Move a ZeRO-1 or ZeRO-2 checkpoint to `world_size` ranks: weights, optimizer state, counters kept.
+    """Move a ZeRO checkpoint to `world_size` ranks: weights, optimizer state, counters kept.
 
     With `digest`, what was written is read again before it gets its name, and must hold what the source holds
     (`ckpttools.digest`).
@@ -38,8 +38,9 @@ def reshard(
     source = find(src, tag)
     checkpoint = check_before_use(source)
     layout = resharded(checkpoint, world_size)
+    write = zero3.plan if source.format == "zero3" else zero.plan
     changed = layout.dp_degree != checkpoint.layout.dp_degree
-    plan = with_surroundings(source, zero.plan(checkpoint, layout), ranks_change=changed)
+    plan = with_surroundings(source, write(checkpoint, layout), ranks_change=changed)
     dst = Path(dst) if dst is not None else default_dst(src, f"ws{world_size}")
     steps = advice.resume(source, checkpoint, dst, world_size)
     how = how or Writing()

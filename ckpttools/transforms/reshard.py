@@ -28,13 +28,6 @@ def reshard(checkpoint: Checkpoint, dp_degree: int) -> Layout:
             f"a {checkpoint.layout.format} checkpoint is not partitioned over ranks",
             where=checkpoint.path,
             why="any number of ranks can load it as it is",
-            hint="reshard is for DeepSpeed ZeRO-1 and ZeRO-2 folders",
-        )
-    if checkpoint.layout.format == "zero3":
-        raise Unsupported(
-            "layout-unsupported",
-            "a ZeRO-3 checkpoint, which is read and not resharded yet",
-            where=checkpoint.path,
-            hint="extract its weights (ckpt extract), or resume on the same number of ranks",
+            hint="reshard is for DeepSpeed ZeRO folders",
         )
     return replace(checkpoint.layout, dp_degree=dp_degree)

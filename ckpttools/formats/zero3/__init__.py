@@ -12,10 +12,12 @@ that the engine keeps whole (stage3_param_persistence_threshold) and its seconda
 (zero_hpz_partition_size) leave no trace in the files.
 Source: deepspeed/runtime/zero/stage3.py, partition_parameters.py, engine.py.
 
-`names` knows the files, `cuts` the arithmetic, `decode` one file, `read` all of them together.
+`names` knows the files, `cuts` the arithmetic, `decode` one file, `read` all of them together,
+`write` a folder for any number of ranks.
 """
 
 from ckpttools.formats.zero3.names import looks_like_zero3
 from ckpttools.formats.zero3.read import read
+from ckpttools.formats.zero3.write import plan
 
-__all__ = ["looks_like_zero3", "read"]
+__all__ = ["looks_like_zero3", "plan", "read"]

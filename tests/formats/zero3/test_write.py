@@ -1,0 +1,107 @@
+"""ZeRO-3 folders that we write: they read as what they were made from, and DeepSpeed trains on from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import run
+from support import FIXTURES, ZERO3_SAMPLES, differences, identical, name_of, tree_differences
+
+from ckpttools.checks import verify
+from ckpttools.errors import CkptError
+from ckpttools.execute import execute
+from ckpttools.formats import open_checkpoint, zero3
+from ckpttools.tree import plain
+
+SAMPLES = FIXTURES / "deepspeed-0.19.8"
+ORACLES = Path(__file__).parents[2] / "oracles"
+cases = pytest.mark.parametrize("path", ZERO3_SAMPLES, ids=name_of)
+
+
+@cases
+@pytest.mark.parametrize("ranks", [1, 3, 7])
+def test_reshard_keeps_everything(path: Path, ranks: int, tmp_path: Path) -> None:
+    made = tmp_path / "x"
+    assert run("reshard", path, made, "--world-size", ranks).code == 0
+    before, after = open_checkpoint(path), open_checkpoint(made)
+    assert after.layout.dp_degree == ranks
+    # another sub_group_size-d cut, and everything else as it was
+    assert differences(before, after, but=("dp_degree",)) == []
+    assert list(before.client) == list(after.client)
+    assert plain(before.loss_scaler) == plain(after.loss_scaler)
+    assert [f for f in verify(made).findings if f.severity != "info"] == []
+
+
+@cases
+def test_zero_to_fp32_reads_what_we_wrote(path: Path, tmp_path: Path) -> None:
+    read = pytest.importorskip("deepspeed.utils.zero_to_fp32").get_fp32_state_dict_from_zero_checkpoint
+    assert run("reshard", path, tmp_path / "x", "--world-size", 3).code == 0
+    ours, theirs = read(str(tmp_path / "x")), read(str(path))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert identical(ours[name].contiguous(), tensor.contiguous()), name
+
+
+def written(source: Path, ranks: int, folder: Path) -> Path:
+    """A ZeRO-3 folder made from any checkpoint, without what its own format keeps beside."""
+    found = replace(open_checkpoint(source), template=None)
+    execute(zero3.plan(found, replace(found.layout, dp_degree=ranks)), folder / "tag", source=source)
+    (folder / "latest").write_text("tag")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["z2_bf16_ws4", "z2_rr_frozen_tied_groups_ws2", "z2_lora_ws2", "z1_fp16_ws2"]
+)
+def test_stages_1_and_2_become_stage_3(name: str, tmp_path: Path) -> None:
+    made = open_checkpoint(written(SAMPLES / name, 3, tmp_path))
+    kept = ("format", "zero_stage", "dp_degree", "tag", "round_robin")
+    assert differences(open_checkpoint(SAMPLES / name), made, but=kept) == []
+
+
+def test_a_tensor_of_unknown_kind_is_refused(tmp_path: Path) -> None:
+    found = open_checkpoint(SAMPLES / "z3_groups_ws2")
+    with pytest.raises(CkptError) as caught:
+        zero3.plan(replace(found, buffers=frozenset()), found.layout)
+    assert caught.value.id == "tensor-unknown" and "scale" in caught.value.message
+
+
+@pytest.mark.distributed
+def test_deepspeed_trains_on(tmp_path: Path) -> None:
+    """Masters and state bit-equal always; losses bit-equal on the saved stage and number of ranks.
+
+    Else they are within rounding of 16-bit sums: ZeRO-3 also replaces F.linear, which rounds otherwise.
+    """
+    jobs = []
+    for source, variant in (("z3_groups", "z3_groups"), ("z3_sgd", "z3_sgd"), ("z2_bf16", "z3_bf16")):
+        for ranks in (2, 3):
+            out = tmp_path / f"{source}.{ranks}"
+            out.mkdir()
+            written(SAMPLES / f"{source}_ws2", ranks, out)
+            jobs.append((ranks, source, {"load_dir": str(out), "variant": variant, "result": f"{out}.pt"}))
+    for ranks in (2, 3):
+        (tmp_path / "jobs.json").write_text(json.dumps([job for n, _, job in jobs if n == ranks]))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["--max-restarts=99", str(ORACLES / "deepspeed_resume.py"), str(tmp_path / "jobs.json")]
+        done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for ranks, source, job in jobs:
+        truth: dict[str, Any] = torch.load(SAMPLES / f"truth/{source}_ws2.pt", weights_only=False)
+        result: dict[str, Any] = torch.load(job["result"], weights_only=False)
+        assert result["ok"], result["error"]
+        for key in ("fp32", "state"):
+            mine, theirs = (dict(sorted(each[key].items())) for each in (result["loaded"], truth))
+            if key == "state":
+                mine, theirs = ({k: dict(sorted(v.items())) for k, v in x.items()} for x in (mine, theirs))
+            assert list(tree_differences(mine, theirs, key)) == []
+        off = max(abs(a - b) for a, b in zip(result["losses"], truth["losses"], strict=True))
+        same = ranks == 2 and source.startswith("z3_")
+        assert off == 0 if same else off < 1e-3, (source, ranks, off)
