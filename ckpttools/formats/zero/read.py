@@ -17,8 +17,10 @@ from ckpttools.formats.zero.join import ZeroFolder, assemble
 from ckpttools.formats.zero.names import find
 from ckpttools.stores.files import size_of
 from ckpttools.stores.links import inside
-from ckpttools.tensors import Flat, TensorRef, cat
+from ckpttools.tensors import FLOAT32, Flat, TensorRef, cat
 from ckpttools.tree import Value
+
+MASTERS = "optimizer_state_dict.single_partition_of_fp32_groups"
 
 
 def read(folder: Path) -> Checkpoint:
@@ -115,14 +117,16 @@ def _cut(folder: ZeroFolder, g: int, key: str) -> dict[str, TensorRef]:
 def flat_vector(folder: ZeroFolder, g: int, key: str) -> TensorRef:
     """The ranks' partitions of one kind of state, joined; only the tail may be padding."""
     refs = [vector(folder, rank, g, key) for rank in range(len(folder.ranks))]
+    dtypes = {ref.dtype for ref in refs}
+    expected = FLOAT32 if FLOAT32 in dtypes else refs[0].dtype  # the usual one is seldom the wrong one
     for rank, ref in zip(folder.ranks, refs, strict=True):
-        if ref.dtype is not refs[0].dtype:
+        if ref.dtype is not expected:
             raise fields.bad_field(
                 rank.file.path,
-                f"optimizer_state_dict {key} of group {g}",
-                f"is {ref.dtype} where rank 0 has {refs[0].dtype}",
+                f"{MASTERS}[{g}]" if key == FP32 else f"optimizer_state_dict {key} of group {g}",
+                f"is {ref.dtype} where other ranks have {expected}",
             )
-    return cat(refs, refs[0].dtype)
+    return cat(refs, expected)
 
 
 def vector(folder: ZeroFolder, rank: int, g: int, kind: str) -> TensorRef:
@@ -135,7 +139,7 @@ def vector(folder: ZeroFolder, rank: int, g: int, kind: str) -> TensorRef:
     if not view.dtype.is_float:
         raise fields.bad_field(
             folder.ranks[rank].file.path,
-            f"optimizer_state_dict.single_partition_of_fp32_groups[{g}]",
+            f"{MASTERS}[{g}]",
             f"is {view.dtype} where floating point weights are expected",
         )
     return view.ref
