@@ -135,7 +135,7 @@ class Program(ABC):
         """
         saved = self.saved_groups[0]["lr"]
         own = [s[key][0] for s in self.saved_states if isinstance(s.get(key), list | tuple) and s[key]]
-        if any(math.isclose(each, saved, rel_tol=1e-6) for each in own):
+        if any(isinstance(each, int | float) and math.isclose(each, saved, rel_tol=1e-6) for each in own):
             return replace(self, contradiction=(saved, replayed))
         return self.with_notes(
             f"the saved learning rate is {saved:.6g}, where the saved constants give {replayed:.6g} after "

@@ -717,7 +717,8 @@ def test_parts_give_the_bytes_of_the_whole(noise, unit):
 def test_two_processes_write_one_plan(tmp_path):
     """A checkpoint of two ranks resharded to three, with checksums over what both processes write."""
     found = locate(FIXTURES / "deepspeed-0.19.8/z2_groups_ws2")
-    plan = zero.plan(reshard(read_checkpoint(found), 3))
+    checkpoint = read_checkpoint(found)
+    plan = zero.plan(checkpoint, reshard(checkpoint, 3))
     assert any(isinstance(segment, Crc32) for file in plan.files for segment in file.segments)
     execute(plan, tmp_path / "one")
     with prepare(plan, tmp_path / "two") as staged, get_context("spawn").Pool(2) as pool:
