@@ -23,6 +23,8 @@ from ckpttools.transforms.reshard import reshard
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # recognised and refused
 REFUSED = {"moe": "layout-unsupported", "pp": "layout-unsupported", "z0_bf16": "no-optimizer-shards"}
+# whose optimizers keep state of single ranks, which no other number of ranks can be given
+RANK_LOCAL = ("z2_ranklocal", "z2_ranknumber", "z2_bnb_adamw8", "z2_bnb_lion8", "z2_muon", "z1_muon_fp32")
 
 
 def _deepspeed_samples() -> Iterator[Path]:

@@ -33,7 +33,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,18 @@ FP32_GRADS = {"data_types": {"grad_accum_dtype": "fp32"}}
 Z3_CUT = {"stage": 3, "sub_group_size": 10}
 CPU = {"zero_force_ds_cpu_optimizer": False}
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
+MUON = {
+    "optimizer": {
+        "type": "Muon",
+        "params": {"lr": LR, "adam_lr": LR / 2, "momentum": 0.9, "weight_decay": 0.05},
+    }
+}
+
+
+def bit16(dtype: str, **options: Any) -> dict[str, Any]:
+    """DeepSpeed's settings for a model of 16 bits whose masters have 16 bits too."""
+    return {dtype: {"enabled": True, **options}}
+
 
 VARIANTS: dict[str, Variant] = {
     "z2_bf16": Variant(Z2),
@@ -146,6 +158,44 @@ VARIANTS: dict[str, Variant] = {
         model={"tied": "storage", "frozen": ("emb.weight", "head.weight")},
         exclude_frozen=True,
         since=(0, 10, 1),
+    ),
+    # optimizer state that is nested, of single ranks, of other lengths than the partition
+    "z2_nested": Variant(Z2, optimizer="nested", groups=True),
+    "z2_nested_rr": Variant(RR, optimizer="nested", groups=True),
+    "z1_nested_bf16opt": Variant(Z1, optimizer="nested", groups=True, config=FP32_GRADS),
+    "z2_ranklocal": Variant(Z2, optimizer="ranklocal"),
+    "z2_ranknumber": Variant(Z2, optimizer="ranknumber"),
+    "z2_adamax": Variant(Z2, optimizer="adamax"),
+    "z2_bnb_adamw": Variant(Z2, optimizer="bnb_adamw"),
+    "z2_bnb_adamw_rr_groups": Variant(RR, optimizer="bnb_adamw", groups=True),
+    "z2_bnb_lion": Variant(Z2, optimizer="bnb_lion"),
+    "z2_bnb_paged": Variant(Z2, optimizer="bnb_paged"),
+    "z2_bnb_adamw8": Variant(Z2, optimizer="bnb_adamw8"),
+    "z2_bnb_lion8": Variant(Z2, optimizer="bnb_lion8"),
+    "z2_muon": Variant(Z2, optimizer="muon", config=MUON, since=(0, 19, 7)),
+    "z1_muon_fp32": Variant(Z1, "fp32", optimizer="muon", config=MUON, since=(0, 19, 7)),
+    "z2_muon_offload": Variant(OFFLOAD, optimizer="muon", config=MUON, since=(0, 19, 7)),
+    # master weights, and moments, of 16 bits
+    "z2_bf16_masters": Variant(
+        OFFLOAD, optimizer="cpuadam", config=bit16("bf16", bf16_master_weights_and_grads=True), since=(0, 19)
+    ),
+    "z2_bf16_states": Variant(
+        Z2,
+        config=bit16("bf16", bf16_master_weights_and_grads=True, bf16_optimizer_states=True),
+        since=(0, 19),
+    ),
+    "z1_bf16_states_groups": Variant(
+        Z1,
+        groups=True,
+        config=bit16("bf16", bf16_master_weights_and_grads=True, bf16_optimizer_states=True),
+        since=(0, 19),
+    ),
+    "z2_fp16_masters": Variant(
+        OFFLOAD,
+        "fp16",
+        optimizer="cpuadam",
+        config=bit16("fp16", fp16_master_weights_and_grads=True, initial_scale_power=8),
+        since=(0, 19),
     ),
     "z1_round_robin": Variant({"stage": 1, "round_robin_gradients": True}),
     "z3_bf16": Variant(Z3),
@@ -262,6 +312,84 @@ class Lion(torch.optim.Optimizer):
                 m.mul_(b2).add_(p.grad, alpha=1 - b2)
 
 
+class Nested(torch.optim.Optimizer):
+    """Adam whose state lies in a dict, a list and a tuple, with numbers and short tensors between."""
+
+    def __init__(self, params, lr=1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def extra(self, p: torch.Tensor, state: dict[str, Any]) -> float:
+        """A factor of the rate that comes from the state; 1 by default."""
+        return 1.0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for g, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    zeros = functools.partial(torch.zeros_like, p)
+                    state["inner"] = {
+                        "state1": zeros(),
+                        "state2": zeros(),
+                        "step": 0,
+                        "deep": {"rate": 0.5 + g},
+                    }
+                    state["history"] = [zeros(), zeros()]
+                    state["pair"] = (zeros(), torch.full((1,), 0.5 + g, device=p.device))
+                    state["scale"] = torch.full((1,), 1.0 + g, device=p.device)
+                inner, history, (slow, mix) = state["inner"], state["history"], state["pair"]
+                inner["step"] += 1
+                state["scale"].mul_(0.99)
+                inner["state1"].mul_(0.9).add_(p.grad, alpha=0.1)
+                inner["state2"].mul_(0.99).addcmul_(p.grad, p.grad, value=0.01)
+                history[1].copy_(history[0])
+                history[0].copy_(inner["state1"])
+                slow.lerp_(p, 0.1)
+                update = (history[0] + 0.5 * history[1]) / (inner["state2"].sqrt() + 1e-3)
+                rate = group["lr"] * inner["deep"]["rate"] * self.extra(p, state) / inner["step"]
+                p.sub_(rate * update * state["scale"]).lerp_(slow, 0.01 * mix.item())
+
+
+class RankLocal(Nested):
+    """Keeps a tensor of the partition's own: the largest gradients, as many on each rank."""
+
+    def extra(self, p, state):
+        best = p.grad.float().abs().flatten()[:4].contiguous()
+        state["largest"] = torch.maximum(state.get("largest", torch.zeros_like(best)), best)
+        return 1.0 + state["largest"].sum().item()
+
+
+class RankNumber(Nested):
+    """Keeps a number of the partition's own, as optimizers do that estimate their rate."""
+
+    def extra(self, p, state):
+        inner = state["inner"]
+        inner["d"] = max(inner.get("d", 0.0), p.grad.float().norm().item())
+        return 1.0 + inner["d"]
+
+
+def bitsandbytes(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """With bitsandbytes' own defaults, but for 8 bits in however small a partition."""
+    import bitsandbytes as bnb
+
+    small = {"lr": LR, "weight_decay": 0.05, "min_8bit_size": 1}
+    match name:
+        case "bnb_adamw":
+            return bnb.optim.AdamW32bit(groups, **small)
+        case "bnb_adamw8":
+            return bnb.optim.AdamW8bit(groups, **small)
+        case "bnb_paged":
+            return bnb.optim.PagedAdamW32bit(groups, **small)
+        case "bnb_lion":
+            return bnb.optim.Lion32bit(groups, **{**small, "lr": LR / 4})
+        case "bnb_lion8":
+            return bnb.optim.Lion8bit(groups, **{**small, "lr": LR / 4})
+    raise ValueError(name)
+
+
 def client_state() -> dict[str, Any]:
     base = torch.arange(10.0)
     return {
@@ -352,8 +480,21 @@ def param_groups(model: nn.Module, groups: bool) -> list[dict[str, Any]]:
     return [g for g in split if g["params"]]
 
 
-def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+    """None: DeepSpeed makes it from ds_config."""
+    if name.startswith("bnb_"):
+        return bitsandbytes(name, groups)
     match name:
+        case "nested":
+            return Nested(groups, lr=LR)
+        case "ranklocal":
+            return RankLocal(groups, lr=LR / 2)
+        case "ranknumber":
+            return RankNumber(groups, lr=LR / 2)
+        case "adamax":
+            return torch.optim.Adamax(groups, lr=LR)
+        case "muon":
+            return None
         case "adamw" | "amsgrad":
             return torch.optim.AdamW(groups, lr=LR, weight_decay=0.05, amsgrad=name == "amsgrad")
         case "sgd" | "sgd0":
@@ -448,7 +589,8 @@ def build(variant: str) -> Any:
     scheduler = None
     if v.scheduler == "client":
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
+    given = {"optimizer": optimizer} if optimizer is not None else {"model_parameters": model.parameters()}
+    return deepspeed.initialize(model=model, **given, lr_scheduler=scheduler, config=config)[0]
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -494,6 +636,18 @@ def split(flat: torch.Tensor, params: list[Any], paddings: list[int]) -> list[to
     return out
 
 
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What is not a dict, list or tuple, under the keys that lead to it: `inner.step`, `history[0]`."""
+    if isinstance(value, dict) and value:
+        for key, each in value.items():
+            yield from leaves(each, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple) and value:
+        for i, each in enumerate(value):
+            yield from leaves(each, f"{path}[{i}]")
+    elif path:
+        yield path, value
+
+
 def optimizer_truth(engine: Any) -> dict[str, Any]:
     """fp32 masters and optimizer states by parameter name, in any ZeRO-1/2 or BF16 engine."""
     opt = engine.optimizer
@@ -504,6 +658,7 @@ def optimizer_truth(engine: Any) -> dict[str, Any]:
     else:
         partitions, groups = opt.single_partition_of_fp32_groups, opt.round_robin_bit16_groups
     all_paddings = getattr(opt, "round_robin_bit16_padding", None)
+    saved = opt.optimizer.state_dict()["state"]  # as it is saved: bitsandbytes nests it only then
     for g, (partition, params) in enumerate(zip(partitions, groups, strict=True)):
         paddings = all_paddings[g] if all_paddings else [0] * len(params)
         flat = gather(partition)
@@ -512,12 +667,14 @@ def optimizer_truth(engine: Any) -> dict[str, Any]:
         truth["padded_numel"].append(flat.numel())
         truth["fp32"].update(zip(group_names, split(flat, params, paddings), strict=True))
         scalars = {}
-        for key, value in opt.optimizer.state.get(partition, {}).items():
+        for key, value in leaves(saved.get(g, {})):
             if torch.is_tensor(value) and value.ndim > 0 and value.shape == partition.shape:
                 by_name = zip(group_names, split(gather(value), params, paddings), strict=True)
                 truth["state"].setdefault(key, {}).update(by_name)
+            elif torch.is_tensor(value):
+                scalars[key] = value.item() if value.numel() == 1 else value.clone()
             else:
-                scalars[key] = value.item() if torch.is_tensor(value) else value
+                scalars[key] = value
         truth["scalars"].append(scalars)
     return truth
 

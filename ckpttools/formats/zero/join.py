@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckpttools.containers import fields
-from ckpttools.containers.pickles import Node
+from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats.deepspeed import shapes_of
 from ckpttools.formats.zero.decode import Addresses, ModelStates, Rank, version_numbers
 from ckpttools.formats.zero.flat import FlatGroup, mapping_starts, original
 from ckpttools.formats.zero.names import ZeroFiles
-from ckpttools.formats.zero.state import State, partitioned, state_of
+from ckpttools.formats.zero.state import State, Unaccounted, partitioned, state_of, unaccounted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,23 @@ class ZeroFolder:
     states: tuple[tuple[State, ...], ...]  # per group and rank: what the optimizer keeps
     partitioned: tuple[tuple[str, ...], ...]  # per group: the kinds of it that are cut over the ranks
     round_robin: bool
+
+    def unaccounted(self) -> Iterator[Unaccounted]:
+        """The optimizer's state that fits this number of ranks only; reads what is replicated."""
+        for g, (states, cut) in enumerate(zip(self.states, self.partitioned, strict=True)):
+            yield from unaccounted(g, states, cut, self._whole(g))
+
+    def _whole(self, g: int) -> tuple[str, ...]:
+        """Muon's momentum spans the whole parameters of a partition (stage_1_and_2.py:
+        _muon_momentum_buffer), which may by chance be as long as it; offloaded, it is cut."""
+        hyper = self.ranks[0].hyper
+        if hyper is None or hyper[g].get("use_muon") is not True:
+            return ()
+        config = _zero_settings(self.ranks[0].root.get("ds_config"))
+        config = config or _zero_settings(self.model.root.get("ds_config"))
+        offload = fields.as_mapping(config.get("offload_optimizer")) if config is not None else None
+        on = offload is not None and offload.get("device") not in (None, "none")
+        return () if on else ("momentum_buffer",)
 
 
 def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> ZeroFolder:
@@ -184,9 +201,13 @@ def _is_round_robin(model: ModelStates, ranks: tuple[Rank, ...], groups: tuple[F
 
 
 def _configured(config: Node) -> bool:
-    pairs = fields.as_mapping(config)
-    zero = fields.as_mapping(pairs.get("zero_optimization")) if pairs is not None else None
+    zero = _zero_settings(config)
     return zero is not None and zero.get("round_robin_gradients") is True
+
+
+def _zero_settings(config: Node) -> Dict | Object | None:
+    pairs = fields.as_mapping(config)
+    return fields.as_mapping(pairs.get("zero_optimization")) if pairs is not None else None
 
 
 def mappings_agree(rank: Rank, groups: tuple[FlatGroup, ...], *, round_robin: bool) -> bool:

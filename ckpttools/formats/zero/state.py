@@ -75,8 +75,13 @@ def partitioned(ranks: Sequence[Rank], states: Sequence[State], g: int, group: F
     return tuple(kind for kind in states[0] if all(cut(i, rank, kind) for i, rank in enumerate(ranks)))
 
 
-def unaccounted(g: int, states: Sequence[State], cut: Sequence[str]) -> Iterator[Unaccounted]:
-    """What no other number of ranks can be given: reads the bytes of replicated tensors."""
+def unaccounted(
+    g: int, states: Sequence[State], cut: Sequence[str], whole: Sequence[str] = ()
+) -> Iterator[Unaccounted]:
+    """What no other number of ranks can be given: reads the bytes of replicated tensors.
+
+    `whole` names kinds that span whole parameters, whatever their length.
+    """
     for kind in dict.fromkeys(chain.from_iterable(states)):
         lacking = next((i for i, state in enumerate(states) if kind not in state), None)
         if lacking is not None:
@@ -84,6 +89,9 @@ def unaccounted(g: int, states: Sequence[State], cut: Sequence[str]) -> Iterator
             continue
         found = [state[kind] for state in states]
         first = found[0]
+        if kind in whole:
+            yield Unaccounted(g, kind, 0, "spans the whole parameters that touch a rank's partition")
+            continue
         if kind in cut:
             if first.ref is not None and not first.ref.dtype.is_float:
                 yield Unaccounted(g, kind, 0, f"is quantised ({first.ref.dtype.short}): blocks are not cut")

@@ -11,7 +11,7 @@ from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.zero.decode import FP32
 from ckpttools.formats.zero.flat import FlatGroup, alignment_gaps, reordered
 from ckpttools.formats.zero.join import ZeroFolder
-from ckpttools.formats.zero.state import same_bytes, unaccounted
+from ckpttools.formats.zero.state import same_bytes
 from ckpttools.tensors import FLOAT32, Chunk, TensorRef, Zeros, join_chunks
 from ckpttools.tree import Value, same
 
@@ -82,11 +82,7 @@ def target(checkpoint: Checkpoint, layout: Layout) -> Target:
 
 def _refuse_rank_local(folder: ZeroFolder) -> None:
     """State of single ranks fits no other partitions: refused by name, never taken from one rank."""
-    found = [
-        each
-        for g, states in enumerate(folder.states)
-        for each in unaccounted(g, states, folder.partitioned[g])
-    ]
+    found = list(folder.unaccounted())
     if found:
         first = found[0]
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

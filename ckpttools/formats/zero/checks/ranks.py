@@ -13,7 +13,7 @@ from ckpttools.formats.zero.checks.found import ONE_SAVE, contradiction, found
 from ckpttools.formats.zero.decode import Rank
 from ckpttools.formats.zero.flat import FlatGroup
 from ckpttools.formats.zero.join import ZeroFolder, expected_mapping
-from ckpttools.formats.zero.state import State, unaccounted
+from ckpttools.formats.zero.state import State
 
 
 def archive_roots(files: Sequence[TorchFile]) -> Iterator[Finding]:
@@ -144,22 +144,24 @@ def _uses_muon(folder: ZeroFolder) -> bool:
 
 
 def of_single_ranks(folder: ZeroFolder) -> Iterator[Finding]:
-    """State that is neither cut over the ranks nor the same on all: it fits as many ranks only."""
-    for g, states in enumerate(folder.states):
-        for each in unaccounted(g, states, folder.partitioned[g]):
-            leaf = states[each.rank].get(each.kind)
-            own = len(leaf.path) == 1 and leaf.path[0] in {"step", *FLAT} if leaf is not None else True
-            if leaf is None or (own and not _uses_muon(folder)):
-                continue  # named by its own check
-            number = leaf.ref is None
-            yield found(
-                "rank-local-state",
-                folder.ranks[each.rank].file.path,
-                f"group {g} {each.kind}",
-                each.problem,
-                severity=WARNING if number else INFO,
-                hint=ONE_SAVE if number else "resume it on the same number of ranks: it cannot be resharded",
-            )
+    """State that is neither cut over the ranks nor the same on all: it fits as many ranks only.
+
+    A rank may measure for itself, but all of them count alike.
+    """
+    for each in folder.unaccounted():
+        leaf = folder.states[each.group][each.rank].get(each.kind)
+        own = len(leaf.path) == 1 and leaf.path[0] in {"step", *FLAT} if leaf is not None else True
+        if leaf is None or (own and not _uses_muon(folder)):
+            continue  # named by its own check
+        counts = isinstance(leaf.value, int)
+        yield found(
+            "rank-local-state",
+            folder.ranks[each.rank].file.path,
+            f"group {each.group} {each.kind}",
+            each.problem,
+            severity=WARNING if counts else INFO,
+            hint=ONE_SAVE if counts else "resume it on the same number of ranks: it cannot be resharded",
+        )
 
 
 def state_kept(folder: ZeroFolder) -> Iterator[Finding]:
@@ -180,13 +182,13 @@ def state_kept(folder: ZeroFolder) -> Iterator[Finding]:
 
 
 def second_moment(folder: ZeroFolder) -> Iterator[Finding]:
-    """Adam keeps exp_avg_sq wherever it keeps exp_avg; and what one group has, the others have."""
+    """Adam keeps exp_avg_sq (Adamax: exp_inf) beside exp_avg; and what one group has, the others have."""
     first = folder.ranks[0]
     everywhere = {key for moments in first.moments for key in moments}
     for g, moments in enumerate(first.moments):
         lacking = everywhere - set(moments) if moments or len(first.moments) > 1 else set()
         if first.hyper is not None and "eps" in first.hyper[g] and "exp_avg" in moments:
-            lacking |= {"exp_avg_sq"} - set(moments)
+            lacking |= {"exp_avg_sq"} - set(moments) if "exp_inf" not in moments else set()
         uses_muon = first.hyper is not None and any("use_muon" in group for group in first.hyper)
         if lacking and not uses_muon:
             yield found(
