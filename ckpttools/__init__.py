@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from ckpttools.checkpoint import Checkpoint, ParamGroup
     from ckpttools.checks import Finding, Verdict
     from ckpttools.errors import CkptError, Unsupported, UsageError
+    from ckpttools.operations.convert import convert
     from ckpttools.operations.diff import Diff, diff
     from ckpttools.operations.digest import Digested, digest
     from ckpttools.operations.extract import extract
@@ -97,6 +98,7 @@ _PLACES = {
     "Verdict": "checks",
     "Writing": "operations.writing",
     "Written": "operations.writing",
+    "convert": "operations.convert",
     "diff": "operations.diff",
     "digest": "operations.digest",
     "extract": "operations.extract",
@@ -133,6 +135,7 @@ __all__ = [
     "Writing",
     "Written",
     "__version__",
+    "convert",
     "diff",
     "digest",
     "extract",

@@ -9,21 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpttools.tensors import ByteRange, Cast, Chunk, Source, Strided, Tiles, Zeros
-
-
-@dataclass(frozen=True, slots=True)
-class Literal:
-    """Bytes that the plan itself carries: headers, pickles, JSON."""
-
-    data: bytes
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.data)
-
-    def cut(self, start: int, nbytes: int) -> Literal:
-        return Literal(self.data[start : start + nbytes])
+from ckpttools.tensors import ByteRange, Cast, Chunk, Literal, Source, Strided, Tiles, Zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +24,18 @@ class Crc32:
         return 4
 
 
-Segment = Literal | Chunk | Crc32
+__all__ = [
+    "Crc32",
+    "Literal",
+    "OutputFile",
+    "Part",
+    "Plan",
+    "Segment",
+    "SourceCheck",
+    "copy_file",
+    "reads",
+]
+Segment = Chunk | Crc32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,5 +114,5 @@ def reads(segment: Segment) -> tuple[Source, ...]:
             return segment.chunks
         case ByteRange() | Strided() | Tiles() | Zeros():
             return (segment,)
-        case Literal() | Crc32():
+        case Literal() | Crc32():  # no bytes of a source
             return ()

@@ -101,6 +101,20 @@ class Zeros:
         return Zeros(nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes that no file holds: headers, pickles, JSON, a step that was an int."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def cut(self, start: int, nbytes: int) -> Literal:
+        return Literal(self.data[start : start + nbytes])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strided:
     """Elements `first` to `first + numel` (in C order) of a view that is not contiguous on disk.
@@ -191,7 +205,7 @@ class Tiles:
                 yield ByteRange(box.path, box.start + top * row, rows * row)
 
 
-Source = ByteRange | Zeros | Strided | Tiles  # bytes as they lie
+Source = ByteRange | Zeros | Literal | Strided | Tiles  # bytes as they lie
 
 
 def spans(chunk: Source) -> Iterator[ByteRange]:

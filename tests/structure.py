@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ckpttools"
-FORMATS = ("zero", "hf", "torch", "monolithic")
+FORMATS = ("zero", "hf", "torch", "dcp")
 # the places that may open files: where bytes lie, where they are written, the trainer, and what is shown
 OPENERS = ("stores", "execute", "trainer", "cli", "integrations")
 OPENING = {"open", "read_text", "read_bytes", "stat", "exists", "is_file", "is_dir", "iterdir"}

@@ -12,7 +12,7 @@ from ckpttools.checks.copies import Copy
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
-from ckpttools.formats.monolithic import OPTIMIZER
+from ckpttools.formats.torch import OPTIMIZER
 from ckpttools.formats.zero.decode import frozen_fragments
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.passes import tasks as data

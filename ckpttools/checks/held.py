@@ -12,7 +12,7 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, Finding
 from ckpttools.formats import Source
-from ckpttools.formats.monolithic import OPTIMIZER
+from ckpttools.formats.torch import OPTIMIZER
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.training import Training
 

@@ -5,27 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ckpttools.checkpoint import Checkpoint
-from ckpttools.formats import dcp, hf, monolithic, zero, zero3
+from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.formats import dcp, hf, torch, zero, zero3
 from ckpttools.formats.locate import Source, locate
+from ckpttools.plan import Plan
 from ckpttools.stores.links import within
 
 FORMATS: dict[str, Callable[[Path], Checkpoint]] = {
     "zero": zero.read,
     "zero3": zero3.read,
-    "pt": monolithic.read,
+    "pt": torch.read,
     "hf": hf.read,
     "dcp": dcp.read,
 }
 
-__all__ = ["FORMATS", "Source", "locate", "open_checkpoint", "read"]
+# what a Checkpoint can be written as; each takes the Checkpoint and a Layout
+PLANS: dict[str, Callable[[Checkpoint, Layout], Plan]] = {
+    "pt": torch.plan,
+    "zero1": zero.plan,
+    "zero2": zero.plan,
+    "dcp": dcp.plan,
+    "hf": hf.plan,
+}
+
+__all__ = ["FORMATS", "PLANS", "Source", "locate", "open_checkpoint", "read"]
 
 
 def read(source: Source) -> Checkpoint:
     """Read what `locate` found: headers only."""
     with within(source.root):
         if source.key is not None:
-            return monolithic.read(source.target, source.key)
+            return torch.read(source.target, source.key)
         return FORMATS[source.format](source.target)
 
 

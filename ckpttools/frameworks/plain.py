@@ -11,7 +11,7 @@ from dataclasses import replace
 from ckpttools.containers.edit import at
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.counters import DATASET, EPOCH, SCHEDULER, STEP, TOTAL
-from ckpttools.formats.monolithic import OPTIMIZER
+from ckpttools.formats.torch import OPTIMIZER
 from ckpttools.frameworks import parts
 from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.training import Key, OptimizerSettings, SavedSchedule, Training

@@ -85,7 +85,7 @@ def extract(
     made = [note for note in chosen.notes if note not in checkpoint.notes]
     plan = replace(plan, notes=(*made, *plan.notes))
     if not single:
-        plan = _with_config(plan, Path(hf_config) if hf_config is not None else None, source.root)
+        plan = with_config(plan, Path(hf_config) if hf_config is not None else None, source.root)
     dst = dst or default_dst(src, "weights", "")
     configured = any(file.path in hf.HEADS for file in plan.files)
     steps = advice.weights(dst, form, single=single, configured=configured)
@@ -114,7 +114,7 @@ def _form(asked: Form | None, dst: Path | None) -> Form:
     return asked or by_name or "safetensors"
 
 
-def _with_config(plan: Plan, asked: Path | None, root: Path) -> Plan:
+def with_config(plan: Plan, asked: Path | None, root: Path) -> Plan:
     """Configuration and tokenizer from the folder asked for, else from beside the checkpoint."""
     near = (root, root / "hf_model", root / "hf_config")
     folder = asked or next((f for f in near if any((f / head).is_file() for head in hf.HEADS)), None)

@@ -15,7 +15,7 @@ import numpy as np
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.passes.gather import GATHER_NBYTES, gather
 from ckpttools.passes.ranges import Cutter
-from ckpttools.tensors import ByteRange, Cast, DType, Source, Strided, TensorRef, Tiles, Zeros
+from ckpttools.tensors import ByteRange, Cast, DType, Literal, Source, Strided, TensorRef, Tiles, Zeros
 from ckpttools.values import BLOCK_NBYTES, Array, cast, numpy_array, numpy_dtype
 
 _OPEN_FILES = 32
@@ -78,6 +78,8 @@ class Reader:
                     self.read(part, path, start)
                 case Zeros():
                     np.frombuffer(part, np.uint8)[:] = 0
+                case Literal(data):
+                    part[:] = data
                 case Strided() | Tiles():
                     if not self._scratch:
                         self._scratch = memoryview(bytearray(GATHER_NBYTES))

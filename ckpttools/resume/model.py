@@ -12,7 +12,7 @@ from ckpttools.containers import jsons
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, read
-from ckpttools.formats.monolithic import find_weights, strip
+from ckpttools.formats.torch import find_weights, strip
 
 Shape = tuple[int, ...]
 

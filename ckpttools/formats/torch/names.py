@@ -1,22 +1,12 @@
-"""Single files of torch.save: `.pt`, `.pth`, `.ckpt`, `.bin`, `.pth.tar`.
-
-The weights are the file's value itself (a bare state dict, a pickled module, a list), lie under one of the
-names that training code uses, or under the key that is asked for. DDP's and torch.compile's prefixes are
-removed where every name carries them.
-"""
+"""Where a single file keeps its weights and its optimizer, and what the weights are called."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.containers import fields
-from ckpttools.containers.pickles import Dict, Node
-from ckpttools.containers.torch_file import TorchFile, read_torch_file
+from ckpttools.containers.pickles import Node
+from ckpttools.containers.torch_file import TorchFile
 from ckpttools.containers.torch_file.modules import candidates, named_views, state_of, under, what_it_is
 from ckpttools.errors import UsageError, escape
-from ckpttools.formats.counters import train_state
-from ckpttools.formats.ties import tied
 from ckpttools.tensors import TensorRef
 
 WEIGHTS = (
@@ -32,47 +22,6 @@ WEIGHTS = (
 )
 OPTIMIZER = ("optimizer_state_dict", "optimizer", "optim", "optimizer_state", "optimizer_states")
 PREFIXES = ("module.", "_orig_mod.")
-
-
-def read(path: Path, wanted: str | None = None) -> Checkpoint:
-    """Read a single file; `wanted` is the key of the weights, with dots below the first one.
-
-    Raises UsageError where no weights are found in it.
-    """
-    file = read_torch_file(path)
-    key, found = find_weights(file, wanted)
-    tensors, prefix = strip(found)
-    root = fields.as_mapping(file.value)
-    keys = [name for name in (root.names() if root is not None and key else ()) if name != key]
-    notes = [f"the prefix '{prefix}' of every name was removed"] if prefix else []
-    if file.archive is None:
-        notes.append("in torch's older serialization, which has no checksums")
-    elif not file.has_checksums:
-        notes.append("saved without checksums (compute_crc32=False)")
-    held = (
-        f"weights under '{escape(key)}'"
-        if key
-        else "a bare state dict"
-        if root is not None
-        else "weights by name"
-    )
-    also = f", with {', '.join(map(escape, keys[:12]))}" if keys else ""
-    dtypes = {ref.dtype.short for ref in tensors.values() if ref.dtype.is_float}
-    return Checkpoint(
-        path=path,
-        layout=Layout(
-            format="pt",
-            dtype=dtypes.pop() if len(dtypes) == 1 else None,
-            writer="torch.save" + (" (older serialization)" if file.archive is None else ""),
-        ),
-        tensors=tensors,
-        shared=tied(tensors),
-        train_state=train_state(file, root) if root is not None and key else train_state(file, Dict()),
-        files=(FileRole(path=path, nbytes=file.size, role=held + also, dangers=file.dangers),),
-        checks=tuple(file.checks()),
-        notes=tuple(notes),
-        template=file,
-    )
 
 
 def find_weights(file: TorchFile, wanted: str | None = None) -> tuple[str | None, dict[str, TensorRef]]:

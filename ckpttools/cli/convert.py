@@ -1,0 +1,96 @@
+"""ckpt convert: one format into another, with the optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpttools.cli import render
+from ckpttools.cli.options import PATH, SRC, how, writing
+from ckpttools.errors import UsageError, escape
+
+
+@click.command("convert")
+@SRC
+@click.argument("dst", type=PATH)
+@click.option(
+    "--to",
+    required=True,
+    metavar="FORMAT",
+    help="pt (one file), zero1 or zero2 (DeepSpeed folders), dcp (torch distributed), hf (weights alone).",
+)
+@click.option("--world-size", type=int, metavar="N", help="The ranks to write for: zero1, zero2, dcp.")
+@click.option("--dtype", metavar="DTYPE", help="Of the weights: bf16, fp16, fp32. Masters stay fp32.")
+@click.option(
+    "--include", multiple=True, metavar="GLOB", help="Only parameters whose name matches (repeatable)."
+)
+@click.option("--exclude", multiple=True, metavar="GLOB", help="No parameters whose name matches.")
+@click.option(
+    "--rename",
+    multiple=True,
+    metavar="PATTERN=NEW",
+    help="Replace a regular expression in every name (repeatable, in order).",
+)
+@click.option("--reset-optimizer", is_flag=True, help="Leave the optimizer's state out; keep its settings.")
+@click.option(
+    "--optimizer-class",
+    metavar="NAME",
+    help="The class that will load the groups: AdamW, Adam, SGD, FusedAdam, DeepSpeedCPUAdam.",
+)
+@click.option(
+    "--dcp-layout",
+    type=click.Choice(["nested", "flat", "titan", "accelerate"]),
+    help="How a distributed checkpoint names its state; nested by default.",
+)
+@writing
+def command(
+    src: Path,
+    dst: Path,
+    to: Any,
+    world_size: int | None,
+    dtype: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    rename: tuple[str, ...],
+    reset_optimizer: bool,
+    optimizer_class: str | None,
+    dcp_layout: str | None,
+    tag: str | None,
+    **options: Any,
+) -> None:
+    """Write SRC in another format at DST: weights, optimizer state, schedule and counters.
+
+    Where the format keeps one copy of a weight it gets the fp32 master. What it cannot hold is named. New
+    DeepSpeed folders are plain: no round-robin order, no alignment.
+    """
+    from ckpttools.operations.convert import convert
+
+    written = convert(
+        src,
+        dst,
+        to=to,
+        world_size=world_size,
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+        rename=[_rule(text) for text in rename],
+        reset_optimizer=reset_optimizer,
+        optimizer_class=optimizer_class,
+        dcp_layout=dcp_layout,
+        tag=tag,
+        how=how(options),
+    )
+    render.written(written, options)
+
+
+def _rule(text: str) -> tuple[str, str]:
+    pattern, equals, new = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(
+            "bad-usage",
+            f"'{escape(text)}' is no renaming",
+            hint=r"a regular expression, = and its replacement: --rename '^model\.='",
+        )
+    return pattern, new

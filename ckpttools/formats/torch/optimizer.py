@@ -1,0 +1,169 @@
+"""A torch optimizer's saved state as parameter groups with names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ckpttools.checkpoint import ParamGroup
+from ckpttools.containers.edit import at
+from ckpttools.containers.nodes import decode
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.errors import escape
+from ckpttools.formats.torch.ids import Ids, Shape, by_shape
+from ckpttools.formats.torch.names import OPTIMIZER, PREFIXES
+from ckpttools.tensors import TensorRef
+from ckpttools.tree import Key, Value
+
+STEP = "step"  # never the parameter's shape, even where that is 0-d
+NAMES = "param_names"  # torch >= 2.6, of optimizers made from named parameters
+# of the buffers that torch's own modules register: torch/nn/modules/batchnorm.py
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What a file keeps of an optimizer. `groups` are empty, and `problem` says why, where its parameters
+    have no names; `rest` is what the optimizer's dict holds beside state and groups.
+    """
+
+    path: tuple[Key, ...]
+    groups: tuple[ParamGroup, ...] = ()
+    problem: str | None = None
+    rest: Mapping[str, Value] = field(default_factory=dict)
+
+
+def is_buffer(name: str, ref: TensorRef) -> bool:
+    """Whether no optimizer can have it: by its type, or as torch's own modules name their buffers."""
+    trainable = ref.dtype.is_float or ref.dtype.name.startswith("complex")
+    return not trainable or name.endswith(BUFFERS)
+
+
+def place_of(file: TorchFile) -> tuple[Key, ...] | None:
+    """Where an optimizer's state dict lies: under one of the usual keys, or the only item of a list there."""
+    for key in OPTIMIZER:
+        node = at(file.value, key)
+        path: tuple[Key, ...] = (key, 0) if isinstance(node, list | tuple) and len(node) == 1 else (key,)
+        if at(file.value, *path, "state") is not None and at(file.value, *path, "param_groups") is not None:
+            return path
+        if node is not None:
+            return None
+    return None
+
+
+def read(file: TorchFile, tensors: Mapping[str, TensorRef], shared: Mapping[str, str]) -> Saved | None:
+    """The optimizer of a file whose weights are `tensors`; None where it keeps none that is known."""
+    path = place_of(file)
+    if path is None:
+        return None
+    value = decode(file, at(file.value, *path))
+    if not isinstance(value, dict):
+        return None
+    state, saved = value["state"], value["param_groups"]
+    groups = [group for group in saved if isinstance(group, dict)] if isinstance(saved, list) else []
+    if not isinstance(state, dict) or not groups or len(groups) != len(saved):
+        return Saved(path=path, problem="its state is not one of torch.optim")
+    ids = [group.get("params") for group in groups]
+    flat = [each for group in ids if isinstance(group, list) for each in group]
+    if not all(isinstance(group, list) for group in ids) or not all(type(i) in (int, str) for i in flat):
+        return Saved(path=path, problem="its groups do not list their parameters")
+    if len(set(flat)) != len(flat) or not set(state) <= set(flat):
+        return Saved(path=path, problem="its state is of other parameters than its groups")
+    if not all(isinstance(each, dict) and all(type(k) is str for k in each) for each in state.values()):
+        return Saved(path=path, problem="its state is not kept per parameter")
+    found = _names(groups, state, tensors, shared)
+    if found.problem is not None:
+        return Saved(path=path, problem=found.problem)
+    return Saved(
+        path=path,
+        groups=tuple(
+            _group(group, dict(zip(names, group["params"], strict=True)), state, tensors)
+            for group, names in zip(groups, found.names, strict=True)
+        ),
+        rest={key: each for key, each in value.items() if key not in ("state", "param_groups")},
+    )
+
+
+def _names(
+    groups: list[dict[str, Value]],
+    state: Mapping[Key, Value],
+    tensors: Mapping[str, TensorRef],
+    shared: Mapping[str, str],
+) -> Ids:
+    """The names of all ids: as the groups list them, as the ids are, else by shape."""
+    for key in (NAMES, "params"):
+        lists = [group.get(key) for group in groups]
+        if all(isinstance(names, list) and all(type(n) is str for n in names) for names in lists):
+            return _listed([[*names] for names in lists if names is not None], groups, tensors, shared)
+    model = {
+        name: ref.shape for name, ref in tensors.items() if name not in shared and not is_buffer(name, ref)
+    }
+    whole = {
+        kind
+        for each in state.values()
+        for kind, value in each.items()
+        if kind != STEP and isinstance(value, TensorRef) and value.shape
+    }
+    return by_shape([[_shape(state.get(i, {}), whole) for i in group["params"]] for group in groups], model)
+
+
+def _listed(
+    lists: list[list[str]],
+    groups: list[dict[str, Value]],
+    tensors: Mapping[str, TensorRef],
+    shared: Mapping[str, str],
+) -> Ids:
+    found: list[tuple[str, ...]] = []
+    for names, group in zip(lists, groups, strict=True):
+        if len(names) != len(group["params"]):
+            return Ids(problem=f"{NAMES} and params are of different lengths")
+        own = [_own(name, tensors) for name in names]
+        lacking = next((names[i] for i, name in enumerate(own) if name is None), None)
+        if lacking is not None:
+            return Ids(problem=f"it names {escape(lacking)}, which the model does not have")
+        found.append(tuple(shared.get(name, name) for name in own if name is not None))
+    if len({name for names in found for name in names}) != sum(map(len, found)):
+        return Ids(problem="it names a parameter twice")
+    return Ids(names=tuple(found))
+
+
+def _own(name: str, tensors: Mapping[str, TensorRef]) -> str | None:
+    """The model's name for a parameter that may carry the prefixes of wrappers."""
+    while name not in tensors:
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            return None
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _shape(state: Mapping[str, Value], whole: set[str]) -> Shape | None:
+    """The shape that the tensors kept for a parameter agree on, None where there is none or several."""
+    shapes = {
+        value.shape
+        for kind, value in state.items()
+        if kind in whole and isinstance(value, TensorRef)  # a 0-d tensor of other kinds is a count
+    }
+    return shapes.pop() if len(shapes) == 1 else None
+
+
+def _group(
+    saved: Mapping[str, Value],
+    ids: Mapping[str, Key],
+    state: Mapping[Key, Mapping[str, Value]],
+    tensors: Mapping[str, TensorRef],
+) -> ParamGroup:
+    kept: dict[str, dict[str, TensorRef]] = {}
+    scalars: dict[str, dict[str, Value]] = {}
+    for name, i in ids.items():
+        for kind, value in state.get(i, {}).items():
+            if isinstance(value, TensorRef) and value.shape == tensors[name].shape and kind != STEP:
+                kept.setdefault(kind, {})[name] = value
+            else:
+                scalars.setdefault(kind, {})[name] = value
+    return ParamGroup(
+        params={name: tensors[name].shape for name in ids},
+        state=kept,
+        scalars=scalars,
+        hyper={key: value for key, value in saved.items() if key not in ("params", NAMES)},
+    )

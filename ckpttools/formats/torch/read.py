@@ -1,0 +1,91 @@
+"""Reading a single file: weights, the optimizer with names, counters, and all else that was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout, common_dtype
+from ckpttools.containers import fields
+from ckpttools.containers.nodes import decode
+from ckpttools.containers.pickles import Dict
+from ckpttools.containers.torch_file import TorchFile, read_torch_file
+from ckpttools.containers.torch_file.modules import under
+from ckpttools.errors import escape
+from ckpttools.formats.counters import train_state
+from ckpttools.formats.ties import tied
+from ckpttools.formats.torch import optimizer
+from ckpttools.formats.torch.names import find_weights, strip
+from ckpttools.tree import Value, put
+
+
+def read(path: Path, wanted: str | None = None) -> Checkpoint:
+    """Read a single file; `wanted` is the key of the weights, with dots below the first one.
+
+    Raises UsageError where no weights are found in it.
+    """
+    file = read_torch_file(path)
+    key, found = find_weights(file, wanted)
+    tensors, prefix = strip(found)
+    shared = tied(tensors)
+    root = fields.as_mapping(file.value)
+    keys = [name for name in (root.names() if root is not None and key else ()) if name != key]
+    saved = optimizer.read(file, tensors, shared) if root is not None and key else None
+    groups = saved.groups if saved is not None else ()
+    state = train_state(file, root) if root is not None and key else train_state(file, Dict())
+    client: dict[str, Value] = {}
+    if root is not None and key:
+        beside = {key.partition(".")[0] if key not in root else key}
+        beside |= {path[0] for path in state.keys.values() if len(path) == 1}
+        client = {name: decode(file, node) for name, node in root.named() if name not in beside}
+    notes = [f"the prefix '{prefix}' of every name was removed"] if prefix else []
+    if saved is not None and groups:
+        client.pop(str(saved.path[0]))
+        if saved.rest:
+            client = dict(put(client, (saved.path[0],), dict(saved.rest)))
+    elif saved is not None:
+        notes.append(f"the optimizer's state under '{saved.path[0]}' has no names: {saved.problem}")
+    if file.archive is None:
+        notes.append("in torch's older serialization, which has no checksums")
+    elif not file.has_checksums:
+        notes.append("saved without checksums (compute_crc32=False)")
+    held = (
+        f"weights under '{escape(key)}'"
+        if key
+        else "a bare state dict"
+        if root is not None
+        else "weights by name"
+    )
+    also = f", with {', '.join(map(escape, keys[:12]))}" if keys else ""
+    buffers = frozenset(name for name, ref in tensors.items() if optimizer.is_buffer(name, ref))
+    trained = {name for group in groups for name in group.params}
+    return Checkpoint(
+        path=path,
+        layout=Layout(
+            format="pt",
+            dtype=common_dtype(tensors),
+            writer="torch.save" + (" (older serialization)" if file.archive is None else ""),
+        ),
+        tensors=tensors,
+        groups=groups,
+        shared=shared,
+        # where there is no optimizer with names, what was trained is not known
+        frozen=frozenset(tensors.keys() - trained - buffers - shared.keys() if groups else ()),
+        buffers=buffers - trained if groups else frozenset(),
+        train_state=state,
+        extra_state=_extra_state(file, key, prefix),
+        client=client,
+        files=(FileRole(path=path, nbytes=file.size, role=held + also, dangers=file.dangers),),
+        checks=tuple(file.checks()),
+        notes=tuple(notes),
+        template=file,
+    )
+
+
+def _extra_state(file: TorchFile, key: str | None, prefix: str) -> Mapping[str, Value]:
+    """What a state dict holds beside tensors: modules may keep anything there."""
+    pairs = fields.as_mapping(under(file.value, key) if key is not None else file.value)
+    if pairs is None:
+        return {}
+    rest = {name: node for name, node in pairs.named() if file.view(node) is None}
+    return {name.removeprefix(prefix): decode(file, node) for name, node in rest.items()}

@@ -1,0 +1,241 @@
+"""Writing a single file, with the keys that training code usually has.
+
+A file that was read keeps its own keys, and whatever has not changed its own nodes. Each weight is written
+once, in fp32 where there is a master. Every tensor of the optimizer gets a storage of its own: torch counts
+steps in place, and one storage for two parameters would count twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
+from ckpttools.containers import fields
+from ckpttools.containers.edit import at
+from ckpttools.containers.nodes import ORDERED, decode, encode, kept, put_node
+from ckpttools.containers.pickles import Dict, Node, Object
+from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
+from ckpttools.errors import UsageError, escape
+from ckpttools.formats.torch.names import find_weights, strip
+from ckpttools.formats.torch.optimizer import NAMES, place_of
+from ckpttools.plan import Plan
+from ckpttools.tensors import TensorRef
+from ckpttools.tree import Key, Value, put, same
+
+FP32 = "fp32"  # the kind of master weights: the weights themselves here
+# fields of TrainState whose key is another than their name
+COUNTERS = {"scheduler": "scheduler_state_dict", "step": "global_step", "samples": "global_samples"}
+
+
+class Template(NamedTuple):
+    """The file that was read, and where in it the parts lie."""
+
+    file: TorchFile
+    root: Dict | Object
+    weights: str
+    prefix: str
+    optimizer: tuple[Key, ...] | None
+
+
+def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
+    """The one file; its path is the destination itself. `layout` says nothing that a single file can show."""
+    template = _template(checkpoint)
+    notes: list[str] = []
+    values: dict[str, Node] = {}
+    values[template.weights if template else "model_state_dict"] = _module(checkpoint, template, notes)
+    if checkpoint.groups:
+        path = template.optimizer if template and template.optimizer else ("optimizer_state_dict",)
+        values[str(path[0])] = _optimizer(checkpoint, template, path)
+    for key, value in _rest(checkpoint, template, values, notes).items():
+        if template is None or key not in template.root:
+            values[key] = encode(value, {})
+        else:
+            values[key] = kept(template.file, template.root.get(key), value, {})
+    notes += _not_held(checkpoint)
+    if template is None:
+        root: Dict | Object = Dict.of(values.items())
+    else:
+        # keys that are no text are nobody's: they stay
+        root = template.root.replace(values, [k for k in template.root.names() if k not in values])
+    file = write_torch_file("", root)
+    return Plan(files=(file,), notes=tuple(dict.fromkeys(notes)), checks=checkpoint.checks)
+
+
+def _template(checkpoint: Checkpoint) -> Template | None:
+    file = checkpoint.template
+    if not isinstance(file, TorchFile):
+        return None
+    root = fields.as_mapping(file.value)
+    try:
+        key, found = find_weights(file)
+    except UsageError:  # they were asked for under another key
+        return None
+    if root is None or key is None or key in checkpoint.client:
+        return None
+    return Template(file, root, key, strip(found)[1], place_of(file))
+
+
+def _module(checkpoint: Checkpoint, template: Template | None, notes: list[str]) -> Node:
+    """The state dict. Tied names are views of one storage."""
+    best = checkpoint.best_copies()
+    rounded = {
+        ref.dtype.short for name, ref in checkpoint.tensors.items() if best[name].dtype is not ref.dtype
+    }
+    if rounded:
+        notes.append(
+            f"one copy of each weight: the fp32 masters, not their {', '.join(sorted(rounded))} copies"
+        )
+    prefix = template.prefix if template else ""
+    values = {prefix + name: ref for name, ref in best.items()}
+    values |= {prefix + name: value for name, value in checkpoint.extra_state.items()}
+    old = fields.as_mapping(template.root.get(template.weights)) if template else None
+    if template is not None and old is not None:
+        before = {name: decode(template.file, node) for name, node in old.named()}
+        if before.keys() == values.keys() and all(
+            same(before[name], value) for name, value in values.items()
+        ):
+            return template.root.get(template.weights)
+    made = Object("reduce", ORDERED, ())
+    if isinstance(old, Object):
+        made.state = old.state  # the versions of the modules (_metadata)
+    storages: dict[object, Storage] = {}
+    nodes: dict[TensorRef, Node] = {}
+    if template is not None and old is not None:
+        nodes = {view.ref: node for _, node in old.named() if (view := template.file.view(node)) is not None}
+    for name, value in values.items():
+        known = nodes.get(value) if isinstance(value, TensorRef) else None
+        made.pairs.append((name, encode(value, storages) if known is None else known))
+    return made
+
+
+def _optimizer(checkpoint: Checkpoint, template: Template | None, path: tuple[Key, ...]) -> Node:
+    """The optimizer's state dict: ids count on over the groups."""
+    old = template.root.get(str(path[0])) if template and template.optimizer else None
+    inner = at(old, *path[1:]) if old is not None else None
+    before = fields.as_mapping(inner)
+    old_state = fields.as_mapping(before.get("state")) if before is not None else None
+    saved = before.get("param_groups") if before is not None else None
+    old_groups = saved if isinstance(saved, list) else []
+    states: list[tuple[Node, Node]] = []
+    groups: list[Node] = []
+    first = 0
+    for g, group in enumerate(checkpoint.groups):
+        settings = fields.as_mapping(old_groups[g]) if g < len(old_groups) else None
+        ids = _ids(settings, group, first)
+        first += len(ids)
+        for i, name in zip(ids, group.params, strict=True):
+            node = _state(group, name, template, old_state.get(i) if old_state is not None else None)
+            if node is not None:
+                states.append((i, node))
+        wanted: dict[str, Value] = dict(group.hyper)
+        if settings is None or NAMES in settings:
+            # torch >= 2.6 keeps them and goes by the order alone
+            wanted[NAMES] = list(group.params)
+        wanted["params"] = ids
+        if template is None or settings is None:
+            groups.append(encode(wanted, {}))
+        else:
+            order = [*(k for k in settings.names() if k in wanted), *(k for k in wanted if k not in settings)]
+            groups.append(kept(template.file, settings, {key: wanted[key] for key in order}))
+    values: dict[str, Node] = {"state": Dict.of(states), "param_groups": groups}
+    values |= {key: encode(value, {}) for key, value in _beside(checkpoint, str(path[0])).items()}
+    new = Dict.of(values.items()) if before is None else before.replace(values)
+    if old is None or template is None:
+        return new
+    return put_node(old, path[1:], new)
+
+
+def _beside(checkpoint: Checkpoint, key: str) -> Mapping[str, Value]:
+    """What the optimizer's dict held beside state and groups."""
+    rest = checkpoint.client.get(key)
+    return rest if isinstance(rest, Mapping) and not rest.keys() & {"state", "param_groups"} else {}
+
+
+def _ids(settings: Dict | Object | None, group: ParamGroup, first: int) -> list[Key]:
+    """The ids of a group's parameters: as the file that was read has them where they are as many."""
+    old = settings.get("params") if settings is not None else None
+    if isinstance(old, list) and len(old) == len(group.params):
+        if any(isinstance(each, str) for each in old):
+            return list(group.params)
+        return [each for each in old if isinstance(each, int)]
+    return list(range(first, first + len(group.params)))
+
+
+def _state(group: ParamGroup, name: str, template: Template | None, old: Node) -> Node:
+    """What the optimizer keeps for one parameter, None where that is nothing; counts come first."""
+    pairs = fields.as_mapping(old)
+    found: Value = {}
+    for kind, value in _kinds(group, name, pairs.names() if pairs is not None else []):
+        found = put(found, group.paths.get(kind, (kind,)), value)
+    if not found:
+        return old
+    if template is not None and old is not None:
+        return kept(template.file, old, found)
+    return _separate(found)
+
+
+def _kinds(group: ParamGroup, name: str, order: list[str]) -> Iterator[tuple[str, Value]]:
+    kinds = {
+        kind: values[name]
+        for kept in (group.scalars, group.state)
+        for kind, values in kept.items()
+        if name in values and kind != FP32
+    }
+    for kind in dict.fromkeys((*order, *kinds)):
+        if kind in kinds:
+            yield kind, kinds[kind]
+
+
+def _separate(value: Value) -> Node:
+    """The node of a value in which every tensor has a storage of its own."""
+    if isinstance(value, Mapping):
+        return Dict.of((key, _separate(inner)) for key, inner in value.items())
+    return encode(value, {})
+
+
+def _rest(
+    checkpoint: Checkpoint, template: Template | None, taken: Mapping[str, Node], notes: list[str]
+) -> dict[str, Value]:
+    """Counters and what training code saved, by key, in the order of the file that was read."""
+    state = checkpoint.train_state
+    out: dict[str, Value] = dict(checkpoint.client)
+    for key in taken.keys() & out.keys():
+        if not _beside(checkpoint, key):
+            notes.append(f"'{escape(key)}' among the client's values is not written: the name is taken")
+        del out[key]
+    values: dict[str, Value] = {
+        "scheduler": state.scheduler,
+        "epoch": state.epoch,
+        "step": state.step,
+        "iteration": state.iteration,
+        "samples": state.samples,
+        "skipped_steps": state.skipped_steps,
+        "train_loss": state.train_loss,
+        "val_loss": state.val_loss,
+    }
+    for field, value in values.items():
+        usual = COUNTERS.get(field, field)
+        if value not in (None, {}, []):
+            path = state.keys.get(field, (usual,))
+            out = put(out, path if template is not None or len(path) > 1 else (usual,), value)
+    return out
+
+
+def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
+    layout = checkpoint.layout
+    if not checkpoint.groups:
+        yield "no optimizer state: the source has none whose parameters are known by name"
+    elif not all(group.hyper for group in checkpoint.groups):
+        yield "no optimizer settings (lr, betas ...): the source does not have them"
+    if checkpoint.optimizer:
+        yield f"not kept: the optimizer's class ({escape(checkpoint.optimizer)})"
+    if checkpoint.loss_scaler and checkpoint.loss_scaler.get("dynamic") is not False:
+        yield f"not kept: the loss scaler ({escape(checkpoint.loss_scaler.get('class', 'of no class'))})"
+    if checkpoint.settings:
+        yield f"not kept: the run's settings ({', '.join(map(escape, list(checkpoint.settings)[:8]))})"
+    if checkpoint.left_out:
+        name = escape(next(iter(checkpoint.left_out)))
+        yield f"{len(checkpoint.left_out)} parameters are not in the source, the first {name}"
+    if layout.dp_degree > 1:
+        yield f"not kept: the layout for {layout.dp_degree} ranks; any number of ranks loads the file"

@@ -1,0 +1,159 @@
+"""ckpt convert: every pair of formats that it writes, there and back, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import FIXTURES, as_torch
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.checks import verify
+from ckpttools.errors import UsageError
+from ckpttools.formats import locate, read
+from ckpttools.operations.convert import convert
+from ckpttools.tensors import TensorRef
+
+PT = FIXTURES / "monolithic/full/epoch_2_step_40.pt"
+ZERO = FIXTURES / "trainer/z2_bf16_2"
+FROZEN = FIXTURES / "trainer/z2_frozen_tied_2"
+GROUPS = FIXTURES / "deepspeed-0.19.8/z2_groups_ws2"
+SOURCES = [PT, ZERO, FROZEN, GROUPS]
+WAYS = [("pt",), ("zero2",), ("zero1", "pt"), ("pt", "zero2"), ("dcp", "pt")]
+SETTINGS = {"foreach", "fused", "maximize", "capturable", "differentiable", "amsgrad", "bias_correction"}
+
+
+def opened(path: Path) -> Checkpoint:
+    return read(locate(path))
+
+
+def content(checkpoint: Checkpoint) -> dict[Any, Any]:
+    """Everything that each format can hold: tensors as bytes with dtype and shape, values with their type."""
+    shared = checkpoint.shared
+    out: dict[Any, Any] = {name: seen(ref) for name, ref in checkpoint.best_copies().items()}
+    for g, group in enumerate(checkpoint.groups):
+        out[g] = list(group.params.items())
+        out |= {(g, key): value for key, value in group.hyper.items()}
+        for kinds in (group.state, group.scalars):
+            for kind, values in kinds.items():
+                if kind != "fp32":
+                    out |= {(name, kind): seen(value) for name, value in values.items()}
+    state = checkpoint.train_state
+    out["state"] = (state.step, state.epoch, state.train_loss, state.val_loss)
+    out["scheduler"] = state.scheduler
+    out["names"] = (checkpoint.frozen - shared.keys(), dict(shared))
+    return out
+
+
+def seen(value: Any) -> Any:
+    if isinstance(value, TensorRef):
+        return (value.dtype.name, value.shape, as_torch(value).reshape(-1).view(torch.uint8).tolist())
+    return value
+
+
+def differences(a: dict[Any, Any], b: dict[Any, Any]) -> list[Any]:
+    return [key for key in {**a, **b} if a.get(key, "-") != b.get(key, "-")]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "way", [("pt",), ("zero2",), ("zero1", "pt"), ("pt", "zero2"), ("dcp", "pt")], ids="-".join
+)
+def test_there_and_back(source: Path, way: tuple[str, ...], tmp_path: Path) -> None:
+    """Weights, moments, steps, settings, schedule and counters are the same, bit by bit."""
+    at = source
+    for i, to in enumerate(way):
+        ranks = 3 if to.startswith("zero") else None
+        name = f"{i}.pt" if to == "pt" else str(i)
+        at = convert(at, tmp_path / name, to=to, world_size=ranks).destination  # type: ignore[arg-type]
+        assert [f.id for f in verify(at).findings if f.severity == "error"] == []
+    before, after = content(opened(source)), content(opened(at))
+    if "dcp" in way:  # which has no place for what is frozen
+        before["names"] = after["names"] = None
+    # a class's defaults are added; nothing else is
+    assert {key[1] for key in differences(before, after)} <= SETTINGS | {"decoupled_weight_decay"}
+
+
+def test_a_single_file_loads_in_torch_with_all_settings(tmp_path: Path) -> None:
+    made = convert(ZERO, tmp_path / "a.pt", to="pt", optimizer_class="AdamW")
+    tree = torch.load(made.destination, weights_only=True)
+    (group, *_) = tree["optimizer_state_dict"]["param_groups"]
+    expected = torch.optim.AdamW([torch.ones(1)]).state_dict()["param_groups"][0]
+    assert expected.keys() <= group.keys()
+    assert all(type(group[key]) is type(value) for key, value in expected.items() if key != "lr")
+    assert group["betas"] == opened(ZERO).groups[0].hyper["betas"]
+    for state in tree["optimizer_state_dict"]["state"].values():
+        assert state["step"].dtype is torch.float32
+        assert state["step"].shape == ()
+    assert any("not kept: the run's settings" in note for note in made.notes)
+
+
+def test_steps_become_what_the_class_counts_in(tmp_path: Path) -> None:
+    at = convert(PT, tmp_path / "z", to="zero2", optimizer_class="FusedAdam").destination
+    steps = {step for group in opened(at).groups for step in group.scalars["step"].values()}
+    assert steps == {3}
+    assert {type(step) for step in steps} == {int}
+    back = convert(at, tmp_path / "b.pt", to="pt", optimizer_class="AdamW").destination
+    (first, *_) = torch.load(back, weights_only=True)["optimizer_state_dict"]["state"].values()
+    assert torch.equal(first["step"], torch.tensor(3.0))
+
+
+def test_a_zero_folder_in_another_dtype_keeps_its_masters(tmp_path: Path) -> None:
+    at = convert(PT, tmp_path / "z", to="zero2", world_size=2, dtype="bf16").destination
+    assert (at / "latest").read_text() == "global_step40"
+    checkpoint, source = opened(at), opened(PT)
+    assert checkpoint.layout.dtype == "bf16"
+    for name, ref in checkpoint.master.items():
+        assert torch.equal(as_torch(ref), as_torch(source.tensors[name]))
+        assert torch.equal(as_torch(checkpoint.tensors[name]), as_torch(source.tensors[name]).bfloat16())
+
+
+def test_names_change_in_weights_and_optimizer(tmp_path: Path) -> None:
+    at = convert(PT, tmp_path / "a.pt", to="pt", rename=[(r"^emb\.", "wte.")], exclude=["head.*"]).destination
+    checkpoint = opened(at)
+    assert "wte.weight" in checkpoint.tensors
+    assert not {"emb.weight", "head.weight"} & checkpoint.tensors.keys()
+    (group,) = checkpoint.groups
+    assert next(iter(group.params)) == "wte.weight"
+    assert torch.equal(
+        as_torch(group.state["exp_avg"]["wte.weight"]),
+        as_torch(opened(PT).groups[0].state["exp_avg"]["emb.weight"]),
+    )
+
+
+def test_the_optimizer_starts_anew(tmp_path: Path) -> None:
+    made = convert(ZERO, tmp_path / "a.pt", to="pt", reset_optimizer=True)
+    saved = torch.load(made.destination, weights_only=True)["optimizer_state_dict"]
+    assert saved["state"] == {}
+    assert saved["param_groups"][0]["lr"] == opened(ZERO).groups[0].hyper["lr"]
+    assert any("starts anew" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "id"),
+    [
+        ({"to": "zero3"}, "bad-usage"),
+        ({"to": "pt", "world_size": 2}, "bad-usage"),
+        ({"to": "zero2", "world_size": 0}, "bad-usage"),
+        ({"to": "pt", "dtype": "int7"}, "bad-usage"),
+        ({"to": "pt", "dcp_layout": "flat"}, "bad-usage"),
+        ({"to": "pt", "rename": [("(", "x")]}, "bad-usage"),
+        ({"to": "pt", "rename": [("nothing", "x")]}, "bad-usage"),
+        ({"to": "pt", "rename": [(".*", "x")]}, "names-collide"),
+        ({"to": "pt", "include": ["nothing"]}, "nothing-selected"),
+        ({"to": "pt", "optimizer_class": "AdamX"}, "bad-usage"),
+    ],
+)
+def test_refused_before_anything_is_written(options: Any, id: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        convert(PT, tmp_path / "out", **options)
+    assert caught.value.id == id
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_alone_make_no_zero_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        convert(FIXTURES / "monolithic/bare/model.pth", tmp_path / "out", to="zero2")
+    assert caught.value.id == "no-groups"
