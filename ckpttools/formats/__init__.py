@@ -8,6 +8,8 @@ from pathlib import Path
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.formats import dcp, hf, torch, zero, zero3
 from ckpttools.formats.locate import Source, locate
+from ckpttools.formats.zero import target as zero_target
+from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.plan import Plan
 from ckpttools.stores.links import within
 
@@ -28,7 +30,7 @@ PLANS: dict[str, Callable[[Checkpoint, Layout], Plan]] = {
     "hf": hf.plan,
 }
 
-__all__ = ["FORMATS", "PLANS", "Source", "locate", "open_checkpoint", "read"]
+__all__ = ["FORMATS", "PLANS", "Source", "locate", "open_checkpoint", "read", "refuse_rank_local"]
 
 
 def read(source: Source) -> Checkpoint:
@@ -37,6 +39,12 @@ def read(source: Source) -> Checkpoint:
         if source.key is not None:
             return torch.read(source.target, source.key)
         return FORMATS[source.format](source.target)
+
+
+def refuse_rank_local(checkpoint: Checkpoint) -> None:
+    """Raise Unsupported where optimizer state belongs to single ranks: no other format has a place for it."""
+    if isinstance(checkpoint.template, ZeroFolder):
+        zero_target.refuse_rank_local(checkpoint.template)
 
 
 def open_checkpoint(path: Path, tag: str | None = None) -> Checkpoint:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError, escape
-from ckpttools.formats import PLANS
+from ckpttools.formats import PLANS, refuse_rank_local
 from ckpttools.operations import advice
 from ckpttools.operations.extract import with_config
 from ckpttools.operations.source import find
@@ -67,6 +67,8 @@ def convert(
     for pattern, replacement in rename:
         checkpoint = _renamed(checkpoint, pattern, replacement)
     notes: list[str] = []
+    if to != "hf" and not reset_optimizer:
+        refuse_rank_local(checkpoint)
     if reset_optimizer:
         checkpoint = _reset(checkpoint)
         notes.append("the optimizer's state is left out, as asked for: it starts anew from these settings")

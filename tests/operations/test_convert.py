@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from support import FIXTURES, as_torch
 
 from ckpttools.checkpoint import Checkpoint
@@ -157,3 +158,14 @@ def test_weights_alone_make_no_zero_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         convert(FIXTURES / "monolithic/bare/model.pth", tmp_path / "out", to="zero2")
     assert caught.value.id == "no-groups"
+
+
+@pytest.mark.parametrize("to", ["pt", "dcp", "zero2"])
+def test_state_of_single_ranks_is_refused(to: str, tmp_path: Path) -> None:
+    """8-bit blocks and their scales belong to one rank: no format may get rank 0's for all."""
+    source = FIXTURES / "deepspeed-0.19.8/z2_bnb_adamw8_ws2"
+    done = run("convert", source, tmp_path / "out", "--to", to)
+    assert done.code == 2 and "rank-local-state" in done.err
+    assert list(tmp_path.iterdir()) == []
+    if to != "zero2":  # a ZeRO folder after a step without state is what verify calls lost state
+        assert run("convert", source, tmp_path / "out", "--to", to, "--reset-optimizer").code == 0

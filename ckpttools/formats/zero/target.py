@@ -62,7 +62,7 @@ def target(checkpoint: Checkpoint, layout: Layout) -> Target:
             hint="extract the weights (ckpt extract --weights-only), or save without elastic_checkpoint",
         )
     if template is not None:
-        _refuse_rank_local(template)
+        refuse_rank_local(template)
     origin = tuple(_origin(template, group) for group in checkpoint.groups)
     groups = tuple(
         _layout(checkpoint, layout, template, group, found)
@@ -80,7 +80,7 @@ def target(checkpoint: Checkpoint, layout: Layout) -> Target:
     )
 
 
-def _refuse_rank_local(folder: ZeroFolder) -> None:
+def refuse_rank_local(folder: ZeroFolder) -> None:
     """State of single ranks fits no other partitions: refused by name, never taken from one rank."""
     found = list(folder.unaccounted())
     if found:
