@@ -12,7 +12,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from support import resharded
+from support import RANK_LOCAL, resharded, variant_of
 from torch.serialization import skip_data
 from torch.utils.serialization import config as torch_config
 
@@ -67,6 +67,8 @@ def as_it_is(base: Base, folder: Path) -> Path:
 
 def _resharded_to(ranks: int) -> None:
     def make(base: Base, folder: Path) -> Path | None:
+        if variant_of(base.path) in RANK_LOCAL:
+            return None  # nothing can cut their state
         if "elastic" in base.path.name:
             return None  # they lack what a reshard needs
         return resharded(base.path, ranks, folder / "out")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import FIXTURES, SAMPLES, as_torch, name_of
+from support import FIXTURES, RANK_LOCAL, SAMPLES, as_torch, name_of, variant_of
 from torch import nn
 
 from ckpttools.checkpoint import Checkpoint
@@ -220,7 +220,12 @@ def test_one_group_is_known_where_one_way_is_possible(
     assert (found.problem is None) == (len(ways) == 1)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=name_of)
+# state of single ranks is refused; a file reads nested state back as one value of the parameter
+NESTED = ("z2_nested", "z2_bnb_adamw")
+FLAT = [sample for sample in SAMPLES if variant_of(sample) not in (*RANK_LOCAL, *NESTED)]
+
+
+@pytest.mark.parametrize("sample", FLAT, ids=name_of)
 def test_zero_folders_become_a_file_that_holds_all_of_them(sample: Path, tmp_path: Path) -> None:
     source = open_checkpoint(sample)
     again = open_checkpoint(written(source, tmp_path / "made.pt"))

@@ -115,7 +115,8 @@ def moments(folder: ZeroFolder) -> Iterator[Finding]:
                     yield found("moment-size", folder.ranks[i].file.path, f"group {g} {kind}", "is no tensor")
             lengths = {i: _length(state, kind) for i, state in enumerate(states)}
             fits = {i: n in _lengths(group, folder.ranks[i], g) for i, n in lengths.items()}
-            if not any(fits.values()) and (muon or path[-1] not in FLAT):
+            alike = len(set(lengths.values())) == 1  # as long as one rank's lean partition by chance
+            if (alike or not any(fits.values())) and (muon or path[-1] not in FLAT):
                 continue  # DeepSpeed's rule: what has not the partition's length is carried as it is
             for i, numel in lengths.items():
                 if numel is not None and not fits[i]:
