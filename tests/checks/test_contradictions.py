@@ -19,6 +19,7 @@ from ckpttools.checks import verify
 from ckpttools.findings import ERROR, INFO, WARNING
 
 SAMPLE = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
+ZERO3 = FIXTURES / "deepspeed-0.19.8/z3_bf16_ws2"
 BUFFERS = FIXTURES / "deepspeed-0.19.8/z2_buffers_ws2"
 RANK = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 MODEL = "mp_rank_00_model_states.pt"
@@ -64,6 +65,17 @@ def zeroed(root: Any) -> None:
 
 def rounded(root: Any) -> None:
     for vector in root["optimizer_state_dict"]["single_partition_of_fp32_groups"]:
+        vector.data.copy_(vector.data.bfloat16().float())
+
+
+def zeroed_zero3(root: Any) -> None:
+    for kept in root["optimizer_state_dict"]["optimizer_state_dict"]["state"].values():
+        kept["exp_avg"].zero_()
+        kept["exp_avg_sq"].zero_()
+
+
+def rounded_zero3(root: Any) -> None:
+    for vector in root["optimizer_state_dict"]["fp32_flat_groups"]:
         vector.data.copy_(vector.data.bfloat16().float())
 
 
@@ -121,8 +133,8 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, str, str]] = {
         RANK.format(0),
         "group 0",
     ),
-    "zeros on rank 1": (on(RANKS[1:], zeroed), WARNING, "moments-zero", RANK.format(1), "dp rank 1"),
-    "masters of 16 bits": (on(RANKS[1:], rounded), WARNING, "masters-rounded", RANK.format(1), "dp rank 1"),
+    "zeros on rank 1": (on(RANKS[1:], zeroed), WARNING, "moments-zero", RANK.format(1), ""),
+    "masters of 16 bits": (on(RANKS[1:], rounded), WARNING, "masters-rounded", RANK.format(1), ""),
     # TypeError while loading
     "no scheduler": (
         on([MODEL], lambda root: root.update(lr_scheduler=None)),
@@ -164,6 +176,15 @@ def test_it_is_found_once_and_where_it_is(name: str, tmp_path: Path) -> None:
     change(tmp_path / "copy/global_step3")
     found = [f for f in verify(tmp_path / "copy").findings if f.severity != INFO]
     assert [(f.severity, f.id, Path(f.file).name, f.where) for f in found] == [(severity, id, file, where)]
+
+
+@pytest.mark.parametrize("id", ["moments-zero", "masters-rounded"])
+def test_the_same_in_zero3(id: str, tmp_path: Path) -> None:
+    shutil.copytree(ZERO3, tmp_path / "copy")
+    (shard,) = (tmp_path / "copy").glob("global_step*/*zero_pp_rank_1_*optim_states.pt")
+    edit(shard, zeroed_zero3 if id == "moments-zero" else rounded_zero3)
+    found = [f for f in verify(tmp_path / "copy").findings if f.severity != INFO]
+    assert [(f.severity, f.id, f.file) for f in found] == [(WARNING, id, str(shard))]
 
 
 def test_nan_in_a_buffer(tmp_path: Path) -> None:
