@@ -53,6 +53,7 @@ class Layout:
     format: str  # "zero2", "pt", "hf" ...: the name that `ckpt inspect` prints
     zero_stage: int | None = None
     dp_degree: int = 1
+    mesh: tuple[int, ...] = ()  # to be written for: data-parallel times tensor-parallel ranks; else dp_degree
     tag: str | None = None
     dtype: str | None = None  # of the saved model weights: "bf16" ...
     writer: str | None = None  # the library and version that saved it, where known

@@ -22,6 +22,11 @@ from ckpttools.errors import UsageError, escape
     help="pt (one file), zero1 or zero2 (DeepSpeed folders), dcp (torch distributed), hf (weights alone).",
 )
 @click.option("--world-size", type=int, metavar="N", help="The ranks to write for: zero1, zero2, dcp.")
+@click.option(
+    "--mesh",
+    metavar="DPxTP",
+    help="2x4: 2 data-parallel times 4 tensor-parallel ranks, instead of --world-size: dcp.",
+)
 @click.option("--dtype", metavar="DTYPE", help="Of the weights: bf16, fp16, fp32. Masters stay fp32.")
 @click.option(
     "--include", multiple=True, metavar="GLOB", help="Only parameters whose name matches (repeatable)."
@@ -56,6 +61,7 @@ def command(
     rename: tuple[str, ...],
     reset_optimizer: bool,
     optimizer_class: str | None,
+    mesh: str | None,
     dcp_layout: str | None,
     tag: str | None,
     **options: Any,
@@ -78,6 +84,7 @@ def command(
         rename=[_rule(text) for text in rename],
         reset_optimizer=reset_optimizer,
         optimizer_class=optimizer_class,
+        mesh=mesh,
         dcp_layout=dcp_layout,
         tag=tag,
         how=how(options),

@@ -1,4 +1,4 @@
-"""ckpt reshard: native ZeRO to native ZeRO for another number of ranks."""
+"""ckpt reshard: ZeRO and distributed checkpoints for another number of ranks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,28 @@ from ckpttools.cli.options import DST, SRC, how, writing
 @click.option(
     "--world-size",
     type=int,
-    required=True,
     metavar="N",
     help="The number of data-parallel ranks to write for.",
+)
+@click.option(
+    "--mesh",
+    metavar="DPxTP",
+    help="2x4: 2 data-parallel times 4 tensor-parallel ranks; of distributed checkpoints.",
 )
 @click.option(
     "--digest", is_flag=True, help="Read the result again, and hold its digest against the source's."
 )
 @writing
 def command(
-    src: Path, dst: Path | None, world_size: int, digest: bool, tag: str | None, **options: Any
+    src: Path,
+    dst: Path | None,
+    world_size: int | None,
+    mesh: str | None,
+    digest: bool,
+    tag: str | None,
+    **options: Any,
 ) -> None:
-    """Move a ZeRO-1 or ZeRO-2 checkpoint to N ranks: weights, optimizer state and counters kept.
+    """Move a ZeRO or a distributed checkpoint to N ranks: weights, optimizer state and counters kept.
 
     Unmodified DeepSpeed resumes from the result on N ranks. SRC is never changed; DST (by default wsN-of-SRC
     beside it) appears when it is complete. SRC may be a folder with a `latest` file, a tag folder, an HF
@@ -36,5 +46,5 @@ def command(
     """
     from ckpttools.operations.reshard import reshard
 
-    written = reshard(src, dst, world_size=world_size, tag=tag, digest=digest, how=how(options))
+    written = reshard(src, dst, world_size=world_size, mesh=mesh, tag=tag, digest=digest, how=how(options))
     render.written(written, options)

@@ -7,7 +7,7 @@ A resharded checkpoint must be as complete as the one it was made from, whoever 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +24,18 @@ RANK_LOCAL = re.compile(r"rng_state_\d+\.pth|random_states_\d+\.pkl")
 CARRIED_FOLDERS = ("hf_model", "hf_config")
 
 
-def with_surroundings(source: Source, plan: Plan, *, ranks_change: bool) -> Plan:
-    """The plan of a tag folder, placed within everything that belongs to it."""
-    if not source.inner:
-        return plan
+def with_surroundings(source: Source, plan: Plan, *, ranks_change: bool, own: Collection[Path] = ()) -> Plan:
+    """The plan of a tag folder, placed within everything that belongs to it.
+
+    A folder that is itself the checkpoint gets what lies beside its `own` files, where they are given.
+    """
     notes: list[str] = []
+    if not source.inner:
+        if not own:
+            return plan
+        with within(source.root):
+            beside = list(_beside(source.root, "", source, ranks_change, notes, own))
+        return replace(plan, files=(*beside, *plan.files), notes=(*plan.notes, *notes))
     files = [replace(file, path=f"{source.inner}/{file.path}") for file in plan.files]
     base = source.root
     with within(base):
@@ -39,12 +46,19 @@ def with_surroundings(source: Source, plan: Plan, *, ranks_change: bool) -> Plan
 
 
 def _beside(
-    folder: Path, prefix: str, source: Source, ranks_change: bool, notes: list[str]
+    folder: Path,
+    prefix: str,
+    source: Source,
+    ranks_change: bool,
+    notes: list[str],
+    own: Collection[Path] = (),
 ) -> Iterator[OutputFile]:
     dropped: list[str] = []
     left: list[str] = []
     for entry in entries(folder):
         path = folder / entry.name
+        if path in own or any(path in each.parents for each in own):
+            continue
         if is_file(entry) and not entry.name.endswith(MANIFEST):
             if ranks_change and RANK_LOCAL.fullmatch(entry.name):
                 dropped.append(entry.name)

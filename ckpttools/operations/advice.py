@@ -19,7 +19,7 @@ def resume(source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None 
     """How a run goes on from `dst`, a training checkpoint made from `source`, on `ranks` ranks."""
     on = f" --world-size {ranks}" if ranks is not None else ""
     check = f"ckpt resume-check {shlex.quote(str(dst))}{on}"
-    return (verify(dst), check, _launch(_framework(source, checkpoint), source, dst, ranks))
+    return (verify(dst), check, _launch(_framework(source, checkpoint), source, checkpoint, dst, ranks))
 
 
 def _framework(source: Source, checkpoint: Checkpoint) -> str:
@@ -29,7 +29,7 @@ def _framework(source: Source, checkpoint: Checkpoint) -> str:
         return "?"
 
 
-def _launch(framework: str, source: Source, dst: Path, ranks: int | None) -> str:
+def _launch(framework: str, source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None) -> str:
     path, nproc = repr(str(dst)), "N" if ranks is None else ranks
     match framework:
         case "ckpt train":
@@ -50,6 +50,8 @@ def _launch(framework: str, source: Source, dst: Path, ranks: int | None) -> str
         case "deepspeed":
             folder = repr(str(dst.parent))
             return f"deepspeed --num_gpus {nproc} ...: engine.load_checkpoint({folder}, tag={dst.name!r})"
+    if checkpoint.layout.format == "dcp":
+        return distributed(checkpoint.layout.variant, dst)
     return f"resume your training code from {path}"
 
 
@@ -67,7 +69,7 @@ def weights(dst: Path, form: str, *, single: bool, configured: bool) -> tuple[st
     return (verify(dst), load)
 
 
-def converted(to: str, dst: Path, ranks: int) -> tuple[str, ...]:
+def converted(to: str, dst: Path, ranks: int, variant: str | None = None) -> tuple[str, ...]:
     """The code that loads a converted checkpoint."""
     path = repr(str(dst))
     match to:
@@ -78,9 +80,25 @@ def converted(to: str, dst: Path, ranks: int) -> tuple[str, ...]:
                 "optimizer.load_state_dict(saved['optimizer_state_dict'])"
             )
         case "dcp":
-            load = f"torch.distributed.checkpoint.load(state, checkpoint_id={path})"
+            load = distributed(variant, dst)
         case "hf":
             load = f"transformers.AutoModel.from_pretrained({path})"
         case _:
             load = f"deepspeed --num_gpus {ranks} ...: engine.load_checkpoint({path})"
     return (verify(dst), load)
+
+
+def distributed(variant: str | None, dst: Path) -> str:
+    """The code that loads a distributed checkpoint, by the layout of its state (formats.dcp.roles)."""
+    path = repr(str(dst))
+    if variant == "accelerate":
+        return f"accelerator.load_state({path}); Trainer: the folder is what checkpoint-N holds of FSDP"
+    if variant == "titan":
+        return f"torchtitan: its checkpoint.folder takes {path} under the name step-N"
+    options = ", options=StateDictOptions(flatten_optimizer_state_dict=True)" if variant == "flat" else ""
+    return (
+        f"model_state, optim_state = get_state_dict(model, optimizer{options}); "
+        f"torch.distributed.checkpoint.load({{'model': model_state, 'optimizer': optim_state}}, "
+        f"checkpoint_id={path}); set_state_dict(model, optimizer, model_state_dict=model_state, "
+        f"optim_state_dict=optim_state{options})"
+    )

@@ -22,7 +22,7 @@ from ckpttools.tensors import FLOAT32, DType, TensorRef
 from ckpttools.transforms.cast import DTYPE_NAMES, cast, castable
 from ckpttools.transforms.optimizers import for_class
 from ckpttools.transforms.rename import rename as renamed
-from ckpttools.transforms.reshard import MAX_RANKS
+from ckpttools.transforms.reshard import check_ranks, ranks_of, without_positions
 from ckpttools.transforms.select import select, weights_only
 from ckpttools.tree import at, put
 
@@ -43,6 +43,7 @@ def convert(
     rename: Iterable[tuple[str, str]] = (),
     reset_optimizer: bool = False,
     optimizer_class: str | None = None,
+    mesh: str | None = None,
     dcp_layout: str | None = None,
     tag: str | None = None,
     how: Writing | None = None,
@@ -50,16 +51,17 @@ def convert(
     """Write a checkpoint in another format. The notes name everything that the format cannot hold.
 
     `to` is "pt" (one file), "zero1" or "zero2" (a DeepSpeed folder for `world_size` ranks), "dcp" (for
-    `world_size` ranks, as rows) or "hf" (weights). `dtype` is that of the weights; masters and moments stay
-    as they are. `rename` are regular expressions and replacements. `optimizer_class` is the class that will
-    load the groups, `dcp_layout` one of formats.dcp's.
+    `world_size` ranks or a `mesh` of them, "2x4", as rows) or "hf" (weights). `dtype` is that of the weights;
+    masters and moments stay as they are. `rename` are regular expressions and replacements. `optimizer_class`
+    is the class that will load the groups, `dcp_layout` one of formats.dcp's.
 
     >>> made = convert("fixtures/trainer/z2_bf16_2", out / "run.pt", to="pt")
     >>> made.destination.name, made.plan.is_single_file
     ('run.pt', True)
     """
     src, dst = Path(src), Path(dst)
-    _check_usage(to, dtype, world_size, dcp_layout)
+    _check_usage(to, dtype, world_size, mesh, dcp_layout)
+    world_size, sizes = ranks_of(world_size, mesh)
     source = find(src, tag)
     checkpoint = check_before_use(source)
     read = checkpoint.notes
@@ -80,7 +82,12 @@ def convert(
         case "pt":
             plan = PLANS[to](_single(checkpoint, target), Layout(format="pt"))
         case "dcp":
-            layout = Layout(format="dcp", dp_degree=world_size or 1, variant=dcp_layout)
+            layout = Layout(format="dcp", dp_degree=world_size or 1, mesh=sizes, variant=dcp_layout)
+            if world_size is not None:
+                checkpoint, left = without_positions(checkpoint, sizes[0] if sizes else world_size)
+                notes += left
+            if dcp_layout is not None:  # its own keys, not the source's
+                checkpoint = replace(checkpoint, template=None)
             plan = PLANS[to](_single(checkpoint, target), layout)
         case "hf":
             checkpoint = weights_only(checkpoint)
@@ -95,11 +102,13 @@ def convert(
                 )
     made = (note for note in checkpoint.notes if note not in read)
     plan = replace(plan, notes=(*made, *plan.notes, *notes))
-    next = advice.converted(to, dst, ranks)
+    next = advice.converted(to, dst, ranks, dcp_layout)
     return carry_out(src, dst, plan, how or Writing(), label="convert", next=next)
 
 
-def _check_usage(to: str, dtype: str | None, world_size: int | None, dcp_layout: str | None) -> None:
+def _check_usage(
+    to: str, dtype: str | None, world_size: int | None, mesh: str | None, dcp_layout: str | None
+) -> None:
     """Options that do not fit together are refused, not passed over."""
     if to not in TARGETS:
         raise UsageError(
@@ -111,12 +120,10 @@ def _check_usage(to: str, dtype: str | None, world_size: int | None, dcp_layout:
         raise UsageError(
             "bad-usage", f"'{escape(dtype)}' is not a dtype", hint=f"choose from {', '.join(DTYPE_NAMES)}"
         )
-    if world_size is not None and not 1 <= world_size <= MAX_RANKS:
-        raise UsageError(
-            "bad-usage",
-            f"a world size of {world_size} makes no sense",
-            hint=f"give a whole number from 1 to {MAX_RANKS:,}",
-        )
+    if world_size is not None:
+        check_ranks(world_size)
+    if mesh is not None and to != "dcp":
+        raise UsageError("bad-usage", "--mesh is for --to dcp", hint="--world-size N, or --to dcp")
     if world_size is not None and to in ("pt", "hf"):
         raise UsageError(
             "bad-usage", f"{to} files are for any number of ranks", hint="leave out --world-size"

@@ -1,54 +1,68 @@
-"""Native ZeRO to native ZeRO for another number of ranks."""
+"""A checkpoint of ranks for another number of them: ZeRO folders and distributed checkpoints."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ckpttools.checks import check_before_use
-from ckpttools.formats import zero, zero3
+from ckpttools.errors import UsageError
+from ckpttools.formats import dcp, zero, zero3
 from ckpttools.formats.surroundings import with_surroundings
 from ckpttools.operations import advice
 from ckpttools.operations.sidecar import written_wrong
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.siblings import default_dst
+from ckpttools.transforms.reshard import ranks_of, without_positions
 from ckpttools.transforms.reshard import reshard as resharded
+
+WRITERS = {"zero": zero.plan, "zero3": zero3.plan, "dcp": dcp.plan}
 
 
 def reshard(
     src: str | Path,
     dst: str | Path | None = None,
     *,
-    world_size: int,
+    world_size: int | None = None,
+    mesh: str | None = None,
     tag: str | None = None,
     digest: bool = False,
     how: Writing | None = None,
 ) -> Written:
-    """Move a ZeRO checkpoint to `world_size` ranks: weights, optimizer state, counters kept.
+    """Move a ZeRO or a distributed checkpoint to `world_size` ranks: weights, optimizer state, counters kept.
 
-    With `digest`, what was written is read again before it gets its name, and must hold what the source holds
-    (`ckpttools.digest`).
+    `mesh` ("2x4") are data-parallel times tensor-parallel ranks: for distributed checkpoints, which any ranks
+    can load, but each finds what it needs in one file. With `digest`, what was written is read again before
+    it gets its name, and must hold what the source holds (`ckpttools.digest`).
 
     >>> made = reshard("fixtures/trainer/z2_bf16_2", out / "four", world_size=4)
     >>> made.destination.name, len([file for file in made.plan.files if "optim" in file.path])
     ('four', 4)
     """
     src = Path(src)
+    ranks, sizes = ranks_of(world_size, mesh)
+    if ranks is None:
+        raise UsageError("bad-usage", "for how many ranks?", hint="--world-size N, or --mesh 2x4")
     source = find(src, tag)
     checkpoint = check_before_use(source)
-    layout = resharded(checkpoint, world_size)
-    write = zero3.plan if source.format == "zero3" else zero.plan
+    layout = resharded(checkpoint, ranks, sizes)
+    data_parallel = sizes[0] if sizes else ranks
+    checkpoint, notes = without_positions(checkpoint, data_parallel)
     changed = layout.dp_degree != checkpoint.layout.dp_degree
-    plan = with_surroundings(source, write(checkpoint, layout), ranks_change=changed)
-    dst = Path(dst) if dst is not None else default_dst(src, f"ws{world_size}")
-    steps = advice.resume(source, checkpoint, dst, world_size)
+    plan = WRITERS[source.format](checkpoint, layout)
+    own = {role.path for role in checkpoint.files} if source.format == "dcp" else ()
+    plan = with_surroundings(source, plan, ranks_change=changed, own=own)
+    plan = replace(plan, notes=(*plan.notes, *notes))
+    dst = Path(dst) if dst is not None else default_dst(src, f"ws{ranks}")
+    steps = advice.resume(source, checkpoint, dst, ranks)
     how = how or Writing()
-    check = partial(_holds_the_same, src, tag, how) if digest else None
+    check = partial(holds_the_same, src, tag, how) if digest else None
     return carry_out(src, dst, plan, how, label="reshard", next=steps, check=check)
 
 
-def _holds_the_same(src: Path, tag: str | None, how: Writing, staged: Path) -> str:
+def holds_the_same(src: Path, tag: str | None, how: Writing, staged: Path) -> str:
     """Raises CkptError where it does not: a defect of ckpttools."""
     from ckpttools.operations.digest import compare
     from ckpttools.operations.digest import digest as digest_of

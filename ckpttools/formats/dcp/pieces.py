@@ -6,8 +6,7 @@ torch does not look: a part that no piece covers keeps whatever value the model 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.dcp.items import Data
@@ -107,15 +106,26 @@ def _band(key: str, tensor: Tensor, members: list[tuple[Piece, Source]]) -> list
 # --- writing ------------------------------------------------------------------------------------------
 
 
-def rows(ref: TensorRef, ranks: int) -> Iterable[tuple[int, TensorRef]]:
-    """(first row, part) for each of `ranks` ranks as FSDP2 cuts along the first dimension: like torch.chunk,
-    ceil(rows / ranks) each; parts without elements are left out.
+def rows(ref: TensorRef, mesh: Sequence[int]) -> Iterator[tuple[int, int, TensorRef]]:
+    """(rank, first row, part) for each rank of a mesh whose part has elements, by their rows.
+
+    Along each dimension of the mesh rows are cut as torch.chunk does, ceil(rows / ranks) each; along the
+    last one first, as FSDP2 shards what tensor parallelism has cut. What has no rows is rank 0's.
     """
-    if ranks < 2 or not ref.shape or not ref.numel:
-        yield 0, ref
+    if not ref.shape or not ref.numel:
+        yield 0, 0, ref
         return
-    step = -(-ref.shape[0] // ranks)
     inner = ref.numel // ref.shape[0]
-    edges = [*range(0, ref.shape[0], step), ref.shape[0]]
-    for low, high in pairwise(edges):
-        yield low, ref.flat(low * inner, (high - low) * inner).view((high - low, *ref.shape[1:]))
+    for rank, low, high in _cut(tuple(mesh), 0, ref.shape[0]):
+        yield rank, low, ref.flat(low * inner, (high - low) * inner).view((high - low, *ref.shape[1:]))
+
+
+def _cut(mesh: tuple[int, ...], low: int, high: int) -> Iterator[tuple[int, int, int]]:
+    if not mesh:
+        yield 0, low, high
+        return
+    *outer, last = mesh
+    step = -(-(high - low) // last)
+    for i, start in enumerate(range(low, high, step)):
+        for rank, first, end in _cut(tuple(outer), start, min(start + step, high)):
+            yield rank * last + i, first, end

@@ -1,12 +1,14 @@
 """The plan of a distributed checkpoint: the Checkpoint as one saved state, cut into parts, item by item.
 
-Parts are whole tensors, or rows for a number of ranks as FSDP2 cuts them; any number of ranks loads either.
+Parts are whole tensors, or rows for a mesh of ranks as FSDP2 and tensor parallelism cut them; any mesh loads
+either.
 Values and what has no rows are in the first file. Equal contents give equal bytes: no time, no path, no id
 of the save. `.metadata` comes last: a folder without it is an unfinished save.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
@@ -38,14 +40,15 @@ FP32 = "fp32"
 
 def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     """The files of a distributed checkpoint. `layout.variant` is one of STYLES (nested where it is none of
-    them), `layout.dp_degree` the number of ranks that rows are cut for. Without a layout it is the source's,
-    or whole tensors where that is another format.
+    them), `layout.mesh`, else `layout.dp_degree`, the ranks that rows are cut for. Without a
+    layout it is the source's, or whole tensors where that is another format.
     """
     if layout is None:
         layout = checkpoint.layout if checkpoint.layout.format == "dcp" else Layout(format="dcp")
     style = layout.variant if layout.variant in STYLES else NESTED
-    if layout.dp_degree < 1:
-        raise UsageError("bad-usage", f"parts for {layout.dp_degree} ranks make no sense")
+    mesh = layout.mesh or (layout.dp_degree,)
+    if min(mesh) < 1:
+        raise UsageError("bad-usage", f"parts for {' x '.join(map(str, mesh))} ranks make no sense")
     template = checkpoint.template if isinstance(checkpoint.template, Template) else None
     names = _names(style, template)
     notes: list[str] = []
@@ -59,18 +62,17 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     ]
     client = [((*names.prefix, *path), value) for path, value in _client(checkpoint, names, notes)]
     notes += _not_held(checkpoint)
-    ranks = layout.dp_degree
     if style == ACCELERATE:
         notes += [
             f"'{escape(path[0])}' is not written: accelerate keeps it in files of its own"
             for path, _ in client
         ]
         files = [
-            *_files(f"{MODEL_FOLDER}/", model, checkpoint, ranks),
-            *(_files(f"{OPTIMIZER_FOLDER}/", optimizer, checkpoint, ranks) if optimizer else ()),
+            *_files(f"{MODEL_FOLDER}/", model, checkpoint, mesh),
+            *(_files(f"{OPTIMIZER_FOLDER}/", optimizer, checkpoint, mesh) if optimizer else ()),
         ]
     else:
-        files = [*_files("", [*model, *optimizer, *client], checkpoint, ranks)]
+        files = [*_files("", [*model, *optimizer, *client], checkpoint, mesh)]
     return Plan(files=tuple(files), notes=tuple(dict.fromkeys(notes)), checks=checkpoint.checks)
 
 
@@ -129,7 +131,7 @@ def _optimizer(
             for key, value in hyper.items():
                 yield from _flattened((names.optimizer, GROUPS, g, key), value, notes)
             yield (names.optimizer, GROUPS, g, PARAMS), list(group.params)
-    if flat and checkpoint.groups:
+    if flat and checkpoint.groups and checkpoint.layout.variant not in (FLAT, TITAN):
         notes.append("the optimizer's state is flattened: which parameters make a group is not kept")
 
 
@@ -195,10 +197,10 @@ def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _files(
-    folder: str, state: list[tuple[Keys, Value]], checkpoint: Checkpoint, ranks: int
+    folder: str, state: list[tuple[Keys, Value]], checkpoint: Checkpoint, mesh: tuple[int, ...]
 ) -> Iterator[OutputFile]:
     """The data files of one folder, and its `.metadata` last."""
-    writers = [Writer(f"__{rank}_0.distcp") for rank in range(ranks)]
+    writers = [Writer(f"__{rank}_0.distcp") for rank in range(math.prod(mesh))]
     tensors: dict[str, Tensor] = {}
     objects: dict[str, Item | None] = {}
     paths: dict[str, Keys] = {}
@@ -218,7 +220,7 @@ def _files(
             objects[key] = writers[0].value(value)
             continue
         if id(value) not in placed:
-            placed[id(value)] = _pieces(value, writers)
+            placed[id(value)] = _pieces(value, writers, mesh)
         tensors[key] = placed[id(value)]
     metadata = write_metadata(Metadata(tensors=tensors, objects=objects, paths=paths))
     for writer in writers:
@@ -227,9 +229,9 @@ def _files(
     yield OutputFile(path=f"{folder}{NAME}", segments=(Literal(metadata),))
 
 
-def _pieces(ref: TensorRef, writers: list[Writer]) -> Tensor:
+def _pieces(ref: TensorRef, writers: list[Writer], mesh: tuple[int, ...]) -> Tensor:
     pieces = []
-    for writer, (first, part) in zip(writers, rows(ref, len(writers)), strict=False):
+    for rank, first, part in rows(ref, mesh):
         offsets = (first, *(0 for _ in ref.shape[1:])) if ref.shape else ()
-        pieces.append(Piece(offsets, part.shape, writer.tensor(part)))
+        pieces.append(Piece(offsets, part.shape, writers[rank].tensor(part)))
     return Tensor(ref.dtype, ref.shape, tuple(pieces))
