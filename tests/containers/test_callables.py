@@ -26,9 +26,9 @@ import pytest
 import torch
 
 from ckpttools.containers.pickles import Dict, Global, Object, Reject, loads
-from ckpttools.containers.pickles.judge import _BY_ARGUMENTS, Verdict, judge, judge_calls
-from ckpttools.containers.pickles.known import KNOWN
-from ckpttools.containers.pickles.read import ARGUMENTS_DECIDE
+from ckpttools.containers.pickles.arguments import CHECKS
+from ckpttools.containers.pickles.judge import Verdict, judge, judge_calls
+from ckpttools.containers.pickles.known import ARGUMENTS_DECIDE, BY_ARGUMENTS, KNOWN
 from ckpttools.containers.torch_file import read_torch_file
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -237,10 +237,11 @@ def test_every_function_of_the_standard_library_outside_the_table() -> None:
 
 
 def test_tables_agree() -> None:
-    # pickles keeps every call of those whose arguments decide
-    for name in _BY_ARGUMENTS:
+    # the reader keeps every call of those whose arguments decide
+    assert set(CHECKS) == BY_ARGUMENTS
+    for name in CHECKS:
         assert any(name.endswith("." + last) for last in ARGUMENTS_DECIDE), name
-    assert not KNOWN & set(_BY_ARGUMENTS)
+    assert not KNOWN & set(CHECKS)
 
 
 def test_known_names_exist() -> None:

@@ -73,7 +73,28 @@ _DATA = {
     "deepspeed.checkpoint.universal_checkpoint": "SubparamShape",
     "mmengine.logging.history_buffer": "HistoryBuffer",
 }
-KNOWN = frozenset(f"{module}.{name}" for module, names in _DATA.items() for name in names.split())
+_DECIDED = {
+    "builtins": "getattr bytes bytearray type iter",
+    "_codecs": "encode",
+    "copyreg": "__newobj__ __newobj_ex__ _reconstructor",
+    "collections": "defaultdict",
+    "functools": "partial",
+    "logging": "getLogger",
+    "zoneinfo": "ZoneInfo._unpickle",
+    "torch._utils": "_rebuild_parameter_with_state",
+    "torch._tensor": "_rebuild_from_type _rebuild_from_type_v2",
+    "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
+}
+
+
+def _named(table: dict[str, str]) -> frozenset[str]:
+    return frozenset(f"{module}.{name}" for module, names in table.items() for name in names.split())
+
+
+KNOWN = _named(_DATA)
+# callables whose arguments decide what a call of them does, and their names alone, in whatever module
+BY_ARGUMENTS = _named(_DECIDED)
+ARGUMENTS_DECIDE = _words(" ".join(_DECIDED.values()))
 KNOWN_PATTERN = re.compile(
     r"(?:builtins|exceptions)\.(?:[A-Z]\w*(?:Error|Exception|Warning|Interrupt|Iteration)|SystemExit)"
     r"|torch\.return_types\.\w+"

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 
 from ckpttools.containers.pickles.cursor import Cursor, old_string
+from ckpttools.containers.pickles.known import ARGUMENTS_DECIDE
 from ckpttools.containers.pickles.nodes import (
     NO_KEYWORDS,
     Dict,
@@ -31,28 +32,6 @@ MAX_NAME = 512
 # 400,000 tensors or 20 million logged numbers: the rest of the work is bounded with them
 MAX_OPCODES = 20_000_000
 MAX_CALLS = 3_000_000  # with the names of classes, which cost most
-# callables whose arguments decide what a call of them does: every call is kept, not only the first
-ARGUMENTS_DECIDE = {
-    "getattr",
-    "encode",
-    "bytes",
-    "bytearray",
-    "type",
-    "iter",
-    "defaultdict",
-    "partial",
-    "getLogger",
-    "ZoneInfo._unpickle",
-    "__newobj__",
-    "__newobj_ex__",
-    "_reconstructor",
-    "_rebuild_parameter_with_state",
-    "_rebuild_from_type",
-    "_rebuild_from_type_v2",
-    "__bit_generator_ctor",
-    "__generator_ctor",
-    "__randomstate_ctor",
-}
 
 
 def loads(
