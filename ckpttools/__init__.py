@@ -16,6 +16,7 @@
     ckpttools.digest("run/checkpoint-20").digests.state    # the same for "four"
     ckpttools.diff("run/checkpoint-10", "run/checkpoint-20").tensors
     ckpttools.prove("run/checkpoint-20", "four").verdict
+    ckpttools.average("run", last=3, dst="mean")
 
 1. A `Checkpoint` is a logical, unpartitioned description: tensors by name, each a `TensorRef` (dtype,
    shape, and the byte ranges that hold it). Nothing is loaded.
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from ckpttools.checkpoint import Checkpoint, ParamGroup
     from ckpttools.checks import Finding, Verdict
     from ckpttools.errors import CkptError, Unsupported, UsageError
+    from ckpttools.operations.average import average
     from ckpttools.operations.convert import convert
     from ckpttools.operations.diff import Diff, diff
     from ckpttools.operations.digest import Digested, digest
@@ -98,6 +100,7 @@ _PLACES = {
     "Verdict": "checks",
     "Writing": "operations.writing",
     "Written": "operations.writing",
+    "average": "operations.average",
     "convert": "operations.convert",
     "diff": "operations.diff",
     "digest": "operations.digest",
@@ -135,6 +138,7 @@ __all__ = [
     "Writing",
     "Written",
     "__version__",
+    "average",
     "convert",
     "diff",
     "digest",

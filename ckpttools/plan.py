@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpttools.tensors import ByteRange, Cast, Chunk, Literal, Source, Strided, Tiles, Zeros
+from ckpttools.tensors import ByteRange, Cast, Chunk, Literal, Mean, Source, Strided, Tiles, Zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +108,12 @@ def copy_file(source: Path, path: str, nbytes: int) -> OutputFile:
 
 
 def reads(segment: Segment) -> tuple[Source, ...]:
-    """The chunks that a segment copies or casts, in order."""
+    """The chunks that a segment copies, casts or takes the mean of, in order."""
     match segment:
         case Cast():
             return segment.chunks
+        case Mean():
+            return tuple(chunk for term in segment.terms for chunk in term.chunks)
         case ByteRange() | Strided() | Tiles() | Zeros():
             return (segment,)
         case Literal() | Crc32():  # no bytes of a source

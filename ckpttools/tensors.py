@@ -242,7 +242,44 @@ class Cast:
         return Cast(inner, self.source, self.target)
 
 
-Chunk = Source | Cast
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One of the runs of elements that a `Mean` is taken of, and how much it counts."""
+
+    chunks: tuple[Source, ...]
+    dtype: DType
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The weighted mean of as many elements of each term: products and sums in float64, in the order of the
+    terms, divided by the sum of the weights, and rounded to `target` at the end.
+    """
+
+    terms: tuple[Term, ...]
+    target: DType
+
+    @property
+    def numel(self) -> int:
+        return sum(chunk.nbytes for chunk in self.terms[0].chunks) // self.terms[0].dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.target.itemsize
+
+    def cut(self, start: int, nbytes: int) -> Mean:
+        item = self.target.itemsize
+        assert start % item == 0 and nbytes % item == 0
+        first, numel = start // item, nbytes // item
+        terms = tuple(
+            Term(cut_chunks(t.chunks, first * t.dtype.itemsize, numel * t.dtype.itemsize), t.dtype, t.weight)
+            for t in self.terms
+        )
+        return Mean(terms, self.target)
+
+
+Chunk = Source | Cast | Mean
 C = TypeVar("C", bound=Chunk)
 
 
@@ -282,8 +319,14 @@ class TensorRef:
         """
         if dtype is self.dtype:
             return self
+        if any(isinstance(chunk, Mean) for chunk in self.chunks):
+            if not all(isinstance(chunk, Mean) for chunk in self.chunks):
+                raise ValueError("a tensor of which some elements are means cannot be cast")
+            means = (chunk for chunk in self.chunks if isinstance(chunk, Mean))
+            return TensorRef(dtype, self.shape, tuple(Mean(mean.terms, dtype) for mean in means))
         parts: list[tuple[DType, Source]] = []
         for chunk in self.chunks:
+            assert not isinstance(chunk, Mean)
             if not isinstance(chunk, Cast):
                 parts.append((self.dtype, chunk))
             elif (chunk.source.name, chunk.target.name) in EXACT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,16 @@ def cast(block: Array, source: DType, target: DType) -> Array:
         if target.name == "float8_e4m3fn":
             wide = np.clip(wide, -448, 448)  # torch saturates: this type has no Inf
         return wide.astype(numpy_dtype(target), copy=False)
+
+
+def mean(blocks: Sequence[Array], weights: Sequence[float], target: DType) -> Array:
+    """The weighted mean of float blocks, as `numpy.average` takes it of them in float64; then rounded."""
+    with np.errstate(all="ignore"):
+        total = np.zeros(blocks[0].shape)  # as numpy and torch begin: the mean of -0.0 is 0.0
+        for block, weight in zip(blocks, weights, strict=True):
+            total += block.astype(np.float64) * weight
+        total /= sum(weights)
+    return cast(total, FLOAT64, target)
 
 
 def nonfinite(block: Array, dtype: DType) -> tuple[int, int]:

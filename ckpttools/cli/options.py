@@ -24,6 +24,14 @@ DST = click.argument("dst", type=PATH, required=False)
 TAG = click.option(
     "-t", "--tag", metavar="TAG", help="The tag folder to take, instead of what `latest` names."
 )
+TAGS = click.option(
+    "-t",
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="TAG",
+    help="The tag folder to take: once for all, or once for each in their order ('' for none).",
+)
 KEY = click.option(
     "--key", metavar="NAME", help="Where the weights lie in a .pt file, if under an unusual name: net_G, a.b."
 )

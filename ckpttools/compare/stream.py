@@ -12,10 +12,10 @@ from ckpttools.execute.checks import SourceChecks, compare
 from ckpttools.passes import threads
 from ckpttools.passes.ranges import Cutter
 from ckpttools.passes.read import Reader
-from ckpttools.plan import Part, SourceCheck
+from ckpttools.plan import Part, SourceCheck, reads
 from ckpttools.progress import Progress
 from ckpttools.stores.links import refuse_outside
-from ckpttools.tensors import ByteRange, Cast, DType, Source, Strided, TensorRef, Tiles, spans
+from ckpttools.tensors import ByteRange, Cast, Chunk, DType, Mean, Source, Strided, TensorRef, Tiles, spans
 from ckpttools.values import BLOCK_NBYTES, Array, cast, numpy_array
 
 _GATHER = 4 * BLOCK_NBYTES  # views are read in larger parts: the runs in the file get longer with the part
@@ -79,6 +79,8 @@ def _runs(ref: TensorRef) -> Iterator[tuple[DType, tuple[Source, ...]]]:
     """The chunks as they lie, and the type that their bytes have there."""
     plain: list[Source] = []
     for chunk in ref.chunks:
+        if isinstance(chunk, Mean):
+            raise ValueError("a mean is compared once it is written")
         if isinstance(chunk, Cast):
             if plain:
                 yield ref.dtype, tuple(plain)
@@ -105,8 +107,8 @@ def place(ref: TensorRef) -> tuple[Path, int]:
     return Path(), 0
 
 
-def _spans(chunk: Source | Cast) -> Iterator[ByteRange]:
-    for source in chunk.chunks if isinstance(chunk, Cast) else (chunk,):
+def _spans(chunk: Chunk) -> Iterator[ByteRange]:
+    for source in reads(chunk):
         yield from spans(source)
 
 

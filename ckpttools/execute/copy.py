@@ -14,12 +14,12 @@ from ckpttools.execute import system, units
 from ckpttools.execute.checks import SourceChecks
 from ckpttools.execute.system import write_errors
 from ckpttools.execute.units import StagedFile, Unit
-from ckpttools.passes.read import Handles, Reader
+from ckpttools.passes.read import Handles, Reader, computed
 from ckpttools.passes.threads import in_threads
-from ckpttools.plan import Crc32, Literal, Part, Plan
+from ckpttools.plan import Crc32, Literal, Part, Plan, reads
 from ckpttools.progress import Progress
-from ckpttools.tensors import ByteRange, Cast
-from ckpttools.values import BLOCK_NBYTES, cast, numpy_array
+from ckpttools.tensors import ByteRange, Cast, Mean
+from ckpttools.values import BLOCK_NBYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +114,11 @@ class Copy:
                     part[:] = data
                 case Crc32():
                     part[:] = bytes(4)  # known when the file is complete: `StagedFile.finish`
-                case Cast(chunks, dtype, target):
+                case Cast() | Mean():
+                    chunks = reads(segment)
                     source = scratch[: sum(chunk.nbytes for chunk in chunks)]
                     reader.fill(source, chunks)
-                    part[:] = cast(numpy_array(source, dtype), dtype, target).view("u1").data
+                    part[:] = computed(segment, source).view("u1").data
                 case chunk:
                     reader.fill(part, (chunk,))
             sums = [crc32(source[claim.at : claim.at + claim.source.nbytes]) for claim in claims]

@@ -13,7 +13,7 @@ from ckpttools.execute import system
 from ckpttools.execute.checks import Claim, SourceChecks
 from ckpttools.passes.ranges import Cutter
 from ckpttools.plan import Crc32, OutputFile, Part, Segment, reads
-from ckpttools.tensors import Cast, Strided, Tiles
+from ckpttools.tensors import Cast, Mean, Strided, Term, Tiles
 from ckpttools.values import BLOCK_NBYTES
 
 UNIT = 1024 * 1024  # the fastest of 256 KiB to 4 MiB: a buffer that is still in the cache for its CRC
@@ -106,6 +106,7 @@ def _units(file: StagedFile, checks: SourceChecks) -> Iterator[Unit]:
 def _parts(segment: Segment, at: int) -> Iterator[Segment]:
     """The segment, which begins at byte `at` of its file, cut at multiples of `UNIT`, but for views."""
     cutter = Cutter(reads(segment))
+    cutters = [Cutter(term.chunks) for term in segment.terms] if isinstance(segment, Mean) else []
     done, nbytes = 0, segment.nbytes
     while done < nbytes:
         room = min(UNIT - (at + done) % UNIT, nbytes - done)
@@ -115,6 +116,14 @@ def _parts(segment: Segment, at: int) -> Iterator[Segment]:
             case Cast(_, source, target):
                 numel = max(min(room // target.itemsize, BLOCK_NBYTES // source.itemsize), 1)
                 part = Cast(cutter.take(numel * source.itemsize), source, target)
+            case Mean(terms, target):
+                each = BLOCK_NBYTES // sum(term.dtype.itemsize for term in terms)
+                numel = max(min(room // target.itemsize, each), 1)
+                cut = (
+                    Term(one.take(numel * term.dtype.itemsize), term.dtype, term.weight)
+                    for one, term in zip(cutters, terms, strict=True)
+                )
+                part = Mean(tuple(cut), target)
             case Strided(itemsize=itemsize) | Tiles(itemsize=itemsize):
                 part = segment.cut(done, max(min(_GATHER, nbytes - done) // itemsize, 1) * itemsize)
             case _:

@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ckpttools.checkpoint import Layout
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError, escape
-from ckpttools.formats import hf
+from ckpttools.formats import Source, hf
 from ckpttools.operations import advice
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.plan import Plan
 from ckpttools.siblings import default_dst
 from ckpttools.stores.links import refuse_outside, within
-from ckpttools.transforms.cast import DTYPE_NAMES, cast
+from ckpttools.transforms.cast import cast, dtype_named
 from ckpttools.transforms.rename import rename
 from ckpttools.transforms.select import Copy, select, weights_only
 
@@ -60,11 +60,8 @@ def extract(
     """
     src = Path(src)
     dst = Path(dst) if dst is not None else None
-    form = _form(form, dst)
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UsageError(
-            "bad-usage", f"'{escape(dtype)}' is not a dtype", hint=f"choose from {', '.join(DTYPE_NAMES)}"
-        )
+    form = form_of(form, dst)
+    target = dtype_named(dtype)
     single = dst is not None and dst.name.endswith(SINGLE_FILES[form])
     if single and hf_config is not None:
         raise UsageError(
@@ -78,21 +75,39 @@ def extract(
     chosen = weights_only(chosen, copy)
     if strip_prefix:
         chosen = rename(chosen, lambda name: name.removeprefix(strip_prefix))
-    if dtype is not None:
-        chosen = cast(chosen, DTYPE_NAMES[dtype])
-    layout = Layout(format="hf", variant=hf.BIN if form == "pt" else None)
-    plan = hf.plan(chosen, layout, max_shard_size=max_shard_size, single=single)
-    made = [note for note in chosen.notes if note not in checkpoint.notes]
-    plan = replace(plan, notes=(*made, *plan.notes))
-    if not single:
-        plan = with_config(plan, Path(hf_config) if hf_config is not None else None, source.root)
+    if target is not None:
+        chosen = cast(chosen, target)
+    made = tuple(note for note in chosen.notes if note not in checkpoint.notes)
+    chosen = replace(chosen, notes=made)
     dst = dst or default_dst(src, "weights", "")
+    config = Path(hf_config) if hf_config is not None else None
+    return write(chosen, src, source, dst, form, max_shard_size, config, how, "extract")
+
+
+def write(
+    weights: Checkpoint,
+    src: Path,
+    source: Source,
+    dst: Path,
+    form: Form,
+    max_shard_size: int,
+    config: Path | None,
+    how: Writing | None,
+    label: str,
+) -> Written:
+    """Weights as a model's folder, or one file by `dst`'s suffix, with the configuration of `source`."""
+    single = dst.name.endswith(SINGLE_FILES[form])
+    layout = Layout(format="hf", variant=hf.BIN if form == "pt" else None)
+    plan = hf.plan(weights, layout, max_shard_size=max_shard_size, single=single)
+    plan = replace(plan, notes=(*weights.notes, *plan.notes))
+    if not single:
+        plan = with_config(plan, config, source.root)
     configured = any(file.path in hf.HEADS for file in plan.files)
     steps = advice.weights(dst, form, single=single, configured=configured)
-    return carry_out(src, dst, plan, how or Writing(), label="extract", next=steps)
+    return carry_out(src, dst, plan, how or Writing(), label=label, next=steps)
 
 
-def _form(asked: Form | None, dst: Path | None) -> Form:
+def form_of(asked: Form | None, dst: Path | None) -> Form:
     """What is asked for, else what DST's suffix says, else safetensors."""
     name = dst.name.lower() if dst is not None else ""
     if name.endswith(FOREIGN):

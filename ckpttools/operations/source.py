@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,20 @@ def find(path: str | Path, tag: str | None = None) -> Source:
         inner = locate(found[0].path)
         return replace(inner, how=f"the only checkpoint below {escape(path)}; {inner.how}")
     raise _several(path, found)
+
+
+def tags_for(paths: Sequence[Path], tags: Sequence[str]) -> list[str | None]:
+    """Which tag is for which path: one tag is for every folder, several are in the order of the paths, ""
+    for none. Raises UsageError where they are not as many."""
+    if len(tags) <= 1:
+        return [tags[0] if tags and path.is_dir() else None for path in paths]
+    if len(tags) != len(paths):
+        raise UsageError(
+            "bad-usage",
+            f"{len(tags)} tags for {len(paths)} checkpoints",
+            hint="give --tag once for all, or once for each in their order ('' for one without tags)",
+        )
+    return [tag or None for tag in tags]
 
 
 def _several(path: Path, found: tuple[runs.Entry, ...]) -> Several:

@@ -15,8 +15,9 @@ import numpy as np
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.passes.gather import GATHER_NBYTES, gather
 from ckpttools.passes.ranges import Cutter
-from ckpttools.tensors import ByteRange, Cast, DType, Literal, Source, Strided, TensorRef, Tiles, Zeros
-from ckpttools.values import BLOCK_NBYTES, Array, cast, numpy_array, numpy_dtype
+from ckpttools.plan import reads
+from ckpttools.tensors import ByteRange, Cast, DType, Literal, Mean, Source, Strided, TensorRef, Tiles, Zeros
+from ckpttools.values import BLOCK_NBYTES, Array, cast, mean, numpy_array, numpy_dtype
 
 _OPEN_FILES = 32
 
@@ -139,16 +140,31 @@ def blocks(
         yield numpy_array(view, dtype)
 
 
+def computed(chunk: Cast | Mean, source: memoryview) -> Array:
+    """The elements of a chunk that are not copied, from the bytes of all that it reads, one after another."""
+    if isinstance(chunk, Cast):
+        return cast(numpy_array(source, chunk.source), chunk.source, chunk.target)
+    blocks, at = [], 0
+    for term in chunk.terms:
+        nbytes = sum(part.nbytes for part in term.chunks)
+        blocks.append(numpy_array(source[at : at + nbytes], term.dtype))
+        at += nbytes
+    return mean(blocks, [term.weight for term in chunk.terms], chunk.target)
+
+
 def load(ref: TensorRef) -> Array:
     """The whole tensor in memory; for scalars and tests."""
     out = np.empty(ref.numel, numpy_dtype(ref.dtype))
     at = 0
     with Reader() as reader:
         for chunk in ref.chunks:
-            source, inner = (chunk.source, chunk.chunks) if isinstance(chunk, Cast) else (ref.dtype, (chunk,))
+            inner = reads(chunk)
             buffer = memoryview(bytearray(sum(part.nbytes for part in inner)))
             reader.fill(buffer, inner)
-            block = cast(numpy_array(buffer, source), source, ref.dtype)
+            if isinstance(chunk, Cast | Mean):
+                block = computed(chunk, buffer)
+            else:
+                block = numpy_array(buffer, ref.dtype)
             out[at : at + len(block)] = block
             at += len(block)
     return out.reshape(ref.shape)

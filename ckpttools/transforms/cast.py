@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint, common_dtype
+from ckpttools.errors import UsageError, escape
 from ckpttools.tensors import DTYPES, DType
 
 # what --dtype takes, in torch's words and in short
 DTYPE_NAMES = {d.short: d for d in DTYPES.values() if d.is_float} | {
     d.name: d for d in DTYPES.values() if d.is_float
 }
+
+
+def dtype_named(name: str | None) -> DType | None:
+    """What --dtype asks for. Raises UsageError."""
+    if name is not None and name not in DTYPE_NAMES:
+        raise UsageError(
+            "bad-usage", f"'{escape(name)}' is not a dtype", hint=f"choose from {', '.join(DTYPE_NAMES)}"
+        )
+    return DTYPE_NAMES[name] if name is not None else None
 
 
 def castable(dtype: DType) -> bool:
