@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from ckpttools.execute import system, units
 from ckpttools.execute.checks import SourceChecks
 from ckpttools.execute.system import write_errors
 from ckpttools.execute.units import StagedFile, Unit
-from ckpttools.passes.read import Handles, Reader, computed
+from ckpttools.execute.writer import Writer
+from ckpttools.passes.read import Reader, computed
 from ckpttools.passes.threads import in_threads
 from ckpttools.plan import Crc32, Literal, Part, Plan, reads
 from ckpttools.progress import Progress
@@ -82,17 +82,13 @@ class Copy:
         )
 
     def _copy(self, todo: Iterable[Unit]) -> None:
-        buffer = memoryview(bytearray(units.LONGEST))
         scratch = memoryview(bytearray(BLOCK_NBYTES))
-        flags = os.O_WRONLY | os.O_NOFOLLOW
-        with Reader() as reader, write_errors(self._dst), closing(Handles(flags)) as handles:
+        with Reader() as reader, write_errors(self._dst), Writer(units.LONGEST) as writer:
             for unit in todo:
-                file, view = unit.file, buffer[: unit.nbytes]
+                file, view = unit.file, writer.view(unit.start, unit.nbytes)
                 self._fill(view, unit, reader, scratch)
                 with write_errors(self._dst / file.plan.path):
-                    fd = handles[file.path]
-                    system.write(fd, view, unit.start)
-                    system.start_writeback(fd, unit.start, unit.nbytes)
+                    fd = writer.write(file, view, unit.start)
                     with self._lock:
                         file.left -= unit.nbytes
                         last = not file.left

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.execute import system
 from ckpttools.execute.checks import Claim, SourceChecks
+from ckpttools.passes.direct import SMALLEST_FILE
 from ckpttools.passes.ranges import Cutter
 from ckpttools.plan import Crc32, OutputFile, Part, Segment, reads
 from ckpttools.tensors import Cast, Mean, Strided, Term, Tiles
@@ -24,7 +25,8 @@ _WIDTH = 8  # files by turns; the same for every writer, so that all of them see
 
 
 class StagedFile:
-    """An output file while it is written at `path`; `left` bytes are still missing.
+    """An output file while it is written at `path`; `left` bytes are still missing. `direct`: past the page
+    cache, until its file system refuses.
 
     Range 0 of `crcs` is the whole file, then follows what each `Crc32` segment covers; `crc_starts` are
     the offsets of those segments.
@@ -33,6 +35,7 @@ class StagedFile:
     def __init__(self, plan: OutputFile, folder: Path) -> None:
         self.plan, self.path = plan, folder / plan.path
         self.left = plan.nbytes
+        self.direct = plan.nbytes >= SMALLEST_FILE
         starts = [0]
         for segment in plan.segments:
             starts.append(starts[-1] + segment.nbytes)

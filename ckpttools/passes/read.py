@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,6 +14,7 @@ from typing import Self
 import numpy as np
 
 from ckpttools.errors import CkptError, UsageError
+from ckpttools.passes import direct
 from ckpttools.passes.gather import GATHER_NBYTES, gather
 from ckpttools.passes.ranges import Cutter
 from ckpttools.plan import reads
@@ -23,28 +25,38 @@ _OPEN_FILES = 32
 
 
 class Handles:
-    """File descriptors of one thread, at most `limit` open at once, the least recently used closed first."""
+    """File descriptors of one thread, at most `limit` open at once, the least recently used closed first.
 
-    def __init__(self, flags: int, limit: int = _OPEN_FILES) -> None:
-        self._flags = flags | os.O_CLOEXEC
-        self._limit = limit
+    `opener` gives a descriptor, or -1 where it will not open the file.
+    """
+
+    def __init__(self, opener: Callable[[Path], int], limit: int = _OPEN_FILES) -> None:
+        self._opener, self._limit = opener, limit
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def __getitem__(self, path: Path) -> int:
         fd = self._open.get(path)
         if fd is None:
-            fd = os.open(path, self._flags)
-            self._open[path] = fd
+            fd = self._open[path] = self._opener(path)
             if len(self._open) > self._limit:
-                os.close(self._open.popitem(last=False)[1])
+                self._close(self._open.popitem(last=False)[1])
         else:
             self._open.move_to_end(path)
         return fd
 
+    def refuse(self, path: Path) -> None:
+        """From now on -1 for this file."""
+        self._close(self[path])
+        self._open[path] = -1
+
     def close(self) -> None:
         """Close every descriptor; an error of the last write may show only here."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._close(self._open.popitem()[1])
+
+    def _close(self, fd: int) -> None:
+        if fd >= 0:
+            os.close(fd)
 
 
 class Reader:
@@ -56,7 +68,9 @@ class Reader:
 
     def __init__(self) -> None:
         self.nbytes_read = 0
-        self._files = Handles(os.O_RDONLY)
+        self._files = Handles(partial(os.open, flags=os.O_RDONLY | os.O_CLOEXEC))
+        self._cold = Handles(direct.open_cold)
+        self._bounce = direct.Bounce()
         self._scratch = memoryview(b"")
 
     def __enter__(self) -> Self:
@@ -67,6 +81,7 @@ class Reader:
     ) -> None:
         with suppress(OSError):  # all that was asked for has been read
             self._files.close()
+            self._cold.close()
 
     def fill(self, view: memoryview, chunks: Iterable[Source]) -> None:
         """Read `chunks`, one after the other, into `view`, which is exactly as long."""
@@ -89,12 +104,8 @@ class Reader:
     def read(self, view: memoryview, path: Path, start: int) -> None:
         """Fill `view` with the bytes of the file at `path` from `start`."""
         try:
-            fd = self._files[path]
-            got = os.preadv(fd, [view], start)
-            while 0 < got < len(view):
-                more = os.preadv(fd, [view[got:]], start + got)
-                if not more:
-                    break
+            got = self._read_cold(view, path, start) if len(view) >= direct.SMALLEST_READ else 0
+            while got < len(view) and (more := os.preadv(self._files[path], [view[got:]], start + got)):
                 got += more
         except OSError as error:
             raise UsageError(
@@ -107,6 +118,19 @@ class Reader:
         if got < len(view):
             raise truncated(path, start + len(view), start + got)
         self.nbytes_read += got
+
+    def _read_cold(self, view: memoryview, path: Path, start: int) -> int:
+        """Past the page cache, where the file is not in it; what is missing then is read through it."""
+        fd = self._cold[path]
+        if fd < 0:
+            return 0
+        try:
+            return self._bounce.read(fd, view, start)
+        except OSError as error:
+            if not direct.refused(error):
+                raise
+            self._cold.refuse(path)
+            return 0
 
 
 def truncated(path: Path, need: int, have: int) -> CkptError:
