@@ -18,13 +18,11 @@ from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_p
 from ckpttools.checks.causes import TENSORS, by_cause
 from ckpttools.checks.changing import Watch
 from ckpttools.checks.copies import Copy, check_copies, missing_state
-from ckpttools.checks.files import dangers_at
 from ckpttools.checks.headers import check_headers
 from ckpttools.checks.held import KEYS, Held, check_held, holds, lacks
 from ckpttools.checks.keys import check_keys
 from ckpttools.checks.manifests import check_manifest, entry_of, ranges_of, stated
 from ckpttools.checks.manifests import describe as describe_files
-from ckpttools.checks.parts import check_parts
 from ckpttools.checks.rates import check_rates
 from ckpttools.checks.verdict import Verdict, refused
 from ckpttools.containers.safetensors import read_safetensors
@@ -32,7 +30,8 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.findings import ERROR, INFO, Finding
 from ckpttools.formats import Source, locate
-from ckpttools.formats.hf.checks import check_configs
+from ckpttools.formats.files import dangers_at
+from ckpttools.formats.parts import in_parts
 from ckpttools.formats.zero.names import MODEL
 from ckpttools.progress import Progress
 from ckpttools.stores.links import within
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from ckpttools.checks.subset import Subset
     from ckpttools.passes.run import Digest
 
-PARTS = "parts"  # a layout that is only checked file by file
 Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar
 
 __all__ = ["Finding", "Verdict", "check_before_use", "manifest_of", "manifest_of_staged", "refused", "verify"]
@@ -88,14 +86,14 @@ def _verify(
     workers: int,
     bar: Bar | None,
 ) -> Verdict:
-    unsupported: Unsupported | None = None
+    whole = True
     try:
         source = replace(locate(path, tag), key=key)
     except Unsupported as reason:
         if reason.id != "layout-unsupported":
             raise
         # recognised by what the folder holds: universal and distributed checkpoints
-        source, unsupported = Source(format=PARTS, target=path, root=path, how=reason.message), reason
+        source, whole = in_parts(path, reason), False
     except CkptError as error:
         dangerous = [] if path.is_dir() else dangers_at(path)
         if error.exit_code != 1 and not dangerous:
@@ -107,21 +105,18 @@ def _verify(
     held: Held = {}
     copies: list[Copy] = []
     with within(source.root):
-        findings, found, files = (
-            check_parts(path, unsupported) if unsupported else check_headers(source, in_parts=True)
-        )
+        checked = check_headers(source, in_parts=True)
+        findings, found, files = checked.findings, checked.checkpoint, checked.files
         beside, checks = check_beside(source, files)
         findings += [*beside, *pointers]
         if found is not None:
             findings += check_keys(found)
-            held = holds(source, found) if unsupported is None else dict.fromkeys(KEYS)
+            held = holds(source, found) if whole else dict.fromkeys(KEYS)
             findings += check_held(found, held, require)
-            if unsupported is None:
+            if whole:
                 findings += check_rates(source, found)
                 differ, copies = check_copies(source, found)
                 findings += [*differ, *missing_state(path)]
-            if source.format == "hf" and source.target.is_dir():
-                findings += check_configs(found, source.target)
             found = replace(found, checks=(*found.checks, *checks))
         nbytes = 0
         said = stated(source.target)
@@ -149,7 +144,7 @@ def _verify(
     findings = by_cause(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO)), found)
     return Verdict(
         path=path,
-        format=found.layout.format if found else source.format,
+        format=found.layout.format if found else source.format.name,
         state=found.train_state if found else TrainState(),
         findings=(*findings, *_rescue(source, findings, quick=quick, workers=workers)),
         nbytes_read=nbytes,
@@ -161,7 +156,7 @@ def _verify(
 def _rescue(source: Source, findings: list[Finding], *, quick: bool, workers: int) -> Iterator[Finding]:
     """What is left where optimizer files are lost or damaged: the model file, if it is whole by itself."""
     bad = {Path(f.file) for f in findings if f.severity == ERROR and f.exit_code == 1}
-    if source.format != "zero" or not bad or not source.target.is_dir():
+    if source.format.name != "zero" or not bad or not source.target.is_dir():
         return
     if any(f.id in TENSORS for f in findings):
         return  # which of the files is the wrong one is not known
@@ -193,8 +188,9 @@ def manifest_of(
     """
     source = locate(path, tag)
     with within(source.root):
-        _, found, files = check_headers(source)
-        described = describe_files(manifest.own_files(source.target), found, files, workers, crcs)
+        checked = check_headers(source)
+        own = manifest.own_files(source.target)
+        described = describe_files(own, checked.checkpoint, checked.files, workers, crcs)
     return manifest.place(source.target), manifest.dump(described, output=crcs is not None)
 
 
@@ -207,8 +203,7 @@ def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | 
         tensors = read_safetensors(staged).tensors
         found, files = Checkpoint(path=staged, layout=Layout(format="safetensors"), tensors=tensors), []
     else:
-        source = Source(format="pt", target=staged, root=staged, how="as written")
-        found = check_before_use(source)
+        found = check_before_use(locate(staged))
         files = [found.template] if isinstance(found.template, TorchFile) else []
     crcs = {} if crc is None else {staged: crc}
     (entry,) = describe_files([staged], found, files, workers, crcs).values()
@@ -217,8 +212,8 @@ def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | 
 
 def check_before_use(source: Source) -> Checkpoint:
     """Read a checkpoint for a command that writes from it: header checks first, the first error raised."""
-    findings, found, _ = check_headers(source)
-    for finding in findings:
+    checked = check_headers(source)
+    for finding in checked.findings:
         if finding.severity == ERROR:
             raise CkptError(
                 finding.id,
@@ -227,5 +222,5 @@ def check_before_use(source: Source) -> Checkpoint:
                 why=finding.why or (f"at {finding.where}" if finding.where else ""),
                 hint=finding.hint,
             )
-    assert found is not None
-    return found
+    assert checked.checkpoint is not None
+    return checked.checkpoint

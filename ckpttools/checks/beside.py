@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from ckpttools.checks.files import check_file
 from ckpttools.containers import jsons
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, is_torch_file, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding, of_error
 from ckpttools.formats import Source
+from ckpttools.formats.files import check_file
 from ckpttools.formats.hf import INDEX, SHARD
-from ckpttools.formats.zero.names import looks_like_zero
+from ckpttools.formats.tags import is_tag
 from ckpttools.plan import SourceCheck
 from ckpttools.stores.files import entries, is_file, is_folder, small_text
 from ckpttools.stores.links import within
@@ -63,7 +63,7 @@ def check_pointer(path: Path, source: Source) -> Iterator[Finding]:
     Not said where the tag folder itself was named, or where MMEngine's and ckpt train's pointer is.
     """
     folder = source.target.parent
-    if source.format not in ("zero", "zero3") or not path.is_dir():
+    if not source.format.tagged or not path.is_dir():
         return
     with within(folder):
         yield from _stale(folder, source.target.name)
@@ -88,7 +88,7 @@ def _stale(folder: Path, tag: str) -> Iterator[Finding]:
             return
         kind, own = re.sub(r"\d+", "#", tag), _numbers(tag)
         later = [e.name for e in entries(folder) if is_folder(e) and re.sub(r"\d+", "#", e.name) == kind]
-        newest = max((name for name in later if looks_like_zero(folder / name)), key=_numbers, default=tag)
+        newest = max((name for name in later if is_tag(folder / name)), key=_numbers, default=tag)
     except CkptError:
         return  # reported by whoever reads them
     if _numbers(newest) > own:

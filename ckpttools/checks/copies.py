@@ -20,7 +20,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields, jsons
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding
-from ckpttools.formats import Source, hf
+from ckpttools.formats import Folder, Source, hf
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.tensors import TensorRef
 
@@ -70,7 +70,7 @@ def missing_state(path: Path) -> Iterator[Finding]:
 def _models(source: Source, found: Checkpoint) -> Iterator[Path]:
     if isinstance(found.template, ZeroFolder):
         for folder in (source.root / MODEL, source.root):
-            if folder != source.target and folder.is_dir() and hf.looks_like_hf(folder):
+            if folder != source.target and folder.is_dir() and hf.holds(Folder.of(folder)):
                 yield folder
 
 

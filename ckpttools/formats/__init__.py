@@ -1,44 +1,38 @@
-"""The formats: each reads a path into a Checkpoint and plans the files of one, moving no tensor bytes."""
+"""The formats: each reads a path into a Checkpoint and plans the files of one, moving no tensor bytes.
+
+`format` says what a format is, `table` which there are, `locate` asks them whose a path is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from ckpttools.checkpoint import Checkpoint, Layout
-from ckpttools.formats import dcp, hf, torch, zero, zero3
-from ckpttools.formats.locate import Source, locate
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.formats.format import Checked, Folder, Format, Source
+from ckpttools.formats.locate import locate
+from ckpttools.formats.table import FORMATS, PLANS
 from ckpttools.formats.zero import target as zero_target
 from ckpttools.formats.zero.join import ZeroFolder
-from ckpttools.plan import Plan
 from ckpttools.stores.links import within
 
-FORMATS: dict[str, Callable[[Path], Checkpoint]] = {
-    "zero": zero.read,
-    "zero3": zero3.read,
-    "pt": torch.read,
-    "hf": hf.read,
-    "dcp": dcp.read,
-}
-
-# what a Checkpoint can be written as; each takes the Checkpoint and a Layout
-PLANS: dict[str, Callable[[Checkpoint, Layout], Plan]] = {
-    "pt": torch.plan,
-    "zero1": zero.plan,
-    "zero2": zero.plan,
-    "dcp": dcp.plan,
-    "hf": hf.plan,
-}
-
-__all__ = ["FORMATS", "PLANS", "Source", "locate", "open_checkpoint", "read", "refuse_rank_local"]
+__all__ = [
+    "FORMATS",
+    "PLANS",
+    "Checked",
+    "Folder",
+    "Format",
+    "Source",
+    "locate",
+    "open_checkpoint",
+    "read",
+    "refuse_rank_local",
+]
 
 
 def read(source: Source) -> Checkpoint:
     """Read what `locate` found: headers only."""
     with within(source.root):
-        if source.key is not None:
-            return torch.read(source.target, source.key)
-        return FORMATS[source.format](source.target)
+        return source.format.read(source)
 
 
 def refuse_rank_local(checkpoint: Checkpoint) -> None:

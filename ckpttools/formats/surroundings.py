@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.errors import escape
-from ckpttools.formats.locate import BUNDLE, Source
-from ckpttools.formats.zero.names import looks_like_zero
+from ckpttools.formats.format import Source
+from ckpttools.formats.tags import BUNDLE, is_tag
 from ckpttools.plan import OutputFile, Plan, copy_file
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import entries, is_file, is_folder, size_of
@@ -68,7 +68,7 @@ def _beside(
             if entry.name in CARRIED_FOLDERS:
                 yield from tree(path, f"{prefix}{entry.name}/")
             else:
-                left.append(entry.name + ("/ (another checkpoint)" if looks_like_zero(path) else "/"))
+                left.append(entry.name + ("/ (another checkpoint)" if is_tag(path) else "/"))
     if dropped:
         notes.append(
             f"not carried: {', '.join(map(escape, dropped))}: random states belong to one rank count; "

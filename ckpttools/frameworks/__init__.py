@@ -19,7 +19,7 @@ from __future__ import annotations
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import Unsupported
-from ckpttools.formats.locate import Source
+from ckpttools.formats.format import Source
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.formats.zero3.join import Zero3Folder
 from ckpttools.frameworks import (

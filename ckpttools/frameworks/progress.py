@@ -14,7 +14,7 @@ from fractions import Fraction
 from ckpttools import schedules
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
-from ckpttools.formats.locate import Source
+from ckpttools.formats.format import Source
 from ckpttools.frameworks import read
 from ckpttools.schedules.evidence import Known
 from ckpttools.training import SavedSchedule, Training

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.containers.edit import edited, files_of
-from ckpttools.formats.locate import LATEST, Source
+from ckpttools.formats.format import Source
 from ckpttools.formats.surroundings import tree, with_surroundings
+from ckpttools.formats.tags import LATEST
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.frameworks.parts import MARKER_FILE
 from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck, copy_file

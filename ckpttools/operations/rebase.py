@@ -34,7 +34,7 @@ def prepare(src: Path, dst: Path | None, request: Request, tag: str | None = Non
     """Everything that another batch size changes. Raises CkptError with a reason where it cannot be told."""
     source = find(src, tag)
     checkpoint = check_before_use(source)
-    if source.format == "zero3":
+    if source.format.name == "zero3":
         raise Unsupported(
             "layout-unsupported",
             "a ZeRO-3 checkpoint, which is read and not rebased yet",

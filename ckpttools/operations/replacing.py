@@ -24,8 +24,8 @@ from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats import locate, read
 from ckpttools.formats.dcp.names import is_dcp_file
 from ckpttools.formats.hf import CONFIG_FILES, INDEX, ROLES, SHARD
-from ckpttools.formats.locate import LATEST, SIDE_FILES
-from ckpttools.formats.zero.names import ANY
+from ckpttools.formats.locate import SIDE_FILES
+from ckpttools.formats.tags import ANY, LATEST
 from ckpttools.plan import Plan
 from ckpttools.siblings import MANIFEST, is_ours
 from ckpttools.stores.links import within

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError
-from ckpttools.formats import dcp, zero, zero3
 from ckpttools.formats.surroundings import with_surroundings
 from ckpttools.operations import advice
 from ckpttools.operations.sidecar import written_wrong
@@ -17,8 +16,6 @@ from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.siblings import default_dst
 from ckpttools.transforms.reshard import ranks_of, without_positions
 from ckpttools.transforms.reshard import reshard as resharded
-
-WRITERS = {"zero": zero.plan, "zero3": zero3.plan, "dcp": dcp.plan}
 
 
 def reshard(
@@ -51,8 +48,9 @@ def reshard(
     data_parallel = sizes[0] if sizes else ranks
     checkpoint, notes = without_positions(checkpoint, data_parallel)
     changed = layout.dp_degree != checkpoint.layout.dp_degree
-    plan = WRITERS[source.format](checkpoint, layout)
-    own = {role.path for role in checkpoint.files} if source.format == "dcp" else ()
+    assert source.format.plan is not None  # a layout of ranks is one that is written
+    plan = source.format.plan(checkpoint, layout)
+    own = () if source.format.tagged else {role.path for role in checkpoint.files}
     plan = with_surroundings(source, plan, ranks_change=changed, own=own)
     plan = replace(plan, notes=(*plan.notes, *notes))
     dst = Path(dst) if dst is not None else default_dst(src, f"ws{ranks}")

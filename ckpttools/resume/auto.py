@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import locate, read
-from ckpttools.formats.zero.names import looks_like_zero
+from ckpttools.formats.tags import is_tag
 from ckpttools.resume.report import AutoResume
 from ckpttools.stores.files import entries, is_file, is_folder, small_text
 
@@ -40,7 +40,7 @@ def auto_resume(folder: Path) -> tuple[AutoResume, ...]:
 
 def _deepspeed(folder: Path) -> Iterator[AutoResume]:
     names = {e.name for e in entries(folder)}
-    tags = [e.name for e in entries(folder) if is_folder(e) and looks_like_zero(folder / e.name)]
+    tags = [e.name for e in entries(folder) if is_folder(e) and is_tag(folder / e.name)]
     if "latest" in names:
         tag = small_text(folder / "latest", 4096).strip()
         path = folder / tag

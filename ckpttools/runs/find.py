@@ -17,10 +17,10 @@ from pathlib import Path
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.formats import locate, read
-from ckpttools.formats.hf import SHARD, looks_like_hf
+from ckpttools.formats import Folder, locate, read
+from ckpttools.formats.hf import SHARD, holds
 from ckpttools.formats.locate import checkpoints, holds_one
-from ckpttools.formats.zero.names import looks_like_zero
+from ckpttools.formats.tags import is_tag
 from ckpttools.frameworks import accelerate, huggingface
 from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
@@ -168,7 +168,7 @@ def _whole(path: Path) -> bool:
     """Whether the folder is one checkpoint: DeepSpeed's save folder is not, unless a framework's files are in
     it (the Trainer's, accelerate's), or it is Lightning's."""
     names = {entry.name for entry in entries(path)}
-    if "latest" not in names or looks_like_zero(path):
+    if "latest" not in names or is_tag(path):
         return holds_one(path)
     return path.suffix == ".ckpt" or huggingface.is_trainer(path) or accelerate.is_accelerate(path)
 
@@ -179,8 +179,10 @@ def _several(path: Path) -> bool:
     if not path.is_dir():
         return False
     if _whole(path):
-        return any(NUMBERED.fullmatch(e.name) and is_folder(e) for e in entries(path)) and looks_like_hf(path)
-    return sum(is_folder(e) and looks_like_zero(path / e.name) for e in entries(path)) > 1
+        return any(NUMBERED.fullmatch(e.name) and is_folder(e) for e in entries(path)) and holds(
+            Folder.of(path)
+        )
+    return sum(is_folder(e) and is_tag(path / e.name) for e in entries(path)) > 1
 
 
 def _entry(path: Path, run: Path) -> Entry:

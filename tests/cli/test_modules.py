@@ -16,8 +16,8 @@ from torch import nn
 
 from ckpttools.containers.pickles import loads
 from ckpttools.errors import UsageError
-from ckpttools.formats import open_checkpoint, read
-from ckpttools.formats.locate import Source
+from ckpttools.formats import Source, open_checkpoint, read
+from ckpttools.formats import torch as torch_files
 
 KINDS: dict[str, dict[str, Any]] = {
     "zip": {},
@@ -59,7 +59,7 @@ class Wrapped(nn.Module):
 
 
 def same(path: Path, expected: dict[str, torch.Tensor], key: str | None = None) -> bool:
-    checkpoint = read(Source(format="pt", target=path, root=path, how="", key=key))
+    checkpoint = read(Source(format=torch_files.FORMAT, target=path, root=path, how="", key=key))
     return list(checkpoint.tensors) == list(expected) and not tensor_differences(checkpoint.tensors, expected)
 
 
@@ -73,7 +73,7 @@ def test_names_and_values_are_those_of_state_dict(form: str, kind: str, tmp_path
     key = "ema" if form == "ema" else None
     torch.save(value[form], path, **KINDS[kind])
     assert same(path, net.state_dict(), key)
-    checkpoint = read(Source(format="pt", target=path, root=path, how="", key=key))
+    checkpoint = read(Source(format=torch_files.FORMAT, target=path, root=path, how="", key=key))
     assert {"head.weight": "emb.weight", "again.weight": "body.0.weight"}.items() <= checkpoint.shared.items()
 
 

@@ -52,7 +52,7 @@ FOUND: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("path", FOUND)
 def test_every_layout_is_found(path: str) -> None:
     source = locate(FIXTURES / path)
-    assert (source.format, source.inner) == FOUND[path]
+    assert (source.format.name, source.inner) == FOUND[path]
     assert source.root == FIXTURES / path
     assert source.how
 
@@ -60,13 +60,13 @@ def test_every_layout_is_found(path: str) -> None:
 @pytest.mark.parametrize("path", [*ZERO_FIXTURES, *ZERO3_SAMPLES, *REFUSED_SAMPLES], ids=name_of)
 def test_every_deepspeed_fixture_is_found(path: Path) -> None:
     source = locate(path)
-    assert source.format == ("zero3" if path in ZERO3_SAMPLES else "zero")
+    assert source.format.name == ("zero3" if path in ZERO3_SAMPLES else "zero")
     assert list(source.target.glob("*_model_states.pt"))
 
 
 def test_an_index_stands_for_its_folder() -> None:
     source = locate(FIXTURES / "hf/sharded/model.safetensors.index.json")
-    assert (source.format, source.target) == ("hf", FIXTURES / "hf/sharded")
+    assert (source.format.name, source.target) == ("hf", FIXTURES / "hf/sharded")
 
 
 def test_a_run_folder_with_one_checkpoint() -> None:
@@ -117,6 +117,15 @@ def test_a_run_folder_is_refused_with_its_list(path: str, names: list[str]) -> N
         find(FIXTURES / path)
     assert f"the newest is {FIXTURES / path / names[0]}" in caught.value.hint
     assert [line.split()[0] for line in caught.value.why.splitlines()[1:]] == names
+
+
+def test_a_folder_named_deepspeed_makes_no_bundle() -> None:
+    error = refused(FIXTURES / "hf-trainer")  # runs of a Trainer: deepspeed/, plain/ and others
+    assert error.id == "not-a-checkpoint"
+    with pytest.raises(Several) as caught:
+        find(FIXTURES / "hf-trainer")
+    runs = {found.parent.name for found in caught.value.found}
+    assert {"deepspeed", "plain"} <= runs
 
 
 def test_tag_folders_without_latest(tmp_path: Path) -> None:

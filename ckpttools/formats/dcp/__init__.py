@@ -13,8 +13,28 @@ Source: torch/distributed/checkpoint of torch 2.13.
 
 from __future__ import annotations
 
-from ckpttools.formats.dcp.names import looks_like_dcp
+from ckpttools.formats.dcp import names
 from ckpttools.formats.dcp.read import read
 from ckpttools.formats.dcp.write import plan
+from ckpttools.formats.format import Checked, Format, Source
 
-__all__ = ["looks_like_dcp", "plan", "read"]
+__all__ = ["FORMAT", "plan", "read"]
+
+
+def _check(source: Source) -> Checked:
+    from ckpttools.formats.dcp.checks import check_folder  # of use to verify alone
+
+    findings, found = check_folder(source.target)
+    return Checked(findings, found, [])
+
+
+FORMAT = Format(
+    name="dcp",
+    holds=names.holds,
+    recognise=names.recognise,
+    recognise_file=names.recognise_file,
+    read=lambda source: read(source.target),
+    check=_check,
+    plan=plan,
+    targets=("dcp",),
+)

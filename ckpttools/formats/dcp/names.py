@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ckpttools.errors import Unsupported
 from ckpttools.formats.dcp.metadata import NAME
-from ckpttools.stores.files import entries, is_file, is_folder
+from ckpttools.formats.format import Folder, Found
+from ckpttools.stores.files import entries
 
 DATA = re.compile(r"__(\d+)_(\d+)\.distcp")
 SUFFIX = ".distcp"
@@ -23,17 +25,24 @@ def is_dcp_file(name: str) -> bool:
     return name == NAME or name.endswith(SUFFIX)
 
 
-def looks_like_dcp(folder: Path) -> bool:
+def holds(folder: Folder) -> bool:
     """Whether a folder holds a distributed checkpoint, or the two that accelerate makes of one."""
-    found = entries(folder)
-    names = {entry.name for entry in found if is_file(entry)}
-    if any(is_dcp_file(name) or SHARD.fullmatch(name) for name in names):
+    if any(is_dcp_file(name) or SHARD.fullmatch(name) for name in folder.files):
         return True
-    return any(
-        _is_part(folder / entry.name)
-        for entry in found
-        if entry.name in (MODEL_FOLDER, OPTIMIZER_FOLDER) and is_folder(entry)
-    )
+    inner = (name for name in (MODEL_FOLDER, OPTIMIZER_FOLDER) if name in folder.folders)
+    return any(_is_part(folder.path / name) for name in inner)
+
+
+def recognise(folder: Folder) -> Found | None:
+    """Raises Unsupported for what accelerate writes with use_dcp=False."""
+    if holds(folder):
+        return Found(folder.path, "a torch distributed checkpoint")
+    _refuse_rank_files(folder.path, folder.names)
+    return None
+
+
+def recognise_file(path: Path) -> Found | None:
+    return Found(path.parent, "the folder of this part") if is_dcp_file(path.name) else None
 
 
 def _is_part(folder: Path) -> bool:
@@ -53,8 +62,7 @@ def has_shards(folder: Path) -> bool:
     return any(SHARD.fullmatch(entry.name) for entry in entries(folder))
 
 
-def refuse_rank_files(folder: Path, names: list[str]) -> None:
-    """Raises Unsupported for what accelerate writes with use_dcp=False."""
+def _refuse_rank_files(folder: Path, names: Iterable[str]) -> None:
     if any(RANK_FILE.fullmatch(name) for name in names):
         raise Unsupported(
             "layout-unsupported",

@@ -13,21 +13,43 @@ the step, the epoch and the losses as strings. Nothing else of a training state 
 
 from __future__ import annotations
 
+from ckpttools.formats.format import Checked, Format, Source
+from ckpttools.formats.hf import names
 from ckpttools.formats.hf.configs import config_files
-from ckpttools.formats.hf.names import CONFIG_FILES, HEADS, INDEX, ROLES, SHARD, looks_like_hf, weight_files
+from ckpttools.formats.hf.names import CONFIG_FILES, HEADS, INDEX, ROLES, SHARD, holds, weight_files
 from ckpttools.formats.hf.read import read
 from ckpttools.formats.hf.write import BIN, plan
 
 __all__ = [
     "BIN",
     "CONFIG_FILES",
+    "FORMAT",
     "HEADS",
     "INDEX",
     "ROLES",
     "SHARD",
     "config_files",
-    "looks_like_hf",
+    "holds",
     "plan",
     "read",
     "weight_files",
 ]
+
+
+def _check(source: Source) -> Checked:
+    from ckpttools.formats.hf.checks import check
+
+    return check(source)
+
+
+FORMAT = Format(
+    name="hf",
+    holds=holds,
+    recognise=names.recognise,
+    recognise_file=names.recognise_file,
+    lacking=names.lacking,
+    read=lambda source: read(source.target),
+    check=_check,
+    plan=plan,
+    targets=("hf",),
+)

@@ -14,13 +14,24 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding
+from ckpttools.formats.files import check_read
+from ckpttools.formats.format import Checked, Source
 from ckpttools.formats.hf.names import ADAPTER
+from ckpttools.formats.hf.read import read
 
 LAYER = re.compile(r"(?P<prefix>.*?)(?:^|\.)(?:layers|h|layer|blocks)\.(?P<number>\d+)\..+")
 EMBEDDING = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
 LAYERS, VOCABULARY, WIDTH = ("num_hidden_layers", "n_layer"), ("vocab_size",), ("hidden_size", "n_embd")
 # models whose embedding is narrower than the rest say so
 OTHER_WIDTH = ("embedding_size", "word_embed_proj_dim", "text_config", "vision_config")
+
+
+def check(source: Source) -> Checked:
+    """Every finding: of the files by themselves, and of the configuration against the weights."""
+    checked = check_read(source.target, lambda: read(source.target))
+    if checked.checkpoint is not None and source.target.is_dir():
+        checked.findings.extend(check_configs(checked.checkpoint, source.target))
+    return checked
 
 
 def check_configs(found: Checkpoint, folder: Path) -> Iterator[Finding]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
-from ckpttools.stores.files import entries
+from ckpttools.errors import CkptError
+from ckpttools.formats.format import Folder, Found
 
 SINGLE = (
     "model.safetensors",
@@ -41,16 +43,49 @@ CONFIG_FILES = re.compile(
 HEADS = ("config.json", "adapter_config.json")
 
 
-def weight_files(folder: Path) -> tuple[str | None, str | None]:
-    """The index and the single weights file that the folder holds, transformers' order of preference."""
-    names = {entry.name for entry in entries(folder)}
+def weight_files(names: Collection[str]) -> tuple[str | None, str | None]:
+    """The index and the single weights file that a folder holds, transformers' order of preference."""
     index = next((name for name in INDEX if name in names), None)
     single = next((name for name in SINGLE if name in names), None)
     return index, single
 
 
-def looks_like_hf(folder: Path) -> bool:
-    return any(weight_files(folder))
+def holds(folder: Folder) -> bool:
+    return any(weight_files(folder.names))
+
+
+def recognise(folder: Folder) -> Found | None:
+    """Raises CkptError for shards without their index."""
+    shards = [name for name in folder.names if SHARD.fullmatch(name)]
+    if shards and not any(name.endswith(".index.json") for name in folder.names):
+        raise CkptError(
+            "index-missing",
+            f"{len(shards)} shards of a model, and no index",
+            where=folder.path,
+            why="the index says which tensors there are: without it nobody knows whether shards are missing",
+            hint="copy the *.index.json from where the folder was saved",
+        )
+    return Found(folder.path, "a Hugging Face folder") if holds(folder) else None
+
+
+def recognise_file(path: Path) -> Found | None:
+    if path.name.endswith(".safetensors"):
+        return Found(path, "a safetensors file")
+    return Found(path.parent, "the folder of this index") if path.name.endswith(".index.json") else None
+
+
+def lacking(folder: Folder) -> CkptError | None:
+    """A configuration alone."""
+    head = next((name for name in HEADS if name in folder.names), None)
+    if head is None:
+        return None
+    return CkptError(
+        "no-weights",
+        f"{head} is here, but no model weights",
+        where=folder.path,
+        why="the folder is a Hugging Face model without its weights, or they were not copied",
+        hint="copy model.safetensors (or its shards and index) from where the folder was saved",
+    )
 
 
 def shard_names(stem: str, suffix: str, count: int) -> list[str]:

@@ -21,7 +21,7 @@ from ckpttools.tensors import TensorRef
 def read(path: Path) -> Checkpoint:
     """Read a folder, or one .safetensors file. Headers only."""
     if path.is_dir():
-        index, single = weight_files(path)
+        index, single = weight_files({entry.name for entry in entries(path)})
         if single is not None and (index is None or single.endswith(".safetensors")):
             index, shards = None, {single: None}
         elif index is not None:

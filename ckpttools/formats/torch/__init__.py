@@ -12,8 +12,35 @@ Source: torch/optim/optimizer.py (state_dict, load_state_dict) of torch 2.13.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ckpttools.containers.torch_file import is_torch_file
+from ckpttools.formats.format import Checked, Format, Found, Source
 from ckpttools.formats.torch.names import OPTIMIZER, WEIGHTS, find_weights, strip
 from ckpttools.formats.torch.read import read
 from ckpttools.formats.torch.write import plan
 
-__all__ = ["OPTIMIZER", "WEIGHTS", "find_weights", "plan", "read", "strip"]
+__all__ = ["FORMAT", "OPTIMIZER", "WEIGHTS", "find_weights", "plan", "read", "strip"]
+
+
+def _recognise(path: Path) -> Found | None:
+    return Found(path, "a torch file") if is_torch_file(path) else None
+
+
+def _check(source: Source) -> Checked:
+    from ckpttools.formats.files import check_read
+
+    return check_read(source.target, lambda: read(source.target, source.key))
+
+
+FORMAT = Format(
+    name="pt",
+    holds=lambda folder: False,
+    recognise=lambda folder: None,
+    recognise_file=_recognise,
+    read=lambda source: read(source.target, source.key),
+    check=_check,
+    plan=plan,
+    targets=("pt",),
+    keyed=True,
+)

@@ -11,7 +11,29 @@ are cut the same way. Source: deepspeed/runtime/zero/stage_1_and_2.py, bf16_opti
 `names` knows the files, `flat` the arithmetic, `read` and `write` the contents.
 """
 
+from ckpttools.formats.format import Checked, Format, Source
+from ckpttools.formats.tags import holds_states
+from ckpttools.formats.zero import names
 from ckpttools.formats.zero.read import read
 from ckpttools.formats.zero.write import plan
 
-__all__ = ["plan", "read"]
+__all__ = ["FORMAT", "plan", "read"]
+
+
+def _check(source: Source) -> Checked:
+    from ckpttools.formats.zero.checks import check
+
+    return check(source.target)
+
+
+FORMAT = Format(
+    name="zero",
+    holds=holds_states,
+    recognise=names.recognise,
+    recognise_file=names.recognise_file,
+    read=lambda source: read(source.target),
+    check=_check,
+    plan=plan,
+    targets=("zero1", "zero2"),
+    tagged=True,
+)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.formats import tags
+from ckpttools.formats.format import Folder, Found, Inner
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import entries, is_file
 
@@ -23,7 +25,6 @@ STAGE3_MODEL = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 EXPERT = re.compile(r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim.*")
 LAYER = re.compile(r"layer_\d+-model(_\d+-model)?_states\.pt")
 PART = re.compile(r".*_states\.pt-\d+\.\d+")
-ANY = re.compile(r".*_(model|optim)_states\.pt(-\d+\.\d+)?|.*[0-9]optim_states\.pt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +43,20 @@ class ZeroFiles:
         return f"{self.prefix}zero_pp_rank_{rank}_mp_rank_00{'' if self.old_name else '_'}optim_states.pt"
 
 
-def looks_like_zero(folder: Path) -> bool:
-    """Whether the folder directly holds DeepSpeed's model or optimizer files."""
-    return any(ANY.fullmatch(entry.name) for entry in entries(folder))
+def recognise(folder: Folder) -> Found | Inner | None:
+    return tags.recognise(folder, tags.holds_states) or tags.last_word(folder)
+
+
+def recognise_file(path: Path) -> None:
+    """Raises Unsupported for one rank's file."""
+    if match := OPTIM.fullmatch(path.name) or STAGE3_MODEL.fullmatch(path.name):
+        raise Unsupported(
+            "one-shard",
+            f"one rank's {'optimizer' if match.re is OPTIM else 'model'} file, not a whole checkpoint",
+            where=path,
+            why="each rank holds only its partition",
+            hint=f"name the folder: {escape(path.parent)}",
+        )
 
 
 def find(folder: Path) -> ZeroFiles:

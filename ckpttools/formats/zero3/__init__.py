@@ -16,8 +16,29 @@ Source: deepspeed/runtime/zero/stage3.py, partition_parameters.py, engine.py.
 `write` a folder for any number of ranks.
 """
 
-from ckpttools.formats.zero3.names import looks_like_zero3
+from ckpttools.formats import tags
+from ckpttools.formats.format import Checked, Format, Source, no_file
+from ckpttools.formats.zero3.names import holds
 from ckpttools.formats.zero3.read import read
 from ckpttools.formats.zero3.write import plan
 
-__all__ = ["looks_like_zero3", "plan", "read"]
+__all__ = ["FORMAT", "plan", "read"]
+
+
+def _check(source: Source) -> Checked:
+    from ckpttools.formats.zero3.checks import check
+
+    return check(source.target)
+
+
+FORMAT = Format(
+    name="zero3",
+    holds=holds,
+    recognise=lambda folder: tags.recognise(folder, holds),
+    recognise_file=no_file,
+    read=lambda source: read(source.target),
+    check=_check,
+    plan=plan,
+    targets=("zero3",),
+    tagged=True,
+)

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, plain
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.errors import CkptError, escape
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.deepspeed import settings_of
+from ckpttools.formats.files import Attempts, archive_roots, check_files
+from ckpttools.formats.format import Checked
 from ckpttools.formats.zero3.cuts import sub_group_size, sub_groups
 from ckpttools.formats.zero3.decode import Leaf, Model, Shard, read_model, read_shard
 from ckpttools.formats.zero3.join import ONE_SAVE, Zero3Folder, assemble
@@ -40,40 +41,29 @@ MODEL_KEYS = (
 SHARD_KEYS = ("zero_stage", "loss_scaler", "dynamic_loss_scale", "overflow", "partition_count")
 
 
-def check_folder(path: Path) -> tuple[list[Finding], Checkpoint | None, list[TorchFile]]:
+def check(path: Path) -> Checked:
     """Every finding, the checkpoint if it can be put together, and the files that could be read."""
-    findings: list[Finding] = []
-
-    def attempt(action: Callable[[], T]) -> T | None:
-        try:
-            return action()
-        except Unsupported as reason:  # another layout, which shows only inside a file
-            if reason.id != "storage-compressed":
-                raise
-            findings.append(of_error(reason))
-        except CkptError as error:  # one file must not hide the others
-            findings.append(of_error(error))
-        return None
-
+    attempt = Attempts()
     try:
         files = find(path)
     except CkptError as error:
         if error.exit_code != 1:
             raise
-        return [of_error(error)], None, []
+        return Checked([of_error(error)], None, [])
     models = [attempt(lambda p=p, r=r: read_model(p, r)) for r, p in files.model.items()]  # type: ignore[misc]
     shards = [attempt(lambda p=p, r=r: read_shard(p, r)) for r, p in files.optim.items()]  # type: ignore[misc]
     whole_models = [model for model in models if model is not None]
     whole_shards = [shard for shard in shards if shard is not None]
     read = [*(model.file for model in whole_models), *(shard.file for shard in whole_shards)]
+    attempt.findings[:0] = [*check_files(read), *archive_roots(read)]
     if len(read) < len(models) + len(shards):
-        return findings, None, read
+        return Checked(attempt.findings, None, read)
     folder = attempt(lambda: assemble(files, whole_models, whole_shards))
     if folder is None:
-        return findings, None, read
-    for check in CHECKS:
-        findings += check(folder)
-    return findings, attempt(lambda: checkpoint(folder)), read
+        return Checked(attempt.findings, None, read)
+    for each in CHECKS:
+        attempt.findings += each(folder)
+    return Checked(attempt.findings, attempt(lambda: checkpoint(folder)), read)
 
 
 def _found(

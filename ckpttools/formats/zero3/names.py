@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported
+from ckpttools.formats.format import Folder
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import entries, is_file
 
@@ -43,9 +44,9 @@ def optim_name(rank: int, prefix: str) -> str:
     return f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
-def looks_like_zero3(folder: Path) -> bool:
+def holds(folder: Folder) -> bool:
     """Whether the folder directly holds a model file of ZeRO-3."""
-    return any(MODEL.fullmatch(entry.name) for entry in entries(folder))
+    return any(MODEL.fullmatch(name) for name in folder.names)
 
 
 def find(folder: Path) -> Zero3Files:

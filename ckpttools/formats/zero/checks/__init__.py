@@ -6,13 +6,19 @@ Each check takes the decoded folder and yields findings. Nothing but a few scala
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from ckpttools.findings import Finding
+from ckpttools.errors import CkptError
+from ckpttools.findings import Finding, of_error
+from ckpttools.formats.files import Attempts, archive_roots, check_files
+from ckpttools.formats.format import Checked
 from ckpttools.formats.zero.checks import model, ranks, training
-from ckpttools.formats.zero.checks.ranks import archive_roots
-from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.formats.zero.decode import Rank, read_model, read_rank
+from ckpttools.formats.zero.join import ZeroFolder, assemble, check_complete
+from ckpttools.formats.zero.names import find
+from ckpttools.formats.zero.read import checkpoint
 
-__all__ = ["archive_roots", "check_folder"]
+__all__ = ["check", "check_folder"]
 
 CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     ranks.slice_mappings,
@@ -33,6 +39,37 @@ CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     model.tied_weights,
     model.strays,
 )
+
+
+def check(path: Path) -> Checked:
+    """Each file by itself, then all together. Raises Unsupported for another layout."""
+    attempt = Attempts()
+    try:
+        files = find(path)
+    except CkptError as error:
+        if error.exit_code != 1:
+            raise
+        return Checked([of_error(error)], None, [])
+    model = attempt(lambda: read_model(files.model))
+    ranks: list[Rank] = []
+    for number, each in files.optim.items():
+        rank = attempt(lambda each=each, number=number: read_rank(each, number))  # type: ignore[misc]
+        if rank is not None:
+            ranks.append(rank)
+    torch_files = [model.file] if model is not None else []
+    torch_files += [rank.file for rank in ranks]
+    attempt.findings += check_files(torch_files)
+    complete = None
+    joined: ZeroFolder | None = None
+    if model is not None and len(ranks) == len(files.optim):
+        complete = attempt(lambda: check_complete(files, model, tuple(ranks)))
+    attempt.findings += archive_roots(torch_files)
+    if complete and model is not None:
+        joined = attempt(lambda: assemble(files, model, tuple(ranks)))
+    if joined is None:
+        return Checked(attempt.findings, None, torch_files)
+    attempt.findings += check_folder(joined)
+    return Checked(attempt.findings, attempt(lambda: checkpoint(joined)), torch_files)
 
 
 def check_folder(folder: ZeroFolder) -> Iterator[Finding]:

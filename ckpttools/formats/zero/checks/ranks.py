@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, plain
-from ckpttools.containers.torch_file import TorchFile, scalar
-from ckpttools.findings import ERROR, INFO, WARNING, Finding
+from ckpttools.containers.torch_file import scalar
+from ckpttools.findings import INFO, WARNING, Finding
 from ckpttools.formats.zero.checks.found import ONE_SAVE, contradiction, found
 from ckpttools.formats.zero.decode import Rank
 from ckpttools.formats.zero.flat import FlatGroup
 from ckpttools.formats.zero.join import ZeroFolder, expected_mapping
 from ckpttools.formats.zero.state import State
-
-
-def archive_roots(files: Sequence[TorchFile]) -> Iterator[Finding]:
-    """torch.save writes the file's stem into the archive: a renamed rank file still carries its old name."""
-    stems = {file.path.stem for file in files}
-    for file in files:
-        if file.root in (None, "archive", file.path.stem):
-            continue
-        yield found(
-            "file-renamed",
-            file.path,
-            "archive root",
-            f"the file was saved under the name {file.root}.pt",
-            severity=ERROR if file.root in stems else INFO,
-            hint="rename it back, or copy the files again from where they were saved",
-        )
 
 
 def slice_mappings(folder: ZeroFolder) -> Iterator[Finding]:

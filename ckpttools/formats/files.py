@@ -1,18 +1,58 @@
-"""What one torch file shows by itself: what loading it would call, and whether every byte is explained."""
+"""What the files of a checkpoint show by themselves: what loading a torch file would call, and whether every
+byte of it is explained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.archive import SERIALIZATION_ID, belong_together, unexplained
 from ckpttools.containers.pickles.judge import judge
 from ckpttools.containers.torch_file import TorchFile, dangers_in
-from ckpttools.findings import ERROR, INFO, WARNING, Finding
+from ckpttools.errors import CkptError, Unsupported
+from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
+from ckpttools.formats.format import Checked
 from ckpttools.stores.files import opened
 
+T = TypeVar("T")
 SHOWN = 6  # classes that are named
 HEAD_NBYTES = 1 << 16  # of each storage, to see whether anything was written there
+
+
+class Attempts:
+    """Findings, and the errors of readers among them: one file must not hide the others."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+
+    def __call__(self, action: Callable[[], T]) -> T | None:
+        """What the action returns. Raises Unsupported for another layout, which shows only inside a file."""
+        try:
+            return action()
+        except CkptError as error:  # also what may not be read
+            if isinstance(error, Unsupported) and error.id != "storage-compressed":
+                raise
+            self.findings.append(of_error(error))
+            return None
+
+
+def check_read(path: Path, read: Callable[[], Checkpoint]) -> Checked:
+    """The checks of a format that has none beside those of its torch files. Raises what says nothing about
+    the checkpoint.
+    """
+    try:
+        found = read()
+    except CkptError as error:
+        dangers = dangers_at(path)
+        if error.exit_code != 1 and not dangers:
+            raise
+        return Checked([*dangers, of_error(error)], None, [])
+    kept = found.template if isinstance(found.template, tuple) else (found.template,)
+    files = [file for file in kept if isinstance(file, TorchFile)]
+    return Checked(list(check_files(files)), found, files)
 
 
 def check_files(files: list[TorchFile]) -> Iterator[Finding]:
@@ -77,6 +117,21 @@ def _reserved(file: TorchFile, count: int, first: str, *, filled: bool) -> Findi
         + ("and filled in later" if filled else "and never filled in: zeros"),
         hint="" if filled else "fill them in, or save the file again without skip_data",
     )
+
+
+def archive_roots(files: Sequence[TorchFile]) -> Iterator[Finding]:
+    """torch.save writes the file's stem into the archive: a renamed rank file still carries its old name."""
+    stems = {file.path.stem for file in files}
+    for file in files:
+        if file.root not in (None, "archive", file.path.stem):
+            yield Finding(
+                id="file-renamed",
+                severity=ERROR if file.root in stems else INFO,
+                file=str(file.path),
+                where="archive root",
+                message=f"the file was saved under the name {file.root}.pt",
+                hint="rename it back, or copy the files again from where they were saved",
+            )
 
 
 def dangerous(path: Path, where: str, what: str) -> Finding:

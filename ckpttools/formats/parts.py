@@ -14,22 +14,39 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
-from ckpttools.checks.files import check_files
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict
 from ckpttools.containers.torch_file import TorchFile, labelled, read_torch_file
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.formats.counters import train_state
-from ckpttools.formats.zero.checks import archive_roots
-from ckpttools.formats.zero.names import ANY
+from ckpttools.formats.files import archive_roots, check_files
+from ckpttools.formats.format import Checked, Format, Source, no_file
+from ckpttools.formats.tags import ANY
 from ckpttools.stores.files import entries, is_file, is_folder, size_of
 
 NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\d+(?=-model)")
 COUNTERS = ("global_steps", "dp_world_size", "mp_world_size", "ds_version")
 
 
-def check_parts(folder: Path, reason: Unsupported) -> tuple[list[Finding], Checkpoint, list[TorchFile]]:
+def in_parts(path: Path, reason: Unsupported) -> Source:
+    """A layout that is recognised and not read, as a format that has checks and nothing else."""
+
+    def read(source: Source) -> Checkpoint:
+        raise reason
+
+    format = Format(
+        name="parts",
+        holds=lambda folder: False,
+        recognise=lambda folder: None,
+        recognise_file=no_file,
+        read=read,
+        check=lambda source: check_parts(source.target, reason),
+    )
+    return Source(format=format, target=path, root=path, how=reason.message)
+
+
+def check_parts(folder: Path, reason: Unsupported) -> Checked:
     """Check what can be checked. `reason` says which layout it is."""
     findings = [
         Finding(
@@ -69,7 +86,7 @@ def check_parts(folder: Path, reason: Unsupported) -> tuple[list[Finding], Check
         files=tuple(FileRole(path=path, nbytes=size_of(path), role="") for path in paths),
         checks=tuple(check for file in files for check in file.checks()),
     )
-    return findings, found, files
+    return Checked(findings, found, files)
 
 
 def _torch_paths(folder: Path, depth: int = 6) -> Iterator[Path]:

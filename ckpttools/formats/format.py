@@ -1,0 +1,123 @@
+"""What a format is: how its checkpoints are recognised, read, planned and checked.
+
+A format is a folder of this package whose `__init__` ends in `FORMAT`, and a line of `table.FORMATS`. They
+are asked in the order of the table, and the first that knows a folder has it: what is special comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.errors import CkptError, UsageError
+from ckpttools.findings import Finding
+from ckpttools.plan import Plan
+from ckpttools.stores.files import entries, is_file, is_folder
+from ckpttools.stores.links import refuse_outside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """A folder by the names in it, sorted: all that a format is recognised by."""
+
+    path: Path
+    names: tuple[str, ...]
+    files: frozenset[str]  # of `names`, regular files and links to one
+    folders: frozenset[str]  # the same for folders
+
+    @staticmethod
+    def of(path: Path) -> Folder:
+        """Raises UsageError where it cannot be listed."""
+        found = entries(path)
+        return Folder(
+            path=path,
+            names=tuple(entry.name for entry in found),
+            files=frozenset(entry.name for entry in found if is_file(entry)),
+            folders=frozenset(entry.name for entry in found if is_folder(entry)),
+        )
+
+    def inside(self, name: str) -> Folder:
+        """One of `folders`. Raises CkptError for a link that leads out of the checkpoint."""
+        refuse_outside(self.path / name)
+        return Folder.of(self.path / name)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint recognised: the tag folder, the file or the folder, and why this one, for people."""
+
+    target: Path
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """A folder that is a wrapping: the checkpoint is what the folder `name` in it means."""
+
+    name: str
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the headers show: findings, the checkpoint if it can be put together, and its torch files."""
+
+    findings: list[Finding]
+    checkpoint: Checkpoint | None
+    files: list[TorchFile]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Format:
+    """One format. `holds` and `recognise` go by names alone, `read` and `check` by headers.
+
+    `recognise` raises CkptError for what is of this format and is broken, or is not read. `check` reports
+    everything that it finds and raises Unsupported for a layout whose weights cannot be put together.
+    `plan` writes any Checkpoint, and its notes name what the format has no place for; `targets` are the names
+    that `ckpt convert --to` has for it, one for each stage. `lacking` says what a folder that no format
+    knows would need to be of this one.
+    """
+
+    name: str
+    holds: Callable[[Folder], bool]  # whether the folder itself is a checkpoint of this format
+    recognise: Callable[[Folder], Found | Inner | None]
+    recognise_file: Callable[[Path], Found | None]
+    read: Callable[[Source], Checkpoint]
+    check: Callable[[Source], Checked]
+    lacking: Callable[[Folder], CkptError | None] = lambda folder: None
+    plan: Callable[[Checkpoint, Layout], Plan] | None = None
+    targets: tuple[str, ...] = ()
+    tagged: bool = False  # lies in the tag folders of a save folder, one of which `--tag` names
+    keyed: bool = False  # the weights lie under a key, which `--key` names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A checkpoint found. `root` is what belongs to it as a whole: the folder given, or `target` itself."""
+
+    format: Format
+    target: Path  # the tag folder, the file, or the folder
+    root: Path
+    how: str  # why this one, for people
+    key: str | None = None  # under which the weights lie, where the user says so
+
+    def __post_init__(self) -> None:
+        if self.key is not None and not self.format.keyed:
+            raise UsageError(
+                "bad-usage",
+                "--key says where the weights lie in a single file of torch.save",
+                where=self.target,
+                hint="leave it off",
+            )
+
+    @property
+    def inner(self) -> str:
+        """The target's path below the root, with `/`; "" where they are the same."""
+        return "" if self.root == self.target else self.target.relative_to(self.root).as_posix()
+
+
+def no_file(path: Path) -> None:
+    """`recognise_file` of a format whose checkpoints are folders."""
