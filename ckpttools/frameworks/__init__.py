@@ -16,6 +16,8 @@ framework, parts   what they share; progress: all that in one line
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import Unsupported
@@ -33,7 +35,7 @@ from ckpttools.frameworks import (
     plain,
     reference,
 )
-from ckpttools.frameworks.framework import Saved
+from ckpttools.frameworks.framework import Brief, Saved
 from ckpttools.stores.links import within
 from ckpttools.training import Training
 
@@ -57,7 +59,24 @@ def read(source: Source, checkpoint: Checkpoint) -> Training:
         for framework in FRAMEWORKS:
             if framework.recognise(saved):
                 return framework.read(saved)
-    raise Unsupported(
+    raise _weights_only(checkpoint)
+
+
+def brief(source: Source, checkpoint: Checkpoint) -> Brief:
+    """What a listing shows of it, from as few files as possible. Raises CkptError."""
+    with within(source.root):
+        bare = _bare(source, checkpoint)
+        for framework in FRAMEWORKS:
+            if framework.recognise(bare):
+                if framework.brief is not None:
+                    return framework.brief(bare)
+                found = framework.read(_saved(source, checkpoint))
+                return Brief(resumes=bool(found.optimizers), metrics=dict(found.losses))
+    raise _weights_only(checkpoint)
+
+
+def _weights_only(checkpoint: Checkpoint) -> Unsupported:
+    return Unsupported(
         "weights-only",
         "the checkpoint holds weights and no training state",
         where=checkpoint.path,
@@ -67,11 +86,22 @@ def read(source: Source, checkpoint: Checkpoint) -> Training:
 
 
 def _saved(source: Source, checkpoint: Checkpoint) -> Saved:
+    found, bare = checkpoint.template, _bare(source, checkpoint)
+    if bare.file is None or not bare.zero:
+        return bare
+    shards: list[TorchFile] = []
+    if isinstance(found, ZeroFolder):
+        shards = [rank.file for rank in found.ranks]
+    elif isinstance(found, Zero3Folder):
+        shards = [shard.file for shard in found.shards]
+    return replace(bare, engine=deepspeed.read(bare.file, shards))
+
+
+def _bare(source: Source, checkpoint: Checkpoint) -> Saved:
+    """Without what DeepSpeed itself says."""
     found = checkpoint.template
     if isinstance(found, ZeroFolder):
-        engine = deepspeed.read(found.model.file, [rank.file for rank in found.ranks])
-        return Saved(place=source.root, file=found.model.file, zero=True, engine=engine)
+        return Saved(place=source.root, file=found.model.file, zero=True)
     if isinstance(found, Zero3Folder):
-        model, shards = found.models[0].file, [shard.file for shard in found.shards]
-        return Saved(place=source.root, file=model, zero=True, engine=deepspeed.read(model, shards))
+        return Saved(place=source.root, file=found.models[0].file, zero=True)
     return Saved(place=source.target, file=found if isinstance(found, TorchFile) else None)

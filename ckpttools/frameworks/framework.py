@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,19 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Brief:
+    """What a listing shows: whether optimizer state is there, and the last of each loss and metric."""
+
+    resumes: bool
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Framework:
-    """`name` is the `framework` of the Training that `read` gives."""
+    """`name` is the `framework` of the Training that `read` gives. `brief` reads less; it is given no
+    `engine`, and None where it is part of what `read` finds."""
 
     name: str
     recognise: Callable[[Saved], bool]
     read: Callable[[Saved], Training]
+    brief: Callable[[Saved], Brief] | None = None

@@ -13,15 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.containers import jsons
+from ckpttools.containers.archive import is_zip
+from ckpttools.containers.archive.directory import read_directory
 from ckpttools.containers.edit import Opaque, value
 from ckpttools.containers.pickles import Object
 from ckpttools.containers.torch_file import is_torch_file, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.frameworks import parts
-from ckpttools.frameworks.framework import Framework, Saved
+from ckpttools.frameworks.framework import Brief, Framework, Saved
 from ckpttools.frameworks.parts import MARKER_FILE, marked_beside, torch_optimizer
 from ckpttools.schedules.evidence import stated
-from ckpttools.stores.files import entries
+from ckpttools.stores.files import entries, opened
 from ckpttools.training import (
     BatchField,
     Counter,
@@ -34,6 +36,8 @@ from ckpttools.training import (
 
 STATE = "trainer_state.json"
 ARGUMENTS = "training_args.bin"
+OPTIMIZER = "optimizer.pt"
+_SPEED = ("_runtime", "_per_second", "_preparation_time")  # of the evaluation, not of the model
 MAX_ACCUMULATION = 100_000
 
 
@@ -83,7 +87,7 @@ def _read(folder: Path, *, deepspeed: bool) -> Training:
         counters=tuple(_counters(path, state)),
         histories=tuple(_history(path, history)),
         losses=tuple(_losses(log)),
-        optimizers=() if deepspeed else tuple(torch_optimizer(folder / "optimizer.pt")),
+        optimizers=() if deepspeed else tuple(torch_optimizer(folder / OPTIMIZER)),
         schedules=tuple(_schedule(folder / "scheduler.pt", arguments, total)),
         batch_fields=tuple(_batch_field(path, state)),
         batch_names=(
@@ -217,4 +221,25 @@ def _of_trainer(saved: SavedSchedule, arguments: Mapping[str, object], total: in
     return replace(saved, framework="transformers", about={**about, "max_steps": total})
 
 
-FRAMEWORK = Framework(name="hf-trainer", recognise=lambda saved: saved.is_folder(is_trainer), read=read)
+def brief(saved: Saved) -> Brief:
+    """From the log in trainer_state.json. Raises CkptError where the optimizer's file is no whole archive."""
+    folder = saved.place
+    state = jsons.read(folder / STATE, allow_nan=True)
+    history = state.get("log_history")
+    metrics: dict[str, float] = {}
+    for entry in history if isinstance(history, list) else []:
+        for name, found in entry.items() if isinstance(entry, dict) else ():
+            is_metric = name == "loss" or (name.startswith("eval_") and not name.endswith(_SPEED))
+            if is_metric and isinstance(found, int | float):
+                metrics[str(name)] = float(found)
+    own = folder / OPTIMIZER
+    if not saved.zero and own.is_file():
+        with opened(own) as file:
+            if is_zip(file.head(4)):
+                read_directory(file)
+    return Brief(resumes=saved.zero or own.is_file(), metrics=metrics)
+
+
+FRAMEWORK = Framework(
+    name="hf-trainer", recognise=lambda saved: saved.is_folder(is_trainer), read=read, brief=brief
+)

@@ -44,7 +44,7 @@ class Entry:
     file, in ns, and `nbytes` the size of all of them. `ranks` is None where the format does not say.
     `metrics` are the last of each loss. `model` is the same for checkpoints of one model: a digest of
     the names and shapes of its weights, None where they do not look like a model's. A `problem` is why it
-    cannot be read, or is not finished: its counters are then unknown.
+    cannot be read or resumed from, or is not finished: its counters may then be unknown.
     """
 
     path: Path
@@ -202,16 +202,17 @@ def _entry(path: Path, run: Path) -> Entry:
     except CkptError as error:
         return make(format=None, state=TrainState(), resumes=None, problem=error)
     resumes: bool | None
-    logged: tuple[tuple[str, float], ...] = ()
+    logged: Mapping[str, float] = {}
+    problem: CkptError | None = None
     try:
-        training = frameworks.read(source, checkpoint)
-        resumes, logged = bool(training.optimizers), training.losses
+        brief = frameworks.brief(source, checkpoint)
+        resumes, logged = brief.resumes, brief.metrics
     except Unsupported as reason:
         resumes = False if reason.id == "weights-only" else None
-    except CkptError:
-        resumes = None
+    except CkptError as error:
+        resumes, problem = None, error if error.exit_code == 1 else None
     layout, state = checkpoint.layout, checkpoint.train_state
-    losses = (("train_loss", state.train_loss), ("val_loss", state.val_loss), *logged)
+    losses = (("train_loss", state.train_loss), ("val_loss", state.val_loss), *logged.items())
     return make(
         format=layout.format,
         state=state,
@@ -219,6 +220,7 @@ def _entry(path: Path, run: Path) -> Entry:
         ranks=layout.dp_degree if layout.format in SHARDED or layout.format.startswith("zero") else None,
         metrics={name: value for name, value in losses if value is not None},
         model=_model(checkpoint),
+        problem=problem,
     )
 
 

@@ -112,3 +112,26 @@ def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_an_entry_is_public() -> None:
     assert Entry.__doc__
+
+
+def test_metrics_are_the_trainers_last_ones(tmp_path: Path) -> None:
+    folder = Folder((One("", "hf", 2), One("", "hf", 4))).make(tmp_path)
+    state = folder / "checkpoint-4" / "trainer_state.json"
+    history = [
+        {"step": 1, "loss": 3.5, "learning_rate": 0.1},
+        {"step": 2, "eval_loss": 2.5, "eval_accuracy": 0.25, "eval_runtime": 1.0},
+        {"step": 4, "loss": 1.5, "eval_accuracy": 0.75, "eval_samples_per_second": 9.0},
+    ]
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"log_history": history}))
+    newest = listed(folder)[0]
+    assert newest["metrics"] == {"loss": 1.5, "eval_loss": 2.5, "eval_accuracy": 0.75}
+    assert "eval_accuracy 0.75" in run("ls", folder).out
+
+
+def test_a_damaged_optimizer_is_seen_in_the_headers(tmp_path: Path) -> None:
+    folder = Folder((One("", "hf", 2), One("", "hf", 4))).make(tmp_path)
+    os.truncate(folder / "checkpoint-4" / "optimizer.pt", 500)
+    ran = run("ls", folder)
+    assert ran.code == 1 and "damaged (headers)" in ran.out
+    newest, older = listed(folder)
+    assert newest["marks"] == ["damaged (headers)"] and newest["step"] == 4 and older["marks"] == ["latest"]

@@ -37,10 +37,11 @@ def read(path: Path, wanted: str | None = None) -> Checkpoint:
     if root is not None and key:
         beside = {key.partition(".")[0] if key not in root else key}
         beside |= {path[0] for path in state.keys.values() if len(path) == 1}
+        if groups and saved is not None and not saved.rest:
+            beside.add(str(saved.path[0]))  # it is in the groups
         client = {name: decode(file, node) for name, node in root.named() if name not in beside}
     notes = [f"the prefix '{prefix}' of every name was removed"] if prefix else []
     if saved is not None and groups:
-        client.pop(str(saved.path[0]))
         if saved.rest:
             client = dict(put(client, (saved.path[0],), dict(saved.rest)))
     elif saved is not None:
