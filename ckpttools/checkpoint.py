@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value
@@ -69,7 +69,7 @@ class FileRole:
     not looked at.
     """
 
-    path: Path
+    path: Location
     nbytes: int
     role: str
     dangers: tuple[str, ...] | None = None
@@ -90,7 +90,7 @@ class Checkpoint:
     than fidelity.
     """
 
-    path: Path
+    path: Location
     layout: Layout
     tensors: Mapping[str, TensorRef]
     groups: tuple[ParamGroup, ...] = ()

@@ -12,7 +12,7 @@ The id is stable: `ckpt explain ID` tells more about it.
 
 from __future__ import annotations
 
-from pathlib import Path
+from ckpttools.location import Location
 
 
 class CkptError(Exception):
@@ -21,7 +21,7 @@ class CkptError(Exception):
     exit_code = 1
 
     def __init__(
-        self, id: str, message: str, *, where: str | Path = "", why: str = "", hint: str = ""
+        self, id: str, message: str, *, where: str | Location = "", why: str = "", hint: str = ""
     ) -> None:
         super().__init__(message)
         self.id = id
@@ -61,7 +61,7 @@ class Unsupported(UsageError):
         id: str,
         message: str,
         *,
-        where: str | Path = "",
+        where: str | Location = "",
         why: str = "",
         hint: str = "",
         layout: str = "",

@@ -16,12 +16,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
+from ckpttools.location import Location
 from ckpttools.siblings import MANIFEST, is_ours
-from ckpttools.stores.files import entries, is_file, plain_name
+from ckpttools.stores.files import entries, is_file, is_folder, plain_name
 
 FORMAT, VERSION = "ckpttools-manifest", 1
 
@@ -44,27 +44,27 @@ class Difference:
     tensors: tuple[str, ...] = ()
 
 
-def place(target: Path) -> Path:
+def place(target: Location) -> Location:
     """Where the manifest of a checkpoint is written: in its folder, or beside its single file."""
-    return target / MANIFEST if target.is_dir() else beside(target)
+    return target / MANIFEST if is_folder(target) else beside(target)
 
 
-def beside(file: Path) -> Path:
+def beside(file: Location) -> Location:
     """The place of a single file's own manifest."""
     return file.with_name(f"{file.name}.{MANIFEST}")
 
 
-def places(target: Path) -> list[Path]:
+def places(target: Location) -> list[Location]:
     """Every manifest that may say something about a checkpoint's files: of the folder, of single files."""
-    if target.is_dir():
+    if is_folder(target):
         own = [beside(path) for path in own_files(target)]
-        return [path for path in (target / MANIFEST, *own) if path.is_file()]
-    return [path for path in (beside(target), target.parent / MANIFEST) if path.is_file()]
+        return [path for path in (target / MANIFEST, *own) if is_file(path)]
+    return [path for path in (beside(target), target.parent / MANIFEST) if is_file(path)]
 
 
-def own_files(target: Path) -> list[Path]:
+def own_files(target: Location) -> list[Location]:
     """The files that a manifest covers: those directly in the folder, or the single file."""
-    if not target.is_dir():
+    if not is_folder(target):
         return [target]
     return [target / e.name for e in entries(target) if is_file(e) and not is_ours(e.name)]
 
@@ -81,12 +81,12 @@ def dump(entries: Mapping[str, Entry], *, output: bool = False) -> bytes:
     )
 
 
-def outputs(path: Path) -> set[str]:
+def outputs(path: Location) -> set[str]:
     """The files that a manifest describes as made by ckpt. Raises CkptError as `load` does."""
     return set(load(path)) if jsons.read(path).get("output") is True else set()
 
 
-def load(path: Path) -> dict[str, Entry]:
+def load(path: Location) -> dict[str, Entry]:
     """Read a manifest. Raises CkptError where it is damaged or of another version."""
     value = jsons.read(path)
     files = value.get("files")
@@ -101,7 +101,7 @@ def load(path: Path) -> dict[str, Entry]:
     return {plain_name(name, path): _entry(path, entry) for name, entry in files.items()}
 
 
-def _entry(path: Path, entry: object) -> Entry:
+def _entry(path: Location, entry: object) -> Entry:
     match entry:
         case {"size": int(size), "xxh3_128": str(digest), "tensors": dict(tensors)} if all(
             isinstance(part, str) for part in tensors.values()

@@ -7,8 +7,8 @@ prints a plan, `execute` carries it out; nothing in between can make them differ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from ckpttools.location import Location
 from ckpttools.tensors import ByteRange, Cast, Chunk, Literal, Mean, Source, Strided, Tiles, Zeros
 
 
@@ -102,7 +102,7 @@ class Plan:
         return Part(rank=rank, world=world, start=self.nbytes * rank // world, end=end)
 
 
-def copy_file(source: Path, path: str, nbytes: int) -> OutputFile:
+def copy_file(source: Location, path: str, nbytes: int) -> OutputFile:
     """An output file that is a copy of a whole source file of `nbytes` bytes."""
     return OutputFile(path=path, segments=(ByteRange(source, 0, nbytes),) if nbytes else ())
 

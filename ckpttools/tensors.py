@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, TypeVar
+
+from ckpttools.location import Location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ EXACT = {(a, b) for a in ("float16", "bfloat16") for b in ("float32", "float64")
 class ByteRange:
     """`nbytes` bytes of the file at `path`, from `start`."""
 
-    path: Path
+    path: Location
     start: int
     nbytes: int
 
@@ -122,7 +123,7 @@ class Strided:
     The element at index (i, j, ...) is the `itemsize` bytes at `start + itemsize * (i * strides[0] + ...)`.
     """
 
-    path: Path
+    path: Location
     start: int
     itemsize: int
     shape: tuple[int, ...]
@@ -157,7 +158,7 @@ class Strided:
 class Box:
     """A part of an array that lies in C order from byte `start` of a file: `shape` elements at `origin`."""
 
-    path: Path
+    path: Location
     start: int
     origin: tuple[int, ...]
     shape: tuple[int, ...]

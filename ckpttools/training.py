@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
+from ckpttools.location import Location
 from ckpttools.schedules.evidence import Fact, Known, What, known, of_counters, of_samples, stated
 from ckpttools.schedules.lengths import Remainder, Unit
 
@@ -22,7 +22,7 @@ Key = str | int
 class Place:
     """A value inside a file: the keys and indices that lead to it from the file's root."""
 
-    file: Path
+    file: Location
     at: tuple[Key, ...]
 
     def below(self, *at: Key) -> Place:

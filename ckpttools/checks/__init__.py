@@ -33,7 +33,9 @@ from ckpttools.formats import Source, locate
 from ckpttools.formats.files import dangers_at
 from ckpttools.formats.parts import in_parts
 from ckpttools.formats.zero.names import MODEL
+from ckpttools.location import Location
 from ckpttools.progress import Progress
+from ckpttools.stores.files import entries, is_folder, stat
 from ckpttools.stores.links import within
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ __all__ = ["Finding", "Verdict", "check_before_use", "manifest_of", "manifest_of
 
 
 def verify(
-    path: Path,
+    path: Location,
     tag: str | None = None,
     *,
     quick: bool = False,
@@ -75,7 +77,7 @@ def verify(
 
 
 def _verify(
-    path: Path,
+    path: Location,
     tag: str | None,
     watch: Watch,
     quick: bool,
@@ -95,7 +97,7 @@ def _verify(
         # recognised by what the folder holds: universal and distributed checkpoints
         source, whole = in_parts(path, reason), False
     except CkptError as error:
-        dangerous = [] if path.is_dir() else dangers_at(path)
+        dangerous = [] if is_folder(path) else dangers_at(path)
         if error.exit_code != 1 and not dangerous:
             raise
         return refused(path, error, dangerous)
@@ -120,7 +122,7 @@ def _verify(
             found = replace(found, checks=(*found.checks, *checks))
         nbytes = 0
         said = stated(source.target)
-        digests: dict[Path, Digest] = {}
+        digests: dict[Location, Digest] = {}
         own = manifest.own_files(source.target)
         if not quick or describe:
             from ckpttools.checks.contents import check_contents, tasks_of  # numpy: of no use to headers
@@ -131,7 +133,7 @@ def _verify(
             if subset is not None and found is not None:
                 tasks, chosen = subset.of(tasks, found.checks)
                 found = replace(found, checks=chosen)
-                hashed = subset.take(hashed, [p.stat().st_size for p in hashed])
+                hashed = subset.take(hashed, [stat(p).size for p in hashed])
             nbytes = sum(task.nbytes for task in tasks)
             hashes = ranges_of(hashed, found, files)
             with bar(nbytes) if bar else nullcontext() as progress:
@@ -156,11 +158,11 @@ def _verify(
 def _rescue(source: Source, findings: list[Finding], *, quick: bool, workers: int) -> Iterator[Finding]:
     """What is left where optimizer files are lost or damaged: the model file, if it is whole by itself."""
     bad = {Path(f.file) for f in findings if f.severity == ERROR and f.exit_code == 1}
-    if source.format.name != "zero" or not bad or not source.target.is_dir():
+    if source.format.name != "zero" or not bad or not is_folder(source.target):
         return
     if any(f.id in TENSORS for f in findings):
         return  # which of the files is the wrong one is not known
-    models = [path for path in source.target.iterdir() if MODEL.fullmatch(path.name)]
+    models = [source.target / e.name for e in entries(source.target) if MODEL.fullmatch(e.name)]
     if len(models) != 1 or models[0] in bad:
         return
     try:
@@ -179,8 +181,8 @@ def _rescue(source: Source, findings: list[Finding], *, quick: bool, workers: in
 
 
 def manifest_of(
-    path: Path, tag: str | None = None, *, workers: int = 0, crcs: Mapping[Path, int] | None = None
-) -> tuple[Path, bytes]:
+    path: Location, tag: str | None = None, *, workers: int = 0, crcs: Mapping[Path, int] | None = None
+) -> tuple[Location, bytes]:
     """Where the manifest of a checkpoint belongs, and its contents as the files are now.
 
     `crcs` are the CRC-32s of files as they were written. Raises CkptError for a checkpoint that cannot be
@@ -205,7 +207,7 @@ def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | 
     else:
         found = check_before_use(locate(staged))
         files = [found.template] if isinstance(found.template, TorchFile) else []
-    crcs = {} if crc is None else {staged: crc}
+    crcs: dict[Path, int] = {} if crc is None else {staged: crc}
     (entry,) = describe_files([staged], found, files, workers, crcs).values()
     return manifest.dump({name: entry}, output=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from ckpttools.containers import jsons
 from ckpttools.containers.safetensors import read_safetensors
@@ -15,8 +15,9 @@ from ckpttools.formats import Source
 from ckpttools.formats.files import check_file
 from ckpttools.formats.hf import INDEX, SHARD
 from ckpttools.formats.tags import is_tag
+from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
-from ckpttools.stores.files import entries, is_file, is_folder, small_text
+from ckpttools.stores.files import entries, exists, is_file, is_folder, small_text, stat
 from ckpttools.stores.links import within
 
 TENSOR_FILES = (".pt", ".pth", ".bin", ".pkl", ".safetensors")
@@ -40,7 +41,7 @@ def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding],
     seen = {file.path for file in known}
     root = source.root
     for folder in dict.fromkeys((source.target, root, root / "hf_model", root / "hf_config")):
-        if not folder.is_dir():
+        if not is_folder(folder):
             continue
         names = [entry.name for entry in entries(folder) if is_file(entry)]
         for name in names:
@@ -57,19 +58,19 @@ def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding],
     return findings, checks
 
 
-def check_pointer(path: Path, source: Source) -> Iterator[Finding]:
+def check_pointer(path: Location, source: Source) -> Iterator[Finding]:
     """A DeepSpeed folder whose `latest` is gone is still found here, and not by DeepSpeed.
 
     Not said where the tag folder itself was named, or where MMEngine's and ckpt train's pointer is.
     """
     folder = source.target.parent
-    if not source.format.tagged or not path.is_dir():
+    if not source.format.tagged or not is_folder(path):
         return
     with within(folder):
         yield from _stale(folder, source.target.name)
-    if path.samefile(source.target):
+    if stat(path) == stat(source.target):
         return
-    if not any((folder / name).exists() for name in ("latest", "last_checkpoint")):
+    if not any(exists(folder / name) for name in ("latest", "last_checkpoint")):
         yield Finding(
             id="latest-missing",
             severity=WARNING,
@@ -80,11 +81,11 @@ def check_pointer(path: Path, source: Source) -> Iterator[Finding]:
         )
 
 
-def _stale(folder: Path, tag: str) -> Iterator[Finding]:
+def _stale(folder: Location, tag: str) -> Iterator[Finding]:
     """`latest` names this one, while one that is named alike has a higher number."""
     pointer = folder / "latest"
     try:
-        if not pointer.is_file() or small_text(pointer, 256).strip() != tag:
+        if not is_file(pointer) or small_text(pointer, 256).strip() != tag:
             return
         kind, own = re.sub(r"\d+", "#", tag), _numbers(tag)
         later = [e.name for e in entries(folder) if is_folder(e) and re.sub(r"\d+", "#", e.name) == kind]
@@ -106,17 +107,17 @@ def _numbers(name: str) -> list[int]:
     return [int(found[:18]) for found in re.findall(r"\d+", name)]
 
 
-def check_last_checkpoint(path: Path) -> Iterator[Finding]:
+def check_last_checkpoint(path: Location) -> Iterator[Finding]:
     """`last_checkpoint` names a path; after a copy of the run, its last part must lie beside it."""
     pointer = path / "last_checkpoint"
-    if not path.is_dir() or not pointer.is_file():
+    if not is_folder(path) or not is_file(pointer):
         return
     try:
         name = PurePath(small_text(pointer, 4096).strip()).name
     except CkptError as error:
         yield of_error(error)
         return
-    if not name or not (path / name).exists():
+    if not name or not exists(path / name):
         yield Finding(
             id="pointer-dangling",
             severity=WARNING,
@@ -127,7 +128,7 @@ def check_last_checkpoint(path: Path) -> Iterator[Finding]:
         )
 
 
-def _tensor_file(path: Path, findings: list[Finding]) -> list[SourceCheck]:
+def _tensor_file(path: Location, findings: list[Finding]) -> list[SourceCheck]:
     if path.name.endswith(".safetensors"):
         read_safetensors(path)
     elif is_torch_file(path):
@@ -137,7 +138,7 @@ def _tensor_file(path: Path, findings: list[Finding]) -> list[SourceCheck]:
     return []
 
 
-def _leftovers(folder: Path, names: list[str]) -> Iterator[Finding]:
+def _leftovers(folder: Location, names: list[str]) -> Iterator[Finding]:
     """Shards that look like weights and that no index names: of an earlier, larger save."""
     for index in (name for name in INDEX if name in names):
         try:
@@ -170,7 +171,7 @@ def _leftovers(folder: Path, names: list[str]) -> Iterator[Finding]:
                 )
 
 
-def _counters(folder: Path, names: list[str]) -> Iterator[Finding]:
+def _counters(folder: Location, names: list[str]) -> Iterator[Finding]:
     """trainer_state.json of `checkpoint-N` is of step N, and so is a bundle's training_info.json."""
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     file = next((name for name in ("trainer_state.json", "training_info.json") if name in names), None)

@@ -6,39 +6,40 @@ A save may be going on, or a clean-up. Such a checkpoint is neither good nor dam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR, Finding
+from ckpttools.location import Location, Stat
+from ckpttools.stores.files import entries, is_folder, stat
 
 MAX_DEPTH = 4  # folders below a checkpoint
 # rewritten by every save of a run, also where the checkpoint at hand is left alone
 POINTERS = ("latest", "last_checkpoint", "checkpoint", "zero_to_fp32.py")
 
-Stamps = dict[Path, tuple[int, int, int] | None]  # inode, size, time in ns; None for a folder
+Stamps = dict[Location, Stat | None]  # None for a folder
 
 
 class Watch:
     """Looks at the files of a checkpoint before they are read, and again afterwards."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self._looks: list[tuple[Callable[[], Stamps], Stamps]] = []
         self._add(lambda: dict(_stamps(path, depth=0)))
         self._path = path
 
-    def below(self, target: Path) -> None:
+    def below(self, target: Location) -> None:
         """Watch also everything in the checkpoint's own folder."""
-        if target != self._path or target.is_dir():
+        if target != self._path or is_folder(target):
             self._add(lambda: dict(_stamps(target, depth=MAX_DEPTH)))
 
     def _add(self, look: Callable[[], Stamps]) -> None:
         self._looks.append((look, look()))
 
-    def changed(self, *, pointers: bool) -> Path | None:
+    def changed(self, *, pointers: bool) -> Location | None:
         """A file that appeared, vanished or was written to; of what lies beside a tag folder, only files."""
         for number, (look, before) in enumerate(self._looks):
             now = look()
-            for path in sorted(before.keys() | now.keys()):
+            for path in sorted(before.keys() | now.keys(), key=str):
                 beside = not number and not pointers
                 is_folder = (path in before and before[path] is None) or (path in now and now[path] is None)
                 if beside and (is_folder or path.name in POINTERS):
@@ -71,7 +72,7 @@ class Watch:
         )
 
 
-def changing(path: Path) -> UsageError:
+def changing(path: Location) -> UsageError:
     return UsageError(
         "checkpoint-changing",
         "the checkpoint changed while it was read",
@@ -81,20 +82,21 @@ def changing(path: Path) -> UsageError:
     )
 
 
-def _stamps(path: Path, depth: int) -> Iterator[tuple[Path, tuple[int, int, int] | None]]:
+def _stamps(path: Location, depth: int) -> Iterator[tuple[Location, Stat | None]]:
     """Of a file, or of all that a folder holds down to `depth` folders; nothing of what is not there."""
     try:
-        if not path.is_dir():
-            info = path.stat()
-            yield path, (info.st_ino, info.st_size, info.st_mtime_ns)
+        found = stat(path)
+        if found.kind != "folder":
+            yield path, found
             return
-        inside = list(path.iterdir())
-    except OSError:
+        inside = entries(path)
+    except (OSError, CkptError):
         return
     for entry in inside:
-        if entry.is_dir():
-            yield entry, None
+        place = path / entry.name
+        if is_folder(entry):
+            yield place, None
             if depth and not entry.is_symlink():
-                yield from _stamps(entry, depth - 1)
+                yield from _stamps(place, depth - 1)
         else:
-            yield from _stamps(entry, 0)
+            yield from _stamps(place, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks.causes import TENSORS
@@ -15,6 +14,7 @@ from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.torch import OPTIMIZER
 from ckpttools.formats.zero.decode import frozen_fragments
 from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.location import Location
 from ckpttools.passes import tasks as data
 from ckpttools.passes.hashes import Ranges
 from ckpttools.passes.ranges import Claims
@@ -107,10 +107,10 @@ def check_contents(
     found: Checkpoint | None,
     files: list[TorchFile],
     tasks: list[data.Task],
-    hashes: Mapping[Path, Ranges],
+    hashes: Mapping[Location, Ranges],
     workers: int,
     progress: Progress | None,
-) -> tuple[list[Finding], dict[Path, Digest]]:
+) -> tuple[list[Finding], dict[Location, Digest]]:
     """Carry out the pass, which takes the digests of the files in `hashes` too. A file that cannot be read to
     its end is a finding, and then there are no digests.
     """

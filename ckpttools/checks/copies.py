@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint
@@ -22,6 +21,8 @@ from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats import Folder, Source, hf
 from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.location import Location
+from ckpttools.stores.files import is_file, is_folder
 from ckpttools.tensors import TensorRef
 
 BUNDLE, MODEL, INFO = "deepspeed", "hf_model", "training_info.json"
@@ -54,9 +55,9 @@ def check_copies(source: Source, found: Checkpoint) -> tuple[list[Finding], list
     return findings, copies
 
 
-def missing_state(path: Path) -> Iterator[Finding]:
+def missing_state(path: Location) -> Iterator[Finding]:
     """A bundle whose deepspeed/ is gone reads as a model: its optimizer state and shards are lost."""
-    if (path / MODEL).is_dir() and (path / INFO).is_file() and not (path / BUNDLE).is_dir():
+    if is_folder(path / MODEL) and is_file(path / INFO) and not is_folder(path / BUNDLE):
         yield Finding(
             id="bundle-incomplete",
             severity=ERROR,
@@ -67,14 +68,14 @@ def missing_state(path: Path) -> Iterator[Finding]:
         )
 
 
-def _models(source: Source, found: Checkpoint) -> Iterator[Path]:
+def _models(source: Source, found: Checkpoint) -> Iterator[Location]:
     if isinstance(found.template, ZeroFolder):
         for folder in (source.root / MODEL, source.root):
-            if folder != source.target and folder.is_dir() and hf.holds(Folder.of(folder)):
+            if folder != source.target and is_folder(folder) and hf.holds(Folder.of(folder)):
                 yield folder
 
 
-def _weights(found: Checkpoint, folder: Path, other: Checkpoint) -> tuple[list[Finding], list[Copy]]:
+def _weights(found: Checkpoint, folder: Location, other: Checkpoint) -> tuple[list[Finding], list[Copy]]:
     """Each tensor of the model folder with the one of the checkpoint that has its name."""
     findings: list[Finding] = []
     pairs: list[Copy] = []
@@ -117,7 +118,7 @@ def _differs(file: str, name: str, message: str) -> Finding:
 def _training_info(source: Source, found: Checkpoint) -> Iterator[Finding]:
     """training_info.json against the client state of DeepSpeed's model file, key by key."""
     path = source.root / INFO
-    if not isinstance(found.template, ZeroFolder) or not path.is_file():
+    if not isinstance(found.template, ZeroFolder) or not is_file(path):
         return
     try:
         info: Mapping[str, object] = jsons.read(path, allow_nan=True)

@@ -14,6 +14,7 @@ from ckpttools.findings import ERROR, INFO, Finding
 from ckpttools.formats import Source
 from ckpttools.formats.torch import OPTIMIZER
 from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.stores.files import is_file
 from ckpttools.training import Training
 
 KEYS = ("optimizer", "scheduler", "step", "epoch", "train_loss", "val_loss")
@@ -61,7 +62,7 @@ def _logged(source: Source) -> set[str]:
     """What the Trainer's own file says: its epoch, and the losses in its log."""
     path = source.root / "trainer_state.json"
     try:
-        state = jsons.read(path, allow_nan=True) if path.is_file() else {}
+        state = jsons.read(path, allow_nan=True) if is_file(path) else {}
     except CkptError:
         return set()  # reported by itself
     history = state.get("log_history")

@@ -12,11 +12,12 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.findings import ERROR, INFO, Finding, of_error
+from ckpttools.location import Location
 from ckpttools.manifest import Entry
 from ckpttools.passes.tasks import BadChecksum
 from ckpttools.plan import SourceCheck
 from ckpttools.siblings import MANIFEST
-from ckpttools.stores.files import size_of
+from ckpttools.stores.files import is_folder, size_of
 from ckpttools.tensors import ByteRange
 
 if TYPE_CHECKING:
@@ -27,16 +28,16 @@ if TYPE_CHECKING:
 class Stated:
     """What every manifest that is there says: its place and its entries; and what is wrong with manifests."""
 
-    manifests: list[tuple[Path, dict[str, Entry]]]
+    manifests: list[tuple[Location, dict[str, Entry]]]
     findings: list[Finding]
 
-    def covers(self, path: Path) -> bool:
+    def covers(self, path: Location) -> bool:
         """Whether a file is to be held against a manifest: of a folder's own files, all."""
         whole = any(place.name == MANIFEST for place, _ in self.manifests)
         return bool(self.manifests) and (whole or any(path.name in entries for _, entries in self.manifests))
 
 
-def stated(target: Path) -> Stated:
+def stated(target: Location) -> Stated:
     """Read every manifest that may say something about the checkpoint's files."""
     out = Stated([], [])
     try:
@@ -53,7 +54,7 @@ def stated(target: Path) -> Stated:
     return out
 
 
-def check_manifest(target: Path, said: Stated, digests: Mapping[Path, Digest]) -> list[Finding]:
+def check_manifest(target: Location, said: Stated, digests: Mapping[Location, Digest]) -> list[Finding]:
     """Hold the files against what was stated; sizes only where there are no digests."""
     findings = list(said.findings)
     try:
@@ -63,12 +64,12 @@ def check_manifest(target: Path, said: Stated, digests: Mapping[Path, Digest]) -
         return [*findings, of_error(error)]
     for place, entries in said.manifests:
         findings += _changed(place, entries, now)
-        if place.name == MANIFEST and target.is_dir():
+        if place.name == MANIFEST and is_folder(target):
             findings += _unlisted(place, entries, now)
     return findings
 
 
-def entry_of(path: Path, digests: Mapping[Path, Digest]) -> Entry:
+def entry_of(path: Location, digests: Mapping[Location, Digest]) -> Entry:
     """A file as it is now."""
     if path not in digests:
         return Entry(size=size_of(path), digest="")
@@ -76,18 +77,18 @@ def entry_of(path: Path, digests: Mapping[Path, Digest]) -> Entry:
     return Entry(size=size, digest=digest, tensors=tensors)
 
 
-def _about(target: Path, place: Path, entries: dict[str, Entry]) -> dict[str, Entry] | None:
+def _about(target: Location, place: Location, entries: dict[str, Entry]) -> dict[str, Entry] | None:
     """What a manifest says about the checkpoint's files; None where that is nothing."""
     if place.name != MANIFEST:  # of a single file, which may have been renamed together with it
         name = place.name.removesuffix(f".{MANIFEST}")
         return {name: next(iter(entries.values()))} if entries else None
-    if target.is_dir():
+    if is_folder(target):
         return entries
     return {target.name: entries[target.name]} if target.name in entries else None
 
 
 def describe(
-    own: list[Path],
+    own: list[Location],
     found: Checkpoint | None,
     files: list[TorchFile],
     workers: int,
@@ -118,17 +119,19 @@ def describe(
 
 
 def ranges_of(
-    own: Iterable[Path], found: Checkpoint | None, files: list[TorchFile]
-) -> dict[Path, dict[str, tuple[int, int]]]:
+    own: Iterable[Location], found: Checkpoint | None, files: list[TorchFile]
+) -> dict[Location, dict[str, tuple[int, int]]]:
     """The files to take digests of, with the ranges of the tensors in each."""
-    tensors: dict[Path, dict[str, tuple[int, int]]] = {path: {} for path in own}
+    tensors: dict[Location, dict[str, tuple[int, int]]] = {path: {} for path in own}
     for path, name, start, nbytes in _tensor_ranges(found, files):
         if path in tensors:
             tensors[path].setdefault(name, (start, nbytes))
     return tensors
 
 
-def _tensor_ranges(found: Checkpoint | None, files: list[TorchFile]) -> Iterator[tuple[Path, str, int, int]]:
+def _tensor_ranges(
+    found: Checkpoint | None, files: list[TorchFile]
+) -> Iterator[tuple[Location, str, int, int]]:
     """Tensors that lie in one piece, by their path into the file, or by name."""
     refs = [(label, view.ref) for file in files for label, view in labelled(file)]
     if not files and found is not None:
@@ -138,7 +141,7 @@ def _tensor_ranges(found: Checkpoint | None, files: list[TorchFile]) -> Iterator
             yield chunk.path, name, chunk.start, chunk.nbytes
 
 
-def _changed(place: Path, stated: dict[str, Entry], now: dict[str, Entry]) -> Iterator[Finding]:
+def _changed(place: Location, stated: dict[str, Entry], now: dict[str, Entry]) -> Iterator[Finding]:
     for difference in manifest.differences(stated, now):
         tensors = difference.tensors
         what = f"; changed: {', '.join(tensors[:8])}" if tensors else ""
@@ -154,7 +157,7 @@ def _changed(place: Path, stated: dict[str, Entry], now: dict[str, Entry]) -> It
         )
 
 
-def _unlisted(place: Path, stated: dict[str, Entry], now: dict[str, Entry]) -> Iterator[Finding]:
+def _unlisted(place: Location, stated: dict[str, Entry], now: dict[str, Entry]) -> Iterator[Finding]:
     for name in now.keys() - stated.keys():
         yield Finding(
             id="manifest-unlisted",

@@ -10,10 +10,10 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from ckpttools.errors import UsageError
+from ckpttools.location import Location
 from ckpttools.passes.tasks import Scan, Task, sides
 from ckpttools.plan import SourceCheck
 from ckpttools.tensors import ByteRange
@@ -75,8 +75,8 @@ class _Ranges:
     """Disjoint ranges of several files."""
 
     def __init__(self, ranges: Sequence[ByteRange]) -> None:
-        self._starts: dict[Path, list[int]] = {}
-        self._ends: dict[Path, list[int]] = {}
+        self._starts: dict[Location, list[int]] = {}
+        self._ends: dict[Location, list[int]] = {}
         for source in sorted(ranges, key=lambda r: r.start):
             self._starts.setdefault(source.path, []).append(source.start)
             self._ends.setdefault(source.path, []).append(source.end)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding
+from ckpttools.location import Location
 from ckpttools.passes.read import Reader, blocks
 from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, DType
 from ckpttools.values import Array, is_rounded, is_zero
@@ -23,7 +23,7 @@ FIRST_NBYTES = 64 * 1024
 MASTER = "fp32"
 _SHORT = {dtype.short: dtype for dtype in (BFLOAT16, FLOAT16)}
 
-Part = dict[Path, list[tuple[ByteRange, DType]]]  # by file: where its elements lie
+Part = dict[Location, list[tuple[ByteRange, DType]]]  # by file: where its elements lie
 
 
 def check_untouched(found: Checkpoint) -> Iterator[Finding]:
@@ -71,7 +71,7 @@ def _check(found: Checkpoint, done: int, reader: Reader) -> Iterator[Finding]:
 def _parts(found: Checkpoint, kinds: set[str]) -> Part:
     """The elements of these kinds of state by file, without files that hold too few."""
     parts: Part = {}
-    numel: dict[Path, int] = {}
+    numel: dict[Location, int] = {}
     for group in found.groups:
         for kind in kinds & group.state.keys():
             for ref in group.state[kind].values():

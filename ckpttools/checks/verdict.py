@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.checkpoint import TrainState
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding, of_error
+from ckpttools.location import Location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """The result for one checkpoint: `ok` unless something of severity error was found."""
 
-    path: Path
+    path: Location
     format: str | None
     state: TrainState
     findings: tuple[Finding, ...]
     nbytes_read: int = 0  # tensor bytes that were checked
-    manifest: tuple[Path, bytes] | None = None  # its place and contents, where it was asked for
+    manifest: tuple[Location, bytes] | None = None  # its place and contents, where it was asked for
     lacks: tuple[str, ...] = ()  # of optimizer and scheduler, what a training checkpoint does not hold
 
     @property
@@ -52,6 +52,6 @@ class Verdict:
         return f"good, with {warnings} warning{'s' * (warnings > 1)}" if warnings else "good"
 
 
-def refused(path: Path, error: CkptError, also: Iterable[Finding] = ()) -> Verdict:
+def refused(path: Location, error: CkptError, also: Iterable[Finding] = ()) -> Verdict:
     """The verdict on what could not be checked at all, or is damaged beyond reading."""
     return Verdict(path=path, format=None, state=TrainState(), findings=(*also, of_error(error)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +12,7 @@ import click
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PATH, QUIET, WORKERS
 from ckpttools.errors import escape
+from ckpttools.location import Location, below
 
 if TYPE_CHECKING:
     from ckpttools.operations.ls import Listed, Run
@@ -95,7 +96,7 @@ def _iteration(each: Listed) -> dict[str, int]:
 def _text(found: tuple[Run, ...], folder: Path, tree: bool) -> Iterator[str]:
     shown: tuple[str, ...] = ()
     for number, run in enumerate(found):
-        name = run.path.relative_to(folder) if run.path != folder and folder in run.path.parents else run.path
+        name = PurePath(below(run.path, folder) if folder in run.path.parents else str(run.path))
         if tree:
             parts = name.parts if run.path != folder else ()
             for depth, part in enumerate(parts):
@@ -114,7 +115,7 @@ def _text(found: tuple[Run, ...], folder: Path, tree: bool) -> Iterator[str]:
             yield from (f"{indent}{escape(each.entry.path.name)}: {escape(why, 1000)}" for why in each.why)
 
 
-def _row(each: Listed, run: Path) -> tuple[object, ...]:
+def _row(each: Listed, run: Location) -> tuple[object, ...]:
     entry, state = each.entry, each.entry.state
     step = f"{state.step}" if state.step is not None else "?"
     if state.iteration is not None and state.iteration != state.step:

@@ -12,6 +12,7 @@ import click
 from ckpttools.cli import render
 from ckpttools.cli.options import DST, SRC, how, number, writing
 from ckpttools.errors import UsageError, escape
+from ckpttools.location import Location, below
 
 if TYPE_CHECKING:
     from ckpttools.schedules.evidence import Known
@@ -105,7 +106,7 @@ def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **o
 # --- text and JSON ------------------------------------------------------------------------------------
 
 
-def _text(result: Rebased, root: Path) -> Iterator[str]:
+def _text(result: Rebased, root: Location) -> Iterator[str]:
     line = result.timeline
     unit = "micro-batch" if line.unit == "micro" else "update"
     yield f"batch     {line.shown(line.old)}  ->  {line.shown(line.new)}"
@@ -137,7 +138,7 @@ def _text(result: Rebased, root: Path) -> Iterator[str]:
     yield from render.notes_text(result.notes)
 
 
-def _rows(result: Rebased, root: Path) -> Iterator[tuple[object, ...]]:
+def _rows(result: Rebased, root: Location) -> Iterator[tuple[object, ...]]:
     """One row per field and change: shards that hold copies of it share a row, and so does a log."""
     rows: dict[tuple[str, str, str, str], list[Edit]] = {}
     for edit in result.edits:
@@ -148,7 +149,7 @@ def _rows(result: Rebased, root: Path) -> Iterator[tuple[object, ...]]:
         rows.setdefault((edit.why, field, *values), []).append(edit)
     for (why, field, old, new), edits in rows.items():
         files = list(dict.fromkeys(edit.place.file for edit in edits))
-        where = files[0].relative_to(root).as_posix() if files[0] != root else root.name
+        where = below(files[0], root) if files[0] != root else root.name
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         if why == "log":
             old, new = f"{len(edits)} steps", "in proportion"
@@ -160,7 +161,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _json(result: Rebased, root: Path) -> dict[str, object]:
+def _json(result: Rebased, root: Location) -> dict[str, object]:
     line = result.timeline
 
     def batch(of: Known) -> dict[str, int | None]:
@@ -175,9 +176,7 @@ def _json(result: Rebased, root: Path) -> dict[str, object]:
         "next_lr": None if result.lr is None else {"old": result.lr[0], "new": result.lr[1]},
         "changes": [
             {
-                "file": edit.place.file.relative_to(root).as_posix()
-                if edit.place.file != root
-                else root.name,
+                "file": below(edit.place.file, root) if edit.place.file != root else root.name,
                 "field": str(edit.place),
                 "old": None if edit.why == "marker" else edit.old,
                 "new": edit.new,

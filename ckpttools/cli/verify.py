@@ -13,6 +13,8 @@ import click
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, TAG, WORKERS
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.location import Location
+from ckpttools.stores.files import local
 
 if TYPE_CHECKING:
     from ckpttools.checks import Verdict
@@ -103,7 +105,8 @@ def command(
             several = several or verdict.path != path
             verdicts.append(verdict)
             if verdict.manifest is not None and verdict.ok:
-                _write_manifest(*verdict.manifest, quiet=quiet)
+                place, contents = verdict.manifest
+                _write_manifest(local(place), contents, quiet=quiet)
             if not as_json:
                 _show(verdict, quick=quick, subset=subset, quiet=quiet, brief=several and not newest)
     if as_json:
@@ -203,13 +206,9 @@ def _number(value: int | float) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _short(file: str, path: Path) -> str:
+def _short(file: str, path: Location) -> str:
     """The file below the checkpoint's own path; nothing where they are the same."""
-    try:
-        relative = Path(file).relative_to(path)
-    except ValueError:
-        return file
-    return "" if relative == Path() else str(relative)
+    return "" if file == str(path) else file.removeprefix(f"{path}/")
 
 
 def _json(verdict: Verdict) -> dict[str, object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 from ckpttools.checksums import crc32
@@ -95,16 +94,16 @@ def _runs(ref: TensorRef) -> Iterator[tuple[DType, tuple[Source, ...]]]:
 def refuse_links(refs: Iterable[TensorRef]) -> None:
     """Raise CkptError where bytes lie behind a link out of the checkpoint; to be called inside `within`."""
     paths = {span.path for ref in refs for chunk in ref.chunks for span in _spans(chunk)}
-    for path in sorted(paths):
+    for path in sorted(paths, key=str):
         refuse_outside(path)
 
 
-def place(ref: TensorRef) -> tuple[Path, int]:
+def place(ref: TensorRef) -> tuple[str, int]:
     """Where a tensor begins: reading in this order goes through the files from front to back."""
     for chunk in ref.chunks:
         for span in _spans(chunk):
-            return span.path, span.start
-    return Path(), 0
+            return str(span.path), span.start
+    return "", 0
 
 
 def _spans(chunk: Chunk) -> Iterator[ByteRange]:

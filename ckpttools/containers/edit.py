@@ -13,7 +13,6 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping
@@ -28,6 +27,7 @@ from ckpttools.containers.torch_file import (
     write_torch_file,
 )
 from ckpttools.errors import CkptError, UsageError
+from ckpttools.location import Location
 from ckpttools.plan import Literal, OutputFile, SourceCheck
 from ckpttools.tensors import TensorRef
 from ckpttools.training import ABSENT, Edit, Key, Place
@@ -244,7 +244,7 @@ def _encoded(raw: bytes) -> Object:
     return Object("reduce", Global("_codecs", "encode"), (raw.decode("latin1"), "latin1"))
 
 
-def _tensor(path: Path, old: Object, view: View, new: int | float) -> Node:
+def _tensor(path: Location, old: Object, view: View, new: int | float) -> Node:
     raw = _packed(path, _FORMS[view.dtype.name], new)
     storage: Storage = new_storage(view.dtype, 1, [Literal(raw)])
     made = tensor_node(TensorRef(view.dtype, view.shape, ()), storage)
@@ -253,7 +253,7 @@ def _tensor(path: Path, old: Object, view: View, new: int | float) -> Node:
     return made
 
 
-def _packed(path: Path, form: str, new: int | float) -> bytes:
+def _packed(path: Location, form: str, new: int | float) -> bytes:
     try:
         return struct.pack(form, new)
     except (struct.error, OverflowError) as error:
@@ -263,7 +263,7 @@ def _packed(path: Path, form: str, new: int | float) -> bytes:
 # --- files --------------------------------------------------------------------------------------------
 
 
-def edited(file: Path, path: str, edits: Sequence[Edit]) -> tuple[OutputFile, tuple[SourceCheck, ...]]:
+def edited(file: Location, path: str, edits: Sequence[Edit]) -> tuple[OutputFile, tuple[SourceCheck, ...]]:
     """The output file at `path` (relative): `file` with the edits made, and the checks of its source."""
     if file.name.endswith(".json"):
         return _edited_json(file, path, edits), ()
@@ -272,7 +272,7 @@ def edited(file: Path, path: str, edits: Sequence[Edit]) -> tuple[OutputFile, tu
     return written, tuple(source.checks())
 
 
-def _edited_json(file: Path, path: str, edits: Sequence[Edit]) -> OutputFile:
+def _edited_json(file: Location, path: str, edits: Sequence[Edit]) -> OutputFile:
     values: object = jsons.read(file, allow_nan=True)
     for edit in edits:
         inner = values
@@ -286,9 +286,9 @@ def _edited_json(file: Path, path: str, edits: Sequence[Edit]) -> OutputFile:
     return OutputFile(path=path, segments=(Literal(text.encode("utf-8")),))
 
 
-def files_of(edits: Iterable[Edit]) -> dict[Path, list[Edit]]:
+def files_of(edits: Iterable[Edit]) -> dict[Location, list[Edit]]:
     """The edits by the file that they change."""
-    found: dict[Path, list[Edit]] = {}
+    found: dict[Location, list[Edit]] = {}
     for edit in edits:
         found.setdefault(edit.place.file, []).append(edit)
     return found

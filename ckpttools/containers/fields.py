@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.pickles import as_mapping as _as_mapping
 from ckpttools.errors import CkptError, escape
+from ckpttools.location import Location
 
 Mapping = Dict | Object  # a dict, an OrderedDict ...: what pickles.as_mapping gives
 
 
-def bad_field(path: Path, field: str, problem: str) -> CkptError:
+def bad_field(path: Location, field: str, problem: str) -> CkptError:
     return CkptError(
         "field-damaged",
         f"{escape(field)} {problem}",
@@ -28,7 +27,7 @@ def as_mapping(node: Node) -> Mapping | None:
     return pairs
 
 
-def mapping(path: Path, node: Node, field: str) -> Mapping:
+def mapping(path: Location, node: Node, field: str) -> Mapping:
     """The node as a mapping; `field` is its path into the data."""
     pairs = as_mapping(node)
     if pairs is None:
@@ -36,7 +35,7 @@ def mapping(path: Path, node: Node, field: str) -> Mapping:
     return pairs
 
 
-def sequence(path: Path, node: Node, field: str) -> list[Node]:
+def sequence(path: Location, node: Node, field: str) -> list[Node]:
     if not isinstance(node, list | tuple):
         raise bad_field(path, field, "is missing" if node is None else "is not a list")
     return list(node)
@@ -52,7 +51,7 @@ def number(node: Node) -> float | int | None:
     return node if isinstance(node, float | int) and not isinstance(node, bool) else None
 
 
-def count(path: Path, node: Node, field: str, limit: int = 1 << 20) -> int:
+def count(path: Location, node: Node, field: str, limit: int = 1 << 20) -> int:
     """A small non-negative int."""
     value = integer(node)
     if value is None or not 0 <= value <= limit:
@@ -60,7 +59,7 @@ def count(path: Path, node: Node, field: str, limit: int = 1 << 20) -> int:
     return value
 
 
-def text(path: Path, node: Node, field: str) -> str:
+def text(path: Location, node: Node, field: str) -> str:
     if not isinstance(node, str):
         raise bad_field(path, field, "is missing" if node is None else "is not text")
     return node

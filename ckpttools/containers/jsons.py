@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from ckpttools.errors import CkptError
+from ckpttools.location import Location
 from ckpttools.stores.files import opened
 
 MAX_BYTES = 100 << 20
@@ -16,7 +16,7 @@ _BRACKET = re.compile(rb"[\[\]{}]")  # those within strings only make the depth 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def damaged(path: Path, problem: str) -> CkptError:
+def damaged(path: Location, problem: str) -> CkptError:
     return CkptError(
         "json-damaged",
         problem,
@@ -26,7 +26,9 @@ def damaged(path: Path, problem: str) -> CkptError:
     )
 
 
-def parse(path: Path, raw: bytes, what: str = "the file", *, allow_nan: bool = False) -> dict[str, object]:
+def parse(
+    path: Location, raw: bytes, what: str = "the file", *, allow_nan: bool = False
+) -> dict[str, object]:
     """A JSON object. Raises CkptError for anything else, for duplicate keys and, unless allowed, for NaN."""
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
@@ -61,7 +63,7 @@ def parse(path: Path, raw: bytes, what: str = "the file", *, allow_nan: bool = F
     return value
 
 
-def read(path: Path, limit: int = MAX_BYTES, *, allow_nan: bool = False) -> dict[str, object]:
+def read(path: Location, limit: int = MAX_BYTES, *, allow_nan: bool = False) -> dict[str, object]:
     """A JSON object from a file of at most `limit` bytes."""
     with opened(path) as file:
         if file.size > limit:

@@ -14,10 +14,10 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
+from ckpttools.location import Location
 from ckpttools.plan import Literal, OutputFile, Segment
 from ckpttools.stores.files import opened, truncated
 from ckpttools.tensors import BY_SAFETENSORS, ByteRange, DType, TensorRef
@@ -28,13 +28,13 @@ METADATA = "__metadata__"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsFile:
-    path: Path
+    path: Location
     size: int
     tensors: Mapping[str, TensorRef]
     metadata: Mapping[str, str]
 
 
-def _bad(path: Path, problem: str) -> CkptError:
+def _bad(path: Location, problem: str) -> CkptError:
     return CkptError(
         "safetensors-header",
         problem,
@@ -44,7 +44,7 @@ def _bad(path: Path, problem: str) -> CkptError:
     )
 
 
-def read_safetensors(path: Path) -> SafetensorsFile:
+def read_safetensors(path: Location) -> SafetensorsFile:
     """Read the header; tensor data is not read. Raises CkptError for a header that does not fit the file."""
     with opened(path) as file:
         if file.size < 8:
@@ -88,7 +88,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     return SafetensorsFile(path=path, size=size, tensors=tensors, metadata=metadata)
 
 
-def _entry(path: Path, name: str, entry: object) -> tuple[DType, tuple[int, ...], int, int]:
+def _entry(path: Location, name: str, entry: object) -> tuple[DType, tuple[int, ...], int, int]:
     where = f"tensor '{escape(name)}'"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, f"{where} has other fields than dtype, shape and data_offsets")

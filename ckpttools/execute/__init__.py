@@ -34,6 +34,7 @@ from ckpttools.execute.copy import Written
 from ckpttools.execute.preflight import Fingerprint, validate
 from ckpttools.execute.signals import terminating_signals
 from ckpttools.execute.system import write_errors
+from ckpttools.location import Location
 from ckpttools.passes import threads
 from ckpttools.plan import Part, Plan
 from ckpttools.progress import Progress
@@ -71,7 +72,7 @@ class Staged:
     dst: Path
     path: Path
     force: bool = False
-    before: Mapping[Path, Fingerprint]  # of the sources
+    before: Mapping[Location, Fingerprint]  # of the sources
     notes: tuple[str, ...] = ()
 
 
@@ -84,7 +85,7 @@ def prepare(
     plan: Plan,
     dst: Path,
     *,
-    source: Path | None = None,
+    source: Location | None = None,
     force: bool = False,
     replaces: Replaces | None = None,
     workers: int = 0,
@@ -153,7 +154,7 @@ def execute(
     plan: Plan,
     dst: Path,
     *,
-    source: Path | None = None,
+    source: Location | None = None,
     force: bool = False,
     replaces: Replaces | None = None,
     workers: int = 0,

@@ -10,11 +10,11 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 from ckpttools.checksums import RangeCrcs, Share
 from ckpttools.errors import CkptError
+from ckpttools.location import Location
 from ckpttools.plan import Part, SourceCheck
 from ckpttools.tensors import ByteRange, Source, spans
 
@@ -30,7 +30,7 @@ class SourceChecks:
     """All checks of a plan. Claims and gaps are made by one thread at a time, and so is `add` called."""
 
     def __init__(self, checks: Iterable[SourceCheck]) -> None:
-        by_path: dict[Path, dict[int, SourceCheck]] = {}
+        by_path: dict[Location, dict[int, SourceCheck]] = {}
         for number, check in enumerate(checks):
             if check.source.nbytes:
                 by_path.setdefault(check.source.path, {})[number] = check

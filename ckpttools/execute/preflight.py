@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR, S_ISLNK, S_ISREG
 
 from ckpttools.errors import UsageError
+from ckpttools.location import Location, Stat
 from ckpttools.passes.read import truncated
 from ckpttools.plan import Crc32, OutputFile, Plan, reads
+from ckpttools.stores.files import stat
 from ckpttools.tensors import spans
 
-Fingerprint = tuple[int, int, int, int]
+Fingerprint = Stat
 
 
 def validate(plan: Plan) -> None:
@@ -56,10 +58,10 @@ def real_parent(dst: Path) -> Path:
     return parent / dst.name
 
 
-def refuse_source(dst: Path, sources: Iterable[Path]) -> None:
+def refuse_source(dst: Path, sources: Iterable[Location]) -> None:
     """Writing over, into or around what is being read."""
     places = {dst, Path(os.path.realpath(dst))}
-    for root in sorted({Path(os.path.realpath(path)) for path in sources}):
+    for root in sorted({Path(os.path.realpath(path)) for path in sources if isinstance(path, Path)}):
         for place in places:
             if place == root or place in root.parents or root in place.parents:
                 raise UsageError(
@@ -84,8 +86,8 @@ def exists(dst: Path) -> UsageError:
 def refuse_special(dst: Path) -> None:
     """Raises "not-replaced" for what is neither a regular file nor a folder: links, devices, pipes."""
     mode = os.lstat(dst).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        what = "a symbolic link" if stat.S_ISLNK(mode) else "neither a regular file nor a folder"
+    if not (S_ISREG(mode) or S_ISDIR(mode)):
+        what = "a symbolic link" if S_ISLNK(mode) else "neither a regular file nor a folder"
         raise UsageError(
             "not-replaced",
             f"--force does not replace this: {what}",
@@ -113,9 +115,9 @@ def need_space(plan: Plan, dst: Path) -> None:
         )
 
 
-def source_ends(plan: Plan) -> dict[Path, int]:
+def source_ends(plan: Plan) -> dict[Location, int]:
     """Every source file, with the byte that the plan reads up to."""
-    ends: dict[Path, int] = {}
+    ends: dict[Location, int] = {}
     for file in plan.files:
         for segment in file.segments:
             for chunk in reads(segment):
@@ -124,16 +126,16 @@ def source_ends(plan: Plan) -> dict[Path, int]:
     return ends
 
 
-def fingerprints(ends: Mapping[Path, int]) -> dict[Path, Fingerprint]:
+def fingerprints(ends: Mapping[Location, int]) -> dict[Location, Fingerprint]:
     """Identity, size and time of every source. Raises "source-truncated" before hours of copying."""
     prints = {path: _fingerprint(path) for path in ends}
     for path, end in ends.items():
-        if prints[path][2] < end:
-            raise truncated(path, end, prints[path][2])
+        if prints[path].size < end:
+            raise truncated(path, end, prints[path].size)
     return prints
 
 
-def unchanged(before: Mapping[Path, Fingerprint]) -> None:
+def unchanged(before: Mapping[Location, Fingerprint]) -> None:
     """Raises "source-changed" where a fingerprint is another one now."""
     for path, was in before.items():
         if _fingerprint(path) != was:
@@ -146,9 +148,9 @@ def unchanged(before: Mapping[Path, Fingerprint]) -> None:
             )
 
 
-def _fingerprint(path: Path) -> Fingerprint:
+def _fingerprint(path: Location) -> Fingerprint:
     try:
-        stat = path.stat()
+        return stat(path)
     except OSError as error:
         raise UsageError(
             "source-unreadable",
@@ -157,4 +159,3 @@ def _fingerprint(path: Path) -> Fingerprint:
             why="the result would lack its tensors",
             hint="check the path and its permissions",
         ) from error
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.execute import system
 from ckpttools.execute.checks import Claim, SourceChecks
-from ckpttools.passes.direct import SMALLEST_FILE
 from ckpttools.passes.ranges import Cutter
 from ckpttools.plan import Crc32, OutputFile, Part, Segment, reads
+from ckpttools.stores.direct import SMALLEST_FILE
 from ckpttools.tensors import Cast, Mean, Strided, Term, Tiles
 from ckpttools.values import BLOCK_NBYTES
 

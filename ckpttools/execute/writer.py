@@ -9,8 +9,8 @@ from typing import Self
 
 from ckpttools.execute import system
 from ckpttools.execute.units import StagedFile
-from ckpttools.passes.direct import BLOCK, aligned, refused
 from ckpttools.passes.read import Handles
+from ckpttools.stores.direct import BLOCK, aligned, refused
 
 _FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -20,8 +20,8 @@ class Writer:
 
     def __init__(self, nbytes: int) -> None:
         self._buffer = aligned(nbytes + BLOCK)
-        self._files = Handles(partial(os.open, flags=_FLAGS))
-        self._direct = Handles(partial(os.open, flags=_FLAGS | getattr(os, "O_DIRECT", 0)))
+        self._files = Handles(partial(os.open, flags=_FLAGS), os.close)
+        self._direct = Handles(partial(os.open, flags=_FLAGS | getattr(os, "O_DIRECT", 0)), os.close)
 
     def __enter__(self) -> Self:
         return self

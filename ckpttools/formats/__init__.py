@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.formats.format import Checked, Folder, Format, Source
 from ckpttools.formats.locate import locate
 from ckpttools.formats.table import FORMATS, PLANS
 from ckpttools.formats.zero import target as zero_target
 from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.location import Location
 from ckpttools.stores.links import within
 
 __all__ = [
@@ -41,6 +40,6 @@ def refuse_rank_local(checkpoint: Checkpoint) -> None:
         zero_target.refuse_rank_local(checkpoint.template)
 
 
-def open_checkpoint(path: Path, tag: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Location, tag: str | None = None) -> Checkpoint:
     """Read the one checkpoint that a path means: headers only. Raises CkptError."""
     return read(locate(path, tag))

@@ -7,7 +7,6 @@ Source: deepspeed/runtime/engine.py (_save_checkpoint, _common_checkpoint_state)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.containers import fields
@@ -15,6 +14,7 @@ from ckpttools.containers.nodes import decode, encode
 from ckpttools.containers.pickles import Global, Node, Object
 from ckpttools.containers.torch_file import TorchFile, size
 from ckpttools.formats.counters import train_state
+from ckpttools.location import Location
 from ckpttools.tree import Value, put
 
 # what a model file holds beside the client's own keys
@@ -32,7 +32,7 @@ STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
 SCALER = "deepspeed.runtime.fp16.loss_scaler"
 
 
-def shapes_of(path: Path, node: Node, field: str) -> dict[str, tuple[int, ...]]:
+def shapes_of(path: Location, node: Node, field: str) -> dict[str, tuple[int, ...]]:
     """A dict of names and torch.Size, as param_shapes holds them."""
     return {name: size(value) for name, value in fields.mapping(path, node, field).named()}
 

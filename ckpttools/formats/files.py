@@ -5,7 +5,6 @@ byte of it is explained.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from ckpttools.checkpoint import Checkpoint
@@ -15,6 +14,7 @@ from ckpttools.containers.torch_file import TorchFile, dangers_in
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.format import Checked
+from ckpttools.location import Location
 from ckpttools.stores.files import opened
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Attempts:
             return None
 
 
-def check_read(path: Path, read: Callable[[], Checkpoint]) -> Checked:
+def check_read(path: Location, read: Callable[[], Checkpoint]) -> Checked:
     """The checks of a format that has none beside those of its torch files. Raises what says nothing about
     the checkpoint.
     """
@@ -134,7 +134,7 @@ def archive_roots(files: Sequence[TorchFile]) -> Iterator[Finding]:
             )
 
 
-def dangerous(path: Path, where: str, what: str) -> Finding:
+def dangerous(path: Location, where: str, what: str) -> Finding:
     return Finding(
         id="pickle-dangerous",
         severity=ERROR,
@@ -145,7 +145,7 @@ def dangerous(path: Path, where: str, what: str) -> Finding:
     )
 
 
-def dangers_at(path: Path) -> list[Finding]:
+def dangers_at(path: Location) -> list[Finding]:
     """What loading the file or a file of the folder at `path` would run, for one that cannot be read."""
     return [dangerous(each, "", what) for each, what in dangers_in(path)]
 

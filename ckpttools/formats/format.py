@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.findings import Finding
+from ckpttools.location import Location, below
 from ckpttools.plan import Plan
 from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.stores.links import refuse_outside
@@ -23,13 +23,13 @@ from ckpttools.stores.links import refuse_outside
 class Folder:
     """A folder by the names in it, sorted: all that a format is recognised by."""
 
-    path: Path
+    path: Location
     names: tuple[str, ...]
     files: frozenset[str]  # of `names`, regular files and links to one
     folders: frozenset[str]  # the same for folders
 
     @staticmethod
-    def of(path: Path) -> Folder:
+    def of(path: Location) -> Folder:
         """Raises UsageError where it cannot be listed."""
         found = entries(path)
         return Folder(
@@ -49,7 +49,7 @@ class Folder:
 class Found:
     """A checkpoint recognised: the tag folder, the file or the folder, and why this one, for people."""
 
-    target: Path
+    target: Location
     how: str
 
 
@@ -84,7 +84,7 @@ class Format:
     name: str
     holds: Callable[[Folder], bool]  # whether the folder itself is a checkpoint of this format
     recognise: Callable[[Folder], Found | Inner | None]
-    recognise_file: Callable[[Path], Found | None]
+    recognise_file: Callable[[Location], Found | None]
     read: Callable[[Source], Checkpoint]
     check: Callable[[Source], Checked]
     lacking: Callable[[Folder], CkptError | None] = lambda folder: None
@@ -99,8 +99,8 @@ class Source:
     """A checkpoint found. `root` is what belongs to it as a whole: the folder given, or `target` itself."""
 
     format: Format
-    target: Path  # the tag folder, the file, or the folder
-    root: Path
+    target: Location  # the tag folder, the file, or the folder
+    root: Location
     how: str  # why this one, for people
     key: str | None = None  # under which the weights lie, where the user says so
 
@@ -116,8 +116,8 @@ class Source:
     @property
     def inner(self) -> str:
         """The target's path below the root, with `/`; "" where they are the same."""
-        return "" if self.root == self.target else self.target.relative_to(self.root).as_posix()
+        return "" if self.root == self.target else below(self.target, self.root)
 
 
-def no_file(path: Path) -> None:
+def no_file(path: Location) -> None:
     """`recognise_file` of a format whose checkpoints are folders."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats.format import Folder, Found, Inner, Source
 from ckpttools.formats.table import FORMATS
 from ckpttools.formats.tags import LATEST, by_number, is_bundle, named_tags, tags
+from ckpttools.location import Location
 from ckpttools.siblings import is_copy, is_ours
-from ckpttools.stores.files import entries, is_file, is_folder, opened, plain_name
+from ckpttools.stores.files import entries, is_file, is_folder, is_link, opened, plain_name, stat
 from ckpttools.stores.links import refuse_outside, within
 from ckpttools.suggest import did_you_mean
 
@@ -32,7 +32,7 @@ SIDE_FILES = re.compile(
 class Several(UsageError):
     """A path means more than one checkpoint: `found`, shown by `names` in the same order."""
 
-    def __init__(self, path: Path, found: Sequence[Path], names: Sequence[str], hint: str) -> None:
+    def __init__(self, path: Location, found: Sequence[Location], names: Sequence[str], hint: str) -> None:
         shown = [f"  {name}" for name in names[:SHOWN]]
         more = [f"  and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
         super().__init__(
@@ -45,11 +45,11 @@ class Several(UsageError):
         self.found = found
 
 
-def locate(path: Path, tag: str | None = None) -> Source:
+def locate(path: Location, tag: str | None = None) -> Source:
     """Find the one checkpoint that a path means. Raises CkptError with a list where it is not one."""
     _look_up(path)
     with within(path):
-        if path.is_dir():
+        if is_folder(path):
             return _folder(path) if tag is None else _tagged(Folder.of(path), tag)
         if tag is not None:
             raise UsageError(
@@ -58,10 +58,10 @@ def locate(path: Path, tag: str | None = None) -> Source:
         return _file(path)
 
 
-def _look_up(path: Path) -> None:
+def _look_up(path: Location) -> None:
     """Raise UsageError where a path leads to nothing, or may not be followed."""
     try:
-        path.stat()
+        stat(path)
         return
     except PermissionError:
         id, problem = "no-permission", "a folder above it may not be entered"
@@ -69,19 +69,12 @@ def _look_up(path: Path) -> None:
         id, problem = "not-found", "there is no such file or folder"
     except (OSError, ValueError) as error:  # a name that is too long, a NUL in it, links in circles
         id, problem = "not-readable", f"the path cannot be looked up: {escape(error)}"
-    if id != "no-permission" and path.name and _is_link(path):
+    if id != "no-permission" and path.name and is_link(path):
         id, problem = "not-found", "a symbolic link that leads nowhere"
     raise UsageError(id, problem, where=path, hint="check the path, and who may enter its folders")
 
 
-def _is_link(path: Path) -> bool:
-    try:
-        return path.is_symlink()
-    except (OSError, ValueError):
-        return False
-
-
-def _file(path: Path) -> Source:
+def _file(path: Location) -> Source:
     for format in FORMATS:
         if found := format.recognise_file(path):
             return Source(format=format, target=found.target, root=found.target, how=found.how)
@@ -105,7 +98,7 @@ def _tagged(folder: Folder, tag: str) -> Source:
     return Source(format=format, target=inner.path, root=folder.path, how=f"tag {escape(tag)}, as asked for")
 
 
-def _folder(path: Path) -> Source:
+def _folder(path: Location) -> Source:
     folder = Folder.of(path)
     if not folder.names:
         raise CkptError(
@@ -130,7 +123,7 @@ def _folder(path: Path) -> Source:
     return _only_one(path, found)
 
 
-def _only_one(path: Path, found: Sequence[Path]) -> Source:
+def _only_one(path: Location, found: Sequence[Location]) -> Source:
     """The single checkpoint of a run folder; several are refused with their list."""
     if len(found) == 1:
         inner = locate(found[0])
@@ -149,9 +142,9 @@ def _only_one(path: Path, found: Sequence[Path]) -> Source:
     )
 
 
-def checkpoints(path: Path) -> list[Path]:
+def checkpoints(path: Location) -> list[Location]:
     """The checkpoints directly in a run folder, oldest number first; ckpt's own copies only if alone."""
-    found: list[Path] = []
+    found: list[Location] = []
     for entry in entries(path):
         child = path / entry.name
         try:
@@ -173,7 +166,7 @@ def checkpoints(path: Path) -> list[Path]:
     return sorted(own or found, key=lambda p: by_number(p.name))
 
 
-def holds_one(path: Path) -> bool:
+def holds_one(path: Location) -> bool:
     """Whether a folder is itself a checkpoint, by the names in it. Raises CkptError."""
     folder = Folder.of(path)
     return LATEST in folder.names or is_bundle(folder) or any(format.holds(folder) for format in FORMATS)

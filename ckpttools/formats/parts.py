@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.containers import fields
@@ -23,13 +22,14 @@ from ckpttools.formats.counters import train_state
 from ckpttools.formats.files import archive_roots, check_files
 from ckpttools.formats.format import Checked, Format, Source, no_file
 from ckpttools.formats.tags import ANY
+from ckpttools.location import Location
 from ckpttools.stores.files import entries, is_file, is_folder, size_of
 
 NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\d+(?=-model)")
 COUNTERS = ("global_steps", "dp_world_size", "mp_world_size", "ds_version")
 
 
-def in_parts(path: Path, reason: Unsupported) -> Source:
+def in_parts(path: Location, reason: Unsupported) -> Source:
     """A layout that is recognised and not read, as a format that has checks and nothing else."""
 
     def read(source: Source) -> Checkpoint:
@@ -46,7 +46,7 @@ def in_parts(path: Path, reason: Unsupported) -> Source:
     return Source(format=format, target=path, root=path, how=reason.message)
 
 
-def check_parts(folder: Path, reason: Unsupported) -> Checked:
+def check_parts(folder: Location, reason: Unsupported) -> Checked:
     """Check what can be checked. `reason` says which layout it is."""
     findings = [
         Finding(
@@ -89,7 +89,7 @@ def check_parts(folder: Path, reason: Unsupported) -> Checked:
     return Checked(findings, found, files)
 
 
-def _torch_paths(folder: Path, depth: int = 6) -> Iterator[Path]:
+def _torch_paths(folder: Location, depth: int = 6) -> Iterator[Location]:
     for entry in entries(folder):
         path = folder / entry.name
         if is_file(entry) and path.suffix in (".pt", ".pth", ".bin"):
@@ -98,7 +98,7 @@ def _torch_paths(folder: Path, depth: int = 6) -> Iterator[Path]:
             yield from _torch_paths(path, depth - 1)
 
 
-def _gaps(folder: Path, paths: Iterable[Path]) -> Iterator[Finding]:
+def _gaps(folder: Location, paths: Iterable[Location]) -> Iterator[Finding]:
     """Files of one kind are numbered from 0 without gaps, along each of their numbers."""
     kinds: dict[str, set[tuple[int, ...]]] = {}
     for path in paths:
@@ -134,10 +134,10 @@ def _gaps(folder: Path, paths: Iterable[Path]) -> Iterator[Finding]:
         )
 
 
-def _uneven(folder: Path) -> Iterator[Finding]:
+def _uneven(folder: Location) -> Iterator[Finding]:
     """A universal checkpoint holds the same files for every parameter."""
     zero = folder / "zero"
-    if not zero.is_dir():
+    if not is_folder(zero):
         return
     names = {
         entry.name: {e.name for e in entries(zero / entry.name)}
@@ -174,7 +174,7 @@ def _no_optimizer(files: list[TorchFile]) -> Iterator[Finding]:
             )
 
 
-def _no_module(folder: Path, files: list[TorchFile]) -> Iterator[Finding]:
+def _no_module(folder: Location, files: list[TorchFile]) -> Iterator[Finding]:
     """A pipeline's model file has no module: each layer's weights are in a file of their own."""
     layers = any(entry.name.startswith("layer_") for entry in entries(folder))
     for file in files:
@@ -192,7 +192,7 @@ def _no_module(folder: Path, files: list[TorchFile]) -> Iterator[Finding]:
 
 def _counters(files: list[TorchFile]) -> Iterator[Finding]:
     """Every model file of a save states the same counters."""
-    first: dict[str, tuple[object, Path]] = {}
+    first: dict[str, tuple[object, Location]] = {}
     for file in files:
         root = fields.as_mapping(file.value)
         if root is None or not file.path.name.endswith("model_states.pt") or "global_steps" not in root:

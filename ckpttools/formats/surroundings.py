@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools.errors import escape
 from ckpttools.formats.format import Source
 from ckpttools.formats.tags import BUNDLE, is_tag
+from ckpttools.location import Location
 from ckpttools.plan import OutputFile, Plan, copy_file
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import entries, is_file, is_folder, size_of
@@ -24,7 +24,9 @@ RANK_LOCAL = re.compile(r"rng_state_\d+\.pth|random_states_\d+\.pkl")
 CARRIED_FOLDERS = ("hf_model", "hf_config")
 
 
-def with_surroundings(source: Source, plan: Plan, *, ranks_change: bool, own: Collection[Path] = ()) -> Plan:
+def with_surroundings(
+    source: Source, plan: Plan, *, ranks_change: bool, own: Collection[Location] = ()
+) -> Plan:
     """The plan of a tag folder, placed within everything that belongs to it.
 
     A folder that is itself the checkpoint gets what lies beside its `own` files, where they are given.
@@ -46,12 +48,12 @@ def with_surroundings(source: Source, plan: Plan, *, ranks_change: bool, own: Co
 
 
 def _beside(
-    folder: Path,
+    folder: Location,
     prefix: str,
     source: Source,
     ranks_change: bool,
     notes: list[str],
-    own: Collection[Path] = (),
+    own: Collection[Location] = (),
 ) -> Iterator[OutputFile]:
     dropped: list[str] = []
     left: list[str] = []
@@ -78,11 +80,11 @@ def _beside(
         notes.append(f"not carried: {', '.join(map(escape, left))} beside the checkpoint")
 
 
-def _holds(folder: Path, target: Path) -> bool:
+def _holds(folder: Location, target: Location) -> bool:
     return folder in target.parents
 
 
-def tree(folder: Path, prefix: str = "", depth: int = 8) -> Iterator[OutputFile]:
+def tree(folder: Location, prefix: str = "", depth: int = 8) -> Iterator[OutputFile]:
     """Every regular file below a folder, copied; manifests describe other files and are not."""
     for entry in entries(folder):
         if is_file(entry) and not entry.name.endswith(MANIFEST):

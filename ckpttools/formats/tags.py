@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.format import Folder, Found, Inner
+from ckpttools.location import Location
 from ckpttools.stores.files import plain_name, small_text
 
 LATEST = "latest"
@@ -27,7 +27,7 @@ def holds_states(folder: Folder) -> bool:
     return any(ANY.fullmatch(name) for name in folder.names)
 
 
-def is_tag(path: Path) -> bool:
+def is_tag(path: Location) -> bool:
     """`holds_states` of the folder at a path. Raises CkptError where it cannot be listed."""
     return holds_states(Folder.of(path))
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools.containers.torch_file import is_torch_file, read_torch_file
 from ckpttools.frameworks import parts
 from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.frameworks.parts import MARKER_FILE, marked_beside, torch_optimizer
+from ckpttools.location import Location
 from ckpttools.schedules.evidence import stated
 from ckpttools.stores.files import entries, is_file
 from ckpttools.training import Counter, Place, SavedSchedule, Training
@@ -26,7 +26,7 @@ ASSUMED = (
 RANDOM = re.compile(r"random_states_\d+\.pkl")
 
 
-def is_accelerate(folder: Path) -> bool:
+def is_accelerate(folder: Location) -> bool:
     return any(RANDOM.fullmatch(entry.name) for entry in entries(folder))
 
 
@@ -35,7 +35,7 @@ def read(saved: Saved) -> Training:
     return saved.over(_read(saved.place, updates=saved.engine.count if saved.engine is not None else None))
 
 
-def _read(folder: Path, *, updates: int | None) -> Training:
+def _read(folder: Location, *, updates: int | None) -> Training:
     """accelerate's save_state. `updates` are those that DeepSpeed counted, None where it was not used."""
     names = [entry.name for entry in entries(folder) if is_file(entry)]
     ranks = sum(RANDOM.fullmatch(name) is not None for name in names)
@@ -72,7 +72,7 @@ def _read(folder: Path, *, updates: int | None) -> Training:
     )
 
 
-def _accumulated(folder: Path, names: list[str]) -> Iterator[Counter]:
+def _accumulated(folder: Location, names: list[str]) -> Iterator[Counter]:
     """The micro-batches of the running epoch, by which every process tells when to make an update."""
     for name in names:
         if RANDOM.fullmatch(name) and is_torch_file(folder / name):
@@ -96,7 +96,7 @@ def _noted(marked: Mapping[str, object], i: int) -> int:
     return noted if isinstance(noted, int) and 1 <= noted <= 1 << 20 else 1
 
 
-def _numbered(folder: Path, names: list[str], stem: str) -> list[Path]:
+def _numbered(folder: Location, names: list[str], stem: str) -> list[Location]:
     """stem.bin, stem_1.bin ... in the order of their numbers."""
     pattern = re.compile(rf"{stem}(?:_(\d{{1,4}}))?\.(?:bin|pt)")
     found = [(int(match[1] or 0), folder / match[0]) for name in names if (match := pattern.fullmatch(name))]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.containers.edit import place
@@ -18,8 +17,10 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.counters import BATCH_NAMES, DATASET, STEP, TRAIN_LOSS, VAL_LOSS
 from ckpttools.frameworks import parts
 from ckpttools.frameworks.framework import Framework, Saved
+from ckpttools.location import Location
 from ckpttools.schedules.evidence import Known, What, stated
 from ckpttools.schedules.lengths import Unit
+from ckpttools.stores.files import is_file
 from ckpttools.training import BatchField, Counter, Place, Training, merge
 
 INFO = "training_info.json"
@@ -34,10 +35,10 @@ def of_model_file(own: Training, file: TorchFile) -> Training | None:
     return _client(own, values, lambda key: place(file, key), "the client's")
 
 
-def of_bundle(own: Training, root: Path) -> Training | None:
+def of_bundle(own: Training, root: Location) -> Training | None:
     """training_info.json of a bundle."""
     path = root / INFO
-    if not path.is_file():
+    if not is_file(path):
         return None
     values = jsons.read(path, allow_nan=True)
     losses = {key: values.get(key) for key in (*TRAIN_LOSS, *VAL_LOSS)}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.containers.torch_file import TorchFile
+from ckpttools.location import Location
+from ckpttools.stores.files import is_folder
 from ckpttools.training import Training, merge
 
 
@@ -18,14 +19,14 @@ class Saved:
     `engine` what DeepSpeed itself says in it.
     """
 
-    place: Path
+    place: Location
     file: TorchFile | None = None
     zero: bool = False
     engine: Training | None = None
 
-    def is_folder(self, of: Callable[[Path], bool]) -> bool:
+    def is_folder(self, of: Callable[[Location], bool]) -> bool:
         """Whether the place is a folder that has a framework's files beside the weights."""
-        return self.place.is_dir() and of(self.place)
+        return is_folder(self.place) and of(self.place)
 
     def over(self, training: Training) -> Training:
         """A framework's description over DeepSpeed's, where that was driven by it."""

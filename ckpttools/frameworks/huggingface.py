@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.containers.archive import is_zip
@@ -22,8 +21,9 @@ from ckpttools.errors import CkptError
 from ckpttools.frameworks import parts
 from ckpttools.frameworks.framework import Brief, Framework, Saved
 from ckpttools.frameworks.parts import MARKER_FILE, marked_beside, torch_optimizer
+from ckpttools.location import Location
 from ckpttools.schedules.evidence import stated
-from ckpttools.stores.files import entries, opened
+from ckpttools.stores.files import entries, is_file, opened
 from ckpttools.training import (
     BatchField,
     Counter,
@@ -41,8 +41,8 @@ _SPEED = ("_runtime", "_per_second", "_preparation_time")  # of the evaluation, 
 MAX_ACCUMULATION = 100_000
 
 
-def is_trainer(folder: Path) -> bool:
-    return (folder / STATE).is_file()
+def is_trainer(folder: Location) -> bool:
+    return is_file(folder / STATE)
 
 
 def read(saved: Saved) -> Training:
@@ -54,7 +54,7 @@ def read(saved: Saved) -> Training:
     return merge(_read(folder, deepspeed=True), own)
 
 
-def _read(folder: Path, *, deepspeed: bool) -> Training:
+def _read(folder: Location, *, deepspeed: bool) -> Training:
     """`deepspeed`: the optimizer is in a ZeRO folder below."""
     path = folder / STATE
     state = jsons.read(path, allow_nan=True)
@@ -108,7 +108,7 @@ def _whole(found: object) -> int | None:
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
-def _counters(path: Path, state: Mapping[str, object]) -> Iterator[Counter]:
+def _counters(path: Location, state: Mapping[str, object]) -> Iterator[Counter]:
     for key, role in (("global_step", "position"), ("max_steps", "total")):
         found = _whole(state.get(key))
         if found is None:
@@ -119,7 +119,7 @@ def _counters(path: Path, state: Mapping[str, object]) -> Iterator[Counter]:
         yield Counter(name=key, value=found, unit="update", places=(at,), role=role)  # type: ignore[arg-type]
 
 
-def _history(path: Path, history: object) -> Iterator[StepList]:
+def _history(path: Location, history: object) -> Iterator[StepList]:
     found: list[tuple[int, Place]] = []
     for i, entry in enumerate(history if isinstance(history, list) else []):
         step = _whole(entry.get("step")) if isinstance(entry, dict) else None
@@ -138,23 +138,23 @@ def _losses(log: list[dict[str, object]]) -> Iterator[tuple[str, float]]:
             yield name, float(found[-1])
 
 
-def _batch_field(path: Path, state: Mapping[str, object]) -> Iterator[BatchField]:
+def _batch_field(path: Location, state: Mapping[str, object]) -> Iterator[BatchField]:
     found = _whole(state.get("train_batch_size"))
     if found:
         place = Place(file=path, at=("train_batch_size",))
         yield BatchField(name="train_batch_size", which="micro", value=found, places=(place,))
 
 
-def _ranks(folder: Path) -> int | None:
+def _ranks(folder: Location) -> int | None:
     """Processes, by their random states: rng_state.pth of one alone, else rng_state_N.pth of each."""
     names = [entry.name for entry in entries(folder)]
     found = sum(re.fullmatch(r"rng_state_\d+\.pth", name) is not None for name in names)
     return found or (1 if "rng_state.pth" in names else None)
 
 
-def _arguments(path: Path) -> dict[str, object]:
+def _arguments(path: Location) -> dict[str, object]:
     """TrainingArguments as data: the plain attributes of the pickled object, {} where they cannot be read."""
-    if not path.is_file() or not is_torch_file(path):
+    if not is_file(path) or not is_torch_file(path):
         return {}
     try:
         file = read_torch_file(path)
@@ -199,13 +199,13 @@ def _batches(updates: int | None, accumulation: int | None, log: list[dict[str, 
     return [n for n in range((updates - 1) * accumulation + 1, updates * accumulation + 1) if fits(n)]
 
 
-def _schedule(path: Path, arguments: Mapping[str, object], total: int | None) -> Iterator[SavedSchedule]:
-    if path.is_file():
+def _schedule(path: Location, arguments: Mapping[str, object], total: int | None) -> Iterator[SavedSchedule]:
+    if is_file(path):
         for found in parts.schedules(read_torch_file(path), "torch", "update"):
             yield _of_trainer(found, arguments, total)
 
 
-def _of_arguments(folder: Path, saved: tuple[SavedSchedule, ...]) -> tuple[SavedSchedule, ...]:
+def _of_arguments(folder: Location, saved: tuple[SavedSchedule, ...]) -> tuple[SavedSchedule, ...]:
     """Schedules that DeepSpeed saved for the Trainer, with what the Trainer's arguments say of them."""
     arguments = _arguments(folder / ARGUMENTS)
     total = _whole(jsons.read(folder / STATE, allow_nan=True).get("max_steps"))
@@ -233,11 +233,11 @@ def brief(saved: Saved) -> Brief:
             if is_metric and isinstance(found, int | float):
                 metrics[str(name)] = float(found)
     own = folder / OPTIMIZER
-    if not saved.zero and own.is_file():
+    if not saved.zero and is_file(own):
         with opened(own) as file:
             if is_zip(file.head(4)):
                 read_directory(file)
-    return Brief(resumes=saved.zero or own.is_file(), metrics=metrics)
+    return Brief(resumes=saved.zero or is_file(own), metrics=metrics)
 
 
 FRAMEWORK = Framework(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ckpttools.containers import jsons
@@ -12,7 +11,9 @@ from ckpttools.containers.edit import at, place, value
 from ckpttools.containers.pickles import as_mapping
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError
+from ckpttools.location import Location
 from ckpttools.schedules.lengths import Unit
+from ckpttools.stores.files import is_file
 from ckpttools.training import Counter, Key, OptimizerSettings, Role, SavedSchedule
 
 MARKER = "ckpttools_rebase"
@@ -128,15 +129,15 @@ def same_groups(found: Sequence[OptimizerSettings]) -> OptimizerSettings:
     return replace(first, places=tuple(place for each in found for place in each.places))
 
 
-def marked_beside(folder: Path) -> dict[str, object] | None:
+def marked_beside(folder: Location) -> dict[str, object] | None:
     """The rebase that a folder's own file notes."""
     path = folder / MARKER_FILE
-    return jsons.read(path) if path.is_file() else None
+    return jsons.read(path) if is_file(path) else None
 
 
-def torch_optimizer(path: Path) -> Iterator[OptimizerSettings]:
+def torch_optimizer(path: Location) -> Iterator[OptimizerSettings]:
     """The settings in a file that is an optimizer's state_dict, where it is there."""
-    if path.is_file():
+    if is_file(path):
         found = optimizer(read_torch_file(path), "the optimizer")
         if found is not None:
             yield found

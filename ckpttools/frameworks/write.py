@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools.containers.edit import edited, files_of
 from ckpttools.formats.format import Source
@@ -14,8 +13,9 @@ from ckpttools.formats.surroundings import tree, with_surroundings
 from ckpttools.formats.tags import LATEST
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.frameworks.parts import MARKER_FILE
+from ckpttools.location import Location, below
 from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck, copy_file
-from ckpttools.stores.files import size_of
+from ckpttools.stores.files import is_folder, size_of
 from ckpttools.stores.links import within
 from ckpttools.training import Edit
 
@@ -59,16 +59,16 @@ def _whole(source: Source, extra: object) -> Plan:
         files = [extra.files.model, *extra.files.optim.values(), *extra.files.others]
         inside = Plan(files=tuple(copy_file(path, path.name, size_of(path)) for path in files))
         return with_surroundings(source, inside, ranks_change=False)
-    if source.root.is_dir():
+    if is_folder(source.root):
         return Plan(files=tuple(tree(source.root)))
     return Plan(files=(copy_file(source.root, "", size_of(source.root)),))
 
 
-def _marker(root: Path, edits: list[Edit]) -> OutputFile:
+def _marker(root: Location, edits: list[Edit]) -> OutputFile:
     """The file that notes a rebase beside the weights of a Trainer's or accelerate's folder."""
     (edit,) = edits
     text = json.dumps(edit.new, indent=2) + "\n"
-    path = edit.place.file.relative_to(root).as_posix()
+    path = below(edit.place.file, root)
     return OutputFile(path=path, segments=(Literal(text.encode()),))
 
 

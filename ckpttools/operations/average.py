@@ -13,6 +13,7 @@ from ckpttools.operations.extract import Form, form_of, write
 from ckpttools.operations.source import find, tags_for
 from ckpttools.operations.writing import Writing, Written
 from ckpttools.runs.kinds import series
+from ckpttools.stores.files import local
 from ckpttools.transforms.average import average as mean_of
 from ckpttools.transforms.cast import cast, dtype_named
 
@@ -77,7 +78,7 @@ def _newest(paths: Sequence[Path], count: int) -> list[Path]:
         )
     entries = [entry for entry in (found[0] if found else []) if entry.problem is None]
     stems = {entry.path: stem for entry in entries if (stem := series(entry)) is not None}
-    alike = [path for path, stem in stems.items() if stem == next(iter(stems.values()))]
+    alike = [local(path) for path, stem in stems.items() if stem == next(iter(stems.values()))]
     if len(alike) < count:
         raise UsageError(
             "too-few",

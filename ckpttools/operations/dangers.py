@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import dangers_in, dangers_of
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats import Source, read
+from ckpttools.location import Location
 from ckpttools.operations.source import find
+from ckpttools.stores.files import is_folder
 from ckpttools.stores.links import within
 
-Dangers = list[tuple[Path, str]]  # a file, and what loading it would run
+Dangers = list[tuple[Location, str]]  # a file, and what loading it would run
 
 
-def read_judged(path: Path, tag: str | None, key: str | None = None) -> tuple[Source, Checkpoint, Dangers]:
+def read_judged(
+    path: Location, tag: str | None, key: str | None = None
+) -> tuple[Source, Checkpoint, Dangers]:
     """The checkpoint that a path means, and the dangers of every file of it.
 
     Where nothing else can be read, the error says what loading would run (pickle-dangerous).
     """
-    target = None if path.is_dir() else path
+    target = None if is_folder(path) else path
     try:
         source = replace(find(path, tag), key=key)
         target = source.target
@@ -44,5 +47,5 @@ def read_judged(path: Path, tag: str | None, key: str | None = None) -> tuple[So
     return source, checkpoint, dangers
 
 
-def warning(path: Path, what: str) -> str:
+def warning(path: Location, what: str) -> str:
     return f"DANGEROUS: loading {escape(path.name)} {what}"

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import check_before_use
@@ -18,8 +17,10 @@ from ckpttools.compare.pairs import Pair, left_out, pairs, value
 from ckpttools.compare.stream import Stream, refuse_links
 from ckpttools.errors import UsageError
 from ckpttools.formats import Source
+from ckpttools.location import Location
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Bar
+from ckpttools.stores.files import is_file
 from ckpttools.stores.links import within
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value
@@ -62,8 +63,8 @@ class Diff:
 
 
 def diff(
-    left: str | Path,
-    right: str | Path,
+    left: str | Location,
+    right: str | Location,
     *,
     only: Collection[str] = (),
     key: str | None = None,
@@ -117,9 +118,9 @@ def diff(
     )
 
 
-def _open(path: str | Path, key: str | None) -> tuple[Source, Checkpoint]:
+def _open(path: str | Location, key: str | None) -> tuple[Source, Checkpoint]:
     source = find(path)
-    if key is not None and source.target.is_file():
+    if key is not None and is_file(source.target):
         source = replace(source, key=key)
     return source, check_before_use(source)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import check_before_use
@@ -14,8 +13,10 @@ from ckpttools.compare.digests import Digests, digests, nbytes_of
 from ckpttools.compare.pairs import Pair, pairs
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import Source
+from ckpttools.location import Location
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Bar
+from ckpttools.stores.files import named
 from ckpttools.stores.links import within
 
 
@@ -23,7 +24,7 @@ from ckpttools.stores.links import within
 class Digested:
     """`path` and what it holds; `digests.state` is the digest of the whole."""
 
-    path: Path
+    path: Location
     source: Source = field(repr=False)
     checkpoint: Checkpoint = field(repr=False)
     digests: Digests = field(repr=False)
@@ -67,7 +68,7 @@ class Compared:
 
 
 def digest(
-    path: str | Path,
+    path: str | Location,
     *,
     tag: str | None = None,
     key: str | None = None,
@@ -88,7 +89,7 @@ def digest(
     >>> digest(out / "ws3").digests.state == found.digests.state
     True
     """
-    path = Path(path)
+    path = named(path)
     source = replace(find(path, tag), key=key)
     checkpoint = check_before_use(source)
     shown = bar(nbytes_of(checkpoint), "digest") if bar is not None else nullcontext()

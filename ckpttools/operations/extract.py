@@ -11,11 +11,13 @@ from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import Source, hf
+from ckpttools.location import Location
 from ckpttools.operations import advice
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.plan import Plan
 from ckpttools.siblings import default_dst
+from ckpttools.stores.files import is_file
 from ckpttools.stores.links import refuse_outside, within
 from ckpttools.transforms.cast import cast, dtype_named
 from ckpttools.transforms.rename import rename
@@ -129,10 +131,10 @@ def form_of(asked: Form | None, dst: Path | None) -> Form:
     return asked or by_name or "safetensors"
 
 
-def with_config(plan: Plan, asked: Path | None, root: Path) -> Plan:
+def with_config(plan: Plan, asked: Path | None, root: Location) -> Plan:
     """Configuration and tokenizer from the folder asked for, else from beside the checkpoint."""
     near = (root, root / "hf_model", root / "hf_config")
-    folder = asked or next((f for f in near if any((f / head).is_file() for head in hf.HEADS)), None)
+    folder = asked or next((f for f in near if any(is_file(f / head) for head in hf.HEADS)), None)
     if folder is None:
         return replace(
             plan, notes=(*plan.notes, "no config.json: transformers needs one; give it with --hf-config DIR")

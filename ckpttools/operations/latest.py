@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 from ckpttools import runs
 from ckpttools.checks import Verdict, verify
+from ckpttools.location import Location
 from ckpttools.operations.writing import Bar
 from ckpttools.progress import Progress
+from ckpttools.stores.files import named
 
 
 def latest(
-    folder: str | Path, *, verified: bool = False, workers: int = 0, bar: Bar | None = None
+    folder: str | Location, *, verified: bool = False, workers: int = 0, bar: Bar | None = None
 ) -> runs.Choice:
     """The newest checkpoint of a run, why it is the newest, and what contradicts it.
 
@@ -24,12 +25,12 @@ def latest(
     ('checkpoint-4', 'no pointer file; the newest of 2 by step 4')
     """
     if not verified:
-        return runs.newest(Path(folder))
+        return runs.newest(named(folder))
 
-    def check(path: Path) -> Verdict:
+    def check(path: Location) -> Verdict:
         return verify(path, workers=workers, bar=_bar(bar, path.name))
 
-    return runs.newest_verified(Path(folder), check)
+    return runs.newest_verified(named(folder), check)
 
 
 def _bar(bar: Bar | None, label: str) -> Callable[[int], AbstractContextManager[Progress | None]]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools import checks, runs
 from ckpttools.checks import Verdict, refused
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR
+from ckpttools.location import Location
 from ckpttools.operations.writing import Bar
 from ckpttools.runs import needs, pins
 from ckpttools.runs.choose import Choice
 from ckpttools.runs.find import Entry
 from ckpttools.runs.kinds import Kind, kind
 from ckpttools.runs.retain import best_of
+from ckpttools.stores.files import named
 
 LATEST, BEST, PINNED, WEIGHTS = "latest", "best", "pinned", "weights only"
 DAMAGED, BAD, GOOD, UNKNOWN = "damaged (headers)", "damaged", "verified", "not checked"
@@ -41,9 +42,9 @@ class Listed:
 class Run:
     """The checkpoints of a run. `notes` say where times, names or pointers disagree with the order."""
 
-    path: Path
+    path: Location
     checkpoints: tuple[Listed, ...]
-    latest: Path | None
+    latest: Location | None
     notes: tuple[str, ...] = ()
 
     @property
@@ -54,7 +55,7 @@ class Run:
 
 
 def ls(
-    folder: str | Path,
+    folder: str | Location,
     *,
     sort: str = "progress",
     verify: bool = False,
@@ -69,7 +70,7 @@ def ls(
     >>> [(each.entry.path.name, each.kind, each.entry.state.step, each.marks) for each in run.checkpoints]
     [('checkpoint-4', 'step', 4, ('latest',)), ('checkpoint-2', 'step', 2, ())]
     """
-    folder = Path(folder)
+    folder = named(folder)
     if sort not in SORTS:
         raise UsageError("bad-usage", f"{sort!r} is no order", hint=f"one of {', '.join(SORTS)}")
     found = runs.runs(folder)
@@ -82,7 +83,9 @@ def ls(
     )
 
 
-def _run(found: list[Entry], at: Path, top: Path, sort: str, verify: Callable[[Path], Verdict] | None) -> Run:
+def _run(
+    found: list[Entry], at: Location, top: Location, sort: str, verify: Callable[[Location], Verdict] | None
+) -> Run:
     notes: list[str] = []
     chosen: Choice | None = None
     try:
@@ -119,7 +122,7 @@ def _run(found: list[Entry], at: Path, top: Path, sort: str, verify: Callable[[P
     )
 
 
-def _state(entry: Entry, verify: Callable[[Path], Verdict] | None) -> Iterator[tuple[str, str]]:
+def _state(entry: Entry, verify: Callable[[Location], Verdict] | None) -> Iterator[tuple[str, str]]:
     """Whether it is whole, as far as that was looked at, and what is wrong."""
     problem = entry.problem
     if verify is not None:
@@ -131,7 +134,7 @@ def _state(entry: Entry, verify: Callable[[Path], Verdict] | None) -> Iterator[t
         yield DAMAGED if problem.exit_code == 1 else UNKNOWN, f"{problem.message} [{problem.id}]"
 
 
-def _verdict(path: Path, workers: int, bar: Bar | None) -> Verdict:
+def _verdict(path: Location, workers: int, bar: Bar | None) -> Verdict:
     shown: checks.Bar | None = (lambda nbytes: bar(nbytes, path.name)) if bar is not None else None
     try:
         return checks.verify(path, workers=workers, bar=shown)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import Source, read
+from ckpttools.location import Location
 from ckpttools.operations.source import find
 from ckpttools.stores.links import within
 from ckpttools.tensors import TensorRef
@@ -90,7 +90,7 @@ def _row(*cells: object) -> str:
     return "<tr>" + "".join(f"<td>{html.escape(escape(cell))}</td>" for cell in cells) + "</tr>"
 
 
-def open(path: str | Path, tag: str | None = None) -> Opened:
+def open(path: str | Location, tag: str | None = None) -> Opened:
     """Open the one checkpoint at or below a path: headers only.
 
     >>> run = open("fixtures/trainer/z2_bf16_2")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from ckpttools.checkpoint import TrainState
 from ckpttools.compare.facts import RANDOM, Fact, differences, opaque, random_states
 from ckpttools.formats import Source
+from ckpttools.location import Location
 from ckpttools.operations.digest import Compared, Digested, compare, digest
 from ckpttools.operations.writing import Bar
-from ckpttools.stores.files import entries, is_file
+from ckpttools.stores.files import entries, is_file, is_folder, named
 from ckpttools.stores.links import within
 
 Verdict = Literal["same", "except", "different"]
@@ -50,8 +50,8 @@ class Proof:
 
 
 def prove(
-    left: str | Path,
-    right: str | Path,
+    left: str | Location,
+    right: str | Location,
     *,
     key: str | None = None,
     workers: int = 0,
@@ -75,8 +75,8 @@ def prove(
     )
 
 
-def _key(path: str | Path, key: str | None) -> str | None:
-    return key if Path(path).is_file() else None
+def _key(path: str | Location, key: str | None) -> str | None:
+    return key if is_file(named(path)) else None
 
 
 def _random(found: Digested) -> tuple[str, ...]:
@@ -86,5 +86,5 @@ def _random(found: Digested) -> tuple[str, ...]:
 
 def _files(source: Source) -> set[str]:
     with within(source.root):
-        folders = [folder for folder in {source.root, source.target} if folder.is_dir()]
+        folders = [folder for folder in {source.root, source.target} if is_folder(folder)]
         return {e.name for folder in folders for e in entries(folder) if is_file(e) and RANDOM.search(e.name)}

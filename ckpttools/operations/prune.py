@@ -22,11 +22,13 @@ from pathlib import Path
 from ckpttools import checks, manifest, runs
 from ckpttools.checks import Verdict
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.location import Location
 from ckpttools.operations.replacing import somebodys
 from ckpttools.operations.writing import Bar
 from ckpttools.runs import needs, pins
 from ckpttools.runs.find import Entry
 from ckpttools.runs.retain import Decision, Policy, decide, require_best
+from ckpttools.stores.files import is_file, is_folder, local
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,14 +93,14 @@ def plan_of(
         raise runs.nothing(folder)
     require_best((entry for run in found for entry in run), policy)
     verify = partial(_good, verified=verified, workers=workers, bar=bar)
-    everything = [entry.path for run in found for entry in run]
+    everything = [local(entry.path) for run in found for entry in run]
     decided: list[tuple[Path, tuple[Decision, ...]]] = []
     notes: list[str] = []
     for run in found:
         best = needs.trainers_best(run)
 
         def held(entry: Entry, run: list[Entry] = run, best: str | None = best) -> Iterator[str]:
-            yield from _held(entry, run[0].run, folder, around, everything)
+            yield from _held(entry, local(run[0].run), folder, around, everything)
             if best is not None and needs.names(best, entry.path):
                 yield f"{needs.STATE} names it as the best"
 
@@ -106,8 +108,8 @@ def plan_of(
         if not any(d.good for d in decisions):
             notes.append(f"{escape(run[0].run)}: nothing is removed, no checkpoint of it is known to be good")
             decisions = [_stays(d, "no checkpoint of the run is known to be good") for d in decisions]
-        decided.append((run[0].run, tuple(decisions)))
-    gone = [d.entry.path for _, decisions in decided for d in decisions if d.goes]
+        decided.append((local(run[0].run), tuple(decisions)))
+    gone = [local(d.entry.path) for _, decisions in decided for d in decisions if d.goes]
     return Pruning(
         folder=folder,
         runs=tuple(decided),
@@ -135,7 +137,8 @@ def _held(
     entry: Entry, run: Path, folder: Path, around: needs.Around, everything: list[Path]
 ) -> Iterator[str]:
     """Why it may not go, whatever the policy says."""
-    path, real = entry.path, entry.path.resolve()
+    path = local(entry.path)
+    real = path.resolve()
     pin = pins.above(path, folder)
     if pin is not None:
         yield str(pin)
@@ -152,7 +155,7 @@ def _held(
         yield why
     if path.resolve() == folder.resolve() or any(path in other.parents for other in everything):
         yield "other checkpoints are in it, or it is the folder itself"
-    if path.is_dir() and not path.is_symlink():
+    if is_folder(path) and not path.is_symlink():
         try:
             own = somebodys(path)
         except OSError as error:
@@ -176,17 +179,17 @@ def freed(paths: list[Path]) -> int:
 
 
 def _tree(path: Path) -> Iterator[Path]:
-    if path.is_symlink() or not path.is_dir():
+    if path.is_symlink() or not is_folder(path):
         yield path
-        place = manifest.beside(path)
-        if place.is_file():
+        place = local(manifest.beside(path))
+        if is_file(place):
             yield place
         return
     for place_, _, files in os.walk(path):
         yield from (Path(place_) / name for name in files)
 
 
-def carry_out(plan: Pruning, *, said: Callable[[Path], None] = lambda path: None) -> None:
+def carry_out(plan: Pruning, *, said: Callable[[Location], None] = lambda path: None) -> None:
     """Remove what the plan says; `said` hears of each when it is gone. Raises UsageError where one of them is
     no longer what the plan saw, or the system refuses; what was removed before stays removed."""
     for path in plan.left:
@@ -199,12 +202,12 @@ def carry_out(plan: Pruning, *, said: Callable[[Path], None] = lambda path: None
 
 
 def _remove(entry: Entry, run: Path, folder: Path) -> None:
-    path = entry.path
+    path = local(entry.path)
     _refuse_changed(entry, run, folder)
     gone = path.with_name(f".ckpt-gone-{secrets.token_hex(8)}")
     try:
-        if not path.is_dir():
-            manifest.beside(path).unlink(missing_ok=True)
+        if not is_folder(path):
+            local(manifest.beside(path)).unlink(missing_ok=True)
         path.rename(gone)
     except OSError as error:
         raise _failed(path, error) from None

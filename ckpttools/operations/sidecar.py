@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.plan import Literal, OutputFile, Plan
+from ckpttools.stores.files import local
 
 
 class Sidecar:
@@ -23,7 +24,7 @@ class Sidecar:
         from ckpttools.execute.staging import clear_stale
 
         self.dst, self.workers = dst, workers
-        self.place = manifest.beside(dst)
+        self.place = local(manifest.beside(dst))
         self.contents = b""
         with suppress(OSError):  # a folder that cannot be listed is explained where the file is written
             clear_stale(self.place)  # of a run that was killed between the two

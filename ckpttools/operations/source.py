@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools import runs
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats import Source, locate
 from ckpttools.formats.locate import Several
+from ckpttools.location import Location, below
+from ckpttools.stores.files import is_folder, named
 
 
-def find(path: str | Path, tag: str | None = None) -> Source:
+def find(path: str | Location, tag: str | None = None) -> Source:
     """The one checkpoint at or below a path. Raises UsageError naming the newest where there are several."""
-    path = Path(path)
+    path = named(path)
     try:
         return locate(path, tag)
     except Several:
         found = runs.find(path)
     except UsageError as error:
-        if error.id != "not-a-checkpoint" or not path.is_dir():
+        if error.id != "not-a-checkpoint" or not is_folder(path):
             raise
         found = runs.find(path)
         if not found:
@@ -31,11 +32,11 @@ def find(path: str | Path, tag: str | None = None) -> Source:
     raise _several(path, found)
 
 
-def tags_for(paths: Sequence[Path], tags: Sequence[str]) -> list[str | None]:
+def tags_for(paths: Sequence[Location], tags: Sequence[str]) -> list[str | None]:
     """Which tag is for which path: one tag is for every folder, several are in the order of the paths, ""
     for none. Raises UsageError where they are not as many."""
     if len(tags) <= 1:
-        return [tags[0] if tags and path.is_dir() else None for path in paths]
+        return [tags[0] if tags and is_folder(path) else None for path in paths]
     if len(tags) != len(paths):
         raise UsageError(
             "bad-usage",
@@ -45,11 +46,11 @@ def tags_for(paths: Sequence[Path], tags: Sequence[str]) -> list[str | None]:
     return [tag or None for tag in tags]
 
 
-def _several(path: Path, found: tuple[runs.Entry, ...]) -> Several:
+def _several(path: Location, found: tuple[runs.Entry, ...]) -> Several:
     try:
         newest = runs.newest(path)
         hint = "\n".join((f"name one of them; the newest is {escape(newest.path)}", *newest.notes))
     except CkptError as error:  # a pointer that leads nowhere
         hint = f"name one of them; {error.message}: {error.hint}"
-    names = [f"{escape(entry.path.relative_to(path))}{f' ({entry.at})' * bool(entry.at)}" for entry in found]
+    names = [f"{escape(below(entry.path, path))}{f' ({entry.at})' * bool(entry.at)}" for entry in found]
     return Several(path, [entry.path for entry in found], names, hint)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpttools import checks, runs
@@ -13,9 +12,11 @@ from ckpttools.checks.held import KEYS
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.formats import locate
 from ckpttools.formats.locate import checkpoints
+from ckpttools.location import Location
 from ckpttools.operations.writing import Bar
 from ckpttools.runs.find import paths
 from ckpttools.runs.order import numbers, shape
+from ckpttools.stores.files import is_folder, named
 
 if TYPE_CHECKING:
     from ckpttools.checks.subset import Subset
@@ -24,7 +25,7 @@ TRIED = 5  # older checkpoints whose headers are read
 
 
 def verify(
-    path: str | Path,
+    path: str | Location,
     *,
     tag: str | None = None,
     quick: bool = False,
@@ -45,7 +46,7 @@ def verify(
     """
     part = part_of(subset)
     return checks.verify(
-        Path(path), tag, quick=quick, require=known(require), subset=part, workers=workers, key=key
+        named(path), tag, quick=quick, require=known(require), subset=part, workers=workers, key=key
     )
 
 
@@ -68,13 +69,13 @@ def known(require: Collection[str]) -> Collection[str]:
     return require
 
 
-def members(path: str | Path, *, newest: bool = False) -> tuple[Path, ...]:
+def members(path: str | Location, *, newest: bool = False) -> tuple[Location, ...]:
     """The checkpoints that a path means: itself, or all that a run or a tree of runs holds, newest first.
 
     `newest` is the one that a resume would take. Raises CkptError where a pointer leads nowhere.
     """
-    path = Path(path)
-    if not path.is_dir():
+    path = named(path)
+    if not is_folder(path):
         return (path,)
     if newest:
         return (runs.newest(path).path,)
@@ -92,7 +93,7 @@ def members(path: str | Path, *, newest: bool = False) -> tuple[Path, ...]:
 
 
 def verify_all(
-    path: str | Path,
+    path: str | Location,
     *,
     newest: bool = False,
     quick: bool = False,
@@ -129,10 +130,10 @@ def verify_all(
                 raise
             yield refused(each, error)
     if len(paths) > 1:
-        yield from _pointers(Path(path))
+        yield from _pointers(named(path))
 
 
-def _pointers(folder: Path) -> Iterator[Verdict]:
+def _pointers(folder: Location) -> Iterator[Verdict]:
     """A run's pointer that leads nowhere: no checkpoint is bad, and a resume from the run would fail."""
     try:
         runs.newest(folder)
@@ -144,7 +145,7 @@ def _labelled(bar: Bar, label: str) -> checks.Bar:
     return lambda nbytes: bar(nbytes, label)
 
 
-def older(path: Path) -> Path | None:
+def older(path: Location) -> Location | None:
     """The newest before a damaged checkpoint whose headers are good: beside it, and named alike."""
     path = path.absolute()
     try:

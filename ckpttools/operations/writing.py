@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpttools.location import below
 from ckpttools.operations.sidecar import Sidecar, written_wrong
 from ckpttools.plan import Plan
 from ckpttools.progress import Progress
@@ -101,7 +102,7 @@ def _finish(staged: Path, crcs: Mapping[Path, int], workers: int) -> dict[str, b
 
     _read_back(staged)
     place, contents = manifest_of(staged, workers=workers, crcs=crcs)
-    return {place.relative_to(staged).as_posix(): contents}
+    return {below(place, staged): contents}
 
 
 def _read_back(dst: Path) -> None:

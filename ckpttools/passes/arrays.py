@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from ckpttools.passes.read import load
-from ckpttools.stores.files import opened
+from ckpttools.stores.files import bytes_of
 from ckpttools.tensors import ByteRange, TensorRef
 from ckpttools.values import Array, numpy_dtype
 
@@ -17,9 +19,9 @@ def array(ref: TensorRef) -> Array:
     CkptError where the file may not be read or ends too early.
     """
     match ref.chunks:
-        case (ByteRange(path, start, nbytes),) if nbytes == ref.nbytes and nbytes:
-            with opened(path) as file:
-                file.read(start + nbytes - 1, 1)  # touching a mapping past the end would end the process
+        case (ByteRange(Path() as path, start, nbytes),) if nbytes == ref.nbytes and nbytes:
+            # touching a mapping past the end would end the process
+            bytes_of(ByteRange(path, start + nbytes - 1, 1))
             flat = np.memmap(path, numpy_dtype(ref.dtype), mode="r", offset=start, shape=(ref.numel,))
             return flat.reshape(ref.shape)
     found = load(ref)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ckpttools.location import Location
 from ckpttools.tensors import Strided, Tiles, contiguous_strides
 from ckpttools.values import UNSIGNED, Array
 
 GATHER_NBYTES = 1024 * 1024
 
-Read = Callable[[memoryview, Path, int], None]  # fills the view with the bytes of a file from an offset
+Read = Callable[[memoryview, Location, int], None]  # fills the view with the bytes of a file from an offset
 
 
 def gather(view: memoryview, chunk: Strided | Tiles, read: Read, scratch: memoryview) -> None:
@@ -53,7 +53,7 @@ def _offset(origin: Sequence[int], strides: Sequence[int]) -> int:
 class _Gather:
     """Reads boxes of one file."""
 
-    def __init__(self, path: Path, read: Read, scratch: memoryview) -> None:
+    def __init__(self, path: Location, read: Read, scratch: memoryview) -> None:
         self._path, self._read, self._scratch = path, read, scratch
 
     def box(self, out: Array, start: int, strides: tuple[int, ...]) -> None:

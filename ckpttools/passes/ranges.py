@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
 
+from ckpttools.location import Location
 from ckpttools.tensors import ByteRange, Source, Zeros
 
 
@@ -38,7 +38,7 @@ class Claims:
     """Which bytes some task reads already: each is to be read once."""
 
     def __init__(self) -> None:
-        self._spans: dict[Path, list[tuple[int, int]]] = {}  # disjoint, sorted
+        self._spans: dict[Location, list[tuple[int, int]]] = {}  # disjoint, sorted
 
     def claim(self, whole: ByteRange) -> list[ByteRange]:
         """The parts of a range that nobody has claimed, claimed from now on."""
@@ -63,7 +63,7 @@ class Claims:
 
     def claim_all(self, ranges: list[ByteRange]) -> bool:
         """Claim all of these ranges if every one is free, of each other too."""
-        ordered = sorted(ranges, key=lambda source: (source.path, source.start))
+        ordered = sorted(ranges, key=lambda source: (str(source.path), source.start))
         meet = any(a.path == b.path and a.end > b.start for a, b in pairwise(ordered))
         if meet or any(self._is_taken(source) for source in ranges):
             return False

@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.passes import direct
+from ckpttools.location import Handle, Location
 from ckpttools.passes.gather import GATHER_NBYTES, gather
 from ckpttools.passes.ranges import Cutter
 from ckpttools.plan import reads
+from ckpttools.stores.files import handle
 from ckpttools.tensors import ByteRange, Cast, DType, Literal, Mean, Source, Strided, TensorRef, Tiles, Zeros
 from ckpttools.values import BLOCK_NBYTES, Array, cast, mean, numpy_array, numpy_dtype
 
 _OPEN_FILES = 32
+P = TypeVar("P")
+T = TypeVar("T")
 
 
-class Handles:
-    """File descriptors of one thread, at most `limit` open at once, the least recently used closed first.
+class Handles(Generic[P, T]):
+    """Open files of one thread, at most `limit` at once, the least recently used closed first."""
 
-    `opener` gives a descriptor, or -1 where it will not open the file.
-    """
+    def __init__(self, open: Callable[[P], T], close: Callable[[T], None], limit: int = _OPEN_FILES) -> None:
+        self._new, self._done, self._limit = open, close, limit
+        self._open: OrderedDict[P, T] = OrderedDict()
 
-    def __init__(self, opener: Callable[[Path], int], limit: int = _OPEN_FILES) -> None:
-        self._opener, self._limit = opener, limit
-        self._open: OrderedDict[Path, int] = OrderedDict()
-
-    def __getitem__(self, path: Path) -> int:
-        fd = self._open.get(path)
-        if fd is None:
-            fd = self._open[path] = self._opener(path)
+    def __getitem__(self, path: P) -> T:
+        found = self._open.get(path)
+        if found is None:
+            found = self._open[path] = self._new(path)
             if len(self._open) > self._limit:
-                self._close(self._open.popitem(last=False)[1])
+                self._done(self._open.popitem(last=False)[1])
         else:
             self._open.move_to_end(path)
-        return fd
-
-    def refuse(self, path: Path) -> None:
-        """From now on -1 for this file."""
-        self._close(self[path])
-        self._open[path] = -1
+        return found
 
     def close(self) -> None:
-        """Close every descriptor; an error of the last write may show only here."""
+        """Close every file; an error of the last write may show only here."""
         while self._open:
-            self._close(self._open.popitem()[1])
-
-    def _close(self, fd: int) -> None:
-        if fd >= 0:
-            os.close(fd)
+            self._done(self._open.popitem()[1])
 
 
 class Reader:
@@ -68,9 +56,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.nbytes_read = 0
-        self._files = Handles(partial(os.open, flags=os.O_RDONLY | os.O_CLOEXEC))
-        self._cold = Handles(direct.open_cold)
-        self._bounce = direct.Bounce()
+        self._files = Handles(handle, Handle.close)
         self._scratch = memoryview(b"")
 
     def __enter__(self) -> Self:
@@ -81,7 +67,6 @@ class Reader:
     ) -> None:
         with suppress(OSError):  # all that was asked for has been read
             self._files.close()
-            self._cold.close()
 
     def fill(self, view: memoryview, chunks: Iterable[Source]) -> None:
         """Read `chunks`, one after the other, into `view`, which is exactly as long."""
@@ -101,11 +86,12 @@ class Reader:
                         self._scratch = memoryview(bytearray(GATHER_NBYTES))
                     gather(part, chunk, self.read, self._scratch)
 
-    def read(self, view: memoryview, path: Path, start: int) -> None:
+    def read(self, view: memoryview, path: Location, start: int) -> None:
         """Fill `view` with the bytes of the file at `path` from `start`."""
         try:
-            got = self._read_cold(view, path, start) if len(view) >= direct.SMALLEST_READ else 0
-            while got < len(view) and (more := os.preadv(self._files[path], [view[got:]], start + got)):
+            file = self._files[path]
+            got = file.readinto(view, start)
+            while 0 < got < len(view) and (more := file.readinto(view[got:], start + got)):
                 got += more
         except OSError as error:
             raise UsageError(
@@ -119,21 +105,8 @@ class Reader:
             raise truncated(path, start + len(view), start + got)
         self.nbytes_read += got
 
-    def _read_cold(self, view: memoryview, path: Path, start: int) -> int:
-        """Past the page cache, where the file is not in it; what is missing then is read through it."""
-        fd = self._cold[path]
-        if fd < 0:
-            return 0
-        try:
-            return self._bounce.read(fd, view, start)
-        except OSError as error:
-            if not direct.refused(error):
-                raise
-            self._cold.refuse(path)
-            return 0
 
-
-def truncated(path: Path, need: int, have: int) -> CkptError:
+def truncated(path: Location, need: int, have: int) -> CkptError:
     """A source file that is shorter than its own headers say."""
     return CkptError(
         "source-truncated",

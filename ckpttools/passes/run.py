@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 from ckpttools.checksums import RangeCrcs, crc32
+from ckpttools.location import Location
 from ckpttools.passes import threads
 from ckpttools.passes.hashes import FileHash, Ranges
 from ckpttools.passes.looks import Look, Meetings, Side, look, side_by_side
@@ -45,14 +45,14 @@ class Passed:
     """What a pass found, in no particular order, and the digests that it was asked for."""
 
     results: list[Result] = field(default_factory=list)
-    digests: dict[Path, Digest] = field(default_factory=dict)
+    digests: dict[Location, Digest] = field(default_factory=dict)
 
 
 def run(
     tasks: Iterable[Task] = (),
     checks: Iterable[SourceCheck] = (),
     *,
-    hashes: Mapping[Path, Ranges] | None = None,
+    hashes: Mapping[Location, Ranges] | None = None,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> Passed:
@@ -82,7 +82,7 @@ class _Span(NamedTuple):
 class _Turns:
     """A file whose digests are taken: its units come one after the other."""
 
-    def __init__(self, path: Path, ranges: Ranges) -> None:
+    def __init__(self, path: Location, ranges: Ranges) -> None:
         self.hash = FileHash(size_of(path), ranges)
         self.changed = threading.Condition()
 
@@ -92,7 +92,7 @@ class _Pass:
         self,
         tasks: list[Task],
         checks: list[SourceCheck],
-        hashes: Mapping[Path, Ranges],
+        hashes: Mapping[Location, Ranges],
         progress: Progress | None,
     ) -> None:
         self.progress = progress
@@ -101,14 +101,14 @@ class _Pass:
         self.results: list[Result] = []
         self.meetings = Meetings()
         self.meetings.again += [task for task in tasks if isinstance(task, Twins) and not task.apart]
-        self.checks: dict[Path, list[SourceCheck]] = {}
+        self.checks: dict[Location, list[SourceCheck]] = {}
         for check in checks:
             self.checks.setdefault(check.source.path, []).append(check)
         self.crcs = {
             path: RangeCrcs([(c.source.start, c.source.end) for c in found])
             for path, found in self.checks.items()
         }
-        spans: dict[Path, list[_Span]] = {path: [] for path in hashes}
+        spans: dict[Location, list[_Span]] = {path: [] for path in hashes}
         for number, task in enumerate(tasks):
             for span in _spans(task, number):
                 spans.setdefault(span.source.path, []).append(span)
@@ -137,7 +137,7 @@ class _Pass:
                 active.append(units)
                 yield unit
 
-    def units_of(self, path: Path) -> Iterator[_Unit]:
+    def units_of(self, path: Location) -> Iterator[_Unit]:
         """Bytes of one file that lie together, at most a block of them."""
         start = end = 0
         looks: list[tuple[ByteRange, Look]] = []
@@ -233,7 +233,7 @@ def _spans(task: Task, number: int) -> Iterator[_Span]:
                 yield _Span(source, Side(pair, number, side, 0), step * items[side])
 
 
-def _pieces(path: Path, spans: list[_Span], size: int) -> Iterator[tuple[ByteRange, Look | None]]:
+def _pieces(path: Location, spans: list[_Span], size: int) -> Iterator[tuple[ByteRange, Look | None]]:
     """The spans of a file in order, cut to blocks; up to `size`, also what lies between them."""
     at = 0
     for source, what, step in sorted(spans, key=lambda span: span.source.start):
@@ -252,6 +252,6 @@ def _pieces(path: Path, spans: list[_Span], size: int) -> Iterator[tuple[ByteRan
     yield from _rest(path, at, size)
 
 
-def _rest(path: Path, start: int, end: int) -> Iterator[tuple[ByteRange, None]]:
+def _rest(path: Location, start: int, end: int) -> Iterator[tuple[ByteRange, None]]:
     for at in range(start, end, BLOCK_NBYTES):
         yield ByteRange(path, at, min(BLOCK_NBYTES, end - at)), None

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
+from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
 from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
 
@@ -107,7 +107,7 @@ def itemsizes(pair: Pair) -> tuple[int, int]:
 class NonFinite:
     """NaN or Inf in a block of a tensor; `byte` is where the first one lies in the file."""
 
-    path: Path
+    path: Location
     byte: int
     name: str
     nan: int
@@ -118,7 +118,7 @@ class NonFinite:
 class Negative:
     """Squares below zero."""
 
-    path: Path
+    path: Location
     name: str
     count: int
 
@@ -127,7 +127,7 @@ class Negative:
 class Wild:
     """Finite values beyond any sense."""
 
-    path: Path
+    path: Location
     name: str
     count: int
 
@@ -136,7 +136,7 @@ class Wild:
 class Hole:
     """Zeros in a mean of squares where the mean itself is not zero."""
 
-    path: Path
+    path: Location
     name: str
     count: int
 
@@ -145,7 +145,7 @@ class Hole:
 class Unlike:
     """Two copies of the same tensor that differ."""
 
-    path: Path
+    path: Location
     name: str
     twin: str
 
@@ -154,8 +154,8 @@ class Unlike:
 class Mismatch:
     """A model weight that is not its master weight, rounded. `element` counts within the parameter."""
 
-    master: Path
-    model: Path
+    master: Location
+    model: Location
     name: str
     element: int
     dtype: DType

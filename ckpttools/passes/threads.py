@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
+from contextvars import copy_context
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -41,7 +42,8 @@ def in_threads(count: int, work: Callable[[Iterable[T]], None], items: Iterable[
         finally:
             event.set()
 
-    threads = [threading.Thread(target=run, args=(event,)) for event in ended]
+    # each in a copy of the caller's context: which links may be followed holds in threads too
+    threads = [threading.Thread(target=copy_context().run, args=(run, event)) for event in ended]
     try:
         for thread in threads:
             thread.start()

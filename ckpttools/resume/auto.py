@@ -20,8 +20,9 @@ from pathlib import Path
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import locate, read
 from ckpttools.formats.tags import is_tag
+from ckpttools.location import Location
 from ckpttools.resume.report import AutoResume
-from ckpttools.stores.files import entries, is_file, is_folder, small_text
+from ckpttools.stores.files import entries, exists, is_file, is_folder, small_text, stat
 
 TRAINER = re.compile(r"checkpoint-(\d+)")
 PCDET = re.compile(r"checkpoint_epoch_\d+\.pth|latest_model\.pth")
@@ -30,21 +31,21 @@ STATE = re.compile(r"checkpoint_(\d+)")
 SHOWN = 12
 
 
-def auto_resume(folder: Path) -> tuple[AutoResume, ...]:
+def auto_resume(folder: Location) -> tuple[AutoResume, ...]:
     """What each framework whose checkpoints are here would take. () for a path that is no folder."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return ()
     rules = (_deepspeed, _mmengine, _trainer, _openpcdet, _lightning, _accelerate)
     return tuple(found for rule in rules for found in rule(folder))
 
 
-def _deepspeed(folder: Path) -> Iterator[AutoResume]:
+def _deepspeed(folder: Location) -> Iterator[AutoResume]:
     names = {e.name for e in entries(folder)}
     tags = [e.name for e in entries(folder) if is_folder(e) and is_tag(folder / e.name)]
     if "latest" in names:
         tag = small_text(folder / "latest", 4096).strip()
         path = folder / tag
-        problem = "" if path.is_dir() else "it is not there: loading fails"
+        problem = "" if is_folder(path) else "it is not there: loading fails"
         yield AutoResume(
             framework="DeepSpeed",
             path=path,
@@ -63,17 +64,17 @@ def _deepspeed(folder: Path) -> Iterator[AutoResume]:
         )
 
 
-def _mmengine(folder: Path) -> Iterator[AutoResume]:
+def _mmengine(folder: Location) -> Iterator[AutoResume]:
     names = [e.name for e in entries(folder)]
     if "last_checkpoint" not in names:
         return
     text = small_text(folder / "last_checkpoint", 4096).strip()
     named = Path(text)
-    if not named.is_absolute() and len(named.parts) == 1 and (folder / named).is_dir():
+    if not named.is_absolute() and len(named.parts) == 1 and is_folder(folder / named):
         return  # ckpt train's pointer: a name beside it
     problem = ""
-    if not named.exists():
-        beside = (folder / named.name).exists()
+    if not exists(named):
+        beside = exists(folder / named.name)
         problem = "it is not there: loading fails" + (
             f"; {escape(named.name)} lies beside the pointer, which was written elsewhere" if beside else ""
         )
@@ -81,14 +82,14 @@ def _mmengine(folder: Path) -> Iterator[AutoResume]:
         problem = "it is in another folder: the run was copied or moved, and would go on from the original"
     yield AutoResume(
         framework="MMEngine",
-        path=named if named.exists() else None,
+        path=named if exists(named) else None,
         why=f"last_checkpoint names {escape(text)}, which is taken word for word",
         problem=problem or _damage(named),
         found=_shown([n for n in names if n.endswith(".pth")]),
     )
 
 
-def _trainer(folder: Path) -> Iterator[AutoResume]:
+def _trainer(folder: Location) -> Iterator[AutoResume]:
     found = [e.name for e in entries(folder) if is_folder(e) and TRAINER.fullmatch(e.name)]
     if not found:
         return
@@ -108,12 +109,12 @@ def _trainer(folder: Path) -> Iterator[AutoResume]:
     )
 
 
-def _openpcdet(folder: Path) -> Iterator[AutoResume]:
-    place = folder / "ckpt" if (folder / "ckpt").is_dir() else folder
+def _openpcdet(folder: Location) -> Iterator[AutoResume]:
+    place = folder / "ckpt" if is_folder(folder / "ckpt") else folder
     files = [e for e in entries(place) if is_file(e) and e.name.endswith(".pth")]
     if not any(PCDET.fullmatch(e.name) for e in files):
         return
-    files.sort(key=lambda e: e.stat().st_mtime_ns)
+    files.sort(key=lambda e: stat(place / e.name).mtime_ns)
     newest = place / files[-1].name
     problem = _damage(newest)
     yield AutoResume(
@@ -125,12 +126,12 @@ def _openpcdet(folder: Path) -> Iterator[AutoResume]:
     )
 
 
-def _lightning(folder: Path) -> Iterator[AutoResume]:
-    place = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+def _lightning(folder: Location) -> Iterator[AutoResume]:
+    place = folder / "checkpoints" if is_folder(folder / "checkpoints") else folder
     files = [e for e in entries(place) if e.name.endswith(".ckpt")]
     if not files:
         return
-    last = sorted((e for e in files if LAST.fullmatch(e.name)), key=lambda e: e.stat().st_mtime_ns)
+    last = sorted((e for e in files if LAST.fullmatch(e.name)), key=lambda e: stat(place / e.name).mtime_ns)
     if not last:
         yield AutoResume(
             framework="Lightning",
@@ -150,8 +151,8 @@ def _lightning(folder: Path) -> Iterator[AutoResume]:
     )
 
 
-def _accelerate(folder: Path) -> Iterator[AutoResume]:
-    place = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+def _accelerate(folder: Location) -> Iterator[AutoResume]:
+    place = folder / "checkpoints" if is_folder(folder / "checkpoints") else folder
     found = [e.name for e in entries(place) if is_folder(e) and STATE.fullmatch(e.name)]
     if not found:
         return
@@ -173,7 +174,7 @@ def _shown(names: list[str]) -> tuple[str, ...]:
     return tuple(_by_number(names)[-SHOWN:])
 
 
-def _damage(path: Path) -> str:
+def _damage(path: Location) -> str:
     """What its headers show to be wrong with it."""
     try:
         read(locate(path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
@@ -13,6 +12,8 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, read
 from ckpttools.formats.torch import find_weights, strip
+from ckpttools.location import Location
+from ckpttools.stores.files import is_file, is_folder
 
 Shape = tuple[int, ...]
 
@@ -41,10 +42,10 @@ class Model:
     prefix: str = ""  # that DDP or torch.compile put before every name, and that was removed
 
 
-def read_model(path: Path) -> Model:
+def read_model(path: Location) -> Model:
     """The model of a folder or file. Raises CkptError where nothing in it tells names and shapes."""
-    config = path / "config.json" if path.is_dir() else None
-    settings = jsons.read(config) if config is not None and config.is_file() else None
+    config = path / "config.json" if is_folder(path) else None
+    settings = jsons.read(config) if config is not None and is_file(config) else None
     try:
         found = read(locate(path))
     except CkptError as error:
@@ -71,7 +72,7 @@ def prefix_of(checkpoint: Checkpoint) -> str:
     return strip(find_weights(file)[1])[1] if isinstance(file, TorchFile) else ""
 
 
-def of_config(settings: Mapping[str, object], where: Path) -> Model:
+def of_config(settings: Mapping[str, object], where: Location) -> Model:
     """The shapes of a transformers model from its config.json: the Llama and GPT-2 families."""
     kind = settings.get("model_type")
     shapes = {"llama": _llama, "mistral": _llama, "gpt2": _gpt2}.get(str(kind))
@@ -95,7 +96,7 @@ def of_config(settings: Mapping[str, object], where: Path) -> Model:
     )
 
 
-def _size(settings: Mapping[str, object], key: str, where: Path, default: object = None) -> int:
+def _size(settings: Mapping[str, object], key: str, where: Location, default: object = None) -> int:
     value = settings.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -103,7 +104,7 @@ def _size(settings: Mapping[str, object], key: str, where: Path, default: object
     return value
 
 
-def _llama(settings: Mapping[str, object], where: Path) -> dict[str, Shape]:
+def _llama(settings: Mapping[str, object], where: Location) -> dict[str, Shape]:
     hidden, vocab = _size(settings, "hidden_size", where), _size(settings, "vocab_size", where)
     inner, layers = _size(settings, "intermediate_size", where), _size(settings, "num_hidden_layers", where)
     heads = _size(settings, "num_attention_heads", where)
@@ -130,7 +131,7 @@ def _llama(settings: Mapping[str, object], where: Path) -> dict[str, Shape]:
     return out
 
 
-def _gpt2(settings: Mapping[str, object], where: Path) -> dict[str, Shape]:
+def _gpt2(settings: Mapping[str, object], where: Location) -> dict[str, Shape]:
     hidden, vocab = _size(settings, "n_embd", where), _size(settings, "vocab_size", where)
     layers, positions = _size(settings, "n_layer", where), _size(settings, "n_positions", where)
     inner = _size(settings, "n_inner", where, 4 * hidden)

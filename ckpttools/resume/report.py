@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, auto
-from pathlib import Path
 from typing import Literal
+
+from ckpttools.location import Location
 
 Class = Literal["safe", "careful", "impossible"]
 Problem = Literal["missing", "unexpected", "shape", "dtype"]  # missing in the checkpoint
@@ -161,7 +162,7 @@ class AutoResume:
     """What one framework's own rule would take in a folder; `path` is None where it finds nothing."""
 
     framework: str
-    path: Path | None
+    path: Location | None
     why: str
     problem: str = ""
     found: tuple[str, ...] = ()
@@ -183,7 +184,7 @@ class Rates:
 class Forecast:
     """Everything that is known before the job starts."""
 
-    path: Path
+    path: Location
     format: str
     step: int | None = None
     epoch: int | float | None = None

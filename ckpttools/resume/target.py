@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ckpttools import frameworks as training_of
 from ckpttools import runs
@@ -13,10 +12,12 @@ from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR, WARNING
 from ckpttools.formats import Source, locate, read
+from ckpttools.location import Location
 from ckpttools.resume import arguments, auto, deepspeed, trainers
 from ckpttools.resume.framework_rules import rule_of
 from ckpttools.resume.new_run import NewRun, real
 from ckpttools.resume.report import CAREFUL, SAFE, About, AutoResume, Check, Difference, Forecast, check
+from ckpttools.stores.files import is_file, is_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,22 +27,22 @@ class Target:
     `path` is what was asked about; `one` is one checkpoint, which `ckpt verify` understands.
     """
 
-    path: Path
-    one: Path
+    path: Location
+    one: Location
     source: Source
     saved: deepspeed.Saved | None
     auto_resume: tuple[AutoResume, ...] = ()
     further: Difference | None = None  # another checkpoint of the folder is further on
 
     @classmethod
-    def find(cls, path: Path, tag: str | None = None) -> Target:
+    def find(cls, path: Location, tag: str | None = None) -> Target:
         """Raises CkptError where a path means no checkpoint, or one that is damaged.
 
         In a run folder it is the one that an automatic resume takes.
         """
         one = path
         chosen: tuple[AutoResume, ...] = ()
-        if tag is None and path.is_dir():
+        if tag is None and is_folder(path):
             chosen = auto.auto_resume(path)
         try:
             source = locate(path, tag)
@@ -58,11 +59,11 @@ class Target:
         saved = deepspeed.read_saved(source.target) if deepspeed.is_engine(source.target) else None
         if saved is not None and tag is None:
             saved = replace(saved, place=one)
-        further = _further(path, {one, source.target}) if tag is None and path.is_dir() else None
+        further = _further(path, {one, source.target}) if tag is None and is_folder(path) else None
         return cls(path=path, one=one, source=source, saved=saved, auto_resume=chosen, further=further)
 
 
-def _further(folder: Path, taken: set[Path]) -> Difference | None:
+def _further(folder: Location, taken: set[Location]) -> Difference | None:
     """That the one which is taken is not the newest of its run, by what the checkpoints say themselves."""
     entries = runs.find(folder)
     own = next((entry for entry in entries if entry.path in taken), None)
@@ -127,7 +128,7 @@ def _driven(target: Target, run: NewRun, found: Forecast) -> Forecast:
     differences += [*trainers.batch(target.one, training, run), *trainers.settings(training, run)]
     epoch = found.epoch if found.epoch is not None else training.epoch
     state = target.source.root / "trainer_state.json"
-    if epoch is None and state.is_file():
+    if epoch is None and is_file(state):
         epoch = real(jsons.read(state, allow_nan=True).get("epoch"))
     own = target.saved.scheduler is not None or not training.schedules
     rule = rule_of(training)
@@ -187,11 +188,11 @@ ABSENT = frozenset(
 )  # fmt: skip
 
 
-def unreadable(path: Path, error: CkptError) -> Forecast:
+def unreadable(path: Location, error: CkptError) -> Forecast:
     """The forecast for a checkpoint that cannot even be read: it will not resume, and why."""
     line = Check(about="complete", ok=False, text=f"{error.message} [{error.id}]")
     hints = tuple(text for text in (error.why, error.hint) if text)
-    chosen = auto.auto_resume(path) if path.is_dir() else ()
+    chosen = auto.auto_resume(path) if is_folder(path) else ()
     return Forecast(
         path=path, format="unreadable", checks=(line,), notes=hints, damaged=True, auto_resume=chosen
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools import frameworks as training_of
 from ckpttools import schedules
@@ -18,6 +17,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats import Source, read
+from ckpttools.location import Location
 from ckpttools.resume.fit import fit, module
 from ckpttools.resume.framework_rules import Rule, rule_of, setting
 from ckpttools.resume.model import prefix_of, tensors_of
@@ -38,13 +38,13 @@ from ckpttools.resume.report import (
     Refusal,
     check,
 )
-from ckpttools.stores.files import entries
+from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.training import Training
 
 ANEW = "not forecast: the framework computes it from the new settings"
 
 
-def forecast(path: Path, source: Source, run: NewRun) -> Forecast:
+def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
     """What a framework other than DeepSpeed will do, as far as it can be told from files."""
     checkpoint = read(source)
     try:
@@ -127,7 +127,7 @@ def rates(training: Training | None) -> Rates:
 # --- batch, length, settings: of any framework --------------------------------------------------------
 
 
-def batch(path: Path, training: Training, run: NewRun) -> Iterator[Difference]:
+def batch(path: Location, training: Training, run: NewRun) -> Iterator[Difference]:
     """Another effective batch, and one of which that cannot be told."""
     said, rule = run.stated, rule_of(training)
     steps = said.accumulation
@@ -201,7 +201,7 @@ def planned(source: Source | None, training: Training, run: NewRun) -> int | Non
 
 def _trainer_state(source: Source | None) -> dict[str, object]:
     path = source.root / "trainer_state.json" if source is not None else None
-    return jsons.read(path, allow_nan=True) if path is not None and path.is_file() else {}
+    return jsons.read(path, allow_nan=True) if path is not None and is_file(path) else {}
 
 
 def length(source: Source, training: Training, run: NewRun) -> Iterator[Difference]:
@@ -291,7 +291,7 @@ def _parts(source: Source, training: Training, rule: Rule) -> Iterator[Differenc
             refusal=refusal if rule.needs_optimizer else None,
         )
     yield from unsaved_schedule(training)
-    if training.framework in ("hf-trainer", "accelerate") and source.target.is_dir():
+    if training.framework in ("hf-trainer", "accelerate") and is_folder(source.target):
         yield from _trainer_parts(source, training)
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from ckpttools.checks.verdict import Verdict
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR
+from ckpttools.location import Location, below
 from ckpttools.runs.find import Entry, common, runs
 from ckpttools.runs.order import numbers, shape
-from ckpttools.stores.files import entries, small_text
+from ckpttools.stores.files import entries, exists, small_text
 
 POINTERS = ("last_checkpoint", "latest")
 
@@ -29,13 +30,13 @@ class Choice:
     `notes` say where modification time, names, counters and pointers disagree.
     """
 
-    path: Path
+    path: Location
     why: str
-    passed_over: tuple[tuple[Path, str], ...] = ()
+    passed_over: tuple[tuple[Location, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def newest(folder: Path) -> Choice:
+def newest(folder: Location) -> Choice:
     """The checkpoint that a resume would take, in a run's folder or anywhere below.
 
     Raises CkptError where a pointer leads nowhere, UsageError where there is no checkpoint.
@@ -43,7 +44,7 @@ def newest(folder: Path) -> Choice:
     return choice(runs(folder), folder)
 
 
-def choice(found: list[list[Entry]], folder: Path) -> Choice:
+def choice(found: list[list[Entry]], folder: Location) -> Choice:
     """The same for a folder whose runs are known. Raises as `newest` does."""
     run = found[0][0].run if found else folder
     among = _among(found, folder)
@@ -60,12 +61,12 @@ def choice(found: list[list[Entry]], folder: Path) -> Choice:
     return replace(_furthest(found[0]), notes=(*among, *_disagreements(found[0])))
 
 
-def newest_verified(folder: Path, verify: Callable[[Path], Verdict]) -> Choice:
+def newest_verified(folder: Location, verify: Callable[[Location], Verdict]) -> Choice:
     """The newest checkpoint that passes `verify`, and what is wrong with the newer ones."""
     found = runs(folder)
     if not found:
         raise nothing(folder)
-    passed: list[tuple[Path, str]] = []
+    passed: list[tuple[Location, str]] = []
     candidates = found[0] if any(_could(entry) for entry in found[0]) else []
     for entry in found[0]:
         if candidates and entry.problem is None and entry.resumes is False:
@@ -146,7 +147,7 @@ def _disagreements(found: list[Entry]) -> Iterator[str]:
         yield "they state no counter in common: compared by their names and modification times"
 
 
-def _behind(path: Path, found: list[Entry]) -> Iterator[str]:
+def _behind(path: Location, found: list[Entry]) -> Iterator[str]:
     """What a pointer's reader should know: it names one that is not the furthest, or cannot resume."""
     named = next((entry for entry in found if entry.path == path), None)
     if named is None:
@@ -161,7 +162,7 @@ def _behind(path: Path, found: list[Entry]) -> Iterator[str]:
         )
 
 
-def _pointers(place: Path) -> Iterator[str]:
+def _pointers(place: Location) -> Iterator[str]:
     """Two pointers that name different checkpoints."""
     names = {entry.name for entry in entries(place)}
     if all(name in names for name in POINTERS):
@@ -170,22 +171,22 @@ def _pointers(place: Path) -> Iterator[str]:
             yield f"{POINTERS[0]} names {escape(first)}, {POINTERS[1]} names {escape(second)}"
 
 
-def _among(found: list[list[Entry]], folder: Path) -> tuple[str, ...]:
+def _among(found: list[list[Entry]], folder: Location) -> tuple[str, ...]:
     """That several runs lie below, whose counters do not compare."""
     if len(found) < 2:
         return ()
     taken = found[0]
     last = max(found, key=lambda run: max(entry.time for entry in run))
-    name = escape(taken[0].run.relative_to(folder))
+    name = escape(below(taken[0].run, folder))
     notes = [f"{len(found)} runs are below; {name} is taken, the newest by "]
     if last is taken:
         notes[0] += "modification time"
     else:
-        notes[0] += f"its name, though {escape(last[0].run.relative_to(folder))} was written later"
+        notes[0] += f"its name, though {escape(below(last[0].run, folder))} was written later"
     return tuple(notes)
 
 
-def _problem(path: Path, verify: Callable[[Path], Verdict]) -> str | None:
+def _problem(path: Location, verify: Callable[[Location], Verdict]) -> str | None:
     try:
         verdict = verify(path)
     except CkptError as error:
@@ -194,7 +195,7 @@ def _problem(path: Path, verify: Callable[[Path], Verdict]) -> str | None:
     return f"{bad[0].message} [{bad[0].id}]" if bad else None
 
 
-def nothing(folder: Path) -> CkptError:
+def nothing(folder: Location) -> CkptError:
     return UsageError(
         "no-checkpoints",
         "the folder holds no checkpoints",
@@ -204,10 +205,10 @@ def nothing(folder: Path) -> CkptError:
     )
 
 
-def _pointed(folder: Path, name: str) -> Choice:
+def _pointed(folder: Location, name: str) -> Choice:
     text = small_text(folder / name, 4096).strip()
     for path, how in _readings(folder, text):
-        if path.exists():
+        if exists(path):
             return Choice(path=path, why=f"{name} names {escape(text)}{how}")
     raise CkptError(
         "pointer-dangling",
@@ -218,7 +219,7 @@ def _pointed(folder: Path, name: str) -> Choice:
     )
 
 
-def _readings(folder: Path, text: str) -> Iterator[tuple[Path, str]]:
+def _readings(folder: Location, text: str) -> Iterator[tuple[Location, str]]:
     """What a pointer's text can mean: a name beside it, or a path whose last part lies beside it."""
     base = PurePath(text).name
     if base and base not in (".", "..") and base.isprintable():

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint, TrainState
@@ -22,9 +21,10 @@ from ckpttools.formats.hf import SHARD, holds
 from ckpttools.formats.locate import checkpoints, holds_one
 from ckpttools.formats.tags import is_tag
 from ckpttools.frameworks import accelerate, huggingface
+from ckpttools.location import Location, below
 from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
-from ckpttools.stores.files import entries, is_folder
+from ckpttools.stores.files import entries, is_file, is_folder, stat
 from ckpttools.stores.links import within
 
 MAX_DEPTH = 8
@@ -47,8 +47,8 @@ class Entry:
     cannot be read or resumed from, or is not finished: its counters may then be unknown.
     """
 
-    path: Path
-    run: Path
+    path: Location
+    run: Location
     format: str | None
     state: TrainState
     resumes: bool | None
@@ -71,7 +71,7 @@ class Entry:
         return f"{known} {self.count(known)}" if known else ""
 
 
-def find(folder: Path) -> tuple[Entry, ...]:
+def find(folder: Location) -> tuple[Entry, ...]:
     """Every checkpoint below a folder, newest first, run by run; ckpt's own copies are left out.
 
     Raises UsageError where the folder itself cannot be listed.
@@ -79,7 +79,7 @@ def find(folder: Path) -> tuple[Entry, ...]:
     return tuple(entry for run in runs(folder) for entry in run)
 
 
-def paths(folder: Path) -> tuple[Path, ...]:
+def paths(folder: Location) -> tuple[Location, ...]:
     """Where the checkpoints below a folder are, in no order, none of them read.
 
     Raises UsageError where the folder itself cannot be listed.
@@ -91,7 +91,7 @@ def paths(folder: Path) -> tuple[Path, ...]:
         return tuple(path for _, found in _runs(folder, MAX_DEPTH) for path in found)
 
 
-def runs(folder: Path) -> list[list[Entry]]:
+def runs(folder: Location) -> list[list[Entry]]:
     """The same by run: the newest run first, by its number where they are named alike, else by time."""
     entries(folder)  # raises where it cannot be listed
     with within(folder):
@@ -99,7 +99,7 @@ def runs(folder: Path) -> list[list[Entry]]:
             return [[_entry(folder, folder)]]
         found = [ordered([_entry(path, run) for path in paths]) for run, paths in _runs(folder, MAX_DEPTH)]
     keyed = {run[0].run: run for run in found}
-    names = {run: run.relative_to(folder).as_posix() if run != folder else "" for run in keyed}
+    names = {run: below(run, folder) if run != folder else "" for run in keyed}
     order = newest_first(
         list(keyed),
         count=lambda run: None,
@@ -109,7 +109,7 @@ def runs(folder: Path) -> list[list[Entry]]:
     return [keyed[run] for run in order]
 
 
-def grouped(folder: Path) -> list[list[Entry]]:
+def grouped(folder: Location) -> list[list[Entry]]:
     """The same, with DeepSpeed's save folder of one tag as the run that it is: it has no other checkpoint."""
     out: list[list[Entry]] = []
     for run in runs(folder):
@@ -119,9 +119,9 @@ def grouped(folder: Path) -> list[list[Entry]]:
     return out
 
 
-def _is_run(path: Path) -> bool:
+def _is_run(path: Location) -> bool:
     try:
-        return path.is_dir() and any(e.name == "latest" for e in entries(path)) and not _whole(path)
+        return is_folder(path) and any(e.name == "latest" for e in entries(path)) and not _whole(path)
     except CkptError:
         return True
 
@@ -146,7 +146,7 @@ def _key(counter: str | None, entry: Entry) -> tuple[float, ...] | None:
     return None if value is None else (value, entry.resumes is not False)
 
 
-def _runs(folder: Path, depth: int) -> Iterator[tuple[Path, list[Path]]]:
+def _runs(folder: Location, depth: int) -> Iterator[tuple[Location, list[Location]]]:
     """The folders below that directly hold checkpoints, each with their paths."""
     try:
         listed = entries(folder)
@@ -164,7 +164,7 @@ def _runs(folder: Path, depth: int) -> Iterator[tuple[Path, list[Path]]]:
             yield from _runs(path, depth - 1)
 
 
-def _whole(path: Path) -> bool:
+def _whole(path: Location) -> bool:
     """Whether the folder is one checkpoint: DeepSpeed's save folder is not, unless a framework's files are in
     it (the Trainer's, accelerate's), or it is Lightning's."""
     names = {entry.name for entry in entries(path)}
@@ -173,10 +173,10 @@ def _whole(path: Path) -> bool:
     return path.suffix == ".ckpt" or huggingface.is_trainer(path) or accelerate.is_accelerate(path)
 
 
-def _several(path: Path) -> bool:
+def _several(path: Location) -> bool:
     """Whether a folder is DeepSpeed's save folder with more than one tag in it, or the Trainer's output
     folder: the model that `save_model` left there at the end, beside checkpoint-N/."""
-    if not path.is_dir():
+    if not is_folder(path):
         return False
     if _whole(path):
         return any(NUMBERED.fullmatch(e.name) and is_folder(e) for e in entries(path)) and holds(
@@ -185,11 +185,11 @@ def _several(path: Path) -> bool:
     return sum(is_folder(e) and is_tag(path / e.name) for e in entries(path)) > 1
 
 
-def _entry(path: Path, run: Path) -> Entry:
+def _entry(path: Location, run: Location) -> Entry:
     time, nbytes = extent(path)
     make = partial(Entry, path=path, run=run, time=time, nbytes=nbytes)
     try:
-        if UNFINISHED.fullmatch(path.name) or (path / UNFINISHED_FILE).is_file():
+        if UNFINISHED.fullmatch(path.name) or is_file(path / UNFINISHED_FILE):
             raise CkptError(
                 "save-unfinished",
                 "the save was not finished",
@@ -232,23 +232,23 @@ def _model(checkpoint: Checkpoint) -> int | None:
     return hash(frozenset(found.items()))
 
 
-def extent(path: Path) -> tuple[int, int]:
+def extent(path: Location) -> tuple[int, int]:
     """When its newest file was written, in ns, and the bytes of all: a folder's own time also changes with
     what is put beside."""
     try:
-        if not path.is_dir():
-            found = path.stat()
-            return found.st_mtime_ns, found.st_size
+        if not is_folder(path):
+            found = stat(path)
+            return found.mtime_ns, found.size
         time = nbytes = deeper = 0
         for entry in entries(path):
             if is_ours(entry.name):
                 continue
-            if entry.is_file():
-                found = entry.stat()
-                time, nbytes = max(time, found.st_mtime_ns), nbytes + found.st_size
-            elif entry.is_dir() and not entry.is_symlink():
+            if is_file(entry):
+                found = stat(path / entry.name)
+                time, nbytes = max(time, found.mtime_ns), nbytes + found.size
+            elif is_folder(entry) and not entry.is_symlink():
                 below, more = extent(path / entry.name)
                 deeper, nbytes = max(deeper, below), nbytes + more
-        return time or deeper or path.stat().st_mtime_ns, nbytes
+        return time or deeper or stat(path).mtime_ns, nbytes
     except (OSError, CkptError):
         return 0, 0

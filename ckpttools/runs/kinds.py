@@ -15,6 +15,7 @@ import re
 from typing import Literal
 
 from ckpttools.runs.find import Entry
+from ckpttools.stores.files import is_folder
 
 Kind = Literal["step", "epoch", "best", "final"]
 
@@ -46,7 +47,7 @@ def kind(entry: Entry) -> Kind | None:
         return "step"
     if state.epoch is not None and state.step is None and state.iteration is None:
         return "epoch"  # timm counts epochs alone
-    return "step" if entry.path.is_dir() else None
+    return "step" if is_folder(entry.path) else None
 
 
 def series(entry: Entry) -> str | None:

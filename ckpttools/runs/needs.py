@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
+from ckpttools.location import Location
 from ckpttools.runs.find import Entry
 from ckpttools.siblings import GONE, PIN
 from ckpttools.stores.files import entries, is_file, small_text
@@ -66,7 +67,7 @@ def _link(path: Path) -> Iterator[tuple[Path, Path]]:
             return
 
 
-def _stated(path: Path, key: str) -> str | None:
+def _stated(path: Location, key: str) -> str | None:
     try:
         found = jsons.read(path, allow_nan=True).get(key)
     except CkptError:
@@ -77,7 +78,7 @@ def _stated(path: Path, key: str) -> str | None:
 def trainers_best(run: Sequence[Entry]) -> str | None:
     """What the newest checkpoint of a run, given newest first, says is the best: an older one does not know
     the later ones."""
-    newest = next((e.path / STATE for e in run if e.problem is None and (e.path / STATE).is_file()), None)
+    newest = next((e.path / STATE for e in run if e.problem is None and is_file(e.path / STATE)), None)
     return _stated(newest, "best_model_checkpoint") if newest is not None else None
 
 
@@ -94,7 +95,7 @@ def needed(path: Path, found: Around) -> str | None:
     return None
 
 
-def names(stated: str, path: Path) -> bool:
+def names(stated: str, path: Location) -> bool:
     """Whether a path that a file states can mean this checkpoint, or something in it."""
     return path.name in PurePath(stated).parts
 

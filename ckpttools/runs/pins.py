@@ -9,13 +9,13 @@ in it. That the file is there is enough: one that cannot be read keeps its check
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
+from ckpttools.location import Location, Stored
 from ckpttools.siblings import pin_place
+from ckpttools.stores.files import exists, is_link
 
 FORMAT, VERSION = "ckpttools-pin", 1
 
@@ -24,7 +24,7 @@ FORMAT, VERSION = "ckpttools-pin", 1
 class Pin:
     """`when` is UTC, as ISO 8601 has it; None where the file does not say."""
 
-    path: Path
+    path: Location
     who: str | None = None
     when: str | None = None
     reason: str | None = None
@@ -41,10 +41,12 @@ def dump(pin: Pin) -> bytes:
     return json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=1).encode() + b"\n"
 
 
-def of(path: Path) -> Pin | None:
+def of(path: Location) -> Pin | None:
     """The pin on exactly this path."""
+    if isinstance(path, Stored):
+        return None  # nothing is deleted there
     place = pin_place(path)
-    if not os.path.lexists(place):
+    if not (exists(place) or is_link(place)):
         return None
     try:
         values = jsons.read(place)
@@ -54,7 +56,7 @@ def of(path: Path) -> Pin | None:
     return Pin(path=path, **said)
 
 
-def above(path: Path, top: Path) -> Pin | None:
+def above(path: Location, top: Location) -> Pin | None:
     """The pin on a path, or on a folder that it lies in, up to `top`."""
     path, top = path.resolve(), top.resolve()
     for place in (path, *path.parents):

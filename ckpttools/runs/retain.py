@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ckpttools.errors import UsageError, escape
 from ckpttools.runs.find import COUNTERS, Entry
 from ckpttools.runs.kinds import kind, series
+from ckpttools.stores.files import is_link
 
 VAL = ("val_loss", "eval_loss", "val/loss", "validation_loss", "valid_loss")
 # what is better when it is less; the direction of any other must be said
@@ -95,7 +96,7 @@ def decide(
             _keep_points(found[at], policy, now, reasons[at])
     for at, entry in enumerate(found):
         own = series(entry)
-        if entry.path.is_symlink():
+        if is_link(entry.path):
             reasons[at].append("it is a link")
         elif own is None:
             reasons[at].append("it is none of a series")
@@ -120,7 +121,7 @@ def _groups(found: Sequence[Entry], per_kind: bool) -> dict[Hashable, list[int]]
     groups: dict[Hashable, list[int]] = {}
     for at, entry in enumerate(found):
         stem = series(entry)
-        if stem is not None and entry.problem is None and not entry.path.is_symlink():
+        if stem is not None and entry.problem is None and not is_link(entry.path):
             key = (stem, entry.resumes, entry.model, kind(entry) if per_kind else None)
             groups.setdefault(key, []).append(at)
     return groups

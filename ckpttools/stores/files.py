@@ -1,19 +1,24 @@
-"""Opening files of a checkpoint: regular files only, every read checked, no link followed out of it."""
+"""What is at a place, and what it holds: every look and every read of ckpttools, checked.
+
+A place is a `Location`: a path of this machine, or a key in another store.
+"""
 
 from __future__ import annotations
 
-import os
-import stat
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from errno import EBADF, ELOOP, ENOENT, ENOTDIR
+from pathlib import Path, PurePath
 
 from ckpttools.errors import CkptError, UsageError, escape
-from ckpttools.stores.links import refuse_outside
+from ckpttools.location import Entry, Handle, Location, NotAFile, Stat, Store, Stored
+from ckpttools.stores.disk import DISK
 from ckpttools.tensors import ByteRange
 
 LFS_MAGIC = b"version https://git-lfs"
 MAX_ENTRIES = 100_000
+_URL = re.compile(r"([a-z][a-z0-9+.-]*):/+", re.IGNORECASE)
 
 
 class File:
@@ -22,16 +27,16 @@ class File:
     `base` is where it begins in the file at `path`; all other offsets count from there.
     """
 
-    __slots__ = ("_fd", "base", "path", "size")
+    __slots__ = ("_handle", "base", "path", "size")
 
-    def __init__(self, path: Path, fd: int, size: int, base: int = 0) -> None:
-        self.path, self._fd, self.size, self.base = path, fd, size, base
+    def __init__(self, path: Location, handle: Handle, size: int, base: int = 0) -> None:
+        self.path, self._handle, self.size, self.base = path, handle, size, base
 
     def window(self, start: int, nbytes: int) -> File:
         """The file that lies in these bytes; raises CkptError where this one is shorter."""
         if start < 0 or nbytes < 0 or start + nbytes > self.size:
             raise truncated(self.path, f"bytes {start} to {start + nbytes} of {self.size}")
-        return File(self.path, self._fd, nbytes, self.base + start)
+        return File(self.path, self._handle, nbytes, self.base + start)
 
     def range(self, start: int, nbytes: int) -> ByteRange:
         """Bytes of this file as a range of the whole file at `path`."""
@@ -44,7 +49,7 @@ class File:
         parts: list[bytes] = []
         while nbytes:
             try:
-                part = os.pread(self._fd, nbytes, self.base + start)
+                part = self._handle.read(self.base + start, nbytes)
             except OSError as error:
                 raise CkptError(
                     "read-error",
@@ -65,7 +70,7 @@ class File:
         return self.read(0, min(nbytes, self.size))
 
 
-def truncated(path: Path, detail: str) -> CkptError:
+def truncated(path: Location, detail: str) -> CkptError:
     return CkptError(
         "file-truncated",
         f"the file is shorter than its own structure says: {detail}",
@@ -76,33 +81,13 @@ def truncated(path: Path, detail: str) -> CkptError:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[File]:
+def opened(path: Location, *, known: bool = False) -> Iterator[File]:
     """Open a regular file. Devices, pipes, folders, empty files and git-lfs pointers are refused, and links
-    that lead out of the checkpoint.
+    that lead out of the checkpoint, unless the file is `known`: a range of it was made when it was opened.
     """
-    refuse_outside(path)
+    handle = _open(path, known)
     try:
-        # O_NONBLOCK: opening a named pipe must not wait for a writer
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise UsageError("not-found", "there is no such file", where=path, hint="check the path") from None
-    except PermissionError:
-        raise UsageError(
-            "no-permission", "the file may not be read", where=path, hint="ask its owner for read permission"
-        ) from None
-    except (OSError, ValueError) as error:  # a loop of links, a socket, a name that is too long
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError("not-readable", f"cannot be opened: {escape(reason)}", where=path) from None
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise CkptError(
-                "not-a-file",
-                "not a regular file",
-                where=path,
-                why="a checkpoint is made of regular files; devices and pipes are never read",
-            )
-        file = File(path, fd, info.st_size)
+        file = File(path, handle, handle.size)
         if file.size == 0:
             raise CkptError(
                 "file-empty",
@@ -121,18 +106,52 @@ def opened(path: Path) -> Iterator[File]:
             )
         yield file
     finally:
-        os.close(fd)
+        handle.close()
 
 
-def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """The entries of a folder, sorted by name. Raises UsageError where it cannot be listed."""
-    found: list[os.DirEntry[str]] = []
+def _open(path: Location, known: bool) -> Handle:
+    store, key = _at(path)
     try:
-        with os.scandir(folder) as scan:
-            for entry in scan:
-                found.append(entry)
-                if len(found) > MAX_ENTRIES:
-                    raise UsageError("too-many-files", f"more than {MAX_ENTRIES} entries", where=folder)
+        return store.open(key, known=known)
+    except FileNotFoundError:
+        raise UsageError("not-found", "there is no such file", where=path, hint="check the path") from None
+    except PermissionError:
+        raise UsageError(
+            "no-permission", "the file may not be read", where=path, hint="ask its owner for read permission"
+        ) from None
+    except NotAFile:
+        raise CkptError(
+            "not-a-file",
+            "not a regular file",
+            where=path,
+            why="a checkpoint is made of regular files; devices and pipes are never read",
+        ) from None
+    except (OSError, ValueError) as error:  # a loop of links, a socket, a name that is too long
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError("not-readable", f"cannot be opened: {escape(reason)}", where=path) from None
+
+
+def handle(path: Location) -> Handle:
+    """A known file, for whoever reads ranges of it. Raises OSError."""
+    store, key = _at(path)
+    return store.open(key, known=True)
+
+
+def bytes_of(source: ByteRange) -> bytes:
+    """The bytes of a range. Raises CkptError where they cannot be read."""
+    with opened(source.path, known=True) as file:
+        return file.read(source.start, source.nbytes)
+
+
+def entries(folder: Location) -> list[Entry]:
+    """The entries of a folder, sorted by name. Raises UsageError where it cannot be listed."""
+    store, key = _at(folder)
+    found: list[Entry] = []
+    try:
+        for entry in store.list(key):
+            found.append(entry)
+            if len(found) > MAX_ENTRIES:
+                raise UsageError("too-many-files", f"more than {MAX_ENTRIES} entries", where=folder)
     except PermissionError:
         raise UsageError(
             "no-permission",
@@ -150,23 +169,51 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(found, key=lambda entry: entry.name)
 
 
-def is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a regular file or a link to one; a link that leads in circles is not."""
+def stat(path: Location) -> Stat:
+    """What is at a place, links followed. Raises OSError, or ValueError for what is no name at all."""
+    store, key = _at(path)
+    return store.stat(key)
+
+
+def _kind(path: Location) -> str | None:
     try:
-        return entry.is_file()
+        return stat(path).kind
+    except ValueError:
+        return None
+    except OSError as error:
+        if error.errno in (ENOENT, ENOTDIR, EBADF, ELOOP):
+            return None
+        raise
+
+
+def exists(path: Location) -> bool:
+    """Whether something is there, links followed. Raises OSError where nobody can say."""
+    return _kind(path) is not None
+
+
+def is_file(at: Location | Entry) -> bool:
+    """Whether there is a regular file or a link to one. Raises OSError where nobody can say; of an entry,
+    a link that leads in circles is none.
+    """
+    if isinstance(at, PurePath | Stored):
+        return _kind(at) == "file"
+    try:
+        return at.is_file()
     except OSError:
         return False
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(at: Location | Entry) -> bool:
     """The same for folders."""
+    if isinstance(at, PurePath | Stored):
+        return _kind(at) == "folder"
     try:
-        return entry.is_dir()
+        return at.is_dir()
     except OSError:
         return False
 
 
-def small_text(path: Path, limit: int) -> str:
+def small_text(path: Location, limit: int) -> str:
     """A text file of at most `limit` bytes, such as `latest`."""
     with opened(path) as file:
         if file.size > limit:
@@ -180,7 +227,7 @@ def small_text(path: Path, limit: int) -> str:
         raise CkptError("text-damaged", "the file is not UTF-8 text", where=path) from None
 
 
-def plain_name(name: str, where: Path) -> str:
+def plain_name(name: str, where: Location) -> str:
     """A file name that came out of a file: a plain base name, or CkptError."""
     if (
         not name
@@ -197,7 +244,52 @@ def plain_name(name: str, where: Path) -> str:
     return name
 
 
-def size_of(path: Path) -> int:
-    """The size of a file that is going to be read or copied."""
-    refuse_outside(path)
-    return path.stat().st_size
+def is_link(path: Location) -> bool:
+    """Whether a path is itself a symbolic link, wherever it leads."""
+    try:
+        return isinstance(path, Path) and path.is_symlink()
+    except (OSError, ValueError):
+        return False
+
+
+def named(text: str | Location) -> Location:
+    """What a user named: a path, or a place in a store. Raises UsageError for a kind of store that is not
+    known.
+    """
+    if isinstance(text, str):
+        if match := _URL.match(text):
+            raise _unknown(text, match[1])
+        return Path(text)
+    return text
+
+
+def _unknown(text: str, scheme: str) -> UsageError:
+    return UsageError(
+        "store-unknown",
+        f"{scheme}:// is not a kind of place that ckpt reads from",
+        where=text,
+        hint="copy the checkpoint to a disk first",
+    )
+
+
+def local(path: Location) -> Path:
+    """The path of a place that is written to or beside. Raises UsageError for one in another store."""
+    if isinstance(path, Stored):
+        raise UsageError(
+            "not-local", "nothing is written there", where=path, hint="name a folder of this machine"
+        )
+    return path
+
+
+def size_of(path: Location) -> int:
+    """The size of a file that is going to be read or copied. Raises CkptError where it may not be, OSError
+    where it cannot.
+    """
+    store, key = _at(path)
+    store.admit(key)
+    return store.stat(key).size
+
+
+def _at(path: Location) -> tuple[Store, str]:
+    """The store of a place, and the place in it."""
+    return (path.store, str(path.key)) if isinstance(path, Stored) else (DISK, str(path))

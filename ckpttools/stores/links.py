@@ -9,8 +9,9 @@ Hugging Face's cache keeps each file once and links to it (`huggingface_hub`, fi
     models--ORG--NAME/blobs/HASH
     models--ORG--NAME/snapshots/REVISION/NAME -> ../../blobs/HASH     deeper for names with folders
 
-Which checkpoint is being read, and whether the user wants every link followed, is known to the caller and
-needed where files are opened; `within` and `followed` carry it there, for the current thread.
+A file may be read where it lies in the folder that its path names. What more belongs to the checkpoint, and
+whether the user wants every link followed, only the caller knows: `within` and `followed` carry it to where
+files are opened, in this context and the threads that `in_threads` starts. Who forgets them is refused more.
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from ckpttools.errors import CkptError, escape
+from ckpttools.location import Location, Stored
 
-_places: ContextVar[tuple[str, ...]] = ContextVar("places", default=())
+_places: ContextVar[tuple[str, ...] | None] = ContextVar("places", default=None)
 _follow: ContextVar[bool] = ContextVar("follow", default=False)
 
 
 @contextmanager
-def within(path: Path) -> Iterator[None]:
-    """Files opened meanwhile by this thread belong to the checkpoint at `path`.
+def within(path: Location) -> Iterator[None]:
+    """Files opened meanwhile belong to the checkpoint at `path`, which the user named.
 
-    For a single file, what lies beside it may be read too.
+    For a single file, what lies beside it may be read too. Other stores have no links.
     """
+    if isinstance(path, Stored):
+        yield
+        return
     real = _real(path)
-    places = () if real is None else (real,) if path.is_dir() else (real, _real(path.parent) or real)
+    places = None if real is None else (real,) if path.is_dir() else (real, _real(path.parent) or real)
     token = _places.set(places)
     try:
         yield
@@ -42,8 +47,8 @@ def within(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def inside(path: Path) -> Iterator[None]:
-    """`within`, unless a caller has said already what is read: a reader called alone guards itself."""
+def inside(path: Location) -> Iterator[None]:
+    """`within`, unless a caller has said already what is read: for readers of folders in folders."""
     if _places.get():
         yield
         return
@@ -61,20 +66,20 @@ def followed() -> Iterator[None]:
         _follow.reset(token)
 
 
-def leads_out(path: Path) -> bool:
+def leads_out(path: Location) -> bool:
     """Whether the file or folder at `path` really lies outside of the checkpoint that is being read."""
-    places = _places.get()
-    if not places or _follow.get():
+    if isinstance(path, Stored) or _follow.get():
         return False
     real = _real(path)
     if real is None:  # opening it will say what is wrong
         return False
+    places = _places.get() or (_real(path.parent) or "",)
     return not any(_below(real, place) for place in places) and not _is_blob(path, real)
 
 
-def refuse_outside(path: Path) -> None:
+def refuse_outside(path: Location) -> None:
     """Raise CkptError where the path leads out of the checkpoint."""
-    if leads_out(path):
+    if not isinstance(path, Stored) and leads_out(path):
         raise CkptError(
             "link-outside",
             f"a symbolic link leads out of the checkpoint, to {escape(_real(path) or '', 500)}",

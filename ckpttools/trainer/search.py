@@ -13,6 +13,7 @@ from ckpttools import runs
 from ckpttools.checks import verify
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import Finding, errors, of_error
+from ckpttools.stores.files import local
 from ckpttools.trainer import folders
 
 SHOWN = 8  # names of checkpoints, before the rest is only counted
@@ -55,10 +56,10 @@ def newest_first(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     try:
-        taken = [runs.newest(folder).path]
+        taken = [local(runs.newest(folder).path)]
     except CkptError:  # a pointer that leads nowhere, or nothing at all: what is there counts
         taken = []
-    paths = [*taken, *(entry.path for entry in runs.find(folder))]
+    paths = [*taken, *(local(entry.path) for entry in runs.find(folder))]
     return list(dict.fromkeys(tag for path in paths if (tag := folders.tag_of(path)) is not None))
 
 

@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.errors import Unsupported, UsageError, escape
+from ckpttools.location import Location
 
 MAX_RANKS = 65_536
 DATALOADER = "dataloader"  # torchtitan: {dp_rank_R: the position of rank R}
@@ -44,7 +44,7 @@ def reshard(checkpoint: Checkpoint, dp_degree: int, mesh: Sequence[int] = ()) ->
     return replace(checkpoint.layout, dp_degree=dp_degree)
 
 
-def check_ranks(ranks: int, where: str | Path = "") -> None:
+def check_ranks(ranks: int, where: str | Location = "") -> None:
     """Raises UsageError for a number of ranks that makes no sense."""
     if not 1 <= ranks <= MAX_RANKS:
         raise UsageError(

@@ -11,7 +11,7 @@ from commands import run
 from support import FIXTURES
 
 from ckpttools.errors import CkptError
-from ckpttools.formats import dcp, open_checkpoint, zero
+from ckpttools.formats import dcp, hf, open_checkpoint, zero
 
 NEWEST = FIXTURES / "deepspeed-0.19.8"
 
@@ -38,8 +38,10 @@ def test_shapes_in_a_tuple_are_read_and_written_alike(tmp_path: Path) -> None:
     [
         (zero.read, NEWEST / "z2_groups_ws2", "mp_rank_00_model_states.pt"),
         (dcp.read, FIXTURES / "dcp/fsdp2_ws2", "__0_0.distcp"),
+        (hf.read, FIXTURES / "hf/sharded", "model-00001-of-00002.safetensors"),
+        (hf.read, FIXTURES / "hf/single", "model.safetensors"),
     ],
-    ids=["zero", "dcp"],
+    ids=["zero", "dcp", "hf", "hf single"],
 )
 def test_a_reader_called_alone_follows_no_link_out(
     read: object, sample: Path, file: str, tmp_path: Path

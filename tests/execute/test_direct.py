@@ -15,9 +15,9 @@ import pytest
 
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.execute import execute
-from ckpttools.passes import direct
 from ckpttools.passes.read import Reader
 from ckpttools.plan import Cast, Crc32, Literal, OutputFile, Plan, Segment, SourceCheck
+from ckpttools.stores import direct
 from ckpttools.tensors import BFLOAT16, FLOAT32, ByteRange, Strided
 
 SIZE = 17 * 1024 * 1024 + 123  # not a whole block, over the smallest file

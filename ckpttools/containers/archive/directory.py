@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 
 from ckpttools.containers.archive.layout import (
     BIG,
@@ -19,10 +18,11 @@ from ckpttools.containers.archive.layout import (
     Entry,
 )
 from ckpttools.errors import CkptError, escape
+from ckpttools.location import Location
 from ckpttools.stores.files import File, truncated
 
 
-def damaged(path: Path, message: str) -> CkptError:
+def damaged(path: Location, message: str) -> CkptError:
     return CkptError(
         "zip-damaged",
         message,
@@ -109,7 +109,7 @@ def _entries(file: File, start: int, nbytes: int, count: int) -> list[Entry]:
     return out
 
 
-def _zip64(path: Path, extra: bytes, size: int, stored: int, offset: int) -> tuple[int, int, int]:
+def _zip64(path: Location, extra: bytes, size: int, stored: int, offset: int) -> tuple[int, int, int]:
     at = 0
     while at + 4 <= len(extra):
         kind, n = struct.unpack_from("<HH", extra, at)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
+from ckpttools.location import Location
 from ckpttools.tensors import ByteRange
 
 LOCAL = struct.Struct("<IHHHHHIIIHH")
@@ -43,7 +43,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Archive:
-    path: Path
+    path: Location
     size: int
     root: str
     records: dict[str, Record]  # in file order

@@ -7,20 +7,19 @@ torch.serialization.load and _is_torchscript_zip.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpttools.containers.archive import Archive, is_zip, read_archive, read_record
 from ckpttools.containers.pickles import MAX_BYTES, Pickle, loads
 from ckpttools.containers.pickles.judge import dangers, judge
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.stores.files import File, entries, is_file, opened
+from ckpttools.location import Location
+from ckpttools.stores.files import File, entries, is_file, is_folder, opened
 
 _PICKLE_STARTS = b"\x80c(]}i"  # a protocol, a name, MARK, a list, a dict, INST
 _MAX_BARE = 64 << 20
 TORCHSCRIPT = "would run the TorchScript program that it holds (constants.pkl)"
 
 
-def dangers_of(path: Path) -> tuple[str, ...]:
+def dangers_of(path: Location) -> tuple[str, ...]:
     """One line for each thing that loading the file would run; empty for files that are not pickles.
 
     Damage is not looked at: what cannot be read is judged as far as it can.
@@ -44,9 +43,9 @@ def dangers_of(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def dangers_in(path: Path) -> list[tuple[Path, str]]:
+def dangers_in(path: Location) -> list[tuple[Location, str]]:
     """The same for a file, or for every file directly in a folder."""
-    paths = [path / entry.name for entry in entries(path) if is_file(entry)] if path.is_dir() else [path]
+    paths = [path / entry.name for entry in entries(path) if is_file(entry)] if is_folder(path) else [path]
     return [(each, what) for each in paths for what in dangers_of(each)]
 
 
@@ -64,7 +63,7 @@ def _pickles(file: File) -> list[Pickle]:
     return found
 
 
-def refuse_torchscript(path: Path, archive: Archive) -> None:
+def refuse_torchscript(path: Location, archive: Archive) -> None:
     """Raise Unsupported for an archive that torch.load would run as a program."""
     if "constants.pkl" in archive.records:
         raise Unsupported(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpttools.containers.archive import is_zip
 from ckpttools.containers.torch_file.legacy import LEGACY_HEAD, read_legacy
 from ckpttools.containers.torch_file.views import TorchFile
 from ckpttools.containers.torch_file.zip import read_zip
 from ckpttools.errors import CkptError
+from ckpttools.location import Location
 from ckpttools.stores.files import File, opened
 
 
-def read_torch_file(path: Path) -> TorchFile:
+def read_torch_file(path: Location) -> TorchFile:
     """Read the header of a torch file; tensor data is not read.
 
     Raises CkptError where the file is damaged or is not one of torch's.
@@ -45,7 +44,7 @@ def read_opened(file: File) -> TorchFile:
     )
 
 
-def is_torch_file(path: Path) -> bool:
+def is_torch_file(path: Location) -> bool:
     """Whether the first bytes are those of a torch file, in either serialization."""
     with opened(path) as file:
         head = file.head(len(LEGACY_HEAD))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from ckpttools.containers.pickles import Global, Node, Reject
 from ckpttools.errors import escape
+from ckpttools.location import Location
 from ckpttools.plan import Segment
 from ckpttools.tensors import BY_STORAGE, DTYPES, UINT8, DType
 
@@ -82,7 +82,7 @@ def same(storage: Storage, kind: Global, numel: int, key: str) -> Storage:
     return storage
 
 
-def located(path: Path, read: Callable[[], T]) -> T:
+def located(path: Location, read: Callable[[], T]) -> T:
     """What `read` gives; a Reject of it names the file."""
     try:
         return read()

@@ -6,15 +6,15 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ckpttools.containers.archive import Archive
 from ckpttools.containers.pickles import Dict, Global, Node, Object, Pickle, Reject
 from ckpttools.containers.pickles.judge import dangers, judge
 from ckpttools.containers.torch_file.storages import Storage, located
 from ckpttools.errors import escape
+from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
-from ckpttools.stores.files import opened
+from ckpttools.stores.files import bytes_of
 from ckpttools.tensors import DTYPES, ByteRange, Chunk, DType, Strided, TensorRef, is_contiguous
 
 MAX_DIMS = 64
@@ -60,7 +60,7 @@ class View:
 class TorchFile:
     """A torch file, header read: `value` is the tree of nodes, with `Storage` nodes at its leaves."""
 
-    path: Path
+    path: Location
     size: int
     value: Node
     storages: dict[str, Storage]
@@ -211,5 +211,4 @@ def scalar_bytes(view: View) -> bytes:
     """The bytes of a tensor of one element, read from the file."""
     (chunk,) = view.ref.chunks
     assert isinstance(chunk, ByteRange)  # one element is contiguous
-    with opened(chunk.path) as file:
-        return file.read(chunk.start, chunk.nbytes)
+    return bytes_of(chunk)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpttools.containers.archive import Archive, damaged, read_archive, read_record
 from ckpttools.containers.pickles import MAX_BYTES, Node, loads
 from ckpttools.containers.torch_file.dangers import refuse_torchscript
 from ckpttools.containers.torch_file.storages import Storage, located, same, storage_id
 from ckpttools.containers.torch_file.views import TorchFile
 from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.location import Location
 from ckpttools.stores.files import File
 
 MAX_DEFLATED = 16 << 20  # of all records but the pickle, after decompression
@@ -71,7 +70,7 @@ def _check_deflated(file: File, archive: Archive) -> None:
         read_record(file, record, MAX_DEFLATED)
 
 
-def _compressed(path: Path, what: str) -> Unsupported:
+def _compressed(path: Location, what: str) -> Unsupported:
     return Unsupported(
         "storage-compressed",
         f"the data of {what} is compressed, which torch.save never does",

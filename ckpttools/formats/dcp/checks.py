@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import TypeVar
 
 from ckpttools.checkpoint import Checkpoint
@@ -24,7 +23,8 @@ from ckpttools.formats.dcp.names import SUFFIX, has_shards, parts
 from ckpttools.formats.dcp.pieces import check_pieces
 from ckpttools.formats.dcp.read import Part, checkpoint, no_metadata, object_lost, part
 from ckpttools.formats.dcp.shards import read_shards
-from ckpttools.stores.files import File, entries, is_file, opened
+from ckpttools.location import Location
+from ckpttools.stores.files import File, entries, exists, is_file, opened, stat
 from ckpttools.tree import Value
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ SHOWN = 20  # findings of one kind and file, before the rest is only counted
 AGAIN = "copy .metadata and all data files again, from one save"
 
 
-def check_folder(path: Path) -> tuple[list[Finding], Checkpoint | None]:
+def check_folder(path: Location) -> tuple[list[Finding], Checkpoint | None]:
     """Findings, and the checkpoint where it can be put together."""
     found = _Findings()
     folders = parts(path)
@@ -52,7 +52,9 @@ class _Findings:
     def __init__(self) -> None:
         self.by_kind: dict[tuple[str, str], list[Finding]] = {}
 
-    def add(self, id: str, severity: str, file: Path, where: str, message: str, hint: str = AGAIN) -> None:
+    def add(
+        self, id: str, severity: str, file: Location, where: str, message: str, hint: str = AGAIN
+    ) -> None:
         finding = Finding(
             id=id, severity=severity, file=str(file), where=escape(where), message=message, hint=hint
         )
@@ -64,7 +66,7 @@ class _Findings:
     def of(self, error: CkptError) -> None:
         self.put(of_error(error))
 
-    def attempt(self, action: Callable[[], T], where: Path | None = None) -> T | None:
+    def attempt(self, action: Callable[[], T], where: Location | None = None) -> T | None:
         try:
             return action()
         except CkptError as error:
@@ -85,13 +87,13 @@ class _Findings:
 class _Part:
     """One folder with a `.metadata`."""
 
-    def __init__(self, folder: Path, found: _Findings) -> None:
+    def __init__(self, folder: Location, found: _Findings) -> None:
         self.folder, self.found = folder, found
         self.whole = True
         self.known: dict[bytes, Value] = {}
 
     def check(self) -> Part | None:
-        if not (self.folder / NAME).exists():
+        if not exists(self.folder / NAME):
             self.found.of(no_metadata(self.folder))
             return None
         metadata = self.found.attempt(lambda: read_metadata(self.folder), self.folder / NAME)
@@ -102,7 +104,7 @@ class _Part:
         data = self.items(metadata)
         return part(self.folder, metadata, data) if self.whole else None
 
-    def bad(self, id: str, file: Path, where: str, message: str, hint: str = AGAIN) -> None:
+    def bad(self, id: str, file: Location, where: str, message: str, hint: str = AGAIN) -> None:
         self.whole = False
         self.found.add(id, ERROR, file, where, message, hint)
 
@@ -127,7 +129,11 @@ class _Part:
 
     def items(self, metadata: Metadata) -> dict[Item, Data | Value]:
         """Every item of every file, read in full but for the elements."""
-        there = {entry.name: entry.stat().st_size for entry in entries(self.folder) if is_file(entry)}
+        there = {
+            entry.name: stat(self.folder / entry.name).size
+            for entry in entries(self.folder)
+            if is_file(entry)
+        }
         by_file: dict[str, dict[object, Wanted]] = {}
         for each in _wanted(metadata):  # tied weights may share an item, if it is what both are said to be
             by_file.setdefault(each.item.file, {}).setdefault((each.item, each.dtype, each.shape), each)
@@ -157,7 +163,7 @@ class _Part:
             data.update(opened_all or {})
         return data
 
-    def file(self, path: Path, wanted: list[Wanted]) -> dict[Item, Data | Value]:
+    def file(self, path: Location, wanted: list[Wanted]) -> dict[Item, Data | Value]:
         data: dict[Item, Data | Value] = {}
         with opened(path) as file:
             self.places(file, {each.item for each in wanted})
@@ -225,7 +231,7 @@ class _Part:
                 "storage-unchecked", INFO, window.path, wanted.key, "saved without checksums", hint=""
             )
 
-    def callables(self, judgements: tuple[Judgement, ...], path: Path, key: str) -> None:
+    def callables(self, judgements: tuple[Judgement, ...], path: Location, key: str) -> None:
         """What torch would call: it loads .metadata and every object with the plain unpickler."""
         for judgement in judgements:
             if judgement.verdict == "dangerous":

@@ -15,7 +15,6 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.containers.archive import DESCRIPTOR_MAGIC
 from ckpttools.containers.nodes import decode, encode
@@ -29,8 +28,9 @@ from ckpttools.containers.torch_file import (
 )
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.dcp.metadata import Item
+from ckpttools.location import Location
 from ckpttools.plan import Crc32, Literal, Segment, SourceCheck
-from ckpttools.stores.files import File, opened
+from ckpttools.stores.files import File, exists, opened
 from ckpttools.tensors import DType, Source, TensorRef, Zeros
 from ckpttools.tree import Value, leaves
 
@@ -62,7 +62,7 @@ class Data:
 class Items:
     """Reads the items of a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Location) -> None:
         self.folder = folder
         self._layouts: dict[tuple[str, tuple[int, ...], int], bytes] = {}
         self._objects: dict[bytes, Value] = {}
@@ -142,7 +142,7 @@ def read_piece(window: File, wanted: Wanted) -> tuple[TorchFile, Data]:
     return file, Data(chunk, check and SourceCheck(check.source, check.crc32, _what(wanted)))  # type: ignore[arg-type]
 
 
-def refuse_compressed(path: Path, wanted: Wanted) -> None:
+def refuse_compressed(path: Location, wanted: Wanted) -> None:
     """Raises Unsupported for an item that an extension of torch's writer has packed."""
     if wanted.item.transforms:
         raise Unsupported(
@@ -158,19 +158,15 @@ def _what(wanted: Wanted) -> str:
     return f"'{wanted.key}'"  # escaped where it is shown
 
 
-def _opened(path: Path, key: str):  # type: ignore[no-untyped-def]
-    try:
-        path.stat()
-    except FileNotFoundError:
+def _opened(path: Location, key: str):  # type: ignore[no-untyped-def]
+    if not exists(path):
         raise CkptError(
             "shard-missing",
             f"{escape(path.name)} is missing: it holds '{escape(key)}' and others",
             where=path,
             why="without it these tensors cannot be restored",
             hint="copy the file from the node that wrote it",
-        ) from None
-    except OSError:
-        pass  # opening it says what is wrong
+        )
     return opened(path)
 
 

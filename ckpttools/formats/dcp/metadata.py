@@ -18,13 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Global, Node, Object, Reject, dumps, loads
 from ckpttools.containers.pickles.judge import Judgement, judge
 from ckpttools.containers.torch_file import size, size_node
 from ckpttools.errors import CkptError, escape
+from ckpttools.location import Location
 from ckpttools.stores.files import opened, plain_name
 from ckpttools.tensors import DTYPES, DType
 from ckpttools.tree import MAX_DEPTH
@@ -98,7 +98,7 @@ class Metadata:
         yield from (("", item) for item in self.stray)
 
 
-def read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Location) -> Metadata:
     """Raises CkptError for a file that is missing, damaged or not of torch's making."""
     path = folder / NAME
     with opened(path) as file:
@@ -114,7 +114,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class _Decoder:
-    def __init__(self, path: Path, nbytes: int, judgements: tuple[Judgement, ...]) -> None:
+    def __init__(self, path: Location, nbytes: int, judgements: tuple[Judgement, ...]) -> None:
         self.path, self.nbytes, self.judgements = path, nbytes, judgements
         self.left = 0  # pieces that a file of so many entries may still have: lists may share their chunks
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from ckpttools.errors import Unsupported
 from ckpttools.formats.dcp.metadata import NAME
 from ckpttools.formats.format import Folder, Found
-from ckpttools.stores.files import entries
+from ckpttools.location import Location
+from ckpttools.stores.files import entries, is_folder
 
 DATA = re.compile(r"__(\d+)_(\d+)\.distcp")
 SUFFIX = ".distcp"
@@ -41,28 +41,28 @@ def recognise(folder: Folder) -> Found | None:
     return None
 
 
-def recognise_file(path: Path) -> Found | None:
+def recognise_file(path: Location) -> Found | None:
     return Found(path.parent, "the folder of this part") if is_dcp_file(path.name) else None
 
 
-def _is_part(folder: Path) -> bool:
+def _is_part(folder: Location) -> bool:
     return any(is_dcp_file(entry.name) for entry in entries(folder))
 
 
-def parts(folder: Path) -> tuple[Path, ...]:
+def parts(folder: Location) -> tuple[Location, ...]:
     """The folders with a .metadata of their own: the folder itself, or accelerate's model and optimizer."""
     if _is_part(folder):
         return (folder,)
     inner = [folder / name for name in (MODEL_FOLDER, OPTIMIZER_FOLDER)]
-    return tuple(path for path in inner if path.is_dir() and _is_part(path))
+    return tuple(path for path in inner if is_folder(path) and _is_part(path))
 
 
-def has_shards(folder: Path) -> bool:
+def has_shards(folder: Location) -> bool:
     """Whether a folder holds the safetensors shards of HuggingFaceStorageWriter."""
     return any(SHARD.fullmatch(entry.name) for entry in entries(folder))
 
 
-def _refuse_rank_files(folder: Path, names: Iterable[str]) -> None:
+def _refuse_rank_files(folder: Location, names: Iterable[str]) -> None:
     if any(RANK_FILE.fullmatch(name) for name in names):
         raise Unsupported(
             "layout-unsupported",

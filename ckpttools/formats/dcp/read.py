@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.errors import CkptError, escape
@@ -16,7 +15,8 @@ from ckpttools.formats.dcp.names import DATA, MODEL_FOLDER, OPTIMIZER_FOLDER, ha
 from ckpttools.formats.dcp.pieces import assembled, check_pieces
 from ckpttools.formats.dcp.roles import ACCELERATE, Names, guessed, roles, tree
 from ckpttools.formats.dcp.shards import read_shards
-from ckpttools.stores.files import size_of
+from ckpttools.location import Location
+from ckpttools.stores.files import exists, size_of
 from ckpttools.stores.links import inside
 from ckpttools.tree import Path as Keys
 from ckpttools.tree import Value
@@ -29,7 +29,7 @@ _INTEGERS = re.compile(r"u?int(16|32|64)|bool")
 class Part:
     """One folder with a `.metadata`; `values` has what each key stands for."""
 
-    folder: Path
+    folder: Location
     metadata: Metadata
     data: Mapping[Item, Data | Value] = field(repr=False)
     values: Mapping[str, Value] = field(repr=False)
@@ -43,7 +43,7 @@ class Template:
     parts: tuple[Part, ...] = field(repr=False)
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Location) -> Checkpoint:
     """Read a folder: headers and objects only. Raises CkptError for the first thing that is wrong."""
     with inside(path):
         folders = parts(path)
@@ -54,7 +54,7 @@ def read(path: Path) -> Checkpoint:
         return checkpoint(path, tuple(read_part(folder) for folder in folders))
 
 
-def no_metadata(path: Path) -> CkptError:
+def no_metadata(path: Location) -> CkptError:
     return CkptError(
         "metadata-missing",
         f"data files of a distributed checkpoint, and no {NAME}",
@@ -64,9 +64,9 @@ def no_metadata(path: Path) -> CkptError:
     )
 
 
-def read_part(folder: Path) -> Part:
+def read_part(folder: Location) -> Part:
     """Raises CkptError."""
-    if not (folder / NAME).exists():
+    if not exists(folder / NAME):
         raise no_metadata(folder)
     metadata = read_metadata(folder)
     for key, tensor in metadata.tensors.items():
@@ -78,7 +78,7 @@ def read_part(folder: Path) -> Part:
     return part(folder, metadata, Items(folder).read(wanted(folder, metadata)))
 
 
-def wanted(folder: Path, metadata: Metadata) -> Iterator[Wanted]:
+def wanted(folder: Location, metadata: Metadata) -> Iterator[Wanted]:
     """Every item that holds elements or an object. Raises CkptError for an object that lies nowhere."""
     for key, tensor in metadata.tensors.items():
         for piece in tensor.pieces:
@@ -90,7 +90,7 @@ def wanted(folder: Path, metadata: Metadata) -> Iterator[Wanted]:
         yield Wanted(key, item)
 
 
-def object_lost(folder: Path, key: str) -> CkptError:
+def object_lost(folder: Location, key: str) -> CkptError:
     return CkptError(
         "entry-missing",
         f"'{escape(key)}': no entry says where it lies",
@@ -100,7 +100,7 @@ def object_lost(folder: Path, key: str) -> CkptError:
     )
 
 
-def part(folder: Path, metadata: Metadata, data: Mapping[Item, Data | Value]) -> Part:
+def part(folder: Location, metadata: Metadata, data: Mapping[Item, Data | Value]) -> Part:
     """The values of a folder's keys from its items."""
     values: dict[str, Value] = {}
     for key in metadata.keys:
@@ -113,7 +113,7 @@ def part(folder: Path, metadata: Metadata, data: Mapping[Item, Data | Value]) ->
     return Part(folder=folder, metadata=metadata, data=data, values=values)
 
 
-def checkpoint(path: Path, found: tuple[Part, ...]) -> Checkpoint:
+def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
     """Put the parts together. Raises CkptError where their keys make no sense."""
     root = tree(path, ((keys, value) for each in found for keys, value in _paths(each)))
     held = roles(path, root)

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ckpttools.checkpoint import ParamGroup
 from ckpttools.containers.fields import bad_field
 from ckpttools.errors import escape
 from ckpttools.formats.dcp.metadata import NAME
+from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, leaves, same
 from ckpttools.tree import Path as Keys
@@ -51,7 +51,7 @@ class Roles:
     notes: tuple[str, ...] = ()
 
 
-def tree(where: Path, values: Iterable[tuple[Keys, Value]]) -> dict[Key, Value]:
+def tree(where: Location, values: Iterable[tuple[Keys, Value]]) -> dict[Key, Value]:
     """The saved state from its leaves. A list is made of the indices that are there, if none is missing."""
     root: dict[Key, Value] = {}
     for path, value in values:
@@ -99,7 +99,7 @@ def guessed(keys: Iterable[str]) -> dict[str, Keys]:
     return out
 
 
-def roles(where: Path, root: Mapping[Key, Value]) -> Roles:
+def roles(where: Location, root: Mapping[Key, Value]) -> Roles:
     """Which part of the saved state is what. Raises CkptError for an optimizer that contradicts itself."""
     prefix: Keys = ()
     while len(root) == 1:
@@ -168,7 +168,7 @@ def _numbered(node: Mapping[Key, Value]) -> bool:
 
 
 def _nested_groups(
-    where: Path, node: Mapping[Key, Value], shapes: Mapping[str, tuple[int, ...]], notes: list[str]
+    where: Location, node: Mapping[Key, Value], shapes: Mapping[str, tuple[int, ...]], notes: list[str]
 ) -> tuple[ParamGroup, ...]:
     groups, states = node.get(GROUPS, []), node.get(STATE, {})
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
@@ -191,7 +191,7 @@ def _nested_groups(
 
 
 def _flat_groups(
-    where: Path, node: Mapping[Key, Value], shapes: Mapping[str, tuple[int, ...]], notes: list[str]
+    where: Location, node: Mapping[Key, Value], shapes: Mapping[str, tuple[int, ...]], notes: list[str]
 ) -> tuple[ParamGroup, ...]:
     """Groups are not in the files: parameters with the same settings make one."""
     states: dict[str, dict[Key, Value]] = {}

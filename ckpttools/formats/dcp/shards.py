@@ -10,8 +10,6 @@ Source: torch/distributed/checkpoint/hf_storage.py of torch 2.13.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.containers import jsons
 from ckpttools.containers.safetensors import SafetensorsFile, read_safetensors
@@ -20,6 +18,7 @@ from ckpttools.formats.dcp.items import Data
 from ckpttools.formats.dcp.metadata import Item, Piece, Tensor
 from ckpttools.formats.dcp.names import SHARD
 from ckpttools.formats.dcp.pieces import assembled, check_pieces
+from ckpttools.location import Location
 from ckpttools.stores.files import entries
 from ckpttools.tensors import ByteRange, TensorRef
 
@@ -27,7 +26,7 @@ OFFSETS = "DCP_SHARDING_INFO"
 VARIANT = "safetensors"
 
 
-def read_shards(folder: Path) -> Checkpoint:
+def read_shards(folder: Location) -> Checkpoint:
     """Read the headers of all shards. Raises CkptError where one is missing or parts do not fill a tensor."""
     names = [entry.name for entry in entries(folder) if SHARD.fullmatch(entry.name)]
     _complete(folder, names)
@@ -78,7 +77,7 @@ def read_shards(folder: Path) -> Checkpoint:
     )
 
 
-def _complete(folder: Path, names: list[str]) -> None:
+def _complete(folder: Location, names: list[str]) -> None:
     """The ranks are numbered from 1, and each has all of the files that its names count."""
     seen: dict[int, tuple[set[int], int]] = {}
     for name in names:
@@ -111,7 +110,7 @@ def _offsets(file: SafetensorsFile) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _bad(path: Path, problem: str) -> CkptError:
+def _bad(path: Location, problem: str) -> CkptError:
     return CkptError(
         "safetensors-header",
         problem,

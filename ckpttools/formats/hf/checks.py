@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
@@ -18,6 +17,8 @@ from ckpttools.formats.files import check_read
 from ckpttools.formats.format import Checked, Source
 from ckpttools.formats.hf.names import ADAPTER
 from ckpttools.formats.hf.read import read
+from ckpttools.location import Location
+from ckpttools.stores.files import entries, is_file, is_folder
 
 LAYER = re.compile(r"(?P<prefix>.*?)(?:^|\.)(?:layers|h|layer|blocks)\.(?P<number>\d+)\..+")
 EMBEDDING = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
@@ -29,14 +30,14 @@ OTHER_WIDTH = ("embedding_size", "word_embed_proj_dim", "text_config", "vision_c
 def check(source: Source) -> Checked:
     """Every finding: of the files by themselves, and of the configuration against the weights."""
     checked = check_read(source.target, lambda: read(source.target))
-    if checked.checkpoint is not None and source.target.is_dir():
+    if checked.checkpoint is not None and is_folder(source.target):
         checked.findings.extend(check_configs(checked.checkpoint, source.target))
     return checked
 
 
-def check_configs(found: Checkpoint, folder: Path) -> Iterator[Finding]:
+def check_configs(found: Checkpoint, folder: Location) -> Iterator[Finding]:
     """config.json, adapter_config.json and the index's total size against the weights of the folder."""
-    if (folder / "adapter_config.json").is_file():
+    if is_file(folder / "adapter_config.json"):
         yield from _adapter(found, folder / "adapter_config.json")
     elif found.layout.stem == ADAPTER:
         yield Finding(
@@ -47,9 +48,9 @@ def check_configs(found: Checkpoint, folder: Path) -> Iterator[Finding]:
             message="an adapter without its adapter_config.json, which PEFT needs to load it",
             hint="copy it from where the adapter was saved",
         )
-    elif (folder / "config.json").is_file():
+    elif is_file(folder / "config.json"):
         yield from _model(found, folder / "config.json")
-    elif (folder / "generation_config.json").is_file():
+    elif is_file(folder / "generation_config.json"):
         yield Finding(
             id="config-mismatch",
             severity=WARNING,
@@ -58,18 +59,19 @@ def check_configs(found: Checkpoint, folder: Path) -> Iterator[Finding]:
             message="a language model without its config.json, which transformers needs to load it",
             hint="copy it from where the model was saved",
         )
-    for path in folder.glob("*.index.json"):
-        yield from _total_size(found, path)
+    for entry in entries(folder):
+        if entry.name.endswith(".index.json"):
+            yield from _total_size(found, folder / entry.name)
 
 
-def _read(path: Path) -> Mapping[str, object]:
+def _read(path: Location) -> Mapping[str, object]:
     try:
         return jsons.read(path, allow_nan=True)
     except CkptError:
         return {}  # reported by itself
 
 
-def _differs(path: Path, field: str, stated: object, there: object) -> Finding:
+def _differs(path: Location, field: str, stated: object, there: object) -> Finding:
     return Finding(
         id="config-mismatch",
         severity=WARNING,
@@ -84,7 +86,7 @@ def _number(config: Mapping[str, object], keys: tuple[str, ...]) -> tuple[str, i
     return next(((key, value) for key in keys if isinstance(value := config.get(key), int)), None)
 
 
-def _model(found: Checkpoint, path: Path) -> Iterator[Finding]:
+def _model(found: Checkpoint, path: Location) -> Iterator[Finding]:
     config = _read(path)
     if any(key in config for key in ("text_config", "vision_config", "decoder", "encoder")):
         return
@@ -108,7 +110,7 @@ def _model(found: Checkpoint, path: Path) -> Iterator[Finding]:
                 yield _differs(path, stated[0], stated[1], tables[0].shape[axis])
 
 
-def _adapter(found: Checkpoint, path: Path) -> Iterator[Finding]:
+def _adapter(found: Checkpoint, path: Location) -> Iterator[Finding]:
     config = _read(path)
     stated = _number(config, ("r",))
     ranks = {
@@ -118,7 +120,7 @@ def _adapter(found: Checkpoint, path: Path) -> Iterator[Finding]:
         yield _differs(path, "r", stated[1], f"rank {', '.join(map(str, sorted(ranks)))}")
 
 
-def _total_size(found: Checkpoint, path: Path) -> Iterator[Finding]:
+def _total_size(found: Checkpoint, path: Location) -> Iterator[Finding]:
     metadata = _read(path).get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     if not isinstance(stated, int):

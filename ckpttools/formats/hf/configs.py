@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpttools.formats.hf.names import CONFIG_FILES
+from ckpttools.location import Location
 from ckpttools.plan import OutputFile, copy_file
 from ckpttools.stores.files import entries, is_file, size_of
 from ckpttools.stores.links import within
 
 
-def config_files(folder: Path) -> list[OutputFile]:
+def config_files(folder: Location) -> list[OutputFile]:
     """Copies of the configuration and tokenizer files of a folder."""
     with within(folder):
         return [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from pathlib import Path
 
 from ckpttools.errors import CkptError
 from ckpttools.formats.format import Folder, Found
+from ckpttools.location import Location
 
 SINGLE = (
     "model.safetensors",
@@ -68,7 +68,7 @@ def recognise(folder: Folder) -> Found | None:
     return Found(folder.path, "a Hugging Face folder") if holds(folder) else None
 
 
-def recognise_file(path: Path) -> Found | None:
+def recognise_file(path: Location) -> Found | None:
     if path.name.endswith(".safetensors"):
         return Found(path, "a safetensors file")
     return Found(path.parent, "the folder of this index") if path.name.endswith(".index.json") else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, TrainState, common_dtype
 from ckpttools.containers import fields, jsons
@@ -13,14 +12,15 @@ from ckpttools.errors import CkptError, escape
 from ckpttools.formats.hf.counters import aliases, from_metadata
 from ckpttools.formats.hf.names import ADAPTER, ROLES, weight_files
 from ckpttools.formats.ties import tied
+from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
-from ckpttools.stores.files import entries, is_file, plain_name, size_of
+from ckpttools.stores.files import entries, exists, is_file, is_folder, plain_name, size_of, stat
 from ckpttools.tensors import TensorRef
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Location) -> Checkpoint:
     """Read a folder, or one .safetensors file. Headers only."""
-    if path.is_dir():
+    if is_folder(path):
         index, single = weight_files({entry.name for entry in entries(path)})
         if single is not None and (index is None or single.endswith(".safetensors")):
             index, shards = None, {single: None}
@@ -38,7 +38,7 @@ def read(path: Path) -> Checkpoint:
     torch_files: list[TorchFile] = []
     weight_map = _weight_map(folder / index) if index is not None else None
     for name in shards:
-        if not (folder / name).exists():
+        if not exists(folder / name):
             raise _missing(folder / name)
     for name in shards:
         found = _read_shard(folder / name, checks, metadata, torch_files)
@@ -54,14 +54,14 @@ def read(path: Path) -> Checkpoint:
         files.append(
             FileRole(path=folder / index, nbytes=size_of(folder / index), role="which shard holds what")
         )
-    if path.is_dir():
+    if is_folder(path):
         files += _other_files(path, {file.path.name for file in files})
     ties = aliases(metadata, tensors)
     tensors |= {alias: tensors[owner] for alias, owner in ties.items()}
     return Checkpoint(
         path=path,
         layout=Layout(
-            format="hf" if path.is_dir() else "safetensors",
+            format="hf" if is_folder(path) else "safetensors",
             dtype=common_dtype(tensors),
             stem=ADAPTER if all(name.startswith(ADAPTER) for name in shards) else None,
         ),
@@ -75,12 +75,12 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def _shards(folder: Path, index: str) -> list[str]:
+def _shards(folder: Location, index: str) -> list[str]:
     weight_map = _weight_map(folder / index)
     return sorted({plain_name(shard, folder / index) for shard in weight_map.values()})
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _weight_map(path: Location) -> dict[str, str]:
     weight_map = jsons.read(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise jsons.damaged(path, "weight_map is missing or empty")
@@ -89,7 +89,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_shard(path: Path, tensors: Mapping[str, TensorRef], weight_map: Mapping[str, str]) -> None:
+def _check_shard(path: Location, tensors: Mapping[str, TensorRef], weight_map: Mapping[str, str]) -> None:
     """Each tensor of a shard is one that the index says is there."""
     for name in tensors:
         if name not in weight_map:
@@ -101,7 +101,7 @@ def _check_shard(path: Path, tensors: Mapping[str, TensorRef], weight_map: Mappi
         raise _mismatch(path, problem)
 
 
-def _check_index(path: Path, tensors: Mapping[str, TensorRef]) -> None:
+def _check_index(path: Location, tensors: Mapping[str, TensorRef]) -> None:
     missing = [name for name in _weight_map(path) if name not in tensors]
     if missing:
         raise _mismatch(
@@ -109,7 +109,7 @@ def _check_index(path: Path, tensors: Mapping[str, TensorRef]) -> None:
         )
 
 
-def _mismatch(path: Path, problem: str) -> CkptError:
+def _mismatch(path: Location, problem: str) -> CkptError:
     return CkptError(
         "index-mismatch",
         f"{escape(path.name)} {problem}",
@@ -119,7 +119,7 @@ def _mismatch(path: Path, problem: str) -> CkptError:
     )
 
 
-def _missing(path: Path) -> CkptError:
+def _missing(path: Location) -> CkptError:
     return CkptError(
         "shard-missing",
         f"the shard {escape(path.name)} is missing",
@@ -130,7 +130,7 @@ def _missing(path: Path) -> CkptError:
 
 
 def _read_shard(
-    path: Path, checks: list[SourceCheck], metadata: dict[str, str], torch_files: list[TorchFile]
+    path: Location, checks: list[SourceCheck], metadata: dict[str, str], torch_files: list[TorchFile]
 ) -> dict[str, TensorRef]:
     if path.name.endswith(".safetensors"):
         file = read_safetensors(path)
@@ -144,11 +144,11 @@ def _read_shard(
     return {name: view.ref for name, view in views if view is not None}
 
 
-def _other_files(folder: Path, known: set[str]) -> list[FileRole]:
+def _other_files(folder: Location, known: set[str]) -> list[FileRole]:
     return [
         FileRole(
             path=folder / entry.name,
-            nbytes=entry.stat().st_size,
+            nbytes=stat(folder / entry.name).size,
             role=ROLES.get(entry.name, "not part of the weights"),
         )
         for entry in entries(folder)
@@ -156,10 +156,10 @@ def _other_files(folder: Path, known: set[str]) -> list[FileRole]:
     ]
 
 
-def _train_state(path: Path, metadata: Mapping[str, str]) -> TrainState:
+def _train_state(path: Location, metadata: Mapping[str, str]) -> TrainState:
     """What trainer_state.json says, or the weights' own `__metadata__`, where `ckpt extract` notes it."""
     state = path / "trainer_state.json"
-    if not path.is_dir() or not state.is_file():
+    if not is_folder(path) or not is_file(state):
         return from_metadata(metadata)
     values = jsons.read(state, allow_nan=True)  # a loss may be NaN, and Python writes it so
     step, epoch = values.get("global_step"), values.get("epoch")

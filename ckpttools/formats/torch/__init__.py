@@ -12,18 +12,17 @@ Source: torch/optim/optimizer.py (state_dict, load_state_dict) of torch 2.13.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpttools.containers.torch_file import is_torch_file
 from ckpttools.formats.format import Checked, Format, Found, Source
 from ckpttools.formats.torch.names import OPTIMIZER, WEIGHTS, find_weights, strip
 from ckpttools.formats.torch.read import read
 from ckpttools.formats.torch.write import plan
+from ckpttools.location import Location
 
 __all__ = ["FORMAT", "OPTIMIZER", "WEIGHTS", "find_weights", "plan", "read", "strip"]
 
 
-def _recognise(path: Path) -> Found | None:
+def _recognise(path: Location) -> Found | None:
     return Found(path, "a torch file") if is_torch_file(path) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import fields
@@ -16,10 +15,11 @@ from ckpttools.formats.counters import train_state
 from ckpttools.formats.ties import tied
 from ckpttools.formats.torch import optimizer
 from ckpttools.formats.torch.names import find_weights, strip
+from ckpttools.location import Location
 from ckpttools.tree import Value, put
 
 
-def read(path: Path, wanted: str | None = None) -> Checkpoint:
+def read(path: Location, wanted: str | None = None) -> Checkpoint:
     """Read a single file; `wanted` is the key of the weights, with dots below the first one.
 
     Raises UsageError where no weights are found in it.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
@@ -21,6 +20,7 @@ from ckpttools.containers.pickles import Node, Object
 from ckpttools.containers.torch_file import TorchFile, View, read_torch_file
 from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import names_of, shapes_of, stage_of
+from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value
 
@@ -65,7 +65,7 @@ class Rank:
     ds_version: str | None
 
 
-def read_model(path: Path) -> ModelStates:
+def read_model(path: Location) -> ModelStates:
     """Decode the model file."""
     file = read_torch_file(path)
     root = fields.mapping(path, file.value, "the file's value")
@@ -145,7 +145,7 @@ def _shared(root: fields.Mapping, weights: Mapping[str, TensorRef], trainable: s
     return found
 
 
-def read_rank(path: Path, dp_rank: int) -> Rank:
+def read_rank(path: Location, dp_rank: int) -> Rank:
     """Decode one rank's optimizer file."""
     file = read_torch_file(path)
     root = fields.mapping(path, file.value, "the file's value")
@@ -196,7 +196,7 @@ def read_rank(path: Path, dp_rank: int) -> Rank:
     )
 
 
-def _refuse_old(path: Path, state: fields.Mapping) -> None:
+def _refuse_old(path: Location, state: fields.Mapping) -> None:
     if "fp32_flat_groups" in state:
         raise Unsupported(
             "layout-unsupported",
@@ -222,7 +222,7 @@ def _vector(file: TorchFile, node: Node, field: str) -> View:
 
 
 def _torch_state(
-    path: Path, base: fields.Mapping, at: str
+    path: Location, base: fields.Mapping, at: str
 ) -> tuple[tuple[fields.Mapping, ...], tuple[Mapping[str, Node], ...]]:
     """param_groups and, per group, the state of its one flat parameter."""
     groups = tuple(
@@ -252,7 +252,7 @@ def _counts(node: Node, groups: int) -> tuple[int, ...] | None:
     return (single,) * groups if single is not None else None
 
 
-def _gaps(path: Path, node: Node) -> tuple[tuple[int, ...], ...] | None:
+def _gaps(path: Location, node: Node) -> tuple[tuple[int, ...], ...] | None:
     if node is None:
         return None
     field = "optimizer_state_dict.param_alignment_paddings"
@@ -262,7 +262,7 @@ def _gaps(path: Path, node: Node) -> tuple[tuple[int, ...], ...] | None:
     )
 
 
-def _mappings(path: Path, node: Node) -> tuple[Addresses, ...] | None:
+def _mappings(path: Location, node: Node) -> tuple[Addresses, ...] | None:
     if node is None:
         return None
     field = "optimizer_state_dict.param_slice_mappings"
@@ -275,7 +275,7 @@ def _mappings(path: Path, node: Node) -> tuple[Addresses, ...] | None:
     return tuple(out)
 
 
-def _address(path: Path, node: Node, field: str) -> tuple[int, int]:
+def _address(path: Location, node: Node, field: str) -> tuple[int, int]:
     """deepspeed.utils.tensor_fragment.fragment_address: a dataclass with numel and start."""
     state = fields.as_mapping(node.state) if isinstance(node, Object) and node.has_state else None
     if state is None:

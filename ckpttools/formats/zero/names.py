@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import tags
 from ckpttools.formats.format import Folder, Found, Inner
+from ckpttools.location import Location
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import entries, is_file
 
@@ -31,12 +31,12 @@ PART = re.compile(r".*_states\.pt-\d+\.\d+")
 class ZeroFiles:
     """The files of one tag folder. `optim` is by rank, in numeric order."""
 
-    folder: Path
-    model: Path
-    optim: dict[int, Path]
+    folder: Location
+    model: Location
+    optim: dict[int, Location]
     prefix: str  # "bf16_" or ""
     old_name: bool  # without the underscore before `optim_states` (DeepSpeed up to 0.3.13)
-    others: tuple[Path, ...]  # regular files that ZeRO does not name, the manifest aside
+    others: tuple[Location, ...]  # regular files that ZeRO does not name, the manifest aside
 
     def optim_name(self, rank: int) -> str:
         """The name of a rank's optimizer file, in the style of this folder."""
@@ -47,7 +47,7 @@ def recognise(folder: Folder) -> Found | Inner | None:
     return tags.recognise(folder, tags.holds_states) or tags.last_word(folder)
 
 
-def recognise_file(path: Path) -> None:
+def recognise_file(path: Location) -> None:
     """Raises Unsupported for one rank's file."""
     if match := OPTIM.fullmatch(path.name) or STAGE3_MODEL.fullmatch(path.name):
         raise Unsupported(
@@ -59,12 +59,12 @@ def recognise_file(path: Path) -> None:
         )
 
 
-def find(folder: Path) -> ZeroFiles:
+def find(folder: Location) -> ZeroFiles:
     """Sort a tag folder's files. Raises Unsupported for layouts that are not plain ZeRO-1/2."""
-    models: list[Path] = []
-    optim: dict[int, Path] = {}
+    models: list[Location] = []
+    optim: dict[int, Location] = {}
     styles: set[tuple[str, bool]] = set()
-    others: list[Path] = []
+    others: list[Location] = []
     listed = entries(folder)
     for entry in listed:
         refuse_other_layouts(folder, entry.name)
@@ -126,7 +126,7 @@ def find(folder: Path) -> ZeroFiles:
     )
 
 
-def refuse_other_layouts(folder: Path, name: str) -> None:
+def refuse_other_layouts(folder: Location, name: str) -> None:
     """Raise Unsupported where a file's name shows ZeRO-3, pipeline, expert or split files."""
     if STAGE3_MODEL.fullmatch(name):
         kind, layout, need = "ZeRO-3", "zero3", "its parameters are partitioned one by one over the ranks"
@@ -156,7 +156,7 @@ def refuse_other_layouts(folder: Path, name: str) -> None:
     )
 
 
-def tensor_parallel(folder: Path) -> CkptError:
+def tensor_parallel(folder: Location) -> CkptError:
     return Unsupported(
         "layout-unsupported",
         "a tensor-parallel checkpoint (several mp_rank files), which is recognised but not read yet",

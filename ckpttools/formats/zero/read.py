@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers import fields
@@ -15,21 +14,20 @@ from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer
 from ckpttools.formats.zero.decode import FP32, ModelStates, Rank, read_model, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble
 from ckpttools.formats.zero.names import find
+from ckpttools.location import Location
 from ckpttools.stores.files import size_of
-from ckpttools.stores.links import inside
 from ckpttools.tensors import FLOAT32, Flat, TensorRef, cat
 from ckpttools.tree import Value
 
 MASTERS = "optimizer_state_dict.single_partition_of_fp32_groups"
 
 
-def read(folder: Path) -> Checkpoint:
+def read(folder: Location) -> Checkpoint:
     """Read a tag folder. Raises CkptError where a file is missing, damaged or contradicts the others."""
-    with inside(folder):
-        files = find(folder)
-        model = read_model(files.model)
-        ranks = tuple(read_rank(path, rank) for rank, path in files.optim.items())
-        return checkpoint(assemble(files, model, ranks))
+    files = find(folder)
+    model = read_model(files.model)
+    ranks = tuple(read_rank(path, rank) for rank, path in files.optim.items())
+    return checkpoint(assemble(files, model, ranks))
 
 
 def checkpoint(folder: ZeroFolder) -> Checkpoint:

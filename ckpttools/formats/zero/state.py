@@ -18,7 +18,7 @@ from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import plain
 from ckpttools.formats.zero.decode import Rank
 from ckpttools.formats.zero.flat import FlatGroup
-from ckpttools.stores.files import opened
+from ckpttools.stores.files import bytes_of
 from ckpttools.tensors import ByteRange, TensorRef, Zeros, cut_chunks
 from ckpttools.tree import Opaque, Path, Value, dotted, leaves, same
 
@@ -135,5 +135,4 @@ def _block(ref: TensorRef, at: int) -> bytes | None:
 def _bytes(part: ByteRange | Zeros) -> bytes:
     if isinstance(part, Zeros):
         return bytes(part.nbytes)
-    with opened(part.path) as file:
-        return file.read(part.start, part.nbytes)
+    return bytes_of(part)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 from ckpttools.containers import fields
@@ -26,7 +25,8 @@ from ckpttools.formats.zero3.decode import Leaf, Model, Shard, read_model, read_
 from ckpttools.formats.zero3.join import ONE_SAVE, Zero3Folder, assemble
 from ckpttools.formats.zero3.names import find
 from ckpttools.formats.zero3.read import checkpoint
-from ckpttools.stores.files import opened
+from ckpttools.location import Location
+from ckpttools.stores.files import bytes_of
 from ckpttools.tensors import ByteRange, TensorRef
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ MODEL_KEYS = (
 SHARD_KEYS = ("zero_stage", "loss_scaler", "dynamic_loss_scale", "overflow", "partition_count")
 
 
-def check(path: Path) -> Checked:
+def check(path: Location) -> Checked:
     """Every finding, the checkpoint if it can be put together, and the files that could be read."""
     attempt = Attempts()
     try:
@@ -185,8 +185,7 @@ def _number(leaf: Leaf) -> float | None:
         form = SCALARS.get(value.dtype.name)
         if form is None or value.numel != 1 or not isinstance(value.chunks[0], ByteRange):
             return None
-        with opened(value.chunks[0].path) as file:
-            return float(struct.unpack(form, file.read(value.chunks[0].start, value.nbytes))[0])
+        return float(struct.unpack(form, bytes_of(value.chunks[0]))[0])
     number = fields.number(value)
     return float(number) if number is not None else None
 

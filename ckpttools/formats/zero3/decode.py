@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
@@ -12,6 +11,7 @@ from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import names_of, shapes_of, stage_of
+from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Path as KeyPath
 from ckpttools.tree import Value, dotted, leaves
@@ -63,7 +63,7 @@ class Shard:
     ds_version: str | None
 
 
-def read_model(path: Path, dp_rank: int) -> Model:
+def read_model(path: Location, dp_rank: int) -> Model:
     """Decode a rank's model file."""
     file = read_torch_file(path)
     root = fields.mapping(path, file.value, "the file's value")
@@ -110,7 +110,7 @@ def _vector(file: TorchFile, node: Node, field: str) -> TensorRef:
     return view.ref
 
 
-def read_shard(path: Path, dp_rank: int) -> Shard:
+def read_shard(path: Location, dp_rank: int) -> Shard:
     """Decode a rank's optimizer file."""
     file = read_torch_file(path)
     root = fields.mapping(path, file.value, "the file's value")
@@ -165,7 +165,7 @@ def _state(file: TorchFile, node: Node, field: str) -> dict[str, Leaf]:
     return {dotted(leaf.path): leaf for leaf in found}
 
 
-def _members(path: Path, group: fields.Mapping, g: int) -> tuple[int, ...]:
+def _members(path: Location, group: fields.Mapping, g: int) -> tuple[int, ...]:
     field = f"optimizer_state_dict.optimizer_state_dict.param_groups[{g}].params"
     params = fields.sequence(path, group.get("params"), field)
     return tuple(fields.count(path, item, field) for item in params)

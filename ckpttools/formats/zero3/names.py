@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats.format import Folder
+from ckpttools.location import Location
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import entries, is_file
 
@@ -29,11 +29,11 @@ SWAPPED = "offloaded_tensors"  # NVMe offload: the masters and moments are in fi
 class Zero3Files:
     """The files of one tag folder, by rank in numeric order."""
 
-    folder: Path
-    model: dict[int, Path]
-    optim: dict[int, Path]
+    folder: Location
+    model: dict[int, Location]
+    optim: dict[int, Location]
     prefix: str  # "bf16_" or ""
-    others: tuple[Path, ...]  # regular files that ZeRO does not name, the manifest aside
+    others: tuple[Location, ...]  # regular files that ZeRO does not name, the manifest aside
 
 
 def model_name(rank: int) -> str:
@@ -49,12 +49,12 @@ def holds(folder: Folder) -> bool:
     return any(MODEL.fullmatch(name) for name in folder.names)
 
 
-def find(folder: Path) -> Zero3Files:
+def find(folder: Location) -> Zero3Files:
     """Sort a tag folder's files. Raises Unsupported for layouts that are not plain ZeRO-3."""
-    model: dict[int, Path] = {}
-    optim: dict[int, Path] = {}
+    model: dict[int, Location] = {}
+    optim: dict[int, Location] = {}
     prefixes: set[str] = set()
-    others: list[Path] = []
+    others: list[Location] = []
     for entry in entries(folder):
         path = folder / entry.name
         _refuse_other_layouts(folder, entry.name)
@@ -110,7 +110,7 @@ def find(folder: Path) -> Zero3Files:
     )
 
 
-def _plain(folder: Path, mp: str) -> None:
+def _plain(folder: Location, mp: str) -> None:
     if mp != "00":
         raise Unsupported(
             "layout-unsupported",
@@ -122,7 +122,7 @@ def _plain(folder: Path, mp: str) -> None:
         )
 
 
-def _refuse_other_layouts(folder: Path, name: str) -> None:
+def _refuse_other_layouts(folder: Location, name: str) -> None:
     if EXPERT.fullmatch(name):
         kind, need = "mixture-of-experts", "expert weights are spread over expert-parallel ranks"
     elif PART.fullmatch(name):

@@ -7,7 +7,6 @@ on every load. Frozen parameters and buffers are as saved, buffers those of rank
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers.nodes import decode
@@ -17,6 +16,7 @@ from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer
 from ckpttools.formats.zero3.decode import read_model, read_shard
 from ckpttools.formats.zero3.join import Zero3Folder, assemble, frozen_weights, gathered
 from ckpttools.formats.zero3.names import find
+from ckpttools.location import Location
 from ckpttools.stores.files import size_of
 from ckpttools.tensors import DTYPES, FLOAT32, DType, TensorRef
 from ckpttools.tree import Key, Value
@@ -24,7 +24,7 @@ from ckpttools.tree import Key, Value
 FP32 = "fp32"  # the kind of master weights
 
 
-def read(folder: Path) -> Checkpoint:
+def read(folder: Location) -> Checkpoint:
     """Read a tag folder. Raises CkptError where a file is missing, damaged or contradicts the others."""
     files = find(folder)
     models = [read_model(path, rank) for rank, path in files.model.items()]

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
+from ckpttools.location import Location
 from ckpttools.resume.deepspeed import build_table as build
 from ckpttools.resume.deepspeed import load_table as load
 from ckpttools.resume.deepspeed import optimizers, schedulers, settings
@@ -37,7 +37,7 @@ THEN = (
 )  # fmt: skip
 
 
-def forecast(path: Path, saved: Saved, run: NewRun) -> Forecast:
+def forecast(path: Location, saved: Saved, run: NewRun) -> Forecast:
     """What DeepSpeed will do with a saved engine under the new run's settings."""
     case = Case(saved=saved, run=run)
     lr = rates(case)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
@@ -25,8 +24,9 @@ from ckpttools.formats.zero.names import (
     refuse_other_layouts,
     tensor_parallel,
 )
+from ckpttools.location import Location
 from ckpttools.resume.model import Shape, Tensor
-from ckpttools.stores.files import entries
+from ckpttools.stores.files import entries, is_folder
 
 STAGE3 = re.compile(r"zero_pp_rank_0_mp_rank_00_model_states\.pt")
 
@@ -35,8 +35,8 @@ STAGE3 = re.compile(r"zero_pp_rank_0_mp_rank_00_model_states\.pt")
 class Saved:
     """A saved engine. `groups` are trainable parameters by name, per group, in flat order."""
 
-    folder: Path
-    place: Path  # what a command is to name: the folder, or the checkpoint that it is a part of
+    folder: Location
+    place: Location  # what a command is to name: the folder, or the checkpoint that it is a part of
     tensors: Mapping[str, Tensor]
     buffers: frozenset[str]
     frozen: frozenset[str]
@@ -68,13 +68,13 @@ class Saved:
         return [name for group in self.groups for name in group]
 
 
-def is_engine(folder: Path) -> bool:
+def is_engine(folder: Location) -> bool:
     """Whether a folder holds the model file of a saved engine that is not tensor or pipeline parallel."""
-    names = {entry.name for entry in entries(folder)} if folder.is_dir() else set()
+    names = {entry.name for entry in entries(folder)} if is_folder(folder) else set()
     return any(STAGE3.fullmatch(n) or n == "mp_rank_00_model_states.pt" for n in names)
 
 
-def read_saved(folder: Path) -> Saved:
+def read_saved(folder: Location) -> Saved:
     """Decode the model file and rank 0's optimizer file of a folder that `is_engine`.
 
     Raises CkptError where they are damaged, Unsupported for pipeline, expert and tensor parallel folders.

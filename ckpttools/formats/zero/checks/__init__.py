@@ -6,7 +6,6 @@ Each check takes the decoded folder and yields findings. Nothing but a few scala
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from ckpttools.errors import CkptError
 from ckpttools.findings import Finding, of_error
@@ -17,6 +16,7 @@ from ckpttools.formats.zero.decode import Rank, read_model, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble, check_complete
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import checkpoint
+from ckpttools.location import Location
 
 __all__ = ["check", "check_folder"]
 
@@ -41,7 +41,7 @@ CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
 )
 
 
-def check(path: Path) -> Checked:
+def check(path: Location) -> Checked:
     """Each file by itself, then all together. Raises Unsupported for another layout."""
     attempt = Attempts()
     try:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpttools.findings import ERROR, WARNING, Finding
+from ckpttools.location import Location
 
 ONE_SAVE = "copy all files of the folder again from one save"
 
 
 def found(
-    id: str, file: str | Path, where: str, message: str, *, severity: str = ERROR, hint: str = ONE_SAVE
+    id: str, file: str | Location, where: str, message: str, *, severity: str = ERROR, hint: str = ONE_SAVE
 ) -> Finding:
     return Finding(id=id, severity=severity, file=str(file), where=where, message=message, hint=hint)
 

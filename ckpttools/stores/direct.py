@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import random
+import threading
 from contextlib import suppress
 
 BLOCK = 4096  # bytes: a multiple of what every disk of today asks for, and the page of the cache
@@ -53,7 +54,7 @@ def is_cached(fd: int, size: int) -> bool:
 
 
 def open_cold(path: str | os.PathLike[str]) -> int:
-    """A descriptor for `Bounce.read`; -1 where the file is small, cached, or the file system refuses."""
+    """A descriptor for `bounce`; -1 where the file is small, cached, or the file system refuses."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     if not (hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")):
         return -1
@@ -72,19 +73,24 @@ def open_cold(path: str | os.PathLike[str]) -> int:
         raise
 
 
-class Bounce:
-    """Direct reads of one thread: whole blocks into a buffer of its own, from there to where they belong."""
+class _Blocks(threading.local):
+    """A buffer of each thread."""
 
-    def __init__(self) -> None:
-        self._blocks = memoryview(b"")
+    view = memoryview(b"")
 
-    def read(self, fd: int, view: memoryview, start: int) -> int:
-        """Fill `view` from byte `start`; how much was read, less at the end of the file."""
-        shift = start % BLOCK
-        nbytes = -(-(shift + len(view)) // BLOCK) * BLOCK
-        if len(self._blocks) < nbytes:
-            self._blocks = aligned(nbytes)
-        got = os.preadv(fd, [self._blocks[:nbytes]], start - shift)
-        got = max(min(got - shift, len(view)), 0)
-        view[:got] = self._blocks[shift : shift + got]
-        return got
+
+_blocks = _Blocks()
+
+
+def bounce(fd: int, view: memoryview, start: int) -> int:
+    """Fill `view` from byte `start`: whole blocks into a buffer of the thread, from there to where they
+    belong. How much was read, less at the end of the file.
+    """
+    shift = start % BLOCK
+    nbytes = -(-(shift + len(view)) // BLOCK) * BLOCK
+    if len(_blocks.view) < nbytes:
+        _blocks.view = aligned(nbytes)
+    got = os.preadv(fd, [_blocks.view[:nbytes]], start - shift)
+    got = max(min(got - shift, len(view)), 0)
+    view[:got] = _blocks.view[shift : shift + got]
+    return got

@@ -1,0 +1,87 @@
+"""A store that holds its files in memory: for tests, and for who has the bytes already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from errno import ENOENT, ENOTDIR
+from pathlib import PurePosixPath
+
+from ckpttools.location import Entry, NotAFile, Stat, Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A name in a store that has no links."""
+
+    name: str
+    folder: bool
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        return not self.folder
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        return self.folder
+
+    def is_symlink(self) -> bool:
+        return False
+
+
+class MemoryFile:
+    """The bytes of one file."""
+
+    __slots__ = ("_data", "size")
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.size = data, len(data)
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        return self._data[start : start + nbytes]
+
+    def readinto(self, view: memoryview, start: int) -> int:
+        part = self._data[start : start + len(view)]
+        view[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        pass
+
+
+class Memory:
+    """Files by key, `/run/model.pt`; folders are what the keys say. Two stores are never equal."""
+
+    def __init__(self, files: Mapping[str, bytes], name: str = "memory:") -> None:
+        self.name = name
+        self.files = dict(files)
+
+    @property
+    def root(self) -> Stored:
+        return Stored(self, PurePosixPath("/"))
+
+    def stat(self, key: str) -> Stat:
+        data = self.files.get(key)
+        if data is not None:
+            return Stat("file", len(data), 0, id(data))
+        if not any(self._below(key)):
+            raise FileNotFoundError(ENOENT, "there is no such key", key)
+        return Stat("folder", 0, 0, key)
+
+    def list(self, key: str) -> Iterable[Entry]:
+        if key in self.files:
+            raise NotADirectoryError(ENOTDIR, "not a folder", key)
+        found = {name: bool(deeper) for name, _, deeper in (n.partition("/") for n in self._below(key))}
+        if not found:
+            raise FileNotFoundError(ENOENT, "there is no such key", key)
+        return [Listed(name, folder) for name, folder in found.items()]
+
+    def open(self, key: str, *, known: bool = False) -> MemoryFile:
+        if self.stat(key).kind == "folder":
+            raise NotAFile
+        return MemoryFile(self.files[key])
+
+    def admit(self, key: str) -> None:
+        """There are no links."""
+
+    def _below(self, key: str) -> Iterator[str]:
+        folder = key.rstrip("/") + "/"
+        return (name[len(folder) :] for name in self.files if name.startswith(folder))
