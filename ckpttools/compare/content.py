@@ -120,13 +120,18 @@ def progress(checkpoint: Checkpoint, read: Read) -> dict[str, dict[str, object]]
         "losses": losses,
         "schedule": _named(state.scheduler),
         "batch": {key: value for key, value in state.batch.items() if key not in DIVISION},
-        "loss scale": _named(checkpoint.loss_scaler),
+        "loss scale": {} if _is_one(checkpoint.loss_scaler) else _named(checkpoint.loss_scaler),
         "optimizer": {"class": checkpoint.optimizer},
     }
     return {
         part: {key: plain(value, read) for key, value in found.items() if value is not None}
         for part, found in parts.items()
     }
+
+
+def _is_one(scaler: Mapping[str, Value]) -> bool:
+    """Whether a loss scaler does nothing: DeepSpeed writes one in bf16 and fp32, too."""
+    return scaler.get("cur_scale") == 1 and scaler.get("dynamic") is False
 
 
 def _named(value: Value) -> Mapping[str, object]:

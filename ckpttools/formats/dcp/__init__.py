@@ -6,8 +6,9 @@
     <folder>/shard-R-model-I-of-N.safetensors       HuggingFaceStorageWriter: the model alone, read only
 
 There are no ranks to match: a reader takes the parts that it needs, however many ranks wrote them. Every
-name is read through the path that the key was joined from. Nothing says which tensors are buffers or frozen,
-which class the optimizer has, or, where its state was flattened, which groups it had.
+name is read through the path that the key was joined from. Nothing says which tensors are buffers, frozen
+or tied (what no group has is one of these: by its type, its name, its checksums), which class the optimizer
+has, or, where its state was flattened, which groups it had.
 Source: torch/distributed/checkpoint of torch 2.13.
 """
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.errors import CkptError, escape
+from ckpttools.formats.buffers import untrained
 from ckpttools.formats.dcp.counters import train_state
 from ckpttools.formats.dcp.items import Data, Items, Wanted
 from ckpttools.formats.dcp.metadata import NAME, Item, Metadata, read_metadata
@@ -22,7 +22,6 @@ from ckpttools.tree import Path as Keys
 from ckpttools.tree import Value
 
 LOSS_SCALER = "loss_scaler"
-_INTEGERS = re.compile(r"u?int(16|32|64)|bool")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +116,10 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
     """Put the parts together. Raises CkptError where their keys make no sense."""
     root = tree(path, ((keys, value) for each in found for keys, value in _paths(each)))
     held = roles(path, root)
-    named = {name for group in held.groups for name in group.params}
+    trained = {name: bool(group.state) for group in held.groups for name in group.params}
+    shared = dict(_tied(found, held.tensors, trained))
+    tensors = {name: held.tensors[shared.get(name, name)] for name in held.tensors}
+    frozen, buffers = untrained(tensors, trained, shared)
     dtypes = {ref.dtype.short for ref in held.tensors.values() if ref.dtype.is_float}
     shards = [sum(p.numel > 0 for p in t.pieces) for each in found for t in each.metadata.tensors.values()]
     client = dict(held.client)
@@ -133,16 +135,12 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
             writer="torch.distributed.checkpoint",
             variant=ACCELERATE if any(p.folder.name == OPTIMIZER_FOLDER for p in found) else held.style,
         ),
-        tensors=held.tensors,
+        tensors=tensors,
         groups=held.groups,
         train_state=train_state(client),
-        shared=dict(_tied(found, held.tensors)),
-        # trained are floats alone: an integer that no group names is a buffer
-        buffers=frozenset(
-            name
-            for name, ref in held.tensors.items()
-            if named and name not in named and _INTEGERS.fullmatch(ref.dtype.name)
-        ),
+        shared=shared,
+        frozen=frozen,
+        buffers=buffers,
         extra_state=held.extra,
         files=tuple(role for each in found for role in _files(each)),
         checks=tuple(
@@ -165,19 +163,40 @@ def _paths(each: Part) -> Iterable[tuple[Keys, Value]]:
         yield paths.get(key, (key,)), value
 
 
-def _tied(found: tuple[Part, ...], tensors: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Names whose pieces are the same items: torch writes the data for each name, ckpt once for tied ones."""
+def _tied(
+    found: tuple[Part, ...], tensors: Mapping[str, object], trained: Mapping[str, bool]
+) -> Iterator[tuple[str, str]]:
+    """Names whose pieces are the same items, as ckpt writes tied weights. torch writes the data for each name
+    and the optimizer's state for the first: a matrix that is in no group and has the checksums of one that
+    was trained (the value is whether it has state) is the other name of that one.
+    """
     names = {id(ref): name for name, ref in tensors.items()}
     for each in found:
         owners: dict[tuple[object, ...], str] = {}
-        for key in each.metadata.keys:
-            tensor = each.metadata.tensors.get(key)
-            name = names.get(id(each.values[key]))
-            if tensor is None or name is None or not any(piece.numel for piece in tensor.pieces):
+        alike: dict[tuple[object, ...], str] = {}
+        known = [(key, names[id(value)]) for key, value in each.values.items() if id(value) in names]
+        for key, name in known:
+            if trained.get(name) and (sums := _checksums(each, key)):
+                alike.setdefault(sums, name)
+        for key, name in known:
+            tensor = each.metadata.tensors[key]
+            if not any(piece.numel for piece in tensor.pieces):
                 continue
             owner = owners.setdefault((tensor.dtype.name, tensor.shape, *tensor.pieces), name)
+            if owner == name and name not in trained:
+                owner = alike.get(_checksums(each, key), name)
             if owner != name:
                 yield name, owner
+
+
+def _checksums(each: Part, key: str) -> tuple[object, ...]:
+    """What the pieces of a matrix state for their bytes; () where it is none, or they state nothing."""
+    tensor = each.metadata.tensors[key]
+    data = [(piece, each.data.get(piece.item)) for piece in tensor.pieces if piece.item and piece.numel]
+    sums = [(p.offsets, p.shape, d.check.crc32) for p, d in data if isinstance(d, Data) and d.check]
+    if len(tensor.shape) < 2 or not sums or len(sums) < len(data):
+        return ()
+    return (tensor.dtype.name, tensor.shape, *sorted(sums))
 
 
 def _files(each: Part) -> Iterator[FileRole]:

@@ -10,6 +10,7 @@ from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
+from ckpttools.formats.buffers import is_buffer
 from ckpttools.formats.torch.ids import Ids, Shape, by_shape
 from ckpttools.formats.torch.names import OPTIMIZER, PREFIXES
 from ckpttools.tensors import TensorRef
@@ -17,8 +18,6 @@ from ckpttools.tree import Key, Value
 
 STEP = "step"  # never the parameter's shape, even where that is 0-d
 NAMES = "param_names"  # torch >= 2.6, of optimizers made from named parameters
-# of the buffers that torch's own modules register: torch/nn/modules/batchnorm.py
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +30,6 @@ class Saved:
     groups: tuple[ParamGroup, ...] = ()
     problem: str | None = None
     rest: Mapping[str, Value] = field(default_factory=dict)
-
-
-def is_buffer(name: str, ref: TensorRef) -> bool:
-    """Whether no optimizer can have it: by its type, or as torch's own modules name their buffers."""
-    trainable = ref.dtype.is_float or ref.dtype.name.startswith("complex")
-    return not trainable or name.endswith(BUFFERS)
 
 
 def place_of(file: TorchFile) -> tuple[Key, ...] | None:

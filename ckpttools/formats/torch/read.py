@@ -11,6 +11,7 @@ from ckpttools.containers.pickles import Dict
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.containers.torch_file.modules import under
 from ckpttools.errors import escape
+from ckpttools.formats.buffers import untrained
 from ckpttools.formats.counters import train_state
 from ckpttools.formats.ties import tied
 from ckpttools.formats.torch import optimizer
@@ -58,8 +59,8 @@ def read(path: Location, wanted: str | None = None) -> Checkpoint:
         else "weights by name"
     )
     also = f", with {', '.join(map(escape, keys[:12]))}" if keys else ""
-    buffers = frozenset(name for name, ref in tensors.items() if optimizer.is_buffer(name, ref))
-    trained = {name for group in groups for name in group.params}
+    # where there is no optimizer with names, what was trained is not known
+    frozen, buffers = untrained(tensors, {name for group in groups for name in group.params}, shared)
     return Checkpoint(
         path=path,
         layout=Layout(
@@ -70,9 +71,8 @@ def read(path: Location, wanted: str | None = None) -> Checkpoint:
         tensors=tensors,
         groups=groups,
         shared=shared,
-        # where there is no optimizer with names, what was trained is not known
-        frozen=frozenset(tensors.keys() - trained - buffers - shared.keys() if groups else ()),
-        buffers=buffers - trained if groups else frozenset(),
+        frozen=frozen,
+        buffers=buffers,
         train_state=state,
         extra_state=_extra_state(file, key, prefix),
         client=client,

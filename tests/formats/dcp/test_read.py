@@ -69,6 +69,24 @@ def test_what_is_saved_beside_them() -> None:
     assert identical(as_torch(meta["rng"]), torch.arange(5, dtype=torch.uint8))
 
 
+def test_tied_and_frozen_weights_are_found_by_their_bytes_and_groups(tmp_path: Path) -> None:
+    """torch writes a tied weight under both names, and the optimizer's state under the first."""
+    checkpoint = open_checkpoint(FIXTURES / "dcp/fsdp2_ws2")
+    assert checkpoint.shared == {"head.weight": "emb.weight"}
+    assert checkpoint.tensors["head.weight"] == checkpoint.tensors["emb.weight"]
+    assert checkpoint.frozen == {"frozen", "mean"}  # a float buffer looks like a frozen weight
+    assert checkpoint.buffers == {"count", "mask"}
+    weight = torch.randn(4, 4)
+    model = {"a.weight": weight, "b.weight": weight.clone(), "c.weight": torch.randn(4, 4)}
+    group = {"lr": 0.1, "params": ["a.weight"]}
+    for state, tied in (({}, {}), ({"a.weight": {"momentum_buffer": weight * 0}}, {"b.weight": "a.weight"})):
+        made = {"model": model, "optimizer": {"state": state, "param_groups": [group]}}
+        dcp.save(made, checkpoint_id=tmp_path / str(len(state)), no_dist=True)
+        assert (
+            open_checkpoint(tmp_path / str(len(state))).shared == tied
+        )  # before a step, copies may be equal
+
+
 def test_torchtitan() -> None:
     checkpoint = open_checkpoint(FIXTURES / "dcp/step-3")
     assert checkpoint.train_state.step == 3

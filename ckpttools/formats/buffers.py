@@ -1,0 +1,27 @@
+"""What no optimizer trains, where the files do not say it: buffers by type and name, the rest is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from ckpttools.tensors import TensorRef
+
+# of the buffers that torch's own modules register: torch/nn/modules/batchnorm.py
+NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def is_buffer(name: str, ref: TensorRef) -> bool:
+    """Whether no optimizer can have it: by its type, or as torch's own modules name their buffers."""
+    trainable = ref.dtype.is_float or ref.dtype.name.startswith("complex")
+    return not trainable or name.endswith(NAMES)
+
+
+def untrained(
+    tensors: Mapping[str, TensorRef], trained: Collection[str], shared: Collection[str]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """The frozen weights and the buffers; both are empty where no optimizer says what is trained."""
+    if not trained:
+        return frozenset(), frozenset()
+    rest = {name for name in tensors if name not in trained}
+    buffers = frozenset(name for name in rest if is_buffer(name, tensors[name]))
+    return frozenset(rest - buffers - set(shared)), buffers

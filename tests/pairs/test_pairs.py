@@ -1,0 +1,217 @@
+"""Every ordered pair of formats: what the target holds is what the source held, and it comes back.
+
+A model of torch is written in each format, and from each of those in each other one. Each result is verified
+and compared by digest: weights, master weights, moments, steps, settings and counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import FIXTURES, RANK_LOCAL, REFUSED, name_of
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.checks import verify
+from ckpttools.errors import CkptError, Unsupported
+from ckpttools.formats import Source, open_checkpoint
+from ckpttools.operations import convert as operation
+from ckpttools.operations.convert import TARGETS, convert
+from ckpttools.operations.digest import Digested, compare, digest
+
+from . import sources
+
+RANKED = [to for to in TARGETS if to not in ("pt", "hf")]
+DEFAULT = ("all", "bf16")  # the models of the default suite; the others with -m heavy
+MODELS = [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.heavy) for name in sources.MODELS]
+DTYPES = {"bf16": "bf16", "fp16": "fp16"}  # of the weights of a run without masters
+
+
+def write(src: Path, folder: Path, to: str, ranks: int = 2, dtype: str | None = None) -> Path:
+    """`src` in another format, verified; in a new folder of its own."""
+    folder.mkdir(parents=True)
+    dst = folder / ("run.pt" if to == "pt" else "run")
+    options: dict[str, Any] = {"world_size": ranks} if to in RANKED and to != "universal" else {}
+    if to == "hf":
+        options["exclude"] = ["complex128"]  # safetensors has no such type, and says so
+    made = convert(src, dst, to=to, dtype=dtype, **options).destination  # type: ignore[arg-type]
+    errors = [f for f in verify(made).findings if f.severity == "error"]
+    assert [f for f in errors if (f.id, f.where) != ("nonfinite", "nan")] == []  # it is in the source
+    return made
+
+
+class Written:
+    """One model in each format, each made when it is asked for first."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder / name, name
+        self.folder.mkdir()
+        self.dtype = DTYPES.get(name)
+        save = sources.pathological if name == "pathological" else None
+        self.source = (
+            save(self.folder / "source.pt") if save else sources.save(name, self.folder / "source.pt")
+        )
+        self._made: dict[str, Path] = {}
+        self._digests: dict[Path, Digested] = {}
+
+    def __getitem__(self, to: str) -> Path:
+        if to not in self._made:
+            self._made[to] = write(self.source, self.folder / to, to, dtype=self.dtype)
+        return self._made[to]
+
+    def digest(self, path: Path) -> Digested:
+        if path not in self._digests:
+            self._digests[path] = digest(path)
+        return self._digests[path]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    folder = tmp_path_factory.mktemp("pairs")
+    made: dict[str, Written] = {}
+    yield lambda name: made.get(name) or made.setdefault(name, Written(folder, name))
+
+
+def lost(before: Digested, after: Digested) -> list[str]:
+    """What the second does not hold as the first did."""
+    found = compare(before, after)
+    out = [f"{d.kind} {d.name}" for d in found.different]
+    # a master that the first has not is its one copy of the weight, exactly
+    out += [f"no {kind}" for kind, only_left in found.one_sided.items() if only_left or kind != "master"]
+    one, two = before.checkpoint, after.checkpoint
+    if dict(one.shared) != dict(two.shared):
+        out.append(f"tied: {dict(one.shared)} != {dict(two.shared)}")
+    return out
+
+
+def settings_lost(before: Digested, after: Digested) -> list[str]:
+    """Settings of the first that the second has not; a class's defaults may be added."""
+    one, two = before.checkpoint.groups, after.checkpoint.groups
+    if [list(g.params) for g in one] != [list(g.params) for g in two]:
+        return ["the groups"]
+    return [
+        f"{g}: {key}"
+        for g, (a, b) in enumerate(zip(one, two, strict=True))
+        for key, value in a.hyper.items()
+        if type(b.hyper.get(key)) is not type(value) or b.hyper[key] != value
+    ]
+
+
+KINDS = {"exp_avg", "exp_avg_sq", "step", "max_exp_avg_sq", "momentum_buffer", "sum", "master"}
+
+
+@pytest.mark.parametrize("b", TARGETS)
+@pytest.mark.parametrize("a", TARGETS)
+@pytest.mark.parametrize("name", [*MODELS, "pathological"])
+def test_a_pair(name: str, a: str, b: str, written: Any, tmp_path: Path) -> None:
+    model: Written = written(name)
+    source = model[a]
+    if a == "hf" and b not in ("hf", "pt", "dcp"):
+        with pytest.raises(CkptError) as caught:
+            write(source, tmp_path / "out", b)
+        assert caught.value.id == "no-groups"
+        assert list((tmp_path / "out").iterdir()) == []
+        return
+    made = write(source, tmp_path / "out", b, ranks=3, dtype=model.dtype)
+    before, after = model.digest(source), digest(made)
+    gone = lost(before, after)
+    if model.dtype and gone == ["no master"]:  # they were made from the weights, which are all there is
+        gone = []
+    if b == "hf":
+        assert {each for each in gone if each.removeprefix("no ") not in KINDS} <= {"weight complex128"}
+        return
+    assert gone == []
+    assert after.checkpoint.train_state.step == before.checkpoint.train_state.step
+    assert settings_lost(before, after) == []
+    if model.dtype is None:
+        assert after.digests.state == before.digests.state
+    assert after.digests.counters == before.digests.counters
+
+
+def test_what_safetensors_cannot_hold_is_refused_by_name(written: Any, tmp_path: Path) -> None:
+    with pytest.raises(CkptError) as caught:
+        convert(written("pathological")["pt"], tmp_path / "out", to="hf")
+    assert caught.value.id == "dtype-unsupported" and "complex128" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["template", "bare"])
+@pytest.mark.parametrize("through", [to for to in TARGETS if to != "hf"])
+@pytest.mark.parametrize("name", [*MODELS, "pathological"])
+def test_there_and_back(
+    name: str, through: str, kept: bool, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, through another format for three ranks, and back: every bit, setting and counter."""
+    model: Written = written(name)
+    if not kept:
+        read = operation.check_before_use
+
+        def bare(source: Source) -> Checkpoint:
+            return replace(read(source), template=None)
+
+        monkeypatch.setattr(operation, "check_before_use", bare)
+    for start in ("pt", "zero2", "dcp"):
+        first = model[start]
+        there = write(first, tmp_path / start / "there", through, ranks=3, dtype=model.dtype)
+        back = write(there, tmp_path / start / "back", start, dtype=model.dtype)
+        one, two = model.digest(first), digest(back)
+        assert lost(one, two) == []
+        assert (two.digests.state, two.digests.counters) == (one.digests.state, one.digests.counters)
+        assert settings_lost(one, two) == []
+        names = [(c.checkpoint.frozen, c.checkpoint.buffers - c.checkpoint.shared.keys()) for c in (one, two)]
+        assert names[0] == names[1]
+
+
+# --- what frameworks wrote ----------------------------------------------------------------------------
+
+THEIRS = [
+    "deepspeed-0.19.8/z2_groups_ws2",
+    "deepspeed-0.19.8/z2_fp16_ws2",
+    "deepspeed-0.19.8/z3_bf16_ws2",
+    "dcp/fsdp2_ws2",
+]
+OTHERS = [
+    *(p for v in ("0.19.8", "0.16.9", "0.10.3") for p in sorted((FIXTURES / f"deepspeed-{v}").iterdir())),
+    *sorted((FIXTURES / "dcp").iterdir()),
+    *sorted((FIXTURES / "trainer").iterdir()),
+]
+CASES = [
+    *(pytest.param(FIXTURES / name, id=name) for name in THEIRS),
+    *(
+        pytest.param(path, id=name_of(path), marks=pytest.mark.heavy)
+        for path in OTHERS
+        if path.name != "truth" and name_of(path) not in THEIRS
+    ),
+]
+NOT_CUT = ("elastic", "no-groups", "state-incomplete", "state-not-flat", "rank-local-state")
+
+
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("path", CASES)
+def test_what_frameworks_saved(path: Path, to: str, tmp_path: Path) -> None:
+    """Whole in the other format, or refused by name before anything is written."""
+    short = None if to in ("pt", "dcp", "hf") else open_dtype(path)
+    try:
+        made = write(path, tmp_path / "out", to, ranks=3, dtype=short)
+    except Unsupported as error:
+        variant = path.name.rpartition("_ws")[0]
+        assert error.id in NOT_CUT or variant in REFUSED or variant in RANK_LOCAL, error
+        assert list((tmp_path / "out").iterdir()) == []
+        return
+    before, after = digest(path), digest(made)
+    gone = lost(before, after)
+    if to == "hf":
+        gone = [each for each in gone if not each.startswith("no ")]
+    assert gone == []
+    if to != "hf":
+        assert settings_lost(before, after) == []
+
+
+def open_dtype(path: Path) -> str | None:
+    try:
+        return open_checkpoint(path).layout.dtype
+    except CkptError:
+        return None
