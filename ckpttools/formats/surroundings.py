@@ -89,5 +89,5 @@ def tree(folder: Location, prefix: str = "", depth: int = 8) -> Iterator[OutputF
     for entry in entries(folder):
         if is_file(entry) and not entry.name.endswith(MANIFEST):
             yield copy_file(folder / entry.name, prefix + entry.name, size_of(folder / entry.name))
-        elif entry.is_dir(follow_symlinks=False) and depth:
+        elif is_folder(entry) and not entry.is_symlink() and depth:
             yield from tree(folder / entry.name, f"{prefix}{entry.name}/", depth - 1)

@@ -18,6 +18,8 @@ from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.resume.new_run import NewRun, Stated, leaves, real, section, whole
 from ckpttools.schedules.mmengine.config import TEXT, settings
+from ckpttools.stores.files import is_file, is_folder, small_text
+from ckpttools.stores.links import within
 
 # keys of which at least one is in every ds_config, and in no file of Hugging Face's TrainingArguments
 DEEPSPEED_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization", "optimizer")
@@ -40,7 +42,7 @@ DEPTH = 8  # of _base_ files that name others
 
 def read_config(path: Path) -> NewRun:
     """Raises UsageError for a file that is absent, unreadable, or none of these."""
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError("not-found", "there is no such file", where=path, hint="check --config")
     match path.suffix:
         case ".py":
@@ -48,7 +50,8 @@ def read_config(path: Path) -> NewRun:
         case ".yaml" | ".yml":
             return _yaml(path)
     try:
-        values = jsons.read(path, allow_nan=True)
+        with within(path):
+            values = jsons.read(path, allow_nan=True)
     except CkptError as error:
         raise _unusable(path, error.message) from None
     if any(key in values for key in ARGUMENT_KEYS):
@@ -121,15 +124,18 @@ def _mmengine(path: Path) -> NewRun:
 def _root(path: Path) -> Path:
     """The folder that `_base_` files may lie in: that of configs/_base_, else the file's own."""
     own = path.resolve().parent
-    return next((folder for folder in (own, *own.parents) if (folder / "_base_").is_dir()), own)
+    return next((folder for folder in (own, *own.parents) if is_folder(folder / "_base_")), own)
 
 
 def _inherited(path: Path, root: Path, unread: list[str], seen: tuple[Path, ...]) -> dict[str, Any]:
     """A file's settings laid over those of its bases, as mmengine/config/config.py merges them."""
     try:
-        text = path.read_text("utf-8")
-        ast.parse(text if len(text) <= TEXT else "(")
-    except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError) as problem:
+        with within(path):
+            text = small_text(path, TEXT)
+        ast.parse(text)
+    except CkptError as error:
+        raise _unusable(path, error.message) from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
         raise _unusable(path, f"not a Python file that can be read as data: {problem}") from None
     own = settings(text)
     bases = own.pop("_base_", [])
@@ -137,7 +143,7 @@ def _inherited(path: Path, root: Path, unread: list[str], seen: tuple[Path, ...]
     for base in bases if isinstance(bases, list) else [bases]:
         where = (path.parent / base).resolve() if isinstance(base, str) else None
         inside = where is not None and not Path(base).is_absolute() and where.is_relative_to(root)
-        if where is None or not inside or where in seen or len(seen) > DEPTH or not where.is_file():
+        if where is None or not inside or where in seen or len(seen) > DEPTH or not is_file(where):
             unread.append(escape(base))
             continue
         merged = _merged(merged, _inherited(where, root, unread, (*seen, where)))
@@ -172,8 +178,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
             hint="pip install pyyaml",
         ) from None
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, ValueError) as problem:
+        with within(path):
+            values = yaml.safe_load(small_text(path, TEXT))
+    except CkptError as error:
+        raise _unusable(path, error.message) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as problem:
         raise _unusable(path, f"not a YAML file: {' '.join(str(problem).split())[:300]}") from None
     if not isinstance(values, dict):
         raise _unusable(path, "the YAML file holds no settings by name")

@@ -192,3 +192,20 @@ def test_links_in_circles_and_to_nowhere(tmp_path: Path) -> None:
         shard.symlink_to(target)
         ran = run("verify", tmp_path / "model")
         assert ran.code in (1, 2) and shard.name in ran.out + ran.err, (target, ran)
+
+
+@pytest.mark.parametrize("name", ["new.json", "new.yaml", "new.py"])
+def test_a_configuration_that_the_user_names_may_be_a_link(name: str, tmp_path: Path) -> None:
+    zero(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "here").mkdir()
+    texts = {
+        ".json": '{"train_micro_batch_size_per_gpu": 2}',
+        ".yaml": "OPTIMIZATION: {BATCH_SIZE_PER_GPU: 2}",
+        ".py": "train_dataloader = dict(batch_size=2)",
+    }
+    (tmp_path / "elsewhere" / name).write_text(texts[Path(name).suffix])
+    (tmp_path / "here" / name).symlink_to(tmp_path / "elsewhere" / name)
+    ran = run("resume-check", tmp_path / "run", "--config", tmp_path / "here" / name)
+    same = run("resume-check", tmp_path / "run", "--config", tmp_path / "elsewhere" / name)
+    assert ran.code == same.code and ran.out == same.out and "link-outside" not in ran.err
