@@ -15,8 +15,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ckpttools"
 FORMATS = ("zero", "hf", "torch", "dcp")
 # the places that may open files: where bytes lie, where they are written, the trainer, and what is shown
 OPENERS = ("stores", "execute", "trainer", "cli", "integrations")
-OPENING = {"open", "read_text", "read_bytes", "stat", "exists", "is_file", "is_dir", "iterdir"}
-OPENING |= {"glob", "rglob"}
+OPENING = {
+    "read_text",
+    "read_bytes",
+    "stat",
+    "lstat",
+    "exists",
+    "is_file",
+    "is_dir",
+    "iterdir",
+    "glob",
+    "rglob",
+}
+OPENING |= {"is_symlink", "samefile", "readlink"}
+SYSTEM = {"open", "stat", "lstat", "listdir", "scandir", "walk", "access", "readlink"}  # of os
 
 
 def modules() -> dict[Path, ast.Module]:
@@ -115,21 +127,27 @@ def naming_formats() -> dict[str, list[str]]:
 
 
 def opening() -> list[str]:
-    """Modules outside the places for it that open, list or stat a path by themselves."""
+    """Calls outside the places for it that open, list or look up a path by themselves: `module:line call`."""
     out = []
     for path, tree in modules().items():
         if part(path) in OPENERS:
             continue
-        used = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-        used &= {"open"}
-        used |= {
-            n.func.attr
-            for n in ast.walk(tree)
-            if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in OPENING
-        }
-        if used:
-            out.append(path.as_posix())
+        own = {name.rpartition(".")[2] for name in imported(tree)}
+        own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) in own:
+                continue
+            if _opens(ast.unparse(node.func)):
+                out.append(f"{path.as_posix()}:{node.lineno} {ast.unparse(node.func)}")
     return out
+
+
+def _opens(called: str) -> bool:
+    """`open` itself, os.stat ..., path.is_file ...; what an entry of a listing knows was looked up before."""
+    before, _, name = called.rpartition(".")
+    if before in ("", "os", "os.path"):
+        return called == "open" or before == "os.path" or (before == "os" and name in SYSTEM)
+    return name in OPENING and before.rpartition(".")[2] not in ("entry", "store")
 
 
 def frameworks() -> dict[str, list[str]]:
@@ -156,7 +174,7 @@ def main() -> None:
         for name, where in lists.items():
             print(f"{len(where):3} modules outside {title} {name}: {', '.join(where) or '-'}")
     found = opening()
-    print(f"{len(found):3} modules open, list or stat by themselves: {', '.join(found)}")
+    print(f"{len(found):3} calls open, list or look up a path by themselves: {', '.join(found) or '-'}")
     print(f"{lines()} lines in {len(modules())} modules")
     print("layers, lowest first:", " | ".join(" ".join(row) for row in layers(graph())))
 

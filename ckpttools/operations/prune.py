@@ -28,7 +28,8 @@ from ckpttools.operations.writing import Bar
 from ckpttools.runs import needs, pins
 from ckpttools.runs.find import Entry
 from ckpttools.runs.retain import Decision, Policy, decide, require_best
-from ckpttools.stores.files import is_file, is_folder, local
+from ckpttools.stores.disk import look
+from ckpttools.stores.files import is_file, is_folder, is_link, local, walk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,11 +156,11 @@ def _held(
         yield why
     if path.resolve() == folder.resolve() or any(path in other.parents for other in everything):
         yield "other checkpoints are in it, or it is the folder itself"
-    if is_folder(path) and not path.is_symlink():
+    if is_folder(path) and not is_link(path):
         try:
             own = somebodys(path)
-        except OSError as error:
-            yield f"it cannot be listed: {error.strerror}"
+        except CkptError as error:
+            yield error.message
         else:
             if own:
                 yield f"it holds what is somebody's own: {escape(own[0].relative_to(path))}"
@@ -172,21 +173,20 @@ def freed(paths: list[Path]) -> int:
     for path in paths:
         for file in _tree(path):
             with suppress(OSError):
-                found = file.lstat()
+                found = look(file)
                 names[found.st_dev, found.st_ino] += 1
                 files[found.st_dev, found.st_ino] = found
     return sum(found.st_size for key, found in files.items() if names[key] >= found.st_nlink)
 
 
 def _tree(path: Path) -> Iterator[Path]:
-    if path.is_symlink() or not is_folder(path):
+    if is_link(path) or not is_folder(path):
         yield path
         place = local(manifest.beside(path))
         if is_file(place):
             yield place
         return
-    for place_, _, files in os.walk(path):
-        yield from (Path(place_) / name for name in files)
+    yield from (local(place) for place, entry in walk(path) if not is_folder(entry))
 
 
 def carry_out(plan: Pruning, *, said: Callable[[Location], None] = lambda path: None) -> None:
@@ -233,7 +233,7 @@ def _refuse_changed(entry: Entry, run: Path, folder: Path) -> None:
 
 def _delete(path: Path) -> None:
     try:
-        if stat.S_ISDIR(path.lstat().st_mode):
+        if stat.S_ISDIR(look(path).st_mode):
             shutil.rmtree(path)
         else:
             path.unlink()

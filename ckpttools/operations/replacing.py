@@ -11,7 +11,6 @@ second checkpoint) is refused: nothing is removed that no framework would write 
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Iterator
@@ -28,6 +27,8 @@ from ckpttools.formats.locate import SIDE_FILES
 from ckpttools.formats.tags import ANY, LATEST
 from ckpttools.plan import Plan
 from ckpttools.siblings import MANIFEST, is_ours
+from ckpttools.stores.disk import look
+from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.stores.links import within
 
 SHOWN = 3  # files of somebody's own
@@ -43,7 +44,7 @@ _PATTERNS = (ANY, WEIGHTS, CONFIG_FILES, SIDE_FILES)
 def replaceable(dst: Path, plan: Plan) -> str:
     """What `plan` is going to replace, in words. Raises UsageError "not-replaced"."""
     try:
-        mode = os.lstat(dst).st_mode
+        mode = look(dst).st_mode
         if stat.S_ISREG(mode):
             return _file(dst, plan)
         if stat.S_ISDIR(mode):
@@ -54,7 +55,7 @@ def replaceable(dst: Path, plan: Plan) -> str:
 
 
 def _file(dst: Path, plan: Plan) -> str:
-    size = dst.stat().st_size
+    size = look(dst).st_size
     if not plan.is_single_file:
         raise _refused(dst, "a file, where a folder is to be written")
     if size:
@@ -68,7 +69,10 @@ def _file(dst: Path, plan: Plan) -> str:
 
 
 def _folder(dst: Path, plan: Plan) -> str:
-    files = list(_files(dst))
+    try:
+        files = list(_files(dst))
+    except CkptError as error:
+        raise _refused(dst, f"it cannot be looked at: {error.message}") from None
     if not files:
         return f"{escape(dst)}, an empty folder"
     if plan.is_single_file:
@@ -85,7 +89,7 @@ def _folder(dst: Path, plan: Plan) -> str:
         names = ", ".join(escape(path.relative_to(dst)) for path in own[:SHOWN])
         more = f" and {len(own) - SHOWN} more" if len(own) > SHOWN else ""
         raise _refused(dst, f"it holds what no checkpoint needs: {names}{more}")
-    nbytes = sum(path.lstat().st_size for path, _ in files)
+    nbytes = sum(look(path).st_size for path, _ in files)
     return f"{escape(dst)}, a folder with {len(files)} files, {nbytes} bytes"
 
 
@@ -103,13 +107,12 @@ def _own(files: list[tuple[Path, bool]], known: set[Path]) -> list[Path]:
 
 def _files(folder: Path) -> Iterator[tuple[Path, bool]]:
     """Everything below a folder that is no folder; whether it is a regular file."""
-    with os.scandir(folder) as scan:
-        for entry in sorted(scan, key=lambda entry: entry.name):
-            path = folder / entry.name
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files(path)
-            else:
-                yield path, entry.is_file(follow_symlinks=False)
+    for entry in entries(folder):
+        path, is_plain = folder / entry.name, not entry.is_symlink()
+        if is_plain and is_folder(entry):
+            yield from _files(path)
+        else:
+            yield path, is_plain and is_file(entry)
 
 
 def _listed(files: list[tuple[Path, bool]]) -> set[Path]:

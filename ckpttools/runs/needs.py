@@ -10,7 +10,6 @@ A name is enough: a path that was true on another machine still keeps the checkp
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from pathlib import Path, PurePath
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
+from ckpttools.location import Entry as StoreEntry
 from ckpttools.location import Location
 from ckpttools.runs.find import Entry
 from ckpttools.siblings import GONE, PIN
-from ckpttools.stores.files import entries, is_file, small_text
+from ckpttools.stores.files import entries, is_file, local, small_text, walk
 
 POINTERS = ("last_checkpoint", "latest", "latest_universal")
 ADAPTER, STATE = "adapter_config.json", "trainer_state.json"
@@ -44,23 +44,24 @@ def around(folder: Path) -> Around:
     bases: list[tuple[Path, str]] = []
     pinned: list[Path] = []
     left: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        here = Path(place)
-        left += [here / name for name in (*folders, *files) if GONE.fullmatch(name)]
-        folders[:] = [name for name in folders if not GONE.fullmatch(name)]
-        links += [link for name in (*folders, *files) for link in _link(here / name)]
-        pinned += [here for name in files if name.startswith(PIN)]
-        base = _stated(here / ADAPTER, "base_model_name_or_path") if ADAPTER in files else None
-        if base:
-            bases.append((here / ADAPTER, base))
+    for place, entry in walk(folder, into=lambda name: not GONE.fullmatch(name)):
+        path = local(place)
+        if GONE.fullmatch(entry.name):
+            left.append(path)
+            continue
+        links += _link(path, entry)
+        if entry.name.startswith(PIN):
+            pinned.append(path.parent)
+        if entry.name == ADAPTER and (base := _stated(path, "base_model_name_or_path")):
+            bases.append((path, base))
     beside = folder.resolve().parent
     with suppress(CkptError):  # links from where nobody may look
-        links += [link for entry in entries(beside) for link in _link(beside / entry.name)]
+        links += [link for entry in entries(beside) for link in _link(beside / entry.name, entry)]
     return Around(links=tuple(links), bases=tuple(bases), pinned=tuple(pinned), left=tuple(left))
 
 
-def _link(path: Path) -> Iterator[tuple[Path, Path]]:
-    if path.is_symlink():
+def _link(path: Path, entry: StoreEntry) -> Iterator[tuple[Path, Path]]:
+    if entry.is_symlink():
         try:
             yield path, path.resolve()
         except (OSError, RuntimeError):  # a link in circles

@@ -85,3 +85,8 @@ class Disk:
 
 
 DISK = Disk()
+
+
+def look(path: Path) -> os.stat_result:
+    """What a path itself is, a link included, for whoever replaces or deletes it. Raises OSError."""
+    return os.lstat(path)

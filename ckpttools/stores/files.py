@@ -6,7 +6,7 @@ A place is a `Location`: a path of this machine, or a key in another store.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import EBADF, ELOOP, ENOENT, ENOTDIR
 from pathlib import Path, PurePath
@@ -167,6 +167,21 @@ def entries(folder: Location) -> list[Entry]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError("not-readable", f"cannot be listed: {escape(reason)}", where=folder) from None
     return sorted(found, key=lambda entry: entry.name)
+
+
+def walk(folder: Location, into: Callable[[str], bool] = bool) -> Iterator[tuple[Location, Entry]]:
+    """Everything below a folder, each folder before what is in it; links and folders whose names `into`
+    declines are not entered, nor those that cannot be listed.
+    """
+    todo = [folder]
+    while todo:
+        here = todo.pop()
+        try:
+            found = entries(here)
+        except CkptError:
+            continue
+        yield from ((here / entry.name, entry) for entry in found)
+        todo += [here / e.name for e in found if is_folder(e) and not e.is_symlink() and into(e.name)]
 
 
 def stat(path: Location) -> Stat:
