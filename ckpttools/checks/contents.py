@@ -33,35 +33,60 @@ def tasks_of(found: Checkpoint, files: list[TorchFile], copies: Sequence[Copy] =
     """Work that reads every byte of every record, once; of `copies` in other files, what can be compared."""
     claims = Claims()
     tasks: list[data.Task] = []
+    for joined in data.join(_pairs(found)):
+        for pair in (joined,) if claims.claim_all(list(data.sources(joined))) else data.parts(joined):
+            if pair is joined or claims.claim_all(list(data.sources(pair))):
+                tasks.append(pair)
+    for twins in _twins(found, copies):
+        tasks.append(replace(twins, apart=claims.claim_all([twins.one, twins.other])))
+    for joined in data.join(_scans(found, files, claims)):
+        whole = data.plain(joined)
+        assert isinstance(whole, data.Scan)
+        free = claims.claim(whole.source)
+        if free == [whole.source]:
+            tasks.append(joined)
+        elif free:
+            tasks += _free_of(joined, free)
+    for record in _records(found):
+        tasks += [data.Scan(source=part, dtype=None, name="") for part in claims.claim(record)]
+    return tasks
+
+
+def _pairs(found: Checkpoint) -> Iterator[data.Pair]:
+    """What is held against each other: masters and weights, then the moments."""
     for name, master in found.master.items():
         if name in found.tensors:
-            pairs = list(data.pair(name, master, found.tensors[name]))
-            if claims.claim_all([source for pair in pairs for source in (pair.master, pair.model)]):
-                tasks += pairs
+            yield from data.pair(name, master, found.tensors[name])
     for group in found.groups:
         second = group.state.get("exp_avg_sq", {})
         for name, mean in group.state.get("exp_avg", {}).items():
             if name in second:
-                both = list(data.moments(name, mean, second[name]))
-                if claims.claim_all([source for pair in both for source in (pair.mean, pair.square)]):
-                    tasks += both
-    for twins in _twins(found, copies):
-        tasks.append(replace(twins, apart=claims.claim_all([twins.one, twins.other])))
-    for name, ref in _tensors(found, files):
+                yield from data.moments(name, mean, second[name])
+
+
+def _scans(found: Checkpoint, files: list[TorchFile], claims: Claims) -> Iterator[data.Scan]:
+    """Every tensor of floats; what is left of files by their labels."""
+    for name, ref in _tensors(found, files, claims):
         # what is left of ZeRO-3's flat vectors after the parameters is padding, which nobody cleared
         padding = found.layout.format == "zero3" and name.startswith(PADDED)
         if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
             continue
+        dtype, squares = None if padding else ref.dtype, name.endswith(SQUARES)
         for chunk in ref.chunks:
             for span in spans(chunk) if isinstance(chunk, ByteRange | Tiles) else ():
-                for part in claims.claim(span):
-                    whole = (part.start - span.start) % ref.dtype.itemsize == 0
-                    squares = name.endswith(SQUARES)
-                    dtype = ref.dtype if whole and not padding else None
-                    tasks.append(data.Scan(source=part, dtype=dtype, name=name, squares=squares))
-    for record in _records(found):
-        tasks += [data.Scan(source=part, dtype=None, name="") for part in claims.claim(record)]
-    return tasks
+                yield data.Scan(source=span, dtype=dtype, name=name, squares=squares)
+
+
+def _free_of(task: data.Task, free: Sequence[ByteRange]) -> Iterator[data.Scan]:
+    """The parts of scans that lie in these ranges, which are in order."""
+    for scan in data.parts(task):
+        assert isinstance(scan, data.Scan)
+        for part in free:
+            low, high = max(part.start, scan.source.start), min(part.end, scan.source.end)
+            if low < high:
+                source = ByteRange(part.path, low, high - low)
+                whole = scan.dtype is None or (low - scan.source.start) % scan.dtype.itemsize == 0
+                yield replace(scan, source=source, dtype=scan.dtype if whole else None)
 
 
 def _twins(found: Checkpoint, copies: Sequence[Copy]) -> Iterator[data.Twins]:
@@ -82,7 +107,9 @@ def _twins(found: Checkpoint, copies: Sequence[Copy]) -> Iterator[data.Twins]:
                 yield data.Twins(one=a, other=b, name=name, twin=twin)
 
 
-def _tensors(found: Checkpoint, files: list[TorchFile]) -> Iterator[tuple[str, TensorRef]]:
+def _tensors(
+    found: Checkpoint, files: list[TorchFile], claims: Claims | None = None
+) -> Iterator[tuple[str, TensorRef]]:
     """Every tensor under the name that says most about it; later ones may lie in the same bytes."""
     for group in found.groups:
         for kind, refs in group.state.items():
@@ -90,6 +117,9 @@ def _tensors(found: Checkpoint, files: list[TorchFile]) -> Iterator[tuple[str, T
                 yield f"{name} ({kind})", ref
     yield from found.tensors.items()
     for file in files:
+        stored = (chunk for storage in file.storages.values() for chunk in storage.chunks)
+        if claims is not None and all(isinstance(c, ByteRange) and claims.covers(c) for c in stored):
+            continue
         for label, view in labelled(file):
             yield label, view.ref
 

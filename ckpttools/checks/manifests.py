@@ -123,6 +123,8 @@ def ranges_of(
 ) -> dict[Location, dict[str, tuple[int, int]]]:
     """The files to take digests of, with the ranges of the tensors in each."""
     tensors: dict[Location, dict[str, tuple[int, int]]] = {path: {} for path in own}
+    if not tensors:
+        return {}
     for path, name, start, nbytes in _tensor_ranges(found, files):
         if path in tensors:
             tensors[path].setdefault(name, (start, nbytes))

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from ckpttools.errors import UsageError
 from ckpttools.location import Location
-from ckpttools.passes.tasks import Scan, Task, sides
+from ckpttools.passes.tasks import Task, sources
 from ckpttools.plan import SourceCheck
 from ckpttools.tensors import ByteRange
 
@@ -52,9 +52,9 @@ class Subset:
         """
         chosen = self.take(checks, [check.source.nbytes for check in checks])
         inside, covered = _Ranges([c.source for c in chosen]), _Ranges([c.source for c in checks])
-        free = [task for task in tasks if not any(map(covered.meets, _sources(task)))]
+        free = [task for task in tasks if not any(map(covered.meets, sources(task)))]
         taken = {id(task) for task in self.take(free, [task.nbytes for task in free])}
-        kept = [task for task in tasks if id(task) in taken or any(map(inside.meets, _sources(task)))]
+        kept = [task for task in tasks if id(task) in taken or any(map(inside.meets, sources(task)))]
         return kept, tuple(chosen)
 
     def take(self, items: Sequence[T], nbytes: Sequence[int]) -> list[T]:
@@ -84,7 +84,3 @@ class _Ranges:
     def meets(self, source: ByteRange) -> bool:
         starts, ends = self._starts.get(source.path, []), self._ends.get(source.path, [])
         return bisect_right(ends, source.start) < bisect_left(starts, source.end)
-
-
-def _sources(task: Task) -> tuple[ByteRange, ...]:
-    return (task.source,) if isinstance(task, Scan) else sides(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -141,6 +142,9 @@ def main(argv: list[str] | None = None) -> None:
         head, dash, tail = args[:cut], ["--"], args[cut + 1 :]
     # numpy's linear algebra is never used here: without its threads it loads in two thirds of the time
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # headers are millions of small values that live to the end: to look for cycles among them again and
+    # again would take a quarter of the time
+    gc.set_threshold(200_000, 10, 10)
     debug, as_json = "--debug" in head, "--json" in head
     head = [_dashes(a) for a in head if a != "--debug"]
     try:

@@ -117,12 +117,11 @@ class Meetings:
     """The blocks that wait for their partners. Not thread-safe."""
 
     def __init__(self) -> None:
-        self.again: list[Pair] = []  # pieces of pairs to be read once more
         self._waiting: dict[tuple[int, int], Left | None] = {}
         self._kept = 0
 
-    def add(self, side: Side, left: Left, numel: int) -> Iterator[Result]:
-        """One side's block of `numel` elements; what is wrong, where that is known without another look."""
+    def add(self, side: Side, left: Left, numel: int) -> Iterator[Result | Pair]:
+        """One side's block of `numel` elements: what is wrong, or the piece that needs another look."""
         key = side.number, side.first
         if key not in self._waiting:
             nbytes = left.nbytes if isinstance(left, Places) else 0
@@ -137,7 +136,7 @@ class Meetings:
                 if count := meet(left, other):
                     yield Hole(path=pair.square.path, name=f"{pair.name} (exp_avg_sq)", count=count)
             case pair, _, _ if other is None or left != other:
-                self.again.append(piece(pair, side.first, numel))
+                yield piece(pair, side.first, numel)
 
 
 def piece(pair: Pair, first: int, numel: int) -> Pair:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -42,14 +42,14 @@ class Claims:
 
     def claim(self, whole: ByteRange) -> list[ByteRange]:
         """The parts of a range that nobody has claimed, claimed from now on."""
+        if not whole.nbytes:
+            return []
         spans = self._spans.setdefault(whole.path, [])
-        at, end = whole.start, whole.start + whole.nbytes
-        i = bisect_right(spans, (at, at))
-        if i and spans[i - 1][1] > at:
-            i -= 1
+        at, end = whole.start, whole.end
+        i = _first(spans, at)
         free: list[ByteRange] = []
         j = i
-        while j < len(spans) and spans[j][0] < end:
+        while j < len(spans) and spans[j][0] <= end:  # those that touch it become one with it
             if spans[j][0] > at:
                 free.append(ByteRange(whole.path, at, spans[j][0] - at))
             at = max(at, spans[j][1])
@@ -60,6 +60,14 @@ class Claims:
         high = max(end, spans[j - 1][1]) if j > i else end
         spans[i:j] = [(low, high)]
         return free
+
+    def covers(self, whole: ByteRange) -> bool:
+        """Whether every byte of a range has been claimed."""
+        spans = self._spans.get(whole.path, [])
+        i = _first(spans, whole.start)
+        return not whole.nbytes or (
+            i < len(spans) and spans[i][0] <= whole.start and whole.end <= spans[i][1]
+        )
 
     def claim_all(self, ranges: list[ByteRange]) -> bool:
         """Claim all of these ranges if every one is free, of each other too."""
@@ -73,6 +81,12 @@ class Claims:
 
     def _is_taken(self, whole: ByteRange) -> bool:
         spans = self._spans.get(whole.path, [])
-        i = bisect_right(spans, (whole.start, whole.start))
-        before = i > 0 and spans[i - 1][1] > whole.start
-        return before or (i < len(spans) and spans[i][0] < whole.start + whole.nbytes)
+        i = _first(spans, whole.start)
+        i += i < len(spans) and spans[i][1] <= whole.start  # it only touches
+        return i < len(spans) and spans[i][0] < whole.end
+
+
+def _first(spans: list[tuple[int, int]], at: int) -> int:
+    """The number of the first span that reaches to `at` or begins after it."""
+    i = bisect_left(spans, (at,))
+    return i - 1 if i and spans[i - 1][1] >= at else i

@@ -20,7 +20,21 @@ from ckpttools.passes import threads
 from ckpttools.passes.hashes import FileHash, Ranges
 from ckpttools.passes.looks import Look, Meetings, Side, look, side_by_side
 from ckpttools.passes.read import Reader
-from ckpttools.passes.tasks import BadChecksum, Pair, Result, Scan, Task, Twins, itemsizes, sides
+from ckpttools.passes.tasks import (
+    BadChecksum,
+    Compare,
+    Joined,
+    Moments,
+    Pair,
+    Plain,
+    Result,
+    Scan,
+    Task,
+    Twins,
+    itemsizes,
+    plain,
+    sides,
+)
 from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.stores.files import size_of
@@ -100,7 +114,9 @@ class _Pass:
         self.failed = False
         self.results: list[Result] = []
         self.meetings = Meetings()
-        self.meetings.again += [task for task in tasks if isinstance(task, Twins) and not task.apart]
+        self.again: list[Pair] = [task for task in tasks if isinstance(task, Twins) and not task.apart]
+        self.joined = {id(task.whole): task for task in tasks if isinstance(task, Joined)}
+        self.odd: dict[int, Joined] = {}  # of those, what must be looked at one by one
         self.checks: dict[Location, list[SourceCheck]] = {}
         for check in checks:
             self.checks.setdefault(check.source.path, []).append(check)
@@ -110,7 +126,7 @@ class _Pass:
         }
         spans: dict[Location, list[_Span]] = {path: [] for path in hashes}
         for number, task in enumerate(tasks):
-            for span in _spans(task, number):
+            for span in _spans(plain(task), number):
                 spans.setdefault(span.source.path, []).append(span)
         for path in spans:
             refuse_outside(path)
@@ -119,8 +135,11 @@ class _Pass:
 
     def run(self, workers: int) -> Passed:
         threads.in_threads(workers, self.work, self.units())
-        threads.in_threads(workers, self.look_again, self.meetings.again)
+        threads.in_threads(workers, self.look_again, self.again)
         self.results += self.bad_checksums()
+        if self.odd:
+            one_by_one: list[Task] = [task for joined in self.odd.values() for task in joined.tasks]
+            self.results += _Pass(one_by_one, [], {}, None).run(workers).results
         digests = {path: Digest(t.hash.size, *t.hash.digests()) for path, t in self.turns.items()}
         return Passed(results=self.results, digests=digests)
 
@@ -184,14 +203,26 @@ class _Pass:
                 assert crcs is not None
                 crcs.add(low, high, crc)
             for what, nbytes, found, left in seen:
-                self.results += found
+                self.note(what, found)
                 if isinstance(what, Side):
                     numel = nbytes // itemsizes(what.pair)[what.side]
-                    self.results += self.meetings.add(what, left, numel)
+                    self.note(what, self.meetings.add(what, left, numel))
             if self.progress is not None:
                 self.progress.update(source.nbytes)
         if turns := self.turns.get(source.path):
             self.hash(turns, source, block)
+
+    def note(self, what: Look, outcomes: Iterable[Result | Pair]) -> None:
+        """What a look has shown, or that it must be told by another."""
+        task = what.pair if isinstance(what, Side) else what
+        joined = self.joined.get(id(task))
+        for outcome in outcomes:
+            if joined is not None:
+                self.odd[id(task)] = joined
+            elif isinstance(outcome, Compare | Twins | Moments):
+                self.again.append(outcome)
+            else:
+                self.results.append(outcome)
 
     def hash(self, turns: _Turns, source: ByteRange, block: memoryview) -> None:
         """Wait for the unit's turn: those before it are with other threads, or done."""
@@ -220,7 +251,7 @@ class _Pass:
                     yield BadChecksum(check=check)
 
 
-def _spans(task: Task, number: int) -> Iterator[_Span]:
+def _spans(task: Plain, number: int) -> Iterator[_Span]:
     match task:
         case Scan(source=source):
             yield _Span(source, task, BLOCK_NBYTES)

@@ -6,13 +6,14 @@ master weight has a 16-bit (or fp32) copy in the model file, both are compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
 from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
+from ckpttools.values import BLOCK_NBYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +80,41 @@ class Moments:
         return self.mean.nbytes + self.square.nbytes
 
 
-Task = Scan | Compare | Twins | Moments
 Pair = Compare | Twins | Moments
+Plain = Scan | Pair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """Small tasks of one kind whose bytes follow each other, on both sides of pairs: `whole` is all of them
+    at once, which costs no more than one. Where something is odd about it, each of `tasks` is carried out.
+    """
+
+    whole: Plain
+    tasks: tuple[Plain, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes
+
+
+Task = Plain | Joined
+
+
+def plain(task: Task) -> Plain:
+    """The task that reads the same bytes at once."""
+    return task.whole if isinstance(task, Joined) else task
+
+
+def parts(task: Task) -> tuple[Plain, ...]:
+    """The tasks one by one."""
+    return task.tasks if isinstance(task, Joined) else (task,)
+
+
+def sources(task: Task) -> tuple[ByteRange, ...]:
+    """What a task reads."""
+    one = plain(task)
+    return (one.source,) if isinstance(one, Scan) else sides(one)
 
 
 def sides(pair: Pair) -> tuple[ByteRange, ByteRange]:
@@ -169,6 +203,57 @@ class BadChecksum:
 Result = NonFinite | Wild | Negative | Hole | Mismatch | Unlike | BadChecksum
 
 
+def join(tasks: Iterable[Plain]) -> Iterator[Task]:
+    """The same work in as few tasks of at most a block as can be: neighbours are joined."""
+    run: list[Plain] = []
+    nbytes = 0
+    for task in tasks:
+        if run and nbytes + task.nbytes <= BLOCK_NBYTES and _follows(run[-1], task):
+            nbytes += task.nbytes
+        else:
+            yield from _joined(run)
+            run, nbytes = [], task.nbytes
+        run.append(task)
+    yield from _joined(run)
+
+
+def _follows(one: Plain, other: Plain) -> bool:
+    match one, other:
+        case Scan(), Scan():
+            alike = one.dtype is other.dtype and one.squares == other.squares
+            return alike and _adjoin(one.source, other.source)
+        case Compare(), Compare():
+            alike = one.dtype is other.dtype
+            return alike and _adjoin(one.master, other.master) and _adjoin(one.model, other.model)
+        case Moments(), Moments():
+            alike = one.dtype is other.dtype
+            return alike and _adjoin(one.mean, other.mean) and _adjoin(one.square, other.square)
+    return False
+
+
+def _adjoin(one: ByteRange, other: ByteRange) -> bool:
+    return one.end == other.start and (one.path is other.path or one.path == other.path)
+
+
+def _joined(run: list[Plain]) -> Iterator[Task]:
+    if len(run) < 2:
+        yield from run
+        return
+    match run[0], run[-1]:
+        case Scan() as first, Scan() as last:
+            yield Joined(whole=replace(first, source=_span(first.source, last.source)), tasks=tuple(run))
+        case Compare() as first, Compare() as last:
+            master, model = _span(first.master, last.master), _span(first.model, last.model)
+            yield Joined(whole=replace(first, master=master, model=model), tasks=tuple(run))
+        case Moments() as first, Moments() as last:
+            mean, square = _span(first.mean, last.mean), _span(first.square, last.square)
+            yield Joined(whole=replace(first, mean=mean, square=square), tasks=tuple(run))
+
+
+def _span(first: ByteRange, last: ByteRange) -> ByteRange:
+    return ByteRange(first.path, first.start, last.end - first.start)
+
+
 def pair(name: str, master: TensorRef, model: TensorRef) -> Iterator[Compare]:
     """The comparisons that hold a parameter's master weights against its model weights."""
     if master.dtype is not FLOAT32 or not model.dtype.is_float:
@@ -188,6 +273,10 @@ def _side_by_side(one: TensorRef, other: TensorRef) -> Iterator[tuple[ByteRange,
     """The same elements of two tensors in pieces that are one range in each, and each piece's first."""
     if one.numel != other.numel:
         return
+    match one.chunks, other.chunks:
+        case (ByteRange() as left,), (ByteRange() as right,):
+            yield left, right, 0
+            return
     if not all(isinstance(chunk, ByteRange) for chunk in (*one.chunks, *other.chunks)):
         return
     cuts = {0, one.numel}

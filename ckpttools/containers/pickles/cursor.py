@@ -14,7 +14,7 @@ _DECIMAL = re.compile(rb"[+-]?[0-9]{1,1240}")
 _FLOAT = re.compile(rb"[+-]?(?:[0-9.eE+-]{1,64}|inf|nan)")
 _unpack_u16 = struct.Struct("<H").unpack_from
 _unpack_i32 = struct.Struct("<i").unpack_from
-_unpack_u32 = struct.Struct("<I").unpack_from
+unpack_u32 = struct.Struct("<I").unpack_from
 _unpack_u64 = struct.Struct("<Q").unpack_from
 _unpack_f64 = struct.Struct(">d").unpack_from
 
@@ -56,7 +56,7 @@ class Cursor:
 
     def u32(self) -> int:
         self.pos += 4
-        return int(_unpack_u32(self.data, self.pos - 4)[0])
+        return int(unpack_u32(self.data, self.pos - 4)[0])
 
     def u64(self) -> int:
         self.pos += 8

@@ -109,7 +109,8 @@ class Object(Pairs):
     __slots__ = ("args", "cls", "how", "items", "kwargs", "state")
 
     def __init__(self, how: str, cls: Node, args: tuple[Node, ...], kwargs: Dict = NO_KEYWORDS) -> None:
-        super().__init__()
+        self.pairs = []  # without the call of super(): checkpoints hold hundreds of thousands
+        self._index = None
         self.how = how  # "reduce", "newobj", "newobj_ex", "obj" or "inst"
         self.cls = cls
         self.args = args
