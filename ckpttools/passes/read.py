@@ -11,7 +11,7 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.location import Handle, Location
+from ckpttools.location import Location
 from ckpttools.passes.gather import GATHER_NBYTES, gather
 from ckpttools.passes.ranges import Cutter
 from ckpttools.plan import reads
@@ -56,7 +56,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.nbytes_read = 0
-        self._files = Handles(handle, Handle.close)
+        self._files = Handles(handle, lambda file: file.close())
         self._scratch = memoryview(b"")
 
     def __enter__(self) -> Self:
