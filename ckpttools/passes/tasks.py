@@ -13,7 +13,6 @@ from itertools import pairwise
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
 from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
-from ckpttools.values import BLOCK_NBYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +204,8 @@ Result = NonFinite | Wild | Negative | Hole | Mismatch | Unlike | BadChecksum
 
 def join(tasks: Iterable[Plain]) -> Iterator[Task]:
     """The same work in as few tasks of at most a block as can be: neighbours are joined."""
+    from ckpttools.values import BLOCK_NBYTES  # numpy: of no use to headers
+
     run: list[Plain] = []
     nbytes = 0
     for task in tasks:
