@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from ckpttools.checkpoint import TrainState
 from ckpttools.location import Location
 from ckpttools.schedules.evidence import Fact, Known, What, known, of_counters, of_samples, stated
 from ckpttools.schedules.lengths import Remainder, Unit
@@ -138,15 +139,17 @@ class StepList:
 class Training:
     """All of that for one checkpoint. Numbers are None where the checkpoint does not say.
 
-    `unit` is what the main counter counts; `evidence` is all that speaks of the batch. `size` counts the
-    samples of an epoch, `batches` its micro-batches per rank, `updates` its optimizer updates; `epochs` is
-    the length of the run.
+    `said` are the values that the format found under their usual names; `state` are they as the framework
+    means them. `unit` is what the main counter counts; `evidence` is all that speaks of the batch. `size`
+    counts the samples of an epoch, `batches` its micro-batches per rank, `updates` its optimizer updates;
+    `epochs` is the length of the run.
     """
 
     framework: str
     unit: Unit
+    said: TrainState = field(default_factory=TrainState)
     count: int | None = None
-    epoch: int | None = None
+    epoch: int | None = None  # whole epochs that are done
     evidence: tuple[Fact, ...] = ()
     size: int | None = None
     batches: int | None = None
@@ -160,6 +163,10 @@ class Training:
     optimizers: tuple[OptimizerSettings, ...] = ()
     schedules: tuple[SavedSchedule, ...] = ()
     batch_fields: tuple[BatchField, ...] = ()
+    follows: bool = False  # the schedule is a function of the counter, and not saved
+    # settings of the run's length from which a schedule is made anew: their names, what they count, values
+    lengths: tuple[tuple[str, Literal["epochs", "steps"], int | None], ...] = ()
+    scheduled: bool = False  # whether the configuration names a schedule
     histories: tuple[StepList, ...] = ()
     losses: tuple[tuple[str, float], ...] = ()  # the last of each, by the name that it was logged under
     configuration: Mapping[str, object] = field(default_factory=dict)  # that the run was started with
@@ -169,6 +176,17 @@ class Training:
     batch_names: tuple[tuple[What, str, str], ...] = ()
     outside: tuple[str, ...] = ()  # what the user must set in the new run, in words
     notes: tuple[str, ...] = ()
+
+    @property
+    def state(self) -> TrainState:
+        """Counters and losses as everyone is to name them: the main counter decides."""
+        said = self.said if self.said.epoch is not None else replace(self.said, epoch=self.epoch)
+        if self.count is None:
+            return said
+        if self.unit == "update":
+            return replace(said, step=self.count)
+        alone = said.keys.get("step") == said.keys.get("iteration")  # one key, taken for both
+        return replace(said, iteration=self.count, step=self.count if alone and said.step else said.step)
 
     @property
     def batch(self) -> Known:
@@ -219,7 +237,7 @@ def merge(first: Training, *others: Training) -> Training:
             found[entry.name] = tuple(item for each in values for item in each)
         else:
             found[entry.name] = next((value for value in values if value is not None), None)
-    own = ("framework", "unit", "remainder", "drop_last", "configuration")
+    own = ("framework", "unit", "said", "remainder", "drop_last", "configuration", "scheduled", "follows")
     kept = {name: getattr(first, name) for name in own}
     if first.batch_names:  # whoever drives DeepSpeed configures it
         kept["batch_names"] = first.batch_names

@@ -7,6 +7,7 @@ python tests/structure.py --svg     the drawing of the imports
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,49 @@ def frameworks() -> dict[str, list[str]]:
     return out
 
 
+# what only a framework's own file may spell: its name, its files, its pointers, its keys
+MARKS = {
+    "huggingface": r"hf-trainer|trainer_state|training_args|checkpoint-is-incomplete|rng_state|"
+    r"num_train_epochs|best_model_checkpoint",
+    "accelerate": r"accelerate|random_states",
+    "lightning": r"lightning|loops|hyper_parameters",
+    "mmengine": r"mmengine|message_hub|param_scheduler\b|last_checkpoint|optim_wrapper",
+    "openpcdet": r"openpcdet|pcdet|latest_model",
+    "plain": r"\btimm\b",
+    "client": r"training_info",
+}
+
+
+# what a format says of its files, a library's mathematics, its classes, help texts, the trainer, and the
+# configurations that a new run is started with
+SPELLERS = ("formats", "schedules", "containers", "cli", "trainer")
+CONFIGURATIONS = "resume/config_files.py"
+
+
+def spelling_frameworks() -> dict[str, list[str]]:
+    """The places of each framework: modules whose strings (docstrings left out) spell a mark of it."""
+    out: dict[str, list[str]] = {name: [] for name in MARKS}
+    for path, tree in modules().items():
+        if part(path) in SPELLERS or path.as_posix() == CONFIGURATIONS:
+            continue
+        docs = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        texts = [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
+        ]
+        for name, pattern in MARKS.items():
+            if any(re.search(pattern, text, re.IGNORECASE) for text in texts):
+                out[name].append(path.as_posix())
+    return out
+
+
 def lines() -> int:
     return sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
 
@@ -173,6 +217,8 @@ def main() -> None:
     for title, lists in (("name the format", naming_formats()), ("name the framework", frameworks())):
         for name, where in lists.items():
             print(f"{len(where):3} modules outside {title} {name}: {', '.join(where) or '-'}")
+    for name, where in spelling_frameworks().items():
+        print(f"{len(where):3} places of the framework {name}: {', '.join(where)}")
     found = opening()
     print(f"{len(found):3} calls open, list or look up a path by themselves: {', '.join(found) or '-'}")
     print(f"{lines()} lines in {len(modules())} modules")

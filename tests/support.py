@@ -15,7 +15,7 @@ from ckpttools import formats
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.execute import execute
 from ckpttools.formats import zero
-from ckpttools.formats.surroundings import with_surroundings
+from ckpttools.frameworks.surroundings import with_surroundings
 from ckpttools.passes.read import load
 from ckpttools.tensors import TensorRef
 from ckpttools.transforms.reshard import reshard

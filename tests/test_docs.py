@@ -57,6 +57,7 @@ def test_the_drawing_has_no_circle_and_no_arrow_that_points_up() -> None:
 def test_touch_lists_do_not_grow() -> None:
     named = {name: len(where) for name, where in structure.naming_formats().items()}
     assert all(named[name] <= most for name, most in MOST_NAMING.items()), structure.naming_formats()
+    assert all(len(where) == 1 for where in structure.spelling_frameworks().values())
 
 
 def test_only_stores_open_list_and_look_up_paths() -> None:

@@ -105,6 +105,7 @@ def _verify(
     with within(path):
         pointers = [*check_last_checkpoint(path), *(check_pointer(path, source) if tag is None else ())]
     held: Held = {}
+    state = TrainState()
     copies: list[Copy] = []
     with within(source.root):
         checked = check_headers(source, in_parts=True)
@@ -113,7 +114,9 @@ def _verify(
         findings += [*beside, *pointers]
         if found is not None:
             findings += check_keys(found)
-            held = holds(source, found) if whole else dict.fromkeys(KEYS)
+            held, state = dict.fromkeys(KEYS), found.train_state
+            if whole:
+                held, state = holds(source, found)
             findings += check_held(found, held, require)
             if whole:
                 findings += check_rates(source, found)
@@ -147,7 +150,7 @@ def _verify(
     return Verdict(
         path=path,
         format=found.layout.format if found else source.format.name,
-        state=found.train_state if found else TrainState(),
+        state=state,
         findings=(*findings, *_rescue(source, findings, quick=quick, workers=workers)),
         nbytes_read=nbytes,
         manifest=None if described is None else (manifest.place(source.target), manifest.dump(described)),

@@ -14,7 +14,8 @@ from ckpttools.findings import WARNING, Finding, of_error
 from ckpttools.formats import Source
 from ckpttools.formats.files import check_file
 from ckpttools.formats.hf import INDEX, SHARD
-from ckpttools.formats.tags import is_tag
+from ckpttools.formats.tags import LATEST, is_tag
+from ckpttools.frameworks import POINTERS, STATED
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
 from ckpttools.stores.files import entries, exists, is_file, is_folder, small_text, stat
@@ -25,8 +26,7 @@ JSON_FILES = (
     "config.json",
     "generation_config.json",
     "adapter_config.json",
-    "trainer_state.json",
-    "training_info.json",
+    *STATED,
     *INDEX,
 )
 
@@ -70,7 +70,7 @@ def check_pointer(path: Location, source: Source) -> Iterator[Finding]:
         yield from _stale(folder, source.target.name)
     if stat(path) == stat(source.target):
         return
-    if not any(exists(folder / name) for name in ("latest", "last_checkpoint")):
+    if not any(exists(folder / name) for name in POINTERS):
         yield Finding(
             id="latest-missing",
             severity=WARNING,
@@ -108,10 +108,13 @@ def _numbers(name: str) -> list[int]:
 
 
 def check_last_checkpoint(path: Location) -> Iterator[Finding]:
-    """`last_checkpoint` names a path; after a copy of the run, its last part must lie beside it."""
-    pointer = path / "last_checkpoint"
-    if not is_folder(path) or not is_file(pointer):
-        return
+    """A pointer that names a path; after a copy of the run, its last part must lie beside it."""
+    for name in POINTERS:
+        if name != LATEST and is_folder(path) and is_file(path / name):
+            yield from _last_checkpoint(path, path / name)
+
+
+def _last_checkpoint(path: Location, pointer: Location) -> Iterator[Finding]:
     try:
         name = PurePath(small_text(pointer, 4096).strip()).name
     except CkptError as error:
@@ -172,9 +175,9 @@ def _leftovers(folder: Location, names: list[str]) -> Iterator[Finding]:
 
 
 def _counters(folder: Location, names: list[str]) -> Iterator[Finding]:
-    """trainer_state.json of `checkpoint-N` is of step N, and so is a bundle's training_info.json."""
+    """The framework's own file in `checkpoint-N` is of step N."""
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    file = next((name for name in ("trainer_state.json", "training_info.json") if name in names), None)
+    file = next((name for name in STATED if name in names), None)
     if match is None or file is None:
         return
     try:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR, Finding
+from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location, Stat
 from ckpttools.stores.files import entries, is_folder, stat
 
 MAX_DEPTH = 4  # folders below a checkpoint
 # rewritten by every save of a run, also where the checkpoint at hand is left alone
-POINTERS = ("latest", "last_checkpoint", "checkpoint", "zero_to_fp32.py")
+REWRITTEN = (*POINTERS, "checkpoint", "zero_to_fp32.py")
 
 Stamps = dict[Location, Stat | None]  # None for a folder
 
@@ -42,7 +43,7 @@ class Watch:
             for path in sorted(before.keys() | now.keys(), key=str):
                 beside = not number and not pointers
                 is_folder = (path in before and before[path] is None) or (path in now and now[path] is None)
-                if beside and (is_folder or path.name in POINTERS):
+                if beside and (is_folder or path.name in REWRITTEN):
                     continue
                 if path not in before or path not in now or before[path] != now[path]:
                     return path

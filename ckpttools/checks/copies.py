@@ -21,11 +21,12 @@ from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats import Folder, Source, hf
 from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.frameworks import STATED
 from ckpttools.location import Location
 from ckpttools.stores.files import is_file, is_folder
 from ckpttools.tensors import TensorRef
 
-BUNDLE, MODEL, INFO = "deepspeed", "hf_model", "training_info.json"
+BUNDLE, MODEL = "deepspeed", "hf_model"
 STEPS = ("global_step", "step", "iteration", "iter")
 KEYS = (*STEPS, "epoch", "train_loss", "val_loss")
 
@@ -42,7 +43,7 @@ class Copy:
 
 def check_copies(source: Source, found: Checkpoint) -> tuple[list[Finding], list[Copy]]:
     """What the headers of the copies show, and the tensors whose bytes are to be compared."""
-    findings = [*_counters(source, found), *_training_info(source, found)]
+    findings = [*_counters(source, found), *_stated(source, found)]
     copies: list[Copy] = []
     for folder in _models(source, found):
         try:
@@ -57,13 +58,14 @@ def check_copies(source: Source, found: Checkpoint) -> tuple[list[Finding], list
 
 def missing_state(path: Location) -> Iterator[Finding]:
     """A bundle whose deepspeed/ is gone reads as a model: its optimizer state and shards are lost."""
-    if is_folder(path / MODEL) and is_file(path / INFO) and not is_folder(path / BUNDLE):
+    info = next((name for name in STATED if is_file(path / name)), None)
+    if is_folder(path / MODEL) and info and not is_folder(path / BUNDLE):
         yield Finding(
             id="bundle-incomplete",
             severity=ERROR,
             file=str(path),
             where=BUNDLE,
-            message=f"{MODEL}/ and {INFO} are here, and {BUNDLE}/ is not: no training can be resumed",
+            message=f"{MODEL}/ and {info} are here, and {BUNDLE}/ is not: no training can be resumed",
             hint=f"copy {BUNDLE}/ from where the checkpoint was saved; the weights are in {path / MODEL}",
         )
 
@@ -115,10 +117,10 @@ def _differs(file: str, name: str, message: str) -> Finding:
     )
 
 
-def _training_info(source: Source, found: Checkpoint) -> Iterator[Finding]:
-    """training_info.json against the client state of DeepSpeed's model file, key by key."""
-    path = source.root / INFO
-    if not isinstance(found.template, ZeroFolder) or not is_file(path):
+def _stated(source: Source, found: Checkpoint) -> Iterator[Finding]:
+    """The framework's own file against the client state of DeepSpeed's model file, key by key."""
+    path = next((p for name in STATED if is_file(p := source.root / name)), None)
+    if not isinstance(found.template, ZeroFolder) or path is None:
         return
     try:
         info: Mapping[str, object] = jsons.read(path, allow_nan=True)

@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from ckpttools import frameworks
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.checks.keys import SCHEDULERS, has_any
-from ckpttools.containers import fields, jsons
+from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, Finding
 from ckpttools.formats import Source
 from ckpttools.formats.torch import OPTIMIZER
 from ckpttools.formats.zero.join import ZeroFolder
-from ckpttools.stores.files import is_file
 from ckpttools.training import Training
 
 KEYS = ("optimizer", "scheduler", "step", "epoch", "train_loss", "val_loss")
 Held = Mapping[str, bool | None]  # by KEYS; None: not known
 
 
-def holds(source: Source, found: Checkpoint) -> Held:
-    """Whether each of KEYS is there; everything is False for weights alone, None where it cannot be told."""
+def holds(source: Source, found: Checkpoint) -> tuple[Held, TrainState]:
+    """Whether each of KEYS is there; everything is False for weights alone, None where it cannot be told.
+    With the counters and losses, as the framework means them.
+    """
     training: Training | None = None
     known = True
     try:
@@ -31,7 +32,8 @@ def holds(source: Source, found: Checkpoint) -> Held:
         known = reason.id == "weights-only"
     except CkptError:
         known = False  # damage that is reported by itself
-    state, log = found.train_state, _logged(source)
+    state = training.state if training is not None else found.train_state
+    logged = {name for name, _ in training.losses} if training is not None else set()
     root = fields.as_mapping(found.template.value) if isinstance(found.template, TorchFile) else None
     optimizer = scheduler = None if not known else False
     if training is not None:
@@ -47,28 +49,15 @@ def holds(source: Source, found: Checkpoint) -> Held:
         optimizer = bool(found.groups) or any(name in found.client for name in OPTIMIZER)
         scheduler = bool(scheduler or state.scheduler)
     counts = training.counters if training is not None else ()
-    epoch = training.epoch if training is not None else None
-    return {
+    held = {
         "optimizer": optimizer,
         "scheduler": scheduler,
         "step": state.step is not None or state.iteration is not None or bool(counts),
-        "epoch": state.epoch is not None or epoch is not None or "epoch" in log,
-        "train_loss": state.train_loss is not None or "loss" in log,
-        "val_loss": state.val_loss is not None or "eval_loss" in log,
+        "epoch": state.epoch is not None,
+        "train_loss": state.train_loss is not None or "loss" in logged,
+        "val_loss": state.val_loss is not None or "eval_loss" in logged,
     }
-
-
-def _logged(source: Source) -> set[str]:
-    """What the Trainer's own file says: its epoch, and the losses in its log."""
-    path = source.root / "trainer_state.json"
-    try:
-        state = jsons.read(path, allow_nan=True) if is_file(path) else {}
-    except CkptError:
-        return set()  # reported by itself
-    history = state.get("log_history")
-    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-    logged = {key for entry in entries for key in ("loss", "eval_loss") if key in entry}
-    return logged | {"epoch"} & state.keys()
+    return held, state
 
 
 def lacks(held: Held) -> tuple[str, ...]:

@@ -1,14 +1,8 @@
 """What a single-file training checkpoint holds for a resume: counters, losses, optimizer, scheduler.
 
 A file without optimizer state is weights, and nothing is asked of it. Which keys a file must have is up to
-the code that saved it; where the file says which framework that was, its own writer is the measure:
-
-    Lightning   epoch, global_step, state_dict; optimizer_states, lr_schedulers and callbacks all or none
-                (dump_checkpoint in trainer/connectors/checkpoint_connector.py)
-    MMEngine    meta.epoch, meta.iter and message_hub beside an optimizer (Runner.save_checkpoint)
-    OpenPCDet   epoch, it, model_state, optimizer_state (checkpoint_state in train_utils.py)
-    timm        epoch and state_dict beside arch and optimizer (CheckpointSaver._save)
-    epoch_E_step_S.pt   epoch, global_step and optimizer_state_dict beside model_state_dict
+the code that saved it; where the file says which framework that was, its own writer is the measure, or the
+name: epoch_E_step_S.pt has epoch, global_step and optimizer_state_dict beside model_state_dict.
 """
 
 from __future__ import annotations
@@ -16,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node
@@ -83,23 +78,8 @@ def _is_filled(node: Node) -> bool:
 
 def _missing(root: fields.Mapping, name: str) -> Iterator[tuple[str, str]]:
     """Each framework that the file says it is of, with a key that this framework always saves."""
+    yield from frameworks.missing_keys(root)
     names = set(root.names())
-    if "pytorch-lightning_version" in names:
-        states = {"optimizer_states", "lr_schedulers", "callbacks"}
-        needed = {"epoch", "global_step", "state_dict"}
-        if {"optimizer_states", "lr_schedulers"} & names:
-            needed |= states
-        yield from (("Lightning", key) for key in sorted(needed - names))
-    meta = fields.as_mapping(root.get("meta"))
-    if meta is not None and "mmengine_version" in meta and "optimizer" in names:
-        yield from (("MMEngine", f"meta.{key}") for key in ("epoch", "iter") if key not in meta)
-        yield from (("MMEngine", key) for key in ("message_hub",) if key not in names)
-    version = root.get("version")
-    if isinstance(version, str) and version.startswith("pcdet+"):
-        needed = {"epoch", "it", "model_state", "optimizer_state"}
-        yield from (("OpenPCDet", key) for key in sorted(needed - names))
-    if version == 2 and {"arch", "optimizer"} <= names:
-        yield from (("timm", key) for key in ("epoch", "state_dict") if key not in names)
     if NAMED.fullmatch(name) and "model_state_dict" in names and len(names) > 1:
         needed = {"epoch", "global_step", "optimizer_state_dict"}
         yield from ((f"the name {name}", key) for key in sorted(needed - names))

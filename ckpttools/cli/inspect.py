@@ -189,7 +189,8 @@ def _progress_json(found: Progress) -> dict[str, object]:
 def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
     from ckpttools.frameworks.progress import progress
 
-    layout, state = checkpoint.layout, checkpoint.train_state
+    layout, reached = checkpoint.layout, progress(source, checkpoint)
+    state = reached.state
     out: dict[str, object] = {
         "path": str(source.root),
         "target": str(source.target),
@@ -225,7 +226,7 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
         ],
         "files": [{"path": str(f.path), "nbytes": f.nbytes, "role": f.role} for f in checkpoint.files],
         "notes": list(checkpoint.notes),
-        "progress": _progress_json(progress(source, checkpoint)),
+        "progress": _progress_json(reached),
     }
     if tensors:
         out["tensors"] = [

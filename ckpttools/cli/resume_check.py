@@ -131,7 +131,7 @@ def _installed() -> dict[str, str]:
 
 def _auto_resume(src: Path) -> Iterator[Any]:
     """The rule of `ckpt train --resume`."""
-    from ckpttools.resume.report import AutoResume
+    from ckpttools.frameworks.rules import AutoResume
     from ckpttools.trainer import folders, search
 
     if src.is_dir() and (found := folders.tags(src)):

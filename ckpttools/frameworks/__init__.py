@@ -1,32 +1,35 @@
-"""How far training is, for every container: `read` gives a Training; nothing is changed here.
+"""Everything that is particular to a framework, one file for each, and one table of them.
 
-One file per framework. The first of FRAMEWORKS that recognises a checkpoint reads it.
+How its checkpoints are recognised and read (`read` gives a Training; nothing is changed), what it does with a
+resumed run, its pointers and its idea of the newest, the keys and side files that it always writes. The first
+of FRAMEWORKS that recognises a checkpoint reads it. Nothing outside this folder names one of them.
 
 reference     the keys that `ckpt train` adds to DeepSpeed's
 lightning     its loops, in a single file or in a ZeRO folder's model file
 mmengine      meta, message_hub, param_schedulers: likewise
 huggingface   the Trainer's files beside a model or a ZeRO folder
 accelerate    save_state's files: likewise
-client        other code that drives DeepSpeed: its keys, training_info.json
+deepspeed     what every ZeRO folder holds, whoever drove it; client: other code's keys, training_info.json
 openpcdet, plain   single files; timm's too
 
-deepspeed     what every ZeRO folder holds, whoever drove it
-framework, parts   what they share; progress: all that in one line
+framework, rules, parts   what they share; progress: all that in one line
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields as fields_of
 from dataclasses import replace
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.errors import Unsupported
+from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats.format import Source
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.formats.zero3.join import Zero3Folder
 from ckpttools.frameworks import (
     accelerate,
-    client,
     deepspeed,
     huggingface,
     lightning,
@@ -35,7 +38,10 @@ from ckpttools.frameworks import (
     plain,
     reference,
 )
-from ckpttools.frameworks.framework import Brief, Saved
+from ckpttools.frameworks.framework import Brief, Framework, Saved
+from ckpttools.frameworks.rules import AutoResume
+from ckpttools.location import Location
+from ckpttools.stores.files import is_folder
 from ckpttools.stores.links import within
 from ckpttools.training import Training
 
@@ -45,11 +51,20 @@ FRAMEWORKS = (
     mmengine.FRAMEWORK,
     huggingface.FRAMEWORK,
     accelerate.FRAMEWORK,
-    client.FRAMEWORK,
+    deepspeed.FRAMEWORK,
     openpcdet.FRAMEWORK,
     plain.TIMM,
     plain.FRAMEWORK,
 )
+BY_NAME = {framework.name: framework for framework in FRAMEWORKS}
+POINTERS = tuple(pointer for framework in FRAMEWORKS for pointer in framework.pointers)
+# JSON files beside the weights that state counters
+STATED = tuple(name for framework in FRAMEWORKS for name in framework.stated)
+
+
+def framework_of(training: Training | None) -> Framework:
+    """The framework that read it; plain code where there is none."""
+    return BY_NAME[training.framework] if training is not None else plain.FRAMEWORK
 
 
 def read(source: Source, checkpoint: Checkpoint) -> Training:
@@ -58,7 +73,8 @@ def read(source: Source, checkpoint: Checkpoint) -> Training:
         saved = _saved(source, checkpoint)
         for framework in FRAMEWORKS:
             if framework.recognise(saved):
-                return framework.read(saved)
+                found = framework.read(saved)
+                return replace(found, said=_over(found.said, checkpoint.train_state))
     raise _weights_only(checkpoint)
 
 
@@ -68,11 +84,18 @@ def brief(source: Source, checkpoint: Checkpoint) -> Brief:
         bare = _bare(source, checkpoint)
         for framework in FRAMEWORKS:
             if framework.recognise(bare):
-                if framework.brief is not None:
-                    return framework.brief(bare)
-                found = framework.read(_saved(source, checkpoint))
-                return Brief(resumes=bool(found.optimizers), metrics=dict(found.losses))
-    raise _weights_only(checkpoint)
+                if framework.brief is None:
+                    break
+                found = framework.brief(bare)
+                return replace(found, said=_over(found.said, checkpoint.train_state))
+    whole = read(source, checkpoint)
+    return Brief(resumes=bool(whole.optimizers), metrics=dict(whole.losses), said=whole.state)
+
+
+def _over(known: TrainState, said: TrainState) -> TrainState:
+    """What the format found, with what the framework knows in its place."""
+    own = {each.name: getattr(known, each.name) for each in fields_of(TrainState)}
+    return replace(said, **{name: value for name, value in own.items() if value not in (None, {})})
 
 
 def _weights_only(checkpoint: Checkpoint) -> Unsupported:
@@ -85,6 +108,41 @@ def _weights_only(checkpoint: Checkpoint) -> Unsupported:
     )
 
 
+def state(source: Source, checkpoint: Checkpoint) -> TrainState:
+    """Counters and losses, as its framework means them where it is known."""
+    try:
+        return read(source, checkpoint).state
+    except CkptError:
+        return checkpoint.train_state
+
+
+def auto_resume(folder: Location) -> tuple[AutoResume, ...]:
+    """What each framework whose checkpoints are here would take. () for a path that is no folder."""
+    if not is_folder(folder):
+        return ()
+    return tuple(taken for framework in FRAMEWORKS for taken in framework.takes(folder))
+
+
+def wraps(folder: Location) -> bool:
+    """Whether a folder is a framework's own checkpoint, with DeepSpeed's somewhere below."""
+    return any(framework.wraps(folder) for framework in FRAMEWORKS)
+
+
+def unfinished(path: Location) -> str | None:
+    """Why the save is not whole, by its framework's own marks."""
+    return next((why for framework in FRAMEWORKS if (why := framework.unfinished(path))), None)
+
+
+def best(checkpoint: Location) -> str | None:
+    """What a framework's own file in a checkpoint calls the best one so far."""
+    return next((found for framework in FRAMEWORKS if (found := framework.best(checkpoint))), None)
+
+
+def missing_keys(root: fields.Mapping) -> Iterator[tuple[str, str]]:
+    """Frameworks that a file says it is of, each with a key that its writer always saves and that is gone."""
+    return ((framework.title, key) for framework in FRAMEWORKS for key in framework.keys(root))
+
+
 def _saved(source: Source, checkpoint: Checkpoint) -> Saved:
     found, bare = checkpoint.template, _bare(source, checkpoint)
     if bare.file is None or not bare.zero:
@@ -94,7 +152,7 @@ def _saved(source: Source, checkpoint: Checkpoint) -> Saved:
         shards = [rank.file for rank in found.ranks]
     elif isinstance(found, Zero3Folder):
         shards = [shard.file for shard in found.shards]
-    return replace(bare, engine=deepspeed.read(bare.file, shards))
+    return replace(bare, engine=deepspeed.engine(bare.file, shards))
 
 
 def _bare(source: Source, checkpoint: Checkpoint) -> Saved:

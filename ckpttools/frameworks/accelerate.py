@@ -1,7 +1,7 @@
 """accelerate's save_state: a folder of small files beside the weights.
 
 It steps a scheduler once per process and update, unless the loader splits its batches. It saves no counter of
-its own.
+its own. A resume takes the entry of checkpoints/ with the largest number in its name (accelerator.py).
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import replace
 
 from ckpttools.containers.torch_file import is_torch_file, read_torch_file
 from ckpttools.frameworks import parts
-from ckpttools.frameworks.framework import Framework, Saved
+from ckpttools.frameworks.framework import Framework, Saved, by_number, damage, inner, shown
 from ckpttools.frameworks.parts import MARKER_FILE, marked_beside, torch_optimizer
+from ckpttools.frameworks.rules import AutoResume, Rule
 from ckpttools.location import Location
 from ckpttools.schedules.evidence import stated
-from ckpttools.stores.files import entries, is_file
+from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.training import Counter, Place, SavedSchedule, Training
 
 ASSUMED = (
@@ -24,6 +25,7 @@ ASSUMED = (
     "loader splits its batches"
 )
 RANDOM = re.compile(r"random_states_\d+\.pkl")
+STATE = re.compile(r"checkpoint_(\d+)")
 
 
 def is_accelerate(folder: Location) -> bool:
@@ -103,4 +105,35 @@ def _numbered(folder: Location, names: list[str], stem: str) -> list[Location]:
     return [path for _, path in sorted(found)]
 
 
-FRAMEWORK = Framework(name="accelerate", recognise=lambda saved: saved.is_folder(is_accelerate), read=read)
+def takes(folder: Location) -> Iterator[AutoResume]:
+    place = inner(folder, "checkpoints")
+    found = [e.name for e in entries(place) if is_folder(e) and STATE.fullmatch(e.name)]
+    if found:
+        last = place / by_number(found)[-1]
+        yield AutoResume(
+            framework="accelerate",
+            path=last,
+            why=f"the largest number of {len(found)}; it counts saves, not steps",
+            problem=damage(last),
+            found=shown(found),
+        )
+
+
+FRAMEWORK = Framework(
+    name="accelerate",
+    title="accelerate",
+    recognise=lambda saved: saved.is_folder(is_accelerate),
+    read=read,
+    rule=Rule(
+        batch="the scheduler's counter goes on as it is; it counts per process, so another number of "
+        "processes with the same batch each needs no change",
+        constants="as the scheduler's class has it",
+    ),
+    launch=lambda dst, n, tag: (
+        f"accelerate launch --num_processes {n} ...: accelerator.load_state({str(dst)!r})"
+    ),
+    takes=takes,
+    wraps=is_accelerate,
+    lacks=lambda names: parts.random_lacks(names, "random_states"),
+    random=RANDOM.pattern,
+)

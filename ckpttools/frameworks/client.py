@@ -16,12 +16,11 @@ from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.counters import BATCH_NAMES, DATASET, STEP, TRAIN_LOSS, VAL_LOSS
 from ckpttools.frameworks import parts
-from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.location import Location
 from ckpttools.schedules.evidence import Known, What, stated
 from ckpttools.schedules.lengths import Unit
 from ckpttools.stores.files import is_file
-from ckpttools.training import BatchField, Counter, Place, Training, merge
+from ckpttools.training import BatchField, Counter, Place, Training
 
 INFO = "training_info.json"
 OWN = {"global_steps"}  # DeepSpeed's
@@ -95,13 +94,3 @@ def _named(numbers: Mapping[str, int], known: Known) -> Iterator[tuple[str, What
             yield key, what
     if numbers.get(BATCH) in (known.micro, known.total) and BATCH in numbers:
         yield BATCH, "micro" if numbers[BATCH] == known.micro else "total"
-
-
-def read(saved: Saved) -> Training:
-    """DeepSpeed's own state, and what its client keeps beside it."""
-    assert saved.engine is not None and saved.file is not None
-    found = (of_model_file(saved.engine, saved.file), of_bundle(saved.engine, saved.place))
-    return merge(saved.engine, *(each for each in found if each is not None))
-
-
-FRAMEWORK = Framework(name="deepspeed", recognise=lambda saved: saved.zero, read=read)

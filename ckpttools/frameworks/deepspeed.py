@@ -3,6 +3,8 @@
 DeepSpeed counts optimizer updates over the ends of epochs. `last_batch_iteration` is one less than the
 scheduler's successful steps. On load every rank takes param_groups from its own shard, and they govern the
 first update (DeepSpeed's stage_1_and_2.py, lr_schedules.py).
+
+A resume takes the tag in `latest`; without that file nothing is loaded, with a warning (runtime/engine.py).
 """
 
 from __future__ import annotations
@@ -12,16 +14,24 @@ from dataclasses import replace
 
 from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
+from ckpttools.errors import escape
 from ckpttools.formats.counters import BATCH
-from ckpttools.frameworks import parts
+from ckpttools.formats.tags import LATEST, is_tag
+from ckpttools.frameworks import client, parts
+from ckpttools.frameworks.framework import Framework, Saved, by_number, damage, shown
+from ckpttools.frameworks.huggingface import NUMBERED
+from ckpttools.frameworks.mmengine import POINTER
+from ckpttools.frameworks.rules import AutoResume, Rule
+from ckpttools.location import Location
 from ckpttools.schedules.evidence import What, of_deepspeed
-from ckpttools.training import BatchField, Counter, OptimizerSettings, SavedSchedule, Training
+from ckpttools.stores.files import entries, is_folder, small_text
+from ckpttools.training import BatchField, Counter, OptimizerSettings, SavedSchedule, Training, merge
 
 WHICH: dict[str, What] = {"global": "total", "micro": "micro", "accumulation": "accumulation"}
 OWN = {"last_batch_iteration"}  # the whole state of each of DeepSpeed's schedulers
 
 
-def read(model: TorchFile, shards: Sequence[TorchFile]) -> Training:
+def engine(model: TorchFile, shards: Sequence[TorchFile]) -> Training:
     """What every ZeRO folder holds, whoever wrote it: the model file, and the ranks' optimizer files."""
     files = [model, *shards]
     stated = {name: parts.integer(model, "ds_config", key) for name, key in BATCH.items()}
@@ -103,3 +113,59 @@ def _batch_fields(files: list[TorchFile]) -> Iterator[BatchField]:
                 value=stated[0][1],
                 places=tuple(place(file, "ds_config", key) for file, _ in stated),
             )
+
+
+def read(saved: Saved) -> Training:
+    """DeepSpeed's own state, and what its client keeps beside it."""
+    assert saved.engine is not None and saved.file is not None
+    found = (client.of_model_file(saved.engine, saved.file), client.of_bundle(saved.engine, saved.place))
+    return merge(saved.engine, *(each for each in found if each is not None))
+
+
+def takes(folder: Location) -> Iterator[AutoResume]:
+    names = {e.name for e in entries(folder)}
+    tags = [e.name for e in entries(folder) if is_folder(e) and is_tag(folder / e.name)]
+    if LATEST in names:
+        tag = small_text(folder / LATEST, 4096).strip()
+        path = folder / tag
+        there = any(e.name == tag and is_folder(e) for e in entries(folder))
+        problem = "" if there else "it is not there: loading fails"
+        yield AutoResume(
+            framework="DeepSpeed",
+            path=path,
+            why=f"latest names {escape(tag)}",
+            problem=problem or damage(path),
+            found=shown(tags),
+        )
+    elif tags and POINTER not in names and not any(NUMBERED.fullmatch(n) for n in names):
+        yield AutoResume(
+            framework="DeepSpeed",
+            path=None,
+            why="there is no file latest: load_checkpoint without a tag loads nothing, and only warns",
+            problem=f"name the tag, or write it into latest: {escape(by_number(tags)[-1])} is the "
+            f"last by number",
+            found=shown(tags),
+        )
+
+
+def launch(dst: Location, ranks: object, is_tag: bool) -> str:
+    at = f"{str(dst.parent)!r}, tag={dst.name!r}" if is_tag else repr(str(dst))
+    return f"deepspeed --num_gpus {ranks} ...: engine.load_checkpoint({at})"
+
+
+PLAIN = Rule(
+    batch="the saved schedule and counters go on in old steps",
+    constants="the checkpoint, where the code loads it",
+    prefix=False,
+)
+FRAMEWORK = Framework(
+    name="deepspeed",
+    title="DeepSpeed",
+    recognise=lambda saved: saved.zero,
+    read=read,
+    rule=PLAIN,
+    launch=launch,
+    takes=takes,
+    pointers=(LATEST,),
+    stated=(client.INFO,),
+)

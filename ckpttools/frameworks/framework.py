@@ -1,14 +1,25 @@
-"""What a framework is to us: how its checkpoints are recognised, and how they are read."""
+"""What a framework is to us: everything that is particular to it, as one value.
+
+A field that is left out says that the framework has no such thing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
+from ckpttools.checkpoint import TrainState
+from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
+from ckpttools.errors import CkptError, Unsupported
+from ckpttools.formats import locate, read
+from ckpttools.frameworks.rules import AutoResume, Lack, Rule, Setting
 from ckpttools.location import Location
-from ckpttools.stores.files import is_folder
+from ckpttools.stores.files import entries, is_folder
 from ckpttools.training import Training, merge
+
+SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,18 +46,72 @@ class Saved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Brief:
-    """What a listing shows: whether optimizer state is there, and the last of each loss and metric."""
+    """What a listing shows: whether optimizer state is there, the last of each loss and metric, and the
+    counters, as far as the framework knows more of them than the format.
+    """
 
     resumes: bool
     metrics: Mapping[str, float]
+    said: TrainState = field(default_factory=TrainState)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Framework:
-    """`name` is the `framework` of the Training that `read` gives. `brief` reads less; it is given no
-    `engine`, and None where it is part of what `read` finds."""
+    """`name` is the `framework` of the Training that `read` gives; `title` is for people. `brief` reads less;
+    it is given no `engine`, and None where it is part of what `read` finds.
+
+    `rule` is what it does with a resumed run, `settings` what other values of its configuration do. `keys`
+    are those that its writer always saves and a file's top level lacks. `takes` is its own automatic resume
+    in a folder, by the `pointers` that it leaves there, and `best` what it calls the best. `wraps` tells a
+    folder of its own around DeepSpeed's; `unfinished` why a save is not whole. `stated` are its JSON files
+    with counters, `lacks` the side files that a resume misses, given the names that are there, `random` the
+    files of random states, one for each rank. `launch` is the line that goes on from a path on a number of
+    ranks; the path may be one of DeepSpeed's tag folders itself.
+    """
 
     name: str
+    title: str
     recognise: Callable[[Saved], bool]
     read: Callable[[Saved], Training]
+    rule: Rule
+    launch: Callable[[Location, object, bool], str]
     brief: Callable[[Saved], Brief] | None = None
+    settings: tuple[Setting, ...] = ()
+    keys: Callable[[fields.Mapping], Iterator[str]] = lambda root: iter(())
+    takes: Callable[[Location], Iterator[AutoResume]] = lambda folder: iter(())
+    pointers: tuple[str, ...] = ()
+    best: Callable[[Location], str | None] = lambda checkpoint: None
+    wraps: Callable[[Location], bool] = lambda folder: False
+    unfinished: Callable[[Location], str | None] = lambda path: None
+    stated: tuple[str, ...] = ()
+    lacks: Callable[[set[str]], Iterator[Lack]] = lambda names: iter(())
+    random: str | None = None
+
+
+# --- what the rules of automatic resume share ---------------------------------------------------------
+
+
+def inner(folder: Location, name: str) -> Location:
+    """The folder of that name within, where there is one, else the folder itself."""
+    found = any(entry.name == name and is_folder(entry) for entry in entries(folder))
+    return folder / name if found else folder
+
+
+def by_number(names: list[str]) -> list[str]:
+    return sorted(names, key=lambda name: ([int(n) for n in re.findall(r"\d+", name)[:4]], name))
+
+
+def shown(names: list[str]) -> tuple[str, ...]:
+    """The last ones by number."""
+    return tuple(by_number(names)[-SHOWN:])
+
+
+def damage(path: Location) -> str:
+    """What the headers of a checkpoint show to be wrong with it."""
+    try:
+        read(locate(path))
+    except Unsupported:
+        return ""  # whole, for all that is known, and read by its framework
+    except CkptError as error:
+        return f"{error.message} [{error.id}]"
+    return ""

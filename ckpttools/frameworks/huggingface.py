@@ -2,7 +2,8 @@
 
 It counts updates in trainer_state.json; its schedules are LambdaLR, whose functions are not saved: their kind
 and constants are in training_args.bin. `epoch` in the log is the epoch plus the micro-batches done in it over
-those of an epoch, from which that number can be found.
+those of an epoch, from which that number can be found. A resume takes checkpoint-N with the largest N, and
+nobody looks whether it is complete (transformers/trainer_utils.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from ckpttools.checkpoint import TrainState
 from ckpttools.containers import jsons
 from ckpttools.containers.archive import is_zip
 from ckpttools.containers.archive.directory import read_directory
@@ -19,11 +21,12 @@ from ckpttools.containers.pickles import Object
 from ckpttools.containers.torch_file import is_torch_file, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.frameworks import parts
-from ckpttools.frameworks.framework import Brief, Framework, Saved
+from ckpttools.frameworks.framework import Brief, Framework, Saved, by_number, damage, shown
 from ckpttools.frameworks.parts import MARKER_FILE, marked_beside, torch_optimizer
+from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, About, AutoResume, Lack, Rule
 from ckpttools.location import Location
 from ckpttools.schedules.evidence import stated
-from ckpttools.stores.files import entries, is_file, opened
+from ckpttools.stores.files import entries, is_file, is_folder, opened
 from ckpttools.training import (
     BatchField,
     Counter,
@@ -39,6 +42,10 @@ ARGUMENTS = "training_args.bin"
 OPTIMIZER = "optimizer.pt"
 _SPEED = ("_runtime", "_per_second", "_preparation_time")  # of the evaluation, not of the model
 MAX_ACCUMULATION = 100_000
+NUMBERED = re.compile(r"checkpoint-(\d+)")
+# its marks of a save that was not finished
+UNFINISHED = re.compile(r"tmp-checkpoint-.*")
+INCOMPLETE = "checkpoint-is-incomplete.txt"
 
 
 def is_trainer(folder: Location) -> bool:
@@ -73,6 +80,7 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
     return Training(
         framework="hf-trainer",
         unit="update",
+        said=_said(state),
         count=step,
         evidence=(
             *stated("micro", _whole(state.get("train_batch_size")), f"{STATE}'s train_batch_size"),
@@ -83,6 +91,7 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
         updates=updates,
         epochs=epochs if by_epochs else None,
         total_count=total,
+        lengths=(("num_train_epochs", "epochs", epochs), ("max_steps", "steps", total)),
         drop_last=arguments.get("dataloader_drop_last") is True,
         counters=tuple(_counters(path, state)),
         histories=tuple(_history(path, history)),
@@ -100,6 +109,11 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
         marker=None if deepspeed else Place(file=folder / MARKER_FILE, at=()),
         marked=None if deepspeed else marked_beside(folder),
     )
+
+
+def _said(state: Mapping[str, object]) -> TrainState:
+    epoch = state.get("epoch")
+    return TrainState(epoch=epoch if isinstance(epoch, int | float) else None)
 
 
 def _whole(found: object) -> int | None:
@@ -237,9 +251,86 @@ def brief(saved: Saved) -> Brief:
         with opened(own) as file:
             if is_zip(file.head(4)):
                 read_directory(file)
-    return Brief(resumes=saved.zero or is_file(own), metrics=metrics)
+    return Brief(resumes=saved.zero or is_file(own), metrics=metrics, said=_said(state))
 
 
+def takes(folder: Location) -> Iterator[AutoResume]:
+    found = [e.name for e in entries(folder) if is_folder(e) and NUMBERED.fullmatch(e.name)]
+    if not found:
+        return
+    last = by_number(found)[-1]
+    inside = {e.name for e in entries(folder / last)}
+    problem = ""
+    if INCOMPLETE in inside:
+        problem = f"{INCOMPLETE} says that the save was not finished"
+    elif STATE not in inside:
+        problem = f"{STATE}, which is written last, is missing: the save was not finished"
+    yield AutoResume(
+        framework=TITLE,
+        path=folder / last,
+        why=f"the largest number of {len(found)}",
+        problem=problem or damage(folder / last),
+        found=shown(found),
+    )
+
+
+def unfinished(path: Location) -> str | None:
+    if UNFINISHED.fullmatch(path.name) or is_file(path / INCOMPLETE):
+        return "the Trainer gives the folder its name, or takes the mark away, when all is written"
+    return None
+
+
+def best(checkpoint: Location) -> str | None:
+    """The path of the best one so far, as it was on the machine that trained."""
+    path = checkpoint / STATE
+    try:
+        found = jsons.read(path, allow_nan=True).get("best_model_checkpoint") if is_file(path) else None
+    except CkptError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def lacks(names: set[str]) -> Iterator[Lack]:
+    if INCOMPLETE in names:
+        yield Lack(
+            about=About.STATE,
+            setting=INCOMPLETE,
+            cls=IMPOSSIBLE,
+            why="the Trainer did not finish this save",
+            hint="resume from an older checkpoint",
+        )
+    if "scheduler.pt" not in names:
+        yield Lack(
+            about=About.SCHEDULE,
+            setting="scheduler.pt",
+            cls=CAREFUL,
+            why="it is not here: neither optimizer nor scheduler is then loaded, and nothing says so",
+        )
+    yield from parts.random_lacks(names, "rng_state")
+
+
+TITLE = "Hugging Face Trainer"
 FRAMEWORK = Framework(
-    name="hf-trainer", recognise=lambda saved: saved.is_folder(is_trainer), read=read, brief=brief
+    name="hf-trainer",
+    title=TITLE,
+    recognise=lambda saved: saved.is_folder(is_trainer),
+    read=read,
+    brief=brief,
+    rule=Rule(
+        batch="the schedule is computed anew for the new number of steps and continued at the old step: the "
+        "learning rate jumps, and data is repeated or left out",
+        constants="the new arguments; the base learning rate is the saved one",
+        saved=False,
+        strict=False,
+    ),
+    launch=lambda dst, n, tag: (
+        f"torchrun --nproc-per-node {n} ...: trainer.train(resume_from_checkpoint={str(dst)!r})"
+    ),
+    takes=takes,
+    best=best,
+    wraps=is_trainer,
+    unfinished=unfinished,
+    stated=(STATE,),
+    lacks=lacks,
+    random=r"rng_state_\d+\.pth",
 )

@@ -3,19 +3,25 @@
 `lr_schedulers` holds one state per scheduler; whether it is stepped per batch or per epoch is not saved.
 The same keys lie at the top of a single file and of a DeepSpeed folder's model file, whose `lr_schedulers`
 are the ones that Lightning restores (strategies/deepspeed.py). Source: loops/*, trainer/connectors.
+ckpt_path="last" takes last*.ckpt, the newest by modification time (checkpoint_connector.py).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ckpttools.containers import fields
 from ckpttools.containers.edit import at
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import parts
-from ckpttools.frameworks.framework import Framework, Saved
+from ckpttools.frameworks.framework import Framework, Saved, damage, inner, shown
+from ckpttools.frameworks.rules import AutoResume, Rule
+from ckpttools.location import Location
 from ckpttools.schedules.evidence import Fact
 from ckpttools.schedules.lengths import Unit
+from ckpttools.stores.files import entries, stat
 from ckpttools.training import Counter, OptimizerSettings, Role, SavedSchedule, Training
 
 VERSION = "pytorch-lightning_version"
@@ -25,6 +31,7 @@ OPTIMIZER = (*FIT, "epoch_loop.automatic_optimization.optim_progress", "optimize
 MANUAL = (*FIT, "epoch_loop.manual_optimization.optim_step_progress")
 SPANS: dict[str, Role] = {"total": "position", "current": "inside"}
 MAX_ACCUMULATION = 100_000
+LAST = re.compile(r"last(-(\d+))?.*\.ckpt")
 PROGRESS = ("ready", "started", "processed", "completed")
 
 
@@ -136,4 +143,54 @@ def _schedules(file: TorchFile, optimizers: int) -> Iterator[SavedSchedule]:
             yield found
 
 
-FRAMEWORK = Framework(name="lightning", recognise=is_lightning, read=read)
+def keys(root: fields.Mapping) -> Iterator[str]:
+    """dump_checkpoint writes optimizer_states, lr_schedulers and callbacks all or none."""
+    names = set(root.names())
+    if VERSION in names:
+        needed = {"epoch", "global_step", "state_dict"}
+        if {"optimizer_states", "lr_schedulers"} & names:
+            needed |= {"optimizer_states", "lr_schedulers", "callbacks"}
+        yield from sorted(needed - names)
+
+
+def takes(folder: Location) -> Iterator[AutoResume]:
+    place = inner(folder, "checkpoints")
+    files = [e for e in entries(place) if e.name.endswith(".ckpt")]
+    if not files:
+        return
+    last = sorted((e for e in files if LAST.fullmatch(e.name)), key=lambda e: stat(place / e.name).mtime_ns)
+    if not last:
+        yield AutoResume(
+            framework="Lightning",
+            path=None,
+            why='ckpt_path="last" finds no last*.ckpt',
+            problem="the run would start anew: name the file itself",
+            found=shown([e.name for e in files]),
+        )
+        return
+    path = place / last[-1].name
+    yield AutoResume(
+        framework="Lightning",
+        path=path,
+        why=f"the newest of {len(last)} last*.ckpt by modification time",
+        problem=damage(path),
+        found=shown([e.name for e in files]),
+    )
+
+
+FRAMEWORK = Framework(
+    name="lightning",
+    title="Lightning",
+    recognise=is_lightning,
+    read=read,
+    rule=Rule(
+        batch="the saved schedule goes on in old steps: it ends too early or too late",
+        constants="the checkpoint",
+        prefix=False,
+        needs_optimizer=True,
+    ),
+    launch=lambda dst, n, tag: f"Trainer(devices={n}).fit(model, ckpt_path={str(dst)!r})",
+    keys=keys,
+    takes=takes,
+    wraps=lambda folder: folder.suffix == ".ckpt",
+)

@@ -4,6 +4,9 @@
 `param_schedulers` are saved without class names; the config's text in `meta.cfg` may tell. With several
 parameter groups `base_param_settings` is handled as one group more (mmengine/optim/optimizer/
 optimizer_wrapper.py). The same keys lie at the top of a single file and of a DeepSpeed folder's model file.
+
+A resume takes the path in `last_checkpoint`, word for word; nothing is searched, nothing checked
+(mmengine/runner/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -11,19 +14,26 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
+from ckpttools.containers import fields
 from ckpttools.containers.edit import at, place
 from ckpttools.containers.pickles import Object, as_mapping
 from ckpttools.containers.torch_file import TorchFile
+from ckpttools.errors import escape
 from ckpttools.frameworks import parts
-from ckpttools.frameworks.framework import Framework, Saved
+from ckpttools.frameworks.framework import Framework, Saved, damage, shown
+from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, SAFE, About, AutoResume, Rule, Setting
+from ckpttools.location import Location
 from ckpttools.schedules.evidence import Fact, What, stated
 from ckpttools.schedules.mmengine.config import settings
+from ckpttools.stores.files import entries, exists, is_folder, small_text
 from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Training
 
 CONFIG = "the MMEngine config"
 OUTSIDE = "val_interval, and the intervals of hooks that count iterations"
 RUNTIME = ("message_hub", "runtime_info")
+POINTER = "last_checkpoint"
 
 
 def is_mmengine(saved: Saved) -> bool:
@@ -69,6 +79,7 @@ def _read(file: TorchFile, *, in_folder: bool) -> Training:
         schedules=tuple(_schedules(file, batches, in_folder)),
         losses=tuple(_losses(file)),
         configuration=config,
+        scheduled=bool(config.get("param_scheduler")),
         batch_names=tuple(_names(config)),
         outside=() if by_epoch else (OUTSIDE,),
         **parts.marked(file),
@@ -177,4 +188,91 @@ def _entry(section: object, key: str) -> int | None:
     return int(value) if isinstance(value, int) else None
 
 
-FRAMEWORK = Framework(name="mmengine", recognise=is_mmengine, read=read)
+def keys(root: fields.Mapping) -> Iterator[str]:
+    """Runner.save_checkpoint writes meta.epoch, meta.iter and message_hub beside an optimizer."""
+    meta = fields.as_mapping(root.get("meta"))
+    if meta is not None and "mmengine_version" in meta and "optimizer" in root:
+        yield from (f"meta.{key}" for key in ("epoch", "iter") if key not in meta)
+        yield from (key for key in ("message_hub",) if key not in root)
+
+
+def takes(folder: Location) -> Iterator[AutoResume]:
+    names = [e.name for e in entries(folder)]
+    if POINTER not in names:
+        return
+    text = small_text(folder / POINTER, 4096).strip()
+    named = Path(text)
+    if not named.is_absolute() and len(named.parts) == 1 and is_folder(folder / named):
+        return  # ckpt train's pointer: a name beside it
+    problem = ""
+    if not exists(named):
+        beside = exists(folder / named.name)
+        problem = "it is not there: loading fails" + (
+            f"; {escape(named.name)} lies beside the pointer, which was written elsewhere" if beside else ""
+        )
+    elif named.resolve().parent != folder.resolve():
+        problem = "it is in another folder: the run was copied or moved, and would go on from the original"
+    yield AutoResume(
+        framework="MMEngine",
+        path=named if exists(named) else None,
+        why=f"{POINTER} names {escape(text)}, which is taken word for word",
+        problem=problem or damage(named),
+        found=shown([n for n in names if n.endswith(".pth")]),
+    )
+
+
+# of an MMEngine configuration; the first pattern that matches the whole path counts
+SETTINGS = (
+    Setting(
+        pattern=r"train_dataloader\.batch_size|optim_wrapper\.accumulative_counts|optim_wrapper\.optimizer\.lr|"
+        r"strategy\..*|train_cfg\.max_.*|optim_wrapper\.optimizer\.params.*",
+        cls=SAFE,
+        why="",  # looked at by rules of their own
+    ),
+    Setting(
+        pattern=r"param_scheduler.*", about=About.SCHEDULE, cls=SAFE,
+        why="no effect: the saved ones are loaded",
+    ),
+    Setting(
+        pattern=r"optim_wrapper\.optimizer\.type", about=About.OPTIMIZER, cls=IMPOSSIBLE,
+        why="the optimizer's state is saved for its class",
+    ),
+    Setting(
+        pattern=r"optim_wrapper\.optimizer\..*", cls=SAFE, why="no effect: the saved param_groups are loaded"
+    ),
+    Setting(
+        pattern=r"model\..*", about=About.MODEL, cls=CAREFUL,
+        why="whether every tensor still fits, a configuration does not tell: name the model with --model",
+    ),
+    Setting(
+        pattern=r"(default|custom)_hooks.*|env_cfg.*|vis.*|log_.*|work_dir|(val|test)_.*|resume|load_from|"
+        r"experiment_name|launcher|auto_scale_lr.*|.*(num_workers|persistent_workers|pin_memory|"
+        r"prefetch_factor|interval|pipeline.*|transforms?)",
+        cls=SAFE,
+        why="it has no part in what is saved",
+    ),
+    Setting(
+        pattern=r"train_dataloader\..*|randomness.*", about=About.DATA, cls=CAREFUL,
+        why="it decides which samples come next",
+    ),
+    Setting(pattern=r".*", cls=CAREFUL, why="what it does to a resumed run is not judged here"),
+)  # fmt: skip
+FRAMEWORK = Framework(
+    name="mmengine",
+    title="MMEngine",
+    recognise=is_mmengine,
+    read=read,
+    rule=Rule(
+        batch="the saved begin, end and T_max win over the new configuration: the run goes on along the old "
+        "curve, in old iterations, and skips or repeats data",
+        constants="the checkpoint",
+        strict=False,
+    ),
+    launch=lambda dst, n, tag: (
+        f"load_from = {str(dst)!r} and resume = True in the configuration, on {n} ranks"
+    ),
+    settings=SETTINGS,
+    keys=keys,
+    takes=takes,
+    pointers=(POINTER,),
+)

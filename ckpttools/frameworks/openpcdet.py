@@ -1,18 +1,29 @@
 """OpenPCDet: `it` counts iterations, and the model's own buffer `global_step` too.
 
 The one-cycle schedule is a function of `it` and not saved. Source: tools/train_utils/train_utils.py.
+A resume takes the newest *.pth by modification time; one that cannot be loaded is silently passed over
+(tools/train.py).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import replace
+from shlex import quote
 
+from ckpttools.containers import fields
 from ckpttools.containers.edit import at
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import parts
-from ckpttools.frameworks.framework import Framework, Saved
+from ckpttools.frameworks.framework import Framework, Saved, damage, inner, shown
+from ckpttools.frameworks.rules import AutoResume, Rule
+from ckpttools.location import Location
 from ckpttools.schedules.evidence import Fact
+from ckpttools.stores.files import entries, is_file, stat
 from ckpttools.training import Training
+
+NAMES = re.compile(r"checkpoint_epoch_\d+\.pth|latest_model\.pth")
 
 
 def is_openpcdet(saved: Saved) -> bool:
@@ -47,10 +58,50 @@ def _read(file: TorchFile) -> Training:
         ),
         # the scheduler sets lr and momentum from `it` before each iteration: what is saved is not used
         optimizers=(replace(found, first_update=False),) if found is not None else (),
+        follows=True,
         batch_names=(("micro", "OPTIMIZATION.BATCH_SIZE_PER_GPU", "OpenPCDet's configuration"),),
         notes=("the one-cycle schedule is a function of `it` and of the config: it follows by itself",),
         **parts.marked(file),
     )
 
 
-FRAMEWORK = Framework(name="openpcdet", recognise=is_openpcdet, read=read)
+def keys(root: fields.Mapping) -> Iterator[str]:
+    """What checkpoint_state of train_utils.py writes."""
+    version = root.get("version")
+    if isinstance(version, str) and version.startswith("pcdet+"):
+        yield from sorted({"epoch", "it", "model_state", "optimizer_state"} - set(root.names()))
+
+
+def takes(folder: Location) -> Iterator[AutoResume]:
+    place = inner(folder, "ckpt")
+    files = [e for e in entries(place) if is_file(e) and e.name.endswith(".pth")]
+    if not any(NAMES.fullmatch(e.name) for e in files):
+        return
+    files.sort(key=lambda e: stat(place / e.name).mtime_ns)
+    newest = place / files[-1].name
+    problem = damage(newest)
+    yield AutoResume(
+        framework="OpenPCDet",
+        path=newest,
+        why=f"the newest of {len(files)} *.pth by modification time, whatever their numbers",
+        problem=f"{problem}; it is silently passed over, and an older one is taken" if problem else "",
+        found=shown([e.name for e in files]),
+    )
+
+
+FRAMEWORK = Framework(
+    name="openpcdet",
+    title="OpenPCDet",
+    recognise=is_openpcdet,
+    read=read,
+    rule=Rule(
+        batch="`it` is taken as it is and the learning rate is computed from it: it jumps, and the epoch is "
+        "cut short",
+        constants="the new configuration",
+        saved=False,
+        strict=False,
+    ),
+    launch=lambda dst, n, tag: f"python train.py --ckpt {quote(str(dst))}",
+    keys=keys,
+    takes=takes,
+)

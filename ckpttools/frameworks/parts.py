@@ -11,6 +11,7 @@ from ckpttools.containers.edit import at, place, value
 from ckpttools.containers.pickles import as_mapping
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError
+from ckpttools.frameworks.rules import CAREFUL, About, Lack
 from ckpttools.location import Location
 from ckpttools.schedules.lengths import Unit
 from ckpttools.stores.files import is_file
@@ -127,6 +128,17 @@ def same_groups(found: Sequence[OptimizerSettings]) -> OptimizerSettings:
                 hint="ckpt verify says more; use an older checkpoint",
             )
     return replace(first, places=tuple(place for each in found for place in each.places))
+
+
+def random_lacks(names: set[str], stem: str) -> Iterator[Lack]:
+    """No file of random states among the names of a folder."""
+    if not any(name.startswith(stem) for name in names):
+        yield Lack(
+            about=About.DATA,
+            setting="random states",
+            cls=CAREFUL,
+            why="none are saved here: dropout and data order go on from fresh ones",
+        )
 
 
 def marked_beside(folder: Location) -> dict[str, object] | None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from shlex import quote
 
+from ckpttools.containers import fields
 from ckpttools.containers.edit import at
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.counters import DATASET, EPOCH, SCHEDULER, STEP, TOTAL
 from ckpttools.formats.torch import OPTIMIZER
 from ckpttools.frameworks import parts
 from ckpttools.frameworks.framework import Framework, Saved
+from ckpttools.frameworks.rules import Rule
 from ckpttools.training import Key, OptimizerSettings, SavedSchedule, Training
 
 CODE = "your training code"
@@ -87,7 +90,32 @@ def _own(schedule: SavedSchedule) -> SavedSchedule:
     return replace(schedule, framework="timm" if timm else "deepspeed" if deepspeed else schedule.framework)
 
 
-TIMM = Framework(name="timm", recognise=is_timm, read=lambda saved: replace(read(saved), framework="timm"))
+def _timm_keys(root: fields.Mapping) -> Iterator[str]:
+    """CheckpointSaver._save of timm."""
+    if root.get("version") == 2 and {"arch", "optimizer"} <= set(root.names()):
+        yield from (key for key in ("epoch", "state_dict") if key not in root)
+
+
+TIMM = Framework(
+    name="timm",
+    title="timm",
+    recognise=is_timm,
+    read=lambda saved: replace(read(saved), framework="timm"),
+    rule=Rule(
+        batch="counters are epochs, which do not change", constants="the new configuration", saved=False
+    ),
+    launch=lambda dst, n, tag: f"python train.py --resume {quote(str(dst))}",
+    keys=_timm_keys,
+)
 FRAMEWORK = Framework(
-    name="plain", recognise=lambda saved: saved.file is not None and not saved.zero, read=read
+    name="plain",
+    title="plain training code",
+    recognise=lambda saved: saved.file is not None and not saved.zero,
+    read=read,
+    rule=Rule(
+        batch="the saved schedule and counters go on in old steps",
+        constants="the checkpoint, where the code loads it",
+        prefix=False,
+    ),
+    launch=lambda dst, n, tag: f"resume your training code from {str(dst)!r}",
 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from ckpttools import schedules
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.errors import CkptError
 from ckpttools.formats.format import Source
 from ckpttools.frameworks import read
@@ -27,6 +27,7 @@ class Progress:
     """`rates` are the learning rates of the optimizer's groups; `schedules` are in words."""
 
     unit: str
+    state: TrainState
     count: int | None
     total: int | None
     epoch: float | None
@@ -71,22 +72,23 @@ def progress(source: Source, checkpoint: Checkpoint) -> Progress:
         notes = (
             () if error.id == "weights-only" else (f"the training state is not understood: {error.message}",)
         )
-        nothing = Training(framework="", unit="update", count=state.step, notes=notes)
+        nothing = Training(framework="", unit="update", said=state, count=state.step, notes=notes)
         found = _progress(checkpoint, nothing)
         return replace(found, framework=None, notes=notes)
     return _progress(checkpoint, training)
 
 
 def _progress(checkpoint: Checkpoint, training: Training) -> Progress:
-    state, batch = checkpoint.train_state, training.batch
+    state, batch = training.state, training.batch
     groups = training.optimizers[0].groups if training.optimizers else [g.hyper for g in checkpoint.groups]
     rates = [group.get("lr") for group in groups]
     losses = {"train loss": state.train_loss, "val loss": state.val_loss} | dict(training.losses)
     return Progress(
         unit=UNITS[training.unit],
+        state=state,
         count=training.count,
         total=training.total_count,
-        epoch=_epoch(checkpoint, training, batch),
+        epoch=_epoch(training, batch),
         epochs=training.epochs,
         rates=tuple(float(rate) for rate in rates if isinstance(rate, int | float)),
         batch=batch,
@@ -98,7 +100,7 @@ def _progress(checkpoint: Checkpoint, training: Training) -> Progress:
     )
 
 
-def _epoch(checkpoint: Checkpoint, training: Training, batch: Known) -> float | None:
+def _epoch(training: Training, batch: Known) -> float | None:
     """Epochs done by the counter, where an epoch's length is known, else as the checkpoint says.
 
     An iteration-based run says 0 to the end: that is left out.
@@ -112,7 +114,7 @@ def _epoch(checkpoint: Checkpoint, training: Training, batch: Known) -> float | 
         length = Fraction(training.batches, batch.accumulation)
     if length and training.count is not None:
         return float(training.count / length)
-    said = checkpoint.train_state.epoch if checkpoint.train_state.epoch is not None else training.epoch
+    said = training.state.epoch
     return None if said is None or (not said and training.count) else float(said)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from shlex import quote
 
 from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import parts
 from ckpttools.frameworks.framework import Framework, Saved
+from ckpttools.frameworks.rules import Rule
 from ckpttools.schedules.evidence import What
 from ckpttools.training import BatchField, Counter, Role, Training
 
@@ -87,4 +89,15 @@ def _fields(file: TorchFile) -> Iterator[BatchField]:
             )
 
 
-FRAMEWORK = Framework(name="ckpt train", recognise=is_ours, read=read)
+FRAMEWORK = Framework(
+    name="ckpt train",
+    title="ckpt train",
+    recognise=is_ours,
+    read=read,
+    rule=Rule(
+        batch="the saved schedule and counters go on in old steps",
+        constants="the checkpoint, where the code loads it",
+        prefix=False,
+    ),
+    launch=lambda dst, n, tag: f"ckpt train CONFIG --nproc {n} --resume --resume-from {quote(str(dst))}",
+)

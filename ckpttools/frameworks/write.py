@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from ckpttools.containers.edit import edited, files_of
 from ckpttools.formats.format import Source
-from ckpttools.formats.surroundings import tree, with_surroundings
 from ckpttools.formats.tags import LATEST
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.frameworks.parts import MARKER_FILE
+from ckpttools.frameworks.surroundings import tree, with_surroundings
 from ckpttools.location import Location, below
 from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck, copy_file
 from ckpttools.stores.files import is_folder, size_of

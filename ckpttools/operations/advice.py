@@ -19,40 +19,18 @@ def resume(source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None 
     """How a run goes on from `dst`, a training checkpoint made from `source`, on `ranks` ranks."""
     on = f" --world-size {ranks}" if ranks is not None else ""
     check = f"ckpt resume-check {shlex.quote(str(dst))}{on}"
-    return (verify(dst), check, _launch(_framework(source, checkpoint), source, checkpoint, dst, ranks))
+    return (verify(dst), check, _launch(source, checkpoint, dst, ranks))
 
 
-def _framework(source: Source, checkpoint: Checkpoint) -> str:
+def _launch(source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None) -> str:
     try:
-        return frameworks.read(source, checkpoint).framework
+        training = frameworks.read(source, checkpoint)
     except CkptError:
-        return "?"
-
-
-def _launch(framework: str, source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None) -> str:
-    path, nproc = repr(str(dst)), "N" if ranks is None else ranks
-    match framework:
-        case "ckpt train":
-            at = shlex.quote(str(dst))
-            return f"ckpt train CONFIG --nproc {nproc} --resume --resume-from {at}"
-        case "hf-trainer":
-            return f"torchrun --nproc-per-node {nproc} ...: trainer.train(resume_from_checkpoint={path})"
-        case "accelerate":
-            return f"accelerate launch --num_processes {nproc} ...: accelerator.load_state({path})"
-        case "lightning":
-            return f"Trainer(devices={nproc}).fit(model, ckpt_path={path})"
-        case "mmengine":
-            return f"load_from = {path} and resume = True in the configuration, on {nproc} ranks"
-        case "openpcdet":
-            return f"python train.py --ckpt {shlex.quote(str(dst))}"
-        case "deepspeed" if source.inner:
-            return f"deepspeed --num_gpus {nproc} ...: engine.load_checkpoint({path})"
-        case "deepspeed":
-            folder = repr(str(dst.parent))
-            return f"deepspeed --num_gpus {nproc} ...: engine.load_checkpoint({folder}, tag={dst.name!r})"
-    if checkpoint.layout.format == "dcp":
-        return distributed(checkpoint.layout.variant, dst)
-    return f"resume your training code from {path}"
+        if checkpoint.layout.format == "dcp":
+            return distributed(checkpoint.layout.variant, dst)
+        return f"resume your training code from {str(dst)!r}"
+    launch = frameworks.framework_of(training).launch
+    return launch(dst, "N" if ranks is None else ranks, not source.inner)
 
 
 def weights(dst: Path, form: str, *, single: bool, configured: bool) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ def _run(
         notes += chosen.notes
     except CkptError as error:
         notes.append(f"{error.message} [{error.id}]")
-    best, named = best_of(found), needs.trainers_best(found)
+    best, named = best_of(found), needs.stated_best(found)
     latest = chosen.path.resolve() if chosen is not None else None
     listed: list[Listed] = []
     for entry in _sorted(found, sort):

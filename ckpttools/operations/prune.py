@@ -98,12 +98,12 @@ def plan_of(
     decided: list[tuple[Path, tuple[Decision, ...]]] = []
     notes: list[str] = []
     for run in found:
-        best = needs.trainers_best(run)
+        best = needs.stated_best(run)
 
         def held(entry: Entry, run: list[Entry] = run, best: str | None = best) -> Iterator[str]:
             yield from _held(entry, local(run[0].run), folder, around, everything)
             if best is not None and needs.names(best, entry.path):
-                yield f"{needs.STATE} names it as the best"
+                yield "its framework names it as the best"
 
         decisions = decide(run, policy, good=verify, held=held, now=time.time())
         if not any(d.good for d in decisions):

@@ -24,7 +24,8 @@ from ckpttools.formats import locate, read
 from ckpttools.formats.dcp.names import is_dcp_file
 from ckpttools.formats.hf import CONFIG_FILES, INDEX, ROLES, SHARD
 from ckpttools.formats.locate import SIDE_FILES
-from ckpttools.formats.tags import ANY, LATEST
+from ckpttools.formats.tags import ANY
+from ckpttools.frameworks import POINTERS, STATED
 from ckpttools.plan import Plan
 from ckpttools.siblings import MANIFEST, is_ours
 from ckpttools.stores.disk import look
@@ -34,8 +35,7 @@ from ckpttools.stores.links import within
 SHOWN = 3  # files of somebody's own
 # by DeepSpeed, the HF Trainer, accelerate, MMEngine and bundles, beside what a format reads
 BESIDE = {
-    LATEST, "last_checkpoint", "zero_to_fp32.py", "trainer_state.json", "training_info.json",
-    *INDEX, *ROLES,
+    *POINTERS, "zero_to_fp32.py", *STATED, *INDEX, *ROLES,
 }  # fmt: skip
 WEIGHTS = re.compile(rf"(model|pytorch_model|adapter_model)\.(safetensors|bin)|{SHARD.pattern}")
 _PATTERNS = (ANY, WEIGHTS, CONFIG_FILES, SIDE_FILES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError
-from ckpttools.formats.surroundings import with_surroundings
+from ckpttools.frameworks.surroundings import with_surroundings
 from ckpttools.operations import advice
 from ckpttools.operations.sidecar import written_wrong
 from ckpttools.operations.source import find

@@ -3,9 +3,9 @@
     Target.find(path)      what a path means, and what lies there
     foretell(target, run)   the Forecast: read headers, launch nothing
 
-`deepspeed` is the loader's rules as tables, `trainers` the other containers by their frameworks' own rules
-(`framework_rules`), `auto` which checkpoint each framework would take in a folder, `report` what a forecast
-says, `new_run` and `arguments` what somebody said of the new run, `model` and `fit` its tensors.
+`deepspeed` is the loader's rules as tables, `trainers` the other containers by their frameworks' own rules,
+`report` what a forecast says, `new_run` and `arguments` what somebody said of the new run, `model` and `fit`
+its tensors.
 """
 
 from __future__ import annotations

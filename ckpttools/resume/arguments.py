@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, SAFE, About
 from ckpttools.resume.deepspeed import Saved
 from ckpttools.resume.new_run import NewRun, leaves, section
-from ckpttools.resume.report import CAREFUL, IMPOSSIBLE, SAFE, About, Difference, Moment, Refusal
+from ckpttools.resume.report import Difference, Moment, Refusal
 
 # what transformers fills in for "auto" (integrations/deepspeed.py)
 ARGUMENTS = {

@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, About
 from ckpttools.resume.model import Model, Tensor
-from ckpttools.resume.report import (
-    CAREFUL,
-    IMPOSSIBLE,
-    About,
-    Difference,
-    Mismatch,
-    Moment,
-    Problem,
-    Refusal,
-)
+from ckpttools.resume.report import Difference, Mismatch, Moment, Problem, Refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,36 +1,16 @@
-"""What a forecast says: each difference with its class, the framework's error, where training goes on.
-
-Three classes:
-
-    safe         nothing of the saved state is lost, or the setting has no part in it
-    careful      it loads and goes on, but not as before, or that cannot be told: a person should read why
-    impossible   it does not load, or it loads something wrong
-"""
+"""What a forecast says: each difference with its class, the framework's error, where training goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum, auto
+from enum import IntEnum, auto
 from typing import Literal
 
+from ckpttools.frameworks.rules import IMPOSSIBLE, SAFE, About, AutoResume, Class, worst
 from ckpttools.location import Location
 
-Class = Literal["safe", "careful", "impossible"]
 Problem = Literal["missing", "unexpected", "shape", "dtype"]  # missing in the checkpoint
-SAFE: Class = "safe"
-CAREFUL: Class = "careful"
-IMPOSSIBLE: Class = "impossible"
-CLASSES: tuple[Class, ...] = (SAFE, CAREFUL, IMPOSSIBLE)
-
-
-def worst(classes: Iterable[Class]) -> Class:
-    """The worst of some classes; safe for none.
-
-    >>> worst(["safe", "careful"])
-    'careful'
-    """
-    return max(classes, key=CLASSES.index, default=SAFE)
 
 
 class Moment(IntEnum):
@@ -60,21 +40,6 @@ class Moment(IntEnum):
         if self < Moment.FILES:
             return "while the engine is built"
         return "at the first update" if self is Moment.UPDATE else "while loading"
-
-
-class About(Enum):
-    """What a difference is about: a line of the check-list."""
-
-    BATCH = "effective batch"
-    ENGINE = "ranks, stage and dtype"
-    SCHEDULE = "schedule"
-    MODEL = "model"
-    OPTIMIZER = "optimizer"
-    DATA = "data order"
-    LENGTH = "length"
-    CHOICE = "newest"
-    STATE = "consistent"
-    SETTING = "other settings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,17 +120,6 @@ def check(about: About, good: str, differences: Iterable[Difference], *, known: 
 
 def _shown(value: object) -> str:
     return "nothing" if value is None else str(value)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AutoResume:
-    """What one framework's own rule would take in a folder; `path` is None where it finds nothing."""
-
-    framework: str
-    path: Location | None
-    why: str
-    problem: str = ""
-    found: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

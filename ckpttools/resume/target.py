@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from ckpttools import frameworks as training_of
 from ckpttools import runs
 from ckpttools.checks import Verdict
-from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR, WARNING
 from ckpttools.formats import Source, locate, read
+from ckpttools.frameworks import framework_of
+from ckpttools.frameworks.rules import CAREFUL, SAFE, About, AutoResume
 from ckpttools.location import Location
-from ckpttools.resume import arguments, auto, deepspeed, trainers
-from ckpttools.resume.framework_rules import rule_of
-from ckpttools.resume.new_run import NewRun, real
-from ckpttools.resume.report import CAREFUL, SAFE, About, AutoResume, Check, Difference, Forecast, check
-from ckpttools.stores.files import is_file, is_folder
+from ckpttools.resume import arguments, deepspeed, trainers
+from ckpttools.resume.new_run import NewRun
+from ckpttools.resume.report import Check, Difference, Forecast, check
+from ckpttools.stores.files import is_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Target:
         one = path
         chosen: tuple[AutoResume, ...] = ()
         if tag is None and is_folder(path):
-            chosen = auto.auto_resume(path)
+            chosen = training_of.auto_resume(path)
         try:
             source = locate(path, tag)
         except UsageError as error:
@@ -119,19 +119,16 @@ def _driven(target: Target, run: NewRun, found: Forecast) -> Forecast:
         return replace(
             found, notes=(*found.notes, f"its training state is not read further: {error.message}")
         )
-    differences = [*found.differences, *trainers.length(target.source, training, run)]
-    total = trainers.planned(target.source, training, run)
+    differences = [*found.differences, *trainers.length(training, run)]
+    total = trainers.planned(training, run)
     checks = [*found.checks, trainers.length_check(total, training, differences)]
     if training.framework in ("deepspeed", "ckpt train"):
         return replace(found, differences=tuple(differences), checks=tuple(checks))
     differences = [d for d in differences if d.about is not About.BATCH or d.refusal is not None]
     differences += [*trainers.batch(target.one, training, run), *trainers.settings(training, run)]
-    epoch = found.epoch if found.epoch is not None else training.epoch
-    state = target.source.root / "trainer_state.json"
-    if epoch is None and is_file(state):
-        epoch = real(jsons.read(state, allow_nan=True).get("epoch"))
+    epoch = found.epoch if found.epoch is not None else training.state.epoch
     own = target.saved.scheduler is not None or not training.schedules
-    rule = rule_of(training)
+    rule = framework_of(training).rule
     rates = found.rates if own else replace(trainers.rates(training), first=found.rates.first)
     notes = [*found.notes, f"{training.framework} drives DeepSpeed: {rule.batch}"]
     lines = {About.BATCH: trainers.batch_check(training, run, differences)}
@@ -192,7 +189,7 @@ def unreadable(path: Location, error: CkptError) -> Forecast:
     """The forecast for a checkpoint that cannot even be read: it will not resume, and why."""
     line = Check(about="complete", ok=False, text=f"{error.message} [{error.id}]")
     hints = tuple(text for text in (error.why, error.hint) if text)
-    chosen = auto.auto_resume(path) if is_folder(path) else ()
+    chosen = training_of.auto_resume(path) if is_folder(path) else ()
     return Forecast(
         path=path, format="unreadable", checks=(line,), notes=hints, damaged=True, auto_resume=chosen
     )

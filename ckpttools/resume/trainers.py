@@ -1,33 +1,30 @@
 """The forecast for containers without a DeepSpeed engine: single files, Trainer folders, accelerate's.
 
 What their frameworks take from the checkpoint and what from the new run's configuration differs; each
-framework's own line is in `framework_rules`. The parts that a framework which drives DeepSpeed shares with
+framework's own rule is in its file. The parts that a framework which drives DeepSpeed shares with
 these (batch, length, settings) are functions of the Training alone.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ckpttools import frameworks as training_of
 from ckpttools import schedules
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats import Source, read
+from ckpttools.frameworks import framework_of
+from ckpttools.frameworks.framework import Framework
+from ckpttools.frameworks.rules import CAREFUL, CLASSES, IMPOSSIBLE, SAFE, About, Setting
 from ckpttools.location import Location
 from ckpttools.resume.fit import fit, module
-from ckpttools.resume.framework_rules import Rule, rule_of, setting
 from ckpttools.resume.model import prefix_of, tensors_of
-from ckpttools.resume.new_run import NewRun, leaves, real, whole
+from ckpttools.resume.new_run import NewRun, leaves, real
 from ckpttools.resume.report import (
-    CAREFUL,
-    CLASSES,
-    IMPOSSIBLE,
-    SAFE,
-    About,
     Check,
     Difference,
     Forecast,
@@ -38,7 +35,7 @@ from ckpttools.resume.report import (
     Refusal,
     check,
 )
-from ckpttools.stores.files import entries, is_file, is_folder
+from ckpttools.stores.files import entries, is_folder
 from ckpttools.training import Training
 
 ANEW = "not forecast: the framework computes it from the new settings"
@@ -56,7 +53,8 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
         training, missing = None, error.message
     if training is not None and not (training.optimizers or training.schedules or training.counters):
         training, missing = None, "the file holds weights and no training state"
-    rule = rule_of(training)
+    framework = framework_of(training)
+    rule = framework.rule
     differences: list[Difference] = []
     tensors: tuple[Mismatch, ...] = ()
     if training is None:
@@ -70,19 +68,19 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
             )
         )
     else:
-        differences += [*batch(path, training, run), *length(source, training, run)]
-        differences += [*_parts(source, training, rule), *settings(training, run)]
+        differences += [*batch(path, training, run), *length(training, run)]
+        differences += [*_parts(source, training, framework), *settings(training, run)]
     if run.model is not None:
-        found, tensors = _model(checkpoint, training, run, rule)
+        found, tensors = _model(checkpoint, training, run, framework)
         differences += found
     lr = rates(training)
     if not rule.saved and any(d.cls != SAFE and d.about in (About.BATCH, About.LENGTH) for d in differences):
         lr = replace(lr, next=None, note=ANEW)
-    state = checkpoint.train_state
+    state = training.state if training is not None else checkpoint.train_state
     return Forecast(
         path=path,
         format=training.framework if training is not None else checkpoint.layout.format,
-        step=training.count if training is not None and training.count is not None else state.step,
+        step=state.step if training is None or training.count is None else training.count,
         epoch=state.epoch,
         samples=state.samples,
         rates=lr,
@@ -129,7 +127,7 @@ def rates(training: Training | None) -> Rates:
 
 def batch(path: Location, training: Training, run: NewRun) -> Iterator[Difference]:
     """Another effective batch, and one of which that cannot be told."""
-    said, rule = run.stated, rule_of(training)
+    said, rule = run.stated, framework_of(training).rule
     steps = said.accumulation
     if said.total is not None and said.micro is not None and run.world_size and steps is None:
         steps = said.total // (said.micro * run.world_size)
@@ -185,7 +183,7 @@ def _shown(numbers: Sequence[int | None]) -> str:
     return " x ".join("?" if n is None else str(n) for n in numbers)
 
 
-def planned(source: Source | None, training: Training, run: NewRun) -> int | None:
+def planned(training: Training, run: NewRun) -> int | None:
     """The length of the new run in the unit of `training.count`; None where nothing says it."""
     if run.stated.steps is not None:
         return run.stated.steps
@@ -194,19 +192,12 @@ def planned(source: Source | None, training: Training, run: NewRun) -> int | Non
         return None if per_epoch is None else run.stated.epochs * per_epoch
     if training.total_count is not None:
         return training.total_count
-    saved = next((c.value for c in training.counters if c.role == "total"), None)
-    state = _trainer_state(source)
-    return saved if saved is not None else whole(state.get("max_steps")) or None
+    return next((c.value for c in training.counters if c.role == "total"), None)
 
 
-def _trainer_state(source: Source | None) -> dict[str, object]:
-    path = source.root / "trainer_state.json" if source is not None else None
-    return jsons.read(path, allow_nan=True) if path is not None and is_file(path) else {}
-
-
-def length(source: Source, training: Training, run: NewRun) -> Iterator[Difference]:
+def length(training: Training, run: NewRun) -> Iterator[Difference]:
     """What is left of the run, and another length where the schedule is computed from it."""
-    total = planned(source, training, run)
+    total = planned(training, run)
     if total is not None and training.count is not None and training.count >= total:
         yield Difference(
             about=About.LENGTH,
@@ -215,12 +206,9 @@ def length(source: Source, training: Training, run: NewRun) -> Iterator[Differen
             why=f"nothing, {training.count} of {total} are done: the run is finished, a resume ends at once",
             hint="to train longer, give the new run more epochs or iterations; look at its schedule",
         )
-    if rule_of(training).saved:
-        return
-    state = _trainer_state(source)
-    for key, now in (("num_train_epochs", run.stated.epochs), ("max_steps", run.stated.steps)):
-        was = state.get(key)
-        if now is not None and was is not None and real(was) != real(now):
+    for key, counted, was in training.lengths:
+        now = run.stated.epochs if counted == "epochs" else run.stated.steps
+        if now is not None and was is not None and was != now:
             yield Difference(
                 about=About.LENGTH,
                 setting=key,
@@ -237,7 +225,7 @@ def settings(training: Training, run: NewRun) -> Iterator[Difference]:
         return
     old, new = dict(leaves(training.configuration)), dict(leaves(run.stated.values))
     for key in sorted({*old, *new} - {"_base_"}):
-        known = setting(key)
+        known = _setting(framework_of(training), key)
         if old.get(key) != new.get(key) and known.why:
             yield Difference(
                 about=known.about,
@@ -257,6 +245,10 @@ def settings(training: Training, run: NewRun) -> Iterator[Difference]:
         )
 
 
+def _setting(framework: Framework, path: str) -> Setting:
+    return next(s for s in framework.settings if re.fullmatch(s.pattern, path))
+
+
 def overridden(training: Training, run: NewRun) -> Iterator[Overridden]:
     if run.stated.lr is None or not training.optimizers:
         return
@@ -274,8 +266,9 @@ def overridden(training: Training, run: NewRun) -> Iterator[Overridden]:
 # --- parts and model ----------------------------------------------------------------------------------
 
 
-def _parts(source: Source, training: Training, rule: Rule) -> Iterator[Difference]:
+def _parts(source: Source, training: Training, framework: Framework) -> Iterator[Difference]:
     """What a resume needs and does not find."""
+    rule = framework.rule
     if not training.optimizers:
         refusal = Refusal(
             moment=Moment.OPTIMIZER_STATE, error="KeyError", text="Trying to restore optimizer state"
@@ -284,64 +277,43 @@ def _parts(source: Source, training: Training, rule: Rule) -> Iterator[Differenc
             about=About.OPTIMIZER,
             setting="optimizer state",
             cls=IMPOSSIBLE if rule.needs_optimizer else CAREFUL,
-            why="it was saved with weights alone, and Lightning refuses to resume from that"
+            why=f"it was saved with weights alone, and {framework.title} refuses to resume from that"
             if rule.needs_optimizer
             else "none is saved here: the optimizer starts anew, with moments of zero",
             hint="start a new run from the weights",
             refusal=refusal if rule.needs_optimizer else None,
         )
     yield from unsaved_schedule(training)
-    if training.framework in ("hf-trainer", "accelerate") and is_folder(source.target):
-        yield from _trainer_parts(source, training)
+    if is_folder(source.target):
+        names = {entry.name for folder in {source.target, source.root} for entry in entries(folder)}
+        for lack in framework.lacks(names):
+            yield Difference(
+                about=lack.about, setting=lack.setting, cls=lack.cls, why=lack.why, hint=lack.hint
+            )
 
 
 def unsaved_schedule(training: Training) -> Iterator[Difference]:
     """A schedule that has left its traces in the optimizer, or is configured, and is not saved."""
-    if training.schedules or not training.optimizers or not rule_of(training).saved:
+    if training.schedules or not training.optimizers or not framework_of(training).rule.saved:
         return
     traced = any("initial_lr" in group for o in training.optimizers for group in o.groups)
-    if traced or training.configuration.get("param_scheduler"):
+    if traced or training.scheduled:
         yield Difference(
             about=About.SCHEDULE,
             setting="schedule",
             cls=CAREFUL,
             why="a scheduler was at work ("
-            + ("initial_lr in param_groups" if traced else "param_scheduler in the configuration")
+            + ("initial_lr in param_groups" if traced else "the configuration names one")
             + ") and its state is not saved here: one that the code makes starts anew",
             hint="resume from a checkpoint that holds it, or step the new one to the place by hand",
         )
 
 
-def _trainer_parts(source: Source, training: Training) -> Iterator[Difference]:
-    names = {entry.name for folder in {source.target, source.root} for entry in entries(folder)}
-    if "checkpoint-is-incomplete.txt" in names:
-        yield Difference(
-            about=About.STATE,
-            setting="checkpoint-is-incomplete.txt",
-            cls=IMPOSSIBLE,
-            why="the Trainer did not finish this save",
-            hint="resume from an older checkpoint",
-        )
-    if training.framework == "hf-trainer" and "scheduler.pt" not in names:
-        yield Difference(
-            about=About.SCHEDULE,
-            setting="scheduler.pt",
-            cls=CAREFUL,
-            why="it is not here: neither optimizer nor scheduler is then loaded, and nothing says so",
-        )
-    if not any(name.startswith(("rng_state", "random_states")) for name in names):
-        yield Difference(
-            about=About.DATA,
-            setting="random states",
-            cls=CAREFUL,
-            why="none are saved here: dropout and data order go on from fresh ones",
-        )
-
-
 def _model(
-    checkpoint: Checkpoint, training: Training | None, run: NewRun, rule: Rule
+    checkpoint: Checkpoint, training: Training | None, run: NewRun, framework: Framework
 ) -> tuple[list[Difference], tuple[Mismatch, ...]]:
     assert run.model is not None
+    rule = framework.rule
     saved, model = tensors_of(checkpoint), run.model
     prefix = "" if rule.prefix else prefix_of(checkpoint)
     if prefix != ("" if rule.prefix else model.prefix):  # compare the names as they are written
@@ -394,7 +366,7 @@ def _checks(
             yield Check(about=about, ok=None, text="no training state is saved")
     else:
         yield batch_check(training, run, differences)
-        yield length_check(planned(source, training, run), training, differences)
+        yield length_check(planned(training, run), training, differences)
         has = bool(training.schedules)
         yield check(About.SCHEDULE, "saved" if has else "none is saved", differences, known=has)
         kept = bool(training.optimizers)

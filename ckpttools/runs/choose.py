@@ -15,12 +15,11 @@ from pathlib import PurePath
 from ckpttools.checks.verdict import Verdict
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR
+from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location, below
 from ckpttools.runs.find import Entry, common, runs
 from ckpttools.runs.order import numbers, shape
 from ckpttools.stores.files import entries, exists, small_text
-
-POINTERS = ("last_checkpoint", "latest")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

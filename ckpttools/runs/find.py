@@ -20,7 +20,6 @@ from ckpttools.formats import Folder, locate, read
 from ckpttools.formats.hf import SHARD, holds
 from ckpttools.formats.locate import checkpoints, holds_one
 from ckpttools.formats.tags import is_tag
-from ckpttools.frameworks import accelerate, huggingface
 from ckpttools.location import Location, below
 from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
@@ -30,9 +29,6 @@ from ckpttools.stores.links import within
 MAX_DEPTH = 8
 SHARDED = ("dcp",)
 COUNTERS = ("iteration", "step", "epoch")
-# the Trainer's marks of a save that was not finished
-UNFINISHED = re.compile(r"tmp-checkpoint-.*")
-UNFINISHED_FILE = "checkpoint-is-incomplete.txt"
 NUMBERED = re.compile(r"checkpoint-\d+")
 
 
@@ -170,7 +166,7 @@ def _whole(path: Location) -> bool:
     names = {entry.name for entry in entries(path)}
     if "latest" not in names or is_tag(path):
         return holds_one(path)
-    return path.suffix == ".ckpt" or huggingface.is_trainer(path) or accelerate.is_accelerate(path)
+    return frameworks.wraps(path)
 
 
 def _several(path: Location) -> bool:
@@ -189,12 +185,12 @@ def _entry(path: Location, run: Location) -> Entry:
     time, nbytes = extent(path)
     make = partial(Entry, path=path, run=run, time=time, nbytes=nbytes)
     try:
-        if UNFINISHED.fullmatch(path.name) or is_file(path / UNFINISHED_FILE):
+        if why := frameworks.unfinished(path):
             raise CkptError(
                 "save-unfinished",
                 "the save was not finished",
                 where=path,
-                why="the Trainer gives the folder its name, or takes the mark away, when all is written",
+                why=why,
                 hint="use an older checkpoint",
             )
         source = locate(path)
@@ -204,14 +200,14 @@ def _entry(path: Location, run: Location) -> Entry:
     resumes: bool | None
     logged: Mapping[str, float] = {}
     problem: CkptError | None = None
+    layout, state = checkpoint.layout, checkpoint.train_state
     try:
         brief = frameworks.brief(source, checkpoint)
-        resumes, logged = brief.resumes, brief.metrics
+        resumes, logged, state = brief.resumes, brief.metrics, brief.said
     except Unsupported as reason:
         resumes = False if reason.id == "weights-only" else None
     except CkptError as error:
         resumes, problem = None, error if error.exit_code == 1 else None
-    layout, state = checkpoint.layout, checkpoint.train_state
     losses = (("train_loss", state.train_loss), ("val_loss", state.val_loss), *logged.items())
     return make(
         format=layout.format,

@@ -3,7 +3,7 @@
     latest, last_checkpoint, latest_universal    in the run, above it, or beside the folder looked after
     symbolic links                               from anywhere below, or from beside, into a checkpoint
     adapter_config.json                          base_model_name_or_path: an adapter is nothing without it
-    trainer_state.json                           best_model_checkpoint, the Trainer's best
+    the best, as the framework's own file in the newest checkpoint says
 
 A name is enough: a path that was true on another machine still keeps the checkpoint that is called so.
 """
@@ -17,14 +17,15 @@ from pathlib import Path, PurePath
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
+from ckpttools.frameworks import POINTERS, best
 from ckpttools.location import Entry as StoreEntry
 from ckpttools.location import Location
 from ckpttools.runs.find import Entry
 from ckpttools.siblings import GONE, PIN
 from ckpttools.stores.files import entries, is_file, local, small_text, walk
 
-POINTERS = ("last_checkpoint", "latest", "latest_universal")
-ADAPTER, STATE = "adapter_config.json", "trainer_state.json"
+NAMING = (*POINTERS, "latest_universal")
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +77,10 @@ def _stated(path: Location, key: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def trainers_best(run: Sequence[Entry]) -> str | None:
+def stated_best(run: Sequence[Entry]) -> str | None:
     """What the newest checkpoint of a run, given newest first, says is the best: an older one does not know
     the later ones."""
-    newest = next((e.path / STATE for e in run if e.problem is None and is_file(e.path / STATE)), None)
-    return _stated(newest, "best_model_checkpoint") if newest is not None else None
+    return next((found for e in run if e.problem is None and (found := best(e.path))), None)
 
 
 def needed(path: Path, found: Around) -> str | None:
@@ -108,6 +108,6 @@ def pointers(run: Path, folder: Path) -> Iterator[tuple[Path, str]]:
         place for place in (run, *run.parents) if place in (folder, folder.parent) or folder in place.parents
     ]
     for place in places:
-        for name in POINTERS:
+        for name in NAMING:
             if any(entry.name == name and is_file(entry) for entry in entries(place)):
                 yield place / name, small_text(place / name, 4096).strip()

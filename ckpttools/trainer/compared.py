@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE
 from ckpttools.resume import NewRun, Target, foretell
 from ckpttools.resume.model import of_config
-from ckpttools.resume.report import CAREFUL, IMPOSSIBLE
 from ckpttools.trainer import config as settings
 from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import Config

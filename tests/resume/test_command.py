@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from support import FIXTURES, SAMPLES, name_of
 
 from ckpttools.explain import EXPLANATIONS
+from ckpttools.frameworks import auto_resume
 from ckpttools.resume import NewRun, Target, foretell
 from ckpttools.resume.arguments import resolved
-from ckpttools.resume.auto import auto_resume
 from ckpttools.resume.model import of_config, read_model
 from ckpttools.trainer import search
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ckpttools.frameworks.rules import IMPOSSIBLE, About
 from ckpttools.location import Location
 from ckpttools.resume.deepspeed import build_table as build
 from ckpttools.resume.deepspeed import load_table as load
@@ -24,7 +25,7 @@ from ckpttools.resume.deepspeed.rows import ask
 from ckpttools.resume.deepspeed.saved import Saved, is_engine, read_saved
 from ckpttools.resume.fit import module
 from ckpttools.resume.new_run import NewRun
-from ckpttools.resume.report import IMPOSSIBLE, About, Check, Difference, Forecast, Moment, check
+from ckpttools.resume.report import Check, Difference, Forecast, Moment, check
 
 __all__ = ["KNOWN", "OUTSIDE", "Saved", "forecast", "is_engine", "read_saved"]
 OUTSIDE = "a scheduler that the code keeps outside DeepSpeed is not forecast"

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from ckpttools.frameworks.rules import IMPOSSIBLE, About, Class
 from ckpttools.resume.deepspeed.case import Case
-from ckpttools.resume.report import IMPOSSIBLE, About, Class, Difference, Moment, Refusal
+from ckpttools.resume.report import Difference, Moment, Refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from ckpttools.frameworks.rules import CAREFUL, SAFE, About
 from ckpttools.resume.deepspeed.case import Case
 from ckpttools.resume.new_run import leaves, section
-from ckpttools.resume.report import CAREFUL, SAFE, About, Difference, Overridden
+from ckpttools.resume.report import Difference, Overridden
 
 # looked at by rows of their own
 JUDGED = re.compile(

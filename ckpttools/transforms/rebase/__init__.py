@@ -28,7 +28,6 @@ from ckpttools.transforms.rebase.timeline import Request, Timeline, timeline
 
 __all__ = ["Curve", "Rebased", "Request", "curves", "rebase"]
 
-WITHOUT_SCHEDULE = ("openpcdet",)  # their schedule is a function of the counter
 ADAM = (
     "Adam's step and moments are left alone: they count and average the updates that were made, and the bias "
     "correction goes on from there"
@@ -187,7 +186,7 @@ def _refuse_finished(training: Training, line: Timeline) -> None:
 
 
 def _refuse_unscheduled(training: Training, request: Request) -> None:
-    if training.schedules or request.counters_only or training.framework in WITHOUT_SCHEDULE:
+    if training.schedules or request.counters_only or training.follows:
         return
     if training.count is None and not training.optimizers:
         raise UsageError(

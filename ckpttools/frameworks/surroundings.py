@@ -13,14 +13,13 @@ from dataclasses import replace
 from ckpttools.errors import escape
 from ckpttools.formats.format import Source
 from ckpttools.formats.tags import BUNDLE, is_tag
+from ckpttools.frameworks import FRAMEWORKS
 from ckpttools.location import Location
 from ckpttools.plan import OutputFile, Plan, copy_file
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import entries, is_file, is_folder, size_of
 from ckpttools.stores.links import within
 
-# one file per rank, of no use to another number of ranks: random number states
-RANK_LOCAL = re.compile(r"rng_state_\d+\.pth|random_states_\d+\.pkl")
 CARRIED_FOLDERS = ("hf_model", "hf_config")
 
 
@@ -62,7 +61,7 @@ def _beside(
         if path in own or any(path in each.parents for each in own):
             continue
         if is_file(entry) and not entry.name.endswith(MANIFEST):
-            if ranks_change and RANK_LOCAL.fullmatch(entry.name):
+            if ranks_change and _of_one_rank(entry.name):
                 dropped.append(entry.name)
             else:
                 yield copy_file(path, prefix + entry.name, size_of(path))
@@ -78,6 +77,12 @@ def _beside(
         )
     if left:
         notes.append(f"not carried: {', '.join(map(escape, left))} beside the checkpoint")
+
+
+def _of_one_rank(name: str) -> bool:
+    """A file of random states: one for each rank, of no use to another number of ranks."""
+    patterns = (framework.random for framework in FRAMEWORKS)
+    return any(pattern is not None and re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _holds(folder: Location, target: Location) -> bool:
