@@ -167,7 +167,7 @@ def frameworks() -> dict[str, list[str]]:
 MARKS = {
     "huggingface": r"hf-trainer|trainer_state|training_args|checkpoint-is-incomplete|rng_state|"
     r"num_train_epochs|best_model_checkpoint",
-    "accelerate": r"accelerate|random_states",
+    "accelerate": r"random_states",
     "lightning": r"lightning|loops|hyper_parameters",
     "mmengine": r"mmengine|message_hub|param_scheduler\b|last_checkpoint|optim_wrapper",
     "openpcdet": r"openpcdet|pcdet|latest_model",
