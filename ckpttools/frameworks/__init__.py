@@ -18,8 +18,7 @@ framework, rules, parts   what they share; progress: all that in one line
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields as fields_of
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.containers import fields
@@ -94,8 +93,7 @@ def brief(source: Source, checkpoint: Checkpoint) -> Brief:
 
 def _over(known: TrainState, said: TrainState) -> TrainState:
     """What the format found, with what the framework knows in its place."""
-    own = {each.name: getattr(known, each.name) for each in fields_of(TrainState)}
-    return replace(said, **{name: value for name, value in own.items() if value not in (None, {})})
+    return replace(said, **{name: value for name, value in asdict(known).items() if value not in (None, {})})
 
 
 def _weights_only(checkpoint: Checkpoint) -> Unsupported:
