@@ -94,15 +94,10 @@ def prepare(
 
     Options and errors as for `execute`.
     """
-    validate(plan)
-    dst = preflight.real_parent(dst)
-    ends = preflight.source_ends(plan)
-    preflight.refuse_source(dst, [*ends, *([source] if source else [])])
+    dst, ends = _place(plan, dst, source)
     with write_errors(dst):
         notes = staging.clear_stale(dst)
-        _judge(dst, force, replaces)
-        preflight.need_space(plan, dst)
-    before = preflight.fingerprints(ends)
+    before = _refuse(plan, dst, ends, force, replaces)
     with terminating_signals(), staging.staging_for(dst) as path:
         copy.create(plan, path, dst, _width(plan.nbytes, workers))
         yield Staged(plan=plan, dst=dst, path=path, force=force, before=before, notes=tuple(notes))
@@ -179,6 +174,38 @@ def execute(
         left = f"could not remove {staged.path}, which held what {staged.dst.name} was before"
         report = replace(report, notes=(*report.notes, left))
     return report
+
+
+def refuse(
+    plan: Plan,
+    dst: Path,
+    *,
+    source: Location | None = None,
+    force: bool = False,
+    replaces: Replaces | None = None,
+) -> None:
+    """Raise what `execute` would raise before it writes: for runs that only show what they would do."""
+    dst, ends = _place(plan, dst, source)
+    _refuse(plan, dst, ends, force, replaces)
+    preflight.may_write(dst)
+
+
+def _place(plan: Plan, dst: Path, source: Location | None) -> tuple[Path, dict[Location, int]]:
+    """The real destination, and the sources with the byte that each is read up to."""
+    validate(plan)
+    dst = preflight.real_parent(dst)
+    ends = preflight.source_ends(plan)
+    preflight.refuse_source(dst, [*ends, *([source] if source else [])])
+    return dst, ends
+
+
+def _refuse(
+    plan: Plan, dst: Path, ends: Mapping[Location, int], force: bool, replaces: Replaces | None
+) -> dict[Location, Fingerprint]:
+    with write_errors(dst):
+        _judge(dst, force, replaces)
+        preflight.need_space(plan, dst)
+    return preflight.fingerprints(ends)
 
 
 def _judge(dst: Path, force: bool, replaces: Replaces | None) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from errno import EACCES
 from pathlib import Path, PurePosixPath
 from stat import S_ISDIR, S_ISLNK, S_ISREG
 
 from ckpttools.errors import UsageError
+from ckpttools.execute.system import write_errors
 from ckpttools.location import Location, Stat
 from ckpttools.passes.read import truncated
 from ckpttools.plan import Crc32, OutputFile, Plan, reads
@@ -113,6 +115,13 @@ def need_space(plan: Plan, dst: Path) -> None:
             why="nothing was written",
             hint="free that much, or choose a destination on another file system",
         )
+
+
+def may_write(dst: Path) -> None:
+    """Raises "no-permission" where the folder of the destination may not be written to."""
+    if not os.access(dst.parent, os.W_OK | os.X_OK):
+        with write_errors(dst):
+            raise PermissionError(EACCES, os.strerror(EACCES))
 
 
 def source_ends(plan: Plan) -> dict[Location, int]:

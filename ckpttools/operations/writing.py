@@ -59,11 +59,15 @@ def carry_out(
     `check` is given the folder before it gets its name: it may raise, or return what to tell.
     Raises UsageError where it cannot be written, CkptError where the source is damaged.
     """
-    if how.dry_run:
-        return Written(source=src, destination=dst, plan=plan, notes=plan.notes, next=next)
-    from ckpttools.execute import execute
+    from ckpttools.execute import execute, refuse
     from ckpttools.operations.replacing import replaceable
 
+    def replaces() -> str:
+        return replaceable(dst, plan)
+
+    if how.dry_run:
+        refuse(plan, dst, source=src, force=how.force, replaces=replaces)
+        return Written(source=src, destination=dst, plan=plan, notes=plan.notes, next=next)
     told: list[str] = []
 
     def finish(staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
@@ -81,7 +85,7 @@ def carry_out(
             force=how.force,
             workers=how.workers,
             progress=progress,
-            replaces=lambda: replaceable(dst, plan),
+            replaces=replaces,
             finish=single.finish if single else finish,
         )
     after = single.write() if single else ()
