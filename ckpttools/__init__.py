@@ -7,6 +7,8 @@
     run.torch("lm_head.weight")                      # where torch is installed
     ckpttools.verify("run/checkpoint-20").ok         # every byte
     ckpttools.ls("runs")                             # every checkpoint below, by run
+    ckpttools.experiments("runs").differing          # runs side by side: settings that are not the same
+    ckpttools.report("run", dst="run.html")          # a page for a colleague
     ckpttools.prune("run", keep_last=3)              # what stays is verified first
     ckpttools.pin("run/checkpoint-20", "the paper's")
     ckpttools.latest("run").path                     # what a resume would take, and .why
@@ -41,6 +43,7 @@
     runs/, resume/                      which is the newest; will DeepSpeed load it, and what goes on
     values, passes/, checksums          the only code that computes on tensor bytes, and that reads them
     execute/                            the only code that writes
+    charts/, pages/                     pictures and a page, as data; SVG and HTML
     explain                             what each error and check means
     operations/                         one function for each command
     cli/, trainer/                      the command line; the reference trainer, which nothing imports
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
     from ckpttools.operations.convert import convert
     from ckpttools.operations.diff import Diff, diff
     from ckpttools.operations.digest import Digested, digest
+    from ckpttools.operations.experiments import Experiment, Experiments, experiments
     from ckpttools.operations.extract import extract
     from ckpttools.operations.inspect import inspect
     from ckpttools.operations.latest import latest
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
     from ckpttools.operations.prove import Proof, prove
     from ckpttools.operations.prune import prune
     from ckpttools.operations.rebase import rebase
+    from ckpttools.operations.report import Report, report
     from ckpttools.operations.reshard import reshard
     from ckpttools.operations.verify import verify
     from ckpttools.operations.writing import Writing, Written
@@ -88,12 +93,15 @@ _PLACES = {
     "Diff": "operations.diff",
     "Digested": "operations.digest",
     "Entry": "runs",
+    "Experiment": "operations.experiments",
+    "Experiments": "operations.experiments",
     "Finding": "checks",
     "Opened": "operations.opened",
     "ParamGroup": "checkpoint",
     "Plan": "plan",
     "Proof": "operations.prove",
     "Rebased": "transforms.rebase",
+    "Report": "operations.report",
     "TensorRef": "tensors",
     "Unsupported": "errors",
     "UsageError": "errors",
@@ -104,6 +112,7 @@ _PLACES = {
     "convert": "operations.convert",
     "diff": "operations.diff",
     "digest": "operations.digest",
+    "experiments": "operations.experiments",
     "extract": "operations.extract",
     "inspect": "operations.inspect",
     "latest": "operations.latest",
@@ -113,6 +122,7 @@ _PLACES = {
     "pin": "operations.pin",
     "prune": "operations.prune",
     "rebase": "operations.rebase",
+    "report": "operations.report",
     "reshard": "operations.reshard",
     "unpin": "operations.pin",
     "verify": "operations.verify",
@@ -125,12 +135,15 @@ __all__ = [
     "Diff",
     "Digested",
     "Entry",
+    "Experiment",
+    "Experiments",
     "Finding",
     "Opened",
     "ParamGroup",
     "Plan",
     "Proof",
     "Rebased",
+    "Report",
     "TensorRef",
     "Unsupported",
     "UsageError",
@@ -142,6 +155,7 @@ __all__ = [
     "convert",
     "diff",
     "digest",
+    "experiments",
     "extract",
     "inspect",
     "latest",
@@ -151,6 +165,7 @@ __all__ = [
     "prove",
     "prune",
     "rebase",
+    "report",
     "reshard",
     "unpin",
     "verify",

@@ -29,6 +29,8 @@ COMMANDS = {
     "digest": "one digest of all weights and optimizer state, equal in every layout",
     "diff": "how two checkpoints differ, whatever their layouts",
     "prove": "the same training state, identical except ..., or different",
+    "runs": "experiments side by side: settings, progress, losses; a plot over samples",
+    "report": "one self-contained page of a run, of runs, or of two checkpoints",
     "explain": "what a check or an error means, and how to mend it",
     "extract": "weights only, as safetensors or .pt",
     "convert": "to another format, optimizer state, schedule and counters kept",

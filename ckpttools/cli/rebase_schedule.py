@@ -72,8 +72,8 @@ if TYPE_CHECKING:
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.png",
-    help="Draw the learning rate over samples: before, after, and without a rebase.",
+    metavar="FILE.svg",
+    help="Draw the learning rate over samples: before, after, and without a rebase. .png, .pdf: matplotlib.",
 )
 @writing
 def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **options: Any) -> None:
@@ -195,18 +195,9 @@ def _json(result: Rebased, root: Location) -> dict[str, object]:
 
 def _check_plot(plot: Path, src: Path) -> None:
     """Find out before anything is written that the plot cannot be."""
-    import importlib.util
+    from ckpttools.operations.figures import check_picture
 
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "plot-needs",
-            "--plot needs matplotlib, which is not installed",
-            hint="pip install 'ckpttools[plot]'",
-        )
-    if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(
-            "bad-usage", f"'{escape(plot)}' is not a picture's name", hint="use FILE.png, .svg or .pdf"
-        )
+    check_picture(plot)
     if not plot.parent.is_dir():
         raise UsageError("not-found", "there is no such folder", where=plot.parent, hint="make it first")
     if plot.exists() and (plot.samefile(src) or src in plot.resolve().parents):
@@ -222,7 +213,8 @@ def _draw(result: Rebased, plot: Path) -> None:
     if found is None:
         render.say("note: no plot: the schedule's curve or its length is not known")
         return
-    from ckpttools.cli.plot import draw
+    from ckpttools.execute.small import put
+    from ckpttools.operations.figures import of_rebase, picture
 
-    draw(found, result, plot)
+    put(plot, picture(of_rebase(found, result), plot), force=True)
     render.say(f"plotted {escape(plot)}")

@@ -46,6 +46,7 @@ NUMBERED = re.compile(r"checkpoint-(\d+)")
 # its marks of a save that was not finished
 UNFINISHED = re.compile(r"tmp-checkpoint-.*")
 INCOMPLETE = "checkpoint-is-incomplete.txt"
+_PLAIN = (str, int, float, bool)  # of the arguments: what a person set
 
 
 def is_trainer(folder: Location) -> bool:
@@ -103,6 +104,7 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
             ("micro", "per_device_train_batch_size", "TrainingArguments"),
             ("accumulation", "gradient_accumulation_steps", "TrainingArguments"),
         ),
+        configuration={key: each for key, each in arguments.items() if isinstance(each, _PLAIN)},
         outside=("save_steps, eval_steps and logging_steps, where they are numbers of steps",),
         notes=() if arguments else (f"{ARGUMENTS} is not here: which schedule it was is not known",),
         # DeepSpeed's model file holds the note where there is one

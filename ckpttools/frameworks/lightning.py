@@ -76,6 +76,7 @@ def _read(file: TorchFile) -> Training:
             ("micro", "the data loader's batch_size", "your training code"),
             ("accumulation", "accumulate_grad_batches", "the Trainer"),
         ),
+        configuration=parts.mapping(file, "hyper_parameters") or {},
         outside=("max_steps, val_check_interval and log intervals of the Trainer, where they count steps",),
         **parts.marked(file),
     )

@@ -60,6 +60,7 @@ def _read(file: TorchFile) -> Training:
         ),
         batch_fields=tuple(_fields(file)),
         inside=inside,
+        configuration=parts.mapping(file, "config") or {},
         batch_names=tuple(
             (field.which, field.name.removeprefix("config."), CONFIG) for field in _fields(file)
         ),

@@ -61,10 +61,12 @@ def ls(
     verify: bool = False,
     workers: int = 0,
     bar: Bar | None = None,
+    found: list[list[Entry]] | None = None,
 ) -> tuple[Run, ...]:
     """Every checkpoint below a folder by run, the furthest first, as far as their headers say.
 
-    `sort` is one of SORTS; with `verify` every byte is read. Raises UsageError where there is none.
+    `sort` is one of SORTS; with `verify` every byte is read. `found` are the
+    runs, where they were looked for already. Raises UsageError where there is none.
 
     >>> (run,) = ls("fixtures/hf-trainer/plain")
     >>> [(each.entry.path.name, each.kind, each.entry.state.step, each.marks) for each in run.checkpoints]
@@ -73,7 +75,7 @@ def ls(
     folder = named(folder)
     if sort not in SORTS:
         raise UsageError("bad-usage", f"{sort!r} is no order", hint=f"one of {', '.join(SORTS)}")
-    found = runs.runs(folder)
+    found = runs.runs(folder) if found is None else found
     if not found:
         raise runs.nothing(folder)
     verdict = (lambda path: _verdict(path, workers, bar)) if verify else None

@@ -85,10 +85,16 @@ def prune(
 
 
 def plan_of(
-    folder: Path, policy: Policy, *, verified: bool = False, workers: int = 0, bar: Bar | None = None
+    folder: Path,
+    policy: Policy,
+    *,
+    verified: bool = False,
+    workers: int = 0,
+    bar: Bar | None = None,
+    found: list[list[Entry]] | None = None,
 ) -> Pruning:
     """Decide, and touch nothing. Raises CkptError as `prune` does."""
-    found = runs.grouped(folder)
+    found = runs.grouped(folder) if found is None else found
     around = needs.around(folder)
     if not found and not around.left:
         raise runs.nothing(folder)

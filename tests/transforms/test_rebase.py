@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -330,6 +332,15 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     assert ran.code == 0, ran.err
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "out"]
+
+
+def test_a_drawing_needs_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ran = run("rebase-schedule", OURS, tmp_path / "out", "--new-bs", 4, "--plot", tmp_path / "a.svg")
+    assert ran.code == 0, ran.err
+    root = ElementTree.fromstring((tmp_path / "a.svg").read_text())
+    words = [element.text or "" for element in root.iter() if element.tag.endswith("desc")]
+    assert "after: batch 16" in words[0] and "before: batch 8" in words[0]
 
 
 # --- a client's own copies ------------------------------------------------------------------------------

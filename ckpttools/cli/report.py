@@ -1,0 +1,71 @@
+"""ckpt report: one self-contained page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ckpttools.cli import render
+from ckpttools.cli.options import FOLLOW, FORCE, JSON, NO_PROGRESS, PATH, QUIET, WORKERS, number
+from ckpttools.errors import escape
+
+
+@click.command("report")
+@click.argument("paths", metavar="RUN|RUNS|A B", type=PATH, nargs=-1, required=True)
+@click.option("-o", "--output", "dst", type=PATH, metavar="FILE.html", required=True, help="The page.")
+@click.option(
+    "--keep-last",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Mark what ckpt prune --keep-last N would remove.",
+)
+@number("--new-bs", help="Draw the learning rate after a rebase to this batch, too.")
+@click.option("--verify", is_flag=True, help="Read every byte of each checkpoint, as ckpt verify does.")
+@FORCE
+@FOLLOW
+@JSON
+@QUIET
+@WORKERS
+@NO_PROGRESS
+def command(
+    paths: tuple[Path, ...],
+    dst: Path,
+    keep_last: int,
+    new_bs: int | None,
+    verify: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    workers: int,
+    no_progress: bool,
+) -> None:
+    """Write one HTML file about a run, runs side by side, or two checkpoints, to send to a colleague.
+
+    Checkpoints on a line of samples with their state, loss and learning rate, sizes, settings that differ,
+    findings with what they mean; of two checkpoints how far apart each layer is. The page needs no network
+    and no script. Nothing but the page is written.
+
+        ckpt report run -o run.html
+    """
+    from ckpttools.operations.report import report
+
+    bar = render.bars(enabled=not (no_progress or quiet))
+    made = report(
+        *paths,
+        dst=dst,
+        keep_last=keep_last,
+        new_bs=new_bs,
+        verify=verify,
+        force=force,
+        workers=workers,
+        bar=bar,
+    )
+    if as_json:
+        about = {"ok": True, "destination": str(made.destination), "nbytes": made.nbytes}
+        render.document(about | {"damaged": made.damaged})
+        return
+    render.say(f"{render.size(made.nbytes)}; {made.damaged} damaged checkpoints are in it", quiet=quiet)
+    click.echo(escape(made.destination, 4000))
