@@ -32,7 +32,7 @@ from ckpttools.findings import ERROR, INFO, Finding
 from ckpttools.formats import Source, locate
 from ckpttools.formats.files import dangers_at
 from ckpttools.formats.parts import in_parts
-from ckpttools.formats.zero.names import MODEL
+from ckpttools.formats.rank_files import MODEL
 from ckpttools.location import Location
 from ckpttools.progress import Progress
 from ckpttools.stores.files import entries, is_folder, stat

@@ -106,7 +106,7 @@ def _number(file: TorchFile, node: Object) -> int | float | None:
     if view is None or math.prod(view.shape) != 1:
         return None
     form = _FORMS.get(view.dtype.name)
-    return None if form is None else struct.unpack(form, scalar_bytes(view))[0]
+    return None if form is None else struct.unpack(form, scalar_bytes(view.ref))[0]
 
 
 def _numpy(node: Object) -> tuple[str | None, bytes | None]:

@@ -279,7 +279,7 @@ def test_many_tensors_cost_as_much_as_each(tmp_path: Path) -> None:
         assert isinstance(file.value, Dict)
         views = [file.view(node) for _, node in file.value.named()]
     last = views[-1]
-    assert len(views) == 5000 and last is not None and scalar(last) is None
+    assert len(views) == 5000 and last is not None and scalar(last.ref) is None
     assert struct.unpack("<2f", raw(last.ref)) == (4999.0, 4999.0)
     assert len(file.storages) == 5000
 
@@ -290,7 +290,7 @@ def test_labels(tmp_path: Path) -> None:
     file = read_torch_file(path)
     found = dict(torch_file.labelled(file))
     assert list(found) == ["m.w", "l[0]", "l[1][0]", "[5]"]
-    assert scalar(found["l[0]"]) == 1.0 and scalar(found["m.w"]) is None
+    assert scalar(found["l[0]"].ref) == 1.0 and scalar(found["m.w"].ref) is None
 
 
 # --- writing ------------------------------------------------------------------------------------------

@@ -198,17 +198,17 @@ def labelled(file: TorchFile) -> Iterator[tuple[str, View]]:
 _SCALARS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "float16": "<e"}
 
 
-def scalar(view: View) -> float | None:
+def scalar(ref: TensorRef) -> float | None:
     """The value of a tensor of one element, read from the file; None for other dtypes."""
-    form = _SCALARS.get(view.dtype.name)
-    if form is None or view.ref.numel != 1:
+    form = _SCALARS.get(ref.dtype.name)
+    if form is None or ref.numel != 1:
         return None
-    (value,) = struct.unpack(form, scalar_bytes(view))
+    (value,) = struct.unpack(form, scalar_bytes(ref))
     return float(value)
 
 
-def scalar_bytes(view: View) -> bytes:
+def scalar_bytes(ref: TensorRef) -> bytes:
     """The bytes of a tensor of one element, read from the file."""
-    (chunk,) = view.ref.chunks
+    (chunk,) = ref.chunks
     assert isinstance(chunk, ByteRange)  # one element is contiguous
     return bytes_of(chunk)

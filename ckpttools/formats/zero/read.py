@@ -11,6 +11,7 @@ from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
 from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
+from ckpttools.formats.rank_files import unchecked
 from ckpttools.formats.zero.decode import FP32, ModelStates, Rank, read_model, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble
 from ckpttools.formats.zero.names import find
@@ -164,14 +165,7 @@ def _roles(folder: ZeroFolder) -> Iterator[FileRole]:
 
 
 def _notes(folder: ZeroFolder) -> Iterator[str]:
-    unchecked = [
-        file.path.name for file in torch_files(folder) if file.archive is not None and not file.has_checksums
-    ]
-    legacy = [file.path.name for file in torch_files(folder) if file.archive is None]
-    if unchecked:
-        yield f"saved without checksums (compute_crc32=False): {', '.join(map(escape, unchecked))}"
-    if legacy:
-        yield f"in torch's older serialization, which has no checksums: {', '.join(map(escape, legacy))}"
+    yield from unchecked(list(torch_files(folder)))
     if folder.round_robin:
         yield "round_robin_gradients: the flat order depends on the number of ranks"
     missing = [name for group in folder.shapes for name in group if name not in folder.model.weights]

@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 from ckpttools.containers.nodes import decode
-from ckpttools.containers.pickles import plain
+from ckpttools.formats.cutting import equal
 from ckpttools.formats.zero.decode import Rank
 from ckpttools.formats.zero.flat import FlatGroup
-from ckpttools.stores.files import bytes_of
-from ckpttools.tensors import ByteRange, TensorRef, Zeros, cut_chunks
-from ckpttools.tree import Opaque, Path, Value, dotted, leaves, same
-
-_BLOCK = 1 << 20
+from ckpttools.tensors import TensorRef
+from ckpttools.tree import Path, Value, dotted, leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,40 +96,8 @@ def unaccounted(
             if other is not None:
                 yield Unaccounted(g, kind, other, "is nested differently on the ranks")
             continue
-        other = next((i for i, leaf in enumerate(found) if not _equal(first.value, leaf.value)), None)
+        other = next((i for i, leaf in enumerate(found) if not equal(first.value, leaf.value)), None)
         if other is not None:
             yield Unaccounted(
                 g, kind, other, "differs between the ranks and is not cut like their partitions"
             )
-
-
-def _equal(a: Value, b: Value) -> bool:
-    """Whether replicated values are equal: tensors by their bytes, opaque objects by what is shown of
-    them."""
-    if isinstance(a, TensorRef) and isinstance(b, TensorRef):
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and same_bytes(a, b)
-    if isinstance(a, Opaque) and isinstance(b, Opaque):
-        return plain(a.node) == plain(b.node)
-    return same(a, b)
-
-
-def same_bytes(a: TensorRef, b: TensorRef) -> bool:
-    """Whether two tensors hold the same bytes; read a block at a time, up to the first difference."""
-    if a.chunks == b.chunks:
-        return True
-    blocks = ((_block(a, at), _block(b, at)) for at in range(0, a.nbytes, _BLOCK))
-    return all(mine is not None and mine == yours for mine, yours in blocks)
-
-
-def _block(ref: TensorRef, at: int) -> bytes | None:
-    """A block of a tensor; None where it is a view with holes."""
-    parts = cut_chunks(ref.chunks, at, min(_BLOCK, ref.nbytes - at))
-    if not all(isinstance(part, ByteRange | Zeros) for part in parts):
-        return None
-    return b"".join(_bytes(part) for part in parts if isinstance(part, ByteRange | Zeros))
-
-
-def _bytes(part: ByteRange | Zeros) -> bytes:
-    if isinstance(part, Zeros):
-        return bytes(part.nbytes)
-    return bytes_of(part)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.zero.decode import FP32
 from ckpttools.formats.zero.flat import FlatGroup, alignment_gaps, reordered
 from ckpttools.formats.zero.join import ZeroFolder
-from ckpttools.formats.zero.state import same_bytes
 from ckpttools.tensors import FLOAT32, Chunk, TensorRef, Zeros, join_chunks
-from ckpttools.tree import Value, same
+from ckpttools.tree import Value
 
 ALIGNED_BYTES = 16  # zero_optimization.parameter_alignment: each parameter starts on such a multiple
 
@@ -45,13 +45,7 @@ def target(checkpoint: Checkpoint, layout: Layout) -> Target:
     """Raises Unsupported for state that cannot be cut over ranks, before anything is written."""
     template = checkpoint.template if isinstance(checkpoint.template, ZeroFolder) else None
     if not checkpoint.groups:
-        raise Unsupported(
-            "no-groups",
-            "the checkpoint has no parameter groups, and a ZeRO folder is made of them",
-            where=checkpoint.path,
-            why="master weights and optimizer state are saved per parameter group",
-            hint="name a training checkpoint, one that holds its optimizer",
-        )
+        raise no_groups(checkpoint)
     if layout.variant == "elastic":
         raise Unsupported(
             "elastic",
@@ -150,12 +144,14 @@ def _flat(checkpoint: Checkpoint, kind: str, flat: FlatGroup, refs: Mapping[str,
         raise _incomplete(checkpoint, kind, lacking)
     dtypes = {refs[name].dtype for name in flat.names}
     if len(dtypes) > 1 or not all(dtype.is_float for dtype in dtypes):
-        raise _uncut(checkpoint, kind, f"has the element types {', '.join(sorted(d.short for d in dtypes))}")
+        raise not_flat(
+            checkpoint, kind, f"has the element types {', '.join(sorted(d.short for d in dtypes))}"
+        )
     dtype = next(iter(dtypes), FLOAT32)
     chunks: list[Chunk] = []
     for name, numel, gap in zip(flat.names, flat.numels, flat.gaps, strict=True):
         if refs[name].numel != numel:
-            raise _uncut(checkpoint, kind, f"of {name} is not of the parameter's shape")
+            raise not_flat(checkpoint, kind, f"of {name} is not of the parameter's shape")
         chunks += refs[name].chunks
         chunks.append(Zeros(gap * dtype.itemsize))
     chunks.append(Zeros((flat.total - flat.used) * dtype.itemsize))
@@ -171,17 +167,9 @@ def _shared(checkpoint: Checkpoint, g: int, group: ParamGroup) -> Iterator[tuple
         if len(found) < len(group.params):
             lacking = next(name for name in group.params if name not in values)
             raise _incomplete(checkpoint, kind, lacking)
-        if any(not _equal(found[0], value) for value in found[1:]):
-            raise _uncut(checkpoint, kind, f"differs between the parameters of group {g}")
+        if any(not equal(found[0], value) for value in found[1:]):
+            raise not_flat(checkpoint, kind, f"differs between the parameters of group {g}")
         yield kind, found[0]
-
-
-def _equal(a: Value, b: Value) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, TensorRef) and isinstance(b, TensorRef):
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and same_bytes(a, b)
-    return same(a, b)
 
 
 def _incomplete(checkpoint: Checkpoint, kind: str, name: str) -> CkptError:
@@ -191,14 +179,4 @@ def _incomplete(checkpoint: Checkpoint, kind: str, name: str) -> CkptError:
         where=checkpoint.path,
         why="ZeRO keeps one flat vector for a group: it has no place for a parameter without state",
         hint="was the parameter ever trained? leave the optimizer's state out, or extract the weights",
-    )
-
-
-def _uncut(checkpoint: Checkpoint, kind: str, problem: str) -> CkptError:
-    return Unsupported(
-        "state-not-flat",
-        f"optimizer state '{escape(kind)}' {problem}",
-        where=checkpoint.path,
-        why="ZeRO keeps one flat vector and one set of values for a whole group",
-        hint="convert the weights alone, or to a format that keeps state per parameter (pt, dcp)",
     )

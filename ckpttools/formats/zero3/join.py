@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from ckpttools.containers import fields
 from ckpttools.errors import CkptError
+from ckpttools.formats.found import ONE_SAVE
+from ckpttools.formats.rank_files import optim_name
 from ckpttools.formats.zero3.cuts import held, starts
 from ckpttools.formats.zero3.decode import Leaf, Model, Shapes, Shard
-from ckpttools.formats.zero3.names import Zero3Files, model_name, optim_name
+from ckpttools.formats.zero3.names import Zero3Files, model_name
 from ckpttools.tensors import TensorRef, cat, join_chunks
-
-ONE_SAVE = "copy all files of the folder again from one save"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.errors import escape
 from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
+from ckpttools.formats.rank_files import unchecked
 from ckpttools.formats.zero3.decode import read_model, read_shard
 from ckpttools.formats.zero3.join import Zero3Folder, assemble, frozen_weights, gathered
 from ckpttools.formats.zero3.names import find
@@ -60,7 +60,7 @@ def checkpoint(folder: Zero3Folder) -> Checkpoint:
         buffers=model.buffers,
         files=tuple(_roles(folder)),
         checks=tuple(check for file in torch_files(folder) for check in file.checks()),
-        notes=tuple(_notes(folder)),
+        notes=tuple(unchecked(list(torch_files(folder)))),
         optimizer=optimizer_class(settings),
         loss_scaler=loss_scaler(shard.file, shard.state.get("loss_scaler")),
         client=client(model.file, model.root),
@@ -139,13 +139,3 @@ def _roles(folder: Zero3Folder) -> Iterator[FileRole]:
         )
     for path in folder.files.others:
         yield FileRole(path=path, nbytes=size_of(path), role="not part of the ZeRO layout")
-
-
-def _notes(folder: Zero3Folder) -> Iterator[str]:
-    files = list(torch_files(folder))
-    unchecked = [f.path.name for f in files if f.archive is not None and not f.has_checksums]
-    legacy = [f.path.name for f in files if f.archive is None]
-    if unchecked:
-        yield f"saved without checksums (compute_crc32=False): {', '.join(map(escape, unchecked))}"
-    if legacy:
-        yield f"in torch's older serialization, which has no checksums: {', '.join(map(escape, legacy))}"

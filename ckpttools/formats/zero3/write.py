@@ -15,7 +15,8 @@ from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.containers.nodes import ORDERED, encode, encode_tensor, put_node
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, new_storage, size_node, tensor_node, write_torch_file
-from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.errors import Unsupported, escape
+from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import (
     STAGE,
     client_values,
@@ -24,12 +25,13 @@ from ckpttools.formats.deepspeed import (
     scheduler_state,
     version_of,
 )
+from ckpttools.formats.rank_files import optim_name
 from ckpttools.formats.zero3.cuts import held, part_of, sub_group_size, sub_groups
-from ckpttools.formats.zero3.names import model_name, optim_name
+from ckpttools.formats.zero3.names import model_name
 from ckpttools.formats.zero3.read import FP32
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.tensors import DTYPES, FLOAT32, Chunk, DType, TensorRef, Zeros, join_chunks
-from ckpttools.tree import Value, same
+from ckpttools.tree import Value
 
 NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -62,13 +64,7 @@ def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
 
 def _target(checkpoint: Checkpoint, layout: Layout) -> Target:
     if not checkpoint.groups:
-        raise Unsupported(
-            "no-groups",
-            "the checkpoint has no parameter groups, and a ZeRO folder is made of them",
-            where=checkpoint.path,
-            why="master weights and optimizer state are saved per parameter group",
-            hint="name a training checkpoint, one that holds its optimizer",
-        )
+        raise no_groups(checkpoint)
     settings = dict(checkpoint.settings)
     section = settings.get("zero_optimization")
     if settings:
@@ -226,8 +222,10 @@ def _state(to: Target, group: ParamGroup, names: Sequence[str], rank: int) -> Di
         values = [group.scalars[kind][name] for name in names if name in group.scalars[kind]]
         if not values:
             continue
-        if len(values) < len(names) or any(not _equal(values[0], value) for value in values[1:]):
-            raise _unfit(to.checkpoint, kind, "is not the same for all parameters of a sub-group")
+        if len(values) < len(names) or any(not equal(values[0], value) for value in values[1:]):
+            raise not_flat(
+                to.checkpoint, kind, "is not the same for all parameters of a sub-group", "sub-group"
+            )
         node = put_node(node, group.paths.get(kind, (kind,)), encode(values[0]))
     for kind, refs in group.state.items():
         if kind != FP32 and any(name in refs for name in names):
@@ -237,37 +235,20 @@ def _state(to: Target, group: ParamGroup, names: Sequence[str], rank: int) -> Di
     return node
 
 
-def _equal(a: Value, b: Value) -> bool:
-    """One value: what is read of two flat groups may be the same number in two places of the files."""
-    if isinstance(a, TensorRef) and isinstance(b, TensorRef):
-        from ckpttools.passes.read import load
-
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and load(a).tobytes() == load(b).tobytes()
-    return same(a, b)
-
-
 def _refs(to: Target, group: ParamGroup, kind: str, names: Sequence[str]) -> list[TensorRef]:
     refs: Mapping[str, TensorRef] = group.state.get(kind, {})
     if kind == FP32 and not refs:
         refs = {n: to.checkpoint.tensors[n].cast(FLOAT32) for n in names if n in to.checkpoint.tensors}
     lacking = next((name for name in names if name not in refs), None)
     if lacking is not None:
-        raise _unfit(to.checkpoint, kind, f"is missing for {lacking}, which others of its sub-group have")
+        raise not_flat(
+            to.checkpoint, kind, f"is missing for {lacking}, which others of its sub-group have", "sub-group"
+        )
     out = [refs[name] for name in names]
     dtypes = {ref.dtype.short for ref in out}
     if len(dtypes) > 1 or not out[0].dtype.is_float:
-        raise _unfit(to.checkpoint, kind, f"has the element types {', '.join(sorted(dtypes))}")
+        raise not_flat(to.checkpoint, kind, f"has the element types {', '.join(sorted(dtypes))}", "sub-group")
     for name, ref in zip(names, out, strict=True):
         if ref.numel != math.prod(group.params[name]):
-            raise _unfit(to.checkpoint, kind, f"of {name} is not of the parameter's shape")
+            raise not_flat(to.checkpoint, kind, f"of {name} is not of the parameter's shape", "sub-group")
     return out
-
-
-def _unfit(checkpoint: Checkpoint, kind: str, problem: str) -> CkptError:
-    return Unsupported(
-        "state-not-flat",
-        f"optimizer state '{escape(kind)}' {escape(problem)}",
-        where=checkpoint.path,
-        why="ZeRO-3 keeps one flat vector and one set of values for a whole sub-group",
-        hint="convert the weights alone, or to a format that keeps state per parameter (pt, dcp)",
-    )

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 
 from ckpttools.errors import CkptError
 from ckpttools.findings import Finding, of_error
+from ckpttools.formats.engine import Engine, Shard, check_engine
 from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked
-from ckpttools.formats.zero.checks import model, ranks, training
+from ckpttools.formats.zero.checks import model, ranks
 from ckpttools.formats.zero.decode import Rank, read_model, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble, check_complete
 from ckpttools.formats.zero.names import find
@@ -20,21 +21,35 @@ from ckpttools.location import Location
 
 __all__ = ["check", "check_folder"]
 
+
+def _engine(folder: ZeroFolder) -> Iterator[Finding]:
+    shards = tuple(
+        Shard(
+            file=rank.file,
+            state=rank.state,
+            hyper=rank.hyper,
+            steps=ranks.steps(rank),
+            kinds=frozenset(kind for moments in rank.moments for kind in moments),
+        )
+        for rank in folder.ranks
+    )
+    place = "optimizer_state_dict.base_optimizer_state.state"
+    model = folder.model
+    yield from check_engine(Engine(model=model.file, root=model.root, shards=shards, kept_in=place))
+
+
 CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     ranks.slice_mappings,
     ranks.paddings,
     ranks.moments,
     ranks.second_moment,
     ranks.of_single_ranks,
-    ranks.state_kept,
     ranks.same_on_all_ranks,
-    training.counters,
-    training.scheduler,
+    _engine,
     model.shapes,
     model.frozen_shapes,
     model.dtypes,
     model.required_fields,
-    training.plausible_settings,
     model.module_names,
     model.tied_weights,
     model.strays,

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from ckpttools.containers import fields
 from ckpttools.containers.torch_file import size
 from ckpttools.findings import ERROR, INFO, WARNING, Finding
-from ckpttools.formats.zero.checks.found import contradiction, found
+from ckpttools.formats.found import contradiction, found
 from ckpttools.formats.zero.decode import version_numbers
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.tensors import TensorRef

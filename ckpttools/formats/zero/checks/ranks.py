@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
-from ckpttools.containers import fields
-from ckpttools.containers.pickles import Node, plain
-from ckpttools.containers.torch_file import scalar
+from ckpttools.containers.pickles import plain
 from ckpttools.findings import INFO, WARNING, Finding
-from ckpttools.formats.zero.checks.found import ONE_SAVE, contradiction, found
+from ckpttools.formats.engine import number_of
+from ckpttools.formats.found import ONE_SAVE, contradiction, found
 from ckpttools.formats.zero.decode import Rank
 from ckpttools.formats.zero.flat import FlatGroup
 from ckpttools.formats.zero.join import ZeroFolder, expected_mapping
@@ -149,23 +147,6 @@ def of_single_ranks(folder: ZeroFolder) -> Iterator[Finding]:
         )
 
 
-def state_kept(folder: ZeroFolder) -> Iterator[Finding]:
-    """An optimizer with betas keeps moments from its first step on; DeepSpeed loads none in silence."""
-    done = fields.integer(folder.model.root.get("global_steps")) or 0
-    done -= fields.integer(folder.model.root.get("skipped_steps")) or 0
-    hyper = folder.ranks[0].hyper
-    if done <= 0 or not hyper or not all("betas" in group for group in hyper):
-        return
-    if not any(set(moments) - {"step"} for rank in folder.ranks for moments in rank.moments):
-        yield found(
-            "moment-missing",
-            folder.ranks[0].file.path,
-            "optimizer_state_dict.base_optimizer_state.state",
-            f"no rank holds optimizer state after {done} steps: a resume would begin the moments anew",
-            hint="use another checkpoint; or go on with fresh moments, and a warmup",
-        )
-
-
 def second_moment(folder: ZeroFolder) -> Iterator[Finding]:
     """Adam keeps exp_avg_sq (Adamax: exp_inf) beside exp_avg; and what one group has, the others have."""
     first = folder.ranks[0]
@@ -251,12 +232,6 @@ def _step(values: tuple[float | None, ...]) -> str:
 
 def steps(rank: Rank) -> tuple[float | None, ...]:
     """Adam's step per group, None where the optimizer has none (or has not stepped)."""
-    return tuple(_number(rank, moments.get("step")) for moments in rank.moments)
-
-
-def _number(rank: Rank, node: Node) -> float | None:
-    view = rank.file.view(node)
-    if view is not None:
-        return scalar(view) if math.prod(view.shape) == 1 else None
-    value = fields.number(node)
-    return float(value) if value is not None else None
+    found = (moments.get("step") for moments in rank.moments)
+    views = ((node, rank.file.view(node)) for node in found)
+    return tuple(number_of(node if view is None else view.ref) for node, view in views)

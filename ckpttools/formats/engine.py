@@ -1,43 +1,108 @@
-"""Counters, scheduler and settings: do they fit together, and could training go on with them?"""
+"""What a DeepSpeed engine saved beside tensors, of any ZeRO stage: do counters, scheduler and settings fit
+together, and could training go on with them?
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
+from ckpttools.containers.torch_file import TorchFile, scalar
 from ckpttools.errors import escape
 from ckpttools.findings import ERROR, INFO, WARNING, Finding
-from ckpttools.formats.zero.checks.found import found
-from ckpttools.formats.zero.checks.ranks import steps
-from ckpttools.formats.zero.decode import Rank
-from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.formats.found import found
+from ckpttools.tensors import TensorRef
+from ckpttools.tree import Value
 
 
-def counters(folder: ZeroFolder) -> Iterator[Finding]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A rank's optimizer file. `steps` are the updates that the optimizer has made, for each of its flat
+    vectors, None where it does not count; `kinds` its state, of all of them.
+    """
+
+    file: TorchFile
+    state: fields.Mapping  # optimizer_state_dict
+    hyper: tuple[fields.Mapping, ...] | None  # param_groups; None where the layout has none
+    steps: tuple[float | None, ...]
+    kinds: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A whole folder: the model file, of rank 0 where each has one, and the optimizer files of all ranks."""
+
+    model: TorchFile
+    root: fields.Mapping  # of the model file
+    shards: tuple[Shard, ...]
+    kept_in: str  # where an optimizer file has the optimizer's state
+
+    @property
+    def done(self) -> int | None:
+        """The updates that were made, by the engine's counters."""
+        made = fields.integer(self.root.get("global_steps"))
+        return None if made is None else made - self.skipped
+
+    @property
+    def skipped(self) -> int:
+        return fields.integer(self.root.get("skipped_steps")) or 0
+
+
+def number_of(value: Value | Node) -> float | None:
+    """A step, which optimizers keep as a number or as a tensor of one element."""
+    if isinstance(value, TensorRef):
+        return scalar(value)
+    number = fields.number(value)
+    return float(number) if number is not None else None
+
+
+def check_engine(engine: Engine) -> Iterator[Finding]:
+    """Every check that holds for all stages."""
+    yield from _state_kept(engine)
+    yield from _counters(engine)
+    yield from _scheduler(engine)
+    yield from _plausible_settings(engine)
+
+
+def _state_kept(engine: Engine) -> Iterator[Finding]:
+    """An optimizer with betas keeps moments from its first step on; DeepSpeed loads none in silence."""
+    hyper, done = engine.shards[0].hyper, engine.done or 0
+    if done <= 0 or not hyper or not all("betas" in group for group in hyper):
+        return
+    if not any(shard.kinds - {"step"} for shard in engine.shards):
+        yield found(
+            "moment-missing",
+            engine.shards[0].file.path,
+            engine.kept_in,
+            f"no rank holds optimizer state after {done} steps: a resume would begin the moments anew",
+            hint="use another checkpoint; or go on with fresh moments, and a warmup",
+        )
+
+
+def _counters(engine: Engine) -> Iterator[Finding]:
     """The optimizer's step against the engine's counters: normally global_steps - skipped_steps.
 
     One more is normal up to DeepSpeed 0.13.1, which made a dummy step at the start. Anything else happens
     when the optimizer was reset on purpose, and when the model file is of another save: the comparison of
     weights tells the two apart.
     """
-    root = folder.model.root
-    done = fields.integer(root.get("global_steps"))
-    skipped = fields.integer(root.get("skipped_steps")) or 0
-    known = {step for step in steps(folder.ranks[0]) if step is not None}
+    done, skipped = fields.integer(engine.root.get("global_steps")), engine.skipped
+    known = {step for step in engine.shards[0].steps if step is not None}
     if done is None or not known:
         return
     if max(known) - (done - skipped) in (0, 1):
         return
     counts = f"the model file counts {done} steps ({skipped} skipped), the optimizer made {max(known):g}"
-    if _rebased(root, done):
+    if _rebased(engine.root, done):
         text = f"{counts}: the checkpoint was rebased to another batch size, and Adam's count goes on"
-        yield found("counter-mismatch", folder.model.file.path, "global_steps", text, severity=INFO)
+        yield found("counter-mismatch", engine.model.path, "global_steps", text, severity=INFO)
         return
     yield found(
         "counter-mismatch",
-        folder.model.file.path,
+        engine.model.path,
         "global_steps",
         f"{counts}: the optimizer was reset, the run was rebased to another batch size, or the files are of "
         "different saves",
@@ -52,26 +117,26 @@ def _rebased(root: fields.Mapping, done: int) -> bool:
     return mark is not None and fields.integer(mark.get("count")) == done
 
 
-def scheduler(folder: ZeroFolder) -> Iterator[Finding]:
+def _scheduler(engine: Engine) -> Iterator[Finding]:
     """The scheduler against what it goes with: the engine's counters, and the optimizer's learning rate.
 
     DeepSpeed's own schedulers save nothing but last_batch_iteration: -1 at first, one more for each step
     that was not skipped. A client's scheduler counts as it likes (accelerate's once per rank, others per
     epoch); where it is one of torch's, its last learning rate is the one that the optimizer goes on with.
     """
-    root, hyper = folder.model.root, folder.ranks[0].hyper
+    root, hyper = engine.root, engine.shards[0].hyper
     state = fields.as_mapping(root.get("lr_scheduler"))
     if state is None:
         if root.get("lr_scheduler") is None and (kind := _configured(root)) is not None:
             yield found(
                 "scheduler-missing",
-                folder.model.file.path,
+                engine.model.path,
                 "lr_scheduler",
                 f"is None, while ds_config asks for {kind}: DeepSpeed builds it, and fails to load its state",
                 hint="use another checkpoint, or load it with load_lr_scheduler_states=False",
             )
         return
-    yield from _scheduler_position(folder, state)
+    yield from _scheduler_position(engine, state)
     last = state.get("_last_lr")
     if hyper is None or not isinstance(last, list) or len(last) != len(hyper):
         return
@@ -80,7 +145,7 @@ def scheduler(folder: ZeroFolder) -> Iterator[Finding]:
         if stated is not None and lr is not None and not math.isclose(stated, lr, rel_tol=1e-6):
             yield found(
                 "scheduler-mismatch",
-                folder.model.file.path,
+                engine.model.path,
                 f"lr_scheduler._last_lr[{g}]",
                 f"the scheduler is at {stated:g}, the optimizer files at {lr:g}",
                 severity=WARNING,
@@ -96,35 +161,31 @@ def _configured(root: fields.Mapping) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _scheduler_position(folder: ZeroFolder, state: fields.Mapping) -> Iterator[Finding]:
-    root = folder.model.root
-    last = fields.integer(state.get("last_batch_iteration"))
-    done = fields.integer(root.get("global_steps"))
-    skipped = fields.integer(root.get("skipped_steps")) or 0
-    if last is None or done is None or len(state.names()) != 1:
+def _scheduler_position(engine: Engine, state: fields.Mapping) -> Iterator[Finding]:
+    last, steps, skipped = fields.integer(state.get("last_batch_iteration")), engine.done, engine.skipped
+    if last is None or steps is None or len(state.names()) != 1:
         return
-    steps = done - skipped
     # before the first step some versions have stepped the schedule once already, others not
     if last != steps - 1 and not (steps <= 0 and last in (-1, 0)):
         yield found(
             "scheduler-mismatch",
-            folder.model.file.path,
+            engine.model.path,
             "lr_scheduler.last_batch_iteration",
-            f"is {last}, where {done} steps ({skipped} skipped) make it {steps - 1}: the schedule would go "
-            "on from another place than the weights",
+            f"is {last}, where {steps + skipped} steps ({skipped} skipped) make it {steps - 1}: the "
+            "schedule would go on from another place than the weights",
             severity=WARNING,
             hint="normal where the schedule was restarted or stepped by hand; else use another checkpoint",
         )
 
 
-def plausible_settings(folder: ZeroFolder) -> Iterator[Finding]:
+def _plausible_settings(engine: Engine) -> Iterator[Finding]:
     """Settings that an update computes with: numbers, and in the range where the arithmetic is defined."""
-    holders: dict[tuple[str, str, str], list[Rank]] = {}
-    for rank in folder.ranks:
+    holders: dict[tuple[str, str, str], list[Shard]] = {}
+    for rank in engine.shards:
         for where, value, severity in _odd_settings(rank):
             holders.setdefault((where, escape(repr(plain(value)), 80), severity), []).append(rank)
     for (where, value, severity), ranks in holders.items():
-        all_ranks = f" on all {len(ranks)} ranks" if len(ranks) == len(folder.ranks) > 1 else ""
+        all_ranks = f" on all {len(ranks)} ranks" if len(ranks) == len(engine.shards) > 1 else ""
         for rank in ranks[:1] if all_ranks else ranks:
             yield found(
                 "setting-implausible",
@@ -137,7 +198,7 @@ def plausible_settings(folder: ZeroFolder) -> Iterator[Finding]:
             )
 
 
-def _odd_settings(rank: Rank) -> Iterator[tuple[str, Node, str]]:
+def _odd_settings(rank: Shard) -> Iterator[tuple[str, Node, str]]:
     scaler = rank.state.get("loss_scaler")
     if isinstance(scaler, Object) and (state := fields.as_mapping(scaler.state)) is not None:
         scale = fields.number(state.get("cur_scale"))
