@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ckpttools.errors import Unsupported
-from ckpttools.findings import INFO, Finding
+from ckpttools.errors import CkptError, Unsupported
+from ckpttools.findings import INFO, Finding, of_error
 from ckpttools.formats import Checked, Source
+from ckpttools.formats.files import DANGEROUS, dangers_at
 from ckpttools.formats.parts import check_parts
 from ckpttools.stores.links import within
 
@@ -18,10 +19,15 @@ def check_headers(source: Source, *, in_parts: bool = False) -> Checked:
     with within(source.root):
         try:
             checked = source.format.check(source)
-        except Unsupported as reason:
-            if not in_parts or not source.format.tagged:
+        except CkptError as error:
+            if in_parts and source.format.tagged and isinstance(error, Unsupported):
+                return check_parts(source.target, error)
+            if not (dangers := dangers_at(source.target)):
                 raise
-            return check_parts(source.target, reason)
+            return Checked([*dangers, of_error(error)], None, [])
+        if checked.checkpoint is None:  # what could not be read was not judged, and may still be loaded
+            said = {finding.file for finding in checked.findings if finding.id == DANGEROUS}
+            checked.findings[:0] = [each for each in dangers_at(source.target) if each.file not in said]
     if (found := checked.checkpoint) is not None:
         checked.findings.extend(
             Finding(id="note", severity=INFO, file=str(found.path), where="", message=note)

@@ -32,9 +32,11 @@ def command(src: Path, tensors: bool, tag: str | None, key: str | None, as_json:
 
     Only headers are read: it takes the same fraction of a second for 1 MB and for 1 TB.
     """
+    from ckpttools.operations.dangers import dangers as dangers_in
     from ckpttools.operations.dangers import read_judged, warning
 
-    source, checkpoint, dangers = read_judged(src, tag, key)
+    source, checkpoint = read_judged(src, tag, key)
+    dangers = dangers_in(source, checkpoint)
     if as_json:
         warnings = [{"file": str(path), "what": what} for path, what in dangers]
         render.document(_json(source, checkpoint, tensors) | {"dangers": warnings})

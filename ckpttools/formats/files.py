@@ -18,6 +18,8 @@ from ckpttools.location import Location
 from ckpttools.stores.files import opened
 
 T = TypeVar("T")
+DANGEROUS = "pickle-dangerous"
+DEPTH = 3  # folders in a checkpoint's folder that are looked into
 SHOWN = 6  # classes that are named
 HEAD_NBYTES = 1 << 16  # of each storage, to see whether anything was written there
 
@@ -39,17 +41,16 @@ class Attempts:
             return None
 
 
-def check_read(path: Location, read: Callable[[], Checkpoint]) -> Checked:
+def check_read(read: Callable[[], Checkpoint]) -> Checked:
     """The checks of a format that has none beside those of its torch files. Raises what says nothing about
     the checkpoint.
     """
     try:
         found = read()
     except CkptError as error:
-        dangers = dangers_at(path)
-        if error.exit_code != 1 and not dangers:
+        if error.exit_code != 1:
             raise
-        return Checked([*dangers, of_error(error)], None, [])
+        return Checked([of_error(error)], None, [])
     kept = found.template if isinstance(found.template, tuple) else (found.template,)
     files = [file for file in kept if isinstance(file, TorchFile)]
     return Checked(list(check_files(files)), found, files)
@@ -136,7 +137,7 @@ def archive_roots(files: Sequence[TorchFile]) -> Iterator[Finding]:
 
 def dangerous(path: Location, where: str, what: str) -> Finding:
     return Finding(
-        id="pickle-dangerous",
+        id=DANGEROUS,
         severity=ERROR,
         file=str(path),
         where=where,
@@ -146,8 +147,8 @@ def dangerous(path: Location, where: str, what: str) -> Finding:
 
 
 def dangers_at(path: Location) -> list[Finding]:
-    """What loading the file or a file of the folder at `path` would run, for one that cannot be read."""
-    return [dangerous(each, "", what) for each, what in dangers_in(path)]
+    """What loading the file or a file below the folder at `path` would run, for one that cannot be read."""
+    return [dangerous(each, "", what) for each, what in dangers_in(path, DEPTH)]
 
 
 def _callables(file: TorchFile) -> Iterator[Finding]:

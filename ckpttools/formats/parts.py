@@ -19,7 +19,7 @@ from ckpttools.containers.torch_file import TorchFile, labelled, read_torch_file
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.formats.counters import train_state
-from ckpttools.formats.files import archive_roots, check_files
+from ckpttools.formats.files import archive_roots, check_files, dangers_at
 from ckpttools.formats.format import Checked, Format, Source, no_file
 from ckpttools.formats.tags import ANY
 from ckpttools.location import Location
@@ -63,7 +63,9 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
         try:
             files.append(read_torch_file(path))
         except CkptError as error:
-            findings.append(of_error(error))
+            findings += [*dangers_at(path), of_error(error)]
+    known = {str(path) for path in paths}
+    findings += [each for each in dangers_at(folder) if each.file not in known]
     findings += check_files(files)
     findings += archive_roots([file for file in files if ANY.fullmatch(file.path.name)])
     findings += _gaps(folder, [path for path in paths if path.parent == folder])

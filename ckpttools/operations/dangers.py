@@ -8,43 +8,44 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import dangers_in, dangers_of
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats import Source, read
+from ckpttools.formats.files import DANGEROUS, DEPTH
 from ckpttools.location import Location
 from ckpttools.operations.source import find
 from ckpttools.stores.files import is_folder
 from ckpttools.stores.links import within
 
-Dangers = list[tuple[Location, str]]  # a file, and what loading it would run
+Dangers = tuple[tuple[Location, str], ...]  # a file, and what loading it would run
 
 
-def read_judged(
-    path: Location, tag: str | None, key: str | None = None
-) -> tuple[Source, Checkpoint, Dangers]:
-    """The checkpoint that a path means, and the dangers of every file of it.
-
-    Where nothing else can be read, the error says what loading would run (pickle-dangerous).
+def read_judged(path: Location, tag: str | None, key: str | None = None) -> tuple[Source, Checkpoint]:
+    """The checkpoint that a path means. Where nothing can be read of it, the error says what loading its
+    files would run (pickle-dangerous).
     """
     target = None if is_folder(path) else path
     try:
         source = replace(find(path, tag), key=key)
         target = source.target
-        checkpoint = read(source)
+        return source, read(source)
     except CkptError as error:
-        if dangers := dangers_in(target) if target else []:
+        if found := dangers_in(target, DEPTH) if target else []:
             raise CkptError(
-                "pickle-dangerous",
-                warning(*dangers[0]),
+                DANGEROUS,
+                warning(*found[0]),
                 where=path,
                 why=error.message,
                 hint="do not load it with anything that unpickles; find out where it came from",
             ) from None
         raise
+
+
+def dangers(source: Source, checkpoint: Checkpoint) -> Dangers:
+    """What loading each file of a checkpoint that was read would run."""
     with within(source.root):
-        dangers = [
+        return tuple(
             (file.path, what)
             for file in checkpoint.files
             for what in (dangers_of(file.path) if file.dangers is None else file.dangers)
-        ]
-    return source, checkpoint, dangers
+        )
 
 
 def warning(path: Location, what: str) -> str:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import UsageError, escape
-from ckpttools.formats import Source, read
+from ckpttools.formats import Source
 from ckpttools.location import Location
-from ckpttools.operations.source import find
+from ckpttools.operations.dangers import Dangers, dangers, read_judged
+from ckpttools.stores.files import named
 from ckpttools.stores.links import within
 from ckpttools.tensors import TensorRef
 
@@ -28,6 +29,11 @@ class Opened(Mapping[str, "Array"]):
 
     source: Source
     checkpoint: Checkpoint
+
+    @property
+    def dangers(self) -> Dangers:
+        """Every file of it, and what loading that file would run: `()` is good. Reads their pickles."""
+        return dangers(self.source, self.checkpoint)
 
     def __getitem__(self, name: str) -> Array:
         """A tensor as a read-only array. Raises KeyError, or CkptError where it cannot be read."""
@@ -100,5 +106,5 @@ def open(path: str | Location, tag: str | None = None) -> Opened:
     >>> run[name].dtype, run[name].shape == run.checkpoint.tensors[name].shape
     (dtype(bfloat16), True)
     """
-    source = find(path, tag)
-    return Opened(source=source, checkpoint=read(source))
+    source, checkpoint = read_judged(named(path), tag)
+    return Opened(source=source, checkpoint=checkpoint)

@@ -12,6 +12,9 @@ import torch
 from commands import Ckpt
 from support import FIXTURES
 
+import ckpttools
+from ckpttools.errors import CkptError
+
 NAMES = ["reduce", "popped", "imported", "imported for nothing", "class of a tensor", "item of a tensor"]
 
 
@@ -64,6 +67,59 @@ def test_any_file_of_a_folder(tmp_path: Path, ckpt: Ckpt) -> None:
     hostile.torch_zip(folder / "optimizer.pt", hostile.payloads(folder)["reduce"])
     shown = ckpt("inspect", folder)
     assert shown.code == 1 and shown.out.startswith("DANGEROUS: loading optimizer.pt would run os.system(")
+
+
+UNREADABLE = {
+    "dcp/fsdp2_ws2": (".metadata",),
+    "dcp/accelerate_ws2": ("optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata"),
+    "deepspeed-0.19.8/z2_groups_ws2": ("global_step3/mp_rank_00_model_states.pt",),
+    "deepspeed-0.19.8/z3_groups_ws2": ("global_step3/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",),
+    "deepspeed-0.19.8/pp_ws2": ("global_step3/layer_00-model_states.pt",),
+    "hf/bin_sharded": ("pytorch_model-00001-of-00002.bin",),
+}
+
+
+@pytest.mark.parametrize("sample", UNREADABLE)
+def test_what_cannot_be_read_is_judged_too(sample: str, tmp_path: Path, ckpt: Ckpt) -> None:
+    """torch unpickles a file before it finds that its contents are not what was expected."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(FIXTURES / sample, folder)
+    for name in UNREADABLE[sample]:
+        assert (folder / name).is_file()
+        (folder / name).write_bytes(hostile.payloads(tmp_path)["reduce"])
+    for command in ("inspect", "verify"):
+        done = ckpt(command, folder)
+        assert done.code == 1, (done.out, done.err)
+        assert "DANGEROUS: " in "".join((done.out + done.err).splitlines()[:2])
+    findings = json.loads(ckpt("verify", folder, "--json").out)["checkpoints"][0]["findings"]
+    named = [each["file"] for each in findings if each["id"] == "pickle-dangerous"]
+    assert sorted(named) == [str(folder / name) for name in UNREADABLE[sample]]
+    assert not (tmp_path / hostile.MARKER).exists()
+
+
+def test_what_is_recognised_and_not_read_is_judged_too(tmp_path: Path, ckpt: Ckpt) -> None:
+    (tmp_path / "save").mkdir()
+    rank = hostile.torch_zip(tmp_path / "save/optimizer_0_rank0.bin", hostile.payloads(tmp_path)["reduce"])
+    other = hostile.written(tmp_path / "save/state.metadata", hostile.payloads(tmp_path)["reduce"])
+    findings = json.loads(ckpt("verify", tmp_path / "save", "--json").out)["checkpoints"][0]["findings"]
+    named = {each["file"] for each in findings if each["id"] == "pickle-dangerous"}
+    assert named == {str(rank), str(other)}
+    assert not (tmp_path / hostile.MARKER).exists()
+
+
+def test_the_library_says_it_too(tmp_path: Path) -> None:
+    path = hostile.torch_zip(tmp_path / "a.pt", hostile.payloads(tmp_path)["reduce"])
+    with pytest.raises(CkptError) as caught:
+        ckpttools.inspect(path)
+    assert caught.value.id == "pickle-dangerous"
+    torch.save({"w": torch.ones(2)}, path)
+    assert ckpttools.inspect(path).dangers == ()
+    folder = tmp_path / "model"
+    shutil.copytree(FIXTURES / "hf/single", folder)
+    side = hostile.torch_zip(folder / "optimizer.pt", hostile.payloads(tmp_path)["reduce"])
+    ((file, what),) = ckpttools.open(folder).dangers
+    assert file == side and "os.system" in what
+    assert not (tmp_path / hostile.MARKER).exists()
 
 
 @pytest.mark.parametrize("name", ["script", "script without code"])

@@ -43,10 +43,15 @@ def dangers_of(path: Location) -> tuple[str, ...]:
         return ()
 
 
-def dangers_in(path: Location) -> list[tuple[Location, str]]:
-    """The same for a file, or for every file directly in a folder."""
-    paths = [path / entry.name for entry in entries(path) if is_file(entry)] if is_folder(path) else [path]
-    return [(each, what) for each in paths for what in dangers_of(each)]
+def dangers_in(path: Location, depth: int = 0) -> list[tuple[Location, str]]:
+    """The same for a file, or for every file of a folder, and of folders in it down to a depth."""
+    if not is_folder(path):
+        return [(path, what) for what in dangers_of(path)]
+    found: list[tuple[Location, str]] = []
+    for entry in entries(path):
+        if is_file(entry) or (depth and is_folder(entry) and not entry.is_symlink()):
+            found += dangers_in(path / entry.name, depth - 1)
+    return found
 
 
 def _pickles(file: File) -> list[Pickle]:

@@ -23,6 +23,7 @@ from ckpttools.formats.dcp.names import SUFFIX, has_shards, parts
 from ckpttools.formats.dcp.pieces import check_pieces
 from ckpttools.formats.dcp.read import Part, checkpoint, no_metadata, object_lost, part
 from ckpttools.formats.dcp.shards import read_shards
+from ckpttools.formats.files import DANGEROUS
 from ckpttools.location import Location
 from ckpttools.stores.files import File, entries, exists, is_file, opened, stat
 from ckpttools.tree import Value
@@ -237,7 +238,7 @@ class _Part:
             if judgement.verdict == "dangerous":
                 hint = "do not load this with anything that unpickles; find out where it came from"
                 message = f"DANGEROUS: {judgement.what}" + (f", in '{escape(key)}'" if key else "")
-                self.found.add("pickle-dangerous", ERROR, path, judgement.name, message, hint)
+                self.found.add(DANGEROUS, ERROR, path, judgement.name, message, hint)
             elif judgement.verdict == "unknown":
                 message = "an unknown class, shown as data and never loaded"
                 self.found.add("class-unknown", INFO, path, judgement.name, message, hint="")

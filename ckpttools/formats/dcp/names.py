@@ -26,7 +26,13 @@ def is_dcp_file(name: str) -> bool:
 
 
 def holds(folder: Folder) -> bool:
-    """Whether a folder holds a distributed checkpoint, or the two that accelerate makes of one."""
+    """Whether a folder holds a distributed checkpoint, the two that accelerate makes of one, or its files of
+    single ranks.
+    """
+    return _holds_parts(folder) or any(map(RANK_FILE.fullmatch, folder.files))
+
+
+def _holds_parts(folder: Folder) -> bool:
     if any(is_dcp_file(name) or SHARD.fullmatch(name) for name in folder.files):
         return True
     inner = (name for name in (MODEL_FOLDER, OPTIMIZER_FOLDER) if name in folder.folders)
@@ -35,7 +41,7 @@ def holds(folder: Folder) -> bool:
 
 def recognise(folder: Folder) -> Found | None:
     """Raises Unsupported for what accelerate writes with use_dcp=False."""
-    if holds(folder):
+    if _holds_parts(folder):
         return Found(folder.path, "a torch distributed checkpoint")
     _refuse_rank_files(folder.path, folder.names)
     return None

@@ -29,7 +29,7 @@ def _recognise(path: Location) -> Found | None:
 def _check(source: Source) -> Checked:
     from ckpttools.formats.files import check_read
 
-    return check_read(source.target, lambda: read(source.target, source.key))
+    return check_read(lambda: read(source.target, source.key))
 
 
 FORMAT = Format(
