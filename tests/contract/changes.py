@@ -66,12 +66,9 @@ def cast(checkpoint: Checkpoint) -> Checkpoint:
     """Weights of another dtype, made from the masters."""
     from ckpttools.tensors import DTYPES, FLOAT32
 
-    master = checkpoint.master
-    half = DTYPES["float16"]
-    tensors = {
-        name: master[name].cast(half) if name in master and master[name].dtype is FLOAT32 else ref
-        for name, ref in checkpoint.tensors.items()
-    }
+    half, shared = DTYPES["float16"], checkpoint.shared
+    master = {name: ref.cast(half) for name, ref in checkpoint.master.items() if ref.dtype is FLOAT32}
+    tensors = {name: master.get(shared.get(name, name), ref) for name, ref in checkpoint.tensors.items()}
     layout = replace(checkpoint.layout, dtype="fp16")
     return replace(checkpoint, tensors=tensors, layout=layout)
 

@@ -158,6 +158,8 @@ def _flattened(path: Keys, value: Value, notes: list[str]) -> Iterator[tuple[Key
     if isinstance(value, Mapping):
         if not value:
             notes.append(f"'{escape(_dotted(path))}' is an empty dict, which the format cannot hold")
+        if not all(isinstance(key, str) for key in value):
+            notes.append(f"the keys of '{escape(_dotted(path))}' that are no text are written as text")
         for key, inner in value.items():
             yield from _flattened((*path, str(key)), inner, notes)
     elif isinstance(value, list) and not _terminal(value):
