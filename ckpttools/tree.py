@@ -39,6 +39,20 @@ class Opaque:
         return self.shown
 
 
+class At(int):
+    """A place in a list, as a key of a path: equal to its number, and no key of a dict."""
+
+    def empty(self) -> list[Value] | tuple[Value, ...]:
+        return []
+
+
+class AtTuple(At):
+    """The same in a tuple."""
+
+    def empty(self) -> list[Value] | tuple[Value, ...]:
+        return ()
+
+
 def same(a: Value, b: Value, depth: int = MAX_DEPTH) -> bool:
     """Whether two values are equal in type and content: 1 is not True nor 1.0, NaN equals NaN.
 
@@ -76,12 +90,16 @@ def at(value: Value, *path: Key) -> Value:
 
 
 def put(value: Value, path: Path, new: Value) -> Value:
-    """A copy in which `path` leads to `new`; dicts are made on the way where a key is not there yet."""
+    """A copy in which `path` leads to `new`; what is not there yet is made on the way: lists and tuples where
+    the path comes from `leaves` of one, else dicts.
+    """
     if not path:
         return new
     key, rest = path[0], path[1:]
+    if isinstance(key, At) and value is None:
+        value = key.empty()
     if isinstance(value, list | tuple) and isinstance(key, int):
-        made = [*value]
+        made = [*value, *[None] * (key + 1 - len(value))]
         made[key] = put(made[key], rest, new)
         return type(value)(made)
     pairs = dict(value) if isinstance(value, Mapping) else {}
@@ -96,7 +114,7 @@ def leaves(value: Value, path: Path = (), depth: int = MAX_DEPTH) -> Iterator[tu
             yield from leaves(inner, (*path, key), depth - 1)
     elif depth > 0 and isinstance(value, list | tuple) and value:
         for i, inner in enumerate(value):
-            yield from leaves(inner, (*path, i), depth - 1)
+            yield from leaves(inner, (*path, AtTuple(i) if isinstance(value, tuple) else At(i)), depth - 1)
     else:
         yield path, value
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping
 from ckpttools.containers.torch_file import Storage, TorchFile, new_storage, tensor_node
 from ckpttools.tensors import TensorRef, join_chunks
-from ckpttools.tree import MAX_DEPTH, Key, Opaque, Value, same
+from ckpttools.tree import MAX_DEPTH, At, AtTuple, Key, Opaque, Value, same
 
 ORDERED = Global("collections", "OrderedDict")
 
@@ -114,12 +114,14 @@ def kept(file: TorchFile, old: Node, value: Value, storages: dict[object, Storag
 
 
 def put_node(node: Node, path: tuple[Key, ...], new: Node) -> Node:
-    """A copy of the node in which `path` leads to `new`; dicts are made where a key is not there yet."""
+    """A copy of the node in which `path` leads to `new`; what is not there yet is made, as tree.put does."""
     if not path:
         return new
     key, rest = path[0], path[1:]
+    if isinstance(key, At) and node is None:
+        node = () if isinstance(key, AtTuple) else []
     if isinstance(node, list | tuple) and isinstance(key, int):
-        made = [*node]
+        made = [*node, *[None] * (key + 1 - len(node))]
         made[key] = put_node(made[key], rest, new)
         return type(node)(made)
     old = as_mapping(node)

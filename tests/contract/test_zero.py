@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from changes import CHANGES, Change, content_differences, reordered
 from support import FIXTURES, RANK_LOCAL, ZERO_FIXTURES, name_of, variant_of
 
@@ -57,3 +58,12 @@ def test_what_is_changed_reads_as_changed(path: Path, change: Change, template: 
     assert list(content_differences(changed, checkpoint)), "the change changes nothing"
     written = changed if template == "kept" else stripped(changed)
     assert list(content_differences(there_and_back(written, tmp_path), changed)) == []
+
+
+def test_lists_and_tuples_of_nested_state_stay_what_they_are(tmp_path: Path) -> None:
+    checkpoint = stripped(open_checkpoint(NEWEST / "z2_nested_ws2"))
+    execute(zero.plan(checkpoint, checkpoint.layout), tmp_path / "tag")
+    for source in (NEWEST / "z2_nested_ws2/global_step3", tmp_path / "tag"):
+        (shard,) = source.glob("*_rank_1_*optim_states.pt")
+        state = torch.load(shard, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["state"]
+        assert type(state[0]["history"]) is list and type(state[0]["pair"]) is tuple

@@ -14,7 +14,8 @@ from ckpttools.formats.buffers import is_buffer
 from ckpttools.formats.torch.ids import Ids, Shape, by_shape
 from ckpttools.formats.torch.names import OPTIMIZER, PREFIXES
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Key, Value
+from ckpttools.tree import Key, Value, dotted, leaves
+from ckpttools.tree import Path as Keys
 
 STEP = "step"  # never the parameter's shape, even where that is 0-d
 NAMES = "param_names"  # torch >= 2.6, of optimizers made from named parameters
@@ -64,13 +65,17 @@ def read(file: TorchFile, tensors: Mapping[str, TensorRef], shared: Mapping[str,
         return Saved(path=path, problem="its state is of other parameters than its groups")
     if not all(isinstance(each, dict) and all(type(k) is str for k in each) for each in state.values()):
         return Saved(path=path, problem="its state is not kept per parameter")
-    found = _names(groups, state, tensors, shared)
+    # as ZeRO's: bitsandbytes keeps its moments one level deeper, other optimizers in lists
+    flat_state = {i: dict(leaves(each)) if each else {} for i, each in state.items()}
+    values = {i: {dotted(p): value for p, value in each.items()} for i, each in flat_state.items()}
+    paths = {dotted(p): p for each in flat_state.values() for p in each if len(p) > 1}
+    found = _names(groups, values, tensors, shared)
     if found.problem is not None:
         return Saved(path=path, problem=found.problem)
     return Saved(
         path=path,
         groups=tuple(
-            _group(group, dict(zip(names, group["params"], strict=True)), state, tensors)
+            _group(group, dict(zip(names, group["params"], strict=True)), values, paths, tensors)
             for group, names in zip(groups, found.names, strict=True)
         ),
         rest={key: each for key, each in value.items() if key not in ("state", "param_groups")},
@@ -79,7 +84,7 @@ def read(file: TorchFile, tensors: Mapping[str, TensorRef], shared: Mapping[str,
 
 def _names(
     groups: list[dict[str, Value]],
-    state: Mapping[Key, Value],
+    state: Mapping[Key, Mapping[str, Value]],
     tensors: Mapping[str, TensorRef],
     shared: Mapping[str, str],
 ) -> Ids:
@@ -144,6 +149,7 @@ def _group(
     saved: Mapping[str, Value],
     ids: Mapping[str, Key],
     state: Mapping[Key, Mapping[str, Value]],
+    paths: Mapping[str, Keys],
     tensors: Mapping[str, TensorRef],
 ) -> ParamGroup:
     kept: dict[str, dict[str, TensorRef]] = {}
@@ -159,4 +165,5 @@ def _group(
         state=kept,
         scalars=scalars,
         hyper={key: value for key, value in saved.items() if key not in ("params", NAMES)},
+        paths={kind: path for kind, path in paths.items() if kind in kept or kind in scalars},
     )

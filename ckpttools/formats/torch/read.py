@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
-from ckpttools.containers.pickles import Dict
+from ckpttools.containers.pickles import Dict, plain
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.containers.torch_file.modules import under
 from ckpttools.errors import escape
@@ -42,6 +42,12 @@ def read(path: Location, wanted: str | None = None) -> Checkpoint:
             beside.add(str(saved.path[0]))  # it is in the groups
         client = {name: decode(file, node) for name, node in root.named() if name not in beside}
     notes = [f"the prefix '{prefix}' of every name was removed"] if prefix else []
+    unnamed = (
+        [name for name, _ in root.pairs if not isinstance(name, str)] if root is not None and key else []
+    )
+    if unnamed:
+        some = ", ".join(escape(plain(k)) for k in unnamed[:8])
+        notes.append(f"keys of the file that are no text ({some}) are kept by a change of this file alone")
     if saved is not None and groups:
         if saved.rest:
             client = dict(put(client, (saved.path[0],), dict(saved.rest)))

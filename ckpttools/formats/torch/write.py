@@ -21,7 +21,7 @@ from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.formats.torch.optimizer import NAMES, place_of
 from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Key, Value, put, same
+from ckpttools.tree import Key, Value, dotted, leaves, put, same
 
 FP32 = "fp32"  # the kind of master weights: the weights themselves here
 # fields of TrainState whose key is another than their name
@@ -56,7 +56,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     if template is None:
         root: Dict | Object = Dict.of(values.items())
     else:
-        # keys that are no text are nobody's: they stay
+        # keys that are no text are nobody's: they stay, and whoever reads the file is told
         root = template.root.replace(values, [k for k in template.root.names() if k not in values])
     file = write_torch_file("", root)
     return Plan(files=(file,), notes=tuple(dict.fromkeys(notes)), checks=checkpoint.checks)
@@ -164,9 +164,9 @@ def _ids(settings: Dict | Object | None, group: ParamGroup, first: int) -> list[
 
 def _state(group: ParamGroup, name: str, template: Template | None, old: Node) -> Node:
     """What the optimizer keeps for one parameter, None where that is nothing; counts come first."""
-    pairs = fields.as_mapping(old)
     found: Value = {}
-    for kind, value in _kinds(group, name, pairs.names() if pairs is not None else []):
+    before = decode(template.file, old) if template is not None and old is not None else {}
+    for kind, value in _kinds(group, name, [dotted(path) for path, _ in leaves(before)]):
         found = put(found, group.paths.get(kind, (kind,)), value)
     if not found:
         return old
@@ -191,6 +191,8 @@ def _separate(value: Value) -> Node:
     """The node of a value in which every tensor has a storage of its own."""
     if isinstance(value, Mapping):
         return Dict.of((key, _separate(inner)) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(map(_separate, value))
     return encode(value, {})
 
 

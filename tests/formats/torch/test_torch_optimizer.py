@@ -220,9 +220,65 @@ def test_one_group_is_known_where_one_way_is_possible(
     assert (found.problem is None) == (len(ways) == 1)
 
 
-# state of single ranks is refused; a file reads nested state back as one value of the parameter
-NESTED = ("z2_nested", "z2_bnb_adamw")
-FLAT = [sample for sample in SAMPLES if variant_of(sample) not in (*RANK_LOCAL, *NESTED)]
+@pytest.mark.parametrize("template", ["kept", "stripped"])
+def test_nested_state_is_kept_by_its_parts(template: str, tmp_path: Path) -> None:
+    """bitsandbytes keeps its moments in a dict of each parameter's state, other optimizers in lists."""
+    weights = {"a": torch.randn(3, 2), "b": torch.randn(4)}
+    state = {
+        i: {
+            "step": torch.tensor(5.0),
+            "quant": {"state1": torch.randn_like(w), "state2": torch.randn_like(w), "block": 256},
+            "history": [torch.randn_like(w), torch.randn_like(w)],
+            "pair": (torch.randn_like(w), {"n": 1}),
+            "empty": {},
+        }
+        for i, w in enumerate(weights.values())
+    }
+    optimizer = {"state": state, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+    torch.save({"model_state_dict": weights, "optimizer_state_dict": optimizer}, tmp_path / "a.pt")
+    found = open_checkpoint(tmp_path / "a.pt")
+    (group,) = found.groups
+    parts = {"quant.state1", "quant.state2", "history[0]", "history[1]", "pair[0]"}
+    assert set(group.state) == parts
+    assert set(group.scalars) == {"step", "quant.block", "pair[1].n", "empty"}
+    for kind in parts:
+        assert [ref.shape for ref in group.state[kind].values()] == [(3, 2), (4,)]
+    changed = replace(found, groups=(replace(group, hyper={"lr": 0.2}),))
+    path = written(changed if template == "kept" else replace(changed, template=None), tmp_path / "b.pt")
+    made = torch.load(path, weights_only=True)["optimizer_state_dict"]
+    assert made["param_groups"][0]["lr"] == 0.2
+    for i, expected in state.items():
+        _same_tree(made["state"][i], expected)
+
+
+def _same_tree(made: Any, expected: Any) -> None:
+    assert type(made) is type(expected)
+    match expected:
+        case dict():
+            assert set(made) == set(expected)
+            for key, value in expected.items():
+                _same_tree(made[key], value)
+        case list() | tuple():
+            assert len(made) == len(expected)
+            for one, two in zip(made, expected, strict=True):
+                _same_tree(one, two)
+        case torch.Tensor():
+            assert torch.equal(made, expected)
+        case _:
+            assert made == expected
+
+
+def test_keys_that_are_no_text_are_named(tmp_path: Path) -> None:
+    torch.save({"model_state_dict": {"w": torch.ones(2)}, 7: "seven", "epoch": 3}, tmp_path / "a.pt")
+    found = open_checkpoint(tmp_path / "a.pt")
+    assert any("no text (7)" in note for note in found.notes)
+    changed = replace(found, train_state=replace(found.train_state, epoch=4))
+    made = torch.load(written(changed, tmp_path / "b.pt"), weights_only=True)
+    assert made[7] == "seven" and made["epoch"] == 4
+
+
+# state of single ranks is refused
+FLAT = [sample for sample in SAMPLES if variant_of(sample) not in RANK_LOCAL]
 
 
 @pytest.mark.parametrize("sample", FLAT, ids=name_of)
