@@ -66,6 +66,14 @@ class RangeCrcs:
         sizes = zip(self._starts, self._ends, self.left, strict=True)
         return [(crc, end - start - left) for crc, (start, end, left) in zip(self.values, sizes, strict=True)]
 
+    def take(self) -> dict[int, Share]:
+        """The shares that are not empty, by range; from now on they do not count here."""
+        out = {k: share for k, share in enumerate(self.shares) if share[1]}
+        for k, (crc, nbytes) in out.items():
+            self.values[k] ^= crc
+            self.left[k] += nbytes
+        return out
+
     def join(self, shares: Sequence[Share]) -> None:
         """Account for the pieces that another one of the same ranges was given."""
         for k, (crc, nbytes) in enumerate(shares):

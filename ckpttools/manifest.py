@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ckpttools.containers import jsons
@@ -79,6 +80,20 @@ def dump(entries: Mapping[str, Entry], *, output: bool = False) -> bytes:
     return (
         json.dumps({"format": FORMAT, "version": VERSION, **made, "files": files}, indent=1).encode() + b"\n"
     )
+
+
+def with_plan(contents: bytes, digest: str) -> bytes:
+    """A manifest that also says which plan the files are the result of."""
+    return json.dumps({**json.loads(contents), "plan": digest}, indent=1).encode() + b"\n"
+
+
+def is_result(target: Location, digest: str) -> bool:
+    """Whether a manifest says that these files are the result of this plan."""
+    with suppress(CkptError):
+        tags = [target / e.name for e in entries(target) if is_folder(e)] if is_folder(target) else []
+        found = [path for folder in (target, *tags) for path in places(folder)]
+        return any(jsons.read(path).get("plan") == digest for path in found)
+    return False
 
 
 def outputs(path: Location) -> set[str]:

@@ -24,6 +24,7 @@ from ckpttools.errors import UsageError
 MANIFEST = "ckpt-manifest.json"  # describes the files beside it: never carried to files that differ
 STAGING = ".ckpt-tmp-"
 REPLACED = ".ckpt-old-"
+SPREAD = ".ckpt-spread"  # what many workers are writing
 PIN = ".ckpt-pin-"  # in front: no glob takes a hidden name
 GONE = re.compile(r"\.ckpt-gone-[0-9a-f]{16}")  # what a prune is deleting; without the old name's suffix
 # whatever lies in such a folder is the framework's own
@@ -41,7 +42,7 @@ def is_copy(name: str) -> bool:
 def is_ours(name: str) -> bool:
     """Whether a name is that of a manifest or a pin, or of something that is being written or deleted."""
     return (
-        name.endswith(MANIFEST)
+        name.endswith((MANIFEST, SPREAD))
         or name.startswith(PIN)
         or STAGING in name
         or REPLACED in name

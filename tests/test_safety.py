@@ -98,6 +98,7 @@ LAYERS = [
     "siblings",
     "suggest",
     "progress",
+    "launch",
     "checksums",
     "explain",
     "charts",

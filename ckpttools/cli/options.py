@@ -67,6 +67,11 @@ FOLLOW = click.option(
     callback=_follow,
     help="Follow symbolic links that lead out of the checkpoint, too.",
 )
+SPREAD = click.option(
+    "--spread",
+    is_flag=True,
+    help="This is one of many processes that torchrun or srun started: they share the work.",
+)
 NO_PROGRESS = click.option("--no-progress", is_flag=True, help="No progress bar.")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
@@ -79,20 +84,24 @@ def number(*names: str, help: str) -> Callable[[F], F]:
 
 def writing(command: F) -> F:
     """The options of every command that writes a checkpoint."""
-    for option in (NO_PROGRESS, WORKERS, QUIET, JSON, FORCE, DRY_RUN, FOLLOW, TAG):
+    for option in (NO_PROGRESS, SPREAD, WORKERS, QUIET, JSON, FORCE, DRY_RUN, FOLLOW, TAG):
         command = option(command)
     return command
 
 
 def how(options: Mapping[str, Any]) -> Writing:
     """The options of `writing`, as the library has them."""
-    from ckpttools.operations.writing import Writing
+    from ckpttools.operations.writing import Writing, worker
 
+    spread = worker() if options["spread"] else None
     return Writing(
+        spread=spread,
         dry_run=options["dry_run"],
         force=options["force"],
         workers=options["workers"],
-        bar=render.bars(enabled=not (options["no_progress"] or options["quiet"])),
+        bar=render.bars(
+            enabled=not (options["no_progress"] or options["quiet"] or (spread and spread.rank > 0))
+        ),
     )
 
 

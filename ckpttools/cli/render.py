@@ -15,6 +15,7 @@ from ckpttools.errors import escape
 from ckpttools.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
+    from ckpttools.execute.spread import Spread
     from ckpttools.operations.writing import Written
 
 
@@ -78,6 +79,9 @@ def notes_text(notes: Iterable[str]) -> list[str]:
 def written(done: Written, options: Mapping[str, Any], about: Mapping[str, object] | None = None) -> None:
     """What a command wrote or, with --dry-run, would write. `about` is what it adds to --json."""
     plan, quiet = done.plan, options["quiet"]
+    if done.share is not None:
+        _share(done.share, done, quiet=quiet)
+        return
     if options["as_json"]:
         document(_written_json(done) | dict(about or {}))
         return
@@ -97,6 +101,12 @@ def written(done: Written, options: Mapping[str, Any], about: Mapping[str, objec
     for step in done.next:
         say(f"next: {escape(step, 4000)}", quiet=quiet)
     click.echo(escape(done.destination, 4000))
+
+
+def _share(share: Spread, done: Written, *, quiet: bool) -> None:
+    """Of a worker that did not finish the destination: stdout belongs to the one that does."""
+    left = f"; {len(share.waiting)} pieces are left to other workers" if share.waiting else ""
+    say(f"wrote {share.pieces} pieces of {escape(done.destination)}{left}", quiet=quiet)
 
 
 def _written_json(done: Written) -> dict[str, object]:

@@ -11,7 +11,7 @@ from ckpttools.execute.checks import SourceChecks, compare
 from ckpttools.passes import threads
 from ckpttools.passes.ranges import Cutter
 from ckpttools.passes.read import Reader
-from ckpttools.plan import Part, SourceCheck, reads
+from ckpttools.plan import SourceCheck, reads
 from ckpttools.progress import Progress
 from ckpttools.stores.links import refuse_outside
 from ckpttools.tensors import ByteRange, Cast, Chunk, DType, Mean, Source, Strided, TensorRef, Tiles, spans
@@ -69,8 +69,7 @@ class Stream:
                     with self._lock:
                         self._checks.add(gap, crc)
 
-        part = Part(rank=0, world=1, start=0, end=0)
-        threads.in_threads(threads.count(workers), read, self._checks.gaps(BLOCK_NBYTES, part))
+        threads.in_threads(threads.count(workers), read, self._checks.gaps(BLOCK_NBYTES))
         return compare(self._stated, [self._checks.shares()])
 
 

@@ -94,7 +94,7 @@ def prepare(
 
     Options and errors as for `execute`.
     """
-    dst, ends = _place(plan, dst, source)
+    dst, ends = place(plan, dst, source)
     with write_errors(dst):
         notes = staging.clear_stale(dst)
     before = _refuse(plan, dst, ends, force, replaces)
@@ -105,8 +105,8 @@ def prepare(
 
 def write(staged: Staged, part: Part, *, workers: int = 0, progress: Progress | None = None) -> Written:
     """Write one part: it is on disk afterwards. `workers` threads copy, 0 chooses."""
-    work = copy.Copy(staged.plan, part, staged.path, staged.dst, progress)
-    return work.run(_width(part.end - part.start, workers))
+    work = copy.Copy(staged.plan, staged.path, staged.dst, progress)
+    return work.run(part, _width(part.end - part.start, workers))
 
 
 def commit(
@@ -130,7 +130,7 @@ def commit(
     for name, data in more.items():
         with write_errors(staged.dst):
             staging.add_file(staged.path / name, data)
-    removed = _judge(staged.dst, staged.force, replaces)  # again: copying may take hours
+    removed = judge(staged.dst, staged.force, replaces)  # again: copying may take hours
     staging.commit(staged.path, staged.dst, staged.force)
     return Report(
         dst=staged.dst,
@@ -185,12 +185,12 @@ def refuse(
     replaces: Replaces | None = None,
 ) -> None:
     """Raise what `execute` would raise before it writes: for runs that only show what they would do."""
-    dst, ends = _place(plan, dst, source)
+    dst, ends = place(plan, dst, source)
     _refuse(plan, dst, ends, force, replaces)
     preflight.may_write(dst)
 
 
-def _place(plan: Plan, dst: Path, source: Location | None) -> tuple[Path, dict[Location, int]]:
+def place(plan: Plan, dst: Path, source: Location | None) -> tuple[Path, dict[Location, int]]:
     """The real destination, and the sources with the byte that each is read up to."""
     validate(plan)
     dst = preflight.real_parent(dst)
@@ -203,12 +203,12 @@ def _refuse(
     plan: Plan, dst: Path, ends: Mapping[Location, int], force: bool, replaces: Replaces | None
 ) -> dict[Location, Fingerprint]:
     with write_errors(dst):
-        _judge(dst, force, replaces)
+        judge(dst, force, replaces)
         preflight.need_space(plan, dst)
     return preflight.fingerprints(ends)
 
 
-def _judge(dst: Path, force: bool, replaces: Replaces | None) -> str:
+def judge(dst: Path, force: bool, replaces: Replaces | None) -> str:
     """What is going to be replaced, in words; "" for nothing. Raises UsageError where that must not be."""
     if not os.path.lexists(dst):
         return ""

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 from ckpttools.checksums import RangeCrcs, Share
 from ckpttools.errors import CkptError
 from ckpttools.location import Location
-from ckpttools.plan import Part, SourceCheck
+from ckpttools.plan import SourceCheck
 from ckpttools.tensors import ByteRange, Source, spans
 
 
@@ -35,6 +34,7 @@ class SourceChecks:
             if check.source.nbytes:
                 by_path.setdefault(check.source.path, {})[number] = check
         self._files = {path: _CheckedFile(found) for path, found in by_path.items()}
+        self._touched: set[Location] = set()
 
     def claims(self, chunks: Iterable[Source]) -> tuple[Claim, ...]:
         """What a reader of these chunks, one after the other, must add."""
@@ -50,20 +50,28 @@ class SourceChecks:
             at += chunk.nbytes
         return tuple(out)
 
-    def gaps(self, nbytes: int, part: Part) -> Iterator[ByteRange]:
-        """This writer's turns of the bytes of used ranges that nobody claims; to come after all `claims`."""
-        gaps = (
-            ByteRange(path, start, end - start)
-            for path, file in self._files.items()
-            for k in sorted(file.used)
-            for at in range(file.checks[k].source.start, file.checks[k].source.end, nbytes)
-            for start, end in file.claim(at, min(at + nbytes, file.checks[k].source.end))
-        )
-        return islice(gaps, part.rank, None, part.world)
+    def gaps(self, nbytes: int) -> Iterator[ByteRange]:
+        """The bytes of used ranges that nobody claims; to come after all `claims`. Writers take turns."""
+        for path, file in self._files.items():
+            for k in sorted(file.used):
+                for at in range(file.checks[k].source.start, file.checks[k].source.end, nbytes):
+                    for start, end in file.claim(at, min(at + nbytes, file.checks[k].source.end)):
+                        yield ByteRange(path, start, end - start)
 
     def add(self, source: ByteRange, crc: int) -> None:
         """Account for a claim or a gap."""
         self._files[source.path].crcs.add(source.start, source.end, crc)
+        self._touched.add(source.path)
+
+    def take(self) -> dict[int, Share]:
+        """What was added since this was called last, by numbers in the plan."""
+        out = {
+            self._files[path].numbers[k]: share
+            for path in self._touched
+            for k, share in self._files[path].crcs.take().items()
+        }
+        self._touched.clear()
+        return out
 
     def shares(self) -> dict[int, Share]:
         """Of the checks whose bytes are used, by their number in the plan: what was added so far."""

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ckpttools.checksums import Share, crc32
@@ -36,17 +37,21 @@ class Written:
     nbytes_read: int
 
 
-def create(plan: Plan, staging: Path, dst: Path, workers: int) -> None:
-    """Every file, empty, with its space: what cannot be written shows before hours of copying."""
+def create(plan: Plan, staging: Path, dst: Path, workers: int, *, again: bool = False) -> None:
+    """Every file, empty, with its space: what cannot be written shows before hours of copying.
+
+    With `again`, others may have made them, and keep what they have written.
+    """
+    exclusive = 0 if again else os.O_EXCL
     if not plan.is_single_file:
         with write_errors(dst):
-            staging.mkdir()
+            staging.mkdir(exist_ok=again)
 
     def make(files: Iterable[StagedFile]) -> None:
         for file in files:
             with write_errors(dst / file.plan.path):
                 file.path.parent.mkdir(parents=True, exist_ok=True)
-                fd = os.open(file.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                fd = os.open(file.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | exclusive, 0o666)
                 try:
                     if file.left and not system.fallocate(fd, file.left):
                         os.ftruncate(fd, file.left)
@@ -57,29 +62,50 @@ def create(plan: Plan, staging: Path, dst: Path, workers: int) -> None:
 
 
 class Copy:
-    """Writes one part: the staged files, and the accounts of all threads, kept under one lock."""
+    """Writes parts: the staged files, and the accounts of all threads, kept under one lock.
 
-    def __init__(self, plan: Plan, part: Part, staging: Path, dst: Path, progress: Progress | None) -> None:
-        self._files = [StagedFile(file, staging) for file in plan.files]
-        self._part, self._dst, self._progress = part, dst, progress
-        self._checks = SourceChecks(plan.checks)
+    `finishes`: who writes the whole of a file fills in its `Crc32` segments and flushes it.
+    """
+
+    def __init__(
+        self, plan: Plan, staging: Path, dst: Path, progress: Progress | None, *, finishes: bool = True
+    ) -> None:
+        self.files = [StagedFile(file, staging) for file in plan.files]
+        self.checks = SourceChecks(plan.checks)
+        self._dst, self._progress, self._finishes = dst, progress, finishes
         self._nbytes_read = 0
         self._lock = threading.Lock()
 
-    def run(self, workers: int) -> Written:
+    def run(self, part: Part, workers: int) -> Written:
         """Write and flush the part, and read what else the checksums need."""
-        in_threads(workers, self._copy, units.of_part(self._files, self._checks, self._part))
-        in_threads(workers, self._read, self._checks.gaps(units.UNIT, self._part))
-        for file in self._files:
+        self.copy(units.of_part(self.files, self.checks, part), workers)
+        self.read(islice(self.checks.gaps(units.UNIT), part.rank, None, part.world), workers)
+        for file in self.files:
             if 0 < file.left < file.plan.nbytes:  # others write the rest of it
-                with write_errors(self._dst / file.plan.path):
-                    system.fsync_file(file.path)
+                self.flush(file)
         return Written(
-            part=self._part,
-            files=tuple(tuple(file.crcs.shares) for file in self._files),
-            checks=self._checks.shares(),
+            part=part,
+            files=tuple(tuple(file.crcs.shares) for file in self.files),
+            checks=self.checks.shares(),
             nbytes_read=self._nbytes_read,
         )
+
+    def copy(self, todo: Iterable[Unit], workers: int) -> None:
+        """Write these units; what they come to is in `files` and `checks`."""
+        in_threads(workers, self._copy, todo)
+
+    def read(self, gaps: Iterable[ByteRange], workers: int) -> None:
+        """Read these bytes for their checksums."""
+        in_threads(workers, self._read, gaps)
+
+    def flush(self, file: StagedFile) -> None:
+        with write_errors(self._dst / file.plan.path):
+            system.fsync_file(file.path)
+
+    def take_nbytes_read(self) -> int:
+        """The source bytes that were read since this was called last."""
+        nbytes, self._nbytes_read = self._nbytes_read, 0
+        return nbytes
 
     def _copy(self, todo: Iterable[Unit]) -> None:
         scratch = memoryview(bytearray(BLOCK_NBYTES))
@@ -91,7 +117,7 @@ class Copy:
                     fd = writer.write(file, view, unit.start)
                     with self._lock:
                         file.left -= unit.nbytes
-                        last = not file.left
+                        last = self._finishes and not file.left
                     if last:
                         file.finish(fd)
                 if self._progress is not None:
@@ -123,7 +149,7 @@ class Copy:
             crc = sums[0] if is_same else crc32(part)
             with self._lock:
                 for claim, source_crc in zip(claims, sums, strict=True):
-                    self._checks.add(claim.source, source_crc)
+                    self.checks.add(claim.source, source_crc)
                 if not isinstance(segment, Crc32):
                     unit.file.crcs.add(unit.start + at, unit.start + at + len(part), crc)
             at += len(part)
@@ -136,7 +162,7 @@ class Copy:
                 reader.read(view, source.path, source.start)
                 crc = crc32(view)
                 with self._lock:
-                    self._checks.add(source, crc)
+                    self.checks.add(source, crc)
             with self._lock:
                 self._nbytes_read += reader.nbytes_read
 

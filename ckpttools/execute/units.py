@@ -78,6 +78,15 @@ def of_part(files: Sequence[StagedFile], checks: SourceChecks, part: Part) -> It
             yield unit
 
 
+def in_order(files: Sequence[StagedFile], checks: SourceChecks, nbytes: int) -> Iterator[tuple[int, Unit]]:
+    """All units of the plan, one file after another, each with the number of its stretch of `nbytes`."""
+    at = 0
+    for file in files:
+        for unit in _units(file, checks):
+            yield (at + unit.start) // nbytes, unit
+        at += file.plan.nbytes
+
+
 def _interleaved(files: Iterable[StagedFile], checks: SourceChecks) -> Iterator[Unit]:
     """Units of a few files by turns: the kernel lets one thread at a time write to a file."""
     waiting = (_units(file, checks) for file in files)

@@ -29,8 +29,12 @@ class Sidecar:
         with suppress(OSError):  # a folder that cannot be listed is explained where the file is written
             clear_stale(self.place)  # of a run that was killed between the two
 
-    def finish(self, staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
-        """Check the staged file by its headers. Raises CkptError: an error here is a defect of ckpttools."""
+    def finish(self, staged: Path, crcs: Mapping[Path, int], plan: str = "") -> Mapping[str, bytes]:
+        """Check the staged file by its headers. `plan`: the digest of the plan, where many write it.
+
+        Raises CkptError: an error here is a defect of ckpttools.
+        """
+        from ckpttools import manifest
         from ckpttools.checks import manifest_of_staged
         from ckpttools.execute.system import write_errors
 
@@ -40,6 +44,8 @@ class Sidecar:
             raise
         except CkptError as error:
             raise written_wrong(self.dst, error.message, error.id, error.where) from None
+        if plan:
+            self.contents = manifest.with_plan(self.contents, plan)
         with write_errors(self.dst):
             self.place.unlink(missing_ok=True)
         return {}

@@ -6,12 +6,21 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
+from ckpttools import manifest
+from ckpttools.launch import Worker, worker
 from ckpttools.location import below
 from ckpttools.operations.sidecar import Sidecar, written_wrong
 from ckpttools.plan import Plan
 from ckpttools.progress import Progress
+
+if TYPE_CHECKING:
+    from ckpttools.execute.spread import Spread
+
+__all__ = ["Bar", "Writing", "Written", "carry_out", "worker"]
 
 # total bytes and a label -> a progress bar
 Bar = Callable[[int, str], AbstractContextManager[Progress | None]]
@@ -19,12 +28,15 @@ Bar = Callable[[int, str], AbstractContextManager[Progress | None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writing:
-    """How to write. `dry_run` makes the plan and stops; `workers` threads copy, 0 chooses."""
+    """How to write. `dry_run` makes the plan and stops; `workers` threads copy, 0 chooses; `spread`: which of
+    the many processes that write the same this is.
+    """
 
     dry_run: bool = False
     force: bool = False
     workers: int = 0
     bar: Bar | None = None
+    spread: Worker | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +44,7 @@ class Written:
     """What an operation wrote at `destination`, or, where `seconds` is None, would write.
 
     `checked` counts the checksums of the source that were compared and found right; `next` are the commands
-    and settings to go on with.
+    and settings to go on with. `share` is what this process did where another one finished the whole.
     """
 
     source: Path
@@ -42,6 +54,15 @@ class Written:
     next: tuple[str, ...] = ()
     seconds: float | None = None
     checked: int | None = None
+    share: Spread | None = None
+
+
+class Options(TypedDict):
+    source: Path
+    force: bool
+    workers: int
+    progress: Progress | None
+    replaces: Callable[[], str]
 
 
 def carry_out(
@@ -69,25 +90,34 @@ def carry_out(
         refuse(plan, dst, source=src, force=how.force, replaces=replaces)
         return Written(source=src, destination=dst, plan=plan, notes=plan.notes, next=next)
     told: list[str] = []
+    single = Sidecar(dst, how.workers) if plan.is_single_file else None
 
-    def finish(staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
+    def finish(staged: Path, crcs: Mapping[Path, int], digest: str = "") -> Mapping[str, bytes]:
+        if single:
+            return single.finish(staged, crcs, digest)
         if check is not None:
             told.append(check(staged))
-        return _finish(staged, crcs, how.workers)
+        return _finish(staged, crcs, how.workers, digest)
 
-    single = Sidecar(dst, how.workers) if plan.is_single_file else None
     started = time.monotonic()
     with how.bar(plan.nbytes, label) if how.bar else nullcontext() as progress:
-        report = execute(
-            plan,
-            dst,
-            source=src,
-            force=how.force,
-            workers=how.workers,
-            progress=progress,
-            replaces=replaces,
-            finish=single.finish if single else finish,
-        )
+        options: Options = {
+            "source": src,
+            "force": how.force,
+            "workers": how.workers,
+            "progress": progress,
+            "replaces": replaces,
+        }
+        if how.spread:
+            from ckpttools.execute.spread import Job, spread
+
+            job = Job(worker=how.spread, is_result=manifest.is_result)
+            share = spread(plan, dst, job, finish=lambda digest: partial(finish, digest=digest), **options)
+            if share.report is None:
+                return Written(source=src, destination=dst, plan=plan, notes=plan.notes, share=share)
+            report = share.report
+        else:
+            report = execute(plan, dst, finish=finish, **options)
     after = single.write() if single else ()
     return Written(
         source=src,
@@ -100,12 +130,14 @@ def carry_out(
     )
 
 
-def _finish(staged: Path, crcs: Mapping[Path, int], workers: int) -> dict[str, bytes]:
-    """Read back what is about to appear, and give it a manifest."""
+def _finish(staged: Path, crcs: Mapping[Path, int], workers: int, digest: str) -> dict[str, bytes]:
+    """Read back what is about to appear, and give it a manifest; `digest` is of the plan of many writers."""
     from ckpttools.checks import manifest_of
 
     _read_back(staged)
     place, contents = manifest_of(staged, workers=workers, crcs=crcs)
+    if digest:
+        contents = manifest.with_plan(contents, digest)
     return {below(place, staged): contents}
 
 

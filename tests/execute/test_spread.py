@@ -1,0 +1,303 @@
+"""Many processes write one plan: the bytes of one process, whatever dies in between."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from benchmarks.synthetic import write_random
+from support import FIXTURES
+
+from ckpttools.errors import UsageError
+from ckpttools.execute import spread as spreading
+from ckpttools.execute.spread import Job, spread
+from ckpttools.launch import Worker, worker
+from ckpttools.manifest import is_result
+from ckpttools.plan import OutputFile, Plan
+from ckpttools.siblings import MANIFEST, SPREAD
+from ckpttools.tensors import ByteRange
+
+CKPT = (sys.executable, "-m", "ckpttools.cli")
+ZERO2 = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
+COMMANDS = {
+    "reshard": ("reshard", ZERO2, "--world-size", "4"),
+    "extract folder": ("extract", ZERO2, "--weights-only", "--max-shard-size", "200B"),
+    "convert": ("convert", ZERO2, "--to", "dcp", "--world-size", "2"),
+    "rebase": (
+        "rebase-schedule",
+        FIXTURES / "mmengine-deepspeed/iter_50.pth",
+        "--old-bs",
+        "8",
+        "--new-bs",
+        "4",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 MB in two ranks: enough for 64 pieces of 300 kB."""
+    folder = tmp_path_factory.mktemp("large") / "run"
+    write_random(folder, 20_000_000 // 14)
+    return folder
+
+
+def start(
+    arguments: Sequence[object], rank: int, world: int, *, limit: int = 0, **environment: str
+) -> subprocess.Popen[str]:
+    """One worker, as torchrun would start it; `limit`: the size of a file that it may write."""
+    variables = environment or {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    return subprocess.Popen(
+        [*CKPT, *map(str, arguments), "--spread"],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
+    )
+
+
+def ended(workers: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    outputs = [worker.communicate(timeout=300) for worker in workers]
+    return [(worker.returncode, out, err) for worker, (out, err) in zip(workers, outputs, strict=True)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All but manifests, which also name the plan of many writers."""
+    if folder.is_file():
+        return {"": folder.read_bytes()}
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def one_process(arguments: Sequence[object], dst: Path) -> dict[str, bytes]:
+    done = subprocess.run([*CKPT, *map(str, with_dst(arguments, dst))], check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return files_of(dst)
+
+
+def with_dst(arguments: Sequence[object], dst: Path) -> list[object]:
+    command, src, *rest = arguments
+    return [command, src, dst, *rest]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_bytes_of_one_process(name: str, tmp_path: Path) -> None:
+    want = one_process(COMMANDS[name], tmp_path / "one")
+    arguments = with_dst(COMMANDS[name], tmp_path / "many")
+    found = ended([start(arguments, rank, 3) for rank in (2, 0, 1)])
+    assert [code for code, _, _ in found] == [0, 0, 0], found
+    assert files_of(tmp_path / "many") == want
+    assert [out for _, out, _ in found] == ["", f"{tmp_path / 'many'}\n", ""]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one"]
+
+
+def test_under_torchrun(large: Path, tmp_path: Path) -> None:
+    arguments = ["reshard", large, tmp_path / "many", "--world-size", "3", "--spread"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ckpttools.cli"]
+    done = subprocess.run([sys.executable, *launch, *map(str, arguments)], check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().splitlines() == [str(tmp_path / "many")]
+    assert files_of(tmp_path / "many") == one_process(
+        ("reshard", large, "--world-size", "3"), tmp_path / "one"
+    )
+
+
+def test_an_array_whose_tasks_do_not_meet(large: Path, tmp_path: Path) -> None:
+    arguments = ["reshard", large, tmp_path / "many", "--world-size", "3"]
+    for rank in (2, 0, 1):
+        array = {"SLURM_ARRAY_TASK_ID": str(rank), "SLURM_ARRAY_TASK_COUNT": "3"}
+        assert not (tmp_path / "many").exists()
+        ((code, _, err),) = ended([start(arguments, rank, 3, **array)])
+        assert code == 0 and ("left to other workers" in err) == (rank != 1), err
+    want = one_process(("reshard", large, "--world-size", "3"), tmp_path / "one")
+    assert files_of(tmp_path / "many") == want
+
+
+def kill_and_go_on(large: Path, tmp_path: Path, rng: random.Random, want: dict[str, bytes]) -> int:
+    """Kill one worker or all at a random moment, then run again with another number: how many were killed."""
+    dst = tmp_path / "many"
+    arguments = ["reshard", large, dst, "--world-size", "3"]
+    world = rng.randint(2, 3)
+    workers = [start(arguments, rank, world) for rank in range(world)]
+    time.sleep(rng.uniform(0.2, 1.5))
+    victims = workers if rng.random() < 0.5 else [rng.choice(workers)]
+    for each in victims:
+        each.kill()
+    for each in workers:  # as a launcher ends the rest
+        if each not in victims:
+            each.send_signal(signal.SIGTERM)
+    ended(workers)
+    assert not dst.exists() or files_of(dst) == want
+    ledger = tmp_path / f"many{SPREAD}" / "ledger"
+    before = {path.name: path.stat().st_ino for path in ledger.glob("[pg]*.json")} if ledger.exists() else {}
+    (tmp_path / "kept").mkdir()
+    for name in before:
+        os.link(ledger / name, tmp_path / "kept" / name)  # the inode stays taken
+    world = rng.randint(1, 3)
+    again = [start(arguments, rank, world) for rank in range(world)]
+    while before and not dst.exists() and any(each.poll() is None for each in again):
+        for path in ledger.glob("[pg]*.json"):
+            if path.name in before:
+                try:
+                    assert path.stat().st_ino == before[path.name], "a finished piece was written again"
+                except FileNotFoundError:
+                    break
+        time.sleep(0.05)
+    found = ended(again)
+    assert [code for code, _, _ in found] == [0] * world, found
+    assert files_of(dst) == want
+    assert not (tmp_path / f"many{SPREAD}").exists()
+    for path in (dst, tmp_path / "kept"):
+        shutil.rmtree(path)
+    return len(victims)
+
+
+def test_killed_and_run_again(large: Path, tmp_path: Path) -> None:
+    want = one_process(("reshard", large, "--world-size", "3"), tmp_path / "one")
+    rng = random.Random(7)
+    for _ in range(4):
+        kill_and_go_on(large, tmp_path, rng, want)
+
+
+@pytest.mark.heavy
+def test_200_kills(large: Path, tmp_path: Path) -> None:
+    want = one_process(("reshard", large, "--world-size", "3"), tmp_path / "one")
+    rng, kills = random.Random(), 0
+    while kills < 200:
+        kills += kill_and_go_on(large, tmp_path, rng, want)
+
+
+def test_one_worker_cannot_write(large: Path, tmp_path: Path) -> None:
+    arguments = ["reshard", large, tmp_path / "many", "--world-size", "3"]
+    job = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "this job"}
+    workers = [
+        start(arguments, 0, 2, **job, RANK="0"),
+        start(arguments, 1, 2, **job, RANK="1", limit=100_000),
+    ]
+    (code, out, err), (code1, _, err1) = ended(workers)
+    assert (code, out, code1) == (2, "", 2)
+    assert "error[file-too-big]" in err1
+    assert "error[worker-failed]: worker 1 failed: " in err
+    assert not (tmp_path / "many").exists()
+    assert [code for code, _, _ in ended([start(arguments, rank, 2) for rank in range(2)])] == [0, 0]
+
+
+def test_who_plans_something_else_is_refused(large: Path, tmp_path: Path) -> None:
+    array = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    first = ["reshard", large, tmp_path / "many", "--world-size", "3"]
+    assert [code for code, _, _ in ended([start(first, 1, 2, **array)])] == [0]
+    ((code, _, err),) = ended([start([*first[:-1], "4"], 0, 2)])
+    assert code == 2 and "error[other-plan]" in err and "is another one" in err
+    plan = next((tmp_path / f"many{SPREAD}/ledger").glob("plan.json"))
+    plan.write_text(plan.read_text().replace('"ckpttools": "', '"ckpttools": "9.'))
+    ((code, _, err),) = ended([start(first, 0, 2)])
+    assert code == 2 and "ckpttools 9." in err
+
+
+def test_a_worker_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spreading, "_POLL", 0.01)
+    monkeypatch.setattr(spreading, "_REMIND", 3)
+    source = tmp_path / "a"
+    source.write_bytes(random.Random(0).randbytes(3_000_000))
+    plan = Plan(files=(OutputFile(path="", segments=(ByteRange(source, 0, 3_000_000),)),))
+    said: list[str] = []
+    told = threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        told.set()
+
+    def never(dst: Path, digest: str) -> bool:
+        return False
+
+    def run() -> None:
+        with pytest.raises(UsageError, match="was removed"):
+            spread(plan, tmp_path / "out", Job(worker=Worker(0, 2), is_result=never, say=say))
+
+    waits = threading.Thread(target=run)
+    waits.start()
+    assert told.wait(60)
+    shutil.rmtree(tmp_path / f"out{SPREAD}")
+    waits.join()
+    assert said[0].startswith("worker 0 waits for worker 1 (")
+
+
+def test_force_replaces_and_a_late_worker_sees_it(tmp_path: Path) -> None:
+    dst = tmp_path / "many"
+    one_process(("reshard", ZERO2, "--world-size", "3"), dst)
+    want = one_process(("reshard", ZERO2, "--world-size", "4"), tmp_path / "one")
+    arguments = ["reshard", ZERO2, dst, "--world-size", "4", "--force"]
+    assert [code for code, _, _ in ended([start(arguments, rank, 2) for rank in range(2)])] == [0, 0]
+    assert files_of(dst) == want
+    assert [code for code, _, _ in ended([start(arguments[:-1], 1, 2)])] == [0]  # it is done
+    ((code, _, err),) = ended([start([*arguments[:-2], "2"], 1, 2)])
+    assert code == 2 and "destination-exists" in err
+    assert not any(is_result(path, "0" * 32) for path in (dst, tmp_path / "one"))
+
+
+SAYS = {
+    "torchrun": ({"RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}, Worker(1, 4)),
+    "srun": (
+        {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"},
+        Worker(2, 3, job="7-1-0"),
+    ),
+    "torchrun under srun": (
+        {"RANK": "5", "WORLD_SIZE": "8", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+        Worker(5, 8),
+    ),
+    "array of single tasks": (
+        {
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "1",
+            "SLURM_ARRAY_TASK_ID": "12",
+            "SLURM_ARRAY_TASK_MIN": "10",
+            "SLURM_ARRAY_TASK_STEP": "2",
+            "SLURM_ARRAY_TASK_COUNT": "4",
+        },
+        Worker(1, 4, waits=False),
+    ),
+    "mpirun": ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, Worker(0, 2)),
+    "alone": ({"RANK": "0", "WORLD_SIZE": "1"}, Worker(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_what_the_launcher_says(name: str) -> None:
+    environment, want = SAYS[name]
+    assert worker(environment) == want
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"RANK": "0"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "2"},
+    ],
+)
+def test_a_launcher_that_makes_no_sense(environment: dict[str, str]) -> None:
+    with pytest.raises(UsageError) as error:
+        worker(environment)
+    assert error.value.id == "no-launcher" and error.value.hint
+
+
+@pytest.fixture(autouse=True)
+def no_launcher_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in os.environ:
+        if name in ("RANK", "WORLD_SIZE") or name.startswith(("SLURM_", "OMPI_", "PMI_")):
+            monkeypatch.delenv(name)
+    yield
