@@ -60,6 +60,10 @@ class Layout:
     variant: str | None = None  # of the format, e.g. "BF16_Optimizer", "elastic"
     round_robin: bool = False
     aligned: bool = False  # zero_optimization.parameter_alignment
+    ranked: bool = False  # its files are written for `dp_degree` ranks
+    prefix: str = ""  # that DDP or torch.compile put before every name, and that was removed
+    single: bool = False  # one file of weights, not a folder
+    max_shard_size: int | None = None  # of files of weights, in bytes
     stem: str | None = None  # of the weight files, where it is not the usual one: "adapter_model" (PEFT)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ckpttools"
-FORMATS = ("zero", "hf", "torch", "dcp")
+FORMATS = tuple(sorted(p.name for p in (PACKAGE / "formats").iterdir() if (p / "__init__.py").is_file()))
 # the places that may open files: where bytes lie, where they are written, the trainer, and what is shown
 OPENERS = ("stores", "execute", "trainer", "cli", "integrations")
 OPENING = {

@@ -55,8 +55,8 @@ def test_the_drawing_has_no_circle_and_no_arrow_that_points_up() -> None:
 
 # what is reached: these numbers may fall, not rise
 def test_touch_lists_do_not_grow() -> None:
-    named = {name: len(where) for name, where in structure.naming_formats().items()}
-    assert all(named[name] <= most for name, most in MOST_NAMING.items()), structure.naming_formats()
+    named = {name: set(where) - NAMING.get(name, set()) for name, where in structure.naming_formats().items()}
+    assert not any(named.values()), named
     assert all(len(where) == 1 for where in structure.spelling_frameworks().values())
 
 
@@ -65,4 +65,5 @@ def test_only_stores_open_list_and_look_up_paths() -> None:
     assert not text, text
 
 
-MOST_NAMING = {"zero": 20, "hf": 6, "torch": 6}
+# modules outside formats/ that name a format: what DeepSpeed's own loader does with its files, file by file
+NAMING = {"zero": {"resume/deepspeed/case.py", "resume/deepspeed/saved.py", "frameworks/write.py"}}

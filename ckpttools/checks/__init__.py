@@ -17,7 +17,7 @@ from ckpttools.checkpoint import Checkpoint, Layout, TrainState
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
 from ckpttools.checks.causes import TENSORS, by_cause
 from ckpttools.checks.changing import Watch
-from ckpttools.checks.copies import Copy, check_copies, missing_state
+from ckpttools.checks.copies import check_copies, missing_state
 from ckpttools.checks.headers import check_headers
 from ckpttools.checks.held import KEYS, Held, check_held, holds, lacks
 from ckpttools.checks.keys import check_keys
@@ -29,13 +29,13 @@ from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.findings import ERROR, INFO, Finding
-from ckpttools.formats import Source, locate
+from ckpttools.formats import Checked, Source, locate
 from ckpttools.formats.files import dangers_at
+from ckpttools.formats.format import Copy
 from ckpttools.formats.parts import in_parts
-from ckpttools.formats.rank_files import MODEL
 from ckpttools.location import Location
 from ckpttools.progress import Progress
-from ckpttools.stores.files import entries, is_folder, stat
+from ckpttools.stores.files import is_folder, stat
 from ckpttools.stores.links import within
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def _verify(
     copies: list[Copy] = []
     with within(source.root):
         checked = check_headers(source, in_parts=True)
-        findings, found, files = checked.findings, checked.checkpoint, checked.files
-        beside, checks = check_beside(source, files)
+        findings, found = checked.findings, checked.checkpoint
+        beside, checks = check_beside(source, checked.files)
         findings += [*beside, *pointers]
         if found is not None:
             findings += check_keys(found)
@@ -123,6 +123,7 @@ def _verify(
                 differ, copies = check_copies(source, found)
                 findings += [*differ, *missing_state(path)]
             found = replace(found, checks=(*found.checks, *checks))
+            checked = replace(checked, checkpoint=found)
         nbytes = 0
         said = stated(source.target)
         digests: dict[Location, Digest] = {}
@@ -131,55 +132,55 @@ def _verify(
             from ckpttools.checks.contents import check_contents, tasks_of  # numpy: of no use to headers
             from ckpttools.checks.untouched import check_untouched
 
-            tasks = tasks_of(found, files, copies) if found is not None and not quick else []
+            tasks = [] if quick else tasks_of(checked, copies)
             hashed = [p for p in own if describe or said.covers(p)]
             if subset is not None and found is not None:
                 tasks, chosen = subset.of(tasks, found.checks)
                 found = replace(found, checks=chosen)
+                checked = replace(checked, checkpoint=found)
                 hashed = subset.take(hashed, [stat(p).size for p in hashed])
             nbytes = sum(task.nbytes for task in tasks)
-            hashes = ranges_of(hashed, found, files)
+            hashes = ranges_of(hashed, found, checked.files)
             with bar(nbytes) if bar else nullcontext() as progress:
-                more, digests = check_contents(found, files, tasks, hashes, workers, progress)
+                more, digests = check_contents(checked, tasks, hashes, workers, progress)
             findings += more
             if found is not None and not quick:
                 findings += check_untouched(found)
         findings += check_manifest(source.target, said, digests)
         described = {p.name: entry_of(p, digests) for p in own if p in digests} if describe else None
-    findings = by_cause(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO)), found)
+    findings = by_cause(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO)), checked)
     return Verdict(
         path=path,
         format=found.layout.format if found else source.format.name,
         state=state,
-        findings=(*findings, *_rescue(source, findings, quick=quick, workers=workers)),
+        findings=(*findings, *_rescue(source, checked, findings, quick=quick, workers=workers)),
         nbytes_read=nbytes,
         manifest=None if described is None else (manifest.place(source.target), manifest.dump(described)),
         lacks=lacks(held),
     )
 
 
-def _rescue(source: Source, findings: list[Finding], *, quick: bool, workers: int) -> Iterator[Finding]:
-    """What is left where optimizer files are lost or damaged: the model file, if it is whole by itself."""
-    bad = {Path(f.file) for f in findings if f.severity == ERROR and f.exit_code == 1}
-    if source.format.name != "zero" or not bad or not is_folder(source.target):
+def _rescue(
+    source: Source, checked: Checked, findings: list[Finding], *, quick: bool, workers: int
+) -> Iterator[Finding]:
+    """What is left where optimizer files are lost or damaged: the file of the weights, if it is whole."""
+    bad = {f.file for f in findings if f.severity == ERROR and f.exit_code == 1}
+    if not bad or checked.weights is None or str(checked.weights) in bad:
         return
     if any(f.id in TENSORS for f in findings):
         return  # which of the files is the wrong one is not known
-    models = [source.target / e.name for e in entries(source.target) if MODEL.fullmatch(e.name)]
-    if len(models) != 1 or models[0] in bad:
-        return
     try:
-        whole = verify(models[0], quick=quick, workers=workers).ok
+        whole = verify(checked.weights, quick=quick, workers=workers).ok
     except CkptError:
         return
     if whole:
         yield Finding(
             id="rescue",
             severity=INFO,
-            file=str(models[0]),
+            file=str(checked.weights),
             where="",
             message=f"the weights{' (their headers)' if quick else ''} are whole: "
-            f"ckpt extract {escape(models[0], 1000)} --weights-only",
+            f"ckpt extract {escape(checked.weights, 1000)} --weights-only",
         )
 
 

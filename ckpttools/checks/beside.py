@@ -11,9 +11,8 @@ from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, is_torch_file, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding, of_error
-from ckpttools.formats import Source
+from ckpttools.formats import FORMATS, Source
 from ckpttools.formats.files import check_file
-from ckpttools.formats.hf import INDEX, SHARD
 from ckpttools.formats.tags import LATEST, is_tag
 from ckpttools.frameworks import POINTERS, STATED
 from ckpttools.location import Location
@@ -21,13 +20,13 @@ from ckpttools.plan import SourceCheck
 from ckpttools.stores.files import entries, exists, is_file, is_folder, small_text, stat
 from ckpttools.stores.links import within
 
+INDEX = ".index.json"
 TENSOR_FILES = (".pt", ".pth", ".bin", ".pkl", ".safetensors")
 JSON_FILES = (
     "config.json",
     "generation_config.json",
     "adapter_config.json",
     *STATED,
-    *INDEX,
 )
 
 
@@ -49,11 +48,12 @@ def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding],
             try:
                 if path not in seen and name.endswith(TENSOR_FILES):
                     checks += _tensor_file(path, findings)
-                elif name in JSON_FILES:
+                elif name in JSON_FILES or name.endswith(INDEX):
                     jsons.read(path, allow_nan=True)
             except CkptError as error:
                 findings.append(of_error(error))
-        findings += _leftovers(folder, names)
+        for format in FORMATS:
+            findings += format.beside(folder, names)
         findings += _counters(folder, names)
     return findings, checks
 
@@ -139,39 +139,6 @@ def _tensor_file(path: Location, findings: list[Finding]) -> list[SourceCheck]:
         findings += check_file(file)
         return list(file.checks())
     return []
-
-
-def _leftovers(folder: Location, names: list[str]) -> Iterator[Finding]:
-    """Shards that look like weights and that no index names: of an earlier, larger save."""
-    for index in (name for name in INDEX if name in names):
-        try:
-            weight_map = jsons.read(folder / index).get("weight_map")
-        except CkptError:
-            continue  # reported by itself
-        if not isinstance(weight_map, dict):
-            continue
-        kind = index.split(".")[1]
-        used = {shard for shard in weight_map.values() if isinstance(shard, str)}
-        single = f"{index.split('.')[0]}.{kind}"
-        if single in names and single not in used:
-            yield Finding(
-                id="shard-unused",
-                severity=WARNING,
-                file=str(folder / index),
-                where="",
-                message=f"an index lies beside {single}, which is what transformers loads",
-                hint="move away the one that is left over from another save",
-            )
-        for name in names:
-            if name not in used and SHARD.fullmatch(name) and name.endswith(kind):
-                yield Finding(
-                    id="shard-unused",
-                    severity=WARNING,
-                    file=str(folder / name),
-                    where="",
-                    message=f"looks like a shard of the model, and {index} does not name it",
-                    hint="move it away if it is left over from another save",
-                )
 
 
 def _counters(folder: Location, names: list[str]) -> Iterator[Finding]:

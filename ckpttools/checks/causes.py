@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ckpttools.checkpoint import Checkpoint
 from ckpttools.findings import ERROR, Finding
-from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.formats import Checked
 
 # what makes a whole file the wrong one
 CAUSES = ("rank-misplaced", "file-renamed", "step-mismatch")
@@ -22,7 +21,7 @@ ALIKE = 3  # tensors of one file that are named one by one; more are one finding
 NAMED = 8
 
 
-def by_cause(findings: Iterable[Finding], found: Checkpoint | None = None) -> list[Finding]:
+def by_cause(findings: Iterable[Finding], checked: Checked | None = None) -> list[Finding]:
     """The findings without repetitions and consequences, otherwise in their order."""
     once = {(f.id, f.file, f.where, f.message): f for f in reversed(list(findings))}
     kept = list(reversed(once.values()))
@@ -38,14 +37,14 @@ def by_cause(findings: Iterable[Finding], found: Checkpoint | None = None) -> li
             also.append(f"{tensors} tensor{'s differ' if tensors > 1 else ' differs'} in consequence")
         if also:
             kept[kept.index(lead)] = replace(lead, message="; and ".join([lead.message, *also]))
-    if found is not None and isinstance(found.template, ZeroFolder):
-        kept = _foreign_model(kept, found.template)
+    if checked is not None and checked.weights is not None:
+        shards = {str(file.path) for file in checked.files} - {str(checked.weights)}
+        kept = _foreign_model(kept, str(checked.weights), shards)
     return _alike(kept)
 
 
-def _foreign_model(findings: list[Finding], folder: ZeroFolder) -> list[Finding]:
-    """Where the shards of all ranks differ from the model file, it is the one that is of another save."""
-    model, shards = str(folder.model.file.path), {str(rank.file.path) for rank in folder.ranks}
+def _foreign_model(findings: list[Finding], model: str, shards: set[str]) -> list[Finding]:
+    """Where the shards of all ranks differ from the file of the weights, it is the one of another save."""
     differ = [f for f in findings if f.id == "master-mismatch"]
     if len(shards) < 2 or {f.file for f in differ} != shards:
         return findings

@@ -7,13 +7,10 @@ from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks.causes import TENSORS
-from ckpttools.checks.copies import Copy
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
-from ckpttools.formats.torch import OPTIMIZER
-from ckpttools.formats.zero.decode import frozen_fragments
-from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.formats.format import Checked, Copy
 from ckpttools.location import Location
 from ckpttools.passes import tasks as data
 from ckpttools.passes.hashes import Ranges
@@ -24,22 +21,24 @@ from ckpttools.tensors import ByteRange, TensorRef, Tiles, spans
 
 # optimizer state that is a running mean (or sum) of squares
 SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
-PADDED = ("optimizer_state_dict", "frozen_param_fragments")
 NAMED = 8  # tensors of one damaged record
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
 
 
-def tasks_of(found: Checkpoint, files: list[TorchFile], copies: Sequence[Copy] = ()) -> list[data.Task]:
+def tasks_of(checked: Checked, copies: Sequence[Copy] = ()) -> list[data.Task]:
     """Work that reads every byte of every record, once; of `copies` in other files, what can be compared."""
+    found = checked.checkpoint
+    if found is None:
+        return []
     claims = Claims()
     tasks: list[data.Task] = []
     for joined in data.join(_pairs(found)):
         for pair in (joined,) if claims.claim_all(list(data.sources(joined))) else data.parts(joined):
             if pair is joined or claims.claim_all(list(data.sources(pair))):
                 tasks.append(pair)
-    for twins in _twins(found, copies):
+    for twins in _twins(found, (*checked.copies, *copies)):
         tasks.append(replace(twins, apart=claims.claim_all([twins.one, twins.other])))
-    for joined in data.join(_scans(found, files, claims)):
+    for joined in data.join(_scans(found, checked, claims)):
         whole = data.plain(joined)
         assert isinstance(whole, data.Scan)
         free = claims.claim(whole.source)
@@ -64,11 +63,10 @@ def _pairs(found: Checkpoint) -> Iterator[data.Pair]:
                 yield from data.moments(name, mean, second[name])
 
 
-def _scans(found: Checkpoint, files: list[TorchFile], claims: Claims) -> Iterator[data.Scan]:
+def _scans(found: Checkpoint, checked: Checked, claims: Claims) -> Iterator[data.Scan]:
     """Every tensor of floats; what is left of files by their labels."""
-    for name, ref in _tensors(found, files, claims):
-        # what is left of ZeRO-3's flat vectors after the parameters is padding, which nobody cleared
-        padding = found.layout.format == "zero3" and name.startswith(PADDED)
+    for name, ref in _tensors(found, checked.files, claims):
+        padding = name.startswith(checked.padded)
         if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
             continue
         dtype, squares = None if padding else ref.dtype, name.endswith(SQUARES)
@@ -90,16 +88,12 @@ def _free_of(task: data.Task, free: Sequence[ByteRange]) -> Iterator[data.Scan]:
 
 
 def _twins(found: Checkpoint, copies: Sequence[Copy]) -> Iterator[data.Twins]:
-    """Copies of a tensor that lie apart: tied weights saved twice, and ZeRO's second copy of frozen ones."""
+    """Copies of a tensor that lie apart: tied weights saved twice, and what a format or others save twice."""
     pairs = [
         (a, found.tensors[a], o, found.tensors[o])
         for a, o in found.shared.items()
         if {a, o} <= found.tensors.keys()
     ]
-    if isinstance(found.template, ZeroFolder):
-        for name, ref in frozen_fragments(found.template.model).items():
-            if name in found.tensors:
-                pairs.append((name, found.tensors[name], f"frozen_param_fragments.{name}", ref))
     pairs += [(copy.name, copy.tensor, copy.twin, copy.copy) for copy in copies]
     for name, one, twin, other in pairs:
         match one.chunks, other.chunks:
@@ -134,8 +128,7 @@ def _records(found: Checkpoint) -> Iterator[ByteRange]:
 
 
 def check_contents(
-    found: Checkpoint | None,
-    files: list[TorchFile],
+    checked: Checked,
     tasks: list[data.Task],
     hashes: Mapping[Location, Ranges],
     workers: int,
@@ -144,27 +137,28 @@ def check_contents(
     """Carry out the pass, which takes the digests of the files in `hashes` too. A file that cannot be read to
     its end is a finding, and then there are no digests.
     """
+    found = checked.checkpoint
     checks = found.checks if found and tasks else ()
     try:
         passed = run(tasks, checks, hashes=hashes, workers=workers, progress=progress)
     except CkptError as error:
         return [of_error(error)], {}
-    return _data_findings(found, files, passed.results) if found else [], passed.digests
+    return _data_findings(found, checked, passed.results) if found else [], passed.digests
 
 
-def _data_findings(found: Checkpoint, files: list[TorchFile], results: list[data.Result]) -> list[Finding]:
+def _data_findings(found: Checkpoint, checked: Checked, results: list[data.Result]) -> list[Finding]:
     """Results as findings: per tensor rather than per block, and the first few of each kind and file.
 
     What else is wrong with a tensor whose checksum is wrong follows from that.
     """
     findings: dict[tuple[str, str, str], Finding] = {}
     bad = [result.check.source for result in results if isinstance(result, data.BadChecksum)]
-    within = _within(found, files, bad)
+    within = _within(found, checked.files, bad)
     damaged = {name for names in within.values() for name in names}
     for result in results:
         if not isinstance(result, data.BadChecksum) and result.name in damaged:
             continue
-        finding = _of_result(found, result)
+        finding = _of_result(found, checked, result)
         if isinstance(result, data.BadChecksum) and (names := within[result.check.source]):
             rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             message = f"{finding.message}; tensors in them: {', '.join(names[:NAMED])}{rest}"
@@ -204,7 +198,7 @@ def _end(source: ByteRange) -> int:
     return source.start + source.nbytes
 
 
-def _of_result(found: Checkpoint, result: data.Result) -> Finding:
+def _of_result(found: Checkpoint, checked: Checked, result: data.Result) -> Finding:
     match result:
         case data.BadChecksum(check=check):
             return Finding(
@@ -229,7 +223,7 @@ def _of_result(found: Checkpoint, result: data.Result) -> Finding:
         case data.Wild():
             return Finding(
                 id="wild-value",
-                severity=WARNING if _is_state(found, result.name) else INFO,
+                severity=WARNING if _is_state(found, checked, result.name) else INFO,
                 file=str(result.path),
                 where=result.name,
                 message=f"{result.count} elements are larger than 1e10",
@@ -263,7 +257,7 @@ def _of_result(found: Checkpoint, result: data.Result) -> Finding:
                 hint="the optimizer state was damaged or exchanged: use another copy",
             )
         case data.NonFinite():
-            severity = _severity(found, result)
+            severity = _severity(found, checked, result)
             return Finding(
                 id="nonfinite",
                 severity=severity,
@@ -274,25 +268,24 @@ def _of_result(found: Checkpoint, result: data.Result) -> Finding:
             )
 
 
-def _severity(found: Checkpoint, result: data.NonFinite) -> str:
+def _severity(found: Checkpoint, checked: Checked, result: data.NonFinite) -> str:
     """An error in weights and optimizer state; buffers may hold masks of -Inf, client code anything."""
     if result.nan and result.name in found.buffers:
         return WARNING  # no mask is NaN, and whatever the buffer is added to becomes NaN
-    if not _is_state(found, result.name):
+    if not _is_state(found, checked, result.name):
         return INFO
     # without groups, weights and buffers cannot be told apart
     return ERROR if result.nan or found.groups else WARNING
 
 
-def _is_state(found: Checkpoint, name: str) -> bool:
+def _is_state(found: Checkpoint, checked: Checked, name: str) -> bool:
     """Weights and optimizer state, against buffers and whatever client code has saved beside them."""
     if name in found.buffers:
         return False
     if name in found.tensors:
         return True
     if not found.groups:
-        # ZeRO-3 leaves the padding of its flat groups uninitialised: anything may be there
-        return name.startswith(OPTIMIZER) and found.layout.format == "pt"
+        return name.startswith(checked.state)
     return any(name.endswith(f"({kind})") for group in found.groups for kind in group.state)
 
 

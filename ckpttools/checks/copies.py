@@ -12,42 +12,31 @@ The copies are compared bit by bit by the pass over the bytes, which reads them 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from itertools import islice
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields, jsons
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding
-from ckpttools.formats import Folder, Source, hf
-from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.formats import FORMATS, Folder, Format, Source
+from ckpttools.formats.format import Copy
 from ckpttools.frameworks import STATED
 from ckpttools.location import Location
 from ckpttools.stores.files import is_file, is_folder
-from ckpttools.tensors import TensorRef
 
 BUNDLE, MODEL = "deepspeed", "hf_model"
 STEPS = ("global_step", "step", "iteration", "iter")
 KEYS = (*STEPS, "epoch", "train_loss", "val_loss")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copy:
-    """One tensor and its copy: names, and where they lie."""
-
-    name: str
-    tensor: TensorRef
-    twin: str
-    copy: TensorRef
-
-
 def check_copies(source: Source, found: Checkpoint) -> tuple[list[Finding], list[Copy]]:
     """What the headers of the copies show, and the tensors whose bytes are to be compared."""
     findings = [*_counters(source, found), *_stated(source, found)]
     copies: list[Copy] = []
-    for folder in _models(source, found):
+    for folder, model in _models(source) if source.format.tagged else ():
         try:
-            other = hf.read(folder)
+            other = model.read(Source(format=model, target=folder, root=folder, how=""))
         except CkptError:
             continue  # reported by whoever checks the files beside the checkpoint
         more, pairs = _weights(found, folder, other)
@@ -70,11 +59,13 @@ def missing_state(path: Location) -> Iterator[Finding]:
         )
 
 
-def _models(source: Source, found: Checkpoint) -> Iterator[Location]:
-    if isinstance(found.template, ZeroFolder):
-        for folder in (source.root / MODEL, source.root):
-            if folder != source.target and is_folder(folder) and hf.holds(Folder.of(folder)):
-                yield folder
+def _models(source: Source) -> Iterator[tuple[Location, Format]]:
+    """The folders beside a tag folder that hold the model once more, and their formats."""
+    for folder in (source.root / MODEL, source.root):
+        if folder != source.target and is_folder(folder):
+            listed = Folder.of(folder)
+            found = (format for format in FORMATS if not format.tagged and format.holds(listed))
+            yield from ((folder, format) for format in islice(found, 1))
 
 
 def _weights(found: Checkpoint, folder: Location, other: Checkpoint) -> tuple[list[Finding], list[Copy]]:
@@ -120,15 +111,16 @@ def _differs(file: str, name: str, message: str) -> Finding:
 def _stated(source: Source, found: Checkpoint) -> Iterator[Finding]:
     """The framework's own file against the client state of DeepSpeed's model file, key by key."""
     path = next((p for name in STATED if is_file(p := source.root / name)), None)
-    if not isinstance(found.template, ZeroFolder) or path is None:
+    if not source.format.tagged or path is None:
         return
     try:
         info: Mapping[str, object] = jsons.read(path, allow_nan=True)
     except CkptError:
         return  # reported by whoever checks the files beside the checkpoint
-    root = found.template.model.root
+    where = {path: field for field, path in found.train_state.keys.items()}
     for key in KEYS:
-        said, own = info.get(key), fields.number(root.get(key))
+        kept = getattr(found.train_state, where[key,]) if (key,) in where else found.client.get(key)
+        said, own = info.get(key), fields.number(kept)
         if isinstance(said, int | float) and own is not None and said != own and said == said:
             yield Finding(
                 id="counter-mismatch",
@@ -142,7 +134,7 @@ def _stated(source: Source, found: Checkpoint) -> Iterator[Finding]:
 
 def _counters(source: Source, found: Checkpoint) -> Iterator[Finding]:
     """The framework's count of updates against DeepSpeed's own."""
-    if not isinstance(found.template, ZeroFolder):
+    if not source.format.tagged:
         return
     try:
         training = frameworks.read(source, found)

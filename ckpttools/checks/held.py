@@ -6,15 +6,13 @@ from collections.abc import Collection, Iterator, Mapping
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint, TrainState
-from ckpttools.checks.keys import SCHEDULERS, has_any
-from ckpttools.containers import fields
-from ckpttools.containers.torch_file import TorchFile
+from ckpttools.checks.keys import SCHEDULERS
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, Finding
 from ckpttools.formats import Source
-from ckpttools.formats.torch import OPTIMIZER
-from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.formats.counters import OPTIMIZER
 from ckpttools.training import Training
+from ckpttools.tree import Value
 
 KEYS = ("optimizer", "scheduler", "step", "epoch", "train_loss", "val_loss")
 Held = Mapping[str, bool | None]  # by KEYS; None: not known
@@ -34,20 +32,13 @@ def holds(source: Source, found: Checkpoint) -> tuple[Held, TrainState]:
         known = False  # damage that is reported by itself
     state = training.state if training is not None else found.train_state
     logged = {name for name, _ in training.losses} if training is not None else set()
-    root = fields.as_mapping(found.template.value) if isinstance(found.template, TorchFile) else None
     optimizer = scheduler = None if not known else False
     if training is not None:
         optimizer, scheduler = bool(training.optimizers), bool(training.schedules)
-    if isinstance(found.template, ZeroFolder):
-        moments = any(rank.moments[g] for rank in found.template.ranks for g in range(len(rank.moments)))
-        optimizer = moments or any(group.hyper for group in found.groups)
-        scheduler = scheduler or fields.as_mapping(found.template.model.root.get("lr_scheduler")) is not None
-    if root is not None:
-        optimizer = optimizer or has_any(root, OPTIMIZER)
-        scheduler = scheduler or has_any(root, SCHEDULERS)
-    if found.layout.format == "dcp":
-        optimizer = bool(found.groups) or any(name in found.client for name in OPTIMIZER)
-        scheduler = bool(scheduler or state.scheduler)
+    if source.format.resumes:
+        optimizer = bool(optimizer or _has_optimizer(found))
+        kept = found.train_state.scheduler or any(_filled(found.client.get(key)) for key in SCHEDULERS)
+        scheduler = bool(scheduler or kept)
     counts = training.counters if training is not None else ()
     held = {
         "optimizer": optimizer,
@@ -58,6 +49,16 @@ def holds(source: Source, found: Checkpoint) -> tuple[Held, TrainState]:
         "val_loss": state.val_loss is not None or "eval_loss" in logged,
     }
     return held, state
+
+
+def _has_optimizer(found: Checkpoint) -> bool:
+    """Whether a format with a place for it has any of its state or settings, be it without names."""
+    known = any(group.hyper or group.scalars or group.state.keys() - {"fp32"} for group in found.groups)
+    return known or any(_filled(found.client.get(key)) for key in OPTIMIZER)
+
+
+def _filled(value: Value) -> bool:
+    return value is not None and value != {} and value != []
 
 
 def lacks(held: Held) -> tuple[str, ...]:

@@ -16,8 +16,7 @@ from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.findings import INFO, WARNING, Finding
-from ckpttools.formats.counters import SCHEDULER
-from ckpttools.formats.torch import OPTIMIZER
+from ckpttools.formats.counters import OPTIMIZER, SCHEDULER
 
 NAMED = re.compile(r"epoch_\d+_step_\d+\.pt")
 # besides counters.SCHEDULER, whose states are shown: OpenPCDet's forks

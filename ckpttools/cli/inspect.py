@@ -63,7 +63,7 @@ def command(src: Path, tensors: bool, tag: str | None, key: str | None, as_json:
     click.echo(render.table(files[:STATE_FILES]))
     if len(files) > STATE_FILES:
         click.echo(f"and {len(files) - STATE_FILES} more")
-    if checkpoint.layout.format.startswith("zero"):
+    if checkpoint.layout.zero_stage is not None:
         click.echo("(one optimizer file per rank is normal: ZeRO spreads the optimizer state over the ranks)")
     for note in (*training.notes, *checkpoint.notes):
         click.echo(f"note: {escape(note, 1000)}")
@@ -94,7 +94,7 @@ def _progress(found: Progress) -> Iterator[str]:
 def _summary(source: Any, checkpoint: Any) -> Iterator[tuple[str, object]]:
     layout, state = checkpoint.layout, checkpoint.train_state
     kind = FORMATS.get(layout.format, layout.format)
-    if layout.format.startswith("zero"):
+    if layout.zero_stage is not None:
         kind += f", {layout.dp_degree} rank{'s' if layout.dp_degree > 1 else ''}"
     yield "format", kind + (f", {layout.variant}" if layout.variant else "")
     yield "found", source.how

@@ -27,6 +27,7 @@ SCHEDULER = (
     "param_schedulers",
     "sched",
 )
+OPTIMIZER = ("optimizer_state_dict", "optimizer", "optim", "optimizer_state", "optimizer_states")
 TRAIN_LOSS = ("train_loss", "loss")
 VAL_LOSS = ("val_loss", "valid_loss", "eval_loss")
 SAMPLES = ("global_samples", "samples_seen", "consumed_samples")

@@ -6,7 +6,7 @@ are asked in the order of the table, and the first that knows a folder has it: w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ckpttools.checkpoint import Checkpoint, Layout
@@ -17,6 +17,7 @@ from ckpttools.location import Location, below
 from ckpttools.plan import Plan
 from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.stores.links import refuse_outside
+from ckpttools.tensors import TensorRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +62,36 @@ class Inner:
     how: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """One tensor and its copy: names, and where they lie."""
+
+    name: str
+    tensor: TensorRef
+    twin: str
+    copy: TensorRef
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the headers show: findings, the checkpoint if it can be put together, and its torch files."""
+    """What the headers show: findings, the checkpoint if it can be put together, and its torch files.
+
+    The rest is for the pass over the bytes, and for what it finds: tensors that lie in the files twice, the
+    beginnings of labels in torch files whose tensors hold padding (anything may be there) or optimizer state
+    without names, and the file that has all weights, where the others are for the optimizer.
+    """
 
     findings: list[Finding]
     checkpoint: Checkpoint | None
     files: list[TorchFile]
+    copies: tuple[Copy, ...] = ()
+    padded: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    weights: Location | None = None
+
+
+def _no_torch_files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, ...]]:
+    return None, ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,19 +102,27 @@ class Format:
     everything that it finds and raises Unsupported for a layout whose weights cannot be put together.
     `plan` writes any Checkpoint, and its notes name what the format has no place for; `targets` are the names
     that `ckpt convert --to` has for it, one for each stage. `lacking` says what a folder that no format
-    knows would need to be of this one.
+    knows would need to be of this one, `beside` what is wrong with files of this format in a folder that
+    another one's checkpoint is made of. `torch_files` of a checkpoint that was read are the one whose
+    top level is the training code's, and those of the ranks' optimizers.
     """
 
     name: str
     holds: Callable[[Folder], bool]  # whether the folder itself is a checkpoint of this format
+    names_it: Callable[[str], bool]  # whether a file or folder of that name belongs to one
     recognise: Callable[[Folder], Found | Inner | None]
     recognise_file: Callable[[Location], Found | None]
     read: Callable[[Source], Checkpoint]
     check: Callable[[Source], Checked]
     lacking: Callable[[Folder], CkptError | None] = lambda folder: None
+    is_part: Callable[[str], bool] = lambda name: False  # one of several files that make one checkpoint
+    is_weights: Callable[[str], bool] = lambda name: False  # what only one checkpoint in a folder has
+    beside: Callable[[Location, list[str]], Iterable[Finding]] = lambda folder, files: ()
+    torch_files: Callable[[Checkpoint], tuple[TorchFile | None, tuple[TorchFile, ...]]] = _no_torch_files
     plan: Callable[[Checkpoint, Layout], Plan] | None = None
     targets: tuple[str, ...] = ()
     tagged: bool = False  # lies in the tag folders of a save folder, one of which `--tag` names
+    resumes: bool = True  # has a place for the optimizer's state in its own files
     keyed: bool = False  # the weights lie under a key, which `--key` names
 
 

@@ -21,6 +21,7 @@ from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.formats.counters import train_state
 from ckpttools.formats.files import archive_roots, check_files, dangers_at
 from ckpttools.formats.format import Checked, Format, Source, no_file
+from ckpttools.formats.rank_files import PADDED
 from ckpttools.formats.tags import ANY
 from ckpttools.location import Location
 from ckpttools.stores.files import entries, is_file, is_folder, size_of
@@ -38,6 +39,7 @@ def in_parts(path: Location, reason: Unsupported) -> Source:
     format = Format(
         name="parts",
         holds=lambda folder: False,
+        names_it=lambda name: False,
         recognise=lambda folder: None,
         recognise_file=no_file,
         read=read,
@@ -88,7 +90,7 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
         files=tuple(FileRole(path=path, nbytes=size_of(path), role="") for path in paths),
         checks=tuple(check for file in files for check in file.checks()),
     )
-    return Checked(findings, found, files)
+    return Checked(findings, found, files, padded=PADDED if reason.layout == "zero3" else ())
 
 
 def _torch_paths(folder: Location, depth: int = 6) -> Iterator[Location]:

@@ -22,9 +22,14 @@ STEP_TAG = re.compile(r"global_step\d+")
 ANY = re.compile(r".*_(model|optim)_states\.pt(-\d+\.\d+)?|.*[0-9]optim_states\.pt")
 
 
+def is_states(name: str) -> bool:
+    """Whether a file is one of DeepSpeed's, of whatever stage."""
+    return ANY.fullmatch(name) is not None
+
+
 def holds_states(folder: Folder) -> bool:
     """Whether the folder directly holds DeepSpeed's model or optimizer files, of whatever stage."""
-    return any(ANY.fullmatch(name) for name in folder.names)
+    return any(map(is_states, folder.names))
 
 
 def is_tag(path: Location) -> bool:

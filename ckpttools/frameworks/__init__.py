@@ -22,11 +22,8 @@ from dataclasses import asdict, replace
 
 from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.containers import fields
-from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats.format import Source
-from ckpttools.formats.zero.join import ZeroFolder
-from ckpttools.formats.zero3.join import Zero3Folder
 from ckpttools.frameworks import (
     accelerate,
     deepspeed,
@@ -142,22 +139,14 @@ def missing_keys(root: fields.Mapping) -> Iterator[tuple[str, str]]:
 
 
 def _saved(source: Source, checkpoint: Checkpoint) -> Saved:
-    found, bare = checkpoint.template, _bare(source, checkpoint)
+    bare = _bare(source, checkpoint)
     if bare.file is None or not bare.zero:
         return bare
-    shards: list[TorchFile] = []
-    if isinstance(found, ZeroFolder):
-        shards = [rank.file for rank in found.ranks]
-    elif isinstance(found, Zero3Folder):
-        shards = [shard.file for shard in found.shards]
-    return replace(bare, engine=deepspeed.engine(bare.file, shards))
+    return replace(bare, engine=deepspeed.engine(bare.file, source.format.torch_files(checkpoint)[1]))
 
 
 def _bare(source: Source, checkpoint: Checkpoint) -> Saved:
     """Without what DeepSpeed itself says."""
-    found = checkpoint.template
-    if isinstance(found, ZeroFolder):
-        return Saved(place=source.root, file=found.model.file, zero=True)
-    if isinstance(found, Zero3Folder):
-        return Saved(place=source.root, file=found.models[0].file, zero=True)
-    return Saved(place=source.target, file=found if isinstance(found, TorchFile) else None)
+    file, _ = source.format.torch_files(checkpoint)
+    tagged = source.format.tagged
+    return Saved(place=source.root if tagged else source.target, file=file, zero=tagged and file is not None)

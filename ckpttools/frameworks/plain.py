@@ -12,8 +12,7 @@ from shlex import quote
 from ckpttools.containers import fields
 from ckpttools.containers.edit import at
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats.counters import DATASET, EPOCH, SCHEDULER, STEP, TOTAL
-from ckpttools.formats.torch import OPTIMIZER
+from ckpttools.formats.counters import DATASET, EPOCH, OPTIMIZER, SCHEDULER, STEP, TOTAL
 from ckpttools.frameworks import parts
 from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.frameworks.rules import Rule

@@ -10,7 +10,8 @@ from typing import Literal
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError, escape
-from ckpttools.formats import Source, hf
+from ckpttools.formats import PLANS, Source
+from ckpttools.formats.configs import HEADS, config_files
 from ckpttools.location import Location
 from ckpttools.operations import advice
 from ckpttools.operations.source import find
@@ -99,12 +100,13 @@ def write(
 ) -> Written:
     """Weights as a model's folder, or one file by `dst`'s suffix, with the configuration of `source`."""
     single = dst.name.endswith(SINGLE_FILES[form])
-    layout = Layout(format="hf", variant=hf.BIN if form == "pt" else None)
-    plan = hf.plan(weights, layout, max_shard_size=max_shard_size, single=single)
+    variant = "bin" if form == "pt" else None
+    layout = Layout(format="hf", variant=variant, single=single, max_shard_size=max_shard_size)
+    plan = PLANS[layout.format](weights, layout)
     plan = replace(plan, notes=(*weights.notes, *plan.notes))
     if not single:
         plan = with_config(plan, config, source.root)
-    configured = any(file.path in hf.HEADS for file in plan.files)
+    configured = any(file.path in HEADS for file in plan.files)
     steps = advice.weights(dst, form, single=single, configured=configured)
     return carry_out(src, dst, plan, how or Writing(), label=label, next=steps)
 
@@ -134,7 +136,7 @@ def form_of(asked: Form | None, dst: Path | None) -> Form:
 def with_config(plan: Plan, asked: Path | None, root: Location) -> Plan:
     """Configuration and tokenizer from the folder asked for, else from beside the checkpoint."""
     near = (root, root / "hf_model", root / "hf_config")
-    folder = asked or next((f for f in near if any(is_file(f / head) for head in hf.HEADS)), None)
+    folder = asked or next((f for f in near if any(is_file(f / head) for head in HEADS)), None)
     if folder is None:
         return replace(
             plan, notes=(*plan.notes, "no config.json: transformers needs one; give it with --hf-config DIR")
@@ -142,7 +144,7 @@ def with_config(plan: Plan, asked: Path | None, root: Location) -> Plan:
     if asked is None:
         with within(root):
             refuse_outside(folder)
-    files = hf.config_files(folder)
+    files = config_files(folder)
     if asked is not None and not files:
         raise UsageError("no-config", "the folder holds no configuration or tokenizer", where=asked)
     names = ", ".join(file.path for file in files)

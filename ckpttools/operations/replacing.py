@@ -11,7 +11,6 @@ second checkpoint) is refused: nothing is removed that no framework would write 
 
 from __future__ import annotations
 
-import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,8 @@ from ckpttools import manifest
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError, UsageError, escape
-from ckpttools.formats import locate, read
-from ckpttools.formats.dcp.names import is_dcp_file
-from ckpttools.formats.hf import CONFIG_FILES, INDEX, ROLES, SHARD
+from ckpttools.formats import FORMATS, locate, read
 from ckpttools.formats.locate import SIDE_FILES
-from ckpttools.formats.tags import ANY
 from ckpttools.frameworks import POINTERS, STATED
 from ckpttools.plan import Plan
 from ckpttools.siblings import MANIFEST, is_ours
@@ -34,11 +30,7 @@ from ckpttools.stores.links import within
 
 SHOWN = 3  # files of somebody's own
 # by DeepSpeed, the HF Trainer, accelerate, MMEngine and bundles, beside what a format reads
-BESIDE = {
-    *POINTERS, "zero_to_fp32.py", *STATED, *INDEX, *ROLES,
-}  # fmt: skip
-WEIGHTS = re.compile(rf"(model|pytorch_model|adapter_model)\.(safetensors|bin)|{SHARD.pattern}")
-_PATTERNS = (ANY, WEIGHTS, CONFIG_FILES, SIDE_FILES)
+BESIDE = {*POINTERS, "zero_to_fp32.py", *STATED}
 
 
 def replaceable(dst: Path, plan: Plan) -> str:
@@ -77,8 +69,8 @@ def _folder(dst: Path, plan: Plan) -> str:
         return f"{escape(dst)}, an empty folder"
     if plan.is_single_file:
         raise _refused(dst, "a folder, where a file is to be written")
-    for weights in (ANY, WEIGHTS):
-        places = {path.parent for path, _ in files if weights.fullmatch(path.name)}
+    for format in FORMATS:
+        places = {path.parent for path, _ in files if format.is_weights(path.name)}
         if len(places) > 1:
             raise _refused(dst, f"it holds several checkpoints: {', '.join(sorted(map(escape, places)))}")
     listed = _listed(files)
@@ -142,8 +134,8 @@ def _is_beside(name: str) -> bool:
     return (
         name in BESIDE
         or is_ours(name)
-        or is_dcp_file(name)
-        or any(pattern.fullmatch(name) for pattern in _PATTERNS)
+        or SIDE_FILES.fullmatch(name) is not None
+        or any(format.names_it(name) for format in FORMATS)
     )
 
 

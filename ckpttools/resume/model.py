@@ -8,10 +8,8 @@ from fnmatch import fnmatchcase
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
-from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, read
-from ckpttools.formats.torch import find_weights, strip
 from ckpttools.location import Location
 from ckpttools.stores.files import is_file, is_folder
 
@@ -68,8 +66,7 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def prefix_of(checkpoint: Checkpoint) -> str:
     """What stands before every name in a single file: `module.` of DDP, `_orig_mod.` of torch.compile."""
-    file = checkpoint.template
-    return strip(find_weights(file)[1])[1] if isinstance(file, TorchFile) else ""
+    return checkpoint.layout.prefix
 
 
 def of_config(settings: Mapping[str, object], where: Location) -> Model:

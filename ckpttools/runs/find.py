@@ -16,8 +16,7 @@ from functools import partial
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.formats import Folder, locate, read
-from ckpttools.formats.hf import SHARD, holds
+from ckpttools.formats import FORMATS, Folder, locate, read
 from ckpttools.formats.locate import checkpoints, holds_one
 from ckpttools.formats.tags import is_tag
 from ckpttools.location import Location, below
@@ -27,7 +26,6 @@ from ckpttools.stores.files import entries, is_file, is_folder, stat
 from ckpttools.stores.links import within
 
 MAX_DEPTH = 8
-SHARDED = ("dcp",)
 COUNTERS = ("iteration", "step", "epoch")
 NUMBERED = re.compile(r"checkpoint-\d+")
 
@@ -146,7 +144,7 @@ def _runs(folder: Location, depth: int) -> Iterator[tuple[Location, list[Locatio
     """The folders below that directly hold checkpoints, each with their paths."""
     try:
         listed = entries(folder)
-        direct = [p for p in checkpoints(folder) if not _several(p) and not SHARD.fullmatch(p.name)]
+        direct = [p for p in checkpoints(folder) if not _several(p) and not _is_part(p)]
     except CkptError:
         if depth == MAX_DEPTH:
             raise
@@ -169,15 +167,19 @@ def _whole(path: Location) -> bool:
     return frameworks.wraps(path)
 
 
+def _is_part(path: Location) -> bool:
+    return any(format.is_part(path.name) for format in FORMATS)
+
+
 def _several(path: Location) -> bool:
     """Whether a folder is DeepSpeed's save folder with more than one tag in it, or the Trainer's output
     folder: the model that `save_model` left there at the end, beside checkpoint-N/."""
     if not is_folder(path):
         return False
     if _whole(path):
-        return any(NUMBERED.fullmatch(e.name) and is_folder(e) for e in entries(path)) and holds(
-            Folder.of(path)
-        )
+        folder = Folder.of(path)
+        model = any(format.holds(folder) for format in FORMATS if not format.tagged)
+        return model and any(map(NUMBERED.fullmatch, folder.folders))
     return sum(is_folder(e) and is_tag(path / e.name) for e in entries(path)) > 1
 
 
@@ -213,7 +215,7 @@ def _entry(path: Location, run: Location) -> Entry:
         format=layout.format,
         state=state,
         resumes=resumes,
-        ranks=layout.dp_degree if layout.format in SHARDED or layout.format.startswith("zero") else None,
+        ranks=layout.dp_degree if layout.ranked else None,
         metrics={name: value for name, value in losses if value is not None},
         model=_model(checkpoint),
         problem=problem,

@@ -23,9 +23,7 @@ def reshard(checkpoint: Checkpoint, dp_degree: int, mesh: Sequence[int] = ()) ->
     Raises UsageError for ranks that make no sense, Unsupported for formats without ranks.
     """
     check_ranks(dp_degree, checkpoint.path)
-    if checkpoint.layout.format == "dcp" and checkpoint.layout.variant != "safetensors":
-        return replace(checkpoint.layout, dp_degree=dp_degree, mesh=tuple(mesh))
-    if not checkpoint.layout.format.startswith("zero"):
+    if not checkpoint.layout.ranked:
         raise Unsupported(
             "not-zero",
             f"a {checkpoint.layout.format} checkpoint is not partitioned over ranks",
@@ -33,7 +31,7 @@ def reshard(checkpoint: Checkpoint, dp_degree: int, mesh: Sequence[int] = ()) ->
             why="any number of ranks can load it as it is",
             hint="reshard is for DeepSpeed ZeRO folders and distributed checkpoints",
         )
-    if mesh:
+    if mesh and checkpoint.layout.zero_stage is not None:
         raise Unsupported(
             "mesh-unsupported",
             f"a {checkpoint.layout.format} folder is cut over data-parallel ranks alone",
@@ -41,7 +39,7 @@ def reshard(checkpoint: Checkpoint, dp_degree: int, mesh: Sequence[int] = ()) ->
             why="ZeRO has no second dimension of ranks",
             hint=f"--world-size {mesh[0]}; a mesh is for distributed checkpoints (--to dcp)",
         )
-    return replace(checkpoint.layout, dp_degree=dp_degree)
+    return replace(checkpoint.layout, dp_degree=dp_degree, mesh=tuple(mesh))
 
 
 def check_ranks(ranks: int, where: str | Location = "") -> None:

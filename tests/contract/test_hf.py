@@ -57,7 +57,7 @@ def held(checkpoint: Checkpoint, *, counters: bool) -> Checkpoint:
 
 
 def written(checkpoint: Checkpoint, out: Path, layout: Layout = SAFETENSORS, size: int = 2000) -> Checkpoint:
-    execute(hf.plan(checkpoint, layout, max_shard_size=size), out)
+    execute(hf.plan(checkpoint, replace(layout, max_shard_size=size)), out)
     return open_checkpoint(out)
 
 

@@ -20,6 +20,7 @@ from ckpttools import formats
 from ckpttools.checkpoint import Layout
 from ckpttools.execute import execute
 from ckpttools.formats import hf
+from ckpttools.formats.configs import config_files
 from ckpttools.transforms.select import weights_only
 
 from .core import HF, PT, ZERO, Base, bases, load
@@ -84,9 +85,9 @@ for _ranks in range(1, 9):
 def _written(base: Base, folder: Path, variant: str | None = None, **options: int) -> Path:
     """What `ckpt extract` makes of it, with the configuration of a model folder."""
     checkpoint = weights_only(formats.open_checkpoint(base.path))
-    plan = hf.plan(checkpoint, Layout(format="hf", variant=variant), **options)
+    plan = hf.plan(checkpoint, Layout(format="hf", variant=variant, **options))
     if base.kind == HF and base.path.is_dir():
-        plan = replace(plan, files=(*plan.files, *hf.config_files(base.path)))
+        plan = replace(plan, files=(*plan.files, *config_files(base.path)))
     execute(plan, folder / "out", source=base.path)
     return folder / "out"
 

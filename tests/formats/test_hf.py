@@ -200,8 +200,8 @@ def plan(
     checkpoint: Checkpoint, max_shard_size: int, dtype: DType | None = None, *, bin: bool = False
 ) -> Plan:
     chosen = weights_only(checkpoint)
-    layout = Layout(format="hf", variant=hf.BIN if bin else None)
-    return hf.plan(chosen if dtype is None else cast(chosen, dtype), layout, max_shard_size=max_shard_size)
+    layout = Layout(format="hf", variant=hf.BIN if bin else None, max_shard_size=max_shard_size)
+    return hf.plan(chosen if dtype is None else cast(chosen, dtype), layout)
 
 
 def logits(folder: Path) -> torch.Tensor:

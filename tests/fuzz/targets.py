@@ -100,7 +100,7 @@ def read_checkpoint(path: Path, out: Path | None = None) -> None:
         return
     plans = (
         lambda: hf.plan(weights_only(checkpoint)),
-        lambda: hf.plan(weights_only(checkpoint), Layout(format="hf", variant=hf.BIN), single=True),
+        lambda: hf.plan(weights_only(checkpoint), Layout(format="hf", variant=hf.BIN, single=True)),
         lambda: zero.plan(checkpoint, reshard(checkpoint, 3)),
         lambda: dcp.plan(checkpoint),
     )

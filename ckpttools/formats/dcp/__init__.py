@@ -32,6 +32,7 @@ def _check(source: Source) -> Checked:
 FORMAT = Format(
     name="dcp",
     holds=names.holds,
+    names_it=names.is_dcp_file,
     recognise=names.recognise,
     recognise_file=names.recognise_file,
     read=lambda source: read(source.target),

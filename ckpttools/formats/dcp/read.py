@@ -130,6 +130,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
         path=path,
         layout=Layout(
             format="dcp",
+            ranked=True,
             dp_degree=max(shards, default=1) or 1,
             dtype=dtypes.pop() if len(dtypes) == 1 else None,
             writer="torch.distributed.checkpoint",

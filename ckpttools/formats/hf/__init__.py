@@ -13,26 +13,21 @@ the step, the epoch and the losses as strings. Nothing else of a training state 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from ckpttools.findings import Finding
 from ckpttools.formats.format import Checked, Format, Source
 from ckpttools.formats.hf import names
-from ckpttools.formats.hf.configs import config_files
-from ckpttools.formats.hf.names import CONFIG_FILES, HEADS, INDEX, ROLES, SHARD, holds, weight_files
+from ckpttools.formats.hf.names import holds
 from ckpttools.formats.hf.read import read
 from ckpttools.formats.hf.write import BIN, plan
+from ckpttools.location import Location
 
 __all__ = [
     "BIN",
-    "CONFIG_FILES",
     "FORMAT",
-    "HEADS",
-    "INDEX",
-    "ROLES",
-    "SHARD",
-    "config_files",
-    "holds",
     "plan",
     "read",
-    "weight_files",
 ]
 
 
@@ -42,9 +37,20 @@ def _check(source: Source) -> Checked:
     return check(source)
 
 
+def _beside(folder: Location, files: list[str]) -> Iterator[Finding]:
+    from ckpttools.formats.hf.checks import leftovers
+
+    return leftovers(folder, files)
+
+
 FORMAT = Format(
     name="hf",
     holds=holds,
+    names_it=names.names_it,
+    resumes=False,
+    is_part=names.is_shard,
+    is_weights=names.is_weights,
+    beside=_beside,
     recognise=names.recognise,
     recognise_file=names.recognise_file,
     lacking=names.lacking,

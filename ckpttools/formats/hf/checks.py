@@ -15,7 +15,7 @@ from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding
 from ckpttools.formats.files import check_read
 from ckpttools.formats.format import Checked, Source
-from ckpttools.formats.hf.names import ADAPTER
+from ckpttools.formats.hf.names import ADAPTER, INDEX, is_shard
 from ckpttools.formats.hf.read import read
 from ckpttools.location import Location
 from ckpttools.stores.files import entries, is_file, is_folder
@@ -129,3 +129,36 @@ def _total_size(found: Checkpoint, path: Location) -> Iterator[Finding]:
     once = every - sum(found.tensors[alias].nbytes for alias in found.shared)
     if stated not in (every, once):
         yield _differs(path, "metadata.total_size", stated, f"{every} bytes")
+
+
+def leftovers(folder: Location, names: list[str]) -> Iterator[Finding]:
+    """Shards that look like weights and that no index names: of an earlier, larger save."""
+    for index in (name for name in INDEX if name in names):
+        try:
+            weight_map = jsons.read(folder / index).get("weight_map")
+        except CkptError:
+            continue  # reported by itself
+        if not isinstance(weight_map, dict):
+            continue
+        kind = index.split(".")[1]
+        used = {shard for shard in weight_map.values() if isinstance(shard, str)}
+        single = f"{index.split('.')[0]}.{kind}"
+        if single in names and single not in used:
+            yield Finding(
+                id="shard-unused",
+                severity=WARNING,
+                file=str(folder / index),
+                where="",
+                message=f"an index lies beside {single}, which is what transformers loads",
+                hint="move away the one that is left over from another save",
+            )
+        for name in names:
+            if name not in used and is_shard(name) and name.endswith(kind):
+                yield Finding(
+                    id="shard-unused",
+                    severity=WARNING,
+                    file=str(folder / name),
+                    where="",
+                    message=f"looks like a shard of the model, and {index} does not name it",
+                    hint="move it away if it is left over from another save",
+                )

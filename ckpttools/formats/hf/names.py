@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 
 from ckpttools.errors import CkptError
+from ckpttools.formats.configs import CONFIG_FILES, HEADS
 from ckpttools.formats.format import Folder, Found
 from ckpttools.location import Location
 
@@ -33,14 +34,6 @@ ROLES = {
     "scheduler.pt": "scheduler state",
     "tokenizer.json": "the tokenizer",
 }
-# what transformers needs beside the weights to load a model and its tokenizer
-CONFIG_FILES = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|"
-    r"preprocessor_config|processor_config|adapter_config)\.json|merges\.txt|vocab\.txt|.*\.model|"
-    r"chat_template\.(jinja|json)"
-)
-# a folder with one of them has a configuration
-HEADS = ("config.json", "adapter_config.json")
 
 
 def weight_files(names: Collection[str]) -> tuple[str | None, str | None]:
@@ -48,6 +41,20 @@ def weight_files(names: Collection[str]) -> tuple[str | None, str | None]:
     index = next((name for name in INDEX if name in names), None)
     single = next((name for name in SINGLE if name in names), None)
     return index, single
+
+
+def names_it(name: str) -> bool:
+    """Whether a file of that name belongs to a model folder."""
+    known = name in (*SINGLE, *INDEX, *ROLES)
+    return known or SHARD.fullmatch(name) is not None or CONFIG_FILES.fullmatch(name) is not None
+
+
+def is_shard(name: str) -> bool:
+    return SHARD.fullmatch(name) is not None
+
+
+def is_weights(name: str) -> bool:
+    return name in SINGLE or is_shard(name)
 
 
 def holds(folder: Folder) -> bool:

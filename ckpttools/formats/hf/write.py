@@ -22,15 +22,9 @@ Tensors = Mapping[str, TensorRef]
 Ties = Mapping[str, str]  # alias -> owner
 
 
-def plan(
-    checkpoint: Checkpoint,
-    layout: Layout | None = None,
-    *,
-    max_shard_size: int = NO_LIMIT,
-    single: bool = False,
-) -> Plan:
-    """A folder of shards, none larger than `max_shard_size` bytes unless one tensor is; with `single`, one
-    file at the destination itself.
+def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
+    """A folder of shards, none larger than `layout.max_shard_size` bytes unless one tensor is; with
+    `layout.single`, one file at the destination itself.
 
     `layout.variant` BIN is for torch files, in which tied names share a storage; else safetensors, in which
     they are stored once, as transformers does. `layout.stem` begins the names of the files where it is not
@@ -49,12 +43,12 @@ def plan(
             return write_torch_file(path, _state_dict(mine, ties))
         return safetensors_file(path, mine, about)
 
-    if single:
+    if layout.single:
         files = [file("", list(stored))]
     else:
         kind, suffix = ("pytorch_model", ".bin") if binary else ("model", ".safetensors")
         stem = layout.stem or checkpoint.layout.stem or kind
-        files = _folder(stored, ties, file, stem, suffix, max_shard_size)
+        files = _folder(stored, ties, file, stem, suffix, layout.max_shard_size or NO_LIMIT)
     notes = () if binary else (f"{escape(a)} is tied to {escape(o)} and stored once" for a, o in ties.items())
     return Plan(files=tuple(files), notes=(*notes, *_not_held(checkpoint, binary)), checks=checkpoint.checks)
 

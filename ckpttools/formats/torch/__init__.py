@@ -12,14 +12,18 @@ Source: torch/optim/optimizer.py (state_dict, load_state_dict) of torch 2.13.
 
 from __future__ import annotations
 
-from ckpttools.containers.torch_file import is_torch_file
+from dataclasses import replace
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers.torch_file import TorchFile, is_torch_file
+from ckpttools.formats.counters import OPTIMIZER
 from ckpttools.formats.format import Checked, Format, Found, Source
-from ckpttools.formats.torch.names import OPTIMIZER, WEIGHTS, find_weights, strip
+from ckpttools.formats.torch.names import WEIGHTS, find_weights, strip
 from ckpttools.formats.torch.read import read
 from ckpttools.formats.torch.write import plan
 from ckpttools.location import Location
 
-__all__ = ["FORMAT", "OPTIMIZER", "WEIGHTS", "find_weights", "plan", "read", "strip"]
+__all__ = ["FORMAT", "WEIGHTS", "find_weights", "plan", "read", "strip"]
 
 
 def _recognise(path: Location) -> Found | None:
@@ -29,12 +33,17 @@ def _recognise(path: Location) -> Found | None:
 def _check(source: Source) -> Checked:
     from ckpttools.formats.files import check_read
 
-    return check_read(lambda: read(source.target, source.key))
+    return replace(check_read(lambda: read(source.target, source.key)), state=OPTIMIZER)
+
+
+def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, ...]]:
+    return (checkpoint.template if isinstance(checkpoint.template, TorchFile) else None), ()
 
 
 FORMAT = Format(
     name="pt",
     holds=lambda folder: False,
+    names_it=lambda name: False,
     recognise=lambda folder: None,
     recognise_file=_recognise,
     read=lambda source: read(source.target, source.key),
@@ -42,4 +51,5 @@ FORMAT = Format(
     plan=plan,
     targets=("pt",),
     keyed=True,
+    torch_files=_files,
 )

@@ -20,7 +20,6 @@ WEIGHTS = (
     "weights",
     "module_state_dict",
 )
-OPTIMIZER = ("optimizer_state_dict", "optimizer", "optim", "optimizer_state", "optimizer_states")
 PREFIXES = ("module.", "_orig_mod.")
 
 

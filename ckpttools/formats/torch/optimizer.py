@@ -11,8 +11,9 @@ from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
 from ckpttools.formats.buffers import is_buffer
+from ckpttools.formats.counters import OPTIMIZER
 from ckpttools.formats.torch.ids import Ids, Shape, by_shape
-from ckpttools.formats.torch.names import OPTIMIZER, PREFIXES
+from ckpttools.formats.torch.names import PREFIXES
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves
 from ckpttools.tree import Path as Keys

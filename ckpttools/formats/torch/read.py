@@ -72,6 +72,7 @@ def read(path: Location, wanted: str | None = None) -> Checkpoint:
         layout=Layout(
             format="pt",
             dtype=common_dtype(tensors),
+            prefix=prefix,
             writer="torch.save" + (" (older serialization)" if file.archive is None else ""),
         ),
         tensors=tensors,

@@ -11,9 +11,12 @@ are cut the same way. Source: deepspeed/runtime/zero/stage_1_and_2.py, bf16_opti
 `names` knows the files, `flat` the arithmetic, `read` and `write` the contents.
 """
 
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.formats import tags
 from ckpttools.formats.format import Checked, Format, Source
-from ckpttools.formats.tags import holds_states
 from ckpttools.formats.zero import names
+from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.formats.zero.read import read
 from ckpttools.formats.zero.write import plan
 
@@ -26,9 +29,18 @@ def _check(source: Source) -> Checked:
     return check(source.target)
 
 
+def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, ...]]:
+    folder = checkpoint.template
+    if not isinstance(folder, ZeroFolder):
+        return None, ()
+    return folder.model.file, tuple(rank.file for rank in folder.ranks)
+
+
 FORMAT = Format(
     name="zero",
-    holds=holds_states,
+    holds=tags.holds_states,
+    names_it=tags.is_states,
+    is_weights=tags.is_states,
     recognise=names.recognise,
     recognise_file=names.recognise_file,
     read=lambda source: read(source.target),
@@ -36,4 +48,5 @@ FORMAT = Format(
     plan=plan,
     targets=("zero1", "zero2"),
     tagged=True,
+    torch_files=_files,
 )

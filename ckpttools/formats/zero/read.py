@@ -41,6 +41,7 @@ def checkpoint(folder: ZeroFolder) -> Checkpoint:
         path=folder.files.folder,
         layout=Layout(
             format=f"zero{stage or 1}",
+            ranked=True,
             zero_stage=stage,
             dp_degree=len(ranks),
             tag=folder.files.folder.name,

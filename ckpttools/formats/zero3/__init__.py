@@ -16,8 +16,11 @@ Source: deepspeed/runtime/zero/stage3.py, partition_parameters.py, engine.py.
 `write` a folder for any number of ranks.
 """
 
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats import tags
 from ckpttools.formats.format import Checked, Format, Source, no_file
+from ckpttools.formats.zero3.join import Zero3Folder
 from ckpttools.formats.zero3.names import holds
 from ckpttools.formats.zero3.read import read
 from ckpttools.formats.zero3.write import plan
@@ -31,9 +34,18 @@ def _check(source: Source) -> Checked:
     return check(source.target)
 
 
+def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, ...]]:
+    folder = checkpoint.template
+    if not isinstance(folder, Zero3Folder):
+        return None, ()
+    return folder.models[0].file, tuple(shard.file for shard in folder.shards)
+
+
 FORMAT = Format(
     name="zero3",
     holds=holds,
+    names_it=tags.is_states,
+    is_weights=tags.is_states,
     recognise=lambda folder: tags.recognise(folder, holds),
     recognise_file=no_file,
     read=lambda source: read(source.target),
@@ -41,4 +53,5 @@ FORMAT = Format(
     plan=plan,
     targets=("zero3",),
     tagged=True,
+    torch_files=_files,
 )

@@ -21,6 +21,7 @@ from ckpttools.formats.engine import Shard as EngineShard
 from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked
 from ckpttools.formats.found import found
+from ckpttools.formats.rank_files import PADDED
 from ckpttools.formats.zero3.cuts import sub_group_size, sub_groups
 from ckpttools.formats.zero3.decode import Shard, read_model, read_shard
 from ckpttools.formats.zero3.join import Zero3Folder, assemble
@@ -62,7 +63,7 @@ def check(path: Location) -> Checked:
         return Checked(attempt.findings, None, read)
     for each in CHECKS:
         attempt.findings += each(folder)
-    return Checked(attempt.findings, attempt(lambda: checkpoint(folder)), read)
+    return Checked(attempt.findings, attempt(lambda: checkpoint(folder)), read, padded=PADDED)
 
 
 def same_on_all_ranks(folder: Zero3Folder) -> Findings:

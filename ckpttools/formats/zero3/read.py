@@ -44,6 +44,7 @@ def checkpoint(folder: Zero3Folder) -> Checkpoint:
         path=folder.files.folder,
         layout=Layout(
             format="zero3",
+            ranked=True,
             zero_stage=3,
             dp_degree=folder.ranks,
             tag=folder.files.folder.name,

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.findings import Finding, of_error
 from ckpttools.formats.engine import Engine, Shard, check_engine
 from ckpttools.formats.files import Attempts, archive_roots, check_files
-from ckpttools.formats.format import Checked
+from ckpttools.formats.format import Checked, Copy
 from ckpttools.formats.zero.checks import model, ranks
-from ckpttools.formats.zero.decode import Rank, read_model, read_rank
+from ckpttools.formats.zero.decode import Rank, frozen_fragments, read_model, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble, check_complete
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import checkpoint
@@ -82,9 +83,19 @@ def check(path: Location) -> Checked:
     if complete and model is not None:
         joined = attempt(lambda: assemble(files, model, tuple(ranks)))
     if joined is None:
-        return Checked(attempt.findings, None, torch_files)
+        return Checked(attempt.findings, None, torch_files, weights=files.model)
     attempt.findings += check_folder(joined)
-    return Checked(attempt.findings, attempt(lambda: checkpoint(joined)), torch_files)
+    found = attempt(lambda: checkpoint(joined))
+    copies = tuple(_second(found, joined)) if found is not None else ()
+    return Checked(attempt.findings, found, torch_files, copies=copies, weights=files.model)
+
+
+def _second(found: Checkpoint, folder: ZeroFolder) -> Iterator[Copy]:
+    """DeepSpeed's second copy of the frozen parameters."""
+    for name, ref in frozen_fragments(folder.model).items():
+        if name in found.tensors:
+            twin = f"frozen_param_fragments.{name}"
+            yield Copy(name=name, tensor=found.tensors[name], twin=twin, copy=ref)
 
 
 def check_folder(folder: ZeroFolder) -> Iterator[Finding]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from ckpttools.formats.hf.names import CONFIG_FILES
+import re
+
 from ckpttools.location import Location
 from ckpttools.plan import OutputFile, copy_file
 from ckpttools.stores.files import entries, is_file, size_of
 from ckpttools.stores.links import within
+
+# what transformers needs beside the weights to load a model and its tokenizer
+CONFIG_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|"
+    r"preprocessor_config|processor_config|adapter_config)\.json|merges\.txt|vocab\.txt|.*\.model|"
+    r"chat_template\.(jinja|json)"
+)
+# a folder with one of them has a configuration
+HEADS = ("config.json", "adapter_config.json")
 
 
 def config_files(folder: Location) -> list[OutputFile]:
