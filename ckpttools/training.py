@@ -7,6 +7,7 @@ knows no mathematics of schedules, and `transforms.rebase` knows no file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -53,6 +54,13 @@ class _Absent:
 
 
 ABSENT = _Absent()
+
+
+def equal(old: object, new: object) -> bool:
+    """Whether two plain values are the same; NaN is the same as NaN."""
+    both_nan = isinstance(old, float) and isinstance(new, float) and math.isnan(old) and math.isnan(new)
+    return old is new or old == new or both_nan
+
 
 # position: units done in all; inside: units done in the running epoch; total: units of the whole run;
 # warmup: its warmup; samples: nominal samples, counted as the batch size per update; skipped: updates that

@@ -11,6 +11,7 @@ huggingface   the Trainer's files beside a model or a ZeRO folder
 accelerate    save_state's files: likewise
 deepspeed     what every ZeRO folder holds, whoever drove it; client: other code's keys, training_info.json
 openpcdet, plain   single files; timm's too
+distributed   torch distributed checkpoints
 
 framework, rules, parts   what they share; progress: all that in one line
 """
@@ -27,6 +28,7 @@ from ckpttools.formats.format import Source
 from ckpttools.frameworks import (
     accelerate,
     deepspeed,
+    distributed,
     huggingface,
     lightning,
     mmengine,
@@ -51,6 +53,7 @@ FRAMEWORKS = (
     openpcdet.FRAMEWORK,
     plain.TIMM,
     plain.FRAMEWORK,
+    distributed.FRAMEWORK,
 )
 BY_NAME = {framework.name: framework for framework in FRAMEWORKS}
 POINTERS = tuple(pointer for framework in FRAMEWORKS for pointer in framework.pointers)
@@ -148,5 +151,6 @@ def _saved(source: Source, checkpoint: Checkpoint) -> Saved:
 def _bare(source: Source, checkpoint: Checkpoint) -> Saved:
     """Without what DeepSpeed itself says."""
     file, _ = source.format.torch_files(checkpoint)
-    tagged = source.format.tagged
-    return Saved(place=source.root if tagged else source.target, file=file, zero=tagged and file is not None)
+    tagged, place = source.format.tagged, source.root if source.format.tagged else source.target
+    values = checkpoint if file is None else None
+    return Saved(place=place, file=file, zero=tagged and file is not None, values=values)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ckpttools.checkpoint import TrainState
+from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
@@ -27,13 +27,14 @@ class Saved:
     """A checkpoint as it was found. `place` is the file or folder that a framework's own files lie in.
 
     `file` is a single torch file, or the model file of a ZeRO folder (rank 0's); `zero` says which, and
-    `engine` what DeepSpeed itself says in it.
+    `engine` what DeepSpeed itself says in it. Without a file the Checkpoint holds the `values`.
     """
 
     place: Location
     file: TorchFile | None = None
     zero: bool = False
     engine: Training | None = None
+    values: Checkpoint | None = None
 
     def is_folder(self, of: Callable[[Location], bool]) -> bool:
         """Whether the place is a folder that has a framework's files beside the weights."""

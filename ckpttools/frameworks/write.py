@@ -4,36 +4,45 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from ckpttools.containers.edit import edited, files_of
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers.edit import at, edited, files_of, value
+from ckpttools.errors import CkptError, escape
 from ckpttools.formats.format import Source
 from ckpttools.formats.tags import LATEST
 from ckpttools.formats.zero.join import ZeroFolder
+from ckpttools.formats.zero3.join import Zero3Folder
+from ckpttools.frameworks import distributed
 from ckpttools.frameworks.parts import MARKER_FILE
 from ckpttools.frameworks.surroundings import tree, with_surroundings
 from ckpttools.location import Location, below
 from ckpttools.plan import Literal, OutputFile, Plan, SourceCheck, copy_file
 from ckpttools.stores.files import is_folder, size_of
 from ckpttools.stores.links import within
-from ckpttools.training import Edit
+from ckpttools.training import ABSENT, Edit, equal
 
 _TAG = re.compile(r"(global_step)(\d+)")
 
 
-def plan(source: Source, extra: object, edits: Iterable[Edit], counts: tuple[int, int] | None) -> Plan:
+def plan(source: Source, found: Checkpoint, edits: Sequence[Edit], counts: tuple[int, int] | None) -> Plan:
     """The files of the checkpoint at `source` with the edits made.
 
-    `extra` is what its format read. `counts` are the old and the new count: a tag folder that is named
-    `global_step<old>` is renamed.
+    `counts` are the old and the new count: a tag folder that is named `global_step<old>` is renamed. Edits of
+    values that lie in the Checkpoint alone are written by its format.
     """
     with within(source.root):
-        return _plan(source, extra, edits, counts)
+        if is_folder(found.path) and edits and all(edit.place.file == found.path for edit in edits):
+            assert source.format.plan is not None
+            made = source.format.plan(distributed.edited(found, edits), found.layout)
+            own = {role.path for role in found.files}
+            return with_surroundings(source, made, ranks_change=False, own=own)
+        return _plan(source, found.template, edits, counts)
 
 
 def _plan(source: Source, extra: object, edits: Iterable[Edit], counts: tuple[int, int] | None) -> Plan:
-    by_file = files_of(edits)
+    by_file = files_of(_on_all_ranks(extra, edits))
     whole = _whole(source, extra)
     notes = [by_file.pop(path) for path in list(by_file) if path.name == MARKER_FILE]
     origin = {source.root if file.path == "" else source.root / file.path: file for file in whole.files}
@@ -55,13 +64,35 @@ def _plan(source: Source, extra: object, edits: Iterable[Edit], counts: tuple[in
 
 def _whole(source: Source, extra: object) -> Plan:
     """Everything that belongs to the checkpoint, copied."""
+    files: list[Location] = []
     if isinstance(extra, ZeroFolder):
         files = [extra.files.model, *extra.files.optim.values(), *extra.files.others]
+    elif isinstance(extra, Zero3Folder):
+        files = [*extra.files.model.values(), *extra.files.optim.values(), *extra.files.others]
+    if files:
         inside = Plan(files=tuple(copy_file(path, path.name, size_of(path)) for path in files))
         return with_surroundings(source, inside, ranks_change=False)
     if is_folder(source.root):
         return Plan(files=tuple(tree(source.root)))
     return Plan(files=(copy_file(source.root, "", size_of(source.root)),))
+
+
+def _on_all_ranks(extra: object, edits: Iterable[Edit]) -> Iterator[Edit]:
+    """ZeRO-3 saves counters, schedule and settings in the model file of every rank: each reads its own."""
+    models = [model.file for model in extra.models] if isinstance(extra, Zero3Folder) else []
+    for edit in edits:
+        yield edit
+        for file in models[1:] if models and edit.place.file == models[0].path else ():
+            own = value(file, at(file.value, *edit.place.at))
+            if not equal(own, None if edit.old is ABSENT else edit.old):
+                raise CkptError(
+                    "ranks-disagree",
+                    f"{edit.place} is {escape(own)} here, and {escape(edit.old)} on rank 0",
+                    where=file.path,
+                    why="each rank resumes with its own: the ranks would part",
+                    hint="ckpt verify says more; use an older checkpoint",
+                )
+            yield replace(edit, place=replace(edit.place, file=file.path))
 
 
 def _marker(root: Location, edits: list[Edit]) -> OutputFile:

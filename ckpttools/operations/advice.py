@@ -26,9 +26,9 @@ def _launch(source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None
     try:
         training = frameworks.read(source, checkpoint)
     except CkptError:
-        if checkpoint.layout.format == "dcp":
-            return distributed(checkpoint.layout.variant, dst)
         return f"resume your training code from {str(dst)!r}"
+    if checkpoint.layout.format == "dcp":
+        return distributed(checkpoint.layout.variant, dst)
     launch = frameworks.framework_of(training).launch
     return launch(dst, "N" if ranks is None else ranks, not source.inner)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ckpttools import frameworks
 from ckpttools.checks import check_before_use
-from ckpttools.errors import Unsupported
 from ckpttools.formats import Source
 from ckpttools.frameworks.write import plan as plan_of
 from ckpttools.operations import advice
@@ -34,18 +33,10 @@ def prepare(src: Path, dst: Path | None, request: Request, tag: str | None = Non
     """Everything that another batch size changes. Raises CkptError with a reason where it cannot be told."""
     source = find(src, tag)
     checkpoint = check_before_use(source)
-    if source.format.name == "zero3":
-        raise Unsupported(
-            "layout-unsupported",
-            "a ZeRO-3 checkpoint, which is read and not rebased yet",
-            where=checkpoint.path,
-            why="its counters are in the files of every rank",
-            hint="rebase is for ZeRO-1 and ZeRO-2 folders, and for single files",
-        )
     result = rebased(frameworks.read(source, checkpoint), request)
     known = result.old_count is not None and result.new_count is not None
     counts = (result.old_count or 0, result.new_count or 0) if known else None
-    plan = plan_of(source, checkpoint.template, result.edits, counts)
+    plan = plan_of(source, checkpoint, result.edits, counts)
     dst = dst or default_dst(src, f"bs{request.new_bs or result.timeline.new.total}")
     ranks = checkpoint.layout.dp_degree if checkpoint.layout.zero_stage is not None else None
     steps = advice.resume(source, checkpoint, dst, ranks)

@@ -111,7 +111,7 @@ def _with(found: Forecast, more: Iterable[Difference], about: About, good: str) 
 
 def _driven(target: Target, run: NewRun, found: Forecast) -> Forecast:
     """What a framework that drives DeepSpeed knows beside it: epoch, length, batch and schedule."""
-    if target.saved is None or target.saved.stage not in (1, 2):
+    if target.saved is None or target.saved.stage not in (1, 2, 3):
         return found
     try:
         training = training_of.read(target.source, read(target.source))

@@ -26,6 +26,7 @@ WRITTEN = {
     "deepspeed": ["bundle/checkpoint-200", "deepspeed-0.19.8/z2_bf16_ws2"],
     "openpcdet": ["monolithic/pcdet/checkpoint_epoch_4.pth"],
     "timm": ["monolithic/timm/checkpoint-5.pth.tar"],
+    "distributed": ["dcp/fsdp2_ws2", "dcp/step-3"],
     "plain": ["monolithic/full/epoch_2_step_40.pt", "monolithic/bare/model.pth"],
 }
 CASES = [(framework, name) for framework, names in WRITTEN.items() for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("rebase-ranks")]
 
 def ds_config(saved: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """The scheduler's parameters of the old ds_config, with those that the command says the new run needs."""
-    state = torch.load(saved / "mp_rank_00_model_states.pt", weights_only=False)
+    (model, *_) = sorted(saved.glob("*mp_rank_00_model_states.pt"))
+    state = torch.load(model, weights_only=False)
     scheduler = state["ds_config"].get("scheduler")
     if scheduler is None:  # the client's
         return {}
@@ -33,6 +35,7 @@ DEEPSPEED = Framework(
     launcher="torchrun",
     settings=ds_config,
 )
+ZERO3 = dataclasses.replace(DEEPSPEED, environment={"ZERO_STAGE": "3"})
 TRAINER = Framework(
     script="train_trainer", place=lambda folder, case: folder / f"checkpoint-{case.at}", launcher="torchrun"
 )
@@ -41,7 +44,7 @@ ACCELERATE = Framework(
     place=lambda folder, case: folder / "checkpoints" / f"checkpoint_{case.at}",
     launcher="torchrun",
 )
-FRAMEWORKS = {"deepspeed": DEEPSPEED, "trainer": TRAINER, "accelerate": ACCELERATE}
+FRAMEWORKS = {"deepspeed": DEEPSPEED, "zero3": ZERO3, "trainer": TRAINER, "accelerate": ACCELERATE}
 
 OWN = (
     "WarmupLR-linear",
@@ -85,6 +88,10 @@ DEFAULT = {
         *cases((*OWN, *CLIENT), (DOUBLE,), (3,)),
         *cases(("WarmupCosineLR", "client-SequentialLR"), (ACCUMULATED,), (14, 16)),
     ],
+    "zero3": [
+        *cases(("WarmupCosineLR",), (HALF,), (16,)),
+        *cases(("client-SequentialLR",), (ACCUMULATED,), (14,)),
+    ],
     "trainer": [
         *cases(("linear",), (HALF,), (16,)),
         *cases(("cosine-zero", "WarmupDecayLR-zero"), (DOUBLE,), (16,)),
@@ -114,6 +121,7 @@ HEAVY = {
         # 3 updates per epoch of 48 samples; 50 would make 3.5, and a warmup of an epoch could not be whole
         *cases(("WarmupCosineLR", "client-SequentialLR"), (OLD, HALF), (2, 10), (48,), ACCUMULATED),
     ],
+    "zero3": [*cases((*OWN, *CLIENT), (HALF, DOUBLE), (3, 16))],
     "trainer": grid("linear", "cosine", "linear-zero", "cosine-zero", "WarmupDecayLR-zero"),
     "accelerate": grid("CosineAnnealingLR", "OneCycleLR", "SequentialLR"),
 }

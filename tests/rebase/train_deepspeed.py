@@ -89,7 +89,7 @@ def engine_of(job: Job) -> Any:
         "gradient_accumulation_steps": job.accumulation,
         "bf16": {"enabled": True},
         "zero_optimization": {
-            "stage": 2,
+            "stage": int(os.environ.get("ZERO_STAGE", "2")),
             "reduce_bucket_size": 1_000_000,
             "allgather_bucket_size": 1_000_000,
         },

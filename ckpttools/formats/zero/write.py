@@ -8,8 +8,8 @@ was read, a value that has not changed is written as it was.
 from __future__ import annotations
 
 from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.zero import model_file, optim_file
-from ckpttools.formats.zero.batch import kept_batch
 from ckpttools.formats.zero.target import target
 from ckpttools.plan import Plan, copy_file
 from ckpttools.stores.files import size_of

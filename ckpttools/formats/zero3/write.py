@@ -16,6 +16,7 @@ from ckpttools.containers.nodes import ORDERED, encode, encode_tensor, put_node
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, new_storage, size_node, tensor_node, write_torch_file
 from ckpttools.errors import Unsupported, escape
+from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import (
     STAGE,
@@ -53,19 +54,21 @@ def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
 
     Raises Unsupported for state that is not of its parameter's shape, or differs within a sub-group.
     """
-    to = _target(checkpoint, layout)
+    to, notes = _target(checkpoint, layout)
     prefix = "bf16_" if to.dtype is DTYPES["bfloat16"] else ""
     files: list[OutputFile] = []
     for rank in range(to.ranks):
         files.append(write_torch_file(model_name(rank), _model(to, rank)))
         files.append(write_torch_file(optim_name(rank, prefix), _optim(to, rank)))
-    return Plan(files=tuple(files), notes=tuple(_notes(to)), checks=checkpoint.checks)
+    return Plan(files=tuple(files), notes=(*_notes(to), *notes), checks=checkpoint.checks)
 
 
-def _target(checkpoint: Checkpoint, layout: Layout) -> Target:
+def _target(checkpoint: Checkpoint, layout: Layout) -> tuple[Target, tuple[str, ...]]:
+    """What to write, with notes about the batch."""
     if not checkpoint.groups:
         raise no_groups(checkpoint)
-    settings = dict(checkpoint.settings)
+    batch, notes = kept_batch(checkpoint, layout)
+    settings = {**checkpoint.settings, **batch}
     section = settings.get("zero_optimization")
     if settings:
         settings["zero_optimization"] = {**(section if isinstance(section, Mapping) else {}), "stage": 3}
@@ -77,7 +80,7 @@ def _target(checkpoint: Checkpoint, layout: Layout) -> Target:
     for group in checkpoint.groups:
         numels = {n: math.prod(shape) for n, shape in group.params.items()}
         cuts.append(tuple(tuple(names) for names in sub_groups(numels, layout.dp_degree, limit)))
-    return Target(
+    to = Target(
         checkpoint=checkpoint,
         ranks=layout.dp_degree,
         dtype=short.get(layout.dtype or "", found),
@@ -85,6 +88,7 @@ def _target(checkpoint: Checkpoint, layout: Layout) -> Target:
         buffers=_buffers(checkpoint),
         settings=settings,
     )
+    return to, notes
 
 
 def _buffers(checkpoint: Checkpoint) -> frozenset[str]:

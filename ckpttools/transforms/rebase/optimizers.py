@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from ckpttools.errors import UsageError
-from ckpttools.training import Edit, OptimizerSettings, Place
-from ckpttools.transforms.rebase.scheduled import Scheduled, equal
+from ckpttools.training import Edit, OptimizerSettings, Place, equal
+from ckpttools.transforms.rebase.scheduled import Scheduled
 from ckpttools.transforms.rebase.timeline import Request, Timeline
 
 CYCLES = ("OneCycle", "CyclicLR", "Momentum")  # schedules that may move betas, too

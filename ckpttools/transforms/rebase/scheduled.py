@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,7 +10,7 @@ from ckpttools import schedules
 from ckpttools.errors import UsageError
 from ckpttools.schedules import Program
 from ckpttools.schedules.lengths import Steps, Unit
-from ckpttools.training import Edit, Key, SavedSchedule, Training
+from ckpttools.training import Edit, Key, SavedSchedule, Training, equal
 from ckpttools.transforms.rebase.marks import noted_unit
 from ckpttools.transforms.rebase.timeline import Request, Timeline
 
@@ -162,9 +161,3 @@ def differences(old: object, new: object, *keys: Key) -> Iterator[tuple[tuple[Ke
             yield from differences(before, after, *keys, i)
     elif type(old) is not type(new) or not equal(old, new):
         yield keys, old, new
-
-
-def equal(old: object, new: object) -> bool:
-    """Whether two plain values are the same; NaN is the same as NaN."""
-    both_nan = isinstance(old, float) and isinstance(new, float) and math.isnan(old) and math.isnan(new)
-    return old is new or old == new or both_nan
