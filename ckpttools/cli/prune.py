@@ -13,9 +13,11 @@ import click
 from ckpttools.cli import render
 from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, WORKERS
 from ckpttools.errors import UsageError, escape
+from ckpttools.stores.files import local
 
 if TYPE_CHECKING:
     from ckpttools.operations.prune import Pruning
+    from ckpttools.runs.retain import Decision
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -47,6 +49,7 @@ def _within(context: click.Context, param: click.Parameter, text: str | None) ->
 @click.option(
     "--keep-within", callback=_within, metavar="7d", help="Those written in the last 7d, 12h, 90m, 2w."
 )
+@click.option("--slim", is_flag=True, help="Keep the weights of what goes, in weights-of-NAME beside it.")
 @click.option("--verified", is_flag=True, help="Read every byte of what stays, not only headers.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, and remove nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
@@ -61,6 +64,7 @@ def command(
     keep_best: str | None,
     keep_every: int | None,
     keep_within: float | None,
+    slim: bool,
     verified: bool,
     dry_run: bool,
     yes: bool,
@@ -80,7 +84,7 @@ def command(
 
     policy = Policy(last=keep_last, per_kind=per_kind, best=keep_best, every=keep_every, within=keep_within)
     bar = render.bars(enabled=not (no_progress or quiet))
-    plan = plan_of(folder, policy, verified=verified, workers=workers, bar=bar)
+    plan = plan_of(folder, policy, slim=slim, verified=verified, workers=workers, bar=bar)
     code = 1 if plan.notes else 0
     work = bool(plan.removed or plan.left)
     if not as_json and not (quiet and yes):
@@ -97,7 +101,7 @@ def command(
         if not yes and not click.confirm(f"remove these {len(plan.removed)}?", err=True):
             render.say("nothing was removed", quiet=quiet)
             return code
-        carry_out(plan)
+        carry_out(plan, workers=workers, bar=bar)
         render.say(
             f"removed {len(plan.removed)} checkpoints, {render.size(plan.nbytes)}", quiet=quiet or as_json
         )
@@ -111,11 +115,11 @@ def _text(plan: Pruning) -> Iterator[str]:
         yield escape(run, 4000)
         rows = [
             (
-                "remove" if d.goes else "keep",
+                "keep" if not d.goes else "slim" if d.entry.path in plan.slimmed else "remove",
                 d.entry.path.name if d.entry.path != run else ".",
                 d.entry.at or "?",
                 render.size(d.entry.nbytes),
-                "; ".join(d.reasons) + (" (damaged)" if d.good is False else ""),
+                _why(d, plan),
             )
             for d in decisions
         ]
@@ -129,6 +133,13 @@ def _text(plan: Pruning) -> Iterator[str]:
         yield "nothing to remove"
 
 
+def _why(decision: Decision, plan: Pruning) -> str:
+    kept = plan.slimmed.get(local(decision.entry.path))
+    if kept is not None:
+        return f"its weights stay in {kept.destination.name}"
+    return "; ".join(decision.reasons) + (" (damaged)" if decision.good is False else "")
+
+
 def _json(plan: Pruning, dry_run: bool) -> dict[str, object]:
     return {
         "ok": not plan.notes,
@@ -137,6 +148,10 @@ def _json(plan: Pruning, dry_run: bool) -> dict[str, object]:
         "nbytes": plan.nbytes,
         "removed": [{"path": str(entry.path), "nbytes": entry.nbytes} for entry in plan.removed],
         "kept": [{"path": str(d.entry.path), "good": d.good, "reasons": list(d.reasons)} for d in plan.kept],
+        "slimmed": [
+            {"path": str(path), "destination": str(kept.destination), "nbytes": kept.nbytes}
+            for path, kept in plan.slimmed.items()
+        ],
         "left": [str(path) for path in plan.left],
         "notes": list(plan.notes),
     }

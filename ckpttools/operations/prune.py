@@ -13,17 +13,18 @@ import shutil
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from ckpttools import checks, manifest, runs
 from ckpttools.checks import Verdict
 from ckpttools.errors import CkptError, UsageError, escape
-from ckpttools.location import Location
+from ckpttools.operations import slim as slimming
 from ckpttools.operations.replacing import somebodys
+from ckpttools.operations.slim import Slim
 from ckpttools.operations.writing import Bar
 from ckpttools.runs import needs, pins
 from ckpttools.runs.find import Entry
@@ -35,12 +36,14 @@ from ckpttools.stores.files import is_file, is_folder, is_link, local, walk
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruning:
     """What a prune removes, or removed. `nbytes` is what that frees: a file with another hard link frees
-    nothing. `left` is what an interrupted prune left, which goes as well."""
+    nothing. `left` is what an interrupted prune left, which goes as well. `slimmed` maps what goes to the
+    folder that keeps its weights."""
 
     folder: Path
     runs: tuple[tuple[Path, tuple[Decision, ...]], ...]
     nbytes: int
     left: tuple[Path, ...] = ()
+    slimmed: Mapping[Path, Slim] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -61,6 +64,7 @@ def prune(
     keep_best: str | None = None,
     keep_every: int | None = None,
     keep_within: float | None = None,
+    slim: bool = False,
     verified: bool = False,
     dry_run: bool = False,
     workers: int = 0,
@@ -70,17 +74,18 @@ def prune(
 
     `keep_last` counts good ones only. `keep_best` is a metric ("val_loss", "accuracy:max"), "" the validation
     loss; `keep_every` a number of steps; `keep_within` seconds. With `verified` every byte of what stays is
-    read. The newest good one, the best, and what is pinned, named by a pointer or needed by something else
-    stay always. Raises UsageError where nothing says what to keep, or that cannot be told.
+    read; with `slim` the weights of what goes are kept, in weights-of-NAME beside it. The newest good one,
+    the best, and what is pinned, named by a pointer or needed by something else stay always. Raises
+    UsageError where nothing says what to keep, or that cannot be told.
 
     >>> plan = prune("fixtures/hf-trainer/plain", keep_last=1, dry_run=True)
     >>> [entry.path.name for entry in plan.removed], plan.kept[0].reasons
     (['checkpoint-2'], ('one of the last 1',))
     """
     policy = Policy(last=keep_last, per_kind=per_kind, best=keep_best, every=keep_every, within=keep_within)
-    plan = plan_of(Path(folder), policy, verified=verified, workers=workers, bar=bar)
+    plan = plan_of(Path(folder), policy, slim=slim, verified=verified, workers=workers, bar=bar)
     if not dry_run:
-        carry_out(plan)
+        carry_out(plan, workers=workers, bar=bar)
     return plan
 
 
@@ -88,6 +93,7 @@ def plan_of(
     folder: Path,
     policy: Policy,
     *,
+    slim: bool = False,
     verified: bool = False,
     workers: int = 0,
     bar: Bar | None = None,
@@ -103,6 +109,7 @@ def plan_of(
     everything = [local(entry.path) for run in found for entry in run]
     decided: list[tuple[Path, tuple[Decision, ...]]] = []
     notes: list[str] = []
+    slimmed: dict[Path, Slim] = {}
     for run in found:
         best = needs.stated_best(run)
 
@@ -115,15 +122,32 @@ def plan_of(
         if not any(d.good for d in decisions):
             notes.append(f"{escape(run[0].run)}: nothing is removed, no checkpoint of it is known to be good")
             decisions = [_stays(d, "no checkpoint of the run is known to be good") for d in decisions]
+        if slim:
+            decisions = [_slimmed(decision, slimmed) for decision in decisions]
         decided.append((local(run[0].run), tuple(decisions)))
     gone = [local(d.entry.path) for _, decisions in decided for d in decisions if d.goes]
     return Pruning(
         folder=folder,
         runs=tuple(decided),
-        nbytes=freed([*gone, *around.left]),
+        nbytes=freed([*gone, *around.left]) - sum(each.nbytes for each in slimmed.values()),
         left=around.left,
+        slimmed=slimmed,
         notes=tuple(notes),
     )
+
+
+def _slimmed(decision: Decision, slimmed: dict[Path, Slim]) -> Decision:
+    """The decision, with what keeps the weights noted; it stays where they cannot be kept."""
+    if not decision.goes:
+        return decision
+    path = local(decision.entry.path)
+    if decision.entry.resumes is False:
+        return _stays(decision, "it holds weights alone")
+    try:
+        slimmed[path] = slimming.planned(path)
+    except CkptError as error:
+        return _stays(decision, f"its weights cannot be kept: {error.message}")
+    return decision
 
 
 def _stays(decision: Decision, why: str) -> Decision:
@@ -195,16 +219,28 @@ def _tree(path: Path) -> Iterator[Path]:
     yield from (local(place) for place, entry in walk(path) if not is_folder(entry))
 
 
-def carry_out(plan: Pruning, *, said: Callable[[Location], None] = lambda path: None) -> None:
-    """Remove what the plan says; `said` hears of each when it is gone. Raises UsageError where one of them is
-    no longer what the plan saw, or the system refuses; what was removed before stays removed."""
+def carry_out(
+    plan: Pruning,
+    *,
+    said: Callable[[Path], None] = lambda path: None,
+    workers: int = 0,
+    bar: Bar | None = None,
+) -> None:
+    """Remove what the plan says, its weights kept first where it says so; `said` hears of each when it is
+    gone. Raises CkptError where weights cannot be kept, UsageError where one of them is no longer what the
+    plan saw, or the system refuses; what was removed before stays removed.
+    """
     for path in plan.left:
         _delete(path)
     for run, decisions in plan.runs:
         for decision in reversed(decisions):
             if decision.goes:
+                kept = plan.slimmed.get(local(decision.entry.path))
+                if kept is not None:
+                    _refuse_changed(decision.entry, run, plan.folder)
+                    slimming.carry_out(local(decision.entry.path), kept, workers=workers, bar=bar)
                 _remove(decision.entry, run, plan.folder)
-                said(decision.entry.path)
+                said(local(decision.entry.path))
 
 
 def _remove(entry: Entry, run: Path, folder: Path) -> None:

@@ -281,6 +281,98 @@ def _die_at(n: int) -> None:
     sys.addaudithook(hook)
 
 
+# --- slim --------------------------------------------------------------------------------------------
+
+
+def slim_folder(tmp_path: Path) -> Path:
+    ones = (*(One("", "hf", step) for step in (2, 4, 6)), *(One("", "iter", step) for step in (3, 9, 12)))
+    folder = Folder(ones).make(tmp_path)
+    shutil.copytree(FIXTURES / "deepspeed-0.19.8" / "z2_bf16_ws2", folder / "zero")
+    tag = (folder / "zero" / "latest").read_text()
+    for step in (9, 10):
+        shutil.copytree(folder / "zero" / tag, folder / "zero" / f"global_step{step}")
+    (folder / "zero" / "latest").write_text("global_step9")
+    return folder
+
+
+def test_slim_keeps_the_weights_of_what_goes(tmp_path: Path) -> None:
+    folder = slim_folder(tmp_path)
+    zero = folder / "zero"
+    plan = ckpttools.prune(zero, keep_last=1, dry_run=True)
+    (tag,) = (entry.path.name for entry in plan.removed)  # one is pointed at, one the newest
+    olds = {"checkpoint-2": folder, "checkpoint-4": folder, "iter_3.pth": folder, tag: zero}
+    before = {name: weights_of(place / name) for name, place in olds.items()}
+    every = snapshot(folder)
+    ran = run("prune", folder, "--keep-last", 1, "--slim", "--dry-run", "--json")
+    planned = json.loads(ran.out)
+    assert snapshot(folder) == every
+    assert {Path(each["path"]).name for each in planned["slimmed"]} == set(olds)
+    room = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    ran = run("prune", folder, "--keep-last", 1, "--slim", "-y")
+    assert ran.code == 0, ran.err
+    for name, place in olds.items():
+        copy = place / f"weights-of-{name.removesuffix('.pth')}"
+        assert not (place / name).exists() and run("verify", copy).code == 0
+        assert weights_of(copy) == before[name]
+    now = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    manifests = sum(path.stat().st_size for path in folder.rglob("ckpt-manifest.json"))
+    assert room - now + manifests == planned["nbytes"]
+    again = run("prune", folder, "--keep-last", 1, "--slim", "-y")
+    assert again.code == 0 and "nothing to remove" in again.out
+
+
+def weights_of(path: Path) -> dict[str, bytes]:
+    """The best copy of each weight, in fp32 where it is of 16 bits."""
+    opened = ckpttools.open(path)
+    refs = opened.checkpoint.best_copies()
+    arrays = {name: opened.array(ref) for name, ref in refs.items() if name not in opened.checkpoint.shared}
+    return {
+        name: (each.astype("float32") if each.itemsize == 2 else each).tobytes()
+        for name, each in arrays.items()
+    }
+
+
+def test_what_cannot_be_slimmed_stays(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1, 2, 3, 5, 9, 12, torn=(2,))
+    data = bytearray((folder / "iter_1.pth").read_bytes())
+    (chunk,) = ckpttools.open(folder / "iter_1.pth").checkpoint.tensors["model.weight"].chunks
+    data[chunk.start] ^= 1  # only its checksum tells
+    (folder / "iter_1.pth").write_bytes(data)
+    (folder / "weights-of-iter_3").mkdir()
+    (folder / "weights-of-iter_3" / "mine").write_text("mine")
+    ran = run("prune", folder, "--keep-last", 1, "--slim", "-y")
+    assert ran.code == 1 and "error[checksum]" in ran.err, (ran.out, ran.err)
+    assert {"iter_1.pth", "iter_2.pth", "iter_3.pth", "iter_9.pth", "iter_12.pth"} <= left(folder)
+    assert "its weights cannot be kept" in ran.out
+
+
+def test_slim_killed_at_any_moment_loses_no_weights(tmp_path: Path) -> None:
+    """A child is killed right before its n-th rename or deletion, for every n; then it goes on."""
+    killed = n = 0
+    while True:
+        folder = make(tmp_path / str(n), 1, 2, 12, 9)
+        expected = {step: weights_of(folder / f"iter_{step}.pth") for step in (1, 2)}
+        child = os.fork()
+        if not child:
+            _die_at(n)
+            ckpttools.prune(folder, keep_last=1, slim=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        for step, weights in expected.items():
+            whole = [
+                p for p in (folder / f"iter_{step}.pth", folder / f"weights-of-iter_{step}") if p.exists()
+            ]
+            assert whole and all(weights_of(path) == weights for path in whole), (n, step)
+        ckpttools.prune(folder, keep_last=1, slim=True)
+        assert {name for name in left(folder) if "tmp" not in name} == {
+            "iter_9.pth", "iter_12.pth", "weights-of-iter_1", "weights-of-iter_2",
+        }, n  # fmt: skip
+        if os.WIFEXITED(status):
+            break
+        killed, n = killed + 1, n + 1
+    assert killed > 4
+
+
 # --- pins ---------------------------------------------------------------------------------------------
 
 
