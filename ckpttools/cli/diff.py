@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, TAGS, WORKERS
 from ckpttools.errors import escape
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     "--top", type=click.IntRange(0), default=20, show_default=True, help="How many tensors are listed."
 )
 @FOLLOW
+@TAGS
 @KEY
 @JSON
 @QUIET
@@ -39,6 +40,7 @@ def command(
     b: Path,
     only: tuple[str, ...],
     top: int,
+    tags: tuple[str, ...],
     key: str | None,
     as_json: bool,
     quiet: bool,
@@ -56,7 +58,7 @@ def command(
     from ckpttools.operations.diff import diff
 
     bar = render.bars(enabled=not (no_progress or quiet))
-    found = diff(a, b, only=only, key=key, workers=workers, bar=bar)
+    found = diff(a, b, only=only, tags=tags, key=key, workers=workers, bar=bar)
     if as_json:
         render.document(_json(found, a, b))
     elif not quiet:

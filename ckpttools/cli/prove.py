@@ -9,7 +9,7 @@ import click
 
 from ckpttools.cli import render
 from ckpttools.cli.diff import fact_json, facts
-from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, TAGS, WORKERS
 from ckpttools.errors import escape
 
 if TYPE_CHECKING:
@@ -22,13 +22,21 @@ SHOWN = 20
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
 @FOLLOW
+@TAGS
 @KEY
 @JSON
 @QUIET
 @WORKERS
 @NO_PROGRESS
 def command(
-    a: Path, b: Path, key: str | None, as_json: bool, quiet: bool, workers: int, no_progress: bool
+    a: Path,
+    b: Path,
+    tags: tuple[str, ...],
+    key: str | None,
+    as_json: bool,
+    quiet: bool,
+    workers: int,
+    no_progress: bool,
 ) -> int:
     """Say whether A and B are the same training state, whatever their layouts.
 
@@ -42,7 +50,7 @@ def command(
     from ckpttools.operations.prove import prove
 
     bar = render.bars(enabled=not (no_progress or quiet))
-    proof = prove(a, b, key=key, workers=workers, bar=bar)
+    proof = prove(a, b, tags=tags, key=key, workers=workers, bar=bar)
     if as_json:
         render.document(_json(proof))
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,9 +18,9 @@ from ckpttools.compare.stream import Stream, refuse_links
 from ckpttools.errors import UsageError
 from ckpttools.formats import Source
 from ckpttools.location import Location
-from ckpttools.operations.source import find
+from ckpttools.operations.source import find, tags_for
 from ckpttools.operations.writing import Bar
-from ckpttools.stores.files import is_file
+from ckpttools.stores.files import is_file, named
 from ckpttools.stores.links import within
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value
@@ -67,12 +67,14 @@ def diff(
     right: str | Location,
     *,
     only: Collection[str] = (),
+    tags: Sequence[str] = (),
     key: str | None = None,
     workers: int = 0,
     bar: Bar | None = None,
 ) -> Diff:
     """Compare two checkpoints of any formats: what was added, removed, reshaped, retyped, and how far apart
-    the rest is. `only` are globs for names of tensors; settings and counters are then left out.
+    the rest is. `only` are globs for names of tensors; settings and counters are then left out. `tags` are
+    the tag folders to take: one for both, or one for each.
 
     Raises CkptError where one is damaged, UsageError where nothing matches.
 
@@ -80,7 +82,8 @@ def diff(
     >>> found.same, found.tensors[0].what, found.tensors[0].apart.cosine > 0.9
     (False, 'changed', True)
     """
-    (first, a), (second, b) = _open(left, key), _open(right, key)
+    chosen = tags_for([named(left), named(right)], tags)
+    (first, a), (second, b) = _open(left, chosen[0], key), _open(right, chosen[1], key)
     ours, theirs = content(a), content(b)
     wanted = [pair for pair in pairs(ours, theirs) if _matches(pair, only)]
     if not wanted:
@@ -118,8 +121,8 @@ def diff(
     )
 
 
-def _open(path: str | Location, key: str | None) -> tuple[Source, Checkpoint]:
-    source = find(path)
+def _open(path: str | Location, tag: str | None, key: str | None) -> tuple[Source, Checkpoint]:
+    source = find(path, tag)
     if key is not None and is_file(source.target):
         source = replace(source, key=key)
     return source, check_before_use(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ from ckpttools.compare.facts import RANDOM, Fact, differences, opaque, random_st
 from ckpttools.formats import Source
 from ckpttools.location import Location
 from ckpttools.operations.digest import Compared, Digested, compare, digest
+from ckpttools.operations.source import tags_for
 from ckpttools.operations.writing import Bar
 from ckpttools.stores.files import entries, is_file, is_folder, named
 from ckpttools.stores.links import within
@@ -53,19 +55,22 @@ def prove(
     left: str | Location,
     right: str | Location,
     *,
+    tags: Sequence[str] = (),
     key: str | None = None,
     workers: int = 0,
     bar: Bar | None = None,
 ) -> Proof:
     """Hold two checkpoints of any layouts against each other: weights, moments, steps, hyper-parameters,
-    schedule, counters, and what training code saved. Every byte of both is read once.
+    schedule, counters, and what training code saved. Every byte of both is read once. `tags` are the tag
+    folders to take: one for both, or one for each.
 
     Raises CkptError where one is damaged.
 
     >>> prove("fixtures/trainer/z2_bf16_2", "fixtures/trainer/z2_bf16_2").verdict
     'same'
     """
-    a, b = (digest(path, key=_key(path, key), workers=workers, bar=bar) for path in (left, right))
+    chosen = zip((left, right), tags_for([named(left), named(right)], tags), strict=True)
+    a, b = (digest(path, tag=tag, key=_key(path, key), workers=workers, bar=bar) for path, tag in chosen)
     found = differences(a.checkpoint, b.checkpoint)
     return Proof(
         compared=compare(a, b),

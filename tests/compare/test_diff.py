@@ -171,3 +171,20 @@ def test_only_and_top_and_bad_calls(tmp_path: Path) -> None:
     for command in ("diff", "prove"):
         assert run(command, GROUPS, tmp_path / "cut").code == 1
     assert run("diff", GROUPS, tmp_path / "nowhere").code == 2
+
+
+def test_tags_name_two_checkpoints_of_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(GROUPS, folder)
+    tag = (folder / "latest").read_text()
+    resharded(GROUPS, 4, tmp_path / "four")
+    shutil.copytree(tmp_path / "four" / (tmp_path / "four/latest").read_text(), folder / "four")
+    for command in ("diff", "prove"):
+        assert run(command, folder, folder, "-t", tag, "-t", "four").code == 0
+        assert run(command, folder, folder, "-t", tag).code == 0
+        assert run(command, folder, GROUPS, "--tag", "four", "--tag", "").code == 0
+        ran = run(command, folder, folder, "-t", tag, "-t", "fuor")
+        assert ran.code == 2 and "tag-missing" in ran.err and "four" in ran.err
+        assert run(command, folder, folder, "-t", "a", "-t", "b", "-t", "c").code == 2
+    ckpt = ckpttools.diff(folder, folder, tags=(tag, "four"))
+    assert ckpt.same and ckpt.layout["ranks"] == (2, 4)
