@@ -22,7 +22,8 @@ def check_headers(source: Source, *, in_parts: bool = False) -> Checked:
         except CkptError as error:
             if in_parts and source.format.tagged and isinstance(error, Unsupported):
                 return check_parts(source.target, error)
-            if not (dangers := dangers_at(source.target)):
+            dangers = dangers_at(source.target)
+            if error.exit_code != 1 and not dangers:
                 raise
             return Checked([*dangers, of_error(error)], None, [])
         if checked.checkpoint is None:  # what could not be read was not judged, and may still be loaded

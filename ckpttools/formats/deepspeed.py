@@ -15,6 +15,7 @@ from ckpttools.containers.pickles import Global, Node, Object
 from ckpttools.containers.torch_file import TorchFile, size
 from ckpttools.formats.counters import train_state
 from ckpttools.location import Location
+from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value, put
 
 # what a model file holds beside the client's own keys
@@ -50,6 +51,18 @@ def stage_of(node: Node) -> int | None:
             names = ["disabled", "optimizer_states", "gradients", "weights"]
             return names.index(node.args[1]) if node.args[1] in names else None
     return fields.integer(node)
+
+
+def module_of(file: TorchFile, root: fields.Mapping) -> tuple[dict[str, TensorRef], dict[str, Value]]:
+    """The tensors of `module` by name, and what it holds beside them."""
+    tensors: dict[str, TensorRef] = {}
+    extra: dict[str, Value] = {}
+    for name, node in fields.mapping(file.path, root.get("module"), "module").named():
+        if view := file.view(node):
+            tensors[name] = view.ref
+        else:
+            extra[name] = decode(file, node)
+    return tensors, extra
 
 
 def settings_of(file: TorchFile, root: fields.Mapping) -> Mapping[str, Value]:

@@ -41,16 +41,8 @@ class Attempts:
             return None
 
 
-def check_read(read: Callable[[], Checkpoint]) -> Checked:
-    """The checks of a format that has none beside those of its torch files. Raises what says nothing about
-    the checkpoint.
-    """
-    try:
-        found = read()
-    except CkptError as error:
-        if error.exit_code != 1:
-            raise
-        return Checked([of_error(error)], None, [])
+def check_read(found: Checkpoint) -> Checked:
+    """The checks of a format that has none beside those of its torch files."""
     kept = found.template if isinstance(found.template, tuple) else (found.template,)
     files = [file for file in kept if isinstance(file, TorchFile)]
     return Checked(list(check_files(files)), found, files)

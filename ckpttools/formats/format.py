@@ -99,7 +99,8 @@ class Format:
     """One format. `holds` and `recognise` go by names alone, `read` and `check` by headers.
 
     `recognise` raises CkptError for what is of this format and is broken, or is not read. `check` reports
-    everything that it finds and raises Unsupported for a layout whose weights cannot be put together.
+    everything that it finds; it raises Unsupported for a layout whose weights cannot be put together, and
+    CkptError where there is nothing to go on with.
     `plan` writes any Checkpoint, and its notes name what the format has no place for; `targets` are the names
     that `ckpt convert --to` has for it, one for each stage. `lacking` says what a folder that no format
     knows would need to be of this one, `beside` what is wrong with files of this format in a folder that

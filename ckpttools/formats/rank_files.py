@@ -12,13 +12,14 @@ in third-party documents; it is read and never written.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from ckpttools.checkpoint import FileRole
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.location import Location
 from ckpttools.siblings import MANIFEST
-from ckpttools.stores.files import entries, is_file
+from ckpttools.stores.files import entries, is_file, size_of
 
 OPTIM = re.compile(
     r"(?P<prefix>bf16_|fp16_)?zero_pp_rank_(?P<dp>\d{1,6})(_mp_rank_(?P<mp>\d{2,6}))?(?P<bar>_?)optim_states\.pt"
@@ -128,6 +129,14 @@ def tensor_parallel(folder: Location) -> CkptError:
         hint="merge it with the training framework that sliced it",
         layout="tensor-parallel",
     )
+
+
+def role_of(file: TorchFile, role: str) -> FileRole:
+    return FileRole(path=file.path, nbytes=file.size, role=role, dangers=file.dangers)
+
+
+def roles_of_others(paths: Iterable[Location]) -> Iterator[FileRole]:
+    return (FileRole(path=path, nbytes=size_of(path), role="not part of the ZeRO layout") for path in paths)
 
 
 def unchecked(files: Sequence[TorchFile]) -> Iterator[str]:

@@ -110,6 +110,12 @@ def test_a_lost_shard_ends_with_what_is_left(tag: Path, tmp_path: Path) -> None:
     assert rescue(verify(tag.parent)) == []
 
 
+def test_files_of_two_saves_end_with_what_is_left(tag: Path) -> None:
+    shutil.copy(tag / RANK.format(1), tag / RANK.format(1).removeprefix("bf16_"))
+    verdict = verify(tag.parent)
+    assert "shard-duplicate" in [f.id for f in verdict.findings] and len(rescue(verdict)) == 1
+
+
 def test_a_good_checkpoint_needs_no_rescue() -> None:
     assert rescue(verify(SAMPLE)) == []
 

@@ -92,21 +92,16 @@ def _model_path(names: Names, name: str) -> Keys:
 
 def _weights(checkpoint: Checkpoint, notes: list[str]) -> Iterator[tuple[str, TensorRef]]:
     """One tensor for each name: the fp32 master where there is one. Tied names get the same object."""
-    master = checkpoint.master
-    rounded = {ref.dtype.short for name, ref in checkpoint.tensors.items() if _differs(master.get(name), ref)}
+    best = checkpoint.best_copies()
+    master = checkpoint.master.keys() & checkpoint.tensors.keys()
+    saved = {name: checkpoint.tensors[name].dtype for name in master}
+    rounded = {dtype.short for name, dtype in saved.items() if best[name].dtype is not dtype}
     if rounded:
         copies = ", ".join(sorted(rounded))
         notes.append(f"one copy of each weight: the fp32 masters, not their {copies} copies")
-    chosen: dict[str, TensorRef] = {}
-    for name in dict.fromkeys((*checkpoint.tensors, *master)):
-        owner = checkpoint.shared.get(name, name)
-        ref = master.get(name) or master.get(owner) or checkpoint.tensors[name]
-        chosen[name] = ref
-        yield name, chosen[owner] if owner in chosen and chosen[owner].shape == ref.shape else ref
-
-
-def _differs(master: TensorRef | None, weight: TensorRef) -> bool:
-    return master is not None and master.dtype is not weight.dtype
+    for name, ref in best.items():
+        owner = best.get(checkpoint.shared.get(name, name), ref)
+        yield name, owner if owner.shape == ref.shape else ref
 
 
 def _optimizer(

@@ -29,9 +29,10 @@ OTHER_WIDTH = ("embedding_size", "word_embed_proj_dim", "text_config", "vision_c
 
 def check(source: Source) -> Checked:
     """Every finding: of the files by themselves, and of the configuration against the weights."""
-    checked = check_read(lambda: read(source.target))
-    if checked.checkpoint is not None and is_folder(source.target):
-        checked.findings.extend(check_configs(checked.checkpoint, source.target))
+    found = read(source.target)
+    checked = check_read(found)
+    if is_folder(source.target):
+        checked.findings.extend(check_configs(found, source.target))
     return checked
 
 

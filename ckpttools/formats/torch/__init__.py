@@ -33,7 +33,7 @@ def _recognise(path: Location) -> Found | None:
 def _check(source: Source) -> Checked:
     from ckpttools.formats.files import check_read
 
-    return replace(check_read(lambda: read(source.target, source.key)), state=OPTIMIZER)
+    return replace(check_read(read(source.target, source.key)), state=OPTIMIZER)
 
 
 def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, ...]]:

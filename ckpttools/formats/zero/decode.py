@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckpttools.containers import fields
-from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Node, Object
 from ckpttools.containers.torch_file import TorchFile, View, read_torch_file
 from ckpttools.errors import Unsupported
-from ckpttools.formats.deepspeed import names_of, shapes_of, stage_of
+from ckpttools.formats.deepspeed import module_of, names_of, shapes_of, stage_of
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value
@@ -77,13 +76,7 @@ def read_model(path: Location) -> ModelStates:
             where=path,
             layout="pipeline",
         )
-    weights: dict[str, TensorRef] = {}
-    extra: dict[str, Value] = {}
-    for name, node in fields.mapping(path, module, "module").named():
-        if view := file.view(node):
-            weights[name] = view.ref
-        else:
-            extra[name] = decode(file, node)
+    weights, extra = module_of(file, root)
     shapes = None
     if root.get("param_shapes") is not None:
         groups = fields.sequence(path, root.get("param_shapes"), "param_shapes")

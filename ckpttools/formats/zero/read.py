@@ -11,12 +11,11 @@ from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
 from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
-from ckpttools.formats.rank_files import unchecked
+from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
 from ckpttools.formats.zero.decode import FP32, ModelStates, Rank, read_model, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble
 from ckpttools.formats.zero.names import find
 from ckpttools.location import Location
-from ckpttools.stores.files import size_of
 from ckpttools.tensors import FLOAT32, Flat, TensorRef, cat
 from ckpttools.tree import Value
 
@@ -146,23 +145,14 @@ def vector(folder: ZeroFolder, rank: int, g: int, kind: str) -> TensorRef:
 
 
 def _roles(folder: ZeroFolder) -> Iterator[FileRole]:
-    model = folder.model.file
-    yield FileRole(
-        path=model.path,
-        nbytes=model.size,
-        role="weights in the training dtype, parameter shapes, counters, client state",
-        dangers=model.dangers,
+    yield role_of(
+        folder.model.file, "weights in the training dtype, parameter shapes, counters, client state"
     )
     n = len(folder.ranks)
     for rank in folder.ranks:
-        yield FileRole(
-            path=rank.file.path,
-            nbytes=rank.file.size,
-            role=f"dp rank {rank.dp_rank} of {n}: its partition of fp32 weights and optimizer state",
-            dangers=rank.file.dangers,
-        )
-    for path in folder.files.others:
-        yield FileRole(path=path, nbytes=size_of(path), role="not part of the ZeRO layout")
+        what = f"dp rank {rank.dp_rank} of {n}: its partition of fp32 weights and optimizer state"
+        yield role_of(rank.file, what)
+    yield from roles_of_others(folder.files.others)
 
 
 def _notes(folder: ZeroFolder) -> Iterator[str]:

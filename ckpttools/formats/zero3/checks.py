@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from ckpttools.containers.pickles import Node, plain
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.errors import CkptError, escape
-from ckpttools.findings import WARNING, Finding, of_error
+from ckpttools.errors import escape
+from ckpttools.findings import WARNING, Finding
 from ckpttools.formats.deepspeed import settings_of
 from ckpttools.formats.engine import Engine, check_engine, number_of
 from ckpttools.formats.engine import Shard as EngineShard
@@ -42,14 +42,8 @@ SHARD_KEYS = ("zero_stage", "loss_scaler", "dynamic_loss_scale", "overflow", "pa
 
 
 def check(path: Location) -> Checked:
-    """Every finding, the checkpoint if it can be put together, and the files that could be read."""
-    attempt = Attempts()
-    try:
-        files = find(path)
-    except CkptError as error:
-        if error.exit_code != 1:
-            raise
-        return Checked([of_error(error)], None, [])
+    """Each file by itself, then all together. Raises CkptError where the names of the files do not fit."""
+    attempt, files = Attempts(), find(path)
     models = [attempt(lambda p=p, r=r: read_model(p, r)) for r, p in files.model.items()]  # type: ignore[misc]
     shards = [attempt(lambda p=p, r=r: read_shard(p, r)) for r, p in files.optim.items()]  # type: ignore[misc]
     whole_models = [model for model in models if model is not None]

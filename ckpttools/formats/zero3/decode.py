@@ -10,7 +10,7 @@ from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import Unsupported
-from ckpttools.formats.deepspeed import names_of, shapes_of, stage_of
+from ckpttools.formats.deepspeed import module_of, names_of, shapes_of, stage_of
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Path as KeyPath
@@ -67,13 +67,7 @@ def read_model(path: Location, dp_rank: int) -> Model:
     """Decode a rank's model file."""
     file = read_torch_file(path)
     root = fields.mapping(path, file.value, "the file's value")
-    module: dict[str, TensorRef] = {}
-    extra: dict[str, Value] = {}
-    for name, node in fields.mapping(path, root.get("module"), "module").named():
-        if view := file.view(node):
-            module[name] = view.ref
-        else:
-            extra[name] = decode(file, node)
+    module, extra = module_of(file, root)
     frozen, fragments = root.get("frozen_param_shapes"), root.get("frozen_param_fragments")
     shared = fields.as_mapping(root.get("shared_params"))
     version = root.get("ds_version")

@@ -12,12 +12,11 @@ from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
-from ckpttools.formats.rank_files import unchecked
+from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
 from ckpttools.formats.zero3.decode import read_model, read_shard
 from ckpttools.formats.zero3.join import Zero3Folder, assemble, frozen_weights, gathered
 from ckpttools.formats.zero3.names import find
 from ckpttools.location import Location
-from ckpttools.stores.files import size_of
 from ckpttools.tensors import DTYPES, FLOAT32, DType, TensorRef
 from ckpttools.tree import Key, Value
 
@@ -125,18 +124,9 @@ def _group(folder: Zero3Folder, g: int, masters: dict[str, TensorRef]) -> ParamG
 def _roles(folder: Zero3Folder) -> Iterator[FileRole]:
     n = folder.ranks
     for model in folder.models:
-        yield FileRole(
-            path=model.file.path,
-            nbytes=model.file.size,
-            role=f"dp rank {model.dp_rank} of {n}: shapes, buffers, its parts of frozen weights, counters",
-            dangers=model.file.dangers,
-        )
+        what = f"dp rank {model.dp_rank} of {n}: shapes, buffers, its parts of frozen weights, counters"
+        yield role_of(model.file, what)
     for shard in folder.shards:
-        yield FileRole(
-            path=shard.file.path,
-            nbytes=shard.file.size,
-            role=f"dp rank {shard.dp_rank} of {n}: its parts of fp32 weights and optimizer state",
-            dangers=shard.file.dangers,
-        )
-    for path in folder.files.others:
-        yield FileRole(path=path, nbytes=size_of(path), role="not part of the ZeRO layout")
+        what = f"dp rank {shard.dp_rank} of {n}: its parts of fp32 weights and optimizer state"
+        yield role_of(shard.file, what)
+    yield from roles_of_others(folder.files.others)

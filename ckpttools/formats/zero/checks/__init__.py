@@ -16,9 +16,11 @@ from ckpttools.formats.format import Checked, Copy
 from ckpttools.formats.zero.checks import model, ranks
 from ckpttools.formats.zero.decode import Rank, frozen_fragments, read_model, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble, check_complete
+from ckpttools.formats.zero.model_file import NAME
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import checkpoint
 from ckpttools.location import Location
+from ckpttools.stores.files import is_file
 
 __all__ = ["check", "check_folder"]
 
@@ -65,7 +67,8 @@ def check(path: Location) -> Checked:
     except CkptError as error:
         if error.exit_code != 1:
             raise
-        return Checked([of_error(error)], None, [])
+        alone = path / NAME
+        return Checked([of_error(error)], None, [], weights=alone if is_file(alone) else None)
     model = attempt(lambda: read_model(files.model))
     ranks: list[Rank] = []
     for number, each in files.optim.items():
