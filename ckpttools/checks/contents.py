@@ -56,7 +56,8 @@ def tasks_of(checked: Checked, copies: Sequence[Copy] = ()) -> list[data.Task]:
 def _pairs(found: Checkpoint) -> Iterator[data.Pair]:
     """What is held against each other: masters and weights, then the moments."""
     for name, master in found.master.items():
-        if name in found.tensors:
+        # where the weights are the masters themselves, cast or not, there is nothing to hold against them
+        if name in found.tensors and found.tensors[name].chunks != master.chunks:
             yield from data.pair(name, master, found.tensors[name])
     for group in found.groups:
         second = group.state.get("exp_avg_sq", {})
