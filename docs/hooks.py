@@ -29,6 +29,7 @@ def pages() -> dict[str, str]:
     return {
         "commands.md": commands(),
         "problems.md": problems(),
+        "limits.md": section(readme, "Limits"),
         "measured.md": section(readme, "Measured"),
         "imports.svg": structure.svg(),
     }

@@ -165,10 +165,10 @@ def frameworks() -> dict[str, list[str]]:
 
 # what only a framework's own file may spell: its name, its files, its pointers, its keys
 MARKS = {
-    "huggingface": r"hf-trainer|trainer_state|training_args|checkpoint-is-incomplete|rng_state|"
+    "huggingface": r"hf-trainer|trainer_state\.json|training_args|checkpoint-is-incomplete|rng_state|"
     r"num_train_epochs|best_model_checkpoint",
     "accelerate": r"random_states",
-    "lightning": r"lightning|loops|hyper_parameters",
+    "lightning": r"lightning|loops",
     "mmengine": r"mmengine|message_hub|param_scheduler\b|last_checkpoint|optim_wrapper",
     "openpcdet": r"openpcdet|pcdet|latest_model",
     "plain": r"\btimm\b",
@@ -180,13 +180,14 @@ MARKS = {
 # configurations that a new run is started with
 SPELLERS = ("formats", "schedules", "containers", "cli", "trainer")
 CONFIGURATIONS = "resume/config_files.py"
+LOGS = "runs/logs/"  # files of several loggers, a format each
 
 
 def spelling_frameworks() -> dict[str, list[str]]:
     """The places of each framework: modules whose strings (docstrings left out) spell a mark of it."""
     out: dict[str, list[str]] = {name: [] for name in MARKS}
     for path, tree in modules().items():
-        if part(path) in SPELLERS or path.as_posix() == CONFIGURATIONS:
+        if part(path) in SPELLERS or path.as_posix().startswith((CONFIGURATIONS, LOGS)):
             continue
         docs = {
             id(node.body[0].value)

@@ -31,6 +31,29 @@ def test_the_commands_of_a_page_run_in_order(
             assert ran.code == 0, (line, ran.out, ran.err)
 
 
+OUTPUTS = [
+    (page, command, shown)
+    for page in PAGES
+    for command, shown in re.findall(
+        r"```console\n\$ ckpt ([^\n]+)\n```\n\n```text\n(.*?)```", page.read_text(), re.DOTALL
+    )
+]
+
+
+def test_what_a_page_shows_is_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of text right below one command is its output."""
+    (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    guide = ROOT / "docs/pages/guides/convert.md"
+    for line in re.findall(r"^\$ ckpt (convert .*)$", guide.read_text(), re.MULTILINE):
+        assert run(*shlex.split(line)).code == 0
+    assert len(OUTPUTS) >= 2
+    for page, command, shown in OUTPUTS:
+        printed = run(*shlex.split(command)).out.splitlines()
+        assert printed[: len(shown.splitlines())] == shown.splitlines(), (page.name, command)
+
+
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", "docs/mkdocs.yml"]

@@ -105,7 +105,8 @@ class Format:
     that `ckpt convert --to` has for it, one for each stage. `lacking` says what a folder that no format
     knows would need to be of this one, `beside` what is wrong with files of this format in a folder that
     another one's checkpoint is made of. `torch_files` of a checkpoint that was read are the one whose
-    top level is the training code's, and those of the ranks' optimizers.
+    top level is the training code's, and those of the ranks' optimizers; `copies` are those of other
+    ranks that say the same as the first.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Format:
     is_weights: Callable[[str], bool] = lambda name: False  # what only one checkpoint in a folder has
     beside: Callable[[Location, list[str]], Iterable[Finding]] = lambda folder, files: ()
     torch_files: Callable[[Checkpoint], tuple[TorchFile | None, tuple[TorchFile, ...]]] = _no_torch_files
+    copies: Callable[[Checkpoint], tuple[TorchFile, ...]] = lambda checkpoint: ()
     plan: Callable[[Checkpoint, Layout], Plan] | None = None
     targets: tuple[str, ...] = ()
     tagged: bool = False  # lies in the tag folders of a save folder, one of which `--tag` names

@@ -12,8 +12,6 @@ from ckpttools.containers.edit import at, edited, files_of, value
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.format import Source
 from ckpttools.formats.tags import LATEST
-from ckpttools.formats.zero.join import ZeroFolder
-from ckpttools.formats.zero3.join import Zero3Folder
 from ckpttools.frameworks import distributed
 from ckpttools.frameworks.parts import MARKER_FILE
 from ckpttools.frameworks.surroundings import tree, with_surroundings
@@ -38,12 +36,12 @@ def plan(source: Source, found: Checkpoint, edits: Sequence[Edit], counts: tuple
             made = source.format.plan(distributed.edited(found, edits), found.layout)
             own = {role.path for role in found.files}
             return with_surroundings(source, made, ranks_change=False, own=own)
-        return _plan(source, found.template, edits, counts)
+        return _plan(source, found, edits, counts)
 
 
-def _plan(source: Source, extra: object, edits: Iterable[Edit], counts: tuple[int, int] | None) -> Plan:
-    by_file = files_of(_on_all_ranks(extra, edits))
-    whole = _whole(source, extra)
+def _plan(source: Source, found: Checkpoint, edits: Iterable[Edit], counts: tuple[int, int] | None) -> Plan:
+    by_file = files_of(_on_all_ranks(source, found, edits))
+    whole = _whole(source, found)
     notes = [by_file.pop(path) for path in list(by_file) if path.name == MARKER_FILE]
     origin = {source.root if file.path == "" else source.root / file.path: file for file in whole.files}
     made: list[OutputFile] = []
@@ -62,27 +60,23 @@ def _plan(source: Source, extra: object, edits: Iterable[Edit], counts: tuple[in
     return replace(whole, files=tuple(_renamed(source, made, counts)), checks=tuple(checks))
 
 
-def _whole(source: Source, extra: object) -> Plan:
+def _whole(source: Source, found: Checkpoint) -> Plan:
     """Everything that belongs to the checkpoint, copied."""
-    files: list[Location] = []
-    if isinstance(extra, ZeroFolder):
-        files = [extra.files.model, *extra.files.optim.values(), *extra.files.others]
-    elif isinstance(extra, Zero3Folder):
-        files = [*extra.files.model.values(), *extra.files.optim.values(), *extra.files.others]
-    if files:
-        inside = Plan(files=tuple(copy_file(path, path.name, size_of(path)) for path in files))
-        return with_surroundings(source, inside, ranks_change=False)
+    if source.format.tagged:
+        files = (copy_file(role.path, role.path.name, role.nbytes) for role in found.files)
+        return with_surroundings(source, Plan(files=tuple(files)), ranks_change=False)
     if is_folder(source.root):
         return Plan(files=tuple(tree(source.root)))
     return Plan(files=(copy_file(source.root, "", size_of(source.root)),))
 
 
-def _on_all_ranks(extra: object, edits: Iterable[Edit]) -> Iterator[Edit]:
+def _on_all_ranks(source: Source, found: Checkpoint, edits: Iterable[Edit]) -> Iterator[Edit]:
     """ZeRO-3 saves counters, schedule and settings in the model file of every rank: each reads its own."""
-    models = [model.file for model in extra.models] if isinstance(extra, Zero3Folder) else []
+    first, _ = source.format.torch_files(found)
     for edit in edits:
         yield edit
-        for file in models[1:] if models and edit.place.file == models[0].path else ():
+        of_first = first is not None and edit.place.file == first.path
+        for file in source.format.copies(found) if of_first else ():
             own = value(file, at(file.value, *edit.place.at))
             if not equal(own, None if edit.old is ABSENT else edit.old):
                 raise CkptError(

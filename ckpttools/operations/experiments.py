@@ -143,7 +143,7 @@ def _experiment(entries: list[Entry], top: Location, places: list[Location]) -> 
     good = good or next((e for e in entries if e.problem is None), None)
     training, checkpoint, schedule = _opened(good, notes) if good is not None else (None, None, ())
     others = [*(e.path for e in entries), *(p for p in places if p not in (run, home))]
-    states = [e.path / "trainer_state.json" for e in entries[::-1]]
+    states = [e.path / logs.STATE for e in entries[::-1]]
     log = logs.read(home, others, [path for path in states if is_file(path)])
     settings = dict(_settings(training, checkpoint, home, notes))
     known = training.batch if training is not None else None

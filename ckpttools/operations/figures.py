@@ -113,7 +113,7 @@ def picture(chart: Chart, path: Path) -> bytes:
             "nothing-to-draw",
             "no loss and no learning rate was logged",
             where=path,
-            why="trainer_state.json, train_log.jsonl, vis_data, metrics.csv, TensorBoard: in none",
+            why=f"{logs.STATE}, train_log.jsonl, vis_data, metrics.csv, TensorBoard: in none",
             hint="ckpt runs without --plot shows what is known",
         )
     suffix = path.suffix.lower()

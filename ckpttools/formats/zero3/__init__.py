@@ -41,6 +41,11 @@ def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, .
     return folder.models[0].file, tuple(shard.file for shard in folder.shards)
 
 
+def _copies(checkpoint: Checkpoint) -> tuple[TorchFile, ...]:
+    folder = checkpoint.template
+    return tuple(model.file for model in folder.models[1:]) if isinstance(folder, Zero3Folder) else ()
+
+
 FORMAT = Format(
     name="zero3",
     holds=holds,
@@ -54,4 +59,5 @@ FORMAT = Format(
     targets=("zero3",),
     tagged=True,
     torch_files=_files,
+    copies=_copies,
 )

@@ -62,6 +62,9 @@ class Log:
         return next((self.series[name] for name in names if name in self.series), None)
 
 
+STATE = "trainer_state.json"  # the HF Trainer's, which lies in each checkpoint, too
+
+
 def read(home: Location, others: Iterable[Location] = (), states: Iterable[Location] = ()) -> Log:
     """What lies below a run's home, but not in `others`, which are its checkpoints and other runs. `states`
     are trainer_state.json files, the newest last."""
@@ -114,7 +117,7 @@ def _files(
 
 
 def _kind(folder: Location, name: str) -> str | None:
-    if name == "trainer_state.json":
+    if name == STATE:
         return "trainer_state"
     if name.endswith(".jsonl") and "log" in name:
         return "jsonl"
