@@ -86,7 +86,7 @@ def _fresh(to: Target, rank: int) -> dict[str, Node]:
         "overflow": False,
     }
     body: dict[str, Node] = {
-        "clip_grad": _clip_grad(to),
+        **_clip_grad(to),
         "base_optimizer_state": _base_state(to, rank),
         "single_partition_of_fp32_groups": _masters(to, rank),
     }
@@ -101,9 +101,10 @@ def _fresh(to: Target, rank: int) -> dict[str, Node]:
     return {**head, **body, **stage, **tail} if to.lean else {**body, **tail}
 
 
-def _clip_grad(to: Target) -> float:
+def _clip_grad(to: Target) -> dict[str, Node]:
+    """As the settings state it. Left out, the engine that loads the file keeps its own, 1.0 by default."""
     value = to.checkpoint.settings.get("gradient_clipping")
-    return float(value) if isinstance(value, int | float) else 0.0
+    return {"clip_grad": float(value)} if isinstance(value, int | float) else {}
 
 
 def _scaler(to: Target, template: Rank | None) -> Node:
