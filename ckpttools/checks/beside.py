@@ -70,14 +70,16 @@ def check_pointer(path: Location, source: Source) -> Iterator[Finding]:
         yield from _stale(folder, source.target.name)
     if stat(path) == stat(source.target):
         return
-    if not any(exists(folder / name) for name in POINTERS):
+    pointer, tag = source.format.pointer, source.target.name
+    named = (pointer, *(name for name in POINTERS if name != LATEST))
+    if not any(exists(folder / name) for name in named):
         yield Finding(
             id="latest-missing",
             severity=WARNING,
             file=str(folder),
-            where="latest",
-            message=f"no `latest` names {source.target.name}: DeepSpeed would start anew from this folder",
-            hint=f"if its save was finished, write {source.target.name} into the file latest",
+            where=pointer,
+            message=f"no `{pointer}` names {tag}: DeepSpeed would start anew from this folder",
+            hint=f"if its save was finished, write {tag} into the file {pointer}",
         )
 
 

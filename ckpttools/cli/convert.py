@@ -19,9 +19,9 @@ from ckpttools.errors import UsageError, escape
     "--to",
     required=True,
     metavar="FORMAT",
-    help="pt (one file), zero1 or zero2 (DeepSpeed folders), dcp (torch distributed), hf (weights alone).",
+    help="pt (one file), zero1, zero2, zero3 (DeepSpeed folders), dcp (torch distributed), hf (weights).",
 )
-@click.option("--world-size", type=int, metavar="N", help="The ranks to write for: zero1, zero2, dcp.")
+@click.option("--world-size", type=int, metavar="N", help="The ranks to write for: zero1, zero2, zero3, dcp.")
 @click.option(
     "--mesh",
     metavar="DPxTP",
@@ -42,7 +42,13 @@ from ckpttools.errors import UsageError, escape
 @click.option(
     "--optimizer-class",
     metavar="NAME",
-    help="The class that will load the groups: AdamW, Adam, SGD, FusedAdam, DeepSpeedCPUAdam.",
+    help="The class that will load the groups: AdamW, SGD, Muon, FusedAdam, DeepSpeedCPUAdam ...",
+)
+@click.option(
+    "--like",
+    type=PATH,
+    metavar="CHECKPOINT",
+    help="Of the run that will load it: its names, parameter order, groups, settings and dtype.",
 )
 @click.option(
     "--dcp-layout",
@@ -62,6 +68,7 @@ def command(
     reset_optimizer: bool,
     optimizer_class: str | None,
     mesh: str | None,
+    like: Path | None,
     dcp_layout: str | None,
     tag: str | None,
     **options: Any,
@@ -85,6 +92,7 @@ def command(
         reset_optimizer=reset_optimizer,
         optimizer_class=optimizer_class,
         mesh=mesh,
+        like=like,
         dcp_layout=dcp_layout,
         tag=tag,
         how=how(options),

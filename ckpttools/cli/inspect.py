@@ -77,6 +77,7 @@ FORMATS = {
     "zero1": "DeepSpeed ZeRO-1",
     "zero2": "DeepSpeed ZeRO-2",
     "zero3": "DeepSpeed ZeRO-3",
+    "universal": "DeepSpeed universal",
     "pt": "torch file",
     "hf": "Hugging Face folder",
     "safetensors": "safetensors file",

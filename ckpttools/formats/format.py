@@ -124,6 +124,7 @@ class Format:
     copies: Callable[[Checkpoint], tuple[TorchFile, ...]] = lambda checkpoint: ()
     plan: Callable[[Checkpoint, Layout], Plan] | None = None
     targets: tuple[str, ...] = ()
+    pointer: str = "latest"  # the file in a save folder that names a tag
     tagged: bool = False  # lies in the tag folders of a save folder, one of which `--tag` names
     resumes: bool = True  # has a place for the optimizer's state in its own files
     keyed: bool = False  # the weights lie under a key, which `--key` names

@@ -1,6 +1,6 @@
 """Layouts whose weights ckpt does not put together: each file by itself, and whether any is missing.
 
-ZeRO-3, pipeline, tensor- and expert-parallel folders, ZeRO stage 0, and universal checkpoints. What these
+ZeRO-3, pipeline, tensor- and expert-parallel folders, and ZeRO stage 0. What these
 checks can see: missing, renamed, swapped and damaged files, changed bytes, code that would run, NaN. What
 they cannot: whether the shards belong to one step.
 
@@ -71,7 +71,6 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
     findings += check_files(files)
     findings += archive_roots([file for file in files if ANY.fullmatch(file.path.name)])
     findings += _gaps(folder, [path for path in paths if path.parent == folder])
-    findings += _uneven(folder)
     findings += _counters(files)
     findings += _no_module(folder, files)
     if reason.id == "no-optimizer-shards":
@@ -136,31 +135,6 @@ def _gaps(folder: Location, paths: Iterable[Location]) -> Iterator[Finding]:
             message=f"every rank writes them, and there are {' and '.join(map(str, sorted(ranks)))}",
             hint="copy the missing files from the nodes that wrote them",
         )
-
-
-def _uneven(folder: Location) -> Iterator[Finding]:
-    """A universal checkpoint holds the same files for every parameter."""
-    zero = folder / "zero"
-    if not is_folder(zero):
-        return
-    names = {
-        entry.name: {e.name for e in entries(zero / entry.name)}
-        for entry in entries(zero)
-        if is_folder(entry)
-    }
-    every: set[str] = set().union(*names.values()) if names else set()
-    for parameter, held in names.items():
-        lacking = every - held
-        # frozen parameters and buffers have weights alone
-        if lacking and held != {"fp32.pt"}:
-            yield Finding(
-                id="shard-missing",
-                severity=ERROR,
-                file=str(zero / parameter),
-                where=parameter,
-                message=f"lacks {', '.join(sorted(lacking))}, which other parameters have",
-                hint="convert the checkpoint again",
-            )
 
 
 def _no_optimizer(files: list[TorchFile]) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.errors import CkptError, escape
 from ckpttools.formats.format import Folder, Found, Inner
 from ckpttools.location import Location
 from ckpttools.stores.files import plain_name, small_text
@@ -42,13 +42,11 @@ def recognise(folder: Folder, holds: Callable[[Folder], bool]) -> Found | Inner 
 
     Raises CkptError for a `latest` that leads nowhere.
     """
-    _refuse_universal(folder)
     if holds_states(folder):
         return Found(folder.path, "a DeepSpeed tag folder") if holds(folder) else None
     if LATEST not in folder.names:
         return None
     tag = _tag(folder)
-    _refuse_universal(tag)
     return Found(tag.path, f"latest names {escape(tag.path.name)}") if holds(tag) else None
 
 
@@ -118,15 +116,3 @@ def named_tags(folder: Folder, but: str = "") -> str:
 def by_number(name: str) -> tuple[list[int], str]:
     """Sort by the numbers in a name: epoch_10 after epoch_9."""
     return [int(n) for n in re.findall(r"\d+", name)[:4]], name
-
-
-def _refuse_universal(folder: Folder) -> None:
-    """It holds a ZeRO model file, too."""
-    if "zero" in folder.folders:
-        raise Unsupported(
-            "layout-unsupported",
-            "a DeepSpeed universal checkpoint, which is recognised but not read yet",
-            where=folder.path,
-            hint="use the ZeRO folder that it was made from",
-            layout="universal",
-        )

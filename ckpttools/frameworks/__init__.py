@@ -145,7 +145,8 @@ def _saved(source: Source, checkpoint: Checkpoint) -> Saved:
     bare = _bare(source, checkpoint)
     if bare.file is None or not bare.zero:
         return bare
-    return replace(bare, engine=deepspeed.engine(bare.file, source.format.torch_files(checkpoint)[1]))
+    ranks = checkpoint.layout.dp_degree
+    return replace(bare, engine=deepspeed.engine(bare.file, source.format.torch_files(checkpoint)[1], ranks))
 
 
 def _bare(source: Source, checkpoint: Checkpoint) -> Saved:

@@ -31,8 +31,10 @@ WHICH: dict[str, What] = {"global": "total", "micro": "micro", "accumulation": "
 OWN = {"last_batch_iteration"}  # the whole state of each of DeepSpeed's schedulers
 
 
-def engine(model: TorchFile, shards: Sequence[TorchFile]) -> Training:
-    """What every ZeRO folder holds, whoever wrote it: the model file, and the ranks' optimizer files."""
+def engine(model: TorchFile, shards: Sequence[TorchFile], ranks: int | None = None) -> Training:
+    """What every ZeRO folder holds, whoever wrote it: the model file, and the ranks' optimizer files, or the
+    file that stands for those of `ranks` ranks.
+    """
     files = [model, *shards]
     stated = {name: parts.integer(model, "ds_config", key) for name, key in BATCH.items()}
     batch = {name: value for name, value in stated.items() if value is not None}
@@ -41,7 +43,7 @@ def engine(model: TorchFile, shards: Sequence[TorchFile]) -> Training:
         framework="deepspeed",
         unit="update",
         count=steps,
-        evidence=of_deepspeed(batch, len(shards)),
+        evidence=of_deepspeed(batch, ranks or len(shards)),
         remainder="running",
         counters=(
             *parts.counter(model, "update", "global_steps"),
@@ -67,9 +69,11 @@ def _samples(model: TorchFile) -> Iterator[Counter]:
 
 def _optimizers(shards: Sequence[TorchFile]) -> Iterator[OptimizerSettings]:
     found: list[OptimizerSettings] = []
+    # the second up to 0.2, and in stage 3; the last in universal checkpoints
+    inside = (("optimizer_state_dict", "base_optimizer_state"), ("optimizer_state_dict",) * 2, ())
     for shard in shards:
-        for key in ("base_optimizer_state", "optimizer_state_dict"):  # the latter up to 0.2, and in stage 3
-            settings = parts.optimizer(shard, "the optimizer", "optimizer_state_dict", key)
+        for keys in inside:
+            settings = parts.optimizer(shard, "the optimizer", *keys)
             if settings is not None:
                 found.append(settings)
                 break

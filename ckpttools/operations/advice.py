@@ -47,25 +47,6 @@ def weights(dst: Path, form: str, *, single: bool, configured: bool) -> tuple[st
     return (verify(dst), load)
 
 
-def converted(to: str, dst: Path, ranks: int, variant: str | None = None) -> tuple[str, ...]:
-    """The code that loads a converted checkpoint."""
-    path = repr(str(dst))
-    match to:
-        case "pt":
-            load = (
-                f"saved = torch.load({path}, weights_only=True); "
-                "model.load_state_dict(saved['model_state_dict']); "
-                "optimizer.load_state_dict(saved['optimizer_state_dict'])"
-            )
-        case "dcp":
-            load = distributed(variant, dst)
-        case "hf":
-            load = f"transformers.AutoModel.from_pretrained({path})"
-        case _:
-            load = f"deepspeed --num_gpus {ranks} ...: engine.load_checkpoint({path})"
-    return (verify(dst), load)
-
-
 def distributed(variant: str | None, dst: Path) -> str:
     """The code that loads a distributed checkpoint, by the layout of its state (formats.dcp.roles)."""
     path = repr(str(dst))

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks import check_before_use
-from ckpttools.errors import UsageError, escape
-from ckpttools.formats import PLANS, refuse_rank_local
-from ckpttools.operations import advice
+from ckpttools.errors import Unsupported, UsageError, escape
+from ckpttools.formats import PLANS, Source, refuse_rank_local, torch
+from ckpttools.formats.torch import keys_of, names_buffers, optimizer_of
+from ckpttools.operations import advice, resuming
+from ckpttools.operations.deepspeed_folder import UNIVERSAL, moments, prepared
+from ckpttools.operations.deepspeed_folder import plan as folder_plan
 from ckpttools.operations.extract import with_config
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
-from ckpttools.plan import Literal as Bytes
-from ckpttools.plan import OutputFile, Plan
-from ckpttools.tensors import FLOAT32, DType, TensorRef
-from ckpttools.transforms.cast import DTYPE_NAMES, cast, castable
-from ckpttools.transforms.optimizers import for_class
+from ckpttools.tensors import DType
+from ckpttools.transforms.cast import DTYPE_NAMES, cast
+from ckpttools.transforms.like import like as like_of
+from ckpttools.transforms.like import matched_names
+from ckpttools.transforms.optimizers import anew, for_class, refuse_quantised
 from ckpttools.transforms.rename import rename as renamed
 from ckpttools.transforms.reshard import check_ranks, ranks_of, without_positions
 from ckpttools.transforms.select import select, weights_only
-from ckpttools.tree import at, put
 
-Target = Literal["pt", "zero1", "zero2", "dcp", "hf"]
+Target = Literal["pt", "zero1", "zero2", "zero3", "universal", "dcp", "hf"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-FP32 = "fp32"
 
 
 def convert(
@@ -43,6 +44,7 @@ def convert(
     rename: Iterable[tuple[str, str]] = (),
     reset_optimizer: bool = False,
     optimizer_class: str | None = None,
+    like: str | Path | None = None,
     mesh: str | None = None,
     dcp_layout: str | None = None,
     tag: str | None = None,
@@ -50,10 +52,11 @@ def convert(
 ) -> Written:
     """Write a checkpoint in another format. The notes name everything that the format cannot hold.
 
-    `to` is "pt" (one file), "zero1" or "zero2" (a DeepSpeed folder for `world_size` ranks), "dcp" (for
-    `world_size` ranks or a `mesh` of them, "2x4", as rows) or "hf" (weights). `dtype` is that of the weights;
-    masters and moments stay as they are. `rename` are regular expressions and replacements. `optimizer_class`
-    is the class that will load the groups, `dcp_layout` one of formats.dcp's.
+    `to` is "pt" (one file), "zero1", "zero2" or "zero3" (a DeepSpeed folder for `world_size` ranks),
+    "dcp" (for `world_size` ranks or a `mesh` of them, "2x4", as rows) or "hf" (weights). `dtype` is that of
+    the weights; masters and moments stay as they are. `rename` are regular expressions and replacements.
+    `optimizer_class` is the class that will load the groups; `like` a checkpoint of the run that will, whose
+    names, groups, settings and dtype are taken. `dcp_layout` is one of formats.dcp's.
 
     >>> made = convert("fixtures/trainer/z2_bf16_2", out / "run.pt", to="pt")
     >>> made.destination.name, made.plan.is_single_file
@@ -61,26 +64,34 @@ def convert(
     """
     src, dst = Path(src), Path(dst)
     _check_usage(to, dtype, world_size, mesh, dcp_layout)
+    _check_like(to, like, optimizer_class)
     world_size, sizes = ranks_of(world_size, mesh)
     source = find(src, tag)
     checkpoint = check_before_use(source)
     read = checkpoint.notes
+    notes = list(_order(checkpoint))
     checkpoint = select(checkpoint, include=include, exclude=exclude)
     for pattern, replacement in rename:
         checkpoint = _renamed(checkpoint, pattern, replacement)
-    notes: list[str] = []
     if to != "hf" and not reset_optimizer:
         refuse_rank_local(checkpoint)
     if reset_optimizer:
-        checkpoint = _reset(checkpoint)
-        notes.append("the optimizer's state is left out, as asked for: it starts anew from these settings")
-    if to != checkpoint.layout.format or optimizer_class is not None:
+        checkpoint = anew(checkpoint)
+        notes.append("optimizer and schedule are left out, as asked for: they start anew from these settings")
+    if like is not None:
+        checkpoint, dtype = _like(checkpoint, source, Path(like), dtype)
+    if to.startswith("zero") or to == UNIVERSAL:
+        _needs_groups(checkpoint)
+    if to.startswith("zero") or to == UNIVERSAL or world_size is not None:
+        refuse_quantised(checkpoint)
+    if like is None and (to != checkpoint.layout.format or optimizer_class is not None):
         checkpoint = for_class(checkpoint, optimizer_class)
     target = DTYPE_NAMES[dtype] if dtype is not None else None
     ranks = world_size or checkpoint.layout.dp_degree
     match to:
         case "pt":
             plan = PLANS[to](_single(checkpoint, target), Layout(format="pt"))
+            lines = resuming.single_file(checkpoint, dst, *keys_of(checkpoint))
         case "dcp":
             layout = Layout(format="dcp", dp_degree=world_size or 1, mesh=sizes, variant=dcp_layout)
             if world_size is not None:
@@ -89,12 +100,18 @@ def convert(
             if dcp_layout is not None:  # its own keys, not the source's
                 checkpoint = replace(checkpoint, template=None)
             plan = PLANS[to](_single(checkpoint, target), layout)
+            lines = iter([advice.distributed(dcp_layout, dst)])
         case "hf":
             checkpoint = weights_only(checkpoint)
             checkpoint = cast(checkpoint, target) if target is not None else checkpoint
             plan = with_config(PLANS[to](checkpoint, Layout(format="hf")), None, source.root)
-        case "zero1" | "zero2":
-            plan = _zero(checkpoint, int(to[-1]), ranks, target)
+            lines = iter([f"transformers.AutoModel.from_pretrained({str(dst)!r})"])
+        case "zero1" | "zero2" | "zero3" | "universal":
+            if to == "zero3" and not names_buffers(checkpoint):
+                checkpoint = replace(checkpoint, frozen=frozenset())  # a guess: the format refuses it
+            checkpoint, layout = prepared(checkpoint, to, ranks, target)
+            plan = folder_plan(checkpoint, layout)
+            lines = resuming.engine(checkpoint, layout, dst)
             if optimizer_class is None and checkpoint.groups:
                 notes.append(
                     "steps are tensors, as torch's optimizers keep them; for DeepSpeed's own: "
@@ -102,7 +119,7 @@ def convert(
                 )
     made = (note for note in checkpoint.notes if note not in read)
     plan = replace(plan, notes=(*made, *plan.notes, *notes))
-    next = advice.converted(to, dst, ranks, dcp_layout)
+    next = (advice.verify(dst), *lines)
     return carry_out(src, dst, plan, how or Writing(), label="convert", next=next)
 
 
@@ -124,7 +141,7 @@ def _check_usage(
         check_ranks(world_size)
     if mesh is not None and to != "dcp":
         raise UsageError("bad-usage", "--mesh is for --to dcp", hint="--world-size N, or --to dcp")
-    if world_size is not None and to in ("pt", "hf"):
+    if world_size is not None and to in ("pt", "hf", UNIVERSAL):
         raise UsageError(
             "bad-usage", f"{to} files are for any number of ranks", hint="leave out --world-size"
         )
@@ -132,12 +149,53 @@ def _check_usage(
         raise UsageError("bad-usage", "--dcp-layout is for --to dcp", hint="leave it out, or use --to dcp")
 
 
-def _reset(checkpoint: Checkpoint) -> Checkpoint:
-    def fresh(group: ParamGroup) -> ParamGroup:
-        masters = {kind: refs for kind, refs in group.state.items() if kind == FP32}
-        return replace(group, state=masters, scalars={}, paths={})
+def _check_like(to: str, like: object, optimizer_class: str | None) -> None:
+    if like is not None and to == "hf":
+        raise UsageError("bad-usage", "--like is for formats with an optimizer", hint="leave out --like")
+    if like is not None and optimizer_class is not None:
+        raise UsageError(
+            "bad-usage",
+            "--optimizer-class and --like both say what loads the groups",
+            hint="leave one of them out",
+        )
 
-    return replace(checkpoint, groups=tuple(fresh(group) for group in checkpoint.groups))
+
+def _order(checkpoint: Checkpoint) -> Iterator[str]:
+    """How the optimizer's parameters got their names, where it does not name them itself."""
+    saved = optimizer_of(checkpoint)
+    if saved is not None and saved.by_place and saved.groups:
+        names = [name for group in saved.groups for name in group.params]
+        yield (
+            f"the optimizer numbers its {len(names)} parameters: taken in the model's order and by shape, "
+            f"from {escape(names[0])} to {escape(names[-1])} (--like takes the order of a run)"
+        )
+
+
+def _needs_groups(checkpoint: Checkpoint) -> None:
+    """Say why a file has no parameter groups, before a format says that it needs them."""
+    saved = optimizer_of(checkpoint) if not checkpoint.groups else None
+    if saved is not None and saved.problem is not None:
+        raise Unsupported(
+            "no-groups",
+            f"which parameters the optimizer has is not known: {saved.problem}",
+            where=checkpoint.path,
+            why="it numbers them, and master weights and state are saved by name",
+            hint="--like CHECKPOINT takes their order from a checkpoint of a run with the same groups",
+        )
+
+
+def _like(
+    checkpoint: Checkpoint, source: Source, path: Path, dtype: str | None
+) -> tuple[Checkpoint, str | None]:
+    """The checkpoint as the run of the one at `path` would have it, and the dtype of its weights."""
+    other = check_before_use(find(path, None))
+    saved = optimizer_of(checkpoint)
+    if saved is not None and (saved.by_place or not saved.groups) and other.groups:
+        names = {new: old for old, new in matched_names(checkpoint, other).items()}
+        order = [[names.get(name, name) for name in group.params] for group in other.groups]
+        known = torch.read(source.target, source.key, order)
+        checkpoint = replace(checkpoint, groups=known.groups, client=known.client)
+    return like_of(checkpoint, other), dtype or other.layout.dtype
 
 
 def _renamed(checkpoint: Checkpoint, pattern: str, replacement: str) -> Checkpoint:
@@ -166,40 +224,4 @@ def _single(checkpoint: Checkpoint, dtype: DType | None) -> Checkpoint:
     if dtype is None:
         return checkpoint
     made = cast(checkpoint, dtype)
-    return replace(made, groups=tuple(replace(group, state=_moments(group)) for group in made.groups))
-
-
-def _zero(checkpoint: Checkpoint, stage: int, ranks: int, dtype: DType | None) -> Plan:
-    """A new DeepSpeed folder: fp32 masters from the best copy, a plain layout, and `latest`."""
-    best, old = checkpoint.best_copies(), checkpoint.layout
-    groups = tuple(
-        replace(
-            group,
-            state={FP32: {name: _master(best[name]) for name in group.params}, **_moments(group)},
-        )
-        for group in checkpoint.groups
-    )
-    if dtype is not None:
-        checkpoint = cast(checkpoint, dtype)
-    short = checkpoint.layout.dtype
-    settings = checkpoint.settings
-    if at(settings, "zero_optimization", "stage") is not None:
-        settings = put(settings, ("zero_optimization", "stage"), stage)
-    tag = f"global_step{checkpoint.train_state.step or 0}"
-    layout = Layout(
-        format=f"zero{stage}", zero_stage=stage, dp_degree=ranks, tag=tag, dtype=short, writer=old.writer
-    )
-    if old.zero_stage is None:  # no number of ranks to keep the batch of
-        old = replace(old, dp_degree=ranks)
-    made = replace(checkpoint, groups=groups, settings=settings, layout=old, template=None)
-    plan = PLANS[layout.format](made, layout)
-    files = tuple(replace(file, path=f"{tag}/{file.path}") for file in plan.files)
-    return replace(plan, files=(*files, OutputFile(path="latest", segments=(Bytes(tag.encode()),))))
-
-
-def _master(ref: TensorRef) -> TensorRef:
-    return ref.cast(FLOAT32) if castable(ref.dtype) else ref
-
-
-def _moments(group: ParamGroup) -> dict[str, dict[str, TensorRef]]:
-    return {kind: dict(refs) for kind, refs in group.state.items() if kind != FP32}
+    return replace(made, groups=tuple(replace(group, state=moments(group)) for group in made.groups))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ckpttools import frameworks
 from ckpttools.checks import check_before_use
+from ckpttools.errors import Unsupported
 from ckpttools.formats import Source
 from ckpttools.frameworks.write import plan as plan_of
 from ckpttools.operations import advice
@@ -33,6 +34,14 @@ def prepare(src: Path, dst: Path | None, request: Request, tag: str | None = Non
     """Everything that another batch size changes. Raises CkptError with a reason where it cannot be told."""
     source = find(src, tag)
     checkpoint = check_before_use(source)
+    if source.format.name == "universal":
+        raise Unsupported(
+            "layout-unsupported",
+            "a universal checkpoint, which is read and not rebased yet",
+            where=checkpoint.path,
+            why="its counters and settings are in several files, one for each stage that loads it",
+            hint="make a ZeRO folder of it (ckpt convert --to zero2), rebase that, and convert it back",
+        )
     result = rebased(frameworks.read(source, checkpoint), request)
     known = result.old_count is not None and result.new_count is not None
     counts = (result.old_count or 0, result.new_count or 0) if known else None

@@ -7,58 +7,96 @@ that others do not save. Source: the defaults in torch/optim of torch 2.13 and d
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from ckpttools.checkpoint import Checkpoint, ParamGroup
-from ckpttools.errors import UsageError, escape
+from ckpttools.errors import Unsupported, UsageError, escape
 from ckpttools.suggest import did_you_mean
 from ckpttools.tensors import FLOAT32, Literal, TensorRef
 from ckpttools.tree import Value
 
-STEP = "step"
-_TORCH: Mapping[str, Value] = {
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
-_ADAM: Mapping[str, Value] = {"amsgrad": False, **_TORCH}
+FP32, STEP = "fp32", "step"
+BEFORE_THE_FIRST: Mapping[str, Value] = {"last_batch_iteration": -1}  # deepspeed/runtime/lr_schedules.py
+_TORCH: Mapping[str, Value] = {"maximize": False, "foreach": None, "differentiable": False}
+_FUSED: Mapping[str, Value] = {**_TORCH, "fused": None}
+_ADAM: Mapping[str, Value] = {"amsgrad": False, "capturable": False, **_FUSED}
+_MOMENTS = frozenset(("exp_avg", "exp_avg_sq"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Class:
-    """Settings that a class reads and others do not save, with its defaults; whether it counts in tensors."""
+    """An optimizer class: settings that it reads and others do not save, with its defaults; whether it counts
+    in tensors; the kinds of state that it needs, and that it keeps at times; kinds that another class of the
+    same arithmetic calls otherwise.
+    """
 
     defaults: Mapping[str, Value]
-    tensor_step: bool
+    tensor_step: bool = True
+    needs: frozenset[str] = frozenset()
+    may: frozenset[str] = frozenset()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+
+def _adam(decoupled: bool) -> Class:
+    defaults = {**_ADAM, "decoupled_weight_decay": decoupled}
+    return Class(defaults=defaults, needs=_MOMENTS, may=frozenset(("max_exp_avg_sq",)))
+
+
+def _lion(needs: frozenset[str]) -> Class:
+    # DeepSpeed's CPU version allocates exp_avg_sq too, and never looks at it
+    return Class(defaults={}, tensor_step=False, needs=needs, may=frozenset(("exp_avg_sq",)))
 
 
 CLASSES: Mapping[str, Class] = {
-    "AdamW": Class({**_ADAM, "decoupled_weight_decay": True}, True),
-    "Adam": Class({**_ADAM, "decoupled_weight_decay": False}, True),
-    "FusedAdam": Class({"bias_correction": True}, False),
-    "DeepSpeedCPUAdam": Class({"bias_correction": True, "amsgrad": False}, False),
+    "AdamW": _adam(True),
+    "Adam": _adam(False),
+    "FusedAdam": Class(defaults={"bias_correction": True}, tensor_step=False, needs=_MOMENTS),
+    "DeepSpeedCPUAdam": Class(
+        defaults={"bias_correction": True, "amsgrad": False}, tensor_step=False, needs=_MOMENTS
+    ),
     "SGD": Class(
-        {
-            "momentum": 0,
-            "dampening": 0,
-            "nesterov": False,
-            **{key: value for key, value in _TORCH.items() if key != "capturable"},
+        defaults={"momentum": 0, "dampening": 0, "nesterov": False, **_FUSED},
+        may=frozenset(("momentum_buffer",)),
+    ),
+    "Adagrad": Class(
+        defaults={"lr_decay": 0, "initial_accumulator_value": 0, **_FUSED},
+        needs=frozenset(("sum",)),
+        renamed={"exp_avg_sq": "sum"},
+    ),
+    "DeepSpeedCPUAdagrad": Class(
+        defaults={"amsgrad": False},
+        tensor_step=False,
+        needs=frozenset(("exp_avg_sq",)),
+        renamed={"sum": "exp_avg_sq"},
+    ),
+    "FusedLion": _lion(frozenset(("exp_avg",))),
+    "DeepSpeedCPULion": _lion(frozenset(("exp_avg",))),
+    "Adafactor": Class(
+        defaults={"beta2_decay": -0.8, "d": 1.0, "foreach": None, "maximize": False},
+        may=frozenset(("row_var", "col_var", "variance")),
+    ),
+    "Muon": Class(
+        defaults={
+            "nesterov": True,
+            "ns_coefficients": (3.4445, -4.775, 2.0315),
+            "eps": 1e-7,
+            "ns_steps": 5,
+            "adjust_lr_fn": None,
         },
-        True,
+        needs=frozenset(("momentum_buffer",)),
     ),
 }
 # what AdamW and FusedAdam read: each ignores what only the other does
-_ANY_ADAM = Class({**_ADAM, "bias_correction": True}, True)
+_ANY_ADAM = Class(defaults={**_ADAM, "bias_correction": True})
 
 
 def for_class(checkpoint: Checkpoint, name: str | None = None) -> Checkpoint:
     """The checkpoint with groups that are complete for the class `name`, and steps as it keeps them.
 
     Without a name groups of Adam's family get what torch's and DeepSpeed's classes read, others stay, and
-    steps become tensors. Raises UsageError for a class that is not known.
+    steps become tensors. Raises UsageError for a class that is not known, Unsupported for one that keeps
+    other state.
     """
     if name is not None and name not in CLASSES:
         raise UsageError(
@@ -66,21 +104,98 @@ def for_class(checkpoint: Checkpoint, name: str | None = None) -> Checkpoint:
             f"the settings of the optimizer class '{escape(name)}' are not known",
             hint=did_you_mean(name, [*CLASSES]) or f"choose from {', '.join(CLASSES)}",
         )
-    return replace(checkpoint, groups=tuple(_complete(group, name) for group in checkpoint.groups))
+    groups = checkpoint.groups
+    if name is not None:
+        groups = tuple(_kept_by(checkpoint, name, group) for group in groups)
+        checkpoint = replace(checkpoint, optimizer=None if checkpoint.optimizer is None else name)
+    return replace(checkpoint, groups=tuple(_complete(group, name) for group in groups))
+
+
+def _kept_by(checkpoint: Checkpoint, name: str, group: ParamGroup) -> ParamGroup:
+    """The group with its state as the class calls it."""
+    cls = CLASSES[name]
+
+    def called(kind: str) -> str:
+        return cls.renamed.get(kind, kind) if cls.renamed.get(kind) not in group.state else kind
+
+    state = {called(kind): refs for kind, refs in group.state.items()}
+    held = (state.keys() | group.scalars.keys()) - {FP32, STEP}
+    if held and not (cls.needs <= held <= cls.needs | cls.may):
+        raise Unsupported(
+            "optimizer-differs",
+            f"{name} keeps {_shown(cls.needs | cls.may)}, the state here is {_shown(held)}",
+            where=checkpoint.path,
+            why="one optimizer's state means nothing to another: a resume would fail, or go astray",
+            hint="name the class that the state is of, or begin anew: --reset-optimizer",
+        )
+    return replace(group, state=state)
+
+
+def _shown(kinds: Collection[str]) -> str:
+    return ", ".join(map(escape, sorted(kinds))) or "none"
 
 
 def _complete(group: ParamGroup, name: str | None) -> ParamGroup:
-    cls = CLASSES[name] if name is not None else _ANY_ADAM if "betas" in group.hyper else Class({}, True)
+    cls = _ANY_ADAM if {"betas", "eps"} <= group.hyper.keys() else Class(defaults={})
+    cls = CLASSES[name] if name is not None else cls
     hyper = dict(group.hyper)
     if hyper:  # without any, what the run had is not known, and defaults would be a guess
         hyper |= {key: value for key, value in cls.defaults.items() if key not in hyper}
     scalars = dict(group.scalars)
     if STEP in scalars:
-        made: dict[int, Value] = {}  # by identity: a ZeRO group's parameters share theirs
-        for value in scalars[STEP].values():
-            made[id(value)] = _tensor(value) if cls.tensor_step else _int(value)
-        scalars[STEP] = {param: made[id(value)] for param, value in scalars[STEP].items()}
+        scalars[STEP] = counted(scalars[STEP], tensor=cls.tensor_step)
     return replace(group, hyper=hyper, scalars=scalars)
+
+
+def counted(steps: Mapping[str, Value], *, tensor: bool) -> dict[str, Value]:
+    """Steps by parameter, as tensors or as ints."""
+    made: dict[int, Value] = {}  # by identity: a ZeRO group's parameters share theirs
+    for value in steps.values():
+        made[id(value)] = _tensor(value) if tensor else _int(value)
+    return {param: made[id(value)] for param, value in steps.items()}
+
+
+def anew(checkpoint: Checkpoint) -> Checkpoint:
+    """Weights and settings, with optimizer and schedule as before the first step: a learning rate that was
+    scheduled is the first one again, and the counters of updates are 0.
+    """
+
+    def fresh(group: ParamGroup) -> ParamGroup:
+        masters = {kind: refs for kind, refs in group.state.items() if kind == FP32}
+        first = {"lr": group.hyper["initial_lr"]} if "initial_lr" in group.hyper else {}
+        return replace(group, state=masters, scalars={}, paths={}, hyper={**group.hyper, **first})
+
+    state = checkpoint.train_state
+    # DeepSpeed's own schedulers, which ds_config names: it fails to load them without a state
+    own = isinstance(state.scheduler, Mapping) and state.scheduler.keys() == BEFORE_THE_FIRST.keys()
+    step, skipped = (0 if count is not None else None for count in (state.step, state.skipped_steps))
+    samples = 0 if state.samples is not None else None
+    return replace(
+        checkpoint,
+        groups=tuple(fresh(group) for group in checkpoint.groups),
+        train_state=replace(
+            state,
+            scheduler=BEFORE_THE_FIRST if own else {},
+            step=step,
+            skipped_steps=skipped,
+            samples=samples,
+        ),
+    )
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Raise Unsupported for state in blocks with scales of their own, which are not cut by elements."""
+    for group in checkpoint.groups:
+        for kind, refs in group.state.items():
+            short = next((ref.dtype.short for ref in refs.values() if ref.dtype.itemsize == 1), None)
+            if short is not None:
+                raise Unsupported(
+                    "state-quantised",
+                    f"optimizer state '{escape(kind)}' is quantised ({short}), in blocks with scales",
+                    where=checkpoint.path,
+                    why="they are not cut by elements, and no other optimizer reads them",
+                    hint="--to pt or dcp without ranks keeps it whole; --reset-optimizer leaves it out",
+                )
 
 
 def _tensor(value: Value) -> Value:

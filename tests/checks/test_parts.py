@@ -92,6 +92,6 @@ def test_universal(universal: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(universal, tmp_path / "u")
     parameter = sorted(p for p in (folder / "zero").iterdir() if p.is_dir())[0]
     (parameter / "exp_avg.pt").unlink()
-    assert "shard-missing" in ids(folder)
+    assert "moment-missing" in ids(folder)
     os.truncate(parameter / "fp32.pt", 300)
     assert "file-truncated" in ids(folder)

@@ -22,6 +22,7 @@ from ckpttools.tree import Value
 SOURCES = {
     "zero": ("deepspeed-0.19.8/z2_groups_ws2",),  # more in test_zero.py
     "zero3": tuple(f"deepspeed-0.19.8/z3_{name}_ws2" for name in ("groups", "lora", "fp16", "nostep", "sgd")),
+    "universal": ("universal/z2_groups", "universal/z2_frozen", "universal/z3_groups"),
     "pt": (
         "monolithic/full/epoch_2_step_40.pt",
         "monolithic/timm/checkpoint-5.pth.tar",
@@ -54,6 +55,7 @@ COUNTS = ("step", "iteration", "epoch", "samples", "skipped_steps", "train_loss"
 DROPPED: Mapping[str, Mapping[str, str]] = {
     "zero": {},
     "zero3": {},
+    "universal": {},
     "pt": SETTINGS,
     "dcp": {**SETTINGS, "frozen": "frozen", "left_out": "weights of the model"},
     "dcp/accelerate_ws2": dict.fromkeys(("client", *COUNTS), ACCELERATES),

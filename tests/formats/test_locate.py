@@ -326,7 +326,7 @@ NOTHING: dict[str, Callable[[Path], None]] = {
     "model-missing one shard": one_shard,
     "latest-dangling names a file": latest_names_a_file,
     "latest-dangling names an empty folder": latest_names_an_empty_folder,
-    "layout-unsupported universal": universal_checkpoint,
+    "model-missing universal": universal_checkpoint,
     "empty-folder in a bundle": empty_bundle,
 }
 

@@ -22,7 +22,15 @@ ZERO = FIXTURES / "trainer/z2_bf16_2"
 FROZEN = FIXTURES / "trainer/z2_frozen_tied_2"
 GROUPS = FIXTURES / "deepspeed-0.19.8/z2_groups_ws2"
 SOURCES = [PT, ZERO, FROZEN, GROUPS]
-WAYS = [("pt",), ("zero2",), ("zero1", "pt"), ("pt", "zero2"), ("dcp", "pt")]
+WAYS = [
+    ("pt",),
+    ("zero2",),
+    ("zero3",),
+    ("zero1", "pt"),
+    ("pt", "zero2"),
+    ("zero3", "pt", "zero2"),
+    ("dcp", "pt"),
+]
 SETTINGS = {"foreach", "fused", "maximize", "capturable", "differentiable", "amsgrad", "bias_correction"}
 
 
@@ -59,9 +67,7 @@ def differences(a: dict[Any, Any], b: dict[Any, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
-@pytest.mark.parametrize(
-    "way", [("pt",), ("zero2",), ("zero1", "pt"), ("pt", "zero2"), ("dcp", "pt")], ids="-".join
-)
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
 def test_there_and_back(source: Path, way: tuple[str, ...], tmp_path: Path) -> None:
     """Weights, moments, steps, settings, schedule and counters are the same, bit by bit."""
     at = source
@@ -111,6 +117,16 @@ def test_a_zero_folder_in_another_dtype_keeps_its_masters(tmp_path: Path) -> Non
         assert torch.equal(as_torch(checkpoint.tensors[name]), as_torch(source.tensors[name]).bfloat16())
 
 
+def test_clipping_is_what_the_settings_say_or_the_engines_own(tmp_path: Path) -> None:
+    """DeepSpeed clips at 1.0 by default, and takes what a file says over its configuration."""
+    stated = opened(GROUPS).settings["gradient_clipping"]
+    for source, expected in ((GROUPS, stated), (PT, None)):
+        at = convert(source, tmp_path / source.name, to="zero1").destination
+        (path, *_) = at.glob("*/*zero_pp_rank_0*")
+        state = torch.load(path, weights_only=False)["optimizer_state_dict"]
+        assert state.get("clip_grad") == expected
+
+
 def test_names_change_in_weights_and_optimizer(tmp_path: Path) -> None:
     at = convert(PT, tmp_path / "a.pt", to="pt", rename=[(r"^emb\.", "wte.")], exclude=["head.*"]).destination
     checkpoint = opened(at)
@@ -129,13 +145,13 @@ def test_the_optimizer_starts_anew(tmp_path: Path) -> None:
     saved = torch.load(made.destination, weights_only=True)["optimizer_state_dict"]
     assert saved["state"] == {}
     assert saved["param_groups"][0]["lr"] == opened(ZERO).groups[0].hyper["lr"]
-    assert any("starts anew" in note for note in made.notes)
+    assert any("start anew" in note for note in made.notes)
 
 
 @pytest.mark.parametrize(
     ("options", "id"),
     [
-        ({"to": "zero3"}, "bad-usage"),
+        ({"to": "zero4"}, "bad-usage"),
         ({"to": "pt", "world_size": 2}, "bad-usage"),
         ({"to": "zero2", "world_size": 0}, "bad-usage"),
         ({"to": "pt", "dtype": "int7"}, "bad-usage"),

@@ -2,12 +2,14 @@
 
     torchrun --standalone --nproc_per_node=M --max-restarts=99 deepspeed_resume.py JOBS
 
-JOBS is a JSON list of {"load_dir", "tag", "variant", "resave_dir"} and, optionally, "result"; `tag` may be
-null (use `latest`) and so may `resave_dir` (do not save again). For each job the variant's engine is built on
-M ranks, load_dir/tag is loaded, saved at once to resave_dir under the same tag, and trained for the steps
-that follow those of the sample. The variant may be another than the one that wrote the checkpoint (what was
-z2_elastic must be loaded as z2_bf16, stage 1 can be loaded as stage 2). One rank writes to `result`
-(default: <resave_dir or load_dir>.resume.pt):
+JOBS is a JSON list of {"load_dir", "tag", "variant", "resave_dir"} and, optionally, "result", "config"
+and "lines"; `tag` may be null (use `latest`) and so may `resave_dir` (do not save again). `config` is laid
+over the variant's ds_config. `lines` are lines of Python that stand for the load: those that name `engine`
+are run when it is there, the others before, where they see `model` and `ds_config`. For each job the
+variant's engine is built on M ranks, load_dir/tag is loaded, saved at once to resave_dir under the same tag,
+and trained for the steps that follow those of the sample. The variant may be another than the one that wrote
+the checkpoint (what was z2_elastic must be loaded as z2_bf16, stage 1 can be loaded as stage 2). One rank
+writes to `result` (default: <resave_dir or load_dir>.resume.pt):
 
     ok, error       whether all of it went well, and otherwise the first error of any rank
     stage           build, load, read, resave or train: how far it came
@@ -24,6 +26,7 @@ places, may leave others inside a collective: the ranks then exit and torchrun s
 import argparse
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,11 +54,19 @@ def resume(job: dict[str, Any], result: dict[str, Any]) -> None:
     engine = None
     try:
         result["stage"] = "build"
-        engine = build(job["variant"])
+        lines = job.get("lines", [])
+        engine = build(job["variant"], lambda model, config: prepare(job, model, config))
         result["stage"] = "load"
-        path, client_state = engine.load_checkpoint(
-            str(job["load_dir"]), tag=job.get("tag"), load_module_strict=not v.exclude_frozen
-        )
+        if lines:
+            names: dict[str, Any] = {"engine": engine, "torch": torch, "deepspeed": deepspeed}
+            for line in lines:
+                if re.search(r"\bengine\b", line):
+                    exec(line, names)
+            path, client_state = names.get("path"), names.get("client_state", {})
+        else:
+            path, client_state = engine.load_checkpoint(
+                str(job["load_dir"]), tag=job.get("tag"), load_module_strict=not v.exclude_frozen
+            )
         assert path is not None, "load_checkpoint found nothing"
         result.update(path=path, client_state=client_state)
         result["stage"] = "read"
@@ -76,6 +87,16 @@ def resume(job: dict[str, Any], result: dict[str, Any]) -> None:
         result["fp32_after"] = truth(engine).get("fp32")
     finally:
         close(engine)
+
+
+def prepare(job: dict[str, Any], model: torch.nn.Module, config: dict[str, Any]) -> None:
+    for key, value in job.get("config", {}).items():
+        both = isinstance(value, dict) and isinstance(config.get(key), dict)
+        config[key] = {**config[key], **value} if both else value
+    names: dict[str, Any] = {"model": model, "ds_config": config, "torch": torch}
+    for line in job.get("lines", []):
+        if not re.search(r"\bengine\b", line):
+            exec(line, names)
 
 
 def write(result: dict[str, Any], error: str | None, out: Path) -> None:

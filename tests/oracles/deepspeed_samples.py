@@ -564,8 +564,11 @@ def build_pipeline(config: dict[str, Any]) -> Any:
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-def build(variant: str) -> Any:
-    """The engine of a variant, with freshly initialised deterministic weights."""
+def build(variant: str, prepare: Callable[[nn.Module, dict[str, Any]], None] | None = None) -> Any:
+    """The engine of a variant, with freshly initialised deterministic weights.
+
+    `prepare` may change the model and the configuration before the engine is made of them.
+    """
     allow_fp16_on_cpu()
     v = VARIANTS[variant]
     world_size = dist.get_world_size()
@@ -580,6 +583,8 @@ def build(variant: str) -> Any:
         expert = nn.Sequential(nn.Linear(HIDDEN, INNER), nn.GELU(), nn.Linear(INNER, HIDDEN))
         options["moe"] = MoE(HIDDEN, expert, num_experts=2, ep_size=2 - world_size % 2, k=1)
     model = TinyNet(options["tiny"]) if "tiny" in options else Net(**options)
+    if prepare is not None:
+        prepare(model, config)
     groups = param_groups(model, v.groups)
     if v.kind == "moe":
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -667,7 +672,8 @@ def optimizer_truth(engine: Any) -> dict[str, Any]:
         truth["padded_numel"].append(flat.numel())
         truth["fp32"].update(zip(group_names, split(flat, params, paddings), strict=True))
         scalars = {}
-        for key, value in leaves(saved.get(g, {})):
+        # load_universal leaves each rank's keys in an order of its own: gather the same one on all
+        for key, value in sorted(leaves(saved.get(g, {})), key=lambda pair: pair[0]):
             if torch.is_tensor(value) and value.ndim > 0 and value.shape == partition.shape:
                 by_name = zip(group_names, split(gather(value), params, paddings), strict=True)
                 truth["state"].setdefault(key, {}).update(by_name)

@@ -21,6 +21,7 @@ WEIGHTS = (
     "module_state_dict",
 )
 PREFIXES = ("module.", "_orig_mod.")
+BUFFERS = "buffer_names"  # ours, as DeepSpeed calls it: which of the weights no optimizer can have
 
 
 def find_weights(file: TorchFile, wanted: str | None = None) -> tuple[str | None, dict[str, TensorRef]]:

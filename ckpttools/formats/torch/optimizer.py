@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckpttools.checkpoint import ParamGroup
@@ -31,6 +31,7 @@ class Saved:
     path: tuple[Key, ...]
     groups: tuple[ParamGroup, ...] = ()
     problem: str | None = None
+    by_place: bool = False  # the names were found by order and shape
     rest: Mapping[str, Value] = field(default_factory=dict)
 
 
@@ -46,8 +47,16 @@ def place_of(file: TorchFile) -> tuple[Key, ...] | None:
     return None
 
 
-def read(file: TorchFile, tensors: Mapping[str, TensorRef], shared: Mapping[str, str]) -> Saved | None:
-    """The optimizer of a file whose weights are `tensors`; None where it keeps none that is known."""
+def read(
+    file: TorchFile,
+    tensors: Mapping[str, TensorRef],
+    shared: Mapping[str, str],
+    order: Sequence[Sequence[str]] | None = None,
+) -> Saved | None:
+    """The optimizer of a file whose weights are `tensors`; None where it keeps none that is known.
+
+    `order` are the names of each group's parameters, where they are known from elsewhere.
+    """
     path = place_of(file)
     if path is None:
         return None
@@ -70,7 +79,7 @@ def read(file: TorchFile, tensors: Mapping[str, TensorRef], shared: Mapping[str,
     flat_state = {i: dict(leaves(each)) if each else {} for i, each in state.items()}
     values = {i: {dotted(p): value for p, value in each.items()} for i, each in flat_state.items()}
     paths = {dotted(p): p for each in flat_state.values() for p in each if len(p) > 1}
-    found = _names(groups, values, tensors, shared)
+    found = _names(groups, values, tensors, shared, order)
     if found.problem is not None:
         return Saved(path=path, problem=found.problem)
     return Saved(
@@ -79,6 +88,7 @@ def read(file: TorchFile, tensors: Mapping[str, TensorRef], shared: Mapping[str,
             _group(group, dict(zip(names, group["params"], strict=True)), values, paths, tensors)
             for group, names in zip(groups, found.names, strict=True)
         ),
+        by_place=not any(NAMES in group or any(type(i) is str for i in group["params"]) for group in groups),
         rest={key: each for key, each in value.items() if key not in ("state", "param_groups")},
     )
 
@@ -88,8 +98,9 @@ def _names(
     state: Mapping[Key, Mapping[str, Value]],
     tensors: Mapping[str, TensorRef],
     shared: Mapping[str, str],
+    order: Sequence[Sequence[str]] | None,
 ) -> Ids:
-    """The names of all ids: as the groups list them, as the ids are, else by shape."""
+    """The names of all ids: as the groups list them, as the ids are, in the order given, else by shape."""
     for key in (NAMES, "params"):
         lists = [group.get(key) for group in groups]
         if all(isinstance(names, list) and all(type(n) is str for n in names) for names in lists):
@@ -103,7 +114,22 @@ def _names(
         for kind, value in each.items()
         if kind != STEP and isinstance(value, TensorRef) and value.shape
     }
-    return by_shape([[_shape(state.get(i, {}), whole) for i in group["params"]] for group in groups], model)
+    shapes = [[_shape(state.get(i, {}), whole) for i in group["params"]] for group in groups]
+    return by_shape(shapes, model) if order is None else _ordered(shapes, model, order)
+
+
+def _ordered(
+    shapes: Sequence[Sequence[Shape | None]], model: Mapping[str, Shape], order: Sequence[Sequence[str]]
+) -> Ids:
+    """The names in an order that is known, if the shapes fit it."""
+    ours, theirs = [len(group) for group in shapes], [len(group) for group in order]
+    if ours != theirs:
+        return Ids(problem=f"it has groups of {ours} parameters, the other run of {theirs}")
+    for group, names in zip(shapes, order, strict=True):
+        for shape, name in zip(group, names, strict=True):
+            if shape is not None and model.get(name) != shape:
+                return Ids(problem=f"its state is {list(shape)} where {escape(name)} stands in the other run")
+    return Ids(names=tuple(tuple(names) for names in order))
 
 
 def _listed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import fields
@@ -10,20 +10,24 @@ from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Dict, plain
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.containers.torch_file.modules import under
-from ckpttools.errors import escape
+from ckpttools.errors import UsageError, escape
 from ckpttools.formats.buffers import untrained
 from ckpttools.formats.counters import train_state
+from ckpttools.formats.deepspeed import names_of
 from ckpttools.formats.ties import tied
 from ckpttools.formats.torch import optimizer
-from ckpttools.formats.torch.names import find_weights, strip
+from ckpttools.formats.torch.names import BUFFERS, find_weights, strip
 from ckpttools.location import Location
 from ckpttools.tree import Value, put
 
 
-def read(path: Location, wanted: str | None = None) -> Checkpoint:
-    """Read a single file; `wanted` is the key of the weights, with dots below the first one.
+def read(
+    path: Location, wanted: str | None = None, order: Sequence[Sequence[str]] | None = None
+) -> Checkpoint:
+    """Read a single file; `wanted` is the key of the weights, with dots below the first one, `order` the
+    names of the parameters of each of the optimizer's groups, where they are known from elsewhere.
 
-    Raises UsageError where no weights are found in it.
+    Raises UsageError where no weights are found in it, or its optimizer does not fit the order.
     """
     file = read_torch_file(path)
     key, found = find_weights(file, wanted)
@@ -31,12 +35,20 @@ def read(path: Location, wanted: str | None = None) -> Checkpoint:
     shared = tied(tensors)
     root = fields.as_mapping(file.value)
     keys = [name for name in (root.names() if root is not None and key else ()) if name != key]
-    saved = optimizer.read(file, tensors, shared) if root is not None and key else None
+    saved = optimizer.read(file, tensors, shared, order) if root is not None and key else None
+    if order is not None and saved is not None and saved.problem is not None:
+        raise UsageError(
+            "model-differs",
+            f"its optimizer is not that of the other run: {saved.problem}",
+            where=path,
+            hint="name a checkpoint of a run with the same model and the same parameter groups",
+        )
     groups = saved.groups if saved is not None else ()
     state = train_state(file, root) if root is not None and key else train_state(file, Dict())
     client: dict[str, Value] = {}
     if root is not None and key:
         beside = {key.partition(".")[0] if key not in root else key}
+        beside |= {BUFFERS} if buffers_of(root) is not None else set()
         beside |= {path[0] for path in state.keys.values() if len(path) == 1}
         if groups and saved is not None and not saved.rest:
             beside.add(str(saved.path[0]))  # it is in the groups
@@ -66,7 +78,12 @@ def read(path: Location, wanted: str | None = None) -> Checkpoint:
     )
     also = f", with {', '.join(map(escape, keys[:12]))}" if keys else ""
     # where there is no optimizer with names, what was trained is not known
-    frozen, buffers = untrained(tensors, {name for group in groups for name in group.params}, shared)
+    trained = {name for group in groups for name in group.params}
+    frozen, buffers = untrained(tensors, trained, shared)
+    stated = buffers_of(root)
+    if stated is not None and trained:
+        buffers = stated & tensors.keys()
+        frozen = frozenset(tensors.keys() - trained - buffers - shared.keys())
     return Checkpoint(
         path=path,
         layout=Layout(
@@ -88,6 +105,12 @@ def read(path: Location, wanted: str | None = None) -> Checkpoint:
         notes=tuple(notes),
         template=file,
     )
+
+
+def buffers_of(root: fields.Mapping | None) -> frozenset[str] | None:
+    """The buffers as far as the file names them; None where they can only be guessed."""
+    found = root.get(BUFFERS) if root is not None else None
+    return names_of(found) if isinstance(found, list) else None
 
 
 def _extra_state(file: TorchFile, key: str | None, prefix: str) -> Mapping[str, Value]:

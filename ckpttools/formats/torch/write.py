@@ -17,8 +17,10 @@ from ckpttools.containers.nodes import ORDERED, decode, encode, kept, put_node
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
 from ckpttools.errors import UsageError, escape
-from ckpttools.formats.torch.names import find_weights, strip
-from ckpttools.formats.torch.optimizer import NAMES, place_of
+from ckpttools.formats.buffers import untrained
+from ckpttools.formats.torch.names import BUFFERS, find_weights, strip
+from ckpttools.formats.torch.optimizer import NAMES, Saved, place_of, read
+from ckpttools.formats.torch.read import buffers_of
 from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves, put, same
@@ -47,6 +49,9 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     if checkpoint.groups:
         path = template.optimizer if template and template.optimizer else ("optimizer_state_dict",)
         values[str(path[0])] = _optimizer(checkpoint, template, path)
+    trained = {name for group in checkpoint.groups for name in group.params}
+    if trained and untrained(checkpoint.tensors, trained, checkpoint.shared)[1] != checkpoint.buffers:
+        values[BUFFERS] = sorted(checkpoint.buffers)
     for key, value in _rest(checkpoint, template, values, notes).items():
         if template is None or key not in template.root:
             values[key] = encode(value, {})
@@ -60,6 +65,25 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
         root = template.root.replace(values, [k for k in template.root.names() if k not in values])
     file = write_torch_file("", root)
     return Plan(files=(file,), notes=tuple(dict.fromkeys(notes)), checks=checkpoint.checks)
+
+
+def keys_of(checkpoint: Checkpoint) -> tuple[str, str]:
+    """The keys of the weights and of the optimizer's state in the file that `plan` makes."""
+    found = _template(checkpoint)
+    optimizer = str(found.optimizer[0]) if found is not None and found.optimizer else "optimizer_state_dict"
+    return found.weights if found is not None else "model_state_dict", optimizer
+
+
+def optimizer_of(checkpoint: Checkpoint) -> Saved | None:
+    """What a file that was read says about its optimizer, None where it is no such file or has none."""
+    file = checkpoint.template
+    return read(file, checkpoint.tensors, checkpoint.shared) if isinstance(file, TorchFile) else None
+
+
+def names_buffers(checkpoint: Checkpoint) -> bool:
+    """Whether what is a buffer and what is frozen is known, and not guessed from types and names."""
+    file = checkpoint.template
+    return not isinstance(file, TorchFile) or buffers_of(fields.as_mapping(file.value)) is not None
 
 
 def _template(checkpoint: Checkpoint) -> Template | None:

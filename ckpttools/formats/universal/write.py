@@ -1,0 +1,223 @@
+"""Writing a universal checkpoint from the Checkpoint alone: one folder for the stages 1, 2 and 3.
+
+Both model files are written, of which each stage reads its own, and settings and step stand where each looks
+for them. Stage 3 gives the settings of the first group to all: there the file has what all groups share, so
+that the others keep those that the new run's own optimizer was made with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
+from ckpttools.containers.nodes import ORDERED, encode, encode_tensor
+from ckpttools.containers.pickles import Dict, Node, Object
+from ckpttools.containers.torch_file import Storage, size_node, tensor_node, write_torch_file
+from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.formats.deepspeed import (
+    STAGE,
+    client_values,
+    counter_values,
+    new_scaler,
+    scheduler_state,
+    version_of,
+)
+from ckpttools.formats.universal.decode import PARAM
+from ckpttools.formats.universal.names import MODEL_NAME, SETTINGS, STAGE3_NAME, SUFFIX, ZERO, folder_of
+from ckpttools.formats.universal.read import FP32, STEP
+from ckpttools.plan import OutputFile, Plan
+from ckpttools.tensors import FLOAT32, TensorRef
+from ckpttools.tree import Value, same
+
+ADAM = {"exp_avg", "exp_avg_sq"}  # what stage 3 loads, and all that it loads
+
+
+def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
+    """The files of a tag folder. `layout` says nothing that it can show: any number of ranks loads it.
+
+    Raises Unsupported for state that is not of its parameter's shape, and names that cannot be folders.
+    """
+    if not checkpoint.groups:
+        raise Unsupported(
+            "no-groups",
+            "the checkpoint has no parameter groups, and a universal checkpoint is made of them",
+            where=checkpoint.path,
+            why="master weights and optimizer state are saved per parameter of the optimizer",
+            hint="name a training checkpoint, one that holds its optimizer",
+        )
+    states = [file for group in checkpoint.groups for file in _group(checkpoint, group)]
+    files = (
+        write_torch_file(MODEL_NAME, _model(checkpoint, whole=True)),
+        write_torch_file(STAGE3_NAME, _model(checkpoint, whole=False)),
+        write_torch_file(f"{ZERO}/{SETTINGS}", _settings(checkpoint)),
+        *states,
+    )
+    return Plan(files=files, notes=tuple(_notes(checkpoint)), checks=checkpoint.checks)
+
+
+# --- parameters -----------------------------------------------------------------------------------------
+
+
+def _group(checkpoint: Checkpoint, group: ParamGroup) -> Iterator[OutputFile]:
+    """The files of all parameters of a group."""
+    for kind in group.state.keys() | group.scalars.keys():
+        if group.paths.get(kind, (kind,)) != (kind,):
+            raise _unfit(checkpoint, kind, "is nested, and load_universal sets it by a single name")
+        folder_of(kind, checkpoint.path)
+    steps = group.scalars.get(STEP, {})
+    first = next(iter(steps.values()), None)
+    for name, shape in group.params.items():
+        place = f"{ZERO}/{folder_of(name, checkpoint.path)}"
+        kinds = {FP32: _master(checkpoint, group, name)}
+        kinds |= {kind: refs[name] for kind, refs in group.state.items() if kind != FP32 and name in refs}
+        for kind, ref in kinds.items():
+            if ref.numel != math.prod(shape) or not ref.dtype.is_float:
+                raise _unfit(checkpoint, kind, f"of {name} is {ref.dtype.short} {list(ref.shape)}")
+            node = Dict.of([("cat_dim", 0), (PARAM, tensor_node(ref.view(shape)))])
+            yield write_torch_file(f"{place}/{kind}{SUFFIX}", node)
+        if name in steps:
+            if not _equal(steps[name], first):
+                raise _unfit(checkpoint, STEP, "differs between the parameters of a group")
+            yield write_torch_file(f"{place}/{STEP}{SUFFIX}", encode(steps[name], {}))
+    for kind, refs in group.state.items():
+        lacking = next((name for name in group.params if name not in refs), None)
+        if lacking is not None and refs and kind != FP32:
+            raise Unsupported(
+                "state-incomplete",
+                f"{escape(lacking)} has no '{escape(kind)}', which other parameters of its group have",
+                where=checkpoint.path,
+                why="load_universal joins a group's state, and stops at a parameter without it",
+                hint="was the parameter ever trained? leave the optimizer's state out: --reset-optimizer",
+            )
+
+
+def _master(checkpoint: Checkpoint, group: ParamGroup, name: str) -> TensorRef:
+    found = group.state.get(FP32, {}).get(name)
+    if found is not None:
+        return found
+    if name not in checkpoint.tensors:
+        raise _unfit(checkpoint, FP32, f"is missing for {name}")
+    return checkpoint.tensors[name].cast(FLOAT32)
+
+
+def _equal(a: Value, b: Value) -> bool:
+    """One value: the same number may lie in several places of the files."""
+    if isinstance(a, TensorRef) and isinstance(b, TensorRef) and a is not b:
+        from ckpttools.passes.read import load  # numpy: needed for tensors alone
+
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and load(a).tobytes() == load(b).tobytes()
+    return a is b or same(a, b)
+
+
+def _unfit(checkpoint: Checkpoint, kind: str, problem: str) -> CkptError:
+    return Unsupported(
+        "state-not-flat",
+        f"optimizer state '{escape(kind)}' {escape(problem)}",
+        where=checkpoint.path,
+        why="load_universal takes tensors of the parameter's shape by name, and one step for a group",
+        hint="convert to a format that keeps state per parameter (pt, dcp), or --reset-optimizer",
+    )
+
+
+# --- settings -------------------------------------------------------------------------------------------
+
+
+def _settings(checkpoint: Checkpoint) -> Dict:
+    groups = [{**group.hyper, "params": [g]} for g, group in enumerate(checkpoint.groups)]
+    steps = checkpoint.groups[0].scalars.get(STEP, {})
+    # stage 3 takes the step of the first group for all
+    state = {0: {STEP: next(iter(steps.values()))}} if steps else {}
+    scaler, stage = checkpoint.loss_scaler, checkpoint.layout.zero_stage
+    values: dict[str, Node] = {
+        "loss_scaler": new_scaler(scaler),
+        "dynamic_loss_scale": scaler.get("class") == "DynamicLossScaler",
+        "overflow": False,
+        **({"zero_stage": Object("reduce", STAGE, (stage,))} if stage is not None else {}),
+        "ds_version": version_of(checkpoint),
+        "param_groups": encode(groups),
+        "optimizer_state_dict": encode(
+            {"state": state, "param_groups": [{**shared_settings(checkpoint.groups), "params": [0]}]}, {}
+        ),
+    }
+    return Dict.of(values.items())
+
+
+def shared_settings(groups: Iterable[ParamGroup]) -> dict[str, Value]:
+    """The settings that all groups have alike."""
+    every = [group.hyper for group in groups]
+    return {
+        key: value
+        for key, value in every[0].items()
+        if all(key in other and same(value, other[key]) for other in every[1:])
+    }
+
+
+# --- model files ----------------------------------------------------------------------------------------
+
+
+def _model(checkpoint: Checkpoint, *, whole: bool) -> Dict:
+    """The model file of stages 1 and 2, or that of stage 3, whose parameters have no elements."""
+    storages: dict[object, Storage] = {}
+    frozen = [name for name in checkpoint.tensors if name in checkpoint.frozen]
+    shapes = {name: checkpoint.tensors[name].shape for name in frozen} | dict(checkpoint.left_out)
+    pairs: list[tuple[Node, Node]] = []
+    for name, ref in checkpoint.tensors.items():
+        kept = whole or name in checkpoint.buffers
+        pairs.append((name, encode_tensor(ref if kept else TensorRef(ref.dtype, (0,), ()), storages)))
+    pairs += [(name, encode(value, storages)) for name, value in checkpoint.extra_state.items()]
+    values: dict[str, Node] = {
+        "module": _ordered(pairs),
+        "buffer_names": [name for name in checkpoint.tensors if name in checkpoint.buffers],
+        "optimizer": None,
+        "param_shapes": [
+            _ordered((name, size_node(shape)) for name, shape in group.params.items())
+            for group in checkpoint.groups
+        ],
+        "frozen_param_shapes": _ordered((n, size_node(s)) for n, s in shapes.items()),
+        "shared_params": encode(dict(checkpoint.shared)),
+        "lr_scheduler": encode(scheduler_state(checkpoint)[0]),
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": 0,
+        "global_steps": 0,
+        "global_samples": 0,
+        **counter_values(checkpoint),
+        "dp_world_size": checkpoint.layout.dp_degree,
+        "mp_world_size": 1,
+        **({"ds_config": encode(dict(checkpoint.settings))} if checkpoint.settings else {}),
+        "ds_version": version_of(checkpoint),
+    }
+    client = {key: encode(value, storages) for key, value in client_values(checkpoint).items()}
+    return Dict.of({**values, **client}.items())
+
+
+def _ordered(pairs: Iterable[tuple[Node, Node]]) -> Object:
+    node = Object("reduce", ORDERED, ())
+    node.pairs = list(pairs)
+    return node
+
+
+# --- what it cannot hold, or its loader does not read ---------------------------------------------------
+
+
+def _notes(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.train_state.step is None:
+        yield "global_steps is not known: written as 0"
+    every = {kind for group in checkpoint.groups for kind in group.scalars} - {STEP}
+    for kind in sorted(every):
+        yield f"not kept: '{escape(kind)}', which is no tensor of its parameter's shape"
+    kinds = {kind for group in checkpoint.groups for kind in group.state} - {FP32}
+    if kinds != ADAM:
+        held = ", ".join(map(escape, sorted(kinds))) or "none"
+        yield f"stages 1 and 2 alone load it: stage 3 takes exp_avg and exp_avg_sq, the state here is {held}"
+    shared = shared_settings(checkpoint.groups)
+    differ = dict.fromkeys(k for group in checkpoint.groups for k in group.hyper if k not in shared)
+    if differ:
+        yield f"stage 3 loads the settings that all groups share: {', '.join(map(escape, differ))} are apart"
+    lost = [n for n in checkpoint.tensors if n in checkpoint.frozen | checkpoint.buffers]
+    if lost:
+        yield (
+            f"load_universal restores neither frozen parameters nor buffers ({len(lost)}, the first "
+            f"{escape(lost[0])}): load them into the model first, as below"
+        )

@@ -1,0 +1,77 @@
+"""A Checkpoint as a new DeepSpeed folder: fp32 masters, a plain layout, a tag, and the file that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
+from ckpttools.formats import PLANS
+from ckpttools.formats.deepspeed import LR_SCHEDULER
+from ckpttools.plan import Literal, OutputFile, Plan
+from ckpttools.tensors import FLOAT32, DType, TensorRef
+from ckpttools.transforms.cast import cast, castable
+from ckpttools.tree import at, put
+
+FP32 = "fp32"  # the kind of master weights
+UNIVERSAL = "universal"
+
+
+def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -> tuple[Checkpoint, Layout]:
+    """What the folder's format is to write, and how: masters from the best copy, weights in `dtype`."""
+    best, old = checkpoint.best_copies(), checkpoint.layout
+    groups = tuple(
+        replace(group, state={FP32: {n: _master(best[n]) for n in group.params}, **moments(group)})
+        for group in checkpoint.groups
+    )
+    trained = {name for group in groups for name in group.params}
+    if dtype is not None:
+        checkpoint = _cast(checkpoint, dtype, trained)
+    dtypes = {ref.dtype.short for name, ref in checkpoint.tensors.items() if name in trained}
+    stage = None if to == UNIVERSAL else int(to.removeprefix("zero"))
+    settings = checkpoint.settings
+    if stage is not None and at(settings, "zero_optimization", "stage") is not None:
+        settings = put(settings, ("zero_optimization", "stage"), stage)
+    state = checkpoint.train_state
+    if old.zero_stage is None:
+        if stage is not None:  # no number of ranks to keep the batch of
+            old = replace(old, dp_degree=ranks)
+        if state.scheduler:  # from there the engine loads whichever scheduler it was given
+            state = replace(state, keys={**state.keys, "scheduler": LR_SCHEDULER})
+    made = replace(checkpoint, groups=groups, settings=settings, layout=old, train_state=state, template=None)
+    tag = f"global_step{state.step or 0}{'_universal' if stage is None else ''}"
+    layout = Layout(
+        format=to,
+        zero_stage=stage,
+        dp_degree=ranks,
+        tag=tag,
+        dtype=dtypes.pop() if len(dtypes) == 1 else None,
+        writer=old.writer,
+    )
+    return made, layout
+
+
+def _cast(checkpoint: Checkpoint, dtype: DType, trained: Collection[str]) -> Checkpoint:
+    """Parameters in the engine's dtype, everything else as it is: engines keep buffers in their own."""
+    made = cast(checkpoint, dtype)
+    params = {*trained, *checkpoint.frozen, *checkpoint.shared}
+    tensors = {n: made.tensors[n] if n in params else ref for n, ref in checkpoint.tensors.items()}
+    return replace(made, tensors=tensors)
+
+
+def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
+    """The folder with the tag's files in it, and `latest` or `latest_universal`."""
+    inner = PLANS[layout.format](checkpoint, layout)
+    tag = layout.tag or ""
+    pointer = "latest_universal" if layout.format == UNIVERSAL else "latest"
+    files = tuple(replace(file, path=f"{tag}/{file.path}") for file in inner.files)
+    return replace(inner, files=(*files, OutputFile(path=pointer, segments=(Literal(tag.encode()),))))
+
+
+def _master(ref: TensorRef) -> TensorRef:
+    return ref.cast(FLOAT32) if castable(ref.dtype) else ref
+
+
+def moments(group: ParamGroup) -> dict[str, dict[str, TensorRef]]:
+    """The optimizer's state without the master weights."""
+    return {kind: dict(refs) for kind, refs in group.state.items() if kind != FP32}

@@ -1,0 +1,75 @@
+"""The lines of Python with which training goes on from what convert wrote, in the order in which they run.
+
+They see what training code has: `model`, `optimizer`, `scheduler`, or `ds_config` and the `engine` that
+deepspeed.initialize makes of it. Lines that name `engine` come after it was made, the others before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.formats.zero3.cuts import sub_group_size
+from ckpttools.tensors import TensorRef
+from ckpttools.tree import Opaque, leaves, same
+
+STEP = "step"
+
+
+def single_file(checkpoint: Checkpoint, dst: Path, weights: str, optimizer: str) -> Iterator[str]:
+    """torch.load and load_state_dict. `weights` and `optimizer` are the keys of the state dicts."""
+    yield f"saved = torch.load({str(dst)!r}, weights_only={is_plain(checkpoint)})"
+    yield f"model.load_state_dict(saved[{weights!r}])"
+    if checkpoint.groups:
+        yield f"optimizer.load_state_dict(saved[{optimizer!r}])"
+    state = checkpoint.train_state
+    if state.scheduler:
+        key = state.keys.get("scheduler", ())
+        at = key[0] if checkpoint.template is not None and len(key) == 1 else "scheduler_state_dict"
+        yield f"scheduler.load_state_dict(saved[{at!r}])"
+
+
+def engine(checkpoint: Checkpoint, layout: Layout, dst: Path) -> Iterator[str]:
+    """load_checkpoint of DeepSpeed, with the settings that the folder asks for."""
+    if layout.zero_stage is not None:
+        yield f'ds_config.setdefault("zero_optimization", {{}})["stage"] = {layout.zero_stage}'
+    if layout.zero_stage == 3:  # DeepSpeed refuses a folder with other sub-groups
+        limit = sub_group_size(checkpoint.settings)
+        yield f'ds_config["zero_optimization"]["sub_group_size"] = {limit}'
+    if layout.dtype in ("bf16", "fp16"):  # the names of the files, and module
+        yield f'ds_config.setdefault("{layout.dtype}", {{}})["enabled"] = True'
+    if layout.zero_stage is None:
+        yield 'ds_config["checkpoint"] = {"load_universal": True}'
+        if checkpoint.frozen | checkpoint.buffers:
+            file = str(dst / (layout.tag or "") / "mp_rank_00_model_states.pt")
+            load = f"torch.load({file!r}, weights_only={is_plain(checkpoint)})['module']"
+            yield f"model.load_state_dict({load}, strict=False)  # load_universal leaves out frozen, buffers"
+    options = "" if checkpoint.train_state.scheduler else ", load_lr_scheduler_states=False"
+    on = f"  # on {layout.dp_degree} ranks" if layout.zero_stage is not None else ""
+    yield f"path, client_state = engine.load_checkpoint({str(dst)!r}{options}){on}"
+    if layout.zero_stage is None:
+        yield from _stage3(checkpoint, dst / (layout.tag or "") / "zero/optimizer_state.pt")
+
+
+def _stage3(checkpoint: Checkpoint, settings: Path) -> Iterator[str]:
+    """What stage 3 gets wrong: settings of the first group for all, one tensor as the step of all."""
+    hypers = [group.hyper for group in checkpoint.groups]
+    if any(not same(dict(hyper), dict(hypers[0])) for hyper in hypers[1:]):
+        saved = f"torch.load({str(settings)!r}, weights_only=False)['param_groups']"
+        yield (
+            f"for group, saved in zip(engine.optimizer.param_groups, {saved}): "
+            "group.update({k: v for k, v in saved.items() if k != 'params'})  # stage 3 alone needs it"
+        )
+    steps = [value for group in checkpoint.groups for value in group.scalars.get(STEP, {}).values()]
+    if any(isinstance(step, TensorRef) for step in steps):
+        yield (
+            "for state in engine.optimizer.optimizer.state.values(): "
+            "state['step'] = state['step'].clone()  # stage 3 shares one tensor, which counts for each group"
+        )
+
+
+def is_plain(checkpoint: Checkpoint) -> bool:
+    """Whether torch.load takes the client's values with weights_only."""
+    held = (checkpoint.client, checkpoint.extra_state, checkpoint.train_state.scheduler)
+    return not any(isinstance(leaf, Opaque) for value in held for _, leaf in leaves(value))

@@ -1,0 +1,255 @@
+"""ckpt convert: --like, --reset-optimizer, --optimizer-class, and the lines that it ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import run
+from support import FIXTURES, as_torch, identical
+from torch import nn
+
+from ckpttools.checks import verify
+from ckpttools.errors import CkptError, UsageError
+from ckpttools.findings import ERROR
+from ckpttools.formats import open_checkpoint
+from ckpttools.operations.convert import TARGETS, convert
+from ckpttools.tensors import TensorRef
+
+SAMPLES = FIXTURES / "deepspeed-0.19.8"
+PT = FIXTURES / "monolithic/full/epoch_2_step_40.pt"
+FOLDERS = [to for to in TARGETS if to.startswith("zero") or to == "universal"]
+
+
+def net(bias: bool = True) -> nn.Module:
+    """Two parameters of one shape in the middle: by shape alone their order in a group is not known."""
+    sizes = ((4, 3), (3, 3), (3, 3), (3, 2))
+    return nn.Sequential(*(nn.Linear(*size, bias=bias) for size in sizes))
+
+
+def trained(optimizer: Any, model: nn.Module, steps: int = 2) -> list[float]:
+    losses = []
+    for step in range(steps):
+        x = torch.arange(8.0).reshape(2, 4) / (step + 3)
+        loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def saved(path: Path, model: nn.Module, optimizer: Any, **more: Any) -> Path:
+    state = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), **more}
+    torch.save({**state, "global_step": 2}, path)
+    return path
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices backwards, so that the order of the optimizer is not that of the model."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    return [{"params": matrices[::-1]}, {"params": [p for p in model.parameters() if p.ndim < 2]}]
+
+
+# --- --like ---------------------------------------------------------------------------------------------
+
+
+def test_an_ambiguous_order_is_refused_and_like_gives_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = net()
+    optimizer = torch.optim.AdamW(groups_of(model), lr=0.1)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    with pytest.raises(CkptError) as caught:
+        convert(source, tmp_path / "z", to="zero2")
+    assert caught.value.id == "no-groups" and "--like" in caught.value.hint
+    named = [(n, p) for n, p in model.named_parameters()]
+    matrices = [(n, p) for n, p in named if p.ndim == 2][::-1]
+    other = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.3}, {"params": [(n, p) for n, p in named if p.ndim < 2]}],
+        lr=0.5,
+    )
+    target = saved(tmp_path / "b.pt", model, other)
+    made = convert(source, tmp_path / "z", to="zero2", like=target, world_size=3)
+    found = open_checkpoint(made.destination)
+    assert [group.hyper["weight_decay"] for group in found.groups] == [0.3, 0.01]
+    assert [group.hyper["lr"] for group in found.groups] == [0.5, 0.5]
+    assert list(found.groups[0].params) == [name for name, _ in matrices]
+    state = {id(p): s for p, s in optimizer.state.items()}
+    for name, p in named:
+        group = next(group for group in found.groups if name in group.params)
+        assert identical(as_torch(group.state["exp_avg"][name]), state[id(p)]["exp_avg"])
+        assert identical(as_torch(group.state["fp32"][name]), p.detach())
+    assert any("parameter groups and their settings are those of b.pt" in note for note in made.notes)
+
+
+def test_names_of_the_run_that_goes_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    wrapped = nn.ModuleDict({"backbone": net()})
+    target = saved(tmp_path / "b.pt", wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.1))
+    made = convert(source, tmp_path / "c.pt", to="pt", like=target)
+    held = torch.load(made.destination, weights_only=True)["model_state_dict"]
+    assert list(held) == list(wrapped.state_dict())
+    assert torch.equal(held["backbone.0.weight"], model.state_dict()["0.weight"])
+    assert any("the first, 0.weight, is backbone.0.weight there" in note for note in made.notes)
+
+
+def test_a_run_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, other = net(), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
+    optimizer = torch.optim.AdamW(model.parameters())
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    target = saved(tmp_path / "b.pt", other, torch.optim.AdamW(other.parameters()))
+    with pytest.raises(UsageError) as caught:
+        convert(source, tmp_path / "c.pt", to="pt", like=target)
+    assert caught.value.id == "model-differs"
+    renamed = {f"x{i}": value for i, value in enumerate(model.state_dict().values())}
+    torch.save({"model_state_dict": renamed}, tmp_path / "d.pt")
+    with pytest.raises(UsageError) as caught:
+        convert(source, tmp_path / "c.pt", to="pt", like=tmp_path / "d.pt")
+    assert caught.value.id == "names-ambiguous" and "--rename" in caught.value.hint
+    assert not (tmp_path / "c.pt").exists()
+
+
+def test_roles_of_tensors_come_from_the_run(tmp_path: Path) -> None:
+    """A single file of training code does not say what is a buffer; ZeRO-3 must know."""
+    source = convert(SAMPLES / "z3_groups_ws2", tmp_path / "a.pt", to="pt").destination
+    tree = torch.load(source, weights_only=False)
+    assert "scale" in tree.pop("buffer_names")
+    torch.save(tree, source)
+    done = run("convert", source, tmp_path / "z", "--to", "zero3")
+    assert done.code == 2 and "tensor-unknown" in done.err
+    made = convert(source, tmp_path / "z", to="zero3", like=SAMPLES / "z3_groups_ws2", world_size=2)
+    assert open_checkpoint(made.destination).buffers == open_checkpoint(SAMPLES / "z3_groups_ws2").buffers
+    assert open_checkpoint(made.destination).layout.dtype == "bf16"
+
+
+@pytest.mark.parametrize("more", [["--to", "hf"], ["--to", "pt", "--optimizer-class", "AdamW"]])
+def test_like_and_what_contradicts_it(more: list[str], tmp_path: Path) -> None:
+    assert run("convert", PT, tmp_path / "x", "--like", PT, *more).code == 2
+    assert not (tmp_path / "x").exists()
+
+
+# --- --reset-optimizer ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", FOLDERS)
+def test_an_optimizer_that_starts_anew_is_no_lost_one(to: Any, tmp_path: Path) -> None:
+    made = convert(SAMPLES / "z2_bf16_ws2", tmp_path / "z", to=to, reset_optimizer=True)
+    found = open_checkpoint(made.destination)
+    assert all(group.state.keys() == {"fp32"} and not group.scalars for group in found.groups)
+    assert found.train_state.step == 0 and found.train_state.scheduler == {"last_batch_iteration": -1}
+    assert [f.id for f in verify(made.destination).findings if f.severity == ERROR] == []
+    assert any("start anew" in note for note in made.notes)
+
+
+# --- optimizers -----------------------------------------------------------------------------------------
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "Muon": lambda p: torch.optim.Muon(p, lr=0.01),
+}
+WHOLE = ("Adafactor",)  # whose state is not of the parameter's shape
+WITH_SCALARS = ("NAdam",)  # more than a step
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("to", ["zero2", "zero3", "universal", "dcp"])
+def test_every_optimizer_there_and_back(name: str, to: Any, tmp_path: Path) -> None:
+    """From torch and back: the plain loop goes on bit by bit as if nothing had happened."""
+    torch.manual_seed(0)
+    model = net(bias=name != "Muon")
+    optimizer = OPTIMIZERS[name](list(model.parameters()))
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    if name in WHOLE and to != "dcp":
+        with pytest.raises(CkptError) as caught:
+            convert(source, tmp_path / "z", to=to)
+        assert caught.value.id in ("state-not-flat", "state-incomplete")
+        assert not (tmp_path / "z").exists()
+        return
+    ranks = {"world_size": 3} if to.startswith("zero") else {}
+    there = convert(source, tmp_path / "z", to=to, **ranks)
+    if name in WITH_SCALARS and to == "universal":
+        assert any("not kept: 'mu_product'" in note for note in there.notes)
+        return
+    back = convert(there.destination, tmp_path / "b.pt", to="pt")
+    expected = trained(optimizer, model)
+    again = net(bias=name != "Muon")
+    fresh = OPTIMIZERS[name](list(again.parameters()))
+    names = {"model": again, "optimizer": fresh, "torch": torch}
+    for line in back.next[1:]:
+        exec(line, names)
+    assert trained(fresh, again) == expected
+
+
+def test_adagrad_is_called_otherwise_by_deepspeed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = net()
+    optimizer = torch.optim.Adagrad(model.parameters())
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    made = convert(source, tmp_path / "z", to="zero2", optimizer_class="DeepSpeedCPUAdagrad")
+    (group,) = open_checkpoint(made.destination).groups
+    assert group.state.keys() == {"fp32", "exp_avg_sq"}
+    assert {type(step) for step in group.scalars["step"].values()} == {int}
+    back = convert(made.destination, tmp_path / "b.pt", to="pt", optimizer_class="Adagrad")
+    kinds = torch.load(back.destination, weights_only=True)["optimizer_state_dict"]["state"][0]
+    assert kinds.keys() == {"step", "sum"}
+
+
+@pytest.mark.parametrize("name", ["SGD", "Muon", "Adagrad"])
+def test_a_class_that_keeps_other_state_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CkptError) as caught:
+        convert(SAMPLES / "z2_bf16_ws2", tmp_path / "x", to="zero2", optimizer_class=name)
+    assert caught.value.id == "optimizer-differs" and not (tmp_path / "x").exists()
+    convert(SAMPLES / "z2_bf16_ws2", tmp_path / "x", to="zero2", optimizer_class=name, reset_optimizer=True)
+
+
+@pytest.mark.parametrize("to", FOLDERS)
+def test_quantised_state_is_refused_by_name(to: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    tree = torch.load(source, weights_only=True)
+    for state in tree["optimizer_state_dict"]["state"].values():
+        state["state1"] = (state.pop("momentum_buffer") * 10).to(torch.uint8)
+    torch.save(tree, source)
+    with pytest.raises(CkptError) as caught:
+        convert(source, tmp_path / "z", to=to)
+    assert caught.value.id == "state-quantised" and "state1" in caught.value.message
+    assert convert(source, tmp_path / "b.pt", to="pt").destination.is_file()
+    convert(source, tmp_path / "z", to=to, reset_optimizer=True)
+
+
+# --- the lines ------------------------------------------------------------------------------------------
+
+
+def test_the_order_that_was_matched_is_shown(tmp_path: Path) -> None:
+    done = run("convert", PT, tmp_path / "z", "--to", "zero2", "--dry-run")
+    assert done.code == 0 and "in the model's order and by shape" in done.err + done.out
+    assert not (tmp_path / "z").exists()
+
+
+def test_buffers_and_frozen_weights_are_told_apart_in_a_single_file(tmp_path: Path) -> None:
+    source = open_checkpoint(SAMPLES / "z3_groups_ws2")
+    made = open_checkpoint(convert(SAMPLES / "z3_groups_ws2", tmp_path / "a.pt", to="pt").destination)
+    assert (made.buffers, made.frozen) == (source.buffers, source.frozen)
+    assert "buffer_names" not in made.client
+    assert all(isinstance(ref, TensorRef) for ref in made.tensors.values())
