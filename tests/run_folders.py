@@ -123,8 +123,8 @@ def _guard(root: Path, path: Path, one: One) -> None:
         case "link":
             (root / f"good-{path.name}").symlink_to(path)
         case "adapter":
-            (path.parent / f"lora{one.step}").mkdir(exist_ok=True)
-            config = path.parent / f"lora{one.step}" / "adapter_config.json"
+            (path.parent / f"lora-{path.name}").mkdir(exist_ok=True)
+            config = path.parent / f"lora-{path.name}" / "adapter_config.json"
             config.write_text(json.dumps({"base_model_name_or_path": f"/elsewhere/{path.name}"}))
         case "hardlink":
             for file in path.iterdir() if path.is_dir() else (path,):

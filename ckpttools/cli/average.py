@@ -16,6 +16,7 @@ from ckpttools.cli.options import (
     NO_PROGRESS,
     PATH,
     QUIET,
+    SPREAD,
     TAGS,
     WORKERS,
     how,
@@ -53,6 +54,7 @@ def _numbers(context: click.Context, param: click.Parameter, text: str | None) -
 @FORCE
 @JSON
 @QUIET
+@SPREAD
 @WORKERS
 @NO_PROGRESS
 def command(
