@@ -12,7 +12,34 @@ The id is stable: `ckpt explain ID` tells more about it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ckpttools.location import Location
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What an error and a finding have in common. `ckpt explain ID` tells what the id means."""
+
+    id: str
+    message: str
+    where: str = ""
+    why: str = ""
+    hint: str = ""
+
+    def shown(self, kind: str = "error") -> str:
+        """For people: what, where, why it matters, what to do. Text from files is escaped."""
+        lines = [f"{kind}[{self.id}]: {escape(self.message, 2000)}"]
+        if self.where:
+            lines.append(f"  in {escape(self.where, 1000)}")
+        lines += [f"  {escape(line, 1000)}" for line in self.why.splitlines()]
+        lines += [f"hint: {escape(line, 1000)}" for line in self.hint.splitlines()]
+        return "\n".join(lines)
+
+    def document(self) -> dict[str, str | None]:
+        """For programs: what is not known is null."""
+        parts = {"where": self.where, "why": self.why, "hint": self.hint}
+        return {"id": self.id, "message": self.message, **{key: said or None for key, said in parts.items()}}
 
 
 class CkptError(Exception):
@@ -31,14 +58,8 @@ class CkptError(Exception):
         self.hint = hint
 
     @property
-    def four_parts(self) -> str:
-        """The error for people: what, where, why it matters, what to do. Text from files is escaped."""
-        lines = [f"error[{self.id}]: {escape(self.message, 2000)}"]
-        if self.where:
-            lines.append(f"  in {escape(self.where, 1000)}")
-        lines += [f"  {escape(line, 1000)}" for line in self.why.splitlines()]
-        lines += [f"hint: {escape(line, 1000)}" for line in self.hint.splitlines()]
-        return "\n".join(lines)
+    def problem(self) -> Problem:
+        return Problem(id=self.id, message=self.message, where=self.where, why=self.why, hint=self.hint)
 
     def __str__(self) -> str:
         return f"{self.message} [{self.id}]" + (f" in {self.where}" if self.where else "")

@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, Problem
 
 ERROR, WARNING, INFO = "error", "warning", "info"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing found. `where` is a tensor, rank, record or field within `file`.
+class Finding(Problem):
+    """A problem that was found, and how bad it is. `where` is a tensor, rank, record or field within `file`.
 
     An error means that the checkpoint must not be relied on; a warning that a person should look; an
     information never makes a checkpoint bad. `ckpt explain ID` tells more.
     """
 
-    id: str
     severity: str
     file: str
-    where: str
-    message: str
-    why: str = ""
-    hint: str = ""
     exit_code: int = 1  # 2: an error that says nothing about the checkpoint, such as no permission
 
     @property
@@ -44,6 +39,17 @@ def of_error(error: CkptError) -> Finding:
         why=error.why,
         hint=error.hint,
         exit_code=error.exit_code,
+    )
+
+
+def raised(finding: Finding) -> CkptError:
+    """The other way round, for a command that goes no further."""
+    return CkptError(
+        finding.id,
+        finding.message,
+        where=finding.file,
+        why=finding.why or (f"at {finding.where}" if finding.where else ""),
+        hint=finding.hint,
     )
 
 

@@ -29,7 +29,7 @@ from ckpttools.checks.verdict import Verdict, refused
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported, escape
-from ckpttools.findings import ERROR, INFO, Finding
+from ckpttools.findings import ERROR, INFO, Finding, raised
 from ckpttools.formats import Checked, Source, locate
 from ckpttools.formats.files import dangers_at
 from ckpttools.formats.format import Copy
@@ -222,12 +222,6 @@ def check_before_use(source: Source) -> Checkpoint:
     checked = check_headers(source)
     for finding in checked.findings:
         if finding.severity == ERROR:
-            raise CkptError(
-                finding.id,
-                finding.message,
-                where=finding.file,
-                why=finding.why or (f"at {finding.where}" if finding.where else ""),
-                hint=finding.hint,
-            )
+            raise raised(finding)
     assert checked.checkpoint is not None
     return checked.checkpoint

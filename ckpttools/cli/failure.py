@@ -17,11 +17,9 @@ def report(problem: Exception, *, as_json: bool, debug: bool) -> int:
         traceback.print_exception(problem)
     error = problem if isinstance(problem, CkptError) else _other(problem)
     if as_json:
-        parts = {"message": error.message, "where": error.where, "why": error.why, "hint": error.hint}
-        document = {"id": error.id, **{name: text or None for name, text in parts.items()}}
-        render.document({"ok": False, "error": document})
+        render.document({"ok": False, "error": error.problem.document()})
     else:
-        click.echo(error.four_parts, err=True)
+        click.echo(error.problem.shown(), err=True)
     return error.exit_code
 
 

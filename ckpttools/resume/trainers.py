@@ -284,6 +284,14 @@ def _parts(source: Source, training: Training, framework: Framework) -> Iterator
             refusal=refusal if rule.needs_optimizer else None,
         )
     yield from unsaved_schedule(training)
+    if training.optimizers and training.count is None and training.state.epoch is None:
+        yield Difference(
+            about=About.LENGTH,
+            setting="counters",
+            cls=CAREFUL,
+            why="neither a step nor an epoch is saved: whether the run goes on or counts anew is the code's",
+            hint="resume from a checkpoint that states its step, or set it by hand",
+        )
     if is_folder(source.target):
         names = {entry.name for folder in {source.target, source.root} for entry in entries(folder)}
         for lack in framework.lacks(names):

@@ -39,9 +39,9 @@ def _report(error: CkptError, output: Output) -> NoReturn:
     if exchange is not None:
         failures.write(Path(exchange), error)
     elif of_rank is not None:  # attempt_0/RANK/error.json in a folder of torchrun
-        failures.say_once(Path(of_rank).parents[1], error.four_parts, output.show)
+        failures.say_once(Path(of_rank).parents[1], error.problem.shown(), output.show)
     elif os.environ["LOCAL_RANK"] == "0" or error.id == "train-crash":  # another launcher than torchrun
-        output.show(error.four_parts)
+        output.show(error.problem.shown())
     _leave(error.exit_code)
 
 

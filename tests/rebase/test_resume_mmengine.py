@@ -21,6 +21,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ckptto
 
 # 50 samples: 13 iterations per epoch on one rank, 7 on two
 OLD, HALF, DOUBLE = Batch(micro=4), Batch(micro=2), Batch(micro=8)
+SUMMED, SUMMED2 = Batch(micro=4, accumulation=2), Batch(micro=4, accumulation=2, ranks=2)
 OLD2, HALF2, DOUBLE2 = (Batch(micro=n, ranks=2) for n in (4, 2, 8))
 
 
@@ -66,6 +67,11 @@ DEFAULT = {
     "inside": cases(BY_EPOCH, (HALF, DOUBLE), (5, 30), (50,), OLD),
     "iterations": cases(BY_ITER, (HALF, DOUBLE), (5, 30, 39), (50,), OLD),
     "zero": cases(ZERO, (HALF2, DOUBLE2), (3, 16), (50,), OLD2),
+    # two micro-batches make an update: in MMEngine's own wrapper, and in DeepSpeed
+    "accumulated": cases(["iter-cosine"], (Batch(micro=2, accumulation=2),), (30,), (48,), SUMMED),
+    "zero-accumulated": cases(
+        ["zero-cosine"], (Batch(micro=2, accumulation=2, ranks=2),), (8,), (48,), SUMMED2
+    ),
 }
 HEAVY = {
     "epochs": [
@@ -102,6 +108,8 @@ def frameworks(python: Path) -> dict[str, Framework]:
         "inside": one(False),
         "iterations": one(True),
         "zero": one(True, "torchrun"),
+        "accumulated": one(True),
+        "zero-accumulated": one(True, "torchrun"),
     }
 
 

@@ -283,3 +283,10 @@ def test_a_contradiction_is_never_safe(name: str, tmp_path: Path) -> None:
     assert found["verdict"] == ("impossible" if severity == "error" else "careful"), found["checks"]
     assert code == (1 if severity == "error" else 0)
     assert any(check["ok"] is False for check in found["checks"])
+
+
+def test_no_step_anywhere_is_not_safe() -> None:
+    """Neither a step nor an epoch: what the run goes on with is up to its code."""
+    code, found = said(FIXTURES / "dcp/app_ws2")
+    assert (code, found["verdict"], found["step"]) == (0, "careful", None)
+    assert line(found, "length")["ok"] is False and line(found, "effective batch")["ok"] is None

@@ -33,7 +33,7 @@ def answer(ask: Any, path: Location, **options: Any) -> str:
     try:
         found = ask(path, **options)
     except CkptError as error:
-        return error.four_parts
+        return error.problem.shown()
     return str(found)
 
 
