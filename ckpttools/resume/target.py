@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ckpttools import frameworks as training_of
 from ckpttools import runs
 from ckpttools.checks import Verdict
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.findings import ERROR, WARNING
 from ckpttools.formats import Source, locate, read
 from ckpttools.frameworks import framework_of
@@ -56,11 +56,25 @@ class Target:
                 chosen = (*chosen, AutoResume(framework="ckpt latest", path=taken, why=choice.why))
             one = taken
             source = replace(locate(one), how=f"what an automatic resume in {escape(path)} takes")
+        _refuse_universal(source)
         saved = deepspeed.read_saved(source.target) if deepspeed.is_engine(source.target) else None
         if saved is not None and tag is None:
             saved = replace(saved, place=one)
         further = _further(path, {one, source.target}) if tag is None and is_folder(path) else None
         return cls(path=path, one=one, source=source, saved=saved, auto_resume=chosen, further=further)
+
+
+def _refuse_universal(source: Source) -> None:
+    """Raise Unsupported for what another loader reads than the one that is foretold here."""
+    if source.format.name == "universal":
+        raise Unsupported(
+            "layout-unsupported",
+            "what load_universal makes of a universal checkpoint is not foretold yet",
+            where=source.target,
+            why="it restores neither buffers nor frozen weights, and stage 3 the settings of one group alone",
+            hint="ckpt verify says whether it is whole; ckpt convert --to zero2 (or zero3) --world-size N "
+            "makes a folder of it that resume-check foretells",
+        )
 
 
 def _further(folder: Location, taken: set[Location]) -> Difference | None:

@@ -83,6 +83,11 @@ def test_a_rebase_says_which_way_there_is(tmp_path: Path) -> None:
     assert done.code == 2 and "--to zero2" in done.err and not (tmp_path / "u").exists()
 
 
+def test_a_resume_is_not_foretold_by_another_loaders_rules() -> None:
+    done = run("resume-check", FIXTURES / "universal/z2_groups")
+    assert done.code == 2 and "load_universal" in done.err and "--to zero2" in done.err
+
+
 # --- DeepSpeed ------------------------------------------------------------------------------------------
 
 # one folder of each source, for stages and ranks that it was not saved with
