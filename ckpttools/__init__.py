@@ -29,9 +29,11 @@
 5. How far training is, is a `Training`: counters, schedules, param_groups and the places that hold them. A
    rebase gives `Edit`s of those places, and a plan that copies everything else.
 
+    location                            a path, or a key in a store
     errors, tensors, plan, checkpoint   values that everything speaks in
     siblings                            the names of what is written beside a checkpoint
-    stores/                             where bytes lie: the only code that opens and lists for reading
+    stores/                             where bytes lie: the only code that opens and lists for reading;
+                                        disk, memory, remote
     containers/                         archives, pickles, torch files, safetensors, JSON, as data
     formats/                            locate a checkpoint; zero/, torch files, HF folders
     frameworks/                         each framework's counters and schedules

@@ -44,8 +44,15 @@ class Handle(Protocol):
 
     @property
     def size(self) -> int: ...
+    @property
+    def far(self) -> bool:
+        """Whether each read takes so long that it should be few and large ones."""
+
     def read(self, start: int, nbytes: int) -> bytes: ...
     def readinto(self, view: memoryview, start: int) -> int: ...
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """These (start, nbytes) are going to be read."""
+
     def close(self) -> None: ...
 
 

@@ -20,6 +20,7 @@ import re
 from pathlib import Path
 
 from ckpttools.errors import UsageError
+from ckpttools.location import Location, Stored
 
 MANIFEST = "ckpt-manifest.json"  # describes the files beside it: never carried to files that differ
 STAGING = ".ckpt-tmp-"
@@ -58,12 +59,14 @@ def pin_place(path: Path) -> Path:
     return whole.with_name(f"{PIN}{whole.name}.json")
 
 
-def default_dst(src: Path, kind: str, suffix: str | None = None) -> Path:
+def default_dst(src: Location, kind: str, suffix: str | None = None) -> Path:
     """Where a copy of SRC goes that has no DST; `kind` is "ws4", "bs64" or "weights".
 
     An older copy's own kind is replaced: `ws4-of-a` becomes `ws2-of-a`. `suffix` takes the place of SRC's,
     where what is written is no file of its kind; "" makes a folder of it.
     """
+    if isinstance(src, Stored):
+        raise UsageError("bad-usage", "nothing is written beside what is in a store", hint="name a DST")
     whole = src.resolve()
     if not whole.name:
         raise UsageError("bad-usage", "there is no place beside the root folder", hint="name a DST")

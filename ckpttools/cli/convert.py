@@ -10,6 +10,7 @@ import click
 from ckpttools.cli import render
 from ckpttools.cli.options import PATH, SRC, how, writing
 from ckpttools.errors import UsageError, escape
+from ckpttools.location import Location
 
 
 @click.command("convert")
@@ -57,7 +58,7 @@ from ckpttools.errors import UsageError, escape
 )
 @writing
 def command(
-    src: Path,
+    src: Location,
     dst: Path,
     to: Any,
     world_size: int | None,

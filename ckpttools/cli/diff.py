@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, TAGS, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PLACE, QUIET, STATS, TAGS, WORKERS
 from ckpttools.errors import escape
+from ckpttools.location import Location
 
 if TYPE_CHECKING:
     from ckpttools.compare.facts import Fact
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @click.command("diff")
-@click.argument("a", type=PATH)
-@click.argument("b", type=PATH)
+@click.argument("a", type=PLACE)
+@click.argument("b", type=PLACE)
 @click.option(
     "--only",
     multiple=True,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     "--top", type=click.IntRange(0), default=20, show_default=True, help="How many tensors are listed."
 )
 @FOLLOW
+@STATS
 @TAGS
 @KEY
 @JSON
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 @WORKERS
 @NO_PROGRESS
 def command(
-    a: Path,
-    b: Path,
+    a: Location,
+    b: Location,
     only: tuple[str, ...],
     top: int,
     tags: tuple[str, ...],
@@ -125,7 +126,7 @@ def fact_json(fact: Fact) -> dict[str, object]:
     return {"part": fact.part, "name": fact.name, "left": left, "right": right}
 
 
-def _json(found: Diff, a: Path, b: Path) -> dict[str, object]:
+def _json(found: Diff, a: Location, b: Location) -> dict[str, object]:
     return {
         "ok": found.same,
         "left": str(a),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, SRC, TAG, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PLACE, QUIET, SRC, STATS, TAG, WORKERS
 from ckpttools.errors import escape
+from ckpttools.location import Location
+from ckpttools.stores.files import is_file
 
 if TYPE_CHECKING:
     from ckpttools.operations.digest import Compared, Digested
@@ -19,7 +20,7 @@ SHOWN = 20
 
 @click.command("digest")
 @SRC
-@click.option("--compare", "other", type=PATH, metavar="OTHER", help="Say whether OTHER holds the same.")
+@click.option("--compare", "other", type=PLACE, metavar="OTHER", help="Say whether OTHER holds the same.")
 @click.option(
     "--kind",
     "kinds",
@@ -29,6 +30,7 @@ SHOWN = 20
 )
 @click.option("--tensors", is_flag=True, help="Also list the digest of each tensor.")
 @FOLLOW
+@STATS
 @TAG
 @KEY
 @JSON
@@ -36,8 +38,8 @@ SHOWN = 20
 @WORKERS
 @NO_PROGRESS
 def command(
-    src: Path,
-    other: Path | None,
+    src: Location,
+    other: Location | None,
     kinds: tuple[str, ...],
     tensors: bool,
     tag: str | None,
@@ -61,14 +63,14 @@ def command(
     from ckpttools.operations.digest import compare, digest
 
     bar = render.bars(enabled=not (no_progress or quiet))
-    found = digest(src, tag=tag, key=key if src.is_file() else None, workers=workers, bar=bar)
+    found = digest(src, tag=tag, key=key if is_file(src) else None, workers=workers, bar=bar)
     if other is None:
         if as_json:
             render.document(_json(found))
         else:
             click.echo("\n".join(_text(found, tensors=tensors)) if not quiet else found.digests.state)
         return 0
-    theirs = digest(other, key=key if other.is_file() else None, workers=workers, bar=bar)
+    theirs = digest(other, key=key if is_file(other) else None, workers=workers, bar=bar)
     result = compare(found, theirs, kinds)
     if as_json:
         render.document(_compared_json(result))

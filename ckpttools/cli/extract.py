@@ -10,6 +10,7 @@ import click
 from ckpttools.cli import render
 from ckpttools.cli.options import DST, KEY, SRC, how, parse_size, writing
 from ckpttools.errors import UsageError
+from ckpttools.location import Location
 
 
 @click.command("extract")
@@ -54,7 +55,7 @@ from ckpttools.errors import UsageError
 @KEY
 @writing
 def command(
-    src: Path,
+    src: Location,
     dst: Path | None,
     weights_only: bool,
     form: Any,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckpttools import tree
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, KEY, SRC, TAG
+from ckpttools.cli.options import FOLLOW, JSON, KEY, SRC, STATS, TAG
 from ckpttools.errors import escape
+from ckpttools.location import Location
 
 if TYPE_CHECKING:
     from ckpttools.frameworks.progress import Progress
@@ -24,10 +24,11 @@ STATE_FILES = 24  # files listed before the rest is only counted
 @SRC
 @click.option("--tensors", is_flag=True, help="List every tensor with its dtype, shape and size.")
 @FOLLOW
+@STATS
 @TAG
 @KEY
 @JSON
-def command(src: Path, tensors: bool, tag: str | None, key: str | None, as_json: bool) -> int:
+def command(src: Location, tensors: bool, tag: str | None, key: str | None, as_json: bool) -> int:
     """What SRC is: format, tag, step, epoch, losses, ranks, dtypes, settings, and what each file is for.
 
     Only headers are read: it takes the same fraction of a second for 1 MB and for 1 TB.

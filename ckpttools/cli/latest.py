@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, WORKERS
+from ckpttools.cli.options import JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS
 from ckpttools.errors import escape
+from ckpttools.location import Location
 
 
 @click.command("latest")
-@click.argument("folder", metavar="DIR", type=PATH)
+@click.argument("folder", metavar="DIR", type=PLACE)
 @click.option("--verified", is_flag=True, help="The newest that passes every check of ckpt verify.")
+@STATS
 @JSON
 @QUIET
 @WORKERS
 @NO_PROGRESS
 def command(
-    folder: Path, verified: bool, as_json: bool, quiet: bool, workers: int, no_progress: bool
+    folder: Location, verified: bool, as_json: bool, quiet: bool, workers: int, no_progress: bool
 ) -> None:
     """Print the path of the checkpoint in DIR that auto-resume would take; the reason goes to stderr.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PATH, QUIET, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS
 from ckpttools.errors import escape
 from ckpttools.location import Location, below
 
@@ -22,7 +22,7 @@ _AGES = ((86400 * 2, 86400, "d"), (7200, 3600, "h"), (120, 60, "min"), (0, 1, "s
 
 
 @click.command("ls")
-@click.argument("folder", metavar="DIR", type=PATH)
+@click.argument("folder", metavar="DIR", type=PLACE)
 @click.option(
     "--sort",
     type=click.Choice(("progress", "time", "size", "name")),
@@ -33,12 +33,13 @@ _AGES = ((86400 * 2, 86400, "d"), (7200, 3600, "h"), (120, 60, "min"), (0, 1, "s
 @click.option("--tree", is_flag=True, help="Show the folders that the runs lie in.")
 @click.option("--verify", is_flag=True, help="Read every byte of each, as ckpt verify does.")
 @FOLLOW
+@STATS
 @JSON
 @QUIET
 @WORKERS
 @NO_PROGRESS
 def command(
-    folder: Path,
+    folder: Location,
     sort: str,
     tree: bool,
     verify: bool,
@@ -93,7 +94,7 @@ def _iteration(each: Listed) -> dict[str, int]:
     return {} if counted is None else {"iteration": counted}
 
 
-def _text(found: tuple[Run, ...], folder: Path, tree: bool) -> Iterator[str]:
+def _text(found: tuple[Run, ...], folder: Location, tree: bool) -> Iterator[str]:
     shown: tuple[str, ...] = ()
     for number, run in enumerate(found):
         name = PurePath(below(run.path, folder) if folder in run.path.parents else str(run.path))

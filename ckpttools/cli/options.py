@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,9 +18,30 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+class _Local(click.Path):
+    """A path of this machine."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ckpttools.stores.files import local
+
+        return super().convert(local(value), param, ctx)
+
+
+class _Place(click.Path):
+    """What is read: a path, or an address in a store."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ckpttools.stores.files import named
+
+        place = named(value)
+        return super().convert(place, param, ctx) if isinstance(place, Path) else place
+
+
 # readable=False: whether a path can be read is found out, and explained, by reading it
-PATH = click.Path(path_type=Path, readable=False)
-SRC = click.argument("src", type=PATH)
+PATH = _Local(path_type=Path, readable=False)
+PLACE = _Place(path_type=Path, readable=False)
+SRC = click.argument("src", type=PLACE)
 DST = click.argument("dst", type=PATH, required=False)
 TAG = click.option(
     "-t", "--tag", metavar="TAG", help="The tag folder to take, instead of what `latest` names."
@@ -71,6 +93,26 @@ SPREAD = click.option(
     "--spread",
     is_flag=True,
     help="This is one of many processes that torchrun or srun started: they share the work.",
+)
+
+
+def _stats(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.call_on_close(_say_stats)
+
+
+def _say_stats() -> None:
+    remote = sys.modules.get("ckpttools.stores.remote")  # what was not loaded was not asked
+    requests, nbytes = remote.used() if remote else (0, 0)
+    click.echo(f"stores: {requests} requests, {render.size(nbytes)} ({nbytes} bytes)", err=True)
+
+
+STATS = click.option(
+    "--stats",
+    is_flag=True,
+    expose_value=False,
+    callback=_stats,
+    help="Say at the end how many requests to stores were made, and what came.",
 )
 NO_PROGRESS = click.option("--no-progress", is_flag=True, help="No progress bar.")
 

@@ -9,6 +9,7 @@ import click
 
 from ckpttools.cli import render
 from ckpttools.cli.options import DST, SRC, how, writing
+from ckpttools.location import Location
 
 
 @click.command("reshard")
@@ -30,7 +31,7 @@ from ckpttools.cli.options import DST, SRC, how, writing
 )
 @writing
 def command(
-    src: Path,
+    src: Location,
     dst: Path | None,
     world_size: int | None,
     mesh: str | None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, TAG, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PLACE, QUIET, STATS, TAG, WORKERS
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.location import Location
 from ckpttools.stores.files import local
@@ -26,7 +26,7 @@ AT_THE_END = {"rescue"}
 
 
 @click.command("verify")
-@click.argument("src", nargs=-1, required=True, type=PATH)
+@click.argument("src", nargs=-1, required=True, type=PLACE)
 @click.option("--quick", is_flag=True, help="Headers and the files against each other; no tensor is read.")
 @click.option("--newest", is_flag=True, help="Of a run, only the checkpoint that a resume would take.")
 @click.option(
@@ -46,6 +46,7 @@ AT_THE_END = {"rescue"}
     help="Also write ckpt-manifest.json beside the files of each good checkpoint.",
 )
 @FOLLOW
+@STATS
 @TAG
 @KEY
 @JSON
@@ -53,7 +54,7 @@ AT_THE_END = {"rescue"}
 @WORKERS
 @NO_PROGRESS
 def command(
-    src: tuple[Path, ...],
+    src: tuple[Location, ...],
     quick: bool,
     newest: bool,
     require: str,
@@ -123,7 +124,7 @@ def command(
 
 
 def _verdicts(
-    path: Path,
+    path: Location,
     tag: str | None,
     newest: bool,
     *,

@@ -13,12 +13,14 @@ from ckpttools.checks import check_before_use
 from ckpttools.errors import Unsupported, UsageError, escape
 from ckpttools.formats import PLANS, Source, refuse_rank_local, torch
 from ckpttools.formats.torch import keys_of, names_buffers, optimizer_of
+from ckpttools.location import Location
 from ckpttools.operations import advice, resuming
 from ckpttools.operations.deepspeed_folder import UNIVERSAL, moments, prepared
 from ckpttools.operations.deepspeed_folder import plan as folder_plan
 from ckpttools.operations.extract import with_config
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
+from ckpttools.stores.files import named
 from ckpttools.tensors import DType
 from ckpttools.transforms.cast import DTYPE_NAMES, cast
 from ckpttools.transforms.like import like as like_of
@@ -33,7 +35,7 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 def convert(
-    src: str | Path,
+    src: str | Location,
     dst: str | Path,
     *,
     to: Target,
@@ -62,7 +64,7 @@ def convert(
     >>> made.destination.name, made.plan.is_single_file
     ('run.pt', True)
     """
-    src, dst = Path(src), Path(dst)
+    src, dst = named(src), Path(dst)
     _check_usage(to, dtype, world_size, mesh, dcp_layout)
     _check_like(to, like, optimizer_class)
     world_size, sizes = ranks_of(world_size, mesh)

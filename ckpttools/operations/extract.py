@@ -18,7 +18,7 @@ from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.plan import Plan
 from ckpttools.siblings import default_dst
-from ckpttools.stores.files import is_file
+from ckpttools.stores.files import is_file, named
 from ckpttools.stores.links import refuse_outside, within
 from ckpttools.transforms.cast import cast, dtype_named
 from ckpttools.transforms.rename import rename
@@ -34,7 +34,7 @@ FOREIGN = (".gguf", ".ggml", ".onnx", ".h5", ".npz", ".npy", ".msgpack", ".tflit
 
 
 def extract(
-    src: str | Path,
+    src: str | Location,
     dst: str | Path | None = None,
     *,
     form: Form | None = None,
@@ -61,7 +61,7 @@ def extract(
     >>> [(file.path or made.destination.name) for file in made.plan.files]
     ['half.safetensors']
     """
-    src = Path(src)
+    src = named(src)
     dst = Path(dst) if dst is not None else None
     form = form_of(form, dst)
     target = dtype_named(dtype)
@@ -89,7 +89,7 @@ def extract(
 
 def write(
     weights: Checkpoint,
-    src: Path,
+    src: Location,
     source: Source,
     dst: Path,
     form: Form,

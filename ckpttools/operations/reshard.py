@@ -9,17 +9,19 @@ from pathlib import Path
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError
 from ckpttools.frameworks.surroundings import with_surroundings
+from ckpttools.location import Location
 from ckpttools.operations import advice
 from ckpttools.operations.sidecar import written_wrong
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.siblings import default_dst
+from ckpttools.stores.files import named
 from ckpttools.transforms.reshard import ranks_of, without_positions
 from ckpttools.transforms.reshard import reshard as resharded
 
 
 def reshard(
-    src: str | Path,
+    src: str | Location,
     dst: str | Path | None = None,
     *,
     world_size: int | None = None,
@@ -38,7 +40,7 @@ def reshard(
     >>> made.destination.name, len([file for file in made.plan.files if "optim" in file.path])
     ('four', 4)
     """
-    src = Path(src)
+    src = named(src)
     ranks, sizes = ranks_of(world_size, mesh)
     if ranks is None:
         raise UsageError("bad-usage", "for how many ranks?", hint="--world-size N, or --mesh 2x4")
@@ -60,7 +62,7 @@ def reshard(
     return carry_out(src, dst, plan, how, label="reshard", next=steps, check=check)
 
 
-def holds_the_same(src: Path, tag: str | None, how: Writing, staged: Path) -> str:
+def holds_the_same(src: Location, tag: str | None, how: Writing, staged: Path) -> str:
     """Raises CkptError where it does not: a defect of ckpttools."""
     from ckpttools.operations.digest import compare
     from ckpttools.operations.digest import digest as digest_of

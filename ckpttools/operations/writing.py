@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from ckpttools import manifest
 from ckpttools.launch import Worker, worker
-from ckpttools.location import below
+from ckpttools.location import Location, below
 from ckpttools.operations.sidecar import Sidecar, written_wrong
 from ckpttools.plan import Plan
 from ckpttools.progress import Progress
@@ -47,7 +47,7 @@ class Written:
     and settings to go on with. `share` is what this process did where another one finished the whole.
     """
 
-    source: Path
+    source: Location
     destination: Path
     plan: Plan
     notes: tuple[str, ...]
@@ -58,7 +58,7 @@ class Written:
 
 
 class Options(TypedDict):
-    source: Path
+    source: Location
     force: bool
     workers: int
     progress: Progress | None
@@ -66,7 +66,7 @@ class Options(TypedDict):
 
 
 def carry_out(
-    src: Path,
+    src: Location,
     dst: Path,
     plan: Plan,
     how: Writing,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ckpttools.location import Entry, NotAFile, Stat
@@ -18,6 +18,7 @@ class DiskFile:
     """A regular file by its descriptor. Large reads of what is not in the page cache go past it."""
 
     __slots__ = ("_cold", "_fd", "_path", "size")
+    far = False
 
     def __init__(self, path: str, fd: int, size: int) -> None:
         self._path, self._fd, self.size = path, fd, size
@@ -45,6 +46,9 @@ class DiskFile:
             os.close(self._cold)
             self._cold = -1
             return 0
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """They are near."""
 
     def close(self) -> None:
         os.close(self._fd)

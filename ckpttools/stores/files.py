@@ -6,7 +6,7 @@ A place is a `Location`: a path of this machine, or a key in another store.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from errno import EBADF, ELOOP, ENOENT, ENOTDIR
 from pathlib import Path, PurePath
@@ -18,7 +18,7 @@ from ckpttools.tensors import ByteRange
 
 LFS_MAGIC = b"version https://git-lfs"
 MAX_ENTRIES = 100_000
-_URL = re.compile(r"([a-z][a-z0-9+.-]*):/+", re.IGNORECASE)
+_URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 
 class File:
@@ -64,6 +64,16 @@ class File:
             start += len(part)
             nbytes -= len(part)
         return b"".join(parts)
+
+    @property
+    def far(self) -> bool:
+        """Whether reads should be few and large."""
+        return self._handle.far
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """These (start, nbytes) are going to be read: a store that is far away gets them in few requests."""
+        if self._handle.far:
+            self._handle.prefetch((self.base + start, nbytes) for start, nbytes in ranges)
 
     def head(self, nbytes: int) -> bytes:
         """The first bytes, fewer if the file is shorter."""
@@ -272,28 +282,34 @@ def named(text: str | Location) -> Location:
     known.
     """
     if isinstance(text, str):
-        if match := _URL.match(text):
-            raise _unknown(text, match[1])
-        return Path(text)
+        return _stored(match[1].lower(), text) if (match := _URL.match(text)) else Path(text)
     return text
 
 
-def _unknown(text: str, scheme: str) -> UsageError:
-    return UsageError(
+def _stored(scheme: str, text: str) -> Stored:
+    from ckpttools.stores import remote  # of no use to paths
+
+    if scheme in remote.SCHEMES:
+        return remote.place(scheme, text)
+    raise UsageError(
         "store-unknown",
         f"{scheme}:// is not a kind of place that ckpt reads from",
         where=text,
-        hint="copy the checkpoint to a disk first",
+        why=f"known: {', '.join(remote.SCHEMES)}",
+        hint="copy the checkpoint to a disk first; a file of such a name is meant with ./ before it",
     )
 
 
-def local(path: Location) -> Path:
-    """The path of a place that is written to or beside. Raises UsageError for one in another store."""
-    if isinstance(path, Stored):
+def local(path: str | Location) -> Path:
+    """The path of a place that is written to or beside. Raises UsageError for one in a store."""
+    if isinstance(path, Stored) or (isinstance(path, str) and _URL.match(path)):
         raise UsageError(
-            "not-local", "nothing is written there", where=path, hint="name a folder of this machine"
+            "not-local",
+            "ckpt only reads from stores, and what is asked for needs a path of this machine",
+            where="" if isinstance(path, str) else path,
+            hint="name a file or folder of this machine",
         )
-    return path
+    return Path(path)
 
 
 def size_of(path: Location) -> int:

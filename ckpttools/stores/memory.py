@@ -30,10 +30,10 @@ class Listed:
 class MemoryFile:
     """The bytes of one file."""
 
-    __slots__ = ("_data", "size")
+    __slots__ = ("_data", "far", "size")
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self.size = data, len(data)
+    def __init__(self, data: bytes, far: bool) -> None:
+        self._data, self.size, self.far = data, len(data), far
 
     def read(self, start: int, nbytes: int) -> bytes:
         return self._data[start : start + nbytes]
@@ -43,15 +43,20 @@ class MemoryFile:
         view[: len(part)] = part
         return len(part)
 
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """They are here."""
+
     def close(self) -> None:
-        pass
+        """There is nothing to close."""
 
 
 class Memory:
-    """Files by key, `/run/model.pt`; folders are what the keys say. Two stores are never equal."""
+    """Files by key, `/run/model.pt`; folders are what the keys say. Two stores are never equal. `far`: to be
+    read as a store whose every read takes long.
+    """
 
-    def __init__(self, files: Mapping[str, bytes], name: str = "memory:") -> None:
-        self.name = name
+    def __init__(self, files: Mapping[str, bytes], name: str = "memory:", *, far: bool = False) -> None:
+        self.name, self.far = name, far
         self.files = dict(files)
 
     @property
@@ -77,7 +82,7 @@ class Memory:
     def open(self, key: str, *, known: bool = False) -> MemoryFile:
         if self.stat(key).kind == "folder":
             raise NotAFile
-        return MemoryFile(self.files[key])
+        return MemoryFile(self.files[key], self.far)
 
     def admit(self, key: str) -> None:
         """There are no links."""

@@ -15,7 +15,7 @@ from ckpttools.errors import CkptError
 from ckpttools.location import Location
 from ckpttools.stores.memory import Memory
 
-FOLDERS = sorted(path for path in FIXTURES.iterdir() if path.is_dir())
+FOLDERS = sorted(path for path in FIXTURES.iterdir() if path.is_dir() and path.name != "logs")
 
 
 def stored(folder: Path) -> Location:

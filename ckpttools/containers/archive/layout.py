@@ -48,6 +48,7 @@ class Archive:
     root: str
     records: dict[str, Record]  # in file order
     base: int = 0  # where the archive begins in the file at `path`
+    predicted: bool = False  # where data begins follows from torch's padding; the headers were not read
 
     @property
     def unchecked(self) -> bool:
@@ -92,6 +93,12 @@ def header_of(raw: bytes, at: int, nbytes: int, alignment: int) -> bytes:
     extra = extra64 + b"FB" + struct.pack("<H", pad) + b"Z" * pad
     header = LOCAL.pack(LOCAL_MAGIC, 0, flags_of(nbytes), 0, 0, 0, 0, 0, 0, len(raw), len(extra))
     return header + raw + extra
+
+
+def descriptor_of(nbytes: int, at: int, crc32: int) -> bytes:
+    """What follows the data of a record that begins at byte `at`."""
+    form = "<IIQQ" if wide(nbytes, at) else "<IIII"
+    return struct.pack(form, DESCRIPTOR_MAGIC, crc32, nbytes, nbytes) if nbytes else b""
 
 
 def entry_of(raw: bytes, nbytes: int, offset: int, crc32: int) -> bytes:

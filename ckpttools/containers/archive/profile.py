@@ -9,13 +9,15 @@ from ckpttools.containers.archive.layout import (
     DESCRIPTOR_MAGIC,
     SERIALIZATION_ID,
     Archive,
+    descriptor_of,
     end_of,
     entry_of,
     header_of,
-    wide,
 )
 from ckpttools.errors import escape
 from ckpttools.stores.files import File
+
+HEADER = 24 + 30 + 256 + 64  # bytes around which a record ends and the next one's data begins
 
 
 def unexplained(file: File, archive: Archive) -> list[str] | None:
@@ -30,6 +32,7 @@ def unexplained(file: File, archive: Archive) -> list[str] | None:
     problems: list[str] = []
     central: list[bytes] = []
     odd = 0
+    file.prefetch((r.end - 24, HEADER) for r in archive.records.values())  # a descriptor, the next header
     for record in archive.records.values():
         shown = escape(record.name)
         raw = f"{archive.root}/{record.name}".encode()
@@ -37,12 +40,13 @@ def unexplained(file: File, archive: Archive) -> list[str] | None:
         if record.start - record.header != len(header) or file.read(record.header, len(header)) != header:
             odd += 1
             problems.append(f"the header or padding of record '{shown}'")
-        after = record.end - record.start - record.nbytes
-        size = 24 if wide(record.nbytes, record.header) else 16
-        if record.method or after != (size if record.nbytes else 0):
+        descriptor = descriptor_of(record.nbytes, record.header, record.crc32)
+        at = record.start + record.nbytes
+        read = file.read(at, min(len(descriptor), record.end - at)) if archive.predicted else descriptor
+        if record.method or record.end - at != len(descriptor) or read != descriptor:
             problems.append(f"the descriptor of record '{shown}'")
         central.append(entry_of(raw, record.nbytes, record.header, record.crc32))
-    if odd * 2 > len(archive.records):
+    if odd * 2 > len(archive.records) and not archive.predicted:
         return None
     start = max(record.end for record in archive.records.values())
     at = start

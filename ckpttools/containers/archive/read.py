@@ -7,6 +7,7 @@ import zlib
 
 from ckpttools.containers.archive.directory import damaged, read_directory
 from ckpttools.containers.archive.layout import (
+    ALIGNMENT,
     BIG,
     DESCRIPTOR_MAGIC,
     HAS_DESCRIPTOR,
@@ -14,6 +15,9 @@ from ckpttools.containers.archive.layout import (
     LOCAL_MAGIC,
     Archive,
     Record,
+    descriptor_of,
+    flags_of,
+    header_of,
 )
 from ckpttools.errors import CkptError, escape
 from ckpttools.stores.files import File
@@ -30,14 +34,19 @@ def read_archive(file: File) -> Archive:
     duplicates, two roots, bytes after the end, headers that contradict the directory.
     """
     entries, directory = read_directory(file)
+    entries.sort(key=lambda e: e[1])
+    ends = [*(entry[1] for entry in entries[1:]), directory]
+    predicted = False
     records: dict[str, Record] = {}
     roots: dict[str, None] = {}
     lowered: set[str] = set()
     at = 0
-    for name, offset, flags, method, crc32, nbytes, size in sorted(entries, key=lambda e: e[1]):
+    for (name, offset, flags, method, crc32, nbytes, size), end in zip(entries, ends, strict=True):
         if offset != at:
             raise damaged(file.path, f"record '{escape(name)}' starts at byte {offset}, expected {at}")
-        record = _record(file, name, offset, flags, method, crc32, nbytes, size, directory)
+        guess = _predicted(name, offset, flags, method, crc32, nbytes, end) if file.far else None
+        predicted |= guess is not None
+        record = guess or _record(file, name, offset, flags, method, crc32, nbytes, size, directory)
         root, slash, rest = name.partition("/")
         if not slash or not rest:
             raise damaged(file.path, f"record '{escape(name)}' has no archive root in its name")
@@ -52,7 +61,33 @@ def read_archive(file: File) -> Archive:
     if len(roots) != 1:
         raise damaged(file.path, f"the archive has {len(roots)} roots instead of one")
     root = next(iter(roots))
-    return Archive(path=file.path, size=file.size, root=root, records=records, base=file.base)
+    return Archive(
+        path=file.path, size=file.size, root=root, records=records, base=file.base, predicted=predicted
+    )
+
+
+def _predicted(
+    name: str, offset: int, flags: int, method: int, crc32: int, nbytes: int, end: int
+) -> Record | None:
+    """A record as torch lays it out, where that fits up to the next one. Nothing of it was read: verify holds
+    the headers against it, and the checksum of the data holds at its place only.
+    """
+    start = offset + len(header_of(name.encode(), offset, nbytes, ALIGNMENT))
+    if method or flags != flags_of(nbytes) or (nbytes and not crc32):
+        return None
+    if start + nbytes + len(descriptor_of(nbytes, offset, crc32)) != end:
+        return None
+    return Record(
+        name=name.partition("/")[2],
+        header=offset,
+        start=start,
+        nbytes=nbytes,
+        size=nbytes,
+        crc32=crc32,
+        method=0,
+        flags=flags,
+        end=end,
+    )
 
 
 def _record(

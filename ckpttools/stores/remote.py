@@ -1,0 +1,337 @@
+"""Object stores, by obstore (the `remote` extra): S3, Google, Azure, and single files by https. Read only.
+
+Every request costs tens of milliseconds, so a header is fetched in few and large ones: the first bytes of a
+file with its size and ETag, its last bytes where it may be a zip, and whatever lies between in pieces of at
+least `AHEAD`. When a second file of a kind is opened in a folder, the others' ends are fetched beside, 32
+requests at once. What was fetched is kept, and holds for one ETag: an object that changes while it is read is
+an error. Credentials are the store's own matter (environment, profile, role), and are in no message.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from errno import EIO, ENOENT, EOPNOTSUPP, ESTALE
+from pathlib import PurePosixPath
+from typing import Any
+
+from ckpttools.errors import UsageError
+from ckpttools.location import Entry, NotAFile, Stat, Stored
+from ckpttools.stores.memory import Listed
+
+SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http")
+HEAD = 256 * 1024  # of every file: most headers are shorter
+TAIL = 64 * 1024  # of a zip: the directory of a few hundred records
+AHEAD = 128 * 1024
+GAP = 64 * 1024  # ranges that lie closer are one request
+AT_ONCE = 32
+FRESH = 2.0  # seconds that a listing, or an ETag, is believed
+BLOCK = 4 * 1024 * 1024  # bytes of tensors that come in one request
+BLOCKS = 32  # of them in memory
+KEPT = 512 * 1024 * 1024  # bytes of headers, of all files of a store
+ZIPS = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+_HTTP = re.compile(r"\b(4\d\d|5\d\d) [A-Z][A-Za-z ]+")
+
+
+class _Object:
+    """One version of an object and the parts of it that were fetched, as (start, bytes)."""
+
+    def __init__(self, size: int, etag: str | None, at: float) -> None:
+        self.size, self.etag, self.at = size, etag, at
+        self.parts: list[tuple[int, bytes]] = []
+
+    def find(self, start: int, nbytes: int) -> bytes | None:
+        for low, data in self.parts:
+            if low <= start and start + nbytes <= low + len(data):
+                return data[start - low : start - low + nbytes]
+        return None
+
+
+class Bucket:
+    """One bucket or host. `requests` and `nbytes` count what was asked for and what came."""
+
+    def __init__(self, url: str) -> None:
+        """Raises UsageError where the extra is not installed or the address makes no sense."""
+        try:
+            import obstore  # type: ignore[import-not-found, unused-ignore]
+        except ImportError:
+            raise UsageError(
+                "store-extra",
+                "reading from object stores needs obstore, which is not installed",
+                where=url,
+                hint="pip install 'ckpttools[remote]'",
+            ) from None
+        self.name = url
+        self.requests = self.nbytes = 0
+        self._api: Any = obstore
+        options = {"client_options": {"allow_http": True}} if url.startswith("http:") else {}
+        try:
+            self._store = obstore.store.from_url(url, **options)
+        except Exception as error:  # of many classes; their text may quote the configuration
+            raise UsageError(
+                "store-unknown",
+                f"the store cannot be used ({type(error).__name__})",
+                where=url,
+                hint="check the address and the store's settings in the environment (AWS_ENDPOINT_URL ...)",
+            ) from None
+        self._objects: OrderedDict[str, _Object] = OrderedDict()
+        self._listed: dict[str, tuple[float, dict[str, Stat]]] = {}
+        self._opened: dict[tuple[str, str], int] = {}  # folder and suffix -> how many files of it
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._blocks: OrderedDict[tuple[str, str | None, int], Future[bytes]] = OrderedDict()
+
+    def stat(self, key: str) -> Stat:
+        if (inside := self._inside(str(PurePosixPath(key).parent))) is not None:
+            if (known := inside.get(_name(key))) is not None:
+                return known
+            raise FileNotFoundError(ENOENT, "there is no such key", key)
+        try:
+            return _stat(self._ask(self._api.head, key))
+        except FileNotFoundError:
+            self.list(key)  # raises where it is no folder either
+            return Stat("folder", 0, 0, key)
+
+    def list(self, key: str) -> Iterable[Entry]:
+        inside = self._inside(key) or self._list(key)
+        return [Listed(name, found.kind == "folder") for name, found in inside.items()]
+
+    def _inside(self, key: str) -> dict[str, Stat] | None:
+        """What a folder held a moment ago; None where nobody looked."""
+        at, inside = self._listed.get(key, (-FRESH, None))
+        return inside if time.monotonic() - at < FRESH else None
+
+    def _list(self, key: str) -> dict[str, Stat]:
+        try:
+            found = self._ask(self._api.list_with_delimiter, key)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if not self.name.startswith("http"):
+                raise
+            raise FileNotFoundError(ENOENT, "a server of files has no listings", key) from None
+        own = key.strip("/")  # some tools write an empty object for a folder
+        inside = {_name(path): Stat("folder", 0, 0, path) for path in found["common_prefixes"]}
+        inside |= {_name(meta["path"]): _stat(meta) for meta in found["objects"] if meta["path"] != own}
+        if not inside:
+            raise FileNotFoundError(ENOENT, "there is no such key", key)
+        self._listed[key] = (time.monotonic(), inside)
+        return inside
+
+    def open(self, key: str, *, known: bool = False) -> RemoteFile:
+        object = self._object(key)
+        if not known:
+            self._beside(PurePosixPath(key))
+        return RemoteFile(self, key, object)
+
+    def admit(self, key: str) -> None:
+        """There are no links."""
+
+    def _object(self, key: str) -> _Object:
+        """The object as it is now, with its first bytes."""
+        found, now = self._objects.get(key), time.monotonic()
+        if found is not None and now - found.at < FRESH:
+            return found
+        known = (self._inside(str(PurePosixPath(key).parent)) or {}).get(_name(key))
+        if found is not None:
+            meta = known or self.stat(key)
+            if (meta.size, meta.tag) == (found.size, found.etag):
+                found.at = now
+                return found
+        if known is not None and known.kind == "folder":
+            raise NotAFile
+        if known is not None and not known.size:
+            return self._keep(key, _Object(0, None, now))
+        try:
+            got = self._get(key, 0, HEAD, None)
+        except FileNotFoundError:
+            self.list(key)
+            raise NotAFile from None
+        except OSError:
+            if self.stat(key).size:
+                raise
+            return self._keep(key, _Object(0, None, now))  # no range of it can be asked for
+        object = _Object(got.meta["size"], got.meta["e_tag"], now)
+        object.parts.append((0, bytes(got.bytes())))
+        return self._keep(key, object)
+
+    def _keep(self, key: str, object: _Object) -> _Object:
+        with self._lock:
+            self._objects[key] = object
+            self._objects.move_to_end(key)
+            kept = sum(len(data) for each in self._objects.values() for _, data in each.parts)
+            while kept > KEPT and len(self._objects) > 1:
+                kept -= sum(len(data) for _, data in self._objects.popitem(last=False)[1].parts)
+        return object
+
+    def _beside(self, path: PurePosixPath) -> None:
+        """Fetch the ends of the files of one kind in a folder, when the second of them is opened."""
+        kind = (str(path.parent), path.suffix)
+        self._opened[kind] = self._opened.get(kind, 0) + 1
+        inside = self._inside(kind[0]) or {}
+        if self._opened[kind] != 2 or not path.suffix:
+            return
+        names = [
+            name for name, found in inside.items() if found.kind == "file" and name.endswith(path.suffix)
+        ]
+
+        def fetch(key: str) -> None:
+            try:
+                RemoteFile(self, key, self._object(key)).ends()
+            except OSError:
+                return  # said when it is opened
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(fetch, (str(path.parent / name) for name in names)))
+
+    def _get(self, key: str, start: int, end: int, etag: str | None) -> Any:
+        options: dict[str, object] = {"range": (start, end)}
+        if etag is not None:
+            options["if_match"] = etag
+        got = self._ask(self._api.get, key, options=options)
+        with self._lock:
+            self.nbytes += got.range[1] - got.range[0]
+        return got
+
+    def fetch(self, key: str, object: _Object, start: int, end: int) -> bytes:
+        """Bytes of this version. Raises OSError, ESTALE where it is another one now."""
+        got = self._get(key, start, end, object.etag)
+        if object.etag is None and got.meta["size"] != object.size:
+            raise OSError(ESTALE, "the object changed while it was read")
+        return bytes(got.bytes())
+
+    def block(self, key: str, object: _Object, number: int) -> bytes:
+        """`BLOCK` bytes of an object; the next ones are on their way when it returns."""
+        with self._lock:
+            for each in (number, number + 1):
+                start, name = each * BLOCK, (key, object.etag, each)
+                if start < object.size and name not in self._blocks:
+                    end = min(start + BLOCK, object.size)
+                    self._blocks[name] = self._pool.submit(self.fetch, key, object, start, end)
+            while len(self._blocks) > BLOCKS:
+                self._blocks.popitem(last=False)
+            found = self._blocks[key, object.etag, number]
+            self._blocks.move_to_end((key, object.etag, number))
+        try:
+            return found.result()
+        except OSError:
+            self._blocks.pop((key, object.etag, number), None)
+            raise
+
+    def _ask(self, call: Any, key: str, **more: object) -> Any:
+        with self._lock:
+            self.requests += 1
+        try:
+            return call(self._store, key.strip("/"), **more)
+        except FileNotFoundError:
+            raise FileNotFoundError(ENOENT, "there is no such key", key) from None
+        except Exception as error:  # its text may quote what was sent
+            raise _failed(error, f"{self.name}{key}") from None
+
+
+class RemoteFile:
+    """An object opened for reading at offsets."""
+
+    far = True
+
+    def __init__(self, bucket: Bucket, key: str, object: _Object) -> None:
+        self._bucket, self._key, self._object, self.size = bucket, key, object, object.size
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        nbytes = max(min(nbytes, self.size - start), 0)
+        found = self._object.find(start, nbytes) if nbytes else b""
+        if found is None:
+            end = min(max(start + nbytes, start + AHEAD), self.size)
+            low = max(min(start, self.size - TAIL), 0) if end == self.size else start
+            self._fetch(low, end)
+            found = self._object.find(start, nbytes)
+        if found is None:
+            raise OSError(EIO, "the store sent fewer bytes than were asked for")
+        return found
+
+    def readinto(self, view: memoryview, start: int) -> int:
+        nbytes = max(min(len(view), self.size - start), 0)
+        data = self._object.find(start, nbytes)
+        if data is None and nbytes >= AHEAD:  # of tensors: as far as one block goes
+            number, at = divmod(start, BLOCK)
+            data = self._bucket.block(self._key, self._object, number)[at : at + nbytes]
+        elif data is None:
+            data = self.read(start, nbytes)
+        view[: len(data)] = data
+        return len(data)
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Fetch what is going to be read, (start, nbytes), neighbours in one request, the others beside."""
+        joined: list[tuple[int, int]] = []
+        for start, nbytes in sorted(ranges):
+            end = min(start + nbytes, self.size)
+            if self._object.find(start, end - start) is not None:
+                continue
+            if joined and start - joined[-1][1] <= GAP:
+                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+            else:
+                joined.append((start, end))
+        if joined:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(lambda part: self._fetch(*part), joined))
+
+    def ends(self) -> None:
+        """The last bytes, too, where the file may be a zip."""
+        if PurePosixPath(self._key).suffix in ZIPS and self.size > HEAD:
+            self.prefetch([(max(self.size - TAIL, 0), TAIL)])
+
+    def _fetch(self, start: int, end: int) -> None:
+        self._object.parts.append((start, self._bucket.fetch(self._key, self._object, start, end)))
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def _name(path: str) -> str:
+    return PurePosixPath(path).name
+
+
+def _stat(meta: Any) -> Stat:
+    # a listing has milliseconds, an answer for one object has not
+    return Stat("file", meta["size"], int(meta["last_modified"].timestamp()) * 10**9, meta["e_tag"])
+
+
+def _failed(error: Exception, where: str) -> OSError:
+    match type(error).__name__:
+        case "PreconditionError":
+            return OSError(ESTALE, "the object changed while it was read", where)
+        case "PermissionDeniedError" | "UnauthenticatedError":
+            return OSError(EIO, "the store denies access: check its credentials in the environment", where)
+        case "NotSupportedError":
+            return OSError(EOPNOTSUPP, "the server does not answer requests for a range", where)
+    status = _HTTP.search(str(error))
+    said = f" ({status[0].strip()})" if status else ""
+    return OSError(EIO, f"the store cannot be reached, or failed{said}", where)
+
+
+_buckets: dict[str, Bucket] = {}
+
+
+def place(scheme: str, text: str) -> Stored:
+    """What an address such as s3://bucket/run/step_20 means. Raises UsageError."""
+    host, _, key = text.partition("://")[2].partition("/")
+    if not host or "@" in host or "?" in key:
+        raise UsageError(
+            "store-unknown",
+            "the address names no bucket, or holds a password or a signature",
+            where=f"{scheme}://",
+            hint="write it as s3://BUCKET/PATH; credentials belong into the environment",
+        )
+    url = f"{scheme}://{host}"
+    if url not in _buckets:
+        _buckets[url] = Bucket(url)
+    return Stored(_buckets[url], PurePosixPath("/", key))
+
+
+def used() -> tuple[int, int]:
+    """Requests made so far, and bytes that came."""
+    return sum(b.requests for b in _buckets.values()), sum(b.nbytes for b in _buckets.values())
