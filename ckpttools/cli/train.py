@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -16,6 +17,20 @@ import click
     "--resume-from",
     type=click.Path(path_type=Path),
     help="With --resume: continue from this checkpoint. Alone: load its weights only.",
+)
+@click.option("--reset-optimizer", is_flag=True, help="Keep weights and position alone.")
+@click.option("--extra-tag", help="Of save.layout: experiment. The same tag goes on, a new one starts anew.")
+@click.option(
+    "--evaluate",
+    type=click.Path(exists=True, path_type=Path),
+    help="Train nothing: the held-out loss of a checkpoint, or of all of a run.",
+)
+@click.option(
+    "--verify-saves",
+    type=click.Choice(["quick", "full", "off"]),
+    default="quick",
+    show_default=True,
+    help="Check each save before it gets its name: headers, every byte, or nothing.",
 )
 @click.option(
     "--work-dir",
@@ -32,16 +47,22 @@ def command(
     nproc: int | None,
     resume: bool,
     resume_from: Path | None,
+    reset_optimizer: bool,
+    extra_tag: str | None,
+    evaluate: Path | None,
+    verify_saves: Literal["quick", "full", "off"],
     work_dir: Path | None,
     max_steps: int | None,
     overrides: tuple[str, ...],
     full_log: bool,
 ) -> int:
-    """Train a small language model with DeepSpeed ZeRO-2, as CONFIG (YAML) says.
+    """Train a small model with DeepSpeed ZeRO, or with plain torch (zero.stage: 0), as CONFIG (YAML) says.
 
     Checkpoints go to the run folder: iter_000100.pth every save.save_steps updates and epoch_001.pth at the
-    end of each epoch. `--resume` alone goes on in the run folder where it finds the newest checkpoint;
-    with --resume-from a new run folder is made, unless --work-dir names one.
+    end of each epoch; save.layout has three other layouts. `--resume` alone goes on in the run folder where
+    it finds the newest checkpoint; with --resume-from a new run folder is made, unless --work-dir names one.
+
+    SIGTERM and SIGUSR1 save and stop: exit code 143 or 138, and --resume goes on from there.
 
     On several nodes start the ranks yourself, with the same options:
     torchrun ... -m ckpttools.trainer CONFIG
@@ -52,6 +73,10 @@ def command(
         config=config,
         resume=resume,
         resume_from=resume_from,
+        reset_optimizer=reset_optimizer,
+        extra_tag=extra_tag,
+        evaluate=evaluate,
+        verify_saves=verify_saves,
         work_dir=work_dir,
         max_steps=max_steps,
         overrides=overrides,
@@ -64,8 +89,7 @@ def command(
     from ckpttools.trainer.launch import launch
 
     try:
-        launch(options, nproc)
+        return launch(options, nproc)
     except KeyboardInterrupt:
         click.echo("interrupted: the checkpoints saved so far are complete and can be resumed from", err=True)
         return 130
-    return 0

@@ -111,10 +111,17 @@ def client_values(checkpoint: Checkpoint) -> dict[str, Value]:
         "scheduler": state.scheduler,
     }
     for field, value in found.items():
-        path = state.keys.get(field, LR_SCHEDULER if field == "scheduler" else (field,))
+        path = _scheduler_key(state) if field == "scheduler" else state.keys.get(field, (field,))
         if value not in (None, {}, []) and path[0] not in OWN_KEYS:
             values = put(values, path, value)
     return values
+
+
+def _scheduler_key(state: TrainState) -> tuple[str, ...]:
+    """Where the schedule's state goes: DeepSpeed's own schedulers are the engine's, wherever it was found."""
+    if isinstance(state.scheduler, Mapping) and set(state.scheduler) == {"last_batch_iteration"}:
+        return LR_SCHEDULER
+    return state.keys.get("scheduler", LR_SCHEDULER)
 
 
 def counter_values(checkpoint: Checkpoint) -> dict[str, int]:
@@ -131,7 +138,7 @@ def counter_values(checkpoint: Checkpoint) -> dict[str, int]:
 def scheduler_state(checkpoint: Checkpoint) -> tuple[Value, bool]:
     """What the engine's own lr_scheduler gets, and whether the schedule is the engine's, not the client's."""
     state = checkpoint.train_state
-    own = state.keys.get("scheduler", LR_SCHEDULER) == LR_SCHEDULER
+    own = _scheduler_key(state) == LR_SCHEDULER
     return state.scheduler or None if own else None, own
 
 

@@ -30,7 +30,7 @@ from ckpttools.stores.links import within
 
 SHOWN = 3  # files of somebody's own
 # by DeepSpeed, the HF Trainer, accelerate, MMEngine and bundles, beside what a format reads
-BESIDE = {*POINTERS, "zero_to_fp32.py", *STATED}
+BESIDE = {*POINTERS, "zero_to_fp32.py", "zero_to_torch.py", *STATED}
 
 
 def replaceable(dst: Path, plan: Plan) -> str:

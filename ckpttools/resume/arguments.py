@@ -70,7 +70,7 @@ def _filled(
 
 # --- ckpt train ---------------------------------------------------------------------------------------
 
-FREE = {"experiment", "work_dirs", "save", "epochs"}
+FREE = {"experiment", "work_dirs", "save", "training", "epochs"}
 DATA = {"data", "seed"}  # they decide which sample is next
 TEXT = {"data.text_key", "data.max_bytes", "data.validation_samples", "data.source"}
 

@@ -89,7 +89,7 @@ def new_run(wanted: Config, target: Target, run: NewRun, where: Path) -> NewRun:
         "model_type": net.family,
         "vocab_size": VOCAB_SIZE,
         "tie_word_embeddings": net.tie_embeddings,
-        **kinds[net.family],
+        **kinds.get(net.family, {}),
     }
     return replace(
         run,
@@ -97,5 +97,5 @@ def new_run(wanted: Config, target: Target, run: NewRun, where: Path) -> NewRun:
         settings=wanted.plain(),
         world_size=ranks,
         freeze=run.freeze or tuple(wanted.freeze),
-        model=run.model or of_config(architecture, where),
+        model=run.model or (of_config(architecture, where) if net.family in kinds else None),
     )

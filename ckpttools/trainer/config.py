@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckpttools.errors import UsageError
-from ckpttools.trainer.decode import assign, bad, decode
+from ckpttools.trainer.decode import assign, bad, decode, unaliased
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A causal language model built from a config with random weights."""
+    """A causal language model, or a classifier of images, built from a config with random weights."""
 
-    family: Literal["llama", "gpt2"] = "llama"
+    family: Literal["llama", "gpt2", "vit"] = "llama"
     hidden_size: int = 64
     intermediate_size: int = 256
     layers: int = 2
@@ -26,7 +26,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """`source` is `stdlib` or `path:FILE` (.txt or .jsonl); a sample is `sequence_length` bytes."""
+    """`source` is `stdlib` or `path:FILE` (.txt or .jsonl); a sample is `sequence_length` bytes.
+
+    With `digits`, the images that scikit-learn ships, a sample is an image, and the model must be a `vit`.
+    """
 
     source: str = "stdlib"
     text_key: str = "text"
@@ -71,7 +74,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zero:
-    """DeepSpeed's optimizer state partitioning."""
+    """DeepSpeed's partitioning; stage 0 is no DeepSpeed: plain torch, with DDP where there are ranks."""
 
     stage: int = 2
     round_robin_gradients: bool = False
@@ -83,6 +86,43 @@ class Save:
 
     save_steps: int = 100
     epochs: bool = True
+    layout: Literal["iter", "bundle", "monolithic", "experiment"] = "iter"
+    group: str = ""  # of `experiment`: output/GROUP/CONFIG/TAG; "": the config's own folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestModel:
+    """best_model.pt, in addition, whenever the validation loss is the lowest so far.
+
+    With `save_best_only` the epoch checkpoints of other epochs are left out, and step checkpoints.
+    """
+
+    enabled: bool = False
+    save_best_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Every epoch's end evaluates all held-out samples. What is done besides."""
+
+    partial_eval_during_training: bool = False  # an eighth of them, before each step checkpoint
+    full_eval_at_end: bool = True
+    eval_best_model_only: bool = False  # at the end: the best model in place of the last one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What is kept, what is evaluated, what is logged. `skip_evaluation` overrules the rest (policy.py)."""
+
+    save_total_limit: int | None = None  # per kind; also written max_keep_ckpts
+    save_minutes: float | None = None  # a step checkpoint after so much time as well
+    save_all_checkpoints: bool = False
+    skip_evaluation: bool = False
+    best_model_tracking: BestModel = field(default_factory=BestModel)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    label_smoothing: float = 0.0
+    log_steps: int = 1  # a line on the console every so many updates; the log files have all
+    tensorboard: bool = True  # where it is installed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +130,7 @@ class Config:
     """Everything that defines a run."""
 
     experiment: str = ""  # "": the config file's name
-    work_dirs: str = "work_dirs"
+    work_dirs: str = ""  # "": work_dirs, or output for the layout `experiment`
     seed: int = 0
     epochs: int = 1
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -102,6 +142,7 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     zero: Zero = field(default_factory=Zero)
     save: Save = field(default_factory=Save)
+    training: Training = field(default_factory=Training)
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
@@ -132,7 +173,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
             data = {} if data is None else data
             if isinstance(data, dict):
                 assign(data, key, yaml.safe_load(value))
-        config = decode(Config, {} if data is None else data)
+        config = decode(Config, unaliased({} if data is None else data))
         _check(config)
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         raise UsageError(
@@ -145,10 +186,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     except UsageError as error:
         error.where = str(path)
         raise
-    return dataclasses.replace(config, experiment=config.experiment or path.stem)
+    experiment = config.save.layout == "experiment"
+    return dataclasses.replace(
+        config,
+        experiment=config.experiment or path.stem,
+        work_dirs=config.work_dirs or ("output" if experiment else "work_dirs"),
+        save=dataclasses.replace(
+            config.save, group=config.save.group or (path.absolute().parent.name if experiment else "")
+        ),
+    )
 
 
 def _check(config: Config) -> None:
+    training, save = config.training, config.save
     positive = {
         "epochs": config.epochs,
         "model.hidden_size": config.model.hidden_size,
@@ -161,25 +211,88 @@ def _check(config: Config) -> None:
         "batch.gradient_accumulation_steps": config.batch.gradient_accumulation_steps,
         "schedule.warmup_steps": config.schedule.warmup_steps,
         "schedule.total_steps": config.schedule.total_steps,
+        "training.save_total_limit": training.save_total_limit,
+        "training.log_steps": training.log_steps,
     }
-    for path, value in positive.items():
-        if value is not None and value < 1:
-            raise bad(path, "a whole number above 0", value)
-    if config.save.save_steps < 0:
-        raise bad("save.save_steps", "a number of updates, or 0 for none", config.save.save_steps)
-    if config.data.validation_samples < 0:
-        raise bad(
-            "data.validation_samples", "a number of samples, or 0 for none", config.data.validation_samples
-        )
-    if config.data.sequence_length < 2:
-        raise bad("data.sequence_length", "at least 2 tokens", config.data.sequence_length)
-    if config.model.hidden_size % (2 * config.model.heads):
-        raise bad("model.hidden_size", "a multiple of 2 x model.heads", config.model.hidden_size)
-    if config.zero.stage not in (1, 2):
-        raise bad("zero.stage", "1 or 2", config.zero.stage)
-    if config.seed < 0:
-        raise bad("seed", "0 or more", config.seed)
-    if config.experiment in (".", "..") or "/" in config.experiment:
-        raise bad("experiment", "a folder name", config.experiment)
-    if not (config.data.source == "stdlib" or config.data.source.startswith("path:")):
-        raise bad("data.source", "stdlib or path:FILE", config.data.source)
+    rules: list[tuple[str, object, bool, str]] = [
+        *(
+            (path, value, value is None or value >= 1, "a whole number above 0")
+            for path, value in positive.items()
+        ),
+        ("save.save_steps", save.save_steps, save.save_steps >= 0, "a number of updates, or 0 for none"),
+        (
+            "data.validation_samples",
+            config.data.validation_samples,
+            config.data.validation_samples >= 0,
+            "a number of samples, or 0 for none",
+        ),
+        ("data.sequence_length", config.data.sequence_length, config.data.sequence_length >= 2, "2 or more"),
+        (
+            "model.hidden_size",
+            config.model.hidden_size,
+            config.model.hidden_size % (2 * config.model.heads) == 0,
+            "a multiple of 2 x model.heads",
+        ),
+        ("zero.stage", config.zero.stage, config.zero.stage in (0, 1, 2, 3), "0, 1, 2 or 3"),
+        ("seed", config.seed, config.seed >= 0, "0 or more"),
+        ("experiment", config.experiment, is_name(config.experiment), "a folder name"),
+        ("save.group", save.group, is_name(save.group), "a folder name"),
+        (
+            "data.source",
+            config.data.source,
+            config.data.source in ("stdlib", "digits") or config.data.source.startswith("path:"),
+            "stdlib, digits or path:FILE",
+        ),
+        (
+            "training.save_minutes",
+            training.save_minutes,
+            training.save_minutes is None or training.save_minutes > 0,
+            "a number of minutes above 0",
+        ),
+        (
+            "training.label_smoothing",
+            training.label_smoothing,
+            0 <= training.label_smoothing < 1,
+            "a number from 0 up to 1",
+        ),
+        (
+            "model.family",
+            config.model.family,
+            (config.model.family == "vit") == (config.data.source == "digits"),
+            "vit for data.source digits" if config.data.source == "digits" else "llama or gpt2 for text",
+        ),
+        (
+            "precision",
+            config.precision,
+            config.zero.stage > 0 or config.precision != "fp16",
+            "bf16 or fp32 where zero.stage is 0",
+        ),
+        (
+            "save.layout",
+            save.layout,
+            save.layout != "monolithic" or config.zero.stage == 0,
+            "a layout of folders: a ZeRO checkpoint is no single file (zero.stage: 0 makes single files)",
+        ),
+        (
+            "save.layout",
+            save.layout,
+            save.layout != "bundle" or config.zero.stage > 0,
+            "another layout than bundle, which has DeepSpeed's files in it, where zero.stage is 0",
+        ),
+        (
+            "training.best_model_tracking.enabled",
+            True,
+            not training.best_model_tracking.enabled
+            or training.skip_evaluation
+            or config.data.validation_samples > 0,
+            "false where data.validation_samples is 0",
+        ),
+    ]
+    for path, value, good, wanted in rules:
+        if not good:
+            raise bad(path, wanted, value)
+
+
+def is_name(text: str) -> bool:
+    """Whether it names a folder inside another, and no other place."""
+    return text not in (".", "..") and "/" not in text

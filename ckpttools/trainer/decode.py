@@ -25,7 +25,8 @@ def decode(cls: type[T], data: object, path: str = "") -> T:
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # T is a dataclass
     for key in data:
         if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
+            others = [alias.partition(".")[2] for alias in ALIASES if alias.startswith(f"{path}.")]
+            close = difflib.get_close_matches(str(key), [*names, *others], n=1)
             raise UsageError(
                 "train-config",
                 f"{_join(path, key)}: no such setting",
@@ -33,6 +34,38 @@ def decode(cls: type[T], data: object, path: str = "") -> T:
                 hint=f"did you mean {_join(path, close[0])}?" if close else f"known here: {', '.join(names)}",
             )
     return cls(**{key: _value(hints[key], value, _join(path, key)) for key, value in data.items()})
+
+
+# other names that training guides use -> the setting
+ALIASES = {
+    "training.save_steps": "save.save_steps",
+    "training.weight_decay": "optimizer.weight_decay",
+    "training.max_keep_ckpts": "training.save_total_limit",
+}
+
+
+def unaliased(data: object) -> object:
+    """The same settings under their own names. Raises UsageError where both names are given."""
+    if not isinstance(data, dict):
+        return data
+    data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for alias, name in ALIASES.items():
+        section, _, key = alias.partition(".")
+        there = data.get(section)
+        if not isinstance(there, dict) or key not in there:
+            continue
+        value = there.pop(key)
+        own_section, _, own_key = name.partition(".")
+        own = data.get(own_section)
+        if isinstance(own, dict) and own_key in own and own[own_key] != value:
+            raise UsageError(
+                "train-config",
+                f"{alias} is {value!r} and {name} is {own[own_key]!r}",
+                why="these are two names of one setting",
+                hint=f"leave one of them out, or override with --set {name}=...",
+            )
+        assign(data, name, value)
+    return data
 
 
 def assign(data: dict[str, Any], dotted: str, value: object) -> None:

@@ -1,11 +1,10 @@
-"""The DeepSpeed engine: made, loaded from a checkpoint, saved to one."""
+"""The process group, and DeepSpeed's engine: made, stepped, saved and loaded."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import deepspeed
 import torch
@@ -18,6 +17,35 @@ from ckpttools.trainer.config import Config
 from ckpttools.trainer.failures import as_error, from_fields, to_fields
 
 T = TypeVar("T")
+Loss = Callable[[Callable[..., Any], Sequence[int]], torch.Tensor]
+
+
+class Engine(Protocol):
+    """A model with its optimizer and schedule."""
+
+    device: Any
+
+    @property
+    def for_evaluation(self) -> Callable[..., Any]:
+        """What losses are computed with that are not trained on."""
+
+    def rate(self) -> float:
+        """The learning rate of the next update."""
+
+    def update(self, batches: Sequence[Sequence[int]], loss: Loss) -> tuple[float, float | None]:
+        """One optimizer step on this rank's micro batches: the sum of their losses; the gradient's norm."""
+
+    def train(self, on: bool) -> None:
+        """Training, or evaluation."""
+
+    def write(self, target: Path, state: dict[str, Any]) -> None:
+        """Every rank writes its part of a checkpoint, in a place that nobody reads yet."""
+
+    def read(self, checkpoint: Path) -> Mapping[str, Any]:
+        """Load weights, optimizer and schedule; returns what `state` was. Raises CkptError."""
+
+    def at(self, iteration: int) -> None:
+        """Count on from a number of updates, where nothing was loaded that says so."""
 
 
 def connect(local_rank: int) -> None:
@@ -57,49 +85,74 @@ def from_rank0(function: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return]  # it crossed the network as an object
 
 
-def make(config: Config, settings: dict[str, Any]) -> Any:
-    """A `DeepSpeedEngine` around a new model."""
+def make(config: Config, settings: dict[str, Any], weights: Path | None) -> Engine:
+    """An engine around a new model, or one with the weights of a checkpoint of any format."""
     net = model.build(config)
+    if weights is not None:
+        model.fill(net, weights)  # before the engine makes its fp32 masters of them
     groups = model.param_groups(net, config.optimizer.weight_decay)
-    engine, *_ = deepspeed.initialize(model=net, model_parameters=groups, config=settings)
-    return engine
+    if config.zero.stage == 0:
+        from ckpttools.trainer.plain import Plain
+
+        return Plain(net, groups, config, settings)
+    return Zero(net, groups, settings)
 
 
-def load(engine: Any, checkpoint: Path, weights_only: bool) -> Mapping[str, Any]:
-    """Load a tag folder; returns its client state. Every failure of DeepSpeed becomes a CkptError."""
-    try:
-        # DeepSpeed rebuilds the fp32 masters from the 16-bit weights when only these are loaded.
-        path, state = engine.load_checkpoint(
-            str(checkpoint.parent.absolute()),
-            tag=checkpoint.name,
-            load_module_only=weights_only,
-            load_optimizer_states=not weights_only,
-            load_lr_scheduler_states=not weights_only,
+class Zero:
+    """DeepSpeed, ZeRO stage 1, 2 or 3."""
+
+    def __init__(self, net: torch.nn.Module, groups: Any, settings: dict[str, Any]) -> None:
+        engine, *_ = deepspeed.initialize(model=net, model_parameters=groups, config=settings)
+        self._engine: Any = engine
+        self.device = engine.device
+
+    @property
+    def for_evaluation(self) -> Callable[..., Any]:
+        engine: Callable[..., Any] = self._engine
+        return engine
+
+    def rate(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+    def update(self, batches: Sequence[Sequence[int]], loss: Loss) -> tuple[float, float | None]:
+        total = 0.0
+        for ids in batches:
+            value = loss(self._engine, ids)
+            self._engine.backward(value)
+            self._engine.step()
+            total += value.item()
+        norm = self._engine.get_global_grad_norm()
+        return total, None if norm is None else float(norm)
+
+    def train(self, on: bool) -> None:
+        self._engine.train(on)
+
+    def write(self, target: Path, state: dict[str, Any]) -> None:
+        self._engine.save_checkpoint(
+            str(target.parent), tag=target.name, client_state=state, save_latest=False
         )
-    except Exception as problem:
-        raise _refused(checkpoint, as_error(problem).message) from problem
-    if path is None:
-        raise _refused(checkpoint, "DeepSpeed found nothing to load")
-    assert isinstance(state, Mapping)
-    return state
+
+    def read(self, checkpoint: Path) -> Mapping[str, Any]:
+        tag = folders.inner(checkpoint)
+        try:
+            path, state = self._engine.load_checkpoint(str(tag.parent.absolute()), tag=tag.name)
+        except Exception as problem:
+            raise refused(checkpoint, as_error(problem).message) from problem
+        if path is None:
+            raise refused(checkpoint, "DeepSpeed found nothing to load")
+        assert isinstance(state, Mapping)
+        return state
+
+    def at(self, iteration: int) -> None:
+        self._engine.global_steps = iteration
 
 
-def _refused(checkpoint: Path, message: str) -> CkptError:
+def refused(checkpoint: Path, message: str) -> CkptError:
+    """What every failure to load becomes."""
     return CkptError(
         "resume-failed",
         message,
         where=checkpoint,
-        why="DeepSpeed refused the checkpoint; no update was made",
+        why="the checkpoint was refused; no update was made",
         hint=f"ckpt verify {checkpoint}\ncompare the model section with the config.yaml of that run",
     )
-
-
-def save(engine: Any, run: Path, tag: str, state: dict[str, Any]) -> None:
-    """Save under a tag through DeepSpeed; `last_checkpoint` follows when every rank has finished."""
-    if dist.get_rank() == 0 and (run / tag).is_dir():
-        # A run resumed from further back saves this tag again; files of another rank count must not stay.
-        shutil.rmtree(run / tag)
-    engine.save_checkpoint(str(run), tag=tag, client_state=state)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        folders.write_text(run / folders.POINTER, tag)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.trainer import failures, startup
+from ckpttools.trainer import failures, signals, startup
 from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import load
 from ckpttools.trainer.options import Options
@@ -23,8 +20,11 @@ from ckpttools.trainer.worker import EXCHANGE, LAUNCHED
 GRACE = 45  # seconds; torchrun gives its ranks 30 before it kills them
 
 
-def launch(options: Options, nproc: int | None) -> None:
-    """Train on `nproc` ranks: default one per GPU, or two on a machine without GPUs. Raises CkptError."""
+def launch(options: Options, nproc: int | None) -> int:
+    """Train on `nproc` ranks: default one per GPU, or two on a machine without GPUs; returns the exit code.
+
+    It is 0, or 128 and the number of the signal that asked the run to save and stop. Raises CkptError.
+    """
     _require("yaml", "torch", "deepspeed", "transformers")
     config = load(options.config, options.overrides)  # a mistake shows before anything starts
     gpus = _gpus()
@@ -38,9 +38,11 @@ def launch(options: Options, nproc: int | None) -> None:
         if gpus == 0:
             environment.setdefault("DS_ACCELERATOR", "cpu")
             environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, for a single rank too
-        code = _torchrun(ranks, options, environment, folder / "torchrun.log")
+        with signals.forwarded(folder) as asked:
+            code = _torchrun(ranks, options, environment, folder / "torchrun.log")
         if code != 0:
             raise failures.read(folder) or _silent(folder, code)
+        return 0 if asked.number is None else 128 + asked.number
 
 
 def _torchrun(ranks: int, options: Options, environment: dict[str, str], messages: Path) -> int:
@@ -55,29 +57,14 @@ def _torchrun(ranks: int, options: Options, environment: dict[str, str], message
             stderr=None if options.full_log else file,
             start_new_session=True,  # Ctrl-C reaches only us; torchrun is asked to end its ranks
         )
-        with _terminate_as_interrupt():
-            try:
-                return process.wait()
-            except BaseException:
-                process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE)
-                process.kill()
-                raise
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM, as a batch system sends it, ends the ranks just as Ctrl-C does."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            process.kill()
+            raise
 
 
 def _silent(folder: Path, code: int) -> CkptError:

@@ -1,26 +1,27 @@
-"""The training loop: updates, evaluation at the end of an epoch, checkpoints, one log line per update."""
+"""The training loop: updates, evaluations, and when to save."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from ckpttools.trainer import engine as ds
 from ckpttools.trainer import folders
 from ckpttools.trainer.batch import Split
 from ckpttools.trainer.config import Config
+from ckpttools.trainer.engine import Engine, from_rank0
+from ckpttools.trainer.evaluation import judge, summed
+from ckpttools.trainer.monitor import Monitor
 from ckpttools.trainer.order import Order
-from ckpttools.trainer.output import Output
+from ckpttools.trainer.policy import PART, Policy
+from ckpttools.trainer.saving import Saving
+from ckpttools.trainer.signals import Asked
 from ckpttools.trainer.state import Progress, client_state
-from ckpttools.trainer.text import Samples
+from ckpttools.trainer.task import Task
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,107 +29,138 @@ class Training:
     """One rank's part of a run."""
 
     config: Config
+    policy: Policy
     split: Split
     order: Order
-    samples: Samples
-    engine: Any
-    run: Path
-    output: Output
+    task: Task
+    engine: Engine
+    saving: Saving
+    monitor: Monitor
+    asked: Asked
     progress: Progress
+    saved: Path | None = None  # the last checkpoint
+    _saved_step: int = -1
+    _saved_at: float = field(default_factory=time.monotonic)
 
-    def train(self, max_steps: int | None) -> None:
+    def train(self, max_steps: int | None) -> str | None:
         """Go on until the planned epochs, or `max_steps` updates counted from step 0, are done.
 
         A run that `max_steps` stops saves a step checkpoint, unless these are off; the schedule does not
-        know about `max_steps`, so that the resumed run is the run that was never stopped.
+        know about `max_steps`, so that the resumed run is the run that was never stopped. Returns the name
+        of the signal that ended it, None where none did.
         """
-        every = self.config.save.save_steps
+        every = 0 if self.policy.only_best else self.config.save.save_steps
         while self.progress.epoch < self.config.epochs:
             for ids in self.order.batches(self.progress.epoch, self.progress.samples_in_epoch):
                 if max_steps is not None and self.progress.iteration >= max_steps:
-                    return
-                self.update(ids)
+                    return None
+                asked = self.update(ids)
                 last = self.progress.iteration == max_steps
-                if every and (last or self.progress.iteration % every == 0):
-                    self.save(folders.step_tag(self.progress.iteration))
+                if asked or (every and (last or self.progress.iteration % every == 0)) or self._is_time():
+                    self.save_step()
+                if asked:
+                    return self.asked.by or "SIGTERM"  # another rank's, where it is not known here
             self.end_epoch()
+        self.end()
+        return None
 
-    def update(self, ids: Sequence[int]) -> None:
-        """One optimizer step on one global batch, and its line in the log."""
+    def update(self, ids: Sequence[int]) -> bool:
+        """One optimizer step on one global batch, and its line in the log. Whether some rank is to stop."""
         started = time.perf_counter()
-        lr = self.engine.get_lr()[0]  # before the step: the scheduler moves on inside it
-        total = 0.0
-        for micro in self.split.micro_batches(ids, dist.get_rank()):
-            loss = self.loss(micro)
-            self.engine.backward(loss)
-            self.engine.step()
-            total += loss.item()
+        lr = self.engine.rate()  # before the step: the scheduler moves on inside it
+        total, norm = self.engine.update(self.split.micro_batches(ids, dist.get_rank()), self.task.loss)
         # fp64, so that the order of summing does not show in the logged value
-        mean = self.summed([total])[0] / (self.split.accumulation * self.split.world)
-        norm = self.engine.get_global_grad_norm()
+        total, asked = summed([total, float(self.asked.by is not None)], self.engine.device)
         before = self.progress
         self.progress = dataclasses.replace(
             before,
             iteration=before.iteration + 1,
             samples_seen=before.samples_seen + len(ids),
             samples_in_epoch=before.samples_in_epoch + len(ids),
-            train_loss=mean,
+            train_loss=total / (self.split.accumulation * self.split.world),
             val_loss=None,
+            metrics={},
+            learning_rate=lr,
         )
         rate = len(ids) / (time.perf_counter() - started)
-        record = {"loss": mean, "lr": lr, "grad_norm": None if norm is None else float(norm)}
-        self.record(**record, samples_seen=self.progress.samples_seen, samples_per_s=rate)
-        self.output.say(
-            f"step {self.progress.iteration:6d}  epoch {before.epoch + 1}/{self.config.epochs}"
-            f"  loss {mean:.4f}  lr {lr:.3e}  grad norm {'-' if norm is None else f'{float(norm):.3f}'}"
-            f"  {rate:.1f} samples/s"
-        )
+        self.monitor.update(self.progress, self.config.epochs, lr=lr, norm=norm, rate=rate)
+        return asked > 0
+
+    def _is_time(self) -> bool:
+        """Whether `save_minutes` have gone by since the last save, by the clock of rank 0."""
+        minutes = self.config.training.save_minutes
+        if minutes is None:
+            return False
+        return from_rank0(lambda: time.monotonic() - self._saved_at >= minutes * 60)
+
+    def save_step(self) -> None:
+        """A step checkpoint of the present position."""
+        if self.policy.partial:
+            part = self.evaluate(self.task.data.held_out[::PART])
+            values = {f"{name}_partial": value for name, value in part.items()}
+            self.monitor.evaluated(self.progress, f"step {self.progress.iteration} on a part", values)
+        self.save(self._name(folders.step_name, self.progress.epoch + 1))
 
     def end_epoch(self) -> None:
         """Evaluate, then save the epoch checkpoint, which therefore holds its validation loss."""
         epoch = self.progress.epoch + 1
-        if self.samples.held_out:
-            val_loss = self.evaluate()
-            self.progress = dataclasses.replace(self.progress, val_loss=val_loss)
-            self.record(val_loss=val_loss)
-            self.output.say(f"epoch {epoch}/{self.config.epochs} done  validation loss {val_loss:.4f}")
+        improved = False
+        if self.policy.evaluates:
+            improved = self._validate(f"epoch {epoch}/{self.config.epochs} done")
         self.progress = dataclasses.replace(self.progress, epoch=epoch, samples_in_epoch=0)
-        if self.config.save.epochs:
-            self.save(folders.epoch_tag(epoch))
+        name = self._name(folders.epoch_name, epoch)
+        saves = self.config.save.epochs and (improved or not self.policy.only_best)
+        if saves:
+            self.save(name)
+        if improved and self.policy.best:
+            self._save_best(name, self.saved if saves else None)
 
-    def evaluate(self) -> float:
-        """Mean loss over the held-out samples; the same batches whatever the number of ranks."""
-        held_out, size = self.samples.held_out, self.split.micro
-        batches = [held_out[i : i + size] for i in range(0, len(held_out), size)]
-        self.engine.eval()
-        with torch.no_grad():
-            mine = batches[dist.get_rank() :: self.split.world]
-            total = sum(self.loss(batch).item() * len(batch) for batch in mine)
-        self.engine.train()
-        return self.summed([total])[0] / len(held_out)
+    def _validate(self, text: str) -> bool:
+        """Evaluate on all held-out samples; whether it is better than ever."""
+        measured = self.evaluate(self.task.data.held_out)
+        loss, best = measured["val_loss"], self.progress.best_val_loss
+        improved = best is None or loss < best
+        self.monitor.evaluated(self.progress, text, measured)
+        self.progress = dataclasses.replace(
+            self.progress,
+            val_loss=loss,
+            metrics={name: value for name, value in measured.items() if name != "val_loss"},
+            best_val_loss=loss if improved else best,
+        )
+        return improved
 
-    def loss(self, ids: Sequence[int]) -> torch.Tensor:
-        """Mean next-byte loss of some samples; the model shifts the labels itself."""
-        rows = [torch.tensor(self.samples.sample(i), dtype=torch.long) for i in ids]
-        tokens = torch.stack(rows).to(self.engine.device)
-        loss: torch.Tensor = self.engine(input_ids=tokens, labels=tokens).loss
-        return loss
+    def _save_best(self, name: str, checkpoint: Path | None) -> None:
+        staged = checkpoint or self.saving.stage(self.engine, name, self._state())
+        from_rank0(lambda: self.saving.best(staged))
+        if checkpoint is None:
+            from_rank0(lambda: self.saving.drop(staged))
+        self.saving.say(f"best so far: {self.saving.place / folders.BEST}")
 
-    def summed(self, values: list[float]) -> list[float]:
-        """Sums over all ranks."""
-        box = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
-        dist.all_reduce(box)
-        result: list[float] = box.tolist()
-        return result
+    def end(self) -> None:
+        """The final checkpoint, where the last save was earlier; and the evaluation of the last model."""
+        epochs, steps = self.config.save.epochs, self.config.save.save_steps
+        if (epochs or steps) and not self.policy.only_best and self._saved_step != self.progress.iteration:
+            names = folders.epoch_name if epochs else folders.step_name
+            self.save(self._name(names, self.progress.epoch))
+        if self.policy.at_end and not self.policy.best_at_end and self.progress.val_loss is None:
+            self._validate("at the end")
 
-    def save(self, tag: str) -> None:
-        """A checkpoint of the present position."""
-        ds.save(self.engine, self.run, tag, client_state(self.progress, self.config, self.samples))
-        self.output.say(f"saved {self.run / tag}")
+    def evaluate(self, ids: Sequence[int]) -> dict[str, float]:
+        """Mean loss and accuracy over samples."""
+        self.engine.train(False)
+        measured = judge(self.task, self.engine.for_evaluation, ids, self.split)
+        self.engine.train(True)
+        return measured
 
-    def record(self, **fields: float | None) -> None:
-        """One JSON line with full precision; a resumed run appends, and its later line for a step counts."""
-        if dist.get_rank() == 0:
-            line = {"step": self.progress.iteration, "epoch": self.progress.epoch + 1, **fields}
-            with (self.run / "train_log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    def save(self, name: str) -> None:
+        """A checkpoint of the present position; then what it makes superfluous goes."""
+        self.saved = self.saving.save(self.engine, name, self._state())
+        self._saved_step, self._saved_at = self.progress.iteration, time.monotonic()
+        self.saving.say(f"saved {self.saved}")
+        from_rank0(self.saving.retain)
+
+    def _state(self) -> dict[str, object]:
+        return client_state(self.progress, self.config, self.task.data)
+
+    def _name(self, names: Callable[..., str], epoch: int) -> str:
+        return names(self.config.save.layout, epoch=epoch, iteration=self.progress.iteration)

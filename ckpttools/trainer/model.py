@@ -1,16 +1,22 @@
-"""A small causal LM from a config, with random weights, its frozen part and its parameter groups."""
+"""A small model from a config, with random weights or loaded ones, its frozen part and parameter groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from ckpttools.errors import UsageError
+from ckpttools import formats
+from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.passes.read import load
+from ckpttools.stores.links import within
+from ckpttools.tensors import TensorRef
 from ckpttools.trainer.config import Config, Model
+from ckpttools.trainer.digits import CLASSES, SIDE
 from ckpttools.trainer.text import VOCAB_SIZE
 
 
@@ -19,7 +25,8 @@ def build(config: Config) -> torch.nn.Module:
     torch.manual_seed(config.seed)
     settings = architecture(config)
     settings._attn_implementation = "eager"  # plain matrix products: the same bits every time
-    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(settings)
+    kind = "ForImageClassification" if config.model.family == "vit" else "ForCausalLM"
+    model: torch.nn.Module = getattr(transformers, f"AutoModel{kind}").from_config(settings)
     _freeze(model, config.freeze)
     return model
 
@@ -72,7 +79,56 @@ def _gpt2(model: Model, length: int) -> Any:
     )
 
 
-_SETTINGS = {"llama": _llama, "gpt2": _gpt2}
+def _vit(model: Model, length: int) -> Any:
+    return transformers.ViTConfig(
+        image_size=SIDE,
+        patch_size=2,
+        num_channels=1,
+        num_labels=CLASSES,
+        problem_type="single_label_classification",
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+_SETTINGS = {"llama": _llama, "gpt2": _gpt2, "vit": _vit}
+
+
+def fill(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Weights from any checkpoint that ckpttools reads: the fp32 masters where it has them.
+
+    Raises CkptError where its tensors are not this model's.
+    """
+    source = formats.locate(checkpoint)
+    found = formats.read(source)
+    best = found.best_copies()
+    own = model.state_dict()
+    wrong = [name for name, param in own.items() if name not in best and name not in found.shared]
+    wrong += [name for name, ref in best.items() if name in own and ref.shape != tuple(own[name].shape)]
+    wrong += [name for name in best if name not in own]
+    if wrong:
+        raise CkptError(
+            "resume-failed",
+            f"{len(wrong)} tensors are not those of the model: {', '.join(map(escape, wrong[:3]))} ...",
+            where=checkpoint,
+            why="weights of another model would be missing, or of another shape",
+            hint="set the model section as the run had it that saved them",
+        )
+    with torch.no_grad(), within(source.root):
+        for name, ref in best.items():
+            own[name].copy_(_tensor(ref).reshape(ref.shape))
+
+
+def _tensor(ref: TensorRef) -> torch.Tensor:
+    raw = bytearray(load(ref).tobytes())
+    if not raw:
+        return torch.empty(ref.shape)
+    dtype: torch.dtype = getattr(torch, ref.dtype.name)
+    return torch.frombuffer(raw, dtype=dtype)
 
 
 def _freeze(model: torch.nn.Module, globs: Sequence[str]) -> None:

@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
+
+Verify = Literal["quick", "full", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +18,10 @@ class Options:
     config: Path
     resume: bool = False
     resume_from: Path | None = None
+    reset_optimizer: bool = False
+    evaluate: Path | None = None
+    extra_tag: str | None = None
+    verify_saves: Verify = "quick"
     work_dir: Path | None = None
     max_steps: int | None = None
     overrides: tuple[str, ...] = ()
@@ -23,8 +30,12 @@ class Options:
     def arguments(self) -> list[str]:
         """The command line that `parse` reads back."""
         flags = ["--resume"] * self.resume + ["--full-log"] * self.full_log
+        flags += ["--reset-optimizer"] * self.reset_optimizer
         valued = {
             "--resume-from": self.resume_from,
+            "--evaluate": self.evaluate,
+            "--extra-tag": self.extra_tag,
+            "--verify-saves": self.verify_saves,
             "--work-dir": self.work_dir,
             "--max-steps": self.max_steps,
         }
@@ -38,6 +49,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("config", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--resume-from", type=Path)
+    parser.add_argument("--reset-optimizer", action="store_true")
+    parser.add_argument("--evaluate", type=Path)
+    parser.add_argument("--extra-tag")
+    parser.add_argument("--verify-saves", choices=get_args(Verify), default="quick")
     parser.add_argument("--work-dir", type=Path)
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--set", dest="overrides", action="append", default=[])

@@ -52,15 +52,15 @@ def search(folder: Path) -> Found:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The trainer's tag folders below a folder: what a resume takes, then the others, newest first."""
+    """The trainer's checkpoints below a folder: what a resume takes, then the others, newest first."""
     if not folder.is_dir():
         return []
+    found = [path for entry in runs.find(folder) if (path := folders.resumable(entry)) is not None]
     try:
-        taken = [local(runs.newest(folder).path)]
+        taken = local(runs.newest(folder).path)
     except CkptError:  # a pointer that leads nowhere, or nothing at all: what is there counts
-        taken = []
-    paths = [*taken, *(local(entry.path) for entry in runs.find(folder))]
-    return list(dict.fromkeys(tag for path in paths if (tag := folders.tag_of(path)) is not None))
+        return list(dict.fromkeys(found))
+    return list(dict.fromkeys(path for path in (folders.tag_of(taken) or taken, *found) if path in found))
 
 
 def check(checkpoint: Path, *, weights_only: bool) -> None:

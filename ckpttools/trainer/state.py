@@ -7,15 +7,18 @@ DeepSpeed merges these keys into the top level of `mp_rank_00_model_states.pt`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckpttools.errors import CkptError, UsageError
+from ckpttools.formats import locate, read
 from ckpttools.trainer.config import Config
+from ckpttools.trainer.digits import Digits
 from ckpttools.trainer.text import Samples
 
 FORMAT_VERSION = 1
+Data = Samples | Digits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +31,12 @@ class Progress:
     samples_in_epoch: int = 0
     train_loss: float | None = None  # of the last update
     val_loss: float | None = None  # None unless evaluated at exactly this position
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what else the evaluation measured
+    best_val_loss: float | None = None  # the lowest so far
+    learning_rate: float | None = None  # of the last update
 
 
-def client_state(progress: Progress, config: Config, samples: Samples) -> dict[str, Any]:
+def client_state(progress: Progress, config: Config, samples: Data) -> dict[str, Any]:
     """The keys that the trainer adds to a checkpoint."""
     return {
         "format_version": FORMAT_VERSION,
@@ -43,12 +49,23 @@ def client_state(progress: Progress, config: Config, samples: Samples) -> dict[s
         "dataset_sha256": samples.sha256,
         "train_loss": progress.train_loss,
         "val_loss": progress.val_loss,
+        "metrics": dict(progress.metrics),
+        "best_val_loss": progress.best_val_loss,
+        "learning_rate": progress.learning_rate,
         "seed": config.seed,
         "config": config.plain(),
     }
 
 
-def progress_from(state: Mapping[str, Any], config: Config, samples: Samples, where: Path) -> Progress:
+def kept_state(checkpoint: Path) -> Mapping[str, Any]:
+    """The same keys, read by ckpttools: whatever number of ranks saved it. Raises CkptError."""
+    found = read(locate(checkpoint))
+    state = found.train_state
+    ours = {"epoch": state.epoch, "train_loss": state.train_loss, "val_loss": state.val_loss}
+    return {**ours, **found.client}
+
+
+def progress_from(state: Mapping[str, Any], config: Config, samples: Data, where: Path) -> Progress:
     """The position in a loaded `client_state`. Raises where continuing could not be sample-exact."""
     version = state.get("format_version")
     if version != FORMAT_VERSION:
@@ -73,9 +90,12 @@ def progress_from(state: Mapping[str, Any], config: Config, samples: Samples, wh
         )
     return Progress(
         epoch=state["epoch"],
-        iteration=state["iter"],
+        iteration=state.get("iter", state["global_step"]),  # ckpt convert writes the latter alone
         samples_seen=state["samples_seen"],
         samples_in_epoch=state["samples_in_epoch"],
         train_loss=state["train_loss"],
         val_loss=state["val_loss"],
+        metrics=state.get("metrics", {}),
+        best_val_loss=state.get("best_val_loss"),
+        learning_rate=state.get("learning_rate"),
     )

@@ -6,17 +6,22 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ckpttools.errors import CkptError
 from ckpttools.trainer import config as settings
-from ckpttools.trainer import failures, folders, startup, text
-from ckpttools.trainer.batch import split
+from ckpttools.trainer import failures, folders, startup
+from ckpttools.trainer.batch import Split, split
 from ckpttools.trainer.ds_config import ds_config
 from ckpttools.trainer.options import Options, parse
 from ckpttools.trainer.order import Order
 from ckpttools.trainer.output import Output
-from ckpttools.trainer.state import Progress, progress_from
+from ckpttools.trainer.policy import policy
+from ckpttools.trainer.signals import Asked
+from ckpttools.trainer.state import Progress, kept_state, progress_from
+
+if TYPE_CHECKING:
+    from ckpttools.trainer.task import Data
 
 EXCHANGE = "CKPTTOOLS_TRAIN_EXCHANGE"  # a folder of the launcher, for an error and the run's path
 LAUNCHED = "launched"
@@ -58,69 +63,125 @@ def _leave(code: int) -> NoReturn:
 
 def _run(options: Options, output: Output) -> None:
     config = settings.load(options.config, options.overrides)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = int(os.environ["WORLD_SIZE"])
     batch = split(config.batch, world)
-    samples = text.read(config.data, config.batch.global_batch_size)
+
+    from ckpttools.trainer import engine as ds
+    from ckpttools.trainer import task
+
+    samples = task.read(config)
     order = Order(
         dataset_size=len(samples.train), global_batch_size=config.batch.global_batch_size, seed=config.seed
     )
-
-    from ckpttools.trainer import engine as ds
-    from ckpttools.trainer.loop import Training
-
     ds.connect(int(os.environ["LOCAL_RANK"]))
     exchange = os.environ.get(EXCHANGE)
     start = ds.from_rank0(
         lambda: startup.handed_over(Path(exchange)) if exchange else startup.decide(config, options, world)
     )
-    output.attach(start.run / "logs" / f"rank_{rank}.log")
+    if start.mode == "evaluate":
+        from ckpttools.trainer.evaluation import evaluate
+
+        evaluate(config, batch, samples, start, output)
+    else:
+        _train(options, config, batch, order, samples, start, output)
+    ds.disconnect()
+
+
+def _train(
+    options: Options,
+    config: settings.Config,
+    batch: Split,
+    order: Order,
+    samples: Data,
+    start: startup.Start,
+    output: Output,
+) -> None:
+    from ckpttools.trainer import engine as ds
+    from ckpttools.trainer.loop import Training
+    from ckpttools.trainer.monitor import Monitor
+    from ckpttools.trainer.saving import Saving, clean
+    from ckpttools.trainer.task import Task
+
+    exchange, rank = os.environ.get(EXCHANGE), int(os.environ["RANK"])
+    asked = Asked(exchange)
+    layout, plans = config.save.layout, policy(config)
+    output.attach(folders.log(start.run, layout, rank))
+    updates = config.epochs * order.updates_per_epoch
     if rank == 0:
-        _announce(config, start, output)
-    total = config.schedule.total_steps or config.epochs * order.updates_per_epoch
-    engine = ds.make(config, ds_config(config, batch, total))
+        clean(folders.place(start.run, layout))
+        _announce(config, start, (*start.notes, *plans.notes), output)
+    weights = start.checkpoint if start.mode in ("reset", "weights") else None
+    engine = ds.make(config, ds_config(config, batch, config.schedule.total_steps or updates), weights)
     progress = Progress()
-    if start.checkpoint is not None:
-        loaded = ds.load(engine, start.checkpoint, start.weights_only)
-        if not start.weights_only:
-            progress = progress_from(loaded, config, samples, start.checkpoint)
-        ds.together()  # a rank that could not load its files ends the run before another reports anything
+    if start.checkpoint is not None and start.mode != "weights":
+        if start.mode == "reset":
+            loaded = kept_state(start.checkpoint)
+        else:
+            loaded = engine.read(start.checkpoint)
+        progress = progress_from(loaded, config, samples, start.checkpoint)
+        if start.mode == "reset":
+            engine.at(progress.iteration)
+    ds.together()  # a rank that could not load its files ends the run before another reports anything
     output.say(
-        f"{world} ranks, {batch.micro} samples each x {batch.accumulation} accumulation ="
+        f"{batch.world} ranks, {batch.micro} samples each x {batch.accumulation} accumulation ="
         f" {config.batch.global_batch_size} per update; {len(samples.train)} samples,"
         f" {order.updates_per_epoch} updates per epoch, {config.epochs} epochs; at step {progress.iteration}"
-    )
-    training = Training(
-        config=config,
-        split=batch,
-        order=order,
-        samples=samples,
-        engine=engine,
-        run=start.run,
-        output=output,
-        progress=progress,
     )
     if progress.epoch >= config.epochs:
         done = f"epoch {progress.epoch} of {config.epochs}"
         output.say(f"Nothing to train: {start.checkpoint} is at {done}; --set=epochs=N trains longer")
-    elif options.max_steps is not None and progress.iteration >= options.max_steps:
+        return
+    if options.max_steps is not None and progress.iteration >= options.max_steps:
         done = f"step {progress.iteration} of --max-steps {options.max_steps}"
         output.say(f"Nothing to train: {start.checkpoint} is at {done}")
-    else:
-        training.train(options.max_steps)
-        output.say(f"done at step {training.progress.iteration}: {start.run}")
-    ds.disconnect()
+        return
+    logged = config.training
+    training = Training(
+        config=config,
+        policy=plans,
+        split=batch,
+        order=order,
+        task=Task(data=samples, device=engine.device, smoothing=logged.label_smoothing),
+        engine=engine,
+        saving=Saving(
+            run=start.run,
+            layout=layout,
+            zero=config.zero.stage > 0,
+            verify=options.verify_saves,
+            limit=plans.limit,
+            say=output.say,
+        ),
+        monitor=Monitor(
+            start.run, output, rank=rank, total=updates, every=logged.log_steps, scalars=logged.tensorboard
+        ),
+        asked=asked,
+        progress=progress,
+    )
+    by = training.train(options.max_steps)
+    if by is not None:
+        output.say(f"stopped by {by} at step {training.progress.iteration}; --resume goes on from there")
+        return
+    if plans.best_at_end:
+        from ckpttools.trainer.evaluation import of_checkpoint
+
+        best = training.saving.place / folders.BEST
+        if best.exists():
+            measured = of_checkpoint(config, batch, samples, best)
+            training.monitor.evaluated(training.progress, f"best model {best}", measured)
+    output.say(f"done at step {training.progress.iteration}: {start.run}")
 
 
-def _announce(config: settings.Config, start: startup.Start, output: Output) -> None:
+def _announce(config: settings.Config, start: startup.Start, notes: tuple[str, ...], output: Output) -> None:
     import yaml
 
     from ckpttools.trainer.model import architecture
 
+    folders.place(start.run, config.save.layout).mkdir(parents=True, exist_ok=True)
     folders.write_text(start.run / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
     architecture(config).save_pretrained(start.run / folders.HF_CONFIG)
     exchange = os.environ.get(EXCHANGE)
     if exchange is not None:
         (Path(exchange) / LAUNCHED).write_text(str(start.run), "utf-8")
     output.say(f"run folder {start.run}")
-    for note in start.notes:
+    for note in notes:
         output.say(note)

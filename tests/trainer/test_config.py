@@ -38,7 +38,7 @@ def test_overrides_and_numbers_that_yaml_reads_as_text(config: Path) -> None:
     [
         ("zero: {stge: 2}", "zero.stge: no such setting", "did you mean zero.stage?"),
         ("zero: 2", "zero: expected a mapping", "zero"),
-        ("zero: {stage: 3}", "zero.stage: expected 1 or 2, got 3", "zero.stage"),
+        ("zero: {stage: 4}", "zero.stage: expected 0, 1, 2 or 3, got 4", "zero.stage"),
         ("epochs: two", "epochs: expected a whole number, got 'two'", "epochs"),
         ("epochs: true", "epochs: expected a whole number, got True", "epochs"),
         ("epochs: 0", "epochs: expected a whole number above 0", "epochs"),
@@ -46,8 +46,22 @@ def test_overrides_and_numbers_that_yaml_reads_as_text(config: Path) -> None:
         ("precision: int8", "precision: expected one of bf16, fp16, fp32", "precision"),
         ("freeze: model.*", "freeze: expected a list of text", "freeze"),
         ("model: {hidden_size: 30, heads: 4}", "model.hidden_size: expected a multiple", "hidden_size"),
-        ("data: {source: http://x}", "data.source: expected stdlib or path:FILE", "data.source"),
+        ("data: {source: http://x}", "data.source: expected stdlib, digits or path:FILE", "data.source"),
         ("experiment: a/b", "experiment: expected a folder name", "experiment"),
+        ("training: {label_smoothing: 1}", "training.label_smoothing: expected a number from 0", "training"),
+        ("training: {save_minutes: -1}", "training.save_minutes: expected a number of minutes", "training"),
+        ("training: {max_keep_ckpt: 3}", "training.max_keep_ckpt: no such", "mean training.max_keep_ckpts?"),
+        ("training: {max_keep_ckpts: 0}", "training.save_total_limit: expected a whole number", "training"),
+        (
+            "training: {weight_decay: 0.1}\noptimizer: {weight_decay: 0.2}",
+            "training.weight_decay is 0.1 and optimizer.weight_decay is 0.2",
+            "leave one of them out",
+        ),
+        ("training: {evaluation: {full: true}}", "training.evaluation.full: no such setting", "full_eval"),
+        ("data: {source: digits}", "model.family: expected vit for data.source digits", "model.family"),
+        ("save: {layout: monolithic}", "save.layout: expected a layout of folders", "save.layout"),
+        ("save: {layout: bundle}\nzero: {stage: 0}", "save.layout: expected another layout", "save.layout"),
+        ("zero: {stage: 0}\nprecision: fp16", "precision: expected bf16 or fp32", "precision"),
         ("a: [", "not a YAML file", "ckpt demo"),
         ("- 1", "the config: expected a mapping", "the config"),
     ],
@@ -111,6 +125,10 @@ def test_options_survive_the_command_line() -> None:
         max_steps=3,
         overrides=("a.b=1", "-c=2"),
         full_log=True,
+        reset_optimizer=True,
+        evaluate=Path("run"),
+        extra_tag="-t",
+        verify_saves="full",
     )
     assert parse(options.arguments()) == options
     assert parse(Options(config=Path("c")).arguments()) == Options(config=Path("c"))

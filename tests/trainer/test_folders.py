@@ -158,7 +158,7 @@ def test_a_named_checkpoint_is_refused_when_it_is_damaged(tmp_path: Path) -> Non
     assert (caught.value.id, caught.value.exit_code) == ("file-truncated", 1)
     assert f"ckpt verify {named}" in caught.value.hint
     weights = Options(config=SAMPLE / "config.yaml", resume_from=named)
-    assert decide(config, weights, world=2).weights_only  # they lie in the model file, which is whole
+    assert decide(config, weights, world=2).mode == "weights"  # they lie in the model file, which is whole
     os.truncate(named / "mp_rank_00_model_states.pt", 2000)
     with pytest.raises(CkptError):
         decide(config, weights, world=2)
@@ -184,7 +184,9 @@ def test_what_goes_on_otherwise_is_said(tmp_path: Path) -> None:
 
 def test_a_decision_crosses_processes(tmp_path: Path) -> None:
     for checkpoint in (None, tmp_path / "ä b/iter_000003.pth"):
-        start = Start(run=tmp_path, checkpoint=checkpoint, weights_only=True, notes=("one", "two"))
+        start = Start(
+            run=tmp_path, checkpoint=checkpoint, mode="weights", notes=("one", "two"), others=(tmp_path,)
+        )
         hand_over(start, tmp_path)
         assert handed_over(tmp_path) == start
 

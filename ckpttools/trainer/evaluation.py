@@ -1,0 +1,81 @@
+"""Loss and accuracy over held-out samples: of a model in training, of any checkpoint, of all of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from tabulate import tabulate
+
+from ckpttools.formats import locate, read
+from ckpttools.trainer import model
+from ckpttools.trainer.batch import Split
+from ckpttools.trainer.config import Config
+from ckpttools.trainer.output import Output
+from ckpttools.trainer.startup import Start
+from ckpttools.trainer.task import Data, Task
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def judge(task: Task, call: Callable[..., Any], ids: Sequence[int], split: Split) -> dict[str, float]:
+    """Mean loss and accuracy, on every rank; the same batches whatever the number of ranks."""
+    batches = [ids[i : i + split.micro] for i in range(0, len(ids), split.micro)]
+    totals = [0.0, 0.0]
+    with torch.no_grad():
+        # as many calls on every rank: ZeRO-3 gathers weights in each
+        for first in range(0, len(batches), split.world):
+            at = first + dist.get_rank()
+            batch = batches[at] if at < len(batches) else batches[0]
+            judged = task.judge(call, batch)
+            if at < len(batches):
+                totals = [t + value * len(batch) for t, value in zip(totals, judged, strict=True)]
+    loss, accuracy = (total / len(ids) for total in summed(totals, task.device))
+    return {"val_loss": loss, "val_accuracy": accuracy}
+
+
+def summed(values: list[float], device: Any) -> list[float]:
+    """Sums over all ranks, in fp64."""
+    box = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(box)
+    result: list[float] = box.tolist()
+    return result
+
+
+def of_checkpoint(config: Config, split: Split, data: Data, checkpoint: Path) -> dict[str, float]:
+    """Of a checkpoint of any format, in the precision that the run trains in."""
+    device = torch.device(get_accelerator().current_device_name())
+    net = model.build(config)
+    model.fill(net, checkpoint)
+    plain = config.zero.stage == 0
+    net = net.to(device, torch.float32 if plain else DTYPES[config.precision]).eval()
+
+    def call(**inputs: Any) -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=plain and config.precision == "bf16"):
+            return net(**inputs)
+
+    return judge(Task(data=data, device=device), call, data.held_out, split)
+
+
+def evaluate(config: Config, split: Split, data: Data, start: Start, output: Output) -> None:
+    """`--evaluate`: the checkpoints that `start` names, in one table."""
+    assert start.checkpoint is not None
+    rows = []
+    for path in (start.checkpoint, *start.others):
+        measured = of_checkpoint(config, split, data, path)
+        state = read(locate(path)).train_state
+        name = path.relative_to(start.run) if path.is_relative_to(start.run) else path
+        shown = name if str(name) != "." else path.name
+        rows.append(
+            (shown, state.step, state.epoch, measured["val_loss"], measured["val_accuracy"], state.val_loss)
+        )
+    headers = ("checkpoint", "step", "epoch", "validation loss", "accuracy", "saved with it")
+    table = tabulate(
+        rows, headers=headers, floatfmt=("g", "g", "g", ".6f", ".4f", ".6f"), missingval="?",
+    )  # fmt: skip
+    if dist.get_rank() == 0:
+        output.say(f"{len(data.held_out)} held-out samples of {config.data.source}\n\n{table}")

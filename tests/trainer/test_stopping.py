@@ -1,0 +1,104 @@
+"""Signals, full disks and damage at the moment of a save; starting from weights alone."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from trainer.launched import CKPT, Launch, load, losses
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def launch(config: Path, environment: dict[str, str]) -> Launch:
+    return Launch(config, environment)
+
+
+@pytest.fixture(scope="module")
+def whole(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    launch.train(folder, "--work-dir=run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_stops(
+    launch: Launch, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [*CKPT, "train", str(launch.config), "--nproc=2", "--work-dir=run"]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=launch.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout and process.stderr
+        next(line for line in process.stdout if line.startswith("step "))
+        process.send_signal(number)
+        said, wrong = process.communicate()
+    assert (process.returncode, wrong) == (128 + number, "")
+    run = tmp_path / "run"
+    step = load(run / (run / "last_checkpoint").read_text() / "mp_rank_00_model_states.pt")["iter"]
+    assert f"stopped by {number.name} at step {step}; --resume goes on from there" in said
+    assert 1 <= step < 22
+    assert list(losses(run)) == list(range(1, step + 1))
+    launch.train(tmp_path, "--work-dir=run", "--resume")
+    assert losses(run) == losses(whole)  # to the last bit
+
+
+def test_a_save_that_fails_leaves_what_was_there(launch: Launch, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch.train(tmp_path, "--work-dir=run", "--max-steps=6")
+    size = max(p.stat().st_size for p in (run / "iter_000006.pth").iterdir())
+
+    def full() -> None:  # the file system takes no file of that size any more
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    command = [*CKPT, "train", str(launch.config), "--nproc=2", "--work-dir=run", "--resume"]
+    failed = subprocess.run(
+        command, cwd=tmp_path, env=launch.environment, capture_output=True, text=True, preexec_fn=full
+    )
+    assert failed.returncode in (1, 2), failed.stdout
+    assert failed.stderr.startswith("error[")
+    assert "Traceback" not in failed.stderr
+    assert [p.name for p in run.glob("*.pth")] == ["iter_000006.pth"]
+    assert (run / "last_checkpoint").read_text() == (run / "latest").read_text() == "iter_000006.pth"
+    launch.train(tmp_path, "--work-dir=run", "--resume")
+    assert losses(run) == losses(whole)
+    assert not list(run.glob(".*ckpt-tmp*"))
+
+
+def test_weights_and_position_alone(launch: Launch, whole: Path, tmp_path: Path) -> None:
+    source = whole / "iter_000012.pth"
+    said = launch.train(
+        tmp_path, "--resume", f"--resume-from={source}", "--reset-optimizer", "--work-dir=run", nproc=1
+    )
+    assert "optimizer and schedule start anew; weights and position are the checkpoint's" in said
+    found = losses(tmp_path / "run")
+    assert list(found) == list(range(13, 23))  # the samples after those of step 12
+    loss, lr, _ = found[13]
+    assert lr == 0.0
+    assert loss == pytest.approx(losses(whole)[13][0], abs=1e-3)  # the same weights on the same samples
+
+
+def test_from_a_folder_of_transformers(launch: Launch, whole: Path, tmp_path: Path) -> None:
+    made = launch.ckpt(tmp_path, "extract", whole / "epoch_002.pth", "hf", "--weights-only")
+    assert made.returncode == 0, made.stderr
+    said = launch.train(tmp_path, "--resume-from=hf", "--work-dir=run", "--max-steps=1")
+    assert "Weights loaded from hf; optimizer, schedule and counters start anew" in said
+    assert losses(tmp_path / "run")[1][0] < losses(whole)[1][0] - 1.5
+
+
+def test_more_epochs_than_planned(launch: Launch, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    said = launch.train(tmp_path, "--work-dir=run", "--resume", "--set=epochs=3")
+    assert "careful: scheduler.params.total_num_steps: 22 -> 33" in said
+    assert list(losses(tmp_path / "run")) == list(range(1, 34))
