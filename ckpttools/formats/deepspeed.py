@@ -125,10 +125,10 @@ def _scheduler_key(state: TrainState) -> tuple[str, ...]:
 
 
 def counter_values(checkpoint: Checkpoint) -> dict[str, int]:
-    """DeepSpeed's own counters, as far as they are known."""
+    """DeepSpeed's own counters, as far as they are known; it loads nothing without skipped_steps."""
     state = checkpoint.train_state
     counters = {
-        "skipped_steps": state.skipped_steps,
+        "skipped_steps": state.skipped_steps or 0,
         "global_steps": state.step,
         "global_samples": state.samples,
     }

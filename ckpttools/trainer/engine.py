@@ -141,7 +141,9 @@ class Zero:
         if path is None:
             raise refused(checkpoint, "DeepSpeed found nothing to load")
         assert isinstance(state, Mapping)
-        return state
+        # what ckpt convert makes of another format has these counters under DeepSpeed's names alone
+        counters = {"global_step": self._engine.global_steps, "samples_seen": self._engine.global_samples}
+        return {**counters, **state}
 
     def at(self, iteration: int) -> None:
         self._engine.global_steps = iteration

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from tabulate import tabulate
 
 from ckpttools.formats import locate, read
 from ckpttools.trainer import model
@@ -64,18 +63,25 @@ def of_checkpoint(config: Config, split: Split, data: Data, checkpoint: Path) ->
 def evaluate(config: Config, split: Split, data: Data, start: Start, output: Output) -> None:
     """`--evaluate`: the checkpoints that `start` names, in one table."""
     assert start.checkpoint is not None
-    rows = []
-    for path in (start.checkpoint, *start.others):
+    names = [_name(path, start) for path in (start.checkpoint, *start.others)]
+    width = max(map(len, [*names, "checkpoint"]))
+    heads = f"{'step':>8}  {'epoch':>6}  {'val loss':>10}  {'accuracy':>8}  {'saved with it':>13}"
+    output.say(f"{len(data.held_out)} held-out samples of {config.data.source}")
+    output.say(f"{'checkpoint':{width}}  {heads}")
+    for name, path in zip(names, (start.checkpoint, *start.others), strict=True):
         measured = of_checkpoint(config, split, data, path)
         state = read(locate(path)).train_state
-        name = path.relative_to(start.run) if path.is_relative_to(start.run) else path
-        shown = name if str(name) != "." else path.name
-        rows.append(
-            (shown, state.step, state.epoch, measured["val_loss"], measured["val_accuracy"], state.val_loss)
+        saved = "?" if state.val_loss is None else f"{state.val_loss:.6f}"
+        output.say(
+            f"{name:{width}}  {_known(state.step):>8}  {_known(state.epoch):>6}"
+            f"  {measured['val_loss']:10.6f}  {measured['val_accuracy']:8.4f}  {saved:>13}"
         )
-    headers = ("checkpoint", "step", "epoch", "validation loss", "accuracy", "saved with it")
-    table = tabulate(
-        rows, headers=headers, floatfmt=("g", "g", "g", ".6f", ".4f", ".6f"), missingval="?",
-    )  # fmt: skip
-    if dist.get_rank() == 0:
-        output.say(f"{len(data.held_out)} held-out samples of {config.data.source}\n\n{table}")
+
+
+def _name(path: Path, start: Start) -> str:
+    name = str(path.relative_to(start.run)) if path.is_relative_to(start.run) else str(path)
+    return path.name if name == "." else name
+
+
+def _known(count: float | None) -> str:
+    return "?" if count is None else str(count)

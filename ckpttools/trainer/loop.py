@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import zlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +70,7 @@ class Training:
         """One optimizer step on one global batch, and its line in the log. Whether some rank is to stop."""
         started = time.perf_counter()
         lr = self.engine.rate()  # before the step: the scheduler moves on inside it
+        ids = [self.task.data.train[i] for i in ids]  # the order is of positions among these
         total, norm = self.engine.update(self.split.micro_batches(ids, dist.get_rank()), self.task.loss)
         # fp64, so that the order of summing does not show in the logged value
         total, asked = summed([total, float(self.asked.by is not None)], self.engine.device)
@@ -83,7 +86,8 @@ class Training:
             learning_rate=lr,
         )
         rate = len(ids) / (time.perf_counter() - started)
-        self.monitor.update(self.progress, self.config.epochs, lr=lr, norm=norm, rate=rate)
+        crc = zlib.crc32(array("q", ids).tobytes())
+        self.monitor.update(self.progress, self.config.epochs, lr=lr, norm=norm, rate=rate, crc=crc)
         return asked > 0
 
     def _is_time(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -25,15 +26,23 @@ class Monitor:
         self._started, self._first = time.monotonic(), -1
         self._scalars = _writer(run / "tensorboard") if scalars and rank == 0 else None
 
-    def update(self, progress: Progress, epochs: int, *, lr: float, norm: float | None, rate: float) -> None:
-        """An update is done; `rate` is in samples a second."""
+    def update(
+        self, progress: Progress, epochs: int, *, lr: float, norm: float | None, rate: float, crc: int
+    ) -> None:
+        """An update is done; `rate` is in samples a second, `crc` of the samples' numbers as int64."""
         if self._rank:
             return
         step, loss = progress.iteration, progress.train_loss
         if self._first < 0:
             self._first, self._started = step, time.monotonic()
         self.record(
-            progress, loss=loss, lr=lr, grad_norm=norm, samples_seen=progress.samples_seen, samples_per_s=rate
+            progress,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            samples_seen=progress.samples_seen,
+            samples_per_s=rate,
+            samples_crc32=crc,
         )
         line = (
             f"step {step:6d}  epoch {progress.epoch + 1}/{epochs}  loss {loss:.4f}  lr {lr:.3e}"
@@ -57,8 +66,12 @@ class Monitor:
     def record(self, progress: Progress, **fields: float | None) -> None:
         """One JSON line with full precision; a resumed run appends, and its later line for a step counts."""
         line = {"step": progress.iteration, "epoch": progress.epoch + 1, **fields}
-        with (self._run / "train_log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with (self._run / "train_log.jsonl").open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # of a launch that was killed, or whose disk was full
+                    file.write(b"\n")
+            file.write(json.dumps(line).encode() + b"\n")
         if self._scalars is not None:
             for name, value in fields.items():
                 if value is not None:

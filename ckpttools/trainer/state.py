@@ -90,7 +90,7 @@ def progress_from(state: Mapping[str, Any], config: Config, samples: Data, where
         )
     return Progress(
         epoch=state["epoch"],
-        iteration=state.get("iter", state["global_step"]),  # ckpt convert writes the latter alone
+        iteration=state["iter" if "iter" in state else "global_step"],  # ckpt convert writes one of them
         samples_seen=state["samples_seen"],
         samples_in_epoch=state["samples_in_epoch"],
         train_loss=state["train_loss"],

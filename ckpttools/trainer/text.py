@@ -53,7 +53,7 @@ def read(data: Data, global_batch_size: int) -> Samples:
             hint="give more text, raise data.max_bytes, or lower data.sequence_length",
         )
     held_out = {i * count // data.validation_samples for i in range(data.validation_samples)}
-    digest = hashlib.sha256(f"{data.sequence_length} {data.validation_samples} ".encode())
+    digest = hashlib.sha256(f"train {data.sequence_length} {data.validation_samples} ".encode())
     digest.update(tokens.tobytes())
     return Samples(
         tokens=tokens,

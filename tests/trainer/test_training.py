@@ -230,7 +230,7 @@ def test_interrupt_ends_every_rank(config: Path, environment: dict[str, str], tm
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--set=zero.stage=7", "error[train-config]: zero.stage: expected 1 or 2, got 7"),
+        ("--set=zero.stage=7", "error[train-config]: zero.stage: expected 0, 1, 2 or 3, got 7"),
         ("--work-dir={whole}", "error[run-exists]: the run folder already holds 5 checkpoints"),
     ],
 )
