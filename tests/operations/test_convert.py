@@ -185,3 +185,19 @@ def test_state_of_single_ranks_is_refused(to: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     if to != "zero2":  # a ZeRO folder after a step without state is what verify calls lost state
         assert run("convert", source, tmp_path / "out", "--to", to, "--reset-optimizer").code == 0
+
+
+def test_a_zero_folder_says_only_what_is_known(tmp_path: Path) -> None:
+    """DeepSpeed takes clip_grad from the file over its configuration, and needs skipped_steps."""
+    convert(ZERO, tmp_path / "one.pt", to="pt")  # without the run's settings
+    convert(tmp_path / "one.pt", tmp_path / "back", to="zero2", world_size=2)
+    convert(ZERO, tmp_path / "straight", to="zero1", world_size=1)
+    (back,) = (tmp_path / "back").rglob("*pp_rank_0*optim_states.pt")
+    (straight,) = (tmp_path / "straight").rglob("*pp_rank_0*optim_states.pt")
+    load = {"weights_only": False}
+    assert "clip_grad" not in torch.load(back, **load)["optimizer_state_dict"]
+    assert torch.load(straight, **load)["optimizer_state_dict"]["clip_grad"] == 1.0
+    engine = torch.load(back.parent / "mp_rank_00_model_states.pt", **load)
+    assert engine["skipped_steps"] == 0
+    assert list(engine["lr_scheduler"]) == ["last_batch_iteration"]
+    assert "scheduler_state_dict" not in engine
