@@ -49,6 +49,7 @@
     explain                             what each error and check means
     operations/                         one function for each command
     cli/, trainer/                      the command line; the reference trainer, which nothing imports
+    integrations/                       callbacks for other trainers, which nothing imports
 
 The command line speaks this library: every command is one of these calls. Importing it imports neither
 numpy nor torch.

@@ -81,7 +81,10 @@ def test_heavy_libraries_stay_in_their_place() -> None:
         for name in imported(tree):
             root = name.split(".")[0]
             if root in ("torch", "deepspeed", "transformers", "accelerate"):
-                here = part(path) == "trainer" or (root, path) == ("torch", Path("operations/opened.py"))
+                here = part(path) in ("trainer", "integrations") or (root, path) == (
+                    "torch",
+                    Path("operations/opened.py"),
+                )
                 assert here, f"{path} imports {name}"
             if root in ("numpy", "ml_dtypes"):
                 assert part(path) in ("values", "passes", "trainer"), f"{path} imports {name}"
@@ -124,6 +127,7 @@ LAYERS = [
     "resume",
     "operations",
     "trainer",
+    "integrations",
     "cli",
 ]
 

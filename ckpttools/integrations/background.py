@@ -1,0 +1,73 @@
+"""python -m ckpttools.integrations.background CHECKPOINT RULES: verify, manifest, `last_verified`, prune.
+
+At the lowest priority, one at a time for each folder. Prints one JSON document: {"problem": the fields of an
+error, or null; "notes": what was done}. RULES is [keep_last, per_kind, keep_best] as JSON.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ckpttools.errors import CkptError
+from ckpttools.integrations.guard import LAST_VERIFIED, damage
+from ckpttools.operations.prune import prune
+from ckpttools.runs import extent
+
+LOCK = ".ckpt-verifying"
+
+
+def main(checkpoint: Path, keep_last: int | None, per_kind: bool, keep_best: str | None) -> dict[str, Any]:
+    """Do all of it; what it says is for the guard that started it."""
+    os.nice(19)
+    folder = checkpoint.parent
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not checkpoint.exists():
+            return _said(None, f"{checkpoint.name} went before it was read")
+        problem = damage(checkpoint)
+        if problem is not None:
+            return _said(problem)
+        command = ["verify", str(checkpoint), "--write-manifest", "--quiet", "--workers=1"]
+        done = subprocess.run(
+            [sys.executable, "-m", "ckpttools.cli", *command], capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            return _said(None, f"{checkpoint.name} was not verified: {done.stderr.strip()}")
+        _name(folder, checkpoint)
+        notes = [f"{checkpoint} verified: every byte"]
+        if keep_last is not None or keep_best is not None:
+            try:
+                gone = prune(folder, keep_last=keep_last, per_kind=per_kind, keep_best=keep_best).removed
+                notes += [f"removed {entry.path}" for entry in gone]
+            except CkptError as error:
+                notes.append(f"nothing more was removed: {error}")
+        return _said(None, *notes)
+
+
+def _name(folder: Path, checkpoint: Path) -> None:
+    """Only forward: of two that wait for the lock the later one may get it first."""
+    with suppress(OSError):
+        named = folder / (folder / LAST_VERIFIED).read_text("utf-8")
+        if extent(named)[0] > extent(checkpoint)[0]:
+            return
+    staged = folder / f".{LAST_VERIFIED}.{os.getpid()}"
+    staged.write_text(checkpoint.name, "utf-8")
+    staged.replace(folder / LAST_VERIFIED)
+
+
+def _said(problem: CkptError | None, *notes: str) -> dict[str, Any]:
+    if problem is None:
+        return {"problem": None, "notes": notes}
+    fields = {name: getattr(problem, name) for name in ("id", "message", "where", "why", "hint")}
+    return {"problem": fields, "notes": notes}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), *json.loads(sys.argv[2]))))

@@ -1,0 +1,60 @@
+"""A callback for Lightning's Trainer.
+
+    trainer = Trainer(..., callbacks=[ModelCheckpoint(...), VerifySaves(Rules(keep_last=3))])
+    trainer.fit(model, ckpt_path=VerifySaves.resume_from(folder))
+
+A damaged `ckpt_path` is refused before the first update: no earlier hook knows the path. Saves are noticed
+at the hook after the one in which a ModelCheckpoint wrote: Lightning calls these last, and has no hook after
+a save.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from ckpttools.integrations.guard import Guard, Rules, newest_good, refuse_damaged
+
+
+class VerifySaves(pl.Callback):
+    """Verifies each save; see guard.py."""
+
+    def __init__(self, rules: Rules | None = None) -> None:
+        self.guard = Guard(rules=rules or Rules())
+        self._seen: dict[str, int] = {}
+
+    @staticmethod
+    def resume_from(folder: str | Path) -> str | None:
+        """For `Trainer.fit(ckpt_path=...)`: the newest good checkpoint below. Raises CkptError."""
+        found = newest_good(Path(folder))
+        return None if found is None else str(found)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        path = trainer.ckpt_path
+        if trainer.is_global_zero and path is not None and Path(path).exists():
+            refuse_damaged(Path(path))
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._look(trainer)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._look(trainer)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._look(trainer)
+        if trainer.is_global_zero:
+            self.guard.close()
+
+    def _look(self, trainer: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        for each in trainer.checkpoint_callbacks:
+            path = getattr(each, "_last_checkpoint_saved", "") or getattr(each, "best_model_path", "")
+            if not path or not Path(path).exists():
+                continue
+            time = Path(path).stat().st_mtime_ns
+            if self._seen.get(path) != time:
+                self._seen[path] = time
+                self.guard.saved(Path(path))

@@ -1,0 +1,46 @@
+"""A callback for the Trainer of transformers.
+
+    saves = VerifySaves(Rules(keep_last=3))
+    trainer = Trainer(..., callbacks=[saves])
+    trainer.train(resume_from_checkpoint=saves.resume_from(args.output_dir))
+
+The last line starts anew where there is nothing, takes the newest good checkpoint, and raises where all are
+damaged. A damaged one that is named in another way is refused before the first update.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from accelerate import PartialState
+
+from ckpttools.integrations.guard import Guard, Rules, newest_good, refuse_damaged
+
+
+class VerifySaves(transformers.TrainerCallback):  # type: ignore[misc]  # untyped base
+    """Verifies each save; see guard.py."""
+
+    def __init__(self, rules: Rules | None = None) -> None:
+        self.guard = Guard(rules=rules or Rules())
+
+    def resume_from(self, output_dir: str | Path) -> str | None:
+        """For `Trainer.train(resume_from_checkpoint=...)`. Raises CkptError."""
+        found = newest_good(Path(output_dir))
+        return None if found is None else str(found)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = getattr(args, "resume_from_checkpoint", None)
+        checkpoint = Path(named) if named else Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and state.global_step > 0 and checkpoint.exists():
+            refuse_damaged(checkpoint)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            PartialState().wait_for_everyone()  # each rank writes its own random state
+        if state.is_world_process_zero:
+            self.guard.saved(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.guard.close()

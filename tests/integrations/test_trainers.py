@@ -1,0 +1,234 @@
+"""The callbacks in real runs of each framework: saves verified, old ones gone, damage refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckpttools.errors import CkptError
+from ckpttools.integrations.guard import LAST_VERIFIED, Guard, Rules, newest_good
+from ckpttools.manifest import places
+
+ROOT = Path(__file__).parents[2]
+MMENGINE = os.environ.get("CKPT_MMENGINE_PYTHON", "")
+
+
+class Numbers(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.full((4,), float(at)), "labels": torch.tensor([float(at)])}
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2000)  # most of a file is tensors
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.linear(x) - labels).square().mean()}
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def kept(folder: Path, pattern: str) -> set[str]:
+    return {path.name for path in folder.glob(pattern)}
+
+
+def test_transformers(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from ckpttools.integrations.transformers import VerifySaves
+
+    def trainer(steps: int, rules: Rules | None = None) -> tuple[Any, VerifySaves]:
+        saves = VerifySaves(rules or Rules(keep_last=2))
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            max_steps=steps,
+            save_steps=3,
+            per_device_train_batch_size=2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        return Trainer(model=Net(), args=arguments, train_dataset=Numbers(), callbacks=[saves]), saves
+
+    first, saves = trainer(9)
+    first.train(resume_from_checkpoint=saves.resume_from(tmp_path / "out"))
+    out = tmp_path / "out"
+    assert kept(out, "checkpoint-*") == {"checkpoint-6", "checkpoint-9"}
+    assert (out / LAST_VERIFIED).read_text() == "checkpoint-9"
+    assert places(out / "checkpoint-9")
+    assert 0 < saves.guard.seconds < 60
+    flip(next((out / "checkpoint-9").glob("model.safetensors")))
+    second, saves = trainer(12)
+    assert saves.resume_from(out) == str(out / "checkpoint-6")
+    with pytest.raises(CkptError) as caught:
+        second.train(resume_from_checkpoint=str(out / "checkpoint-9"))
+    assert "nothing was trained" in caught.value.why
+    assert second.state.global_step == 9
+    third, saves = trainer(12)
+    third.train(resume_from_checkpoint=saves.resume_from(out))
+    assert (out / LAST_VERIFIED).read_text() == "checkpoint-12"
+
+
+def test_lightning(tmp_path: Path) -> None:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ckpttools.integrations.lightning import VerifySaves
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.net(**batch)["loss"]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+    folder = tmp_path / "checkpoints"
+    loader = torch.utils.data.DataLoader(Numbers(), batch_size=2)
+
+    def fit(steps: int, ckpt_path: str | None) -> VerifySaves:
+        saves = VerifySaves(Rules(keep_last=2))
+        every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        trainer = pl.Trainer(
+            max_steps=steps,
+            callbacks=[every, saves],
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Module(), loader, ckpt_path=ckpt_path)
+        return saves
+
+    fit(9, VerifySaves.resume_from(folder))
+    assert kept(folder, "*.ckpt") == {"step=6.ckpt", "step=9.ckpt"}
+    assert (folder / LAST_VERIFIED).read_text() == "step=9.ckpt"
+    flip(folder / "step=9.ckpt")
+    with pytest.raises(CkptError):
+        fit(12, str(folder / "step=9.ckpt"))
+    assert VerifySaves.resume_from(folder) == str(folder / "step=6.ckpt")
+    fit(12, VerifySaves.resume_from(folder))
+    assert (folder / LAST_VERIFIED).read_text() == "step=12.ckpt"
+
+
+PLAIN = """
+import json, sys, time
+import deepspeed, torch
+from pathlib import Path
+from ckpttools.errors import CkptError
+from ckpttools.integrations.deepspeed import Saves
+from ckpttools.integrations.guard import Rules
+
+deepspeed.init_distributed("gloo")
+torch.manual_seed(0)
+net = torch.nn.Linear(8, 8)
+config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2},
+          "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-2}}}
+engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config)
+saves = Saves(sys.argv[1], Rules(keep_last=2))
+try:
+    state = saves.load(engine)
+except CkptError as error:
+    print("refused", error.id, flush=True)
+    sys.exit(0)
+start = 0 if state is None else state["step"]
+print("from", start, flush=True)
+for step in range(start + 1, start + 5):
+    engine.backward(engine(torch.ones(1, 8, dtype=torch.bfloat16)).float().square().mean())
+    engine.step()
+    saves.save(engine, f"global_step{step}", {"step": step})
+saves.close()
+if torch.distributed.get_rank() == 0:
+    print("seconds", saves.guard.seconds / 4, flush=True)
+"""
+
+
+@pytest.mark.distributed
+def test_a_plain_deepspeed_loop(tmp_path: Path) -> None:
+    script, run = tmp_path / "loop.py", tmp_path / "run"
+    script.write_text(PLAIN)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+    def launch() -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run(
+            [*command, str(script), str(run)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    assert "from 0" in launch()
+    assert kept(run, "global_step*") == {"global_step3", "global_step4"}
+    assert (run / LAST_VERIFIED).read_text() == "global_step4"
+    flip(run / "global_step4/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    assert launch().count("from 3") == 2
+    assert (run / LAST_VERIFIED).read_text() == "global_step7"
+    for file in run.rglob("*_optim_states.pt"):
+        flip(file)
+    assert launch().count("refused none-verified") == 2
+
+
+@pytest.mark.skipif(not MMENGINE, reason="CKPT_MMENGINE_PYTHON names no interpreter with MMEngine")
+def test_mmengine(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("run_mmengine.py")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("CKPT_MMENGINE_PATH", "")]),
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",  # MMEngine's own torch.load
+    }
+    work = tmp_path / "work"
+
+    def launch(epochs: int) -> subprocess.CompletedProcess[str]:
+        command = [MMENGINE, str(script), str(work), str(epochs)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = launch(3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert kept(work, "*.pth") == {"epoch_2.pth", "epoch_3.pth"}
+    assert (work / LAST_VERIFIED).read_text() == "epoch_3.pth"
+    again = launch(4)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert kept(work, "*.pth") == {"epoch_3.pth", "epoch_4.pth"}
+    flip(work / "epoch_4.pth")
+    refused = launch(5)
+    assert refused.returncode != 0
+    assert "nothing was trained" in refused.stderr or "epoch_4.pth" in refused.stderr
+    assert kept(work, "*.pth") == {"epoch_3.pth", "epoch_4.pth"}
+
+
+def test_damage_is_told_and_may_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "step_1.pt"
+    torch.save({"model": {"a.weight": torch.ones(1000)}, "step": 1}, path)
+    goes_on, stops = Guard(rules=Rules()), Guard(rules=Rules(on_damage="raise"))
+    flip(path)  # headers are good: the background finds it
+    goes_on.saved(path)
+    goes_on.close()
+    assert "step_1.pt is damaged" in caplog.text
+    assert not (tmp_path / LAST_VERIFIED).exists()
+    stops.saved(path)
+    with pytest.raises(CkptError):
+        stops.close()
+    os.truncate(path, 300)
+    with pytest.raises(CkptError):
+        stops.saved(path)
+    with pytest.raises(CkptError):
+        newest_good(tmp_path)
+    assert newest_good(tmp_path / "none") is None
