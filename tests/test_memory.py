@@ -31,6 +31,45 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def distributed(big: Path) -> Path:
+    """The same as a distributed checkpoint of three ranks."""
+    at = big.with_name("distributed")
+    measure([*CKPT, "convert", str(big), str(at), "--to", "dcp", "--world-size", "3", "-q"])
+    return at
+
+
+HEAVY = pytest.mark.heavy
+
+
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [
+        ("big", "dcp --mesh 2x2"),
+        pytest.param("big", "pt", marks=HEAVY),
+        pytest.param("big", "zero1 --world-size 3", marks=HEAVY),
+        pytest.param("big", "hf", marks=HEAVY),
+        pytest.param("distributed", "pt", marks=HEAVY),
+        ("distributed", "zero2 --world-size 3 --dtype bf16"),
+        pytest.param("distributed", "dcp --dcp-layout titan", marks=HEAVY),
+        pytest.param("distributed", "hf", marks=HEAVY),
+    ],
+)
+def test_peak_memory_of_convert(source: str, to: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    src = request.getfixturevalue(source)
+    words = ["convert", str(src), str(tmp_path / "out"), "--to", *to.split(), "-q", "--workers", "8"]
+    assert measure([*CKPT, *words]).rss < 200 * MB
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("to", ["pt", "zero1 --world-size 3", "dcp --world-size 3", "hf"])
+def test_peak_memory_of_convert_at_5_gb(to: str, tmp_path: Path) -> None:
+    """The same memory at any size. Needs 12 GB of disk."""
+    write_random(tmp_path / "big", 5000 * MB // 14)
+    words = ["convert", str(tmp_path / "big"), str(tmp_path / "out"), "--to", *to.split(), "-q"]
+    assert measure([*CKPT, *words]).rss < 200 * MB
+
+
 @pytest.mark.parametrize(
     "command",
     [

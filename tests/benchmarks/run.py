@@ -108,7 +108,8 @@ def compare(place: Place, contenders: Sequence[Contender], repeat: int = 0, *, c
 def _remove(path: Path) -> None:
     """Nothing of one contender's is written to disk during the next one's turn."""
     if path.exists():
-        shutil.rmtree(path)
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+        path.with_name(f"{path.name}.ckpt-manifest.json").unlink(missing_ok=True)
         measure(["sync", "-f", path.parent])
 
 
@@ -161,6 +162,63 @@ def extract(place: Place) -> None:
             Contender("zero_to_fp32 --safe_serialization", [*peer, "--safe_serialization"]),
         ],
     )
+
+
+TORCH_TO_DCP = """
+import sys
+from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
+torch_save_to_dcp(sys.argv[1], sys.argv[2])
+"""
+DCP_TO_TORCH = """
+import sys
+from pathlib import Path
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+Path(sys.argv[2]).mkdir()
+dcp_to_torch_save(sys.argv[1], sys.argv[2] + "/run.pt")
+"""
+MERGE = """
+import sys
+from accelerate.utils import merge_fsdp_weights
+merge_fsdp_weights(sys.argv[1] + "/pytorch_model_fsdp_0", sys.argv[2])
+"""
+
+
+def convert(place: Place) -> None:
+    """Every format into every other, each pair by itself; where a library has a converter, against it."""
+    python = (sys.executable, "-c")
+    zero = place.checkpoint
+    made = {"zero2": zero}
+    for to, options in (
+        ("pt", ()),
+        ("zero1", ("--world-size", "2")),
+        ("dcp", ("--world-size", "2", "--dcp-layout", "accelerate")),
+        ("hf", ()),
+    ):
+        made[to] = place.folder / f"{to}-{place.size}{'.pt' if to == 'pt' else ''}"
+        if not made[to].exists():
+            measure([*CKPT, "convert", zero, made[to], "--to", to, *options, "-q"], ENVIRONMENT)
+    universal = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    universal += ["--input_folder", str(place.tag), "--output_folder", str(place.out)]
+    peers = {
+        ("zero2", "hf"): Contender(
+            "zero_to_fp32", [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", zero, place.out]
+        ),
+        ("zero2", "zero1"): Contender("ds_to_universal", universal),
+        ("pt", "dcp"): Contender("torch_save_to_dcp", [*python, TORCH_TO_DCP, made["pt"], place.out]),
+        ("dcp", "pt"): Contender(
+            "dcp_to_torch_save (optimizer)",
+            [*python, DCP_TO_TORCH, str(made["dcp"] / "optimizer_0"), place.out],
+        ),
+        ("dcp", "hf"): Contender("accelerate merge-weights", [*python, MERGE, made["dcp"], place.out]),
+    }
+    for source, path in made.items():
+        for to in ("pt", "zero1", "zero2", "dcp", "hf"):
+            if source == "hf" and to.startswith("zero"):
+                continue  # weights alone make no ZeRO folder
+            ours = _ckpt("convert", path, place.out, "--to", to, "-q")
+            peer = peers.get((source, to))
+            print(f"  {source} to {to}")
+            compare(place, [ours, *([peer] if peer else [])], repeat=place.repeat if peer else 1)
 
 
 def verify(place: Place) -> None:
@@ -224,7 +282,7 @@ def memory(place: Place) -> None:
 
 
 ALL: dict[str, Callable[[Place], None]] = {
-    f.__name__: f for f in (reshard, universal, extract, verify, inspect, memory)
+    f.__name__: f for f in (reshard, universal, extract, convert, verify, inspect, memory)
 }
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import FIXTURES, RANK_LOCAL, REFUSED, name_of
+from support import FIXTURES, RANK_LOCAL, REFUSED, as_torch, identical, name_of
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import verify
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.formats import Source, open_checkpoint
+from ckpttools.formats import Source
 from ckpttools.operations import convert as operation
 from ckpttools.operations.convert import TARGETS, convert
 from ckpttools.operations.digest import Digested, compare, digest
@@ -193,9 +193,8 @@ NOT_CUT = ("elastic", "no-groups", "state-incomplete", "state-not-flat", "rank-l
 @pytest.mark.parametrize("path", CASES)
 def test_what_frameworks_saved(path: Path, to: str, tmp_path: Path) -> None:
     """Whole in the other format, or refused by name before anything is written."""
-    short = None if to in ("pt", "dcp", "hf") else open_dtype(path)
     try:
-        made = write(path, tmp_path / "out", to, ranks=3, dtype=short)
+        made = write(path, tmp_path / "out", to, ranks=3)
     except Unsupported as error:
         variant = path.name.rpartition("_ws")[0]
         assert error.id in NOT_CUT or variant in REFUSED or variant in RANK_LOCAL, error
@@ -204,14 +203,16 @@ def test_what_frameworks_saved(path: Path, to: str, tmp_path: Path) -> None:
     before, after = digest(path), digest(made)
     gone = lost(before, after)
     if to == "hf":
-        gone = [each for each in gone if not each.startswith("no ")]
+        gone = [each for each in gone if not each.startswith("no ") and not widened(before, after, each)]
     assert gone == []
     if to != "hf":
         assert settings_lost(before, after) == []
 
 
-def open_dtype(path: Path) -> str | None:
-    try:
-        return open_checkpoint(path).layout.dtype
-    except CkptError:
-        return None
+def widened(before: Digested, after: Digested, what: str) -> bool:
+    """Whether a frozen 16-bit weight is the same number in the type of the masters beside it."""
+    name = what.removeprefix("weight ")
+    one, two = before.checkpoint.tensors.get(name), after.checkpoint.tensors.get(name)
+    if one is None or two is None or one.dtype.itemsize >= two.dtype.itemsize:
+        return False
+    return identical(as_torch(one).float(), as_torch(two))

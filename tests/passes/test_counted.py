@@ -87,7 +87,15 @@ def test_verify_reads_each_byte_once_with_and_without_a_manifest(
 
 
 @pytest.mark.parametrize(
-    "words", ["reshard {src} {dst} --world-size 3", "extract {src} {dst}", "extract {src} {dst}.safetensors"]
+    "words",
+    [
+        "reshard {src} {dst} --world-size 3",
+        "extract {src} {dst}",
+        "extract {src} {dst}.safetensors",
+        "convert {src} {dst} --to zero1 --world-size 3",
+        "convert {src} {dst} --to dcp --mesh 2x2",
+        "convert {src} {dst}.pt --to pt",
+    ],
 )
 def test_writing_reads_the_source_once_writes_once_and_reads_back_once(
     traffic: Traffic, big: Path, tmp_path: Path, words: str
