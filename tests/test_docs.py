@@ -89,4 +89,9 @@ def test_only_stores_open_list_and_look_up_paths() -> None:
 
 
 # modules outside formats/ that name a format: what DeepSpeed's own loader does with its files, file by file
-NAMING = {"zero": {"resume/deepspeed/case.py", "resume/deepspeed/saved.py", "frameworks/write.py"}}
+# with the setting that it must have for ZeRO-3, and the names that `convert --like` takes from a single file
+NAMING = {
+    "zero": {"resume/deepspeed/case.py", "resume/deepspeed/saved.py"},
+    "zero3": {"operations/resuming.py"},
+    "torch": {"operations/convert.py"},
+}
