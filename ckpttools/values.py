@@ -129,6 +129,36 @@ def ordinary(block: Array, dtype: DType, *, squares: bool = False) -> bool:
     return int(np.maximum.reduce(signed)) <= limit and int(np.maximum.reduce(bits)) <= sign | limit
 
 
+def constant(block: Array, dtype: DType) -> bool:
+    """Whether all elements have the same bits."""
+    if not block.size or dtype.itemsize not in UNSIGNED:
+        return False
+    bits = block.view(UNSIGNED[dtype.itemsize])
+    return bool((bits == bits[0]).all())
+
+
+def repeats(block: Array, dtype: DType) -> int:
+    """How many elements have the same bits as the one before them."""
+    if block.size < 2 or dtype.itemsize not in UNSIGNED:
+        return 0
+    bits = block.view(UNSIGNED[dtype.itemsize])
+    return int(np.count_nonzero(bits[1:] == bits[:-1]))
+
+
+# The bits of the smallest number with all of its digits: of types in which no weight is that small.
+_NORMAL = {"float64": 1 << 52, "float32": 1 << 23, "bfloat16": 1 << 7}
+
+
+def denormals(block: Array, dtype: DType) -> int:
+    """How many elements are too small for all digits of their type, and not 0; 0 for narrow types."""
+    normal = _NORMAL.get(dtype.name)
+    if normal is None:
+        return 0
+    bits = block.view(UNSIGNED[dtype.itemsize])
+    magnitude = bits & bits.dtype.type((1 << (8 * dtype.itemsize - 1)) - 1)
+    return int(np.count_nonzero((magnitude > 0) & (magnitude < normal)))
+
+
 def negatives(block: Array) -> int:
     """How many elements of a float block are below zero."""
     return int(np.count_nonzero(block < 0)) if block.size and block.min() < 0 else 0

@@ -20,6 +20,7 @@ from ckpttools.checks.changing import Watch
 from ckpttools.checks.copies import check_copies, missing_state
 from ckpttools.checks.headers import check_headers
 from ckpttools.checks.held import KEYS, Held, check_held, holds, lacks
+from ckpttools.checks.incidents import check_incidents
 from ckpttools.checks.keys import check_keys
 from ckpttools.checks.manifests import check_manifest, entry_of, ranges_of, stated
 from ckpttools.checks.manifests import describe as describe_files
@@ -113,7 +114,7 @@ def _verify(
         beside, checks = check_beside(source, checked.files)
         findings += [*beside, *pointers]
         if found is not None:
-            findings += check_keys(found)
+            findings += [*check_keys(found), *check_incidents(source, found)]
             held, state = dict.fromkeys(KEYS), found.train_state
             if whole:
                 held, state = holds(source, found)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks.causes import TENSORS
+from ckpttools.checks.patterns import check_patterns
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
@@ -33,9 +34,10 @@ def tasks_of(checked: Checked, copies: Sequence[Copy] = ()) -> list[data.Task]:
     claims = Claims()
     tasks: list[data.Task] = []
     for joined in data.join(_pairs(found)):
-        for pair in (joined,) if claims.claim_all(list(data.sources(joined))) else data.parts(joined):
-            if pair is joined or claims.claim_all(list(data.sources(pair))):
-                tasks.append(pair)
+        if claims.claim_all(list(data.sources(joined))):
+            tasks.append(joined)
+        elif isinstance(joined, data.Joined):
+            tasks += [pair for pair in joined.tasks if claims.claim_all(list(data.sources(pair)))]
     for twins in _twins(found, (*checked.copies, *copies)):
         tasks.append(replace(twins, apart=claims.claim_all([twins.one, twins.other])))
     for joined in data.join(_scans(found, checked, claims)):
@@ -144,10 +146,14 @@ def check_contents(
         passed = run(tasks, checks, hashes=hashes, workers=workers, progress=progress)
     except CkptError as error:
         return [of_error(error)], {}
-    return _data_findings(found, checked, passed.results) if found else [], passed.digests
+    if found is None:
+        return [], passed.digests
+    problems = [result for result in passed.results if not isinstance(result, data.Constant | data.Denormal)]
+    seen = [result for result in passed.results if isinstance(result, data.Constant | data.Denormal)]
+    return [*_data_findings(found, checked, problems), *check_patterns(found, seen)], passed.digests
 
 
-def _data_findings(found: Checkpoint, checked: Checked, results: list[data.Result]) -> list[Finding]:
+def _data_findings(found: Checkpoint, checked: Checked, results: list[data.Problem]) -> list[Finding]:
     """Results as findings: per tensor rather than per block, and the first few of each kind and file.
 
     What else is wrong with a tensor whose checksum is wrong follows from that.
@@ -199,7 +205,7 @@ def _end(source: ByteRange) -> int:
     return source.start + source.nbytes
 
 
-def _of_result(found: Checkpoint, checked: Checked, result: data.Result) -> Finding:
+def _of_result(found: Checkpoint, checked: Checked, result: data.Problem) -> Finding:
     match result:
         case data.BadChecksum(check=check):
             return Finding(

@@ -15,6 +15,8 @@ import xxhash
 from ckpttools.passes.read import Reader
 from ckpttools.passes.tasks import (
     Compare,
+    Constant,
+    Denormal,
     Hole,
     Mismatch,
     Moments,
@@ -35,6 +37,8 @@ from ckpttools.values import (
     Array,
     Places,
     comparable,
+    constant,
+    denormals,
     holes,
     large,
     meet,
@@ -42,11 +46,14 @@ from ckpttools.values import (
     nonfinite,
     numpy_array,
     ordinary,
+    repeats,
     same_after_cast,
     wild,
     zeros,
 )
 
+RUN = 8  # equal neighbours, or denormals, that a small tensor may have by chance
+SAMPLED = 64  # elements of a block that are looked at before all of them are
 MAX_KEPT = 64 << 20  # bytes of the places that wait for their partner
 
 Left = bytes | Places  # what one side of a pair leaves behind
@@ -84,28 +91,54 @@ def odd_values(
     return found
 
 
+def patterns(
+    values: Array, dtype: DType, source: ByteRange, name: str, *, many: bool = False
+) -> list[Result]:
+    """What no trained weight looks like: one value throughout, denormals. Of a large block a few elements are
+    looked at before all of them are; of `many` small tensors, whether any may be so.
+    """
+    if len(values) < RUN:
+        return []
+    some = values if many else values[:: max(1, len(values) // SAMPLED)]
+    found: list[Result] = []
+    if repeats(values, dtype) >= RUN if many else constant(some, dtype) and constant(values, dtype):
+        value = float(values[0])
+        found.append(Constant(path=source.path, name=name, count=len(values), value=value))
+    few = RUN if many else len(some) // 20
+    if not found and (count := denormals(some, dtype)) > few:
+        count = count if many else denormals(values, dtype)
+        found.append(Denormal(path=source.path, name=name, count=count))
+    return found
+
+
 def look(what: Look, source: ByteRange, block: memoryview) -> tuple[list[Result], Left]:
     """What is wrong with a block by itself, and what it leaves for its partner."""
     match what:
-        case Scan(dtype=dtype, name=name, squares=squares):
+        case Scan(dtype=dtype, name=name, squares=squares, many=many):
             if dtype is None:
                 return [], b""
-            return odd_values(numpy_array(block, dtype), dtype, source, name, squares=squares), b""
+            values = numpy_array(block, dtype)
+            found = odd_values(values, dtype, source, name, squares=squares)
+            return found + patterns(values, dtype, source, name, many=many), b""
         case Side(pair=Twins()):
             return [], _digest(block)
         case Side(pair=Compare() as pair, side=side):
             dtype = pair.dtype if side else FLOAT32
             values = numpy_array(block, dtype)
             found = odd_values(values, dtype, source, pair.name)
-            return found, _digest(comparable(values, dtype, pair.dtype, is_ordinary=not found).data)
+            left = _digest(comparable(values, dtype, pair.dtype, is_ordinary=not found).data)
+            name = pair.name if side else f"{pair.name} (fp32)"
+            return found + patterns(values, dtype, source, name, many=pair.many), left
         case Side(pair=Moments() as pair, side=0):
             values = numpy_array(block, pair.dtype)
-            found = odd_values(values, pair.dtype, source, f"{pair.name} (exp_avg)")
-            return found, large(values, pair.dtype)
+            name = f"{pair.name} (exp_avg)"
+            found = odd_values(values, pair.dtype, source, name)
+            return found + patterns(values, pair.dtype, source, name), large(values, pair.dtype)
         case Side(pair=Moments() as pair):
             values = numpy_array(block, pair.dtype)
             name = f"{pair.name} (exp_avg_sq)"
-            return odd_values(values, pair.dtype, source, name, squares=True), zeros(values, pair.dtype)
+            found = odd_values(values, pair.dtype, source, name, squares=True)
+            return found + patterns(values, pair.dtype, source, name), zeros(values, pair.dtype)
     raise AssertionError(what)
 
 

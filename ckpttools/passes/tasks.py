@@ -26,6 +26,7 @@ class Scan:
     dtype: DType | None
     name: str
     squares: bool = False
+    many: bool = False  # small tensors in one task
 
     @property
     def nbytes(self) -> int:
@@ -41,6 +42,7 @@ class Compare:
     dtype: DType
     name: str
     first: int  # index of the first element within the parameter
+    many: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -199,7 +201,28 @@ class BadChecksum:
     check: SourceCheck
 
 
-Result = NonFinite | Wild | Negative | Hole | Mismatch | Unlike | BadChecksum
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constant:
+    """A block whose `count` elements all have the same bits: `value`."""
+
+    path: Location
+    name: str
+    count: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denormal:
+    """Numbers smaller than the type can hold in full, in a block that is flooded with them."""
+
+    path: Location
+    name: str
+    count: int
+
+
+Problem = NonFinite | Wild | Negative | Hole | Mismatch | Unlike | BadChecksum
+Pattern = Constant | Denormal  # of a block: the whole tensor tells whether it means anything
+Result = Problem | Pattern
 
 
 def join(tasks: Iterable[Plain]) -> Iterator[Task]:
@@ -242,10 +265,11 @@ def _joined(run: list[Plain]) -> Iterator[Task]:
         return
     match run[0], run[-1]:
         case Scan() as first, Scan() as last:
-            yield Joined(whole=replace(first, source=_span(first.source, last.source)), tasks=tuple(run))
+            source = _span(first.source, last.source)
+            yield Joined(whole=replace(first, source=source, many=True), tasks=tuple(run))
         case Compare() as first, Compare() as last:
             master, model = _span(first.master, last.master), _span(first.model, last.model)
-            yield Joined(whole=replace(first, master=master, model=model), tasks=tuple(run))
+            yield Joined(whole=replace(first, master=master, model=model, many=True), tasks=tuple(run))
         case Moments() as first, Moments() as last:
             mean, square = _span(first.mean, last.mean), _span(first.square, last.square)
             yield Joined(whole=replace(first, mean=mean, square=square), tasks=tuple(run))

@@ -1,0 +1,214 @@
+"""What went wrong in other people's runs: each rule finds it, and no good checkpoint is suspected."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from support import FIXTURES, name_of
+
+from ckpttools.checks import verify
+from ckpttools.errors import CkptError
+from ckpttools.operations.convert import convert
+from ckpttools.runs.find import paths
+
+RULES = {
+    "experts-missing",
+    "lora-empty",
+    "buffer-repeated",
+    "optimizer-empty",
+    "rank-files-stale",
+    "constant-weight",
+    "denormal-flood",
+    "moments-zero",
+}
+PT = FIXTURES / "monolithic/full/epoch_2_step_40.pt"
+
+
+def found(path: Path) -> dict[str, str]:
+    """The rules that fired, and where."""
+    return {f.id: f.where for f in verify(path).findings if f.id in RULES}
+
+
+def saved(path: Path, change: Callable[[Any], None]) -> Path:
+    """A training checkpoint of torch with something done to it, `.pt` and as others would write it."""
+    tree = torch.load(PT, weights_only=True)
+    change(tree)
+    torch.save(tree, path)
+    return path
+
+
+def everywhere(path: Path) -> list[Path]:
+    """The same as a `.pt`, as a ZeRO folder, and as a distributed checkpoint."""
+    zero = convert(path, path.with_name("zero"), to="zero2", world_size=2).destination
+    return [path, zero, convert(path, path.with_name("dcp"), to="dcp", world_size=3).destination]
+
+
+def test_a_weight_that_was_overwritten_with_one_value(tmp_path: Path) -> None:
+    def fill(tree: Any) -> None:
+        tree["model_state_dict"]["emb.weight"].fill_(0.25)
+
+    for path in everywhere(saved(tmp_path / "a.pt", fill)):
+        assert found(path) == {"constant-weight": "emb.weight"}
+
+
+@pytest.mark.parametrize("numel", [40, 3_000_000], ids=["one block", "several blocks"])
+def test_a_constant_weight_is_whole(numel: int, tmp_path: Path) -> None:
+    """Half of a tensor may be constant: only all of it is odd."""
+    for constant in (True, False):
+        weight = torch.full((numel // 4, 4), 0.5)
+        if not constant:
+            weight[-1, -1] = 0.25
+        moment = torch.rand_like(weight)
+        state = {0: {"step": torch.tensor(9.0), "exp_avg": moment, "exp_avg_sq": moment}}
+        group = {"lr": 0.1, "betas": (0.9, 0.999), "params": [0]}
+        tree = {"model": {"w": weight}, "optimizer": {"state": state, "param_groups": [group]}, "step": 9}
+        torch.save(tree, tmp_path / "a.pt")
+        assert found(tmp_path / "a.pt") == ({"constant-weight": "w"} if constant else {})
+
+
+def test_what_nobody_trained_may_be_constant(tmp_path: Path) -> None:
+    def unused(tree: Any) -> None:
+        ids = tree["optimizer_state_dict"]["param_groups"][0]["params"]
+        tree["model_state_dict"]["emb.weight"].fill_(0)
+        for key in ("exp_avg", "exp_avg_sq"):
+            tree["optimizer_state_dict"]["state"][ids[0]][key].zero_()
+
+    assert found(saved(tmp_path / "a.pt", unused)) == {}
+
+    def first(tree: Any) -> None:
+        tree["model_state_dict"]["emb.weight"].fill_(0)
+        tree["global_step"] = 1
+
+    assert found(saved(tmp_path / "b.pt", first)) == {}
+
+
+def test_moments_that_are_zero_everywhere(tmp_path: Path) -> None:
+    def zero(tree: Any) -> None:
+        for state in tree["optimizer_state_dict"]["state"].values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+
+    for path in everywhere(saved(tmp_path / "a.pt", zero)):
+        assert found(path).keys() == {"moments-zero"}
+
+
+def test_a_flood_of_denormals(tmp_path: Path) -> None:
+    def flood(tree: Any) -> None:
+        weight = tree["model_state_dict"]["emb.weight"]
+        weight.view(-1)[::3] = 1e-42
+
+    for path in everywhere(saved(tmp_path / "a.pt", flood)):
+        assert found(path) == {"denormal-flood": "emb.weight"}
+
+    def fading(tree: Any) -> None:  # the moments of rows that are never seen
+        for state in tree["optimizer_state_dict"]["state"].values():
+            state["exp_avg"].fill_(1e-42)
+            state["exp_avg_sq"].fill_(1e-42)
+
+    assert found(saved(tmp_path / "b.pt", fading)) == {}
+
+
+def test_no_state_of_an_optimizer_that_keeps_some(tmp_path: Path) -> None:
+    def empty(tree: Any) -> None:
+        tree["optimizer_state_dict"]["state"] = {}
+        group = tree["optimizer_state_dict"]["param_groups"][0]
+        group["param_names"] = [n for n in tree["model_state_dict"] if n != "head.weight"][
+            : len(group["params"])
+        ]
+
+    at = saved(tmp_path / "a.pt", empty)
+    assert found(at) == {"optimizer-empty": ""}
+    assert found(convert(at, tmp_path / "dcp", to="dcp").destination) == {"optimizer-empty": ""}
+    tree = torch.load(at, weights_only=True)
+    for group in tree["optimizer_state_dict"]["param_groups"]:
+        del group["betas"]
+        group["momentum"] = 0  # SGD without momentum keeps nothing
+    torch.save(tree, at)
+    assert found(at) == {}
+    tree["optimizer_state_dict"]["param_groups"][0]["momentum"] = 0.9
+    torch.save(tree, at)
+    assert found(at) == {"optimizer-empty": ""}
+
+
+def experts(*gone: str) -> dict[str, torch.Tensor]:
+    out = {"embed.weight": torch.randn(4, 4)}
+    for layer in range(2):
+        out[f"layers.{layer}.mlp.gate.weight"] = torch.randn(4, 8)
+        for i in range(4):
+            for part in ("up", "down"):
+                out[f"layers.{layer}.mlp.experts.{i}.{part}.weight"] = torch.randn(2, 2)
+    return {name: tensor for name, tensor in out.items() if not any(part in name for part in gone)}
+
+
+def test_missing_experts(tmp_path: Path) -> None:
+    at = tmp_path / "model.safetensors"
+    layer = "layers.1.mlp.experts"
+    for gone in ((f"{layer}.1.",), (f"{layer}.3.",), (f"{layer}.2.up",)):
+        save_file(experts(*gone), at, {"format": "pt"})
+        assert found(at) == {"experts-missing": layer}
+    save_file(experts(f"{layer}.3.", "gate"), at, {"format": "pt"})
+    assert found(at) == {}  # two layers, two numbers: which is right nobody knows
+    for gone in ((), ("gate",)):
+        save_file(experts(*gone), at, {"format": "pt"})
+        assert found(at) == {}
+
+
+def test_adapters_without_elements(tmp_path: Path) -> None:
+    name = "base_model.model.q.lora_A.weight"
+    weights = {name: torch.empty(0), "base_model.model.q.lora_B.weight": torch.randn(4, 2)}
+    save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    assert found(tmp_path / "adapter_model.safetensors") == {"lora-empty": name}
+    weights[name] = torch.randn(2, 4)
+    weights["none"] = torch.empty(0)
+    save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    assert found(tmp_path / "adapter_model.safetensors") == {}
+
+
+def test_buffers_that_a_merger_repeated(tmp_path: Path) -> None:
+    good = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4)).state_dict()
+    for name in ("1.num_batches_tracked", "1.running_mean"):
+        bad = {**good, name: torch.cat([good[name].reshape(-1)] * 2)}
+        torch.save(bad, tmp_path / "a.pt")
+        assert found(tmp_path / "a.pt") == {"buffer-repeated": name}
+        dcp.save({"model": bad}, checkpoint_id=tmp_path / name, no_dist=True)
+        assert found(tmp_path / name) == {"buffer-repeated": name}
+    torch.save(good, tmp_path / "a.pt")
+    assert found(tmp_path / "a.pt") == {}
+
+
+def test_leftovers_of_another_world_size(tmp_path: Path) -> None:
+    (source, *_) = sorted((FIXTURES / "hf-trainer/deepspeed").iterdir())
+    folder = shutil.copytree(source, tmp_path / source.name)
+    assert found(folder) == {}
+    shutil.copy(folder / "rng_state.pth", folder / "rng_state_2.pth")
+    assert found(folder).keys() == {"rank-files-stale"}
+    dcp_folder = shutil.copytree(FIXTURES / "dcp/fsdp2_ws2", tmp_path / "dcp")
+    shutil.copy(dcp_folder / "__1_0.distcp", dcp_folder / "__2_0.distcp")
+    assert "shard-extra" in {f.id for f in verify(dcp_folder).findings}
+
+
+TOPS = sorted(path for path in FIXTURES.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("top", TOPS, ids=name_of)
+def test_no_good_checkpoint_is_suspected(top: Path) -> None:
+    """Every checkpoint below, and every file of it that can be looked at alone."""
+    looked = 0
+    files = [p for p in top.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")]
+    for path in [*paths(top), *files]:
+        if "truth" in path.parts:
+            continue
+        try:
+            fired = found(path)
+        except CkptError:
+            continue  # a rank's own file
+        looked += 1
+        assert fired == {}, path
+    assert looked or not files
