@@ -210,3 +210,19 @@ def test_a_stale_latest(tmp_path: Path) -> None:
         found = [f for f in verify(tmp_path / "run" / named).findings if f.id == "pointer-stale"]
         assert [f.severity for f in found] == [WARNING] * stale
         assert not stale or "global_step12" in found[0].message
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_masters_of_a_type_that_deepspeed_never_keeps(dtype: torch.dtype, tmp_path: Path) -> None:
+    """On one rank no other rank tells; DeepSpeed loads it and goes on from rounded weights."""
+    shutil.copytree(FIXTURES / "deepspeed-0.19.8/z2_fp32_ws1", tmp_path / "copy")
+    (shard,) = (tmp_path / "copy").glob("global_step*/*optim_states.pt")
+
+    def change(root: Any) -> None:
+        masters = root["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+        masters[:] = [part.to(dtype) for part in masters]
+
+    edit(shard, change)
+    found = [f for f in verify(tmp_path / "copy").findings if f.severity == ERROR]
+    assert [(f.id, f.file) for f in found] == [("dtype-odd", str(shard))]
+    assert found[0].where == "optimizer_state_dict.single_partition_of_fp32_groups[0]"

@@ -44,6 +44,7 @@ def _engine(folder: ZeroFolder) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[ZeroFolder], Iterator[Finding]], ...] = (
     ranks.slice_mappings,
     ranks.paddings,
+    ranks.masters,
     ranks.moments,
     ranks.second_moment,
     ranks.of_single_ranks,

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckpttools.containers.pickles import plain
-from ckpttools.findings import INFO, WARNING, Finding
+from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.formats.engine import number_of
 from ckpttools.formats.found import ONE_SAVE, contradiction, found
 from ckpttools.formats.zero.decode import Rank
 from ckpttools.formats.zero.flat import FlatGroup
 from ckpttools.formats.zero.join import ZeroFolder, expected_mapping
+from ckpttools.formats.zero.read import MASTERS
 from ckpttools.formats.zero.state import State
+from ckpttools.tensors import FLOAT32
 
 
 def slice_mappings(folder: ZeroFolder) -> Iterator[Finding]:
@@ -68,6 +70,24 @@ def paddings(folder: ZeroFolder) -> Iterator[Finding]:
                 rank.file.path,
                 "optimizer_state_dict.group_paddings",
                 f"says {list(rank.paddings)}, the parameters' shapes make it {list(own)}",
+            )
+
+
+def masters(folder: ZeroFolder) -> Iterator[Finding]:
+    """DeepSpeed keeps master weights in fp32, or, where it is told to, in the 16 bits of the weights."""
+    weights = folder.model.weights
+    for rank in folder.ranks:
+        for g, (view, names) in enumerate(zip(rank.fp32, folder.names, strict=False)):
+            dtype, of_weights = view.ref.dtype, {weights[name].dtype for name in names if name in weights}
+            if dtype is FLOAT32 or not of_weights or (dtype.itemsize == 2 and dtype in of_weights):
+                continue
+            theirs = " and ".join(sorted(map(str, of_weights)))
+            yield found(
+                "dtype-odd",
+                rank.file.path,
+                f"{MASTERS}[{g}]",
+                f"master weights of {dtype}, where the weights are {theirs}",
+                severity=ERROR,
             )
 
 
