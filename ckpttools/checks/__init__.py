@@ -114,7 +114,8 @@ def _verify(
         beside, checks = check_beside(source, checked.files)
         findings += [*beside, *pointers]
         if found is not None:
-            findings += [*check_keys(found), *check_incidents(source, found)]
+            ids = {finding.id for finding in findings}
+            findings += [*check_keys(found), *check_incidents(source, found, ids)]
             held, state = dict.fromkeys(KEYS), found.train_state
             if whole:
                 held, state = holds(source, found)

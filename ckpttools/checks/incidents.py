@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import escape
@@ -30,7 +30,7 @@ SHOWN = 6
 KEEPS = {"betas": None, "momentum": 0, "lr_decay": None, "alpha": None}
 
 
-def check_incidents(source: Source, found: Checkpoint) -> Iterator[Finding]:
+def check_incidents(source: Source, found: Checkpoint, said: Set[str] = frozenset()) -> Iterator[Finding]:
     """Warnings from headers alone."""
     path = str(found.path)
     shapes = {name: ref.shape for name, ref in found.tensors.items()}
@@ -66,7 +66,7 @@ def check_incidents(source: Source, found: Checkpoint) -> Iterator[Finding]:
             why="mergers that join what every rank has a copy of leave one entry for each rank",
             hint="merge the ranks' files again with another tool, or take one entry of it",
         )
-    if _lacks_state(found):
+    if "moment-missing" not in said and _lacks_state(found):
         yield Finding(
             id="optimizer-empty",
             severity=WARNING,
