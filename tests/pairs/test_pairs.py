@@ -16,6 +16,8 @@ from support import FIXTURES, RANK_LOCAL, REFUSED, as_torch, identical, name_of
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import verify
+from ckpttools.compare.content import progress
+from ckpttools.compare.digests import shown
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import Source
 from ckpttools.operations import convert as operation
@@ -32,7 +34,7 @@ DTYPES = {"bf16": "bf16", "fp16": "fp16"}  # of the weights of a run without mas
 
 def write(src: Path, folder: Path, to: str, ranks: int = 2, dtype: str | None = None) -> Path:
     """`src` in another format, verified; in a new folder of its own."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     dst = folder / ("run.pt" if to == "pt" else "run")
     options: dict[str, Any] = {"world_size": ranks} if to in RANKED and to != "universal" else {}
     if to == "hf":
@@ -87,6 +89,18 @@ def lost(before: Digested, after: Digested) -> list[str]:
     return out
 
 
+def counters_lost(before: Digested, after: Digested) -> list[str]:
+    """Counters, losses and schedule of the first that the second says otherwise; zeros may come."""
+    one, two = (progress(each.checkpoint, shown) for each in (before, after))
+    parts = ("counters", "losses", "schedule")
+    return [key for part in parts for key, value in one[part].items() if two[part].get(key) != value]
+
+
+# what a format must know or can name, and says so before it writes: ZeRO-3 whether a tensor is frozen or a
+# buffer, which a file of torch does not say; universal checkpoints have a folder of each parameter's name
+REFUSED_BY = {("zero3", "tensor-unknown"), ("universal", "name-unsafe")}
+
+
 def settings_lost(before: Digested, after: Digested) -> list[str]:
     """Settings of the first that the second has not; a class's defaults may be added."""
     one, two = before.checkpoint.groups, after.checkpoint.groups
@@ -108,14 +122,23 @@ KINDS = {"exp_avg", "exp_avg_sq", "step", "max_exp_avg_sq", "momentum_buffer", "
 @pytest.mark.parametrize("name", [*MODELS, "pathological"])
 def test_a_pair(name: str, a: str, b: str, written: Any, tmp_path: Path) -> None:
     model: Written = written(name)
-    source = model[a]
+    try:
+        source = model[a]
+    except CkptError as error:
+        assert (a, error.id) in REFUSED_BY
+        return
     if a == "hf" and b not in ("hf", "pt", "dcp"):
         with pytest.raises(CkptError) as caught:
             write(source, tmp_path / "out", b)
         assert caught.value.id == "no-groups"
         assert list((tmp_path / "out").iterdir()) == []
         return
-    made = write(source, tmp_path / "out", b, ranks=3, dtype=model.dtype)
+    try:
+        made = write(source, tmp_path / "out", b, ranks=3, dtype=model.dtype)
+    except CkptError as error:
+        assert (b, error.id) in REFUSED_BY
+        assert list((tmp_path / "out").iterdir()) == []
+        return
     before, after = model.digest(source), digest(made)
     gone = lost(before, after)
     if model.dtype and gone == ["no master"]:  # they were made from the weights, which are all there is
@@ -128,7 +151,7 @@ def test_a_pair(name: str, a: str, b: str, written: Any, tmp_path: Path) -> None
     assert settings_lost(before, after) == []
     if model.dtype is None:
         assert after.digests.state == before.digests.state
-    assert after.digests.counters == before.digests.counters
+    assert counters_lost(before, after) == []
 
 
 def test_what_safetensors_cannot_hold_is_refused_by_name(written: Any, tmp_path: Path) -> None:
@@ -155,11 +178,16 @@ def test_there_and_back(
         monkeypatch.setattr(operation, "check_before_use", bare)
     for start in ("pt", "zero2", "dcp"):
         first = model[start]
-        there = write(first, tmp_path / start / "there", through, ranks=3, dtype=model.dtype)
+        try:
+            there = write(first, tmp_path / start / "there", through, ranks=3, dtype=model.dtype)
+        except CkptError as error:
+            assert (through, error.id) in REFUSED_BY
+            continue
         back = write(there, tmp_path / start / "back", start, dtype=model.dtype)
         one, two = model.digest(first), digest(back)
         assert lost(one, two) == []
-        assert (two.digests.state, two.digests.counters) == (one.digests.state, one.digests.counters)
+        assert two.digests.state == one.digests.state
+        assert counters_lost(one, two) == []
         assert settings_lost(one, two) == []
         names = [(c.checkpoint.frozen, c.checkpoint.buffers - c.checkpoint.shared.keys()) for c in (one, two)]
         assert names[0] == names[1]
