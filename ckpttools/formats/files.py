@@ -63,6 +63,16 @@ def _structure(file: TorchFile) -> Iterator[Finding]:
     archive = file.archive
     if archive is None:
         return
+    if file.stray:
+        several = f"{len(file.stray)} storages belong" if len(file.stray) > 1 else "a storage belongs"
+        yield Finding(
+            id="storage-stray",
+            severity=WARNING,
+            file=str(file.path),
+            where=file.stray[0],
+            message=f"{several} to no tensor: torch loads the file and leaves them out",
+            hint="torch.save writes none: find out what put the file together",
+        )
     reserved = [record for record in archive.records.values() if archive.is_reserved(record)]
     with opened(file.path) as opened_file:
         problems = unexplained(opened_file, archive)

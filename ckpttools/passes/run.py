@@ -44,6 +44,7 @@ from ckpttools.values import BLOCK_NBYTES
 
 _WIDTH = 8  # files that are read by turns
 _ALIGN = 64
+_GAP = 4096  # bytes between two ranges that are read with them: the headers of small records
 
 
 class Digest(NamedTuple):
@@ -82,6 +83,7 @@ def run(
 
 class _Unit(NamedTuple):
     source: ByteRange
+    skipped: int  # bytes of it that nobody asked for
     looks: list[tuple[ByteRange, Look]]
 
 
@@ -157,20 +159,21 @@ class _Pass:
                 yield unit
 
     def units_of(self, path: Location) -> Iterator[_Unit]:
-        """Bytes of one file that lie together, at most a block of them."""
-        start = end = 0
+        """Bytes of one file that lie together or nearly so, at most a block of them."""
+        start = end = skipped = 0
         looks: list[tuple[ByteRange, Look]] = []
         turns = self.turns.get(path)
         for source, what in _pieces(path, self.spans.pop(path), turns.hash.size if turns else 0):
-            if source.start != end or source.end - start > BLOCK_NBYTES:
+            if source.start - end > _GAP or source.end - start > BLOCK_NBYTES:
                 if end > start:
-                    yield _Unit(ByteRange(path, start, end - start), looks)
-                start, looks = source.start, []
+                    yield _Unit(ByteRange(path, start, end - start), skipped, looks)
+                start, end, skipped, looks = source.start, source.start, 0, []
+            skipped += source.start - end
             end = source.end
             if what is not None:
                 looks.append((source, what))
         if end > start:
-            yield _Unit(ByteRange(path, start, end - start), looks)
+            yield _Unit(ByteRange(path, start, end - start), skipped, looks)
 
     def work(self, units: Iterable[_Unit]) -> None:
         buffer = memoryview(bytearray(BLOCK_NBYTES + _ALIGN))
@@ -208,7 +211,7 @@ class _Pass:
                     numel = nbytes // itemsizes(what.pair)[what.side]
                     self.note(what, self.meetings.add(what, left, numel))
             if self.progress is not None:
-                self.progress.update(source.nbytes)
+                self.progress.update(source.nbytes - unit.skipped)
         if turns := self.turns.get(source.path):
             self.hash(turns, source, block)
 

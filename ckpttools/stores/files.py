@@ -6,7 +6,7 @@ A place is a `Location`: a path of this machine, or a key in another store.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from errno import EBADF, ELOOP, ENOENT, ENOTDIR
 from pathlib import Path, PurePath
@@ -14,10 +14,12 @@ from pathlib import Path, PurePath
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.location import Entry, Handle, Location, NotAFile, Stat, Store, Stored
 from ckpttools.stores.disk import DISK
+from ckpttools.stores.inflated import Deflated, Inflated
 from ckpttools.tensors import ByteRange
 
 LFS_MAGIC = b"version https://git-lfs"
 MAX_ENTRIES = 100_000
+GAP, MOST = 1 << 16, 4 << 20  # of reads that take several ranges at once
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 
@@ -27,10 +29,11 @@ class File:
     `base` is where it begins in the file at `path`; all other offsets count from there.
     """
 
-    __slots__ = ("_handle", "base", "path", "size")
+    __slots__ = ("_handle", "_held", "base", "path", "size")
 
     def __init__(self, path: Location, handle: Handle, size: int, base: int = 0) -> None:
         self.path, self._handle, self.size, self.base = path, handle, size, base
+        self._held: list[tuple[int, bytes]] = []
 
     def window(self, start: int, nbytes: int) -> File:
         """The file that lies in these bytes; raises CkptError where this one is shorter."""
@@ -46,6 +49,9 @@ class File:
         """Exactly `nbytes` bytes from `start`; raises CkptError where the file is shorter."""
         if start < 0 or nbytes < 0 or start + nbytes > self.size:
             raise truncated(self.path, f"bytes {start} to {start + nbytes} of {self.size}")
+        for at, held in self._held:
+            if at <= start and start + nbytes <= at + len(held):
+                return held[start - at : start - at + nbytes]
         parts: list[bytes] = []
         while nbytes:
             try:
@@ -74,6 +80,35 @@ class File:
         """These (start, nbytes) are going to be read: a store that is far away gets them in few requests."""
         if self._handle.far:
             self._handle.prefetch((self.base + start, nbytes) for start, nbytes in ranges)
+
+    def hold(self, start: int, nbytes: int) -> None:
+        """Read these bytes by one call and keep them: what lies in them is not read again."""
+        if not self.holds(start, nbytes):
+            self._held.append((start, self.read(start, nbytes)))
+
+    def holds(self, start: int, nbytes: int) -> bool:
+        return any(at <= start and start + nbytes <= at + len(held) for at, held in self._held)
+
+    def pieces(self, wanted: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        """The bytes of ranges (start, nbytes) that come in ascending order; neighbours by one call."""
+        wanted = list(wanted)
+        if self.far:
+            self.prefetch(wanted)
+            yield from (self.read(start, nbytes) for start, nbytes in wanted)
+            return
+        run: list[tuple[int, int]] = []
+        for start, nbytes in wanted:
+            if run and (start - sum(run[-1]) > GAP or start + nbytes - run[0][0] > MOST):
+                yield from self._pieces(run)
+                run = []
+            run.append((start, nbytes))
+        yield from self._pieces(run)
+
+    def _pieces(self, run: list[tuple[int, int]]) -> Iterator[bytes]:
+        if run:
+            first = run[0][0]
+            data = self.read(first, sum(run[-1]) - first)
+            yield from (data[start - first : start - first + nbytes] for start, nbytes in run)
 
     def head(self, nbytes: int) -> bytes:
         """The first bytes, fewer if the file is shorter."""
@@ -151,6 +186,13 @@ def bytes_of(source: ByteRange) -> bytes:
     """The bytes of a range. Raises CkptError where they cannot be read."""
     with opened(source.path, known=True) as file:
         return file.read(source.start, source.nbytes)
+
+
+def inflated(
+    path: Location, records: Mapping[str, Deflated], damaged: Callable[[str], CkptError]
+) -> Inflated:
+    """A store of records of an archive that is known."""
+    return Inflated(path, records, open=handle, stat=stat, damaged=damaged)
 
 
 def entries(folder: Location) -> list[Entry]:

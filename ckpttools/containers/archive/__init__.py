@@ -23,7 +23,7 @@ from ckpttools.containers.archive.layout import (
     Record,
 )
 from ckpttools.containers.archive.profile import belong_together, unexplained
-from ckpttools.containers.archive.read import is_zip, read_archive, read_record
+from ckpttools.containers.archive.read import ends_like_zip, is_zip, read_archive, read_record
 from ckpttools.containers.archive.write import archive_segments
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "archive_segments",
     "belong_together",
     "damaged",
+    "ends_like_zip",
     "is_zip",
     "read_archive",
     "read_record",

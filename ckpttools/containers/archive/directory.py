@@ -21,6 +21,8 @@ from ckpttools.errors import CkptError, escape
 from ckpttools.location import Location
 from ckpttools.stores.files import File, truncated
 
+TAIL = 1 << 16  # bytes of the end that are read at once: of most archives with the whole directory
+
 
 def damaged(path: Location, message: str) -> CkptError:
     return CkptError(
@@ -32,9 +34,16 @@ def damaged(path: Location, message: str) -> CkptError:
     )
 
 
+def hold_end(file: File) -> None:
+    """Read the end of a file by one call."""
+    nbytes = min(file.size, TAIL)
+    file.hold(file.size - nbytes, nbytes)
+
+
 def read_directory(file: File) -> tuple[list[Entry], int]:
     """The entries of the central directory and where it starts."""
     path = file.path
+    hold_end(file)
     if file.size < END.size:
         raise truncated(path, f"{file.size} bytes hold no zip end record")
     magic, disk, disk0, here, count, nbytes, start, comment = END.unpack(
@@ -97,7 +106,8 @@ def _entries(file: File, start: int, nbytes: int, count: int) -> list[Entry]:
             raise damaged(file.path, "a record's name is not UTF-8") from None
         if not name.isprintable() or "\\" in name or name.startswith("/") or ".." in name.split("/"):
             raise damaged(file.path, f"a record is named '{escape(name)}'")
-        if mode >> 28 not in (0, 0o10):  # the file type of Unix: 0 where none is stated
+        kinds = (0, 0o10, 0o4) if name.endswith("/") and not size else (0, 0o10)
+        if mode >> 28 not in kinds:  # the file type of Unix: 0 where none is stated
             raise damaged(file.path, f"record '{escape(name)}' is a link or no regular file")
         if BIG in (stored, size, offset):
             size, stored, offset = _zip64(file.path, extra, size, stored, offset)

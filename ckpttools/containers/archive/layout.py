@@ -21,6 +21,7 @@ MAX_DIRECTORY = 256 << 20
 BIG = 0xFFFFFFFF
 HAS_DESCRIPTOR, UTF8 = 0x0008, 0x0800
 SERIALIZATION_ID = ".data/serialization_id"
+STORAGE_ALIGNMENT = ".storage_alignment"
 
 
 Entry = tuple[str, int, int, int, int, int, int]  # name, offset, flags, method, crc32, nbytes, size
@@ -39,6 +40,7 @@ class Record:
     method: int  # 0 stored, 8 deflated
     flags: int
     end: int  # past the data and its descriptor
+    predicted: bool = False  # `start` and `end` follow from torch's rules: the header was not read yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,11 @@ class Archive:
     root: str
     records: dict[str, Record]  # in file order
     base: int = 0  # where the archive begins in the file at `path`
-    predicted: bool = False  # where data begins follows from torch's padding; the headers were not read
+
+    @property
+    def predicted(self) -> bool:
+        """Whether some headers have not been read."""
+        return any(record.predicted for record in self.records.values())
 
     @property
     def unchecked(self) -> bool:
@@ -95,8 +101,19 @@ def header_of(raw: bytes, at: int, nbytes: int, alignment: int) -> bytes:
     return header + raw + extra
 
 
+def header_nbytes(raw: bytes, at: int, nbytes: int, alignment: int) -> int:
+    """The length of `header_of`, which puts the data at a multiple of the alignment."""
+    least = LOCAL.size + len(raw) + len(extra64_of(nbytes, 0, at)) + 4
+    return least + -(at + least) % alignment
+
+
+def descriptor_nbytes(nbytes: int, at: int) -> int:
+    """The length of what torch writes after a record that begins at byte `at`."""
+    return (24 if wide(nbytes, at) else 16) if nbytes else 0
+
+
 def descriptor_of(nbytes: int, at: int, crc32: int) -> bytes:
-    """What follows the data of a record that begins at byte `at`."""
+    """What torch writes after the data of a record that begins at byte `at`."""
     form = "<IIQQ" if wide(nbytes, at) else "<IIII"
     return struct.pack(form, DESCRIPTOR_MAGIC, crc32, nbytes, nbytes) if nbytes else b""
 

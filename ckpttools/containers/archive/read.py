@@ -5,88 +5,117 @@ from __future__ import annotations
 import struct
 import zlib
 
-from ckpttools.containers.archive.directory import damaged, read_directory
+from ckpttools.containers.archive.directory import damaged, hold_end, read_directory
 from ckpttools.containers.archive.layout import (
     ALIGNMENT,
     BIG,
     DESCRIPTOR_MAGIC,
+    END,
     HAS_DESCRIPTOR,
     LOCAL,
     LOCAL_MAGIC,
+    STORAGE_ALIGNMENT,
     Archive,
+    Entry,
     Record,
-    descriptor_of,
+    descriptor_nbytes,
     flags_of,
-    header_of,
+    header_nbytes,
 )
 from ckpttools.errors import CkptError, escape
 from ckpttools.stores.files import File
+
+MAX_HELD = (256 << 20) + (1 << 20)  # a pickle of the largest size that is read, and its neighbours
 
 
 def is_zip(head: bytes) -> bool:
     return head[:4] == b"PK\x03\x04"
 
 
+def ends_like_zip(file: File) -> bool:
+    """Whether the end record is where torch writes it: the last bytes of the file."""
+    hold_end(file)
+    return file.size > END.size and file.read(file.size - END.size, 4) == b"PK\x05\x06"
+
+
 def read_archive(file: File) -> Archive:
-    """Read the directory and every local header; the data is not read.
+    """Read the directory; the data is not read, and of local headers only those around the pickle.
+
+    torch pads every header so that the data begins at a multiple of the alignment: where the rest begins is
+    known, as long as what follows begins where it then must. `unexplained` proves it. The headers of other
+    writers are read.
 
     Refuses anything that torch's writer or Python's zipfile would not produce: overlaps, gaps,
-    duplicates, two roots, bytes after the end, headers that contradict the directory.
+    duplicates, two roots, bytes after the end, headers that contradict the directory. Folders, which other
+    programs list too, are passed over.
     """
     entries, directory = read_directory(file)
-    entries.sort(key=lambda e: e[1])
-    ends = [*(entry[1] for entry in entries[1:]), directory]
-    predicted = False
+    entries.sort(key=lambda entry: entry[1])
+    _hold_beginning(file, entries, directory)
     records: dict[str, Record] = {}
     roots: dict[str, None] = {}
     lowered: set[str] = set()
-    at = 0
-    for (name, offset, flags, method, crc32, nbytes, size), end in zip(entries, ends, strict=True):
+    at, alignment = 0, ALIGNMENT
+    for i, entry in enumerate(entries):
+        name, offset = entry[:2]
+        following = entries[i + 1][1] if i + 1 < len(entries) else directory
         if offset != at:
             raise damaged(file.path, f"record '{escape(name)}' starts at byte {offset}, expected {at}")
-        guess = _predicted(name, offset, flags, method, crc32, nbytes, end) if file.far else None
-        predicted |= guess is not None
-        record = guess or _record(file, name, offset, flags, method, crc32, nbytes, size, directory)
+        # where there is no checksum, nothing would prove that the data begins there
+        record = _predicted(file, entry, following, alignment) or _record(file, *entry, directory)
         root, slash, rest = name.partition("/")
-        if not slash or not rest:
+        if not slash or not (rest or record.size == 0):
             raise damaged(file.path, f"record '{escape(name)}' has no archive root in its name")
         roots[root] = None
+        at = record.end
+        if name.endswith("/"):
+            continue
         if rest.lower() in lowered:  # torch's own reader looks names up without regard to case
             raise damaged(file.path, f"two records are named '{escape(name)}'")
         lowered.add(rest.lower())
         records[rest] = record
-        at = record.end
+        if rest == STORAGE_ALIGNMENT:
+            alignment = stated_alignment(file, record)
     if at != directory:
         raise damaged(file.path, f"{directory - at} bytes before the directory belong to no record")
     if len(roots) != 1:
         raise damaged(file.path, f"the archive has {len(roots)} roots instead of one")
     root = next(iter(roots))
-    return Archive(
-        path=file.path, size=file.size, root=root, records=records, base=file.base, predicted=predicted
-    )
+    return Archive(path=file.path, size=file.size, root=root, records=records, base=file.base)
 
 
-def _predicted(
-    name: str, offset: int, flags: int, method: int, crc32: int, nbytes: int, end: int
-) -> Record | None:
-    """A record as torch lays it out, where that fits up to the next one. Nothing of it was read: verify holds
-    the headers against it, and the checksum of the data holds at its place only.
-    """
-    start = offset + len(header_of(name.encode(), offset, nbytes, ALIGNMENT))
-    if method or flags != flags_of(nbytes) or (nbytes and not crc32):
+def _hold_beginning(file: File, entries: list[Entry], directory: int) -> None:
+    """The pickle, and what torch puts between it and the storages, by one call."""
+    first = next((i for i, entry in enumerate(entries) if entry[0].endswith("/data.pkl")), None)
+    if first is None:
+        return
+    stored = (i for i in range(first + 1, len(entries)) if "/data/" in entries[i][0])
+    last = next(stored, len(entries))
+    start, end = entries[first][1], entries[last][1] if last < len(entries) else directory
+    if 0 <= start < end <= min(file.size, start + MAX_HELD):
+        file.hold(start, min(end + 24, file.size) - start)  # with what `_descriptor` looks at
+
+
+def _predicted(file: File, entry: Entry, following: int, alignment: int) -> Record | None:
+    """A record that torch wrote, without a look at its header; None where that has been read, or must be."""
+    name, offset, flags, method, crc32, nbytes, size = entry
+    raw = name.encode()
+    if method or flags != flags_of(nbytes) or (nbytes and not crc32) or file.holds(offset, LOCAL.size + len(raw)):
         return None
-    if start + nbytes + len(descriptor_of(nbytes, offset, crc32)) != end:
+    start = offset + header_nbytes(raw, offset, nbytes, alignment)
+    if start + nbytes + descriptor_nbytes(nbytes, offset) != following:
         return None
     return Record(
         name=name.partition("/")[2],
         header=offset,
         start=start,
         nbytes=nbytes,
-        size=nbytes,
+        size=size,
         crc32=crc32,
-        method=0,
+        method=method,
         flags=flags,
-        end=end,
+        end=following,
+        predicted=True,
     )
 
 
@@ -141,6 +170,24 @@ def _descriptor(file: File, name: str, at: int, crc32: int, nbytes: int, size: i
         if len(tail) >= n and struct.unpack_from(form, tail) == (DESCRIPTOR_MAGIC, crc32, nbytes, size):
             return at + n
     raise damaged(file.path, f"the descriptor after record '{escape(name)}' contradicts the directory")
+
+
+def prove(file: File, archive: Archive, record: Record) -> None:
+    """Hold the local header and the descriptor of a predicted record against it. Raises CkptError."""
+    if record.predicted:
+        raw = f"{archive.root}/{record.name}"
+        entry = (raw, record.header, record.flags, record.method, record.crc32, record.nbytes, record.size)
+        read = _record(file, *entry, record.end)
+        if (read.start, read.end) != (record.start, record.end):
+            raise damaged(
+                file.path, f"the header of record '{escape(raw)}' is not as long as its padding must be"
+            )
+
+
+def stated_alignment(file: File, record: Record | None) -> int:
+    """What torch.utils.serialization.config.save.storage_alignment was, from its record."""
+    text = file.read(record.start, record.nbytes) if record and record.nbytes <= 8 else b""
+    return int(text) if text.isdigit() and int(text) else ALIGNMENT
 
 
 def read_record(file: File, record: Record, limit: int) -> bytes:

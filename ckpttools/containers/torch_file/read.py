@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckpttools.containers.archive import is_zip
+from ckpttools.containers.archive import ends_like_zip, is_zip, read_archive
 from ckpttools.containers.torch_file.legacy import LEGACY_HEAD, read_legacy
 from ckpttools.containers.torch_file.views import TorchFile
 from ckpttools.containers.torch_file.zip import read_zip
@@ -22,9 +22,11 @@ def read_torch_file(path: Location) -> TorchFile:
 
 def read_opened(file: File) -> TorchFile:
     """The same for a file that is open, or a window of one."""
+    # the end first: of an archive that is whole, the beginning is then read together with the pickle
+    archive = read_archive(file) if ends_like_zip(file) else None
     head = file.head(len(LEGACY_HEAD))
     if is_zip(head):
-        return read_zip(file)
+        return read_zip(file, archive or read_archive(file))
     if head == LEGACY_HEAD:
         return read_legacy(file)
     if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):

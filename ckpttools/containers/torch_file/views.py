@@ -6,8 +6,9 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from ckpttools.containers.archive import Archive
+from ckpttools.containers.archive import Archive, Record
 from ckpttools.containers.pickles import Dict, Global, Node, Object, Pickle, Reject
 from ckpttools.containers.pickles.judge import dangers, judge
 from ckpttools.containers.torch_file.storages import Storage, located
@@ -56,6 +57,12 @@ class View:
         return TensorRef(self.dtype, self.shape, (chunk,))
 
 
+class Deflations(Protocol):
+    """Where the inflated bytes of a record are."""
+
+    def range(self, record: Record) -> ByteRange: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchFile:
     """A torch file, header read: `value` is the tree of nodes, with `Storage` nodes at its leaves."""
@@ -66,6 +73,8 @@ class TorchFile:
     storages: dict[str, Storage]
     pickle: Pickle
     archive: Archive | None  # None for the legacy serialization
+    deflated: Deflations | None = None  # where records that another program compressed are read
+    stray: tuple[str, ...] = ()  # storages that no tensor is in
     _views: dict[int, View] = field(default_factory=dict, repr=False)
 
     @property
@@ -85,12 +94,17 @@ class TorchFile:
     def checks(self) -> Iterator[SourceCheck]:
         """The checksum of every record that has one, as the archive states it.
 
-        A deflated record's is one of its inflated bytes: it was looked at when the header was read.
+        A deflated record's is one of its inflated bytes: of a small one it was looked at when the header was
+        read, a storage is inflated where it is read.
         """
         if self.archive and self.has_checksums:
             for name, record in self.archive.records.items():
-                if record.nbytes and not record.method and not self.archive.is_reserved(record):
+                if not record.nbytes or self.archive.is_reserved(record):
+                    continue
+                if not record.method:
                     yield SourceCheck(self.archive.range(record), record.crc32, f"record {escape(name)}")
+                elif self.deflated and name.startswith("data/") and record.size:
+                    yield SourceCheck(self.deflated.range(record), record.crc32, f"record {escape(name)}")
 
     def view(self, node: Node) -> View | None:
         """The tensor that a node describes, or None where it is something else.
