@@ -19,12 +19,21 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _refuse_empty(
+    kind: click.Path, value: object, param: click.Parameter | None, ctx: click.Context | None
+) -> None:
+    """The empty path, of a script's unset variable, is not the working folder."""
+    if value == "":
+        kind.fail("the path is empty: is a variable of your script not set?", param, ctx)
+
+
 class _Local(click.Path):
     """A path of this machine."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from ckpttools.stores.files import local
 
+        _refuse_empty(self, value, param, ctx)
         return super().convert(local(value), param, ctx)
 
 
@@ -34,6 +43,7 @@ class _Place(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from ckpttools.stores.files import named
 
+        _refuse_empty(self, value, param, ctx)
         place = named(value)
         return super().convert(place, param, ctx) if isinstance(place, Path) else place
 

@@ -170,10 +170,13 @@ def _open(path: Location, known: bool) -> Handle:
             "not a regular file",
             where=path,
             why="a checkpoint is made of regular files; devices and pipes are never read",
+            hint="name a file or a folder; what comes through a pipe must be saved first",
         ) from None
     except (OSError, ValueError) as error:  # a loop of links, a socket, a name that is too long
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError("not-readable", f"cannot be opened: {escape(reason)}", where=path) from None
+        raise UsageError(
+            "not-readable", f"cannot be opened: {escape(reason)}", where=path, hint="check the path"
+        ) from None
 
 
 def handle(path: Location) -> Handle:
@@ -217,7 +220,9 @@ def entries(folder: Location) -> list[Entry]:
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError("not-readable", f"cannot be listed: {escape(reason)}", where=folder) from None
+        raise UsageError(
+            "not-readable", f"cannot be listed: {escape(reason)}", where=folder, hint="check the path"
+        ) from None
     return sorted(found, key=lambda entry: entry.name)
 
 

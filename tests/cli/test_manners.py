@@ -25,7 +25,17 @@ READERS: dict[str, list[object]] = {
     "extract": [],
     "reshard": ["--world-size", "3"],
     "rebase-schedule": ["--new-bs", "1"],
+    "ls": [],
+    "digest": [],
+    "diff": [GOOD],
+    "prove": [GOOD],
+    "convert": ["out", "--to", "pt"],
+    "average": [GOOD, "-o", "out"],
+    "prune": ["--keep-last", "1"],
+    "pin": [],
+    "unpin": [],
 }
+FOLDERS = ("latest", "ls", "prune")  # what takes no single file
 WRONG: dict[str, list[object]] = {
     "no such command": ["frobnicate"],
     "no such option": ["reshard", GOOD, "--world-sise", "3"],
@@ -38,6 +48,19 @@ WRONG: dict[str, list[object]] = {
     "one argument too many": ["explain", "a", "b"],
     "no such file": ["extract", GOOD, "--hf-config", "/does/not/exist"],
     "no such tag": ["inspect", GOOD, "--tag", "global_step33"],
+    "an unset variable": ["verify", ""],
+    "an unset variable, to remove": ["prune", "", "--keep-last", "1", "-y"],
+    "an unset variable, to list": ["ls", ""],
+    "a name too long": ["ls", "x" * 5000],
+    "convert to nothing": ["convert", GOOD, "out", "--to", "gguf"],
+    "convert for no ranks": ["convert", GOOD, "out", "--to", "zero2", "--world-size", "0"],
+    "one side of a diff": ["diff", GOOD],
+    "proof of nothing": ["prove", GOOD, "/does/not/exist"],
+    "a digest of nothing": ["digest", "/does/not/exist"],
+    "a rule of nothing": ["prune", GOOD, "--keep-last", "many"],
+    "a pin of nothing": ["pin", "/does/not/exist"],
+    "no pin": ["unpin", "/does/not/exist"],
+    "a mean of nothing": ["average", "/does/not/exist", "-o", "out"],
 }
 
 
@@ -192,9 +215,9 @@ def test_no_permission_is_exit_code_2(closed: str, as_nobody: list[str], tmp_pat
         "its parent": [folder.parent],
     }[closed]
     source = file if closed == "a file" else folder
-    commands = [name for name in READERS if (name, closed) != ("latest", "a file")]
+    commands = [name for name in READERS if name not in FOLDERS or closed != "a file"]
     calls = [[name, str(source), *map(str, READERS[name])] for name in commands]
-    calls += [[*call, "--json"] for call in calls]
+    calls += [[*call, "--json"] for call in calls if call[0] not in ("pin", "unpin")]
     for path in shut:
         path.chmod(0)
     try:
