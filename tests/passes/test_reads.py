@@ -46,8 +46,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     [
         ("inspect", 4),
         ("inspect --tensors", 4),
-        ("verify --quick", 8),
-        ("extract --dry-run", 8),
+        ("verify --quick", 10),
+        ("extract --dry-run", 10),
         ("verify", 12),
     ],
 )
