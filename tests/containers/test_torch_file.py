@@ -406,7 +406,6 @@ BAD_STORAGES: dict[str, Node] = {
     "two dtypes": [storage_id(), storage_id("IntStorage")],
     "no storage": Persistent(("module", "x")),
     "text": Persistent("x"),
-    "nothing uses it": Dict(),
 }
 
 
@@ -424,6 +423,11 @@ def test_impossible_storages(tmp_path: Path, name: str) -> None:
     with pytest.raises(CkptError) as caught:
         read_torch_file(zip_of(tmp_path / "r.pt", dumps(BAD_STORAGES[name]), {"0": bytes(16)}))
     assert caught.value.where.endswith("r.pt") and str(caught.value).isprintable()
+
+
+def test_storages_that_nothing_uses(tmp_path: Path) -> None:
+    file = read_torch_file(zip_of(tmp_path / "r.pt", dumps(Dict()), {"0": bytes(16)}))
+    assert file.stray == ("data/0",) and not file.storages
 
 
 def test_parameters_within_parameters(tmp_path: Path) -> None:
