@@ -145,7 +145,7 @@ def how(options: Mapping[str, Any]) -> Writing:
     """The options of `writing`, as the library has them."""
     from ckpttools.operations.writing import Writing, worker
 
-    spread = worker() if options["spread"] else None
+    spread = worker() if options.get("spread") else None  # average has no such option
     return Writing(
         spread=spread,
         dry_run=options["dry_run"],
