@@ -63,6 +63,17 @@ def _structure(file: TorchFile) -> Iterator[Finding]:
     archive = file.archive
     if archive is None:
         return
+    deflated = [r.name for r in archive.records.values() if r.method and r.name.startswith("data/")]
+    if deflated:
+        yield Finding(
+            id="storage-deflated",
+            severity=WARNING,
+            file=str(file.path),
+            where=deflated[0],
+            message=f"{len(deflated)} storages are compressed: torch.load reads them, but takes the compressed "
+            "bytes for values, without a word, with mmap=True",
+            hint="load it without mmap and save it again; transformers loads .bin files with mmap",
+        )
     if file.stray:
         several = f"{len(file.stray)} storages belong" if len(file.stray) > 1 else "a storage belongs"
         yield Finding(

@@ -195,7 +195,7 @@ def inflated(
     path: Location, records: Mapping[str, Deflated], damaged: Callable[[str], CkptError]
 ) -> Inflated:
     """A store of records of an archive that is known."""
-    return Inflated(path, records, open=handle, stat=stat, damaged=damaged)
+    return Inflated(path, records, opening=handle, stat=stat, damaged=damaged)
 
 
 def entries(folder: Location) -> list[Entry]:

@@ -82,13 +82,13 @@ class Inflated:
         path: Location,
         records: Mapping[str, Deflated],
         *,
-        open: Callable[[Location], Handle],
+        opening: Callable[[Location], Handle],
         stat: Callable[[Location], Stat],
         damaged: Callable[[str], CkptError],
     ) -> None:
         self.name = f"{path}:"
         self._path, self._records = path, records
-        self._open, self._stat, self._damaged = open, stat, damaged
+        self._opening, self._stat, self._damaged = opening, stat, damaged
 
     def _record(self, key: str) -> Deflated:
         try:
@@ -105,7 +105,7 @@ class Inflated:
 
     def open(self, key: str, *, known: bool = False) -> InflatedFile:
         record = self._record(key)
-        return InflatedFile(self._open(self._path), record, lambda: self._damaged(key))
+        return InflatedFile(self._opening(self._path), record, lambda: self._damaged(key))
 
     def admit(self, key: str) -> None:
         """Whoever made this store has opened the archive."""
