@@ -70,8 +70,8 @@ def _structure(file: TorchFile) -> Iterator[Finding]:
             severity=WARNING,
             file=str(file.path),
             where=deflated[0],
-            message=f"{len(deflated)} storages are compressed: torch.load reads them, but takes the compressed "
-            "bytes for values, without a word, with mmap=True",
+            message=f"{len(deflated)} storages are compressed: torch.load reads them, but takes the "
+            "compressed bytes for values, without a word, with mmap=True",
             hint="load it without mmap and save it again; transformers loads .bin files with mmap",
         )
     if file.stray:
