@@ -28,6 +28,8 @@ class Deflated(NamedTuple):
 class InflatedFile:
     """The bytes of one record."""
 
+    far = False  # it is read from front to back
+
     __slots__ = ("_at", "_damaged", "_file", "_inflate", "_read", "_record", "size")
 
     def __init__(self, file: Handle, record: Deflated, damaged: Callable[[], CkptError]) -> None:
@@ -69,6 +71,9 @@ class InflatedFile:
             raise self._damaged() from None
         self._at += len(part)
         return part
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Nothing can be read before what lies in front of it."""
 
     def close(self) -> None:
         self._file.close()

@@ -100,7 +100,9 @@ def _predicted(file: File, entry: Entry, following: int, alignment: int) -> Reco
     """A record that torch wrote, without a look at its header; None where that has been read, or must be."""
     name, offset, flags, method, crc32, nbytes, size = entry
     raw = name.encode()
-    if method or flags != flags_of(nbytes) or (nbytes and not crc32) or file.holds(offset, LOCAL.size + len(raw)):
+    if method or flags != flags_of(nbytes) or (nbytes and not crc32):
+        return None
+    if file.holds(offset, LOCAL.size + len(raw)):
         return None
     start = offset + header_nbytes(raw, offset, nbytes, alignment)
     if start + nbytes + descriptor_nbytes(nbytes, offset) != following:
