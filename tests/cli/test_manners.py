@@ -33,7 +33,6 @@ READERS: dict[str, list[object]] = {
     "average": [GOOD, "-o", "out"],
     "prune": ["--keep-last", "1"],
     "pin": [],
-    "unpin": [],
 }
 FOLDERS = ("latest", "ls", "prune")  # what takes no single file
 WRONG: dict[str, list[object]] = {
