@@ -25,16 +25,14 @@ READERS: dict[str, list[object]] = {
     "extract": [],
     "reshard": ["--world-size", "3"],
     "rebase-schedule": ["--new-bs", "1"],
-    "ls": [],
     "digest": [],
     "diff": [GOOD],
     "prove": [GOOD],
     "convert": ["out", "--to", "pt"],
     "average": [GOOD, "-o", "out"],
-    "prune": ["--keep-last", "1"],
     "pin": [],
 }
-FOLDERS = ("latest", "ls", "prune")  # what takes no single file
+FOLDERS = ("latest",)  # what takes no single file
 WRONG: dict[str, list[object]] = {
     "no such command": ["frobnicate"],
     "no such option": ["reshard", GOOD, "--world-sise", "3"],
