@@ -178,7 +178,7 @@ MARKS = {
 
 # what a format says of its files, a library's mathematics, its classes, help texts, the trainer, and the
 # configurations that a new run is started with
-SPELLERS = ("formats", "schedules", "containers", "cli", "trainer")
+SPELLERS = ("formats", "schedules", "containers", "cli", "trainer", "integrations")
 CONFIGURATIONS = "resume/config_files.py"
 LOGS = "runs/logs/"  # files of several loggers, a format each
 

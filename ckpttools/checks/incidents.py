@@ -19,12 +19,12 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import escape
 from ckpttools.findings import WARNING, Finding
 from ckpttools.formats import Source
+from ckpttools.frameworks import FRAMEWORKS
 from ckpttools.stores.files import entries, is_file, is_folder
 
 EXPERT = re.compile(r"(?P<layer>(?:.*\.)?(?:deepspeed_)?experts?)\.(?P<index>\d+)\.(?P<rest>.+)")
 ROUTER = ("gate", "router", "router.classifier", "gate.wg", "router.layer")
 LORA = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
-RANDOM = re.compile(r"(?:rng_state|random_states)_(\d+)\.(?:pth|pkl)")  # HF Trainer, accelerate
 SHOWN = 6
 # whose optimizers keep a tensor for each parameter, by their settings
 KEEPS = {"betas": None, "momentum": 0, "lr_decay": None, "alpha": None}
@@ -95,8 +95,9 @@ def _stale(source: Source, found: Checkpoint) -> list[str]:
     if found.layout.zero_stage is None or not is_folder(source.root):
         return []
     names = [entry.name for entry in entries(source.root) if is_file(entry)]
-    ranks = {name: int(match[1]) for name in names if (match := RANDOM.fullmatch(name))}
-    return [name for name, rank in ranks.items() if rank >= found.layout.dp_degree]
+    patterns = [framework.random for framework in FRAMEWORKS if framework.random]
+    ranked = [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
+    return [name for name in ranked if int(re.findall(r"\d+", name)[-1]) >= found.layout.dp_degree]
 
 
 def _experts(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]:

@@ -40,9 +40,10 @@ class Sidecar:
 
         try:
             self.contents = manifest_of_staged(staged, self.dst.name, workers=self.workers, crc=crcs[staged])
-        except UsageError:
-            raise
         except CkptError as error:
+            # what says that it cannot be used, rather than read, says that it is not what was meant
+            if isinstance(error, UsageError) and error.id != "not-a-checkpoint":
+                raise
             raise written_wrong(self.dst, error.message, error.id, error.where) from None
         if plan:
             self.contents = manifest.with_plan(self.contents, plan)

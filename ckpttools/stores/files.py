@@ -19,7 +19,7 @@ from ckpttools.tensors import ByteRange
 
 LFS_MAGIC = b"version https://git-lfs"
 MAX_ENTRIES = 100_000
-GAP, MOST = 1 << 16, 4 << 20  # of reads that take several ranges at once
+GAP, MOST = 1 << 13, 4 << 20  # of reads that take several ranges at once
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 

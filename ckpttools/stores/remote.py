@@ -68,7 +68,7 @@ class Bucket:
         self.name = url
         self.requests = self.nbytes = 0
         self._api: Any = obstore
-        options = {"client_options": {"allow_http": True}} if url.startswith("http:") else {}
+        options: Any = {"client_options": {"allow_http": True}} if url.startswith("http:") else {}
         try:
             self._store = obstore.store.from_url(url, **options)
         except Exception as error:  # of many classes; their text may quote the configuration
