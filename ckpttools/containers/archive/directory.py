@@ -22,6 +22,7 @@ from ckpttools.location import Location
 from ckpttools.stores.files import File, truncated
 
 TAIL = 1 << 16  # bytes of the end that are read at once: of most archives with the whole directory
+_SHORTEST, _PART = 1 << 10, 64  # of a small archive less: a folder may hold thousands of one tensor each
 
 
 def damaged(path: Location, message: str) -> CkptError:
@@ -36,7 +37,7 @@ def damaged(path: Location, message: str) -> CkptError:
 
 def hold_end(file: File) -> None:
     """Read the end of a file by one call."""
-    nbytes = min(file.size, TAIL)
+    nbytes = min(file.size, TAIL, max(file.size // _PART, _SHORTEST))
     file.hold(file.size - nbytes, nbytes)
 
 
