@@ -22,7 +22,7 @@ from ckpttools.location import Location
 from ckpttools.stores.files import File, truncated
 
 TAIL = 1 << 16  # bytes of the end that are read at once: of most archives with the whole directory
-_SHORTEST, _PART = 1 << 10, 64  # of a small archive less: a folder may hold thousands of one tensor each
+_SHORTEST, _PART = 1 << 10, 256  # of a small archive less: a folder may hold thousands of one tensor each
 
 
 def damaged(path: Location, message: str) -> CkptError:
