@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from ckpttools.errors import CkptError, Unsupported, UsageError
     from ckpttools.operations.average import average
     from ckpttools.operations.convert import convert
+    from ckpttools.operations.copy import copy
     from ckpttools.operations.diff import Diff, diff
     from ckpttools.operations.digest import Digested, digest
     from ckpttools.operations.experiments import Experiment, Experiments, experiments
@@ -113,6 +114,7 @@ _PLACES = {
     "Written": "operations.writing",
     "average": "operations.average",
     "convert": "operations.convert",
+    "copy": "operations.copy",
     "diff": "operations.diff",
     "digest": "operations.digest",
     "experiments": "operations.experiments",
@@ -156,6 +158,7 @@ __all__ = [
     "__version__",
     "average",
     "convert",
+    "copy",
     "diff",
     "digest",
     "experiments",

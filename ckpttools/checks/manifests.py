@@ -99,13 +99,20 @@ def describe(
     `crcs` are the CRC-32s of files as they were written. Raises CkptError, and UsageError "write-failed"
     where what is read is not what was written.
     """
+    digests = read_back(ranges_of([*own, *(crcs or {})], found, files), crcs or {}, workers)
+    return {path.name: entry_of(path, digests) for path in own}
+
+
+def read_back(
+    hashes: Mapping[Location, dict[str, tuple[int, int]]], crcs: Mapping[Path, int], workers: int
+) -> Mapping[Location, Digest]:
+    """The digests of files and of ranges in them, from one pass that also compares the CRC-32s of `crcs`."""
     from ckpttools.passes.run import run  # numpy
 
     wanted = [
-        SourceCheck(ByteRange(path, 0, size_of(path)), crc, "what was written")
-        for path, crc in (crcs or {}).items()
+        SourceCheck(ByteRange(path, 0, size_of(path)), crc, "what was written") for path, crc in crcs.items()
     ]
-    passed = run((), wanted, hashes=ranges_of([*own, *(crcs or {})], found, files), workers=workers)
+    passed = run((), wanted, hashes=hashes, workers=workers)
     for result in passed.results:
         assert isinstance(result, BadChecksum)
         raise UsageError(
@@ -115,7 +122,7 @@ def describe(
             why="bytes changed on their way to the disk; the destination is as it was",
             hint="check the disk and the memory of this machine, or choose another file system",
         )
-    return {path.name: entry_of(path, passed.digests) for path in own}
+    return passed.digests
 
 
 def ranges_of(

@@ -34,6 +34,7 @@ COMMANDS = {
     "explain": "what a check or an error means, and how to mend it",
     "extract": "weights only, as safetensors or .pt",
     "convert": "to another format, optimizer state, schedule and counters kept",
+    "copy": "a whole checkpoint to another place, verified on the way, resumable",
     "average": "the mean of the weights of several checkpoints",
     "reshard": "move a ZeRO checkpoint to another number of ranks, optimizer state kept",
     "rebase-schedule": "another batch size: same sample, right learning rate",

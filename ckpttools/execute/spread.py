@@ -98,6 +98,8 @@ def spread(
         if job.worker.rank == 0:
             share.clear()
         return share.result(None)
+    if job.worker.rank == 0 and os.path.lexists(dst) and share.done.exists():
+        share.clear()  # of a job that was killed after it had committed
     with write_errors(dst):
         notes = clear_stale(dst) if job.worker.rank == 0 else []
         judge(dst, force, replaces)

@@ -1,0 +1,129 @@
+"""A whole checkpoint to another place, every byte of it compared and every checksum that it states."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+from ckpttools import manifest
+from ckpttools.checks import check_before_use
+from ckpttools.errors import CkptError, escape
+from ckpttools.launch import Worker
+from ckpttools.location import Location, below
+from ckpttools.operations.source import find
+from ckpttools.operations.writing import Writing, Written
+from ckpttools.plan import OutputFile, Plan, copy_file
+from ckpttools.siblings import MANIFEST, is_ours
+from ckpttools.stores.files import entries, is_file, is_folder, named, size_of
+from ckpttools.stores.links import within
+
+
+def copy(
+    src: str | Location, dst: str | Path, *, tag: str | None = None, how: Writing | None = None
+) -> Written:
+    """Copy all files of a checkpoint, from this machine or from a store, to `dst` on this machine.
+
+    Its headers are checked first. On the way every checksum that a copied file states is compared; what was
+    written is read back, and held against the source's manifest, if it has one. A copy that was ended is gone
+    on with by the same call: finished pieces (of up to 512 MiB) are not copied again. Raises CkptError for a
+    damaged source, UsageError where `dst` cannot be written.
+
+    >>> copied = copy("fixtures/trainer/z2_bf16_2", out / "safe")
+    >>> copied.destination.name, len(copied.plan.files), copied.checked
+    ('safe', 8, 36)
+    """
+    src, dst, how = named(src), Path(dst), how or Writing()
+    source = find(src, tag)
+    checkpoint = check_before_use(source)
+    root = src if tag is None else source.target
+    with within(root):
+        files = tuple(_files(root))
+    plan = Plan(files=files, checks=checkpoint.checks)
+    next = (f"ckpt verify {dst}",)
+    if how.dry_run:
+        from ckpttools.execute import refuse
+
+        refuse(plan, dst, source=src, force=how.force, replaces=partial(_replaces, dst, plan))
+        return Written(source=src, destination=dst, plan=plan, notes=(), next=next)
+    from ckpttools.execute.spread import Job, spread
+
+    told: list[str] = []
+
+    def finish(staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
+        told.extend(_read_back(staged, crcs, how.workers))
+        return {}
+
+    started = time.monotonic()
+    with how.bar(plan.nbytes, "copy") if how.bar else nullcontext() as progress:
+        share = spread(
+            plan,
+            dst,
+            Job(worker=Worker(0, 1), is_result=lambda place, digest: False),
+            source=src,
+            force=how.force,
+            replaces=partial(_replaces, dst, plan),
+            workers=how.workers,
+            progress=progress,
+            finish=lambda digest: finish,
+        )
+    assert share.report is not None  # the only worker commits
+    return Written(
+        source=src,
+        destination=dst,
+        plan=plan,
+        notes=(*share.report.notes, *told),
+        next=next,
+        seconds=time.monotonic() - started,
+        checked=share.report.checked,
+    )
+
+
+def _replaces(dst: Path, plan: Plan) -> str:
+    from ckpttools.operations.replacing import replaceable
+
+    return replaceable(dst, plan)
+
+
+def _files(root: Location) -> Iterator[OutputFile]:
+    """Every regular file below the root, manifests included; nothing that is being written or deleted."""
+    if not is_folder(root):
+        yield copy_file(root, "", size_of(root))
+        return
+    todo = [root]
+    while todo:
+        here = todo.pop(0)
+        for entry in entries(here):
+            path = here / entry.name
+            if is_ours(entry.name) and not entry.name.endswith(MANIFEST):
+                continue
+            if is_folder(entry):
+                todo.append(path)
+            elif is_file(entry):
+                yield copy_file(path, below(path, root), size_of(path))
+
+
+def _read_back(staged: Path, crcs: Mapping[Path, int], workers: int) -> Iterator[str]:
+    """Read what was written once: its CRC-32s, and the digests of the manifests that came along."""
+    from ckpttools.checks.manifests import entry_of, read_back
+
+    digests = read_back({path: {} for path in crcs}, crcs, workers)
+    held = 0
+    for place in crcs:
+        if place.name != MANIFEST:
+            continue
+        stated = manifest.load(place)
+        now = {path.name: entry_of(path, digests) for path in crcs if path.parent == place.parent}
+        for difference in manifest.differences(stated, now):
+            raise CkptError(
+                "manifest-mismatch",
+                f"{escape(difference.name)} {difference.problem} since the manifest was written",
+                where=place,
+                why="the source was changed before it was copied; nothing was written",
+                hint="ckpt verify names what changed; copy from a place where it did not",
+            )
+        held += len(stated.keys() & now.keys())
+    if held:
+        yield f"{held} files are what the manifest says"

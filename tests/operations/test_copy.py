@@ -1,0 +1,117 @@
+"""A copy is every byte of it, or nothing, and goes on where it was ended."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from benchmarks.synthetic import write_random
+from commands import run as ckpt
+from support import FIXTURES
+
+from ckpttools.siblings import MANIFEST, SPREAD
+
+ZERO2 = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
+SOURCES = {
+    "run with latest": ZERO2,
+    "tag": ZERO2 / "global_step3",
+    "bundle": FIXTURES / "bundle/checkpoint-200",
+    "universal": FIXTURES / "deepspeed-0.19.8/z3_bf16_ws2",
+    "single file": FIXTURES / "monolithic",
+}
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_byte(name: str, tmp_path: Path) -> None:
+    source = SOURCES[name]
+    if name == "single file":
+        source = next(path for path in sorted(source.rglob("*.pt*")) if path.is_file())
+    ran = ckpt("copy", source, tmp_path / "safe")
+    assert ran.code == 0 and ran.out == f"{tmp_path / 'safe'}\n", ran
+    assert contents(tmp_path / "safe") == contents(source)
+    assert [path.name for path in tmp_path.iterdir()] == ["safe"]
+
+
+def test_a_manifest_comes_along_and_is_held(tmp_path: Path) -> None:
+    shutil.copytree(ZERO2, tmp_path / "run")
+    assert ckpt("verify", tmp_path / "run", "--write-manifest").code == 0
+    ran = ckpt("copy", tmp_path / "run", tmp_path / "safe")
+    assert ran.code == 0 and "files are what the manifest says" in ran.err
+    assert contents(tmp_path / "safe") == contents(tmp_path / "run")
+    assert ckpt("verify", tmp_path / "safe").code == 0
+    (place,) = (tmp_path / "run").rglob(MANIFEST)
+    text = place.read_text()
+    digest = text.partition('"xxh3_128": "')[2][:32]
+    place.write_text(text.replace(digest, "0" * 32, 1))
+    ran = ckpt("copy", tmp_path / "run", tmp_path / "again")
+    assert ran.code == 1 and "error[manifest-mismatch]" in ran.err and not (tmp_path / "again").exists()
+
+
+def test_a_damaged_source_is_not_copied(tmp_path: Path) -> None:
+    shutil.copytree(ZERO2, tmp_path / "run")
+    (shard,) = (tmp_path / "run").rglob("*rank_1_mp*optim_states.pt")
+    data = bytearray(shard.read_bytes())
+    at = data.find(b"/data/1")  # the bytes of a storage follow its name
+    data[at + 200] ^= 1
+    shard.write_bytes(data)
+    ran = ckpt("copy", tmp_path / "run", tmp_path / "safe")
+    assert ran.code == 1 and "error[" in ran.err, ran
+    assert not (tmp_path / "safe").exists()
+    shard.write_bytes(data[:-100])
+    assert ckpt("copy", tmp_path / "run", tmp_path / "safe").code == 1
+    assert not (tmp_path / "safe").exists()
+
+
+def test_an_ended_copy_goes_on(tmp_path: Path) -> None:
+    write_random(tmp_path / "run", 20_000_000 // 14)
+    command = [sys.executable, "-m", "ckpttools.cli", "copy", str(tmp_path / "run"), str(tmp_path / "safe")]
+    ledger = tmp_path / f"safe{SPREAD}" / "ledger"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list(ledger.glob("piece-*"))) < 5:
+            time.sleep(0.001)
+        process.kill()
+    if (tmp_path / "safe").exists():
+        pytest.skip("it was faster")
+    assert len(list(ledger.glob("piece-*"))) >= 5
+    # what the ledger calls finished is not written again: a finished byte that is changed comes out so
+    (out,) = (path for path in ledger.parent.iterdir() if path.name.startswith("out-"))
+    shutil.copytree(ledger.parent, tmp_path / "kept")
+    first = min(path for path in out.rglob("*") if path.is_file())
+    with first.open("r+b") as file:
+        file.write(b"?")
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and "error[write-failed]" in done.stderr
+    shutil.rmtree(ledger.parent)
+    (tmp_path / "kept").rename(ledger.parent)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "safe") == contents(tmp_path / "run")
+    assert not ledger.parent.exists()
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/mine").touch()
+    for dst, words, id in (
+        (tmp_path / "there", (), "destination-exists"),
+        (tmp_path / "there", ("--force",), "not-replaced"),
+        (ZERO2 / "inside", (), "destination-in-source"),
+        (tmp_path / "no/folder", (), "destination-parent"),
+    ):
+        for more in ((), ("--dry-run",)):
+            ran = ckpt("copy", ZERO2, dst, *words, *more)
+            assert ran.code == 2 and f"error[{id}]" in ran.err, ran
+    assert ckpt("copy", tmp_path / "nothing", tmp_path / "x").code == 2
+    ran = ckpt("copy", ZERO2, tmp_path / "dry", "--dry-run")
+    assert ran.code == 0 and "4 files" in ran.out and not (tmp_path / "dry").exists()
+    assert (tmp_path / "there/mine").exists()
