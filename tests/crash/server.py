@@ -187,9 +187,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return {"code": os.waitstatus_to_exitcode(status), "seconds": seconds, "fired": fired}
 
 
+# what has to be launched, or belongs to a framework
+APART = ("ckpttools.trainer", "ckpttools.integrations", "ckpttools.cli.__main__")
+
+
 def serve() -> None:
     for module in pkgutil.walk_packages(ckpttools.__path__, "ckpttools."):
-        if not module.name.startswith(("ckpttools.trainer", "ckpttools.cli.__main__")):
+        if not module.name.startswith(APART):
             importlib.import_module(module.name)
     print("ready", flush=True)
     for line in sys.stdin:
