@@ -72,6 +72,7 @@ def _filled(
 
 FREE = {"experiment", "work_dirs", "save", "training", "epochs"}
 DATA = {"data", "seed"}  # they decide which sample is next
+LOSS = {"training.label_smoothing"}
 TEXT = {"data.text_key", "data.max_bytes", "data.validation_samples", "data.source"}
 
 
@@ -86,8 +87,14 @@ def trainer_settings(saved: Saved, settings: Mapping[str, object]) -> Iterator[D
         part = key.partition(".")[0]
         if was.get(key) == now.get(key) or part not in FREE | DATA:
             continue
+        if key not in was and part in FREE:
+            continue  # a release before this setting wrote the checkpoint: nothing to differ from
         common: dict[str, Any] = {"setting": key, "old": was.get(key), "new": now.get(key)}
-        if part in FREE:
+        if key in LOSS:
+            yield Difference(
+                **common, about=About.SETTING, cls=CAREFUL, why="the loss is another from here on"
+            )
+        elif part in FREE:
             why = "it has no part in what is saved"
             if key == "epochs":
                 why = "the run ends earlier or later; the schedule's length is judged by itself"

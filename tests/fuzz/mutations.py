@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from random import Random
 
-from ckpttools.containers import archive
+from ckpttools.containers.archive import layout
 from ckpttools.containers.pickles import Dict, Global, Node, Object, Reject, dumps, loads, walk
 
 INTS = (
@@ -239,11 +239,11 @@ def of_pickle(data: bytes, rng: Random, others: Sequence[bytes] = ()) -> bytes:
 # --- zip ----------------------------------------------------------------------------------------------
 
 _HEADERS = {
-    b"PK\x03\x04": archive.LOCAL,
-    b"PK\x01\x02": archive.CENTRAL,
-    b"PK\x05\x06": archive.END,
-    b"PK\x06\x06": archive.END64,
-    b"PK\x06\x07": archive.LOCATOR64,
+    b"PK\x03\x04": layout.LOCAL,
+    b"PK\x01\x02": layout.CENTRAL,
+    b"PK\x05\x06": layout.END,
+    b"PK\x06\x06": layout.END64,
+    b"PK\x06\x07": layout.LOCATOR64,
     b"PK\x07\x08": struct.Struct("<IIQQ"),
 }
 

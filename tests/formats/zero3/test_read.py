@@ -102,11 +102,6 @@ def test_every_sample_is_good(path: Path) -> None:
         assert run(command[0], path, *command[1:]).code == 0
 
 
-def test_what_is_not_done_yet_is_refused(tmp_path: Path) -> None:
-    ran = run("rebase-schedule", GROUPS, tmp_path / "x", "--new-bs=60")
-    assert ran.code == 2 and "layout-unsupported" in ran.err, ran.err
-
-
 # --- damage -------------------------------------------------------------------------------------------
 
 
