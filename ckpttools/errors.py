@@ -50,7 +50,7 @@ class CkptError(Exception):
     def __init__(
         self, id: str, message: str, *, where: str | Location = "", why: str = "", hint: str = ""
     ) -> None:
-        super().__init__(message)
+        super().__init__(id, message)  # what it is made anew from, when it passes between processes
         self.id = id
         self.message = message
         self.where = str(where)

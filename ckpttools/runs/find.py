@@ -20,6 +20,7 @@ from ckpttools.formats import FORMATS, Folder, locate, read
 from ckpttools.formats.locate import checkpoints, holds_one
 from ckpttools.formats.tags import is_tag
 from ckpttools.location import Location, below
+from ckpttools.runs.cores import each
 from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
 from ckpttools.stores.files import entries, is_file, is_folder, stat
@@ -91,7 +92,9 @@ def runs(folder: Location) -> list[list[Entry]]:
     with within(folder):
         if _whole(folder) and not _several(folder):
             return [[_entry(folder, folder)]]
-        found = [ordered([_entry(path, run) for path in paths]) for run, paths in _runs(folder, MAX_DEPTH)]
+        places = list(_runs(folder, MAX_DEPTH))
+        entered = iter(each(_at, [(path, run) for run, paths in places for path in paths]))
+        found = [ordered([next(entered) for _ in paths]) for _, paths in places]
     keyed = {run[0].run: run for run in found}
     names = {run: below(run, folder) if run != folder else "" for run in keyed}
     order = newest_first(
@@ -181,6 +184,10 @@ def _several(path: Location) -> bool:
         model = any(format.holds(folder) for format in FORMATS if not format.tagged)
         return model and any(map(NUMBERED.fullmatch, folder.folders))
     return sum(is_folder(e) and is_tag(path / e.name) for e in entries(path)) > 1
+
+
+def _at(place: tuple[Location, Location]) -> Entry:
+    return _entry(*place)
 
 
 def _entry(path: Location, run: Location) -> Entry:
