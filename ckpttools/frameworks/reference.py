@@ -12,11 +12,11 @@ from shlex import quote
 
 from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.frameworks import parts
+from ckpttools.frameworks import client, parts
 from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.frameworks.rules import Rule
 from ckpttools.schedules.evidence import What
-from ckpttools.training import BatchField, Counter, Role, Training
+from ckpttools.training import BatchField, Counter, Role, Training, merge
 
 CONFIG = "the configuration of ckpt train"
 BATCH = ("config", "batch")
@@ -30,9 +30,11 @@ def is_ours(saved: Saved) -> bool:
 
 
 def read(saved: Saved) -> Training:
-    """Its keys in the model file, over DeepSpeed's."""
+    """Its keys in the model file, over DeepSpeed's, and a bundle's training_info.json."""
     assert saved.file is not None
-    return saved.over(_read(saved.file))
+    found = saved.over(_read(saved.file))
+    bundled = client.of_bundle(found, saved.place)
+    return found if bundled is None else merge(found, bundled)
 
 
 def _read(file: TorchFile) -> Training:

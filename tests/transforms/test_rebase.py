@@ -369,6 +369,21 @@ def test_a_clients_own_copies_follow(tmp_path: Path) -> None:
     assert run("verify", tmp_path / "out").code == 0
 
 
+def test_a_bundle_of_the_reference_trainer_follows(tmp_path: Path) -> None:
+    run_folder = FIXTURES / "trainer/z2_bf16_2"
+    source = run_folder / Path((run_folder / "last_checkpoint").read_text().strip()).name
+    bundle = tmp_path / "checkpoint-3"
+    shutil.copytree(source, bundle / "deepspeed")
+    model = torch.load(next(bundle.rglob("mp_rank_*")), weights_only=False)
+    step, size = model["global_step"], model["config"]["batch"]["global_batch_size"]
+    info = {"global_step": step, "epoch": model["epoch"], "batch_size": None, "world_size": 2}
+    (bundle / "training_info.json").write_text(json.dumps(info))
+    rebased(bundle, tmp_path / "out", "--old-bs", size, "--new-bs", size // 2)
+    new = json.loads((tmp_path / "out/training_info.json").read_text())
+    assert new == info | {"global_step": 2 * step}
+    assert run("verify", tmp_path / "out").code == 0
+
+
 def test_a_clients_count_of_something_else_is_named(tmp_path: Path) -> None:
     bundle = with_client(tmp_path, {}, {"global_step": 200, "batch_size": 7})
     document = rebased(bundle, tmp_path / "out", "--new-bs", 30, "--batch-is", "per-gpu")
