@@ -8,13 +8,16 @@ guards against accidents and careless edits, not against somebody who can rewrit
     {"format": "ckpttools-manifest", "version": 1,
      "files": {name: {"size": bytes, "xxh3_128": hex, "tensors": {path into the file: hex}}}}
 
-With `"output": true` ckpt made the files; without, it found them there.
+With `"output": true` ckpt made the files; without, it found them there. `"digest"`, where it is there, says
+what the files hold, in any layout (`compare.digests`), as long as they are the same:
+
+    {"digest": {"state": hex, "apart": [name], "tensors": {kind: {name: hex, or a number as JSON}}}}
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -43,6 +46,18 @@ class Difference:
     name: str
     problem: str
     tensors: tuple[str, ...] = ()
+
+
+Named = Mapping[str, Mapping[str, str]]  # kind -> name -> digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """The digest of what the files hold, and that of each tensor. `apart` as in `compare.digests`."""
+
+    state: str
+    apart: tuple[str, ...]
+    tensors: Named
 
 
 def place(target: Location) -> Location:
@@ -85,6 +100,25 @@ def dump(entries: Mapping[str, Entry], *, output: bool = False) -> bytes:
 def with_plan(contents: bytes, digest: str) -> bytes:
     """A manifest that also says which plan the files are the result of."""
     return json.dumps({**json.loads(contents), "plan": digest}, indent=1).encode() + b"\n"
+
+
+def with_content(contents: bytes, state: str, apart: Iterable[str], tensors: Named) -> bytes:
+    """A manifest that also says what the files hold: the digest of all, and of each tensor."""
+    held = {"state": state, "apart": list(apart), "tensors": {k: dict(named) for k, named in tensors.items()}}
+    return json.dumps({**json.loads(contents), "digest": held}, indent=1).encode() + b"\n"
+
+
+def content_in(path: Location) -> Content | None:
+    """What a manifest says that the files hold; None where it does not. Raises CkptError as `load` does."""
+    match jsons.read(path).get("digest"):
+        case None:
+            return None
+        case {"state": str(state), "apart": list(apart), "tensors": dict(tensors)} if all(
+            isinstance(named, dict) and all(isinstance(each, str) for each in named.values())
+            for named in tensors.values()
+        ) and all(isinstance(name, str) for name in apart):
+            return Content(state=state, apart=tuple(apart), tensors=tensors)
+    raise jsons.damaged(path, "the manifest describes the contents in another way than it must")
 
 
 def is_result(target: Location, digest: str) -> bool:

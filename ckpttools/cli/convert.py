@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import PATH, SRC, how, writing
+from ckpttools.cli.options import DIGEST, PATH, SRC, how, writing
 from ckpttools.errors import UsageError, escape
 from ckpttools.location import Location
 
@@ -56,6 +56,7 @@ from ckpttools.location import Location
     type=click.Choice(["nested", "flat", "titan", "accelerate"]),
     help="How a distributed checkpoint names its state; nested by default.",
 )
+@DIGEST
 @writing
 def command(
     src: Location,
@@ -71,6 +72,7 @@ def command(
     mesh: str | None,
     like: Path | None,
     dcp_layout: str | None,
+    digest: bool | None,
     tag: str | None,
     **options: Any,
 ) -> None:
@@ -96,6 +98,7 @@ def command(
         like=like,
         dcp_layout=dcp_layout,
         tag=tag,
+        digest=digest,
         how=how(options),
     )
     render.written(written, options)

@@ -124,6 +124,12 @@ STATS = click.option(
     callback=_stats,
     help="Say at the end how many requests to stores were made, and what came.",
 )
+DIGEST = click.option(
+    "--digest/--no-digest",
+    default=None,
+    help="Read source and result once more, print their digest and compare; by default on, but not from "
+    "stores or with --spread.",
+)
 NO_PROGRESS = click.option("--no-progress", is_flag=True, help="No progress bar.")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)

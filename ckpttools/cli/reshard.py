@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import DST, SRC, how, writing
+from ckpttools.cli.options import DIGEST, DST, SRC, how, writing
 from ckpttools.location import Location
 
 
@@ -26,16 +26,14 @@ from ckpttools.location import Location
     metavar="DPxTP",
     help="2x4: 2 data-parallel times 4 tensor-parallel ranks; of distributed checkpoints.",
 )
-@click.option(
-    "--digest", is_flag=True, help="Read the result again, and hold its digest against the source's."
-)
+@DIGEST
 @writing
 def command(
     src: Location,
     dst: Path | None,
     world_size: int | None,
     mesh: str | None,
-    digest: bool,
+    digest: bool | None,
     tag: str | None,
     **options: Any,
 ) -> None:

@@ -8,6 +8,7 @@ and master; the optimizer's state is under the one name that the optimizer knows
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ WEIGHT, MASTER = "weight", "master"
 NEUTRAL = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 # in how many parts a batch is worked on: follows from the number of ranks
 DIVISION = frozenset({"micro", "accumulation"})
+
+_INDEX = re.compile(r"\[(\d+)\]")
 
 Held = Mapping[str, Mapping[str, TensorRef | Value]]  # kind -> name -> a tensor, or a plain value
 Read = Callable[[TensorRef], object]  # a tensor inside a value, as a number or a text
@@ -57,8 +60,10 @@ def content(checkpoint: Checkpoint) -> Content:
 
 
 def _kind(key: str) -> str:
+    """As every layout names it: distributed checkpoints join the keys of lists by dots, too."""
     if key == "fp32":
         return MASTER
+    key = _INDEX.sub(r".\1", key)
     return f"optimizer.{key}" if key in (WEIGHT, MASTER) else key
 
 

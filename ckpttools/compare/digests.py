@@ -106,6 +106,14 @@ def digests(checkpoint: Checkpoint, *, workers: int = 0, bar: Progress | None = 
         for name, own in tensors.get(WEIGHT, {}).items()
         if (job := jobs.get((MASTER, name))) and own not in results[job]
     )
+    return of_tensors(checkpoint, tensors, apart, checked)
+
+
+def of_tensors(
+    checkpoint: Checkpoint, tensors: Mapping[str, Mapping[str, str]], apart: tuple[str, ...], checked: int
+) -> Digests:
+    """The digests of a checkpoint of which those of its tensors are known; its headers say the rest."""
+    found = content(checkpoint)
     return Digests(
         state=_state(tensors, apart),
         settings=_hash(sorted(_line([sorted(names), sets]) for names, sets in hyper(checkpoint, shown))),

@@ -14,7 +14,7 @@ from ckpttools.errors import Unsupported, UsageError, escape
 from ckpttools.formats import PLANS, Source, refuse_rank_local, torch
 from ckpttools.formats.torch import keys_of, names_buffers, optimizer_of
 from ckpttools.location import Location
-from ckpttools.operations import advice, resuming
+from ckpttools.operations import advice, kept, resuming
 from ckpttools.operations.deepspeed_folder import UNIVERSAL, moments, prepared
 from ckpttools.operations.deepspeed_folder import plan as folder_plan
 from ckpttools.operations.extract import with_config
@@ -50,6 +50,7 @@ def convert(
     mesh: str | None = None,
     dcp_layout: str | None = None,
     tag: str | None = None,
+    digest: bool | None = None,
     how: Writing | None = None,
 ) -> Written:
     """Write a checkpoint in another format. The notes name everything that the format cannot hold.
@@ -58,7 +59,8 @@ def convert(
     "dcp" (for `world_size` ranks or a `mesh` of them, "2x4", as rows) or "hf" (weights). `dtype` is that of
     the weights; masters and moments stay as they are. `rename` are regular expressions and replacements.
     `optimizer_class` is the class that will load the groups; `like` a checkpoint of the run that will, whose
-    names, groups, settings and dtype are taken. `dcp_layout` is one of formats.dcp's.
+    names, groups, settings and dtype are taken. `dcp_layout` is one of formats.dcp's. `digest` as for
+    `reshard`: the result must hold what was to be written.
 
     >>> made = convert("fixtures/trainer/z2_bf16_2", out / "run.pt", to="pt")
     >>> made.destination.name, made.plan.is_single_file
@@ -92,7 +94,8 @@ def convert(
     ranks = world_size or checkpoint.layout.dp_degree
     match to:
         case "pt":
-            plan = PLANS[to](_single(checkpoint, target), Layout(format="pt"))
+            checkpoint = _single(checkpoint, target)
+            plan = PLANS[to](checkpoint, Layout(format="pt"))
             lines = resuming.single_file(checkpoint, dst, *keys_of(checkpoint))
         case "dcp":
             layout = Layout(format="dcp", dp_degree=world_size or 1, mesh=sizes, variant=dcp_layout)
@@ -101,7 +104,8 @@ def convert(
                 notes += left
             if dcp_layout is not None:  # its own keys, not the source's
                 checkpoint = replace(checkpoint, template=None)
-            plan = PLANS[to](_single(checkpoint, target), layout)
+            checkpoint = _single(checkpoint, target)
+            plan = PLANS[to](checkpoint, layout)
             lines = iter([advice.distributed(dcp_layout, dst)])
         case "hf":
             checkpoint = weights_only(checkpoint)
@@ -122,7 +126,9 @@ def convert(
     made = (note for note in checkpoint.notes if note not in read)
     plan = replace(plan, notes=(*made, *plan.notes, *notes))
     next = (advice.verify(dst), *lines)
-    return carry_out(src, dst, plan, how or Writing(), label="convert", next=next)
+    how = how or Writing()
+    check = kept.check(source, checkpoint, how) if kept.asked(digest, source, how) else None
+    return carry_out(src, dst, plan, how, label="convert", next=next, check=check)
 
 
 def _check_usage(

@@ -15,6 +15,7 @@ from ckpttools.errors import UsageError, escape
 from ckpttools.formats import Source
 from ckpttools.location import Location
 from ckpttools.operations.source import find
+from ckpttools.operations.stated import stated
 from ckpttools.operations.writing import Bar
 from ckpttools.stores.files import named
 from ckpttools.stores.links import within
@@ -78,6 +79,7 @@ def digest(
     """Read every tensor once: a digest for each, one for each kind, and one for the whole.
 
     They are equal for every layout of the same content: any number of ranks, ZeRO, distributed, one file.
+    Where a manifest states them and the files are still those that it describes, they are taken from it.
     Raises CkptError where the checkpoint is damaged.
 
     >>> found = digest("fixtures/trainer/z2_bf16_2")
@@ -92,9 +94,12 @@ def digest(
     path = named(path)
     source = replace(find(path, tag), key=key)
     checkpoint = check_before_use(source)
-    shown = bar(nbytes_of(checkpoint), "digest") if bar is not None else nullcontext()
-    with within(source.root), shown as progress:
-        found = digests(checkpoint, workers=workers, bar=progress)
+    with within(source.root):
+        found = stated(source, checkpoint, workers=workers, bar=bar)
+        if found is None:
+            shown = bar(nbytes_of(checkpoint), "digest") if bar is not None else nullcontext()
+            with shown as progress:
+                found = digests(checkpoint, workers=workers, bar=progress)
     return Digested(path=path, source=source, checkpoint=checkpoint, digests=found)
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError
 from ckpttools.frameworks.surroundings import with_surroundings
 from ckpttools.location import Location
-from ckpttools.operations import advice
-from ckpttools.operations.sidecar import written_wrong
+from ckpttools.operations import advice, kept
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.siblings import default_dst
@@ -27,14 +25,15 @@ def reshard(
     world_size: int | None = None,
     mesh: str | None = None,
     tag: str | None = None,
-    digest: bool = False,
+    digest: bool | None = None,
     how: Writing | None = None,
 ) -> Written:
     """Move a ZeRO or a distributed checkpoint to `world_size` ranks: weights, optimizer state, counters kept.
 
     `mesh` ("2x4") are data-parallel times tensor-parallel ranks: for distributed checkpoints, which any ranks
-    can load, but each finds what it needs in one file. With `digest`, what was written is read again before
-    it gets its name, and must hold what the source holds (`ckpttools.digest`).
+    can load, but each finds what it needs in one file. With `digest`, source and result are read once more
+    before it gets its name, it must hold what the source holds (`ckpttools.digest`), and the digest is in the
+    notes and in the manifest: by default unless the source is in a store, or many processes write.
 
     >>> made = reshard("fixtures/trainer/z2_bf16_2", out / "four", world_size=4)
     >>> made.destination.name, len([file for file in made.plan.files if "optim" in file.path])
@@ -58,23 +57,5 @@ def reshard(
     dst = Path(dst) if dst is not None else default_dst(src, f"ws{ranks}")
     steps = advice.resume(source, checkpoint, dst, ranks)
     how = how or Writing()
-    check = partial(holds_the_same, src, tag, how) if digest else None
+    check = kept.check(source, checkpoint, how, whole=True) if kept.asked(digest, source, how) else None
     return carry_out(src, dst, plan, how, label="reshard", next=steps, check=check)
-
-
-def holds_the_same(src: Location, tag: str | None, how: Writing, staged: Path) -> str:
-    """Raises CkptError where it does not: a defect of ckpttools."""
-    from ckpttools.operations.digest import compare
-    from ckpttools.operations.digest import digest as digest_of
-
-    before, after = (
-        digest_of(path, tag=of, workers=how.workers, bar=how.bar) for path, of in ((src, tag), (staged, None))
-    )
-    result = compare(before, after)
-    if result.same and before.digests.state == after.digests.state and result.settings and result.counters:
-        return f"digest {after.digests.state}, of the source and of what was written"
-    first = result.different[0] if result.different else None
-    problem = (
-        f"{first.kind} of {first.name} is another one" if first else "its settings or counters are others"
-    )
-    raise written_wrong(staged, problem, "digest", str(staged))

@@ -7,7 +7,7 @@ comes right after. Whatever ends the program in between leaves a whole file with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,8 +29,10 @@ class Sidecar:
         with suppress(OSError):  # a folder that cannot be listed is explained where the file is written
             clear_stale(self.place)  # of a run that was killed between the two
 
-    def finish(self, staged: Path, crcs: Mapping[Path, int], plan: str = "") -> Mapping[str, bytes]:
-        """Check the staged file by its headers. `plan`: the digest of the plan, where many write it.
+    def finish(
+        self, staged: Path, crcs: Mapping[Path, int], more: Callable[[bytes, Path], bytes]
+    ) -> Mapping[str, bytes]:
+        """Check the staged file by its headers, and make the manifest, to which `more` adds.
 
         Raises CkptError: an error here is a defect of ckpttools.
         """
@@ -45,8 +47,7 @@ class Sidecar:
             if isinstance(error, UsageError) and error.id != "not-a-checkpoint":
                 raise
             raise written_wrong(self.dst, error.message, error.id, error.where) from None
-        if plan:
-            self.contents = manifest.with_plan(self.contents, plan)
+        self.contents = more(self.contents, local(manifest.beside(staged)))
         with write_errors(self.dst):
             self.place.unlink(missing_ok=True)
         return {}

@@ -24,6 +24,8 @@ __all__ = ["Bar", "Writing", "Written", "carry_out", "worker"]
 
 # total bytes and a label -> a progress bar
 Bar = Callable[[int, str], AbstractContextManager[Progress | None]]
+# what was written and has no name yet, a manifest of it and that one's place -> what to tell, the manifest
+Check = Callable[[Path, bytes, Path], tuple[str, bytes]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +75,11 @@ def carry_out(
     *,
     label: str,
     next: tuple[str, ...] = (),
-    check: Callable[[Path], str] | None = None,
+    check: Check | None = None,
 ) -> Written:
     """The end of every writing operation: `dst` is whole and checked afterwards, or as it was.
 
-    `check` is given the folder before it gets its name: it may raise, or return what to tell.
+    `check` looks at what was written, may raise, and may add to its manifest.
     Raises UsageError where it cannot be written, CkptError where the source is damaged.
     """
     from ckpttools.execute import execute, refuse
@@ -93,11 +95,15 @@ def carry_out(
     single = Sidecar(dst, how.workers) if plan.is_single_file else None
 
     def finish(staged: Path, crcs: Mapping[Path, int], digest: str = "") -> Mapping[str, bytes]:
+        def more(contents: bytes, place: Path) -> bytes:
+            if check is not None:
+                text, contents = check(staged, contents, place)
+                told.append(text)
+            return manifest.with_plan(contents, digest) if digest else contents
+
         if single:
-            return single.finish(staged, crcs, digest)
-        if check is not None:
-            told.append(check(staged))
-        return _finish(staged, crcs, how.workers, digest)
+            return single.finish(staged, crcs, more)
+        return _finish(staged, crcs, how.workers, more)
 
     started = time.monotonic()
     with how.bar(plan.nbytes, label) if how.bar else nullcontext() as progress:
@@ -130,15 +136,16 @@ def carry_out(
     )
 
 
-def _finish(staged: Path, crcs: Mapping[Path, int], workers: int, digest: str) -> dict[str, bytes]:
-    """Read back what is about to appear, and give it a manifest; `digest` is of the plan of many writers."""
+def _finish(
+    staged: Path, crcs: Mapping[Path, int], workers: int, more: Callable[[bytes, Path], bytes]
+) -> dict[str, bytes]:
+    """Read back what is about to appear, and give it a manifest, to which `more` adds."""
     from ckpttools.checks import manifest_of
 
     _read_back(staged)
     place, contents = manifest_of(staged, workers=workers, crcs=crcs)
-    if digest:
-        contents = manifest.with_plan(contents, digest)
-    return {below(place, staged): contents}
+    assert isinstance(place, Path)
+    return {below(place, staged): more(contents, place)}
 
 
 def _read_back(dst: Path) -> None:

@@ -101,13 +101,26 @@ def test_writing_reads_the_source_once_writes_once_and_reads_back_once(
     traffic: Traffic, big: Path, tmp_path: Path, words: str
 ) -> None:
     traffic.clear()
-    ran = ckpt(*words.format(src=big, dst=tmp_path / "out").split())
+    digest = [] if "extract" in words else ["--no-digest"]
+    ran = ckpt(*words.format(src=big, dst=tmp_path / "out").split(), *digest)
     assert ran.code == 0, ran
     total = sum(size(p) if p.is_dir() else p.stat().st_size for p in tmp_path.glob("out*"))
     source, back = traffic.below(traffic.read, big), traffic.below(traffic.read, tmp_path)
     assert 0.85 * total < source < HEADERS * size(big)
     assert 0.99 * total < back < HEADERS * total + 100_000
     assert 0.98 * total < traffic.below(traffic.written, tmp_path) < HEADERS * total
+
+
+def test_the_digest_reads_source_and_result_once_more(traffic: Traffic, big: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for words in (["reshard", big, out, "--world-size", "3"], ["digest", out]):
+        traffic.clear()
+        ran = ckpt(*words)
+        assert ran.code == 0, ran
+        source, back = traffic.below(traffic.read, big), traffic.below(traffic.read, tmp_path)
+        times = 2 if words[0] == "reshard" else 1  # and for the manifest, which the digest is taken from
+        assert 0.98 * times * size(out) < back < HEADERS * times * size(out) + 100_000, words
+        assert words[0] == "digest" or 1.7 * size(out) < source < HEADERS * 2 * size(big)
 
 
 @pytest.mark.parametrize("name", ["out", "out.safetensors", "out.pt"])
