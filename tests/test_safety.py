@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,18 @@ def test_the_pickle_reader_imports_next_to_nothing() -> None:
     roots = {name.split(".")[0] for path in modules for name in imported(MODULES[path])}
     allowed = {"__future__", "re", "struct", "collections", "dataclasses", "typing", "ckpttools"}
     assert roots <= allowed
+
+
+def test_nobody_is_told_to_load_a_pickle() -> None:
+    """What is printed is followed: no text of the package loads more than weights."""
+    texts = {
+        f"{path}:{node.lineno}"
+        for path, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.search(r"weights_only=($|False|\{)|\bpickle\.loads?\(", node.value)
+    }
+    assert not texts, texts
 
 
 def test_heavy_libraries_stay_in_their_place() -> None:

@@ -7,19 +7,22 @@ deepspeed.initialize makes of it. Lines that name `engine` come after it was mad
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.errors import escape
 from ckpttools.formats.zero3.cuts import sub_group_size
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Opaque, leaves, same
+from ckpttools.tree import Opaque, Value, leaves, same
 
 STEP = "step"
 
 
 def single_file(checkpoint: Checkpoint, dst: Path, weights: str, optimizer: str) -> Iterator[str]:
     """torch.load and load_state_dict. `weights` and `optimizer` are the keys of the state dicts."""
-    yield f"saved = torch.load({str(dst)!r}, weights_only={is_plain(checkpoint)})"
+    yield from _own_classes(checkpoint, dst)
+    yield f"saved = torch.load({str(dst)!r}, weights_only=True)"
     yield f"model.load_state_dict(saved[{weights!r}])"
     if checkpoint.groups:
         yield f"optimizer.load_state_dict(saved[{optimizer!r}])"
@@ -42,24 +45,36 @@ def engine(checkpoint: Checkpoint, layout: Layout, dst: Path) -> Iterator[str]:
     if layout.zero_stage is None:
         yield 'ds_config["checkpoint"] = {"load_universal": True}'
         if checkpoint.frozen | checkpoint.buffers:
-            file = str(dst / (layout.tag or "") / "mp_rank_00_model_states.pt")
-            load = f"torch.load({file!r}, weights_only={is_plain(checkpoint)})['module']"
+            file = dst / (layout.tag or "") / "mp_rank_00_model_states.pt"
+            yield from _own_classes(checkpoint, file)
+            load = f"torch.load({str(file)!r}, weights_only=True)['module']"
             yield f"model.load_state_dict({load}, strict=False)  # load_universal leaves out frozen, buffers"
     options = "" if checkpoint.train_state.scheduler else ", load_lr_scheduler_states=False"
     on = f"  # on {layout.dp_degree} ranks" if layout.zero_stage is not None else ""
     yield f"path, client_state = engine.load_checkpoint({str(dst)!r}{options}){on}"
     if layout.zero_stage is None:
-        yield from _stage3(checkpoint, dst / (layout.tag or "") / "zero/optimizer_state.pt")
+        yield from _stage3(checkpoint)
 
 
-def _stage3(checkpoint: Checkpoint, settings: Path) -> Iterator[str]:
+def _stage3(checkpoint: Checkpoint) -> Iterator[str]:
     """What stage 3 gets wrong: settings of the first group for all, one tensor as the step of all."""
     hypers = [group.hyper for group in checkpoint.groups]
-    if any(not same(dict(hyper), dict(hypers[0])) for hyper in hypers[1:]):
-        saved = f"torch.load({str(settings)!r}, weights_only=False)['param_groups']"
+    keys = dict.fromkeys(key for hyper in hypers for key in hyper)
+    unlike = [
+        key
+        for key in keys
+        if any(key not in hyper or not same(hyper[key], hypers[0].get(key)) for hyper in hypers)
+    ]
+    own = [{key: hyper[key] for key in unlike if key in hyper} for hyper in hypers]
+    if unlike and all(_is_literal(value) for hyper in own for value in hyper.values()):
         yield (
-            f"for group, saved in zip(engine.optimizer.param_groups, {saved}): "
-            "group.update({k: v for k, v in saved.items() if k != 'params'})  # stage 3 alone needs it"
+            f"for group, saved in zip(engine.optimizer.param_groups, {own}): "
+            "group.update(saved)  # stage 3 alone needs it"
+        )
+    elif unlike:
+        yield (
+            f"# stage 3 takes the first group's {escape(', '.join(unlike))} for all groups: set them in "
+            "engine.optimizer.param_groups as your run's configuration has them"
         )
     steps = [value for group in checkpoint.groups for value in group.scalars.get(STEP, {}).values()]
     if any(isinstance(step, TensorRef) for step in steps):
@@ -69,7 +84,20 @@ def _stage3(checkpoint: Checkpoint, settings: Path) -> Iterator[str]:
         )
 
 
-def is_plain(checkpoint: Checkpoint) -> bool:
-    """Whether torch.load takes the client's values with weights_only."""
+def _own_classes(checkpoint: Checkpoint, file: Path) -> Iterator[str]:
+    """What to do first where weights_only=True refuses the client's values: no line loads without it."""
     held = (checkpoint.client, checkpoint.extra_state, checkpoint.train_state.scheduler)
-    return not any(isinstance(leaf, Opaque) for value in held for _, leaf in leaves(value))
+    if any(isinstance(leaf, Opaque) for value in held for _, leaf in leaves(value)):
+        yield (
+            "# it holds classes of your training code: "
+            f"torch.serialization.get_unsafe_globals_in_checkpoint({str(file)!r}) names them, and "
+            "torch.serialization.add_safe_globals takes those that you know"
+        )
+
+
+def _is_literal(value: Value) -> bool:
+    """Whether its repr is the value in Python's syntax."""
+    return not any(
+        isinstance(leaf, Opaque | TensorRef) or (isinstance(leaf, float) and not isfinite(leaf))
+        for _, leaf in leaves(value)
+    )

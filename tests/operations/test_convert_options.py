@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -253,3 +255,39 @@ def test_buffers_and_frozen_weights_are_told_apart_in_a_single_file(tmp_path: Pa
     assert (made.buffers, made.frozen) == (source.buffers, source.frozen)
     assert "buffer_names" not in made.client
     assert all(isinstance(ref, TensorRef) for ref in made.tensors.values())
+
+
+def test_no_line_loads_more_than_weights(tmp_path: Path) -> None:
+    """Objects in the client's values: torch names them, and the lines run when it was told of them."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    trained(optimizer, model)
+    made = convert(
+        saved(tmp_path / "a.pt", model, optimizer, args=Namespace(lr=1)), tmp_path / "b.pt", to="pt"
+    )
+    words, *lines = made.next[1:]
+    assert words.startswith("#") and "add_safe_globals" in words
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(made.destination)
+    assert names == ["argparse.Namespace"]
+    again = net()
+    fresh = torch.optim.AdamW(again.parameters())
+    with torch.serialization.safe_globals([Namespace]):
+        scope = {"model": again, "optimizer": fresh, "torch": torch}
+        for line in lines:
+            exec(line, scope)
+    assert trained(fresh, again) == trained(optimizer, model)
+
+
+def test_settings_of_groups_that_differ_are_said_as_values(tmp_path: Path) -> None:
+    """Stage 3 takes those of the first group for all: the line gives each group its own."""
+    model = net()
+    kinds = [[p for p in model.parameters() if p.ndim == n] for n in (2, 1)]
+    other = {"params": kinds[1], "weight_decay": 0.0, "betas": (0.8, 0.9)}
+    optimizer = torch.optim.AdamW([{"params": kinds[0]}, other])
+    trained(optimizer, model)
+    made = convert(saved(tmp_path / "a.pt", model, optimizer), tmp_path / "u", to="universal")
+    (line,) = (line for line in made.next if line.startswith("for group, saved"))
+    engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"lr": 1e-3}, {"lr": 1e-3}]))
+    exec(line, {"engine": engine})
+    decays = [(group["weight_decay"], group["betas"]) for group in engine.optimizer.param_groups]
+    assert decays == [(0.01, (0.9, 0.999)), (0.0, (0.8, 0.9))]
