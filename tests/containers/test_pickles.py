@@ -38,6 +38,8 @@ from ckpttools.containers.pickles import (
     as_mapping,
     dumps,
     loads,
+    machine,
+    opcodes,
     plain,
     read,
     walk,
@@ -212,7 +214,7 @@ def test_opcodes_that_python_no_longer_writes(name: str) -> None:
 def test_every_opcode_is_known_or_refused_on_purpose() -> None:
     refused = {"PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
     for op in pickletools.opcodes:
-        known = read._TABLE[ord(op.code)] is not None
+        known = opcodes.TABLE[ord(op.code)] is not None
         assert known == (op.name not in refused), op.name
 
 
@@ -634,7 +636,7 @@ def test_work_that_leaves_nothing_is_refused_at_once(name: str) -> None:
 
 def test_limits_of_opcodes_and_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "MAX_OPCODES", 1000)
-    monkeypatch.setattr(read, "MAX_CALLS", 100)
+    monkeypatch.setattr(machine, "MAX_CALLS", 100)
     for data in (b"N" + b"q\0" * 2000, b"]" + b"Na" * 1000, b"ca\nb\n" * 101, b"]ca\nb\n" + b")R" * 100):
         with pytest.raises(Reject, match="more than"):
             loads(P + data + b".")
@@ -648,8 +650,8 @@ def test_long_logs_are_read() -> None:
 
 
 def test_limits_of_stack_and_memo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "MAX_STACK", 1000)
-    monkeypatch.setattr(read, "MAX_MEMO", 1000)
+    monkeypatch.setattr(machine, "MAX_STACK", 1000)
+    monkeypatch.setattr(machine, "MAX_MEMO", 1000)
     for data in (P + b"N" * 2000 + b".", b"\x80\x04N" + b"\x94" * 2000 + b"."):
         with pytest.raises(Reject, match="limit"):
             loads(data)

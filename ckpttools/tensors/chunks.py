@@ -1,8 +1,4 @@
-"""Tensors as data on disk: a dtype, a shape and the byte ranges that hold the value, unread.
-
-A `TensorRef` is immutable and cheap; slicing and joining it moves no data. Its chunks, concatenated,
-are the tensor's value in C order, little-endian.
-"""
+"""Where a tensor's bytes are, or what they are computed from: chunks, which can be cut and joined unread."""
 
 from __future__ import annotations
 
@@ -10,70 +6,10 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
 from typing import Any, TypeVar
 
 from ckpttools.location import Location
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DType:
-    """An element type. `name` is torch's (`bfloat16`), `short` the command line's (`bf16`)."""
-
-    name: str
-    short: str
-    itemsize: int
-    safetensors: str | None  # the code in a safetensors header; None where that format has none
-    storage: str | None  # torch's typed storage class; None for types that only UntypedStorage holds
-
-    @property
-    def is_float(self) -> bool:
-        return self.name.startswith(("float", "bfloat"))
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def _dtype(name: str, short: str, itemsize: int, safetensors: str | None, storage: str | None) -> DType:
-    return DType(name=name, short=short, itemsize=itemsize, safetensors=safetensors, storage=storage)
-
-
-FLOAT64 = _dtype("float64", "fp64", 8, "F64", "DoubleStorage")
-FLOAT32 = _dtype("float32", "fp32", 4, "F32", "FloatStorage")
-FLOAT16 = _dtype("float16", "fp16", 2, "F16", "HalfStorage")
-BFLOAT16 = _dtype("bfloat16", "bf16", 2, "BF16", "BFloat16Storage")
-INT64 = _dtype("int64", "int64", 8, "I64", "LongStorage")
-UINT8 = _dtype("uint8", "uint8", 1, "U8", "ByteStorage")
-
-DTYPES: dict[str, DType] = {
-    d.name: d
-    for d in (
-        FLOAT64,
-        FLOAT32,
-        FLOAT16,
-        BFLOAT16,
-        INT64,
-        _dtype("int32", "int32", 4, "I32", "IntStorage"),
-        _dtype("int16", "int16", 2, "I16", "ShortStorage"),
-        _dtype("int8", "int8", 1, "I8", "CharStorage"),
-        UINT8,
-        _dtype("bool", "bool", 1, "BOOL", "BoolStorage"),
-        _dtype("uint16", "uint16", 2, "U16", None),
-        _dtype("uint32", "uint32", 4, "U32", None),
-        _dtype("uint64", "uint64", 8, "U64", None),
-        _dtype("complex64", "complex64", 8, "C64", "ComplexFloatStorage"),
-        _dtype("complex128", "complex128", 16, None, "ComplexDoubleStorage"),
-        _dtype("float8_e4m3fn", "fp8_e4m3", 1, "F8_E4M3", None),
-        _dtype("float8_e5m2", "fp8_e5m2", 1, "F8_E5M2", None),
-        _dtype("float8_e4m3fnuz", "fp8_e4m3fnuz", 1, "F8_E4M3FNUZ", None),
-        _dtype("float8_e5m2fnuz", "fp8_e5m2fnuz", 1, "F8_E5M2FNUZ", None),
-        _dtype("float8_e8m0fnu", "fp8_e8m0", 1, "F8_E8M0", None),
-    )
-}
-BY_STORAGE: dict[str, DType] = {d.storage: d for d in DTYPES.values() if d.storage}
-BY_SAFETENSORS: dict[str, DType] = {d.safetensors: d for d in DTYPES.values() if d.safetensors}
-# conversions that lose nothing, by name
-EXACT = {(a, b) for a in ("float16", "bfloat16") for b in ("float32", "float64")} | {("float32", "float64")}
+from ckpttools.tensors.dtypes import DType
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,63 +220,6 @@ Chunk = Source | Cast | Mean
 C = TypeVar("C", bound=Chunk)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor that has not been read: the value is the concatenation of its chunks."""
-
-    dtype: DType
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    def flat(self, start: int, numel: int) -> TensorRef:
-        """Elements `start` to `start + numel` as a 1-D tensor, still unread."""
-        if not 0 <= start <= start + numel <= self.numel:
-            raise ValueError(f"elements {start}..{start + numel} of a tensor of {self.numel}")
-        item = self.dtype.itemsize
-        return TensorRef(self.dtype, (numel,), cut_chunks(self.chunks, start * item, numel * item))
-
-    def view(self, shape: tuple[int, ...]) -> TensorRef:
-        """The same value in another shape of as many elements."""
-        if math.prod(shape) != self.numel:
-            raise ValueError(f"{self.numel} elements do not fill the shape {shape}")
-        return TensorRef(self.dtype, shape, self.chunks)
-
-    def cast(self, dtype: DType) -> TensorRef:
-        """The same values as `dtype`, still unread, rounded at most once.
-
-        Raises ValueError for one that was rounded already: cast the tensor that it was made from.
-        """
-        if dtype is self.dtype:
-            return self
-        if any(isinstance(chunk, Mean) for chunk in self.chunks):
-            if not all(isinstance(chunk, Mean) for chunk in self.chunks):
-                raise ValueError("a tensor of which some elements are means cannot be cast")
-            means = (chunk for chunk in self.chunks if isinstance(chunk, Mean))
-            return TensorRef(dtype, self.shape, tuple(Mean(mean.terms, dtype) for mean in means))
-        parts: list[tuple[DType, Source]] = []
-        for chunk in self.chunks:
-            assert not isinstance(chunk, Mean)
-            if not isinstance(chunk, Cast):
-                parts.append((self.dtype, chunk))
-            elif (chunk.source.name, chunk.target.name) in EXACT:
-                parts += ((chunk.source, inner) for inner in chunk.chunks)
-            else:
-                raise ValueError("a cast tensor cannot be cast again: cast the one that it was made from")
-        out: list[Chunk] = []
-        for source, run in groupby(parts, key=itemgetter(0)):
-            chunks = tuple(chunk for _, chunk in run)
-            out += chunks if source is dtype else (Cast(chunks, source, dtype),)
-        return TensorRef(dtype, self.shape, tuple(out))
-
-
 def cut_chunks(chunks: Iterable[C], start: int, nbytes: int) -> tuple[C, ...]:
     """Bytes `start` to `start + nbytes` of the concatenation of `chunks`."""
     out: list[Any] = []
@@ -380,62 +259,3 @@ def join_chunks(chunks: Iterable[C]) -> tuple[C, ...]:
 def _dtypes(chunk: Chunk) -> tuple[DType, DType] | None:
     """What a cast converts from and to; None for bytes as they lie."""
     return (chunk.source, chunk.target) if isinstance(chunk, Cast) else None
-
-
-def cat(tensors: Iterable[TensorRef], dtype: DType) -> TensorRef:
-    """The 1-D concatenation of the tensors' elements, all of type `dtype`."""
-    refs = list(tensors)
-    if any(ref.dtype is not dtype for ref in refs):
-        raise ValueError("tensors of several dtypes cannot be joined")
-    chunks = join_chunks(chunk for ref in refs for chunk in ref.chunks)
-    return TensorRef(dtype, (sum(ref.numel for ref in refs),), chunks)
-
-
-class Flat:
-    """A long 1-D tensor made of many pieces, cut at many places: prefix sums make each cut cheap.
-
-    ZeRO's flat groups are joined from one piece per rank and cut at every parameter.
-    """
-
-    __slots__ = ("_chunks", "_starts", "dtype", "numel")
-
-    def __init__(self, ref: TensorRef) -> None:
-        self.dtype, self.numel = ref.dtype, ref.numel
-        self._chunks = ref.chunks
-        self._starts = [0]
-        for chunk in ref.chunks:
-            self._starts.append(self._starts[-1] + chunk.nbytes)
-
-    def cut(self, start: int, numel: int, shape: tuple[int, ...] | None = None) -> TensorRef:
-        """Elements `start` to `start + numel`, as `shape`."""
-        from bisect import bisect_right
-
-        if not 0 <= start <= start + numel <= self.numel:
-            raise ValueError(f"elements {start}..{start + numel} of a tensor of {self.numel}")
-        item = self.dtype.itemsize
-        first = max(bisect_right(self._starts, start * item) - 1, 0)
-        offset = self._starts[first] if self._chunks else 0
-        rest = (self._chunks[i] for i in range(first, len(self._chunks)))  # no copy of a long tail
-        chunks = cut_chunks(rest, start * item - offset, numel * item)
-        return TensorRef(self.dtype, (numel,) if shape is None else shape, chunks)
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a C-contiguous tensor of this shape (as torch gives them)."""
-    strides = [1] * len(shape)
-    for i in range(len(shape) - 2, -1, -1):
-        strides[i] = strides[i + 1] * max(shape[i + 1], 1)
-    return tuple(strides)
-
-
-def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether a view with these strides lies on disk in C order without holes."""
-    if math.prod(shape) == 0:
-        return True
-    expected = 1
-    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if n != 1:
-            if stride != expected:
-                return False
-            expected *= n
-    return True
