@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpttools.stores.files import small_text
+
 TEXT = Path(__file__).with_name("problems.md")
 MEND = "What to do: "
 _SENTENCE = re.compile(r"(.+?[.:!?])(\s|$)")
@@ -34,7 +36,7 @@ def _read() -> dict[str, Explanation]:
     """Every id's explanation, in the file's order. Raises ValueError where the file is not in its form."""
     found: dict[str, Explanation] = {}
     kind = ""
-    for section in re.split(r"\n(?=##)", TEXT.read_text("utf-8")):
+    for section in re.split(r"\n(?=##)", small_text(TEXT, 1 << 20)):
         heading, *paragraphs = (" ".join(part.split()) for part in section.strip().split("\n\n"))
         level, _, title = heading.partition(" ")
         if level == "##":

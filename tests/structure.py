@@ -29,6 +29,12 @@ OPENING = {
     "rglob",
 }
 OPENING |= {"is_symlink", "samefile", "readlink"}
+# the places that may change the file system; the demo has a folder of its own
+WRITERS = ("execute", "trainer")
+DEMO = Path("cli/demo.py")
+CHANGING = {"unlink", "rmdir", "rename", "mkdir", "touch", "chmod", "write_text", "write_bytes", "utime"}
+CHANGING_OS = {"replace", "remove", "makedirs", "link", "symlink"}
+CHANGING |= {"symlink_to", "hardlink_to", "rmtree", "move", "remove_dir", "truncate"}
 SYSTEM = {"open", "stat", "lstat", "listdir", "scandir", "walk", "access", "readlink"}  # of os
 
 
@@ -151,6 +157,25 @@ def _opens(called: str) -> bool:
     return name in OPENING and before.rpartition(".")[2] not in ("entry", "store")
 
 
+def changing() -> list[str]:
+    """Calls outside the places for it that make, replace or remove something: `module:line call`."""
+    out = []
+    for path, tree in modules().items():
+        if part(path) in WRITERS or path == DEMO:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                before, name = ast.unparse(node.func.value), node.func.attr
+                if before != "self" and (name in CHANGING or (before == "os" and name in CHANGING_OS)):
+                    out.append(f"{path.as_posix()}:{node.lineno} {before}.{name}")
+    return out
+
+
+def lengths() -> dict[str, int]:
+    """Lines of each module."""
+    return {p.relative_to(PACKAGE).as_posix(): len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
+
+
 def frameworks() -> dict[str, list[str]]:
     """Modules outside frameworks/ that import one framework by name."""
     names = {p.stem for p in (PACKAGE / "frameworks").glob("*.py")} - {"__init__"}
@@ -207,10 +232,6 @@ def spelling_frameworks() -> dict[str, list[str]]:
     return out
 
 
-def lines() -> int:
-    return sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
-
-
 def main() -> None:
     if "--svg" in sys.argv:
         print(svg(), end="")
@@ -222,7 +243,11 @@ def main() -> None:
         print(f"{len(where):3} places of the framework {name}: {', '.join(where)}")
     found = opening()
     print(f"{len(found):3} calls open, list or look up a path by themselves: {', '.join(found) or '-'}")
-    print(f"{lines()} lines in {len(modules())} modules")
+    changed = changing()
+    print(f"{len(changed):3} calls write or remove by themselves: {', '.join(changed) or '-'}")
+    counts = lengths()
+    longest = max(counts, key=lambda path: counts[path])
+    print(f"{sum(counts.values())} lines in {len(counts)} modules; the longest, {longest}: {counts[longest]}")
     print("layers, lowest first:", " | ".join(" ".join(row) for row in layers(graph())))
 
 

@@ -14,6 +14,7 @@ from ckpttools.cli import render
 from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, SRC, TAG, WORKERS, number
 from ckpttools.cli.resume_report import document, show
 from ckpttools.errors import CkptError
+from ckpttools.stores.files import is_file, is_folder
 
 
 @click.command("resume-check")
@@ -113,7 +114,7 @@ def _is_trainers(config: Path) -> bool:
     from ckpttools.resume import read_yaml
     from ckpttools.trainer.config import Config
 
-    if config.suffix not in (".yaml", ".yml") or not config.is_file():
+    if config.suffix not in (".yaml", ".yml") or not is_file(config):
         return False
     return set(read_yaml(config)) <= set(Config.__dataclass_fields__)
 
@@ -134,9 +135,9 @@ def _auto_resume(src: Path) -> Iterator[Any]:
     from ckpttools.frameworks.rules import AutoResume
     from ckpttools.trainer import folders, search
 
-    if src.is_dir() and (found := folders.tags(src)):
+    if is_folder(src) and (found := folders.tags(src)):
         taken = next(iter(search.newest_first(src)), None)
-        pointer = (src / folders.POINTER).is_file()
+        pointer = is_file(src / folders.POINTER)
         yield AutoResume(
             framework="ckpt train --resume",
             path=taken,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -107,7 +104,10 @@ def command(
             verdicts.append(verdict)
             if verdict.manifest is not None and verdict.ok:
                 place, contents = verdict.manifest
-                _write_manifest(local(place), contents, quiet=quiet)
+                from ckpttools.execute.small import replace
+
+                replace(local(place), contents, unseen=True)
+                render.say(f"wrote {escape(place)}", quiet=quiet)
             if not as_json:
                 _show(verdict, quick=quick, subset=subset, quiet=quiet, brief=several and not newest)
     if as_json:
@@ -145,19 +145,6 @@ def _verdicts(
         if alone:
             raise
         yield refused(path, error)
-
-
-def _write_manifest(place: Path, contents: bytes, *, quiet: bool) -> None:
-    """Write the manifest atomically. The folder keeps its times: some frameworks choose by them."""
-    from ckpttools.execute import execute
-    from ckpttools.plan import Literal, OutputFile, Plan
-
-    times = place.parent.stat()
-    plan = Plan(files=(OutputFile(path="", segments=(Literal(contents),)),))
-    execute(plan, place, force=True)
-    with contextlib.suppress(OSError):  # in a folder of somebody else
-        os.utime(place.parent, ns=(times.st_atime_ns, times.st_mtime_ns))
-    render.say(f"wrote {escape(place)}", quiet=quiet)
 
 
 def _show(verdict: Verdict, *, quick: bool, subset: str | None, quiet: bool, brief: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ckpttools.errors import UsageError, escape
@@ -29,8 +30,22 @@ def check_place(dst: Path, ours: Sequence[bytes], *, force: bool) -> None:
 
 def put(dst: Path, data: bytes, ours: Sequence[bytes] = PICTURES, *, force: bool = False) -> None:
     """Write a whole file, by one rename. Raises UsageError as `check_place` does, or where it cannot be."""
-    plan = Plan(files=(OutputFile(path="", segments=(Literal(data),)),))
-    execute(plan, dst, force=force, replaces=lambda: _replaceable(dst, ours))
+    execute(_plan(data), dst, force=force, replaces=lambda: _replaceable(dst, ours))
+
+
+def replace(dst: Path, data: bytes, *, unseen: bool = False) -> None:
+    """Write a whole file whose name is ours alone (a manifest, a pin), by one rename, over an older one.
+    With `unseen` the folder keeps its times: some frameworks choose by them.
+    """
+    times = dst.parent.stat() if unseen else None
+    execute(_plan(data), dst, force=True)
+    if times is not None:
+        with suppress(OSError):  # in a folder of somebody else
+            os.utime(dst.parent, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def _plan(data: bytes) -> Plan:
+    return Plan(files=(OutputFile(path="", segments=(Literal(data),)),))
 
 
 def _replaceable(dst: Path, ours: Sequence[bytes]) -> str:

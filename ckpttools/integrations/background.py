@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpttools.errors import CkptError
+from ckpttools.execute.small import replace
 from ckpttools.integrations.guard import LAST_VERIFIED, damage
 from ckpttools.operations.prune import prune
 from ckpttools.runs import extent
@@ -57,9 +58,7 @@ def _name(folder: Path, checkpoint: Path) -> None:
         named = folder / (folder / LAST_VERIFIED).read_text("utf-8")
         if extent(named)[0] > extent(checkpoint)[0]:
             return
-    staged = folder / f".{LAST_VERIFIED}.{os.getpid()}"
-    staged.write_text(checkpoint.name, "utf-8")
-    staged.replace(folder / LAST_VERIFIED)
+    replace(folder / LAST_VERIFIED, checkpoint.name.encode())
 
 
 def _said(problem: CkptError | None, *notes: str) -> dict[str, Any]:

@@ -43,7 +43,10 @@ def append(path: Path, found: Sequence[Experiment], parent: str | None = None) -
     head = "" if text else write(COLUMNS) + ("| --- | --- | --- | --- | --- |\n" if form == ".md" else "")
     if text and not text.endswith("\n"):
         head = "\n"
-    _write(path, text + head + "".join(map(write, new)))
+    from ckpttools.execute.small import replace
+
+    # what was there stays: it is the beginning of the text
+    replace(path, (text + head + "".join(map(write, new))).encode())
     return new
 
 
@@ -120,11 +123,3 @@ def _cell(value: object) -> object:
         return value
     text = "" if value is None else escape(value, 4000)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-
-def _write(path: Path, text: str) -> None:
-    from ckpttools.execute import execute
-    from ckpttools.plan import Literal, OutputFile, Plan
-
-    plan = Plan(files=(OutputFile(path="", segments=(Literal(text.encode()),)),))
-    execute(plan, path, force=True)  # what was there stays: it is the beginning of the text

@@ -25,8 +25,7 @@ def pin(path: str | Path, reason: str | None = None) -> Pin:
     >>> unpin(copy / "checkpoint-2").reason
     "the paper's"
     """
-    from ckpttools.execute import execute
-    from ckpttools.plan import Literal, OutputFile, Plan
+    from ckpttools.execute.small import replace
 
     path = Path(path)
     try:
@@ -38,8 +37,7 @@ def pin(path: str | Path, reason: str | None = None) -> Pin:
     except CkptError:
         pass  # a damaged one may be worth keeping, too
     made = Pin(path=path, who=_who(), when=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason)
-    plan = Plan(files=(OutputFile(path="", segments=(Literal(pins.dump(made)),)),))
-    execute(plan, pin_place(path), force=True)
+    replace(pin_place(path), pins.dump(made))
     return made
 
 
@@ -51,6 +49,8 @@ def unpin(path: str | Path) -> Pin:
     >>> pin(copy / "checkpoint-4").reason, unpin(copy / "checkpoint-4").reason
     (None, None)
     """
+    from ckpttools.execute.removing import remove_file
+
     path = Path(path)
     found = pins.of(path)
     if found is None:
@@ -58,7 +58,7 @@ def unpin(path: str | Path) -> Pin:
             "not-pinned", "the checkpoint is not pinned", where=path, hint="ckpt ls shows what is"
         )
     try:
-        pin_place(path).unlink()
+        remove_file(pin_place(path))
     except OSError as error:
         raise UsageError(
             "no-permission", f"the pin cannot be removed: {escape(error.strerror)}", where=pin_place(path)

@@ -1,20 +1,15 @@
 """Removing old checkpoints: a plan of what goes and why the rest stays, then its execution.
 
-What goes gets another name first (siblings.GONE), by one rename, and is deleted then: whatever ends the
-program in between leaves no half checkpoint, and the next prune deletes the rest. A manifest beside a single
-file goes before the file: a manifest without its file would describe nothing.
+Whatever ends the program in between leaves no half checkpoint (execute.removing), and the next prune deletes
+the rest. A manifest beside a single file goes before the file: a manifest without its file would describe
+nothing.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-import stat
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +17,7 @@ from pathlib import Path
 from ckpttools import checks, manifest, runs
 from ckpttools.checks import Verdict
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.execute.removing import delete, freed, remove_file, remove_whole
 from ckpttools.operations import slim as slimming
 from ckpttools.operations.replacing import somebodys
 from ckpttools.operations.slim import Slim
@@ -29,7 +25,6 @@ from ckpttools.operations.writing import Bar
 from ckpttools.runs import needs, pins
 from ckpttools.runs.find import Entry
 from ckpttools.runs.retain import Decision, Policy, decide, require_best
-from ckpttools.stores.disk import look
 from ckpttools.stores.files import is_file, is_folder, is_link, local, walk
 
 
@@ -129,7 +124,8 @@ def plan_of(
     return Pruning(
         folder=folder,
         runs=tuple(decided),
-        nbytes=freed([*gone, *around.left]) - sum(each.nbytes for each in slimmed.values()),
+        nbytes=freed(file for path in (*gone, *around.left) for file in _tree(path))
+        - sum(each.nbytes for each in slimmed.values()),
         left=around.left,
         slimmed=slimmed,
         notes=tuple(notes),
@@ -196,19 +192,6 @@ def _held(
                 yield f"it holds what is somebody's own: {escape(own[0].relative_to(path))}"
 
 
-def freed(paths: list[Path]) -> int:
-    """The bytes that removing these frees: of each file whose every hard link goes."""
-    names: Counter[tuple[int, int]] = Counter()
-    files: dict[tuple[int, int], os.stat_result] = {}
-    for path in paths:
-        for file in _tree(path):
-            with suppress(OSError):
-                found = look(file)
-                names[found.st_dev, found.st_ino] += 1
-                files[found.st_dev, found.st_ino] = found
-    return sum(found.st_size for key, found in files.items() if names[key] >= found.st_nlink)
-
-
 def _tree(path: Path) -> Iterator[Path]:
     if is_link(path) or not is_folder(path):
         yield path
@@ -231,7 +214,8 @@ def carry_out(
     plan saw, or the system refuses; what was removed before stays removed.
     """
     for path in plan.left:
-        _delete(path)
+        with _removing(path):
+            delete(path)
     for run, decisions in plan.runs:
         for decision in reversed(decisions):
             if decision.goes:
@@ -246,14 +230,10 @@ def carry_out(
 def _remove(entry: Entry, run: Path, folder: Path) -> None:
     path = local(entry.path)
     _refuse_changed(entry, run, folder)
-    gone = path.with_name(f".ckpt-gone-{secrets.token_hex(8)}")
-    try:
+    with _removing(path):
         if not is_folder(path):
-            local(manifest.beside(path)).unlink(missing_ok=True)
-        path.rename(gone)
-    except OSError as error:
-        raise _failed(path, error) from None
-    _delete(gone)
+            remove_file(local(manifest.beside(path)))
+        remove_whole(path)
 
 
 def _refuse_changed(entry: Entry, run: Path, folder: Path) -> None:
@@ -273,23 +253,15 @@ def _refuse_changed(entry: Entry, run: Path, folder: Path) -> None:
         )
 
 
-def _delete(path: Path) -> None:
+@contextmanager
+def _removing(path: Path) -> Iterator[None]:
     try:
-        if stat.S_ISDIR(look(path).st_mode):
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except FileNotFoundError:
-        return  # another prune was faster
+        yield
     except OSError as error:
-        raise _failed(path, error) from None
-
-
-def _failed(path: Path, error: OSError) -> UsageError:
-    return UsageError(
-        "not-removed",
-        f"the system refused to remove it: {escape(error.strerror)}",
-        where=path,
-        why="what was removed before stays removed; no checkpoint is left in half",
-        hint="mend the permissions and run ckpt prune again: it goes on where this one stopped",
-    )
+        raise UsageError(
+            "not-removed",
+            f"the system refused to remove it: {escape(error.strerror)}",
+            where=path,
+            why="what was removed before stays removed; no checkpoint is left in half",
+            hint="mend the permissions and run ckpt prune again: it goes on where this one stopped",
+        ) from None

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError, escape
-from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.stores.files import local
 
 
@@ -38,6 +37,7 @@ class Sidecar:
         """
         from ckpttools import manifest
         from ckpttools.checks import manifest_of_staged
+        from ckpttools.execute.removing import remove_file
         from ckpttools.execute.system import write_errors
 
         try:
@@ -49,16 +49,15 @@ class Sidecar:
             raise written_wrong(self.dst, error.message, error.id, error.where) from None
         self.contents = more(self.contents, local(manifest.beside(staged)))
         with write_errors(self.dst):
-            self.place.unlink(missing_ok=True)
+            remove_file(self.place)
         return {}
 
     def write(self) -> list[str]:
         """Write the manifest; returns what to tell where that failed. The destination is whole either way."""
-        from ckpttools.execute import execute
+        from ckpttools.execute.small import replace
 
-        plan = Plan(files=(OutputFile(path="", segments=(Literal(self.contents),)),))
         try:
-            execute(plan, self.place, force=True)
+            replace(self.place, self.contents)
         except CkptError as error:
             return [
                 f"{escape(self.dst.name)} is whole, but its manifest could not be written: "

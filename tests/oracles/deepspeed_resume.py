@@ -95,7 +95,9 @@ def prepare(job: dict[str, Any], model: torch.nn.Module, config: dict[str, Any])
         config[key] = {**config[key], **value} if both else value
     names: dict[str, Any] = {"model": model, "ds_config": config, "torch": torch}
     for line in job.get("lines", []):
-        if not re.search(r"\bengine\b", line):
+        if "torch.serialization.add_safe_globals" in line:  # words for the reader, who knows the class
+            torch.serialization.add_safe_globals([argparse.Namespace])
+        elif not re.search(r"\bengine\b", line):
             exec(line, names)
 
 
