@@ -33,13 +33,13 @@ def _launch(source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None
     return launch(dst, "N" if ranks is None else ranks, not source.inner)
 
 
-def weights(dst: Path, form: str, *, single: bool, configured: bool) -> tuple[str, ...]:
+def weights(dst: Path, form: str, *, single: bool, configured: bool, keyed: bool = False) -> tuple[str, ...]:
     """How weights are loaded: a folder by transformers where its configuration is there, else a file."""
     path = repr(str(dst))
     if single and form == "safetensors":
         load = f"safetensors.torch.load_file({path})"
     elif single:
-        load = f"torch.load({path}, weights_only=True)"
+        load = f"torch.load({path}, weights_only=True)" + ("['model_state_dict']" if keyed else "")
     elif configured:
         load = f"transformers.AutoModel.from_pretrained({path})"
     else:

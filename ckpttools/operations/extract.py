@@ -54,8 +54,9 @@ def extract(
 
     `dst` is a folder, which transformers loads, or one file; `form` is by its suffix, else safetensors.
     `copy` is "master" for the fp32 master weights (the default where there are any) or "model" for those
-    trained with. `max_shard_size` is in bytes and holds for folders. `key` is where the weights lie in a
-    file of torch.save, if under an unusual name.
+    trained with. One torch file has what is known of global_step, epoch, train_loss and val_loss beside
+    `model_state_dict`; a `.bin` and a folder are weights alone. `max_shard_size` is in bytes and holds for
+    folders. `key` is where the weights lie in a file of torch.save, if under an unusual name.
 
     >>> made = extract("fixtures/trainer/z2_bf16_2", out / "half.safetensors", dtype="bf16")
     >>> [(file.path or made.destination.name) for file in made.plan.files]
@@ -98,16 +99,24 @@ def write(
     how: Writing | None,
     label: str,
 ) -> Written:
-    """Weights as a model's folder, or one file by `dst`'s suffix, with the configuration of `source`."""
+    """Weights as a model's folder, or one file by `dst`'s suffix, with the configuration of `source`.
+
+    A torch file of weights that were `extract`ed has the source's counters; a mean has none of its own.
+    """
     single = dst.name.endswith(SINGLE_FILES[form])
-    variant = "bin" if form == "pt" else None
+    # transformers loads a .bin, as a bare state dict
+    keyed = single and label == "extract" and dst.suffix != ".bin"
+    variant = None if form != "pt" else "pt" if keyed else "bin"
     layout = Layout(format="hf", variant=variant, single=single, max_shard_size=max_shard_size)
     plan = PLANS[layout.format](weights, layout)
     plan = replace(plan, notes=(*weights.notes, *plan.notes))
     if not single:
         plan = with_config(plan, config, source.root)
     configured = any(file.path in HEADS for file in plan.files)
-    steps = advice.weights(dst, form, single=single, configured=configured)
+    state = weights.train_state
+    counted = (state.step, state.epoch, state.train_loss, state.val_loss) != (None,) * 4
+    kept = variant == "pt" and counted
+    steps = advice.weights(dst, form, single=single, configured=configured, keyed=kept)
     return carry_out(src, dst, plan, how or Writing(), label=label, next=steps)
 
 

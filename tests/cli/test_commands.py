@@ -104,7 +104,7 @@ def test_extract_forms_hold_the_same_weights(path: Path, ckpt: Ckpt, tmp_path: P
         ran = ckpt("extract", path, tmp_path / args[0], "--weights-only", *args[1:])
         assert ran.code == 0, ran.err
     one = load_file(tmp_path / "one.safetensors")
-    whole = torch.load(tmp_path / "torch.pt", weights_only=True)
+    whole = torch.load(tmp_path / "torch.pt", weights_only=True)["model_state_dict"]
     sharded: dict[str, torch.Tensor] = {}
     index = json.loads((tmp_path / "sharded/model.safetensors.index.json").read_text())
     for shard in sorted(set(index["weight_map"].values())):
@@ -120,23 +120,42 @@ def test_extract_forms_hold_the_same_weights(path: Path, ckpt: Ckpt, tmp_path: P
         assert whole[alias].data_ptr() == whole[about[alias]].data_ptr()
 
 
+def test_one_torch_file_keeps_counters_and_losses(ckpt: Ckpt, tmp_path: Path) -> None:
+    source = FIXTURES / "monolithic/full/epoch_2_step_40.pt"
+    saved = torch.load(source, weights_only=True)
+    for name in ("w.pt", "w.pth", "w.ckpt"):
+        ran = ckpt("extract", source, tmp_path / name, "--format", "pt")
+        assert ran.code == 0 and "['model_state_dict']" in ran.err, ran
+        made = torch.load(tmp_path / name, weights_only=True)
+        kept = ["model_state_dict", "global_step", "epoch", "train_loss", "val_loss"]
+        assert list(made) == kept and all(made[key] == saved[key] for key in kept[1:])
+        assert all(torch.equal(made["model_state_dict"][n], t) for n, t in saved["model_state_dict"].items())
+        shown = json.loads(ckpt("inspect", tmp_path / name, "--json").out)
+        assert (shown["step"], shown["epoch"], shown["val_loss"]) == (40, 2, saved["val_loss"])
+    ran = ckpt("extract", source, tmp_path / "w.bin")  # transformers loads it
+    assert "val loss" in ran.err
+    assert torch.load(tmp_path / "w.bin", weights_only=True).keys() == saved["model_state_dict"].keys()
+    assert ckpt("extract", FIXTURES / "monolithic/bare/model.pth", tmp_path / "b.pt").code == 0
+    assert "model_state_dict" not in torch.load(tmp_path / "b.pt", weights_only=True)
+
+
 def test_extract_options(ckpt: Ckpt, tmp_path: Path) -> None:
     frozen = FIXTURES / "deepspeed-0.19.8" / "z2_frozen_ws2"
     assert ckpt("extract", frozen, tmp_path / "a.pt", "--source", "model").code == 0
     saved = torch.load(next(frozen.glob("*/mp_rank*")), weights_only=False)
-    weights = torch.load(tmp_path / "a.pt", weights_only=True)
+    weights = torch.load(tmp_path / "a.pt", weights_only=True)["model_state_dict"]
     assert weights.keys() == saved["module"].keys()
     assert all(torch.equal(weights[n], t) and weights[n].dtype == t.dtype for n, t in saved["module"].items())
     assert ckpt("extract", frozen, tmp_path / "b.pt", "--dtype", "bf16").code == 0
-    cast = torch.load(tmp_path / "b.pt", weights_only=True)
+    cast = torch.load(tmp_path / "b.pt", weights_only=True)["model_state_dict"]
     # the master weights rounded are the weights as trained with
     assert all(torch.equal(cast[name], t) for name, t in saved["module"].items())
     assert ckpt("extract", frozen, tmp_path / "c.pt", "--exclude-frozen-parameters").code == 0
-    trained = torch.load(tmp_path / "c.pt", weights_only=True)
+    trained = torch.load(tmp_path / "c.pt", weights_only=True)["model_state_dict"]
     assert trained.keys() == saved["module"].keys() - saved["frozen_param_shapes"].keys()
     args = ["--include", "*.weight", "--exclude", "ln*", "--strip-prefix", "emb."]
     assert ckpt("extract", frozen, tmp_path / "d.pt", *args).code == 0
-    some = torch.load(tmp_path / "d.pt", weights_only=True)
+    some = torch.load(tmp_path / "d.pt", weights_only=True)["model_state_dict"]
     assert "weight" in some and not any(n.startswith("ln") or n.endswith("bias") for n in some)
     config = FIXTURES / "hf" / "gpt2_tied"
     assert ckpt("extract", frozen, tmp_path / "e", "--hf-config", config).code == 0

@@ -9,6 +9,7 @@ from ckpttools.checkpoint import TrainState
 from ckpttools.tensors import TensorRef
 
 KEYS = ("step", "epoch", "train_loss", "val_loss")
+WEIGHTS, TORCH_KEYS = "model_state_dict", ("global_step", *KEYS[1:])  # of torch files, as training code saves
 FORMAT = "format"  # "pt": which framework's tensors these are
 _INTEGER = re.compile(r"-?\d{1,18}")
 
@@ -17,6 +18,12 @@ def to_metadata(state: TrainState) -> dict[str, str]:
     """What of the training state has a place in the header, as strings that read back as they were."""
     values = (state.step, state.epoch, state.train_loss, state.val_loss)
     return {key: str(value) for key, value in zip(KEYS, values, strict=True) if value is not None}
+
+
+def to_values(state: TrainState) -> dict[str, int | float]:
+    """The same for a torch file, under the keys that training code gives them."""
+    values = (state.step, state.epoch, state.train_loss, state.val_loss)
+    return {key: value for key, value in zip(TORCH_KEYS, values, strict=True) if value is not None}
 
 
 def from_metadata(metadata: Mapping[str, str]) -> TrainState:

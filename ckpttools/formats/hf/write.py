@@ -7,16 +7,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import islice
 
 from ckpttools.checkpoint import Checkpoint, Layout
-from ckpttools.containers.pickles import Global, Node, Object
+from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.safetensors import safetensors_file
 from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
 from ckpttools.errors import escape
-from ckpttools.formats.hf.counters import FORMAT, to_metadata
+from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, to_metadata, to_values
 from ckpttools.formats.hf.names import shard_names
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 
 BIN = "bin"  # the layout's variant for torch files instead of safetensors
+KEYED = "pt"  # that for one torch file with the keys of training code
 NO_LIMIT = 1 << 62
 Tensors = Mapping[str, TensorRef]
 Ties = Mapping[str, str]  # alias -> owner
@@ -27,11 +28,13 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     `layout.single`, one file at the destination itself.
 
     `layout.variant` BIN is for torch files, in which tied names share a storage; else safetensors, in which
-    they are stored once, as transformers does. `layout.stem` begins the names of the files where it is not
-    the usual one. The notes name what of the Checkpoint is not in the files.
+    they are stored once, as transformers does. KEYED puts what is known of counters and losses beside the
+    weights, as training code does, and writes a bare state dict where nothing is. `layout.stem` begins the
+    names of the files where it is not the usual one. The notes name what is not in the files.
     """
     layout = layout or checkpoint.layout
-    binary = layout.variant == BIN
+    binary = layout.variant in (BIN, KEYED)
+    kept = to_values(checkpoint.train_state) if layout.variant == KEYED and layout.single else {}
     tensors = checkpoint.best_copies()
     ties = {a: o for a, o in checkpoint.shared.items() if a in tensors and o in tensors}
     stored = tensors if binary else {name: ref for name, ref in tensors.items() if name not in ties}
@@ -40,7 +43,8 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     def file(path: str, names: Sequence[str]) -> OutputFile:
         mine = {name: stored[name] for name in names}
         if binary:
-            return write_torch_file(path, _state_dict(mine, ties))
+            weights = _state_dict(mine, ties)
+            return write_torch_file(path, Dict.of([(WEIGHTS, weights), *kept.items()]) if kept else weights)
         return safetensors_file(path, mine, about)
 
     if layout.single:
@@ -50,12 +54,14 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
         stem = layout.stem or checkpoint.layout.stem or kind
         files = _folder(stored, ties, file, stem, suffix, layout.max_shard_size or NO_LIMIT)
     notes = () if binary else (f"{escape(a)} is tied to {escape(o)} and stored once" for a, o in ties.items())
-    return Plan(files=tuple(files), notes=(*notes, *_not_held(checkpoint, binary)), checks=checkpoint.checks)
+    lost = _not_held(checkpoint, uncounted=binary and not kept)
+    return Plan(files=tuple(files), notes=(*notes, *lost), checks=checkpoint.checks)
 
 
-def _not_held(checkpoint: Checkpoint, binary: bool) -> Iterator[str]:
-    """What the Checkpoint says and the files do not."""
-    state, lost = checkpoint.train_state, []
+def _not_held(checkpoint: Checkpoint, *, uncounted: bool) -> Iterator[str]:
+    """What the Checkpoint says and the files do not; `uncounted`: nor its counters."""
+    state = checkpoint.train_state
+    lost: list[str] = []
     if checkpoint.groups:
         named = f" ({escape(checkpoint.optimizer)})" if checkpoint.optimizer else ""
         lost.append(f"the optimizer's state{named}")
@@ -63,7 +69,7 @@ def _not_held(checkpoint: Checkpoint, binary: bool) -> Iterator[str]:
         lost.append("the loss scaler")
     if state.scheduler:
         lost.append("the scheduler")
-    if binary:
+    if uncounted:
         lost += [key.replace("_", " ") for key in to_metadata(state)]
     more = {"iteration": state.iteration, "samples": state.samples, "skipped steps": state.skipped_steps}
     lost += [what for what, value in more.items() if value is not None]
