@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import DIGEST, PATH, SRC, how, writing
+from ckpttools.cli.options import DIGEST, HF_CONFIG, PATH, SRC, how, writing
 from ckpttools.errors import UsageError, escape
 from ckpttools.location import Location
 
@@ -20,7 +20,8 @@ from ckpttools.location import Location
     "--to",
     required=True,
     metavar="FORMAT",
-    help="pt (one file), zero1, zero2, zero3 (DeepSpeed folders), dcp (torch distributed), hf (weights).",
+    help="pt (one file), zero1, zero2, zero3, universal (DeepSpeed folders), dcp (torch distributed), "
+    "hf (weights).",
 )
 @click.option("--world-size", type=int, metavar="N", help="The ranks to write for: zero1, zero2, zero3, dcp.")
 @click.option(
@@ -56,6 +57,7 @@ from ckpttools.location import Location
     type=click.Choice(["nested", "flat", "titan", "accelerate"]),
     help="How a distributed checkpoint names its state; nested by default.",
 )
+@HF_CONFIG
 @DIGEST
 @writing
 def command(
@@ -72,6 +74,7 @@ def command(
     mesh: str | None,
     like: Path | None,
     dcp_layout: str | None,
+    hf_config: Path | None,
     digest: bool | None,
     tag: str | None,
     **options: Any,
@@ -97,6 +100,7 @@ def command(
         mesh=mesh,
         like=like,
         dcp_layout=dcp_layout,
+        hf_config=hf_config,
         tag=tag,
         digest=digest,
         how=how(options),

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import DST, KEY, SRC, how, parse_size, writing
+from ckpttools.cli.options import DST, HF_CONFIG, KEY, SRC, how, parse_size, writing
 from ckpttools.errors import UsageError
 from ckpttools.location import Location
 
@@ -43,12 +43,7 @@ from ckpttools.location import Location
     help="fp32 master weights (the default where there are any) or the weights as trained with.",
 )
 @click.option("--exclude-frozen-parameters", is_flag=True, help="Leave out parameters that were not trained.")
-@click.option(
-    "--hf-config",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    metavar="DIR",
-    help="Copy the model's configuration and tokenizer from this folder.",
-)
+@HF_CONFIG
 @click.option(
     "--strip-prefix", default="", metavar="PREFIX", help="Remove this prefix from names that have it."
 )

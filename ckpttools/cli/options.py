@@ -124,6 +124,12 @@ STATS = click.option(
     callback=_stats,
     help="Say at the end how many requests to stores were made, and what came.",
 )
+HF_CONFIG = click.option(
+    "--hf-config",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Copy the model's configuration and tokenizer from this folder.",
+)
 DIGEST = click.option(
     "--digest/--no-digest",
     default=None,

@@ -12,6 +12,7 @@ from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import Unsupported, UsageError, escape
 from ckpttools.formats import PLANS, Source, refuse_rank_local, torch
+from ckpttools.formats.configs import HEADS
 from ckpttools.formats.torch import keys_of, names_buffers, optimizer_of
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
@@ -49,6 +50,7 @@ def convert(
     like: str | Path | None = None,
     mesh: str | None = None,
     dcp_layout: str | None = None,
+    hf_config: str | Path | None = None,
     tag: str | None = None,
     digest: bool | None = None,
     how: Writing | None = None,
@@ -59,15 +61,16 @@ def convert(
     "dcp" (for `world_size` ranks or a `mesh` of them, "2x4", as rows) or "hf" (weights). `dtype` is that of
     the weights; masters and moments stay as they are. `rename` are regular expressions and replacements.
     `optimizer_class` is the class that will load the groups; `like` a checkpoint of the run that will, whose
-    names, groups, settings and dtype are taken. `dcp_layout` is one of formats.dcp's. `digest` as for
-    `reshard`: the result must hold what was to be written.
+    names, groups, settings and dtype are taken. `dcp_layout` is one of formats.dcp's. `hf_config` is the
+    folder that "hf" copies configuration and tokenizer from, where they are not beside the source. `digest`
+    as for `reshard`: the result must hold what was to be written.
 
     >>> made = convert("fixtures/trainer/z2_bf16_2", out / "run.pt", to="pt")
     >>> made.destination.name, made.plan.is_single_file
     ('run.pt', True)
     """
     src, dst = named(src), Path(dst)
-    _check_usage(to, dtype, world_size, mesh, dcp_layout)
+    _check_usage(to, dtype, world_size, mesh, dcp_layout, hf_config)
     _check_like(to, like, optimizer_class)
     world_size, sizes = ranks_of(world_size, mesh)
     source = find(src, tag)
@@ -110,8 +113,10 @@ def convert(
         case "hf":
             checkpoint = weights_only(checkpoint)
             checkpoint = cast(checkpoint, target) if target is not None else checkpoint
-            plan = with_config(PLANS[to](checkpoint, Layout(format="hf")), None, source.root)
-            lines = iter([f"transformers.AutoModel.from_pretrained({str(dst)!r})"])
+            config = Path(hf_config) if hf_config is not None else None
+            plan = with_config(PLANS[to](checkpoint, Layout(format="hf")), config, source.root)
+            configured = any(file.path in HEADS for file in plan.files)
+            lines = iter([f"transformers.AutoModel.from_pretrained({str(dst)!r})"] if configured else [])
         case "zero1" | "zero2" | "zero3" | "universal":
             if to == "zero3" and not names_buffers(checkpoint):
                 checkpoint = replace(checkpoint, frozen=frozenset())  # a guess: the format refuses it
@@ -132,7 +137,12 @@ def convert(
 
 
 def _check_usage(
-    to: str, dtype: str | None, world_size: int | None, mesh: str | None, dcp_layout: str | None
+    to: str,
+    dtype: str | None,
+    world_size: int | None,
+    mesh: str | None,
+    dcp_layout: str | None,
+    hf_config: object,
 ) -> None:
     """Options that do not fit together are refused, not passed over."""
     if to not in TARGETS:
@@ -155,6 +165,8 @@ def _check_usage(
         )
     if dcp_layout is not None and to != "dcp":
         raise UsageError("bad-usage", "--dcp-layout is for --to dcp", hint="leave it out, or use --to dcp")
+    if hf_config is not None and to != "hf":
+        raise UsageError("bad-usage", "--hf-config is for --to hf", hint="leave it out, or use --to hf")
 
 
 def _check_like(to: str, like: object, optimizer_class: str | None) -> None:

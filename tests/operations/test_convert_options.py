@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from ckpttools.errors import CkptError, UsageError
 from ckpttools.findings import ERROR
 from ckpttools.formats import open_checkpoint
 from ckpttools.operations.convert import TARGETS, convert
+from ckpttools.operations.digest import digest
 from ckpttools.tensors import TensorRef
 
 SAMPLES = FIXTURES / "deepspeed-0.19.8"
@@ -238,6 +240,79 @@ def test_quantised_state_is_refused_by_name(to: Any, tmp_path: Path) -> None:
     assert caught.value.id == "state-quantised" and "state1" in caught.value.message
     assert convert(source, tmp_path / "b.pt", to="pt").destination.is_file()
     convert(source, tmp_path / "z", to=to, reset_optimizer=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["bf16", "fp16", "amsgrad", "cpuadam", "lion", "adagrad", "sgd", "nadam", "bnb_adamw"],
+)
+def test_deepspeeds_optimizers_there_and_back(name: str, tmp_path: Path) -> None:
+    """From DeepSpeed over each form and back: one digest of weights, moments and steps."""
+    source = SAMPLES / f"z2_{name}_ws2"
+    state = digest(source).digests.state
+    for to, file in (("dcp", "d"), ("pt", "p.pt")):
+        there = convert(source, tmp_path / file, to=to).destination  # type: ignore[arg-type]
+        back = convert(there, tmp_path / f"back-{to}", to="zero2", world_size=3).destination
+        assert digest(there).digests.state == state == digest(back).digests.state, to
+
+
+@pytest.mark.parametrize("to", [to for to in TARGETS if to != "hf"])
+def test_eight_bit_state_of_ranks_is_refused_before_anything_is_written(to: str, tmp_path: Path) -> None:
+    made = tmp_path / "x"
+    ran = run("convert", SAMPLES / "z2_bnb_adamw8_ws2", made, "--to", to)
+    assert ran.code == 2 and "is quantised (uint8): blocks are not cut" in ran.err, ran
+    assert "hint:" in ran.err and not list(tmp_path.iterdir())
+
+
+# --- the options ----------------------------------------------------------------------------------------
+
+
+def test_configuration_and_tokenizer_come_along(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(FIXTURES / "hf/gpt2_tied", model)
+    (model / "tokenizer.json").write_text("{}")
+    made = tmp_path / "made"
+    ran = run("convert", PT, made, "--to", "hf", "--hf-config", model)
+    assert ran.code == 0 and "from_pretrained" in ran.err, ran
+    assert {p.name for p in made.iterdir()} == {
+        "ckpt-manifest.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert (made / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    ran = run("convert", PT, tmp_path / "without", "--to", "hf")
+    assert ran.code == 0 and "--hf-config DIR" in ran.err and "from_pretrained" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--to gguf", "'gguf' is not a format that ckpt writes"),
+        ("--to pt --dtype int4", "'int4' is not a dtype"),
+        ("--to zero2 --mesh 2x2", "--mesh is for --to dcp"),
+        ("--to dcp --mesh 2", "mesh"),
+        ("--to pt --world-size 2", "pt files are for any number of ranks"),
+        ("--to universal --world-size 2", "universal files are for any number of ranks"),
+        ("--to zero2 --world-size 0", "0"),
+        ("--to zero2 --dcp-layout flat", "--dcp-layout is for --to dcp"),
+        ("--to zero2 --hf-config .", "--hf-config is for --to hf"),
+        ("--to hf --hf-config /does/not/exist", "does not exist"),
+        ("--to pt --rename nothing=x", "fits no name"),
+        ("--to pt --rename nothing", "is no renaming"),
+        ("--to pt --rename (=x", "is no renaming"),
+        ("--to pt --include nothing*", "nothing"),
+        ("--to pt --optimizer-class Adom", "did you mean Adam"),
+        ("--to zero2 --optimizer-class SGD", "optimizer"),
+        ("--to pt --like /does/not/exist", "does/not/exist"),
+        ("", "--to"),
+    ],
+)
+def test_what_does_not_fit_is_refused(words: str, said: str, tmp_path: Path) -> None:
+    ran = run("convert", SAMPLES / "z2_groups_ws2", tmp_path / "x", *words.split())
+    assert ran.code == 2 and said.lower() in ran.err.lower(), ran
+    assert not list(tmp_path.iterdir())
 
 
 # --- the lines ------------------------------------------------------------------------------------------
