@@ -14,7 +14,6 @@ from ckpttools.errors import CkptError, UsageError
 from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.location import Location
 from ckpttools.manifest import Entry
-from ckpttools.passes.tasks import BadChecksum
 from ckpttools.plan import SourceCheck
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import is_folder, size_of
@@ -108,6 +107,7 @@ def read_back(
 ) -> Mapping[Location, Digest]:
     """The digests of files and of ranges in them, from one pass that also compares the CRC-32s of `crcs`."""
     from ckpttools.passes.run import run  # numpy
+    from ckpttools.passes.tasks import BadChecksum
 
     wanted = [
         SourceCheck(ByteRange(path, 0, size_of(path)), crc, "what was written") for path, crc in crcs.items()

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import click
 
 from ckpttools import __version__
-from ckpttools.cli.failure import report
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.suggest import did_you_mean
 
@@ -163,6 +162,8 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as problem:
         if interrupts.seen and not isinstance(problem, CkptError | click.ClickException):
             _interrupted()
+        from ckpttools.cli.failure import report
+
         sys.exit(report(problem, as_json=as_json, debug=debug))
 
 

@@ -16,8 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import click
-from tabulate import tabulate
 
+from ckpttools.cli import render
 from ckpttools.errors import CkptError, UsageError
 
 SAVED = "iter_000012.pth"  # demo.yaml saves every 12 updates; an epoch is 23
@@ -122,7 +122,8 @@ def _compare_losses(place: Path) -> int:
     rows = [(step, whole[step], loss, abs(loss - whole[step])) for step, loss in resumed.items()]
     click.echo("\nloss of each update after the checkpoint:\n")
     headers = ("step", "2 ranks, never interrupted", "resharded, resumed on 4", "difference")
-    click.echo(tabulate(rows, headers=headers, floatfmt=("g", ".6f", ".6f", ".1e")))
+    shown = [(step, f"{old:.6f}", f"{new:.6f}", f"{apart:.1e}") for step, old, new, apart in rows]
+    click.echo(render.table(shown, headers))
     worst = max(row[3] for row in rows)
     verdict = "equal within rounding" if worst <= TOLERANCE else "NOT the same training"
     click.echo(f"\nmax difference {worst:.1e}, tolerance {TOLERANCE:.0e}: {verdict}")
@@ -142,7 +143,8 @@ def _compare_rates(place: Path) -> int:
     rows = [(seen, lr, after[seen], abs(after[seen] - lr)) for seen, lr in before.items() if seen in after]
     click.echo("\nlearning rate over samples, from the checkpoint on:\n")
     headers = ("samples", "batch 32, never interrupted", "rebased to 16, resumed", "difference")
-    click.echo(tabulate(rows, headers=headers, floatfmt=("g", ".6e", ".6e", ".1e")))
+    shown = [(seen, f"{old:.6e}", f"{new:.6e}", f"{apart:.1e}") for seen, old, new, apart in rows]
+    click.echo(render.table(shown, headers))
     worst = max(row[3] for row in rows)
     rates = list(before.values())
     step = max(abs(a - b) for a, b in pairwise(rates))

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width
 
 import click
-from tabulate import tabulate
 
 from ckpttools.errors import escape
 from ckpttools.progress import Progress, progress_bar
@@ -34,9 +34,23 @@ def count(n: int) -> str:
 
 
 def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> str:
-    """A plain table; cells are escaped, numbers kept as they are written."""
-    cells = [[escape(cell, 400) for cell in row] for row in rows]
-    return tabulate(cells, headers=headers, tablefmt="plain", disable_numparse=True)
+    """A plain table, without padding at the end of a line; cells are escaped."""
+    cells = [[escape(cell, 400).strip() for cell in row] for row in rows]
+    widths = [width(header) + 2 for header in headers]
+    for row in cells:
+        widths += [0] * (len(row) - len(widths))
+        for i, cell in enumerate(row):
+            widths[i] = max(widths[i], width(cell))
+    lines = [headers, *cells] if headers else cells
+    return "\n".join(
+        "  ".join(cell + " " * (widths[i] - width(cell)) for i, cell in enumerate(line)).rstrip()
+        for line in lines
+    )
+
+
+def width(text: str) -> int:
+    """Columns of a terminal: Chinese characters take two."""
+    return len(text) if text.isascii() else sum(1 + (east_asian_width(c) in "WF") for c in text)
 
 
 def document(value: object) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ckpttools import runs
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats import Source, locate
 from ckpttools.formats.locate import Several
 from ckpttools.location import Location, below
 from ckpttools.stores.files import is_folder, named
+
+if TYPE_CHECKING:
+    from ckpttools import runs
 
 
 def find(path: str | Location, tag: str | None = None) -> Source:
@@ -19,11 +22,11 @@ def find(path: str | Location, tag: str | None = None) -> Source:
     try:
         return locate(path, tag)
     except Several:
-        found = runs.find(path)
+        found = _found(path)
     except UsageError as error:
         if error.id != "not-a-checkpoint" or not is_folder(path):
             raise
-        found = runs.find(path)
+        found = _found(path)
         if not found:
             raise
     if len(found) == 1:
@@ -46,7 +49,15 @@ def tags_for(paths: Sequence[Location], tags: Sequence[str]) -> list[str | None]
     return [tag or None for tag in tags]
 
 
+def _found(path: Location) -> tuple[runs.Entry, ...]:
+    from ckpttools import runs  # not needed where the path says which one
+
+    return runs.find(path)
+
+
 def _several(path: Location, found: tuple[runs.Entry, ...]) -> Several:
+    from ckpttools import runs
+
     try:
         newest = runs.newest(path)
         hint = "\n".join((f"name one of them; the newest is {escape(newest.path)}", *newest.notes))

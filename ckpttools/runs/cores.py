@@ -6,13 +6,15 @@ forked, and what a child does not deliver its parent does itself: only the time 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,9 +47,9 @@ def _may_fork() -> bool:
     return threading.active_count() == 1 and hasattr(os, "sched_getaffinity")
 
 
-def _start(
-    work: Callable[[T], R], items: Sequence[T], places: range
-) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+def _start(work: Callable[[T], R], items: Sequence[T], places: range) -> tuple[BaseProcess, Connection]:
+    import multiprocessing  # which takes as long as the headers of a few checkpoints
+
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_deliver, args=(theirs, work, items, places), daemon=True)

@@ -20,23 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from ckpttools.errors import UsageError
-from ckpttools.schedules.deepspeed.program import recognise_deepspeed
 from ckpttools.schedules.lengths import Batch, Clock, Data, Steps
-from ckpttools.schedules.mmengine.program import recognise_mmengine
 from ckpttools.schedules.program import Program, Setting, damaged
-from ckpttools.schedules.timm import recognise_timm
-from ckpttools.schedules.torch.program import recognise_torch
-from ckpttools.schedules.transformers.program import recognise_trainer
 
-__all__ = ["FRAMEWORKS", "Batch", "Clock", "Data", "Program", "Setting", "Steps", "recognise"]
-
-FRAMEWORKS: dict[str, Callable[[Any, Any, Any], Program]] = {
-    "torch": recognise_torch,
-    "deepspeed": recognise_deepspeed,
-    "mmengine": recognise_mmengine,
-    "timm": recognise_timm,
-    "transformers": recognise_trainer,
-}
+__all__ = ["Batch", "Clock", "Data", "Program", "Setting", "Steps", "recognise"]
 
 
 def recognise(
@@ -47,13 +34,38 @@ def recognise(
 ) -> Program:
     """The schedule that `states` are of. `groups` are the param_groups that it acts on.
 
-    Raises UsageError "schedule-unknown" for a framework that is none of FRAMEWORKS, and "schedule-damaged"
+    Raises UsageError "schedule-unknown" for a framework that is none of these, and "schedule-damaged"
     where a value that is needed is missing or cannot be.
     """
-    if framework not in FRAMEWORKS:
-        raise UsageError("schedule-unknown", f"schedules of {framework!r} are not known")
+    reader = _reader(framework)
     if not states or not groups:
         raise damaged("there is no scheduler state" if not states else "there are no param_groups")
     if not all(isinstance(x, dict) for x in (*states, *groups)):
         raise damaged("a state or a param_group is not a dict")
-    return FRAMEWORKS[framework](cast(Any, states), cast(Any, groups), cast(Any, about))
+    return reader(cast(Any, states), cast(Any, groups), cast(Any, about))
+
+
+def _reader(framework: str) -> Callable[[Any, Any, Any], Program]:
+    """Only that of one library is imported: `ckpt inspect` is to start at once."""
+    match framework:
+        case "torch":
+            from ckpttools.schedules.torch.program import recognise_torch
+
+            return recognise_torch
+        case "deepspeed":
+            from ckpttools.schedules.deepspeed.program import recognise_deepspeed
+
+            return recognise_deepspeed
+        case "mmengine":
+            from ckpttools.schedules.mmengine.program import recognise_mmengine
+
+            return recognise_mmengine
+        case "timm":
+            from ckpttools.schedules.timm import recognise_timm
+
+            return recognise_timm
+        case "transformers":
+            from ckpttools.schedules.transformers.program import recognise_trainer
+
+            return recognise_trainer
+    raise UsageError("schedule-unknown", f"schedules of {framework!r} are not known")

@@ -11,7 +11,8 @@ from commands import run
 from support import FIXTURES
 
 from ckpttools.errors import CkptError
-from ckpttools.formats import dcp, hf, open_checkpoint, zero
+from ckpttools.formats import hf, open_checkpoint, zero
+from ckpttools.formats.dcp.read import read as read_dcp
 
 NEWEST = FIXTURES / "deepspeed-0.19.8"
 
@@ -37,7 +38,7 @@ def test_shapes_in_a_tuple_are_read_and_written_alike(tmp_path: Path) -> None:
     ("read", "sample", "file"),
     [
         (zero.read, NEWEST / "z2_groups_ws2", "mp_rank_00_model_states.pt"),
-        (dcp.read, FIXTURES / "dcp/fsdp2_ws2", "__0_0.distcp"),
+        (read_dcp, FIXTURES / "dcp/fsdp2_ws2", "__0_0.distcp"),
         (hf.read, FIXTURES / "hf/sharded", "model-00001-of-00002.safetensors"),
         (hf.read, FIXTURES / "hf/single", "model.safetensors"),
     ],

@@ -354,6 +354,8 @@ def without(found: Resumed) -> dict[str, Any]:
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    from tabulate import tabulate
+    from ckpttools.cli import render
 
-    return tabulate([dict(row) for row in rows], headers="keys", floatfmt=".4g")
+    found = [dict(row) for row in rows]
+    shown = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in found]
+    return render.table(shown, tuple(found[0]) if found else ())

@@ -14,12 +14,24 @@ Source: torch/distributed/checkpoint of torch 2.13.
 
 from __future__ import annotations
 
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.formats.dcp import names
-from ckpttools.formats.dcp.read import read
-from ckpttools.formats.dcp.write import plan
 from ckpttools.formats.format import Checked, Format, Source
+from ckpttools.plan import Plan
 
-__all__ = ["FORMAT", "plan", "read"]
+__all__ = ["FORMAT", "plan"]
+
+
+def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
+    from ckpttools.formats.dcp.write import plan
+
+    return plan(checkpoint, layout)
+
+
+def _read(source: Source) -> Checkpoint:
+    from ckpttools.formats.dcp.read import read  # of use to checkpoints of this format alone
+
+    return read(source.target)
 
 
 def _check(source: Source) -> Checked:
@@ -35,7 +47,7 @@ FORMAT = Format(
     names_it=names.is_dcp_file,
     recognise=names.recognise,
     recognise_file=names.recognise_file,
-    read=lambda source: read(source.target),
+    read=_read,
     check=_check,
     plan=plan,
     targets=("dcp",),

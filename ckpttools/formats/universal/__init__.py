@@ -20,15 +20,26 @@ Source: deepspeed/checkpoint/{ds_to_universal,universal_checkpoint}.py, runtime/
 `names` knows the files, `decode` one of them, `read` all together, `write` a folder.
 """
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats import tags
 from ckpttools.formats.format import Checked, Format, Source, no_file
 from ckpttools.formats.universal.names import LATEST, holds, recognise
-from ckpttools.formats.universal.read import Universal, read
-from ckpttools.formats.universal.write import plan
+from ckpttools.plan import Plan
 
-__all__ = ["FORMAT", "plan", "read"]
+__all__ = ["FORMAT", "plan"]
+
+
+def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
+    from ckpttools.formats.universal.write import plan
+
+    return plan(checkpoint, layout)
+
+
+def _read(source: Source) -> Checkpoint:
+    from ckpttools.formats.universal.read import read  # of use to checkpoints of this format alone
+
+    return read(source.target)
 
 
 def _check(source: Source) -> Checked:
@@ -38,6 +49,8 @@ def _check(source: Source) -> Checked:
 
 
 def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, ...]]:
+    from ckpttools.formats.universal.read import Universal
+
     found = checkpoint.template
     return (found.models[0].file, (found.settings.file,)) if isinstance(found, Universal) else (None, ())
 
@@ -49,7 +62,7 @@ FORMAT = Format(
     is_weights=tags.is_states,
     recognise=recognise,
     recognise_file=no_file,
-    read=lambda source: read(source.target),
+    read=_read,
     check=_check,
     plan=plan,
     targets=("universal",),

@@ -11,16 +11,22 @@ are cut the same way. Source: deepspeed/runtime/zero/stage_1_and_2.py, bf16_opti
 `names` knows the files, `flat` the arithmetic, `read` and `write` the contents.
 """
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats import tags
 from ckpttools.formats.format import Checked, Format, Source
 from ckpttools.formats.zero import names
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.formats.zero.read import read
-from ckpttools.formats.zero.write import plan
+from ckpttools.plan import Plan
 
 __all__ = ["FORMAT", "plan", "read"]
+
+
+def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
+    from ckpttools.formats.zero.write import plan
+
+    return plan(checkpoint, layout)
 
 
 def _check(source: Source) -> Checked:

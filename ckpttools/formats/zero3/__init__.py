@@ -16,16 +16,26 @@ Source: deepspeed/runtime/zero/stage3.py, partition_parameters.py, engine.py.
 `write` a folder for any number of ranks.
 """
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats import tags
 from ckpttools.formats.format import Checked, Format, Source, no_file
-from ckpttools.formats.zero3.join import Zero3Folder
 from ckpttools.formats.zero3.names import holds
-from ckpttools.formats.zero3.read import read
-from ckpttools.formats.zero3.write import plan
+from ckpttools.plan import Plan
 
-__all__ = ["FORMAT", "plan", "read"]
+__all__ = ["FORMAT", "plan"]
+
+
+def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
+    from ckpttools.formats.zero3.write import plan
+
+    return plan(checkpoint, layout)
+
+
+def _read(source: Source) -> Checkpoint:
+    from ckpttools.formats.zero3.read import read  # of use to checkpoints of this format alone
+
+    return read(source.target)
 
 
 def _check(source: Source) -> Checked:
@@ -35,6 +45,8 @@ def _check(source: Source) -> Checked:
 
 
 def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, ...]]:
+    from ckpttools.formats.zero3.join import Zero3Folder
+
     folder = checkpoint.template
     if not isinstance(folder, Zero3Folder):
         return None, ()
@@ -42,6 +54,8 @@ def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, .
 
 
 def _copies(checkpoint: Checkpoint) -> tuple[TorchFile, ...]:
+    from ckpttools.formats.zero3.join import Zero3Folder
+
     folder = checkpoint.template
     return tuple(model.file for model in folder.models[1:]) if isinstance(folder, Zero3Folder) else ()
 
@@ -53,7 +67,7 @@ FORMAT = Format(
     is_weights=tags.is_states,
     recognise=lambda folder: tags.recognise(folder, holds),
     recognise_file=no_file,
-    read=lambda source: read(source.target),
+    read=_read,
     check=_check,
     plan=plan,
     targets=("zero3",),
