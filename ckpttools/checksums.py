@@ -31,30 +31,39 @@ class RangeCrcs:
     each range still lacks; each byte must be added once. Ranges may overlap. Not thread-safe.
     """
 
-    __slots__ = ("_cuts", "_ends", "_owners", "_starts", "left", "values")
+    __slots__ = ("_ends", "_made", "_starts", "left", "values")
 
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
         self.values = [0] * len(ranges)
         self.left = [end - start for start, end in ranges]
         self._starts = [start for start, _ in ranges]
         self._ends = [end for _, end in ranges]
-        self._cuts = sorted({at for span in ranges for at in span})
-        self._owners = _owners(ranges, self._cuts)
+        self._made: tuple[list[int], list[tuple[int, ...]]] | None = None
+
+    def _places(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        """Where ranges begin and end, and who holds the bytes from each to the next: for who adds pieces."""
+        if self._made is None:
+            ranges = list(zip(self._starts, self._ends, strict=True))
+            cuts = sorted({at for span in ranges for at in span})
+            self._made = cuts, _owners(ranges, cuts)
+        return self._made
 
     def cuts(self, start: int, end: int) -> list[int]:
         """The places inside `start` to `end` (both exclusive) where a piece must be cut."""
-        return self._cuts[bisect_right(self._cuts, start) : bisect_left(self._cuts, end)]
+        cuts, _ = self._places()
+        return cuts[bisect_right(cuts, start) : bisect_left(cuts, end)]
 
     def spans(self, start: int, end: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """Bytes `start` to `end` cut where a range begins or ends, with the ranges that hold each span."""
+        cuts, owners = self._places()
         for low, high in _pairs([start, *self.cuts(start, end), end]):
-            at = bisect_right(self._cuts, low) - 1
-            yield low, high, self._owners[at] if at >= 0 else ()
+            at = bisect_right(cuts, low) - 1
+            yield low, high, owners[at] if at >= 0 else ()
 
     def add(self, start: int, end: int, crc: int) -> tuple[int, ...]:
         """Account for a piece, one span of `spans`; returns the ranges that hold it."""
-        at = bisect_right(self._cuts, start) - 1
-        owners = self._owners[at]
+        cuts, held = self._places()
+        owners = held[bisect_right(cuts, start) - 1]
         for k in owners:
             self.values[k] ^= crc32_combine(crc, 0, self._ends[k] - end)
             self.left[k] -= end - start

@@ -7,6 +7,7 @@ prints a plan, `execute` carries it out; nothing in between can make them differ
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ckpttools.location import Location
 from ckpttools.tensors import ByteRange, Cast, Chunk, Literal, Mean, Source, Strided, Tiles, Zeros
@@ -38,7 +39,7 @@ __all__ = [
 Segment = Chunk | Crc32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputFile:
     """One file. `path` is relative to the destination, with `/`; "" is the destination itself.
 
@@ -48,7 +49,7 @@ class OutputFile:
     path: str
     segments: tuple[Segment, ...]
 
-    @property
+    @cached_property  # of hundreds of thousands of segments, asked for again and again
     def nbytes(self) -> int:
         return sum(segment.nbytes for segment in self.segments)
 

@@ -22,7 +22,7 @@ from ckpttools.checks.headers import check_headers
 from ckpttools.checks.held import KEYS, Held, check_held, holds, lacks
 from ckpttools.checks.incidents import check_incidents
 from ckpttools.checks.keys import check_keys
-from ckpttools.checks.manifests import check_manifest, entry_of, ranges_of, stated
+from ckpttools.checks.manifests import check_manifest, entry_of, ranges_of, read_back, stated
 from ckpttools.checks.manifests import describe as describe_files
 from ckpttools.checks.rates import check_rates
 from ckpttools.checks.verdict import Verdict, refused
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar
 
-__all__ = ["Finding", "Verdict", "check_before_use", "manifest_of", "manifest_of_staged", "refused", "verify"]
+__all__ = ["Finding", "Verdict", "check_before_use", "manifest_of_staged", "refused", "verify"]
 
 
 def verify(
@@ -59,18 +59,21 @@ def verify(
     workers: int = 0,
     bar: Bar | None = None,
     key: str | None = None,
+    crcs: Mapping[Path, int] | None = None,
 ) -> Verdict:
     """Check the one checkpoint that `path` means; `describe` it also for a manifest, from the same bytes.
 
     What of `require` (held.KEYS) it lacks is an error. `subset` is the part of the bytes that is read.
-    `key` is where the weights of a single file lie, if under an unusual name.
+    `key` is where the weights of a single file lie, if under an unusual name. `crcs` are the CRC-32s of files
+    that were just written: with them, what is read to `describe` is held against what was written.
 
     Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked, also where the
-    files change meanwhile ("checkpoint-changing"); damage is reported in the verdict.
+    files change meanwhile ("checkpoint-changing") or are not what was written ("write-failed"); damage is
+    reported in the verdict.
     """
     watch = Watch(path)
     try:
-        verdict = _verify(path, tag, watch, quick, describe, require, key, subset, workers, bar)
+        verdict = _verify(path, tag, watch, quick, describe, require, key, subset, workers, bar, crcs)
     except (CkptError, OSError) as error:
         raise watch.explain(error) from error
     watch.refuse(verdict.findings)
@@ -88,6 +91,7 @@ def _verify(
     subset: Subset | None,
     workers: int,
     bar: Bar | None,
+    crcs: Mapping[Path, int] | None,
 ) -> Verdict:
     whole = True
     try:
@@ -128,9 +132,11 @@ def _verify(
             checked = replace(checked, checkpoint=found)
         nbytes = 0
         said = stated(source.target)
-        digests: dict[Location, Digest] = {}
+        digests: Mapping[Location, Digest] = {}
         own = manifest.own_files(source.target)
-        if not quick or describe:
+        if crcs is not None:
+            digests = read_back(ranges_of([*own, *crcs], found, checked.files), crcs, workers)
+        elif not quick or describe:
             from ckpttools.checks.contents import check_contents, tasks_of  # numpy: of no use to headers
             from ckpttools.checks.untouched import check_untouched
 
@@ -150,6 +156,7 @@ def _verify(
                 findings += check_untouched(found)
         findings += check_manifest(source.target, said, digests)
         described = {p.name: entry_of(p, digests) for p in own if p in digests} if describe else None
+        contents = b"" if described is None else manifest.dump(described, output=crcs is not None)
     findings = by_cause(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO)), checked)
     return Verdict(
         path=path,
@@ -157,7 +164,7 @@ def _verify(
         state=state,
         findings=(*findings, *_rescue(source, checked, findings, quick=quick, workers=workers)),
         nbytes_read=nbytes,
-        manifest=None if described is None else (manifest.place(source.target), manifest.dump(described)),
+        manifest=None if described is None else (manifest.place(source.target), contents),
         lacks=lacks(held),
     )
 
@@ -184,22 +191,6 @@ def _rescue(
             message=f"the weights{' (their headers)' if quick else ''} are whole: "
             f"ckpt extract {escape(checked.weights, 1000)} --weights-only",
         )
-
-
-def manifest_of(
-    path: Location, tag: str | None = None, *, workers: int = 0, crcs: Mapping[Path, int] | None = None
-) -> tuple[Location, bytes]:
-    """Where the manifest of a checkpoint belongs, and its contents as the files are now.
-
-    `crcs` are the CRC-32s of files as they were written. Raises CkptError for a checkpoint that cannot be
-    read, UsageError "write-failed" where what is read is not what was written.
-    """
-    source = locate(path, tag)
-    with within(source.root):
-        checked = check_headers(source)
-        own = manifest.own_files(source.target)
-        described = describe_files(own, checked.checkpoint, checked.files, workers, crcs)
-    return manifest.place(source.target), manifest.dump(described, output=crcs is not None)
 
 
 def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | None = None) -> bytes:

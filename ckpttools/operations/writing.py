@@ -139,19 +139,17 @@ def carry_out(
 def _finish(
     staged: Path, crcs: Mapping[Path, int], workers: int, more: Callable[[bytes, Path], bytes]
 ) -> dict[str, bytes]:
-    """Read back what is about to appear, and give it a manifest, to which `more` adds."""
-    from ckpttools.checks import manifest_of
+    """Read back what is about to appear, and give it a manifest, to which `more` adds.
 
-    _read_back(staged)
-    place, contents = manifest_of(staged, workers=workers, crcs=crcs)
-    assert isinstance(place, Path)
-    return {below(place, staged): more(contents, place)}
-
-
-def _read_back(dst: Path) -> None:
-    """Header checks on what was just written: an error here is a defect of ckpttools."""
+    The headers are checked, every byte is held against its file's CRC-32: an error is a defect of ckpttools.
+    """
     from ckpttools.checks import verify
 
-    bad = [f for f in verify(dst, quick=True).findings if f.severity == "error"]
-    if bad:
-        raise written_wrong(dst, bad[0].message, bad[0].id, bad[0].file)
+    verdict = verify(staged, quick=True, describe=True, workers=workers, crcs=crcs)
+    for finding in verdict.findings:
+        if finding.severity == "error":
+            raise written_wrong(staged, finding.message, finding.id, finding.file)
+    assert verdict.manifest is not None
+    place, contents = verdict.manifest
+    assert isinstance(place, Path)
+    return {below(place, staged): more(contents, place)}

@@ -23,7 +23,7 @@ from random import Random
 from work import TooMuch, at_most
 
 from ckpttools.checkpoint import Layout
-from ckpttools.checks import check_before_use, manifest_of, verify
+from ckpttools.checks import check_before_use, verify
 from ckpttools.cli.app import app
 from ckpttools.containers.pickles import dumps, loads, plain, walk
 from ckpttools.containers.pickles.judge import judge
@@ -172,8 +172,9 @@ class Workplace:
         if not place.exists():
             shutil.copytree(FIXTURES / name, place)
             if manifest:
-                where, data = manifest_of(place, workers=1)
-                where.write_bytes(data)
+                described = verify(place, quick=True, describe=True, workers=1).manifest
+                assert described is not None
+                described[0].write_bytes(described[1])
         return place
 
     @contextlib.contextmanager

@@ -12,7 +12,7 @@ MAX_TEXT = 1 << 20  # bytes of a protocol 0 string
 
 _DECIMAL = re.compile(rb"[+-]?[0-9]{1,1240}")
 _FLOAT = re.compile(rb"[+-]?(?:[0-9.eE+-]{1,64}|inf|nan)")
-_unpack_u16 = struct.Struct("<H").unpack_from
+unpack_u16 = struct.Struct("<H").unpack_from
 _unpack_i32 = struct.Struct("<i").unpack_from
 unpack_u32 = struct.Struct("<I").unpack_from
 _unpack_u64 = struct.Struct("<Q").unpack_from
@@ -48,7 +48,7 @@ class Cursor:
 
     def u16(self) -> int:
         self.pos += 2
-        return int(_unpack_u16(self.data, self.pos - 2)[0])
+        return int(unpack_u16(self.data, self.pos - 2)[0])
 
     def i32(self) -> int:
         self.pos += 4

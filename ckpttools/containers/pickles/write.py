@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ckpttools.containers.pickles.nodes import MISSING, Dict, Global, Node, Object, Persistent, Reject, Set
 from ckpttools.containers.pickles.read import MAX_BYTES
@@ -20,12 +19,16 @@ def dumps(value: Node, persistent_id: Callable[[Node], Node] | None = None) -> b
     return _Writer(persistent_id).run(value)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+_SUMMED = 1000  # pieces that are written between two looks at how much it is
+
+
 class _Raw:
     """Bytes still to be written, after which `put` is memoized."""
 
-    data: bytes
-    put: Node = MISSING
+    __slots__ = ("data", "put")
+
+    def __init__(self, data: bytes, put: Node = MISSING) -> None:  # hundreds of thousands are made
+        self.data, self.put = data, put
 
 
 class _Writer:
@@ -45,11 +48,11 @@ class _Writer:
         summed = nbytes = 0
         while todo:
             # values that a pickle shares without a memo entry, such as long ints, can multiply
-            while summed < len(self.out):
-                nbytes += len(self.out[summed])
-                summed += 1
-            if nbytes > MAX_BYTES:
-                raise Reject(f"the pickle to write is over the limit of {MAX_BYTES} bytes")
+            if len(self.out) >= summed + _SUMMED:
+                nbytes += sum(map(len, self.out[summed:]))
+                summed = len(self.out)
+                if nbytes > MAX_BYTES:
+                    raise Reject(f"the pickle to write is over the limit of {MAX_BYTES} bytes")
             node = todo.pop()
             if isinstance(node, _Raw):
                 self.out.append(node.data)
@@ -76,17 +79,21 @@ class _Writer:
         if (known := self.memo.get(id(node))) is not None:
             self.get(known)
             return
-        match node:
-            case None:
-                self.out.append(b"N")
+        match node:  # what there is most of, first
+            case str():
+                self.write_text(node)
             case bool():
                 self.out.append(b"\x88" if node else b"\x89")
             case int():
                 self.out.append(_int(node))
+            case tuple():
+                self.write_tuple(node, todo)
+            case Object():
+                self.write_object(node, todo)
+            case None:
+                self.out.append(b"N")
             case float():
                 self.out.append(b"G" + struct.pack(">d", node))
-            case str():
-                self.write_text(node)
             case bytes():
                 self.need(3)
                 self.out.append(b"B" + struct.pack("<I", len(node)) + node)
@@ -97,8 +104,6 @@ class _Writer:
                 self.memo[id(node)] = self.put()
             case Global():
                 self.write_name(node)
-            case tuple():
-                self.write_tuple(node, todo)
             case list():
                 self.out.append(b"]")
                 self.memo[id(node)] = self.put()
@@ -119,8 +124,6 @@ class _Writer:
                     _items(node.members, todo, b"\x90")
             case Persistent():
                 todo += [_Raw(b"Q", node), node.pid]
-            case Object():
-                self.write_object(node, todo)
             case _:
                 pid = self.persistent_id(node) if self.persistent_id else None
                 if pid is None:
