@@ -87,14 +87,23 @@ def paths(folder: Location) -> tuple[Location, ...]:
 
 
 def runs(folder: Location) -> list[list[Entry]]:
-    """The same by run: the newest run first, by its number where they are named alike, else by time."""
+    """The same by run: the newest run first, by its number where they are named alike, else by time.
+
+    Raises UsageError "no-permission" where there are some and none of them may be read.
+    """
     entries(folder)  # raises where it cannot be listed
     with within(folder):
         if _whole(folder) and not _several(folder):
-            return [[_entry(folder, folder)]]
+            alone = _entry(folder, folder)
+            if alone.problem is not None and alone.problem.id == "no-permission":
+                raise alone.problem
+            return [[alone]]
         places = list(_runs(folder, MAX_DEPTH))
         entered = iter(each(_at, [(path, run) for run, paths in places for path in paths]))
         found = [ordered([next(entered) for _ in paths]) for _, paths in places]
+    closed = [entry.problem for run in found for entry in run]
+    if closed and closed[0] and all(problem and problem.id == "no-permission" for problem in closed):
+        raise closed[0]
     keyed = {run[0].run: run for run in found}
     names = {run: below(run, folder) if run != folder else "" for run in keyed}
     order = newest_first(

@@ -31,8 +31,14 @@ READERS: dict[str, list[object]] = {
     "convert": ["out", "--to", "pt"],
     "average": [GOOD, "-o", "out"],
     "pin": [],
+    "unpin": [],
+    "ls": [],
+    "runs": [],
+    "report": ["-o", "out.html"],
+    "prune": ["--keep-last", "1", "-y"],
+    "copy": ["out"],
 }
-FOLDERS = ("latest",)  # what takes no single file
+FOLDERS = ("latest", "ls", "runs", "report", "prune", "unpin")  # what takes no single file
 WRONG: dict[str, list[object]] = {
     "no such command": ["frobnicate"],
     "no such option": ["reshard", GOOD, "--world-sise", "3"],
@@ -204,6 +210,7 @@ def test_no_permission_is_exit_code_2(closed: str, as_nobody: list[str], tmp_pat
     file = tmp_path / "above" / "epoch_2_step_40.pt"
     shutil.copytree(GOOD, folder)
     shutil.copy(FIXTURES / "monolithic" / "full" / file.name, file)
+    assert run("pin", folder).code == 0
     shut = {
         "the folder": [folder],
         "a folder in it": [path for path in folder.iterdir() if path.is_dir()],
@@ -214,7 +221,7 @@ def test_no_permission_is_exit_code_2(closed: str, as_nobody: list[str], tmp_pat
     source = file if closed == "a file" else folder
     commands = [name for name in READERS if name not in FOLDERS or closed != "a file"]
     calls = [[name, str(source), *map(str, READERS[name])] for name in commands]
-    calls += [[*call, "--json"] for call in calls if call[0] not in ("pin", "unpin")]
+    calls += [[*call, "--json"] for call in calls]
     for path in shut:
         path.chmod(0)
     try:
