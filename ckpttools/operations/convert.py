@@ -116,7 +116,7 @@ def convert(
             config = Path(hf_config) if hf_config is not None else None
             plan = with_config(PLANS[to](checkpoint, Layout(format="hf")), config, source.root)
             configured = any(file.path in HEADS for file in plan.files)
-            lines = iter([f"transformers.AutoModel.from_pretrained({str(dst)!r})"] if configured else [])
+            lines = iter(advice.weights(dst, "safetensors", single=False, configured=configured)[1:])
         case "zero1" | "zero2" | "zero3" | "universal":
             if to == "zero3" and not names_buffers(checkpoint):
                 checkpoint = replace(checkpoint, frozen=frozenset())  # a guess: the format refuses it
