@@ -5,6 +5,7 @@ A save may be going on, or a clean-up. Such a checkpoint is neither good nor dam
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 from ckpttools.errors import CkptError, UsageError, escape
@@ -16,6 +17,9 @@ from ckpttools.stores.files import entries, is_folder, stat
 MAX_DEPTH = 4  # folders below a checkpoint
 # rewritten by every save of a run, also where the checkpoint at hand is left alone
 REWRITTEN = (*POINTERS, "checkpoint", "zero_to_fp32.py")
+
+EMPTY = "file-empty"  # what every file is between its opening and its first bytes
+YOUNG, PAUSE = 2.0, 0.3  # seconds: written so lately that a save may be going on; how long that is waited for
 
 Stamps = dict[Location, Stat | None]  # None for a folder
 
@@ -49,17 +53,30 @@ class Watch:
                     return path
         return None
 
+    def _changed_soon(self) -> Location | None:
+        """A file that changes in a moment, where one was written a moment ago."""
+        stamps = (stamp for _, before in self._looks for stamp in before.values() if stamp is not None)
+        if time.time() - max((stamp.mtime_ns for stamp in stamps), default=0) / 1e9 > YOUNG:
+            return None
+        time.sleep(PAUSE)
+        return self.changed(pointers=True)
+
     def refuse(self, findings: tuple[Finding, ...]) -> None:
         """Raise UsageError where something changed; pointers and other tags count if they may explain an
         error.
         """
-        path = self.changed(pointers=any(finding.severity == ERROR for finding in findings))
+        bad = [finding for finding in findings if finding.severity == ERROR]
+        path = self.changed(pointers=bool(bad))
+        if path is None and any(finding.id == EMPTY for finding in bad):
+            path = self._changed_soon()
         if path is not None:
             raise changing(path)
 
     def explain(self, error: CkptError | OSError) -> CkptError:
         """The error, unless a change is the reason for it."""
         path = self.changed(pointers=True)
+        if path is None and isinstance(error, CkptError) and error.id == EMPTY:
+            path = self._changed_soon()
         if path is not None:
             return changing(path)
         if isinstance(error, CkptError):

@@ -114,3 +114,22 @@ def test_beside_a_process_that_saves_and_cleans_up(tmp_path: Path) -> None:
         saver.kill()
         saver.wait()
     assert said[2] and not set(said) - {0, 1, 2}, said
+
+
+def test_a_file_that_is_about_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened by a save that was slow to go on: empty all the while that it was looked at."""
+    folder = shutil.copytree(ZERO, tmp_path / "run")
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(b"")
+    monkeypatch.setattr("time.sleep", lambda _: (folder / SHARD).write_bytes(content))
+    ran = run("verify", folder, "--json")
+    assert ran.code == 2 and json.loads(ran.out)["error"]["id"] == "checkpoint-changing"
+    assert run("verify", folder).code == 0
+    (folder / SHARD).write_bytes(b"")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert run("verify", folder).code == 1  # nobody goes on
+    os.utime(folder / SHARD, (1, 1))
+    for path in folder.rglob("*"):
+        os.utime(path, (1, 1))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it is old: there is nothing to wait for"))
+    assert run("verify", folder).code == 1
