@@ -1,7 +1,8 @@
 """The weights of a checkpoint that is going to be removed: written beside it, and read back, before it goes.
 
 `weights-of-NAME` is a name that no framework takes for one of its own. Whatever ends the program in between
-leaves the checkpoint, the weights, or both; the next run takes weights that are there and good as they are.
+leaves the checkpoint, the weights, or both; the next run takes weights that are there as they are, if every
+byte of them is what the checkpoint holds: a name says nothing of what was written under it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools import checks
+from ckpttools.checks import check_before_use
+from ckpttools.compare.digests import digests
 from ckpttools.errors import CkptError, UsageError
+from ckpttools.operations.digest import Digested, compare
 from ckpttools.operations.extract import extract
+from ckpttools.operations.source import find
 from ckpttools.operations.writing import Bar, Writing
 from ckpttools.siblings import default_dst
 from ckpttools.stores.files import exists
+from ckpttools.stores.links import within
+from ckpttools.transforms.select import weights_only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +36,7 @@ def planned(path: Path) -> Slim:
     """What keeps a checkpoint's weights. Raises CkptError where they cannot be, or the place is taken."""
     dst = default_dst(path, "weights", "")
     if exists(dst):
-        if not checks.verify(dst, quick=True).ok:
-            raise UsageError(
-                "destination-exists",
-                f"{dst.name} is there, and is no good copy of its weights",
-                where=dst,
-                hint="move it away",
-            )
+        _refuse_other(path, dst)
         return Slim(destination=dst, nbytes=0)
     made = extract(path, dst, how=Writing(dry_run=True))
     return Slim(destination=dst, nbytes=made.plan.nbytes)
@@ -43,9 +44,11 @@ def planned(path: Path) -> Slim:
 
 def carry_out(path: Path, kept: Slim, *, workers: int = 0, bar: Bar | None = None) -> None:
     """Write the weights, unless they are there, and read every byte of them. Raises CkptError where they are
-    not what was written: the checkpoint must stay then.
+    not the checkpoint's: it must stay then.
     """
-    if not exists(kept.destination):
+    if exists(kept.destination):
+        _refuse_other(path, kept.destination, workers)
+    else:
         extract(path, kept.destination, how=Writing(workers=workers, bar=bar))
     verdict = checks.verify(kept.destination, workers=workers)
     if not verdict.ok:
@@ -56,3 +59,26 @@ def carry_out(path: Path, kept: Slim, *, workers: int = 0, bar: Bar | None = Non
             why="the checkpoint itself was left as it is",
             hint="ckpt verify says more; remove the copy, and run ckpt prune again",
         )
+
+
+def _refuse_other(path: Path, dst: Path, workers: int = 0) -> None:
+    """Raises CkptError unless `dst` is good and holds all weights of the checkpoint, and nothing else."""
+    if (
+        not checks.verify(dst, quick=True).ok
+        or not compare(_weights(path, workers), _weights(dst, workers)).same
+    ):
+        raise UsageError(
+            "destination-exists",
+            f"{dst.name} is there, and is no good copy of its weights",
+            where=dst,
+            why="it holds fewer weights, others, or those of another training",
+            hint="move it away",
+        )
+
+
+def _weights(path: Path, workers: int) -> Digested:
+    """The best copy of each weight, by its digest; every byte of them is read."""
+    source = find(path)
+    found = weights_only(check_before_use(source), None)
+    with within(source.root):
+        return Digested(path=path, source=source, checkpoint=found, digests=digests(found, workers=workers))

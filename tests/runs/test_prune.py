@@ -346,6 +346,27 @@ def test_what_cannot_be_slimmed_stays(tmp_path: Path) -> None:
     assert "its weights cannot be kept" in ran.out
 
 
+@pytest.mark.parametrize("other", ["fewer", "another training"])
+def test_what_is_named_like_the_weights_and_holds_others_keeps_the_checkpoint(
+    tmp_path: Path, other: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(TRAINER, folder)
+    copy, old = folder / "weights-of-checkpoint-2", folder / "checkpoint-2"
+    if other == "fewer":
+        assert run("extract", old, "--include", "lm_head*", "-q").code == 0
+    else:
+        assert run("extract", folder / "checkpoint-4", copy, "-q").code == 0
+    assert run("verify", copy).code == 0
+    ran = run("prune", folder, "--keep-last", 1, "--slim", "-y")
+    assert ran.code == 0 and "its weights cannot be kept" in ran.out, ran.out
+    assert old.is_dir()
+    shutil.rmtree(copy)
+    assert run("extract", old, "-q").code == 0  # the whole: as an interrupted prune leaves it
+    assert run("prune", folder, "--keep-last", 1, "--slim", "-y").code == 0
+    assert not old.exists() and run("verify", copy).code == 0
+
+
 def test_slim_killed_at_any_moment_loses_no_weights(tmp_path: Path) -> None:
     """A child is killed right before its n-th rename or deletion, for every n; then it goes on."""
     killed = n = 0
