@@ -144,6 +144,17 @@ class StepList:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """What a framework calls its best checkpoint so far by a metric: the path, as it was on the machine that
+    trained. `score` is the metric there, `less` whether less of it is better; None where that is not said."""
+
+    metric: str
+    path: str
+    score: float | None = None
+    less: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """All of that for one checkpoint. Numbers are None where the checkpoint does not say.
 
@@ -177,6 +188,7 @@ class Training:
     scheduled: bool = False  # whether the configuration names a schedule
     histories: tuple[StepList, ...] = ()
     losses: tuple[tuple[str, float], ...] = ()  # the last of each, by the name that it was logged under
+    best: tuple[Best, ...] = ()
     configuration: Mapping[str, object] = field(default_factory=dict)  # that the run was started with
     marker: Place | None = None  # where a rebase is noted; its value in `marked`
     marked: Mapping[str, object] | None = None

@@ -88,7 +88,9 @@ def brief(source: Source, checkpoint: Checkpoint) -> Brief:
                 found = framework.brief(bare)
                 return replace(found, said=_over(found.said, checkpoint.train_state))
     whole = read(source, checkpoint)
-    return Brief(resumes=bool(whole.optimizers), metrics=dict(whole.losses), said=whole.state)
+    return Brief(
+        resumes=bool(whole.optimizers), metrics=dict(whole.losses), said=whole.state, best=whole.best
+    )
 
 
 def _over(known: TrainState, said: TrainState) -> TrainState:
@@ -129,11 +131,6 @@ def wraps(folder: Location) -> bool:
 def unfinished(path: Location) -> str | None:
     """Why the save is not whole, by its framework's own marks."""
     return next((why for framework in FRAMEWORKS if (why := framework.unfinished(path))), None)
-
-
-def best(checkpoint: Location) -> str | None:
-    """What a framework's own file in a checkpoint calls the best one so far."""
-    return next((found for framework in FRAMEWORKS if (found := framework.best(checkpoint))), None)
 
 
 def missing_keys(root: fields.Mapping) -> Iterator[tuple[str, str]]:

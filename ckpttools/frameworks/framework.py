@@ -17,7 +17,7 @@ from ckpttools.formats import locate, read
 from ckpttools.frameworks.rules import AutoResume, Lack, Rule, Setting
 from ckpttools.location import Location
 from ckpttools.stores.files import entries, is_folder
-from ckpttools.training import Training, merge
+from ckpttools.training import Best, Training, merge
 
 SHOWN = 12
 
@@ -47,13 +47,14 @@ class Saved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Brief:
-    """What a listing shows: whether optimizer state is there, the last of each loss and metric, and the
-    counters, as far as the framework knows more of them than the format.
+    """What a listing shows: whether optimizer state is there, the last of each loss and metric, the
+    counters, as far as the framework knows more of them than the format, and what it calls the best.
     """
 
     resumes: bool
     metrics: Mapping[str, float]
     said: TrainState = field(default_factory=TrainState)
+    best: tuple[Best, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +64,8 @@ class Framework:
 
     `rule` is what it does with a resumed run, `settings` what other values of its configuration do. `keys`
     are those that its writer always saves and a file's top level lacks. `takes` is its own automatic resume
-    in a folder, by the `pointers` that it leaves there, and `best` what it calls the best. `wraps` tells a
-    folder of its own around DeepSpeed's; `unfinished` why a save is not whole. `stated` are its JSON files
+    in a folder, by the `pointers` that it leaves there. `wraps` tells a folder of its own around
+    DeepSpeed's; `unfinished` why a save is not whole. `stated` are its JSON files
     with counters, `lacks` the side files that a resume misses, given the names that are there, `random` the
     files of random states, one for each rank. `launch` is the line that goes on from a path on a number of
     ranks; the path may be one of DeepSpeed's tag folders itself.
@@ -81,7 +82,6 @@ class Framework:
     keys: Callable[[fields.Mapping], Iterator[str]] = lambda root: iter(())
     takes: Callable[[Location], Iterator[AutoResume]] = lambda folder: iter(())
     pointers: tuple[str, ...] = ()
-    best: Callable[[Location], str | None] = lambda checkpoint: None
     wraps: Callable[[Location], bool] = lambda folder: False
     unfinished: Callable[[Location], str | None] = lambda path: None
     stated: tuple[str, ...] = ()

@@ -29,6 +29,7 @@ from ckpttools.schedules.evidence import stated
 from ckpttools.stores.files import entries, is_file, is_folder, opened
 from ckpttools.training import (
     BatchField,
+    Best,
     Counter,
     Place,
     SavedSchedule,
@@ -97,6 +98,7 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
         counters=tuple(_counters(path, state)),
         histories=tuple(_history(path, history)),
         losses=tuple(_losses(log)),
+        best=_best(state),
         optimizers=() if deepspeed else tuple(torch_optimizer(folder / OPTIMIZER)),
         schedules=tuple(_schedule(folder / "scheduler.pt", arguments, total)),
         batch_fields=tuple(_batch_field(path, state)),
@@ -253,7 +255,7 @@ def brief(saved: Saved) -> Brief:
         with opened(own) as file:
             if is_zip(file.head(4)):
                 read_directory(file)
-    return Brief(resumes=saved.zero or is_file(own), metrics=metrics, said=_said(state))
+    return Brief(resumes=saved.zero or is_file(own), metrics=metrics, said=_said(state), best=_best(state))
 
 
 def takes(folder: Location) -> Iterator[AutoResume]:
@@ -282,14 +284,10 @@ def unfinished(path: Location) -> str | None:
     return None
 
 
-def best(checkpoint: Location) -> str | None:
-    """The path of the best one so far, as it was on the machine that trained."""
-    path = checkpoint / STATE
-    try:
-        found = jsons.read(path, allow_nan=True).get("best_model_checkpoint") if is_file(path) else None
-    except CkptError:
-        return None
-    return found if isinstance(found, str) else None
+def _best(state: Mapping[str, object]) -> tuple[Best, ...]:
+    """By metric_for_best_model, which is in the arguments alone."""
+    path = state.get("best_model_checkpoint")
+    return (Best(metric="metric_for_best_model", path=path),) if isinstance(path, str) else ()
 
 
 def lacks(names: set[str]) -> Iterator[Lack]:
@@ -329,7 +327,6 @@ FRAMEWORK = Framework(
         f"torchrun --nproc-per-node {n} ...: trainer.train(resume_from_checkpoint={str(dst)!r})"
     ),
     takes=takes,
-    best=best,
     wraps=is_trainer,
     unfinished=unfinished,
     stated=(STATE,),

@@ -4,13 +4,18 @@
 The same keys lie at the top of a single file and of a DeepSpeed folder's model file, whose `lr_schedulers`
 are the ones that Lightning restores (strategies/deepspeed.py). Source: loops/*, trainer/connectors.
 ckpt_path="last" takes last*.ckpt, the newest by modification time (checkpoint_connector.py).
+
+Each ModelCheckpoint keeps its state under `callbacks`: `monitor`, `best_model_path`, `best_model_score` and
+`best_k_models` {path: score}; its mode is in the key alone (callbacks/model_checkpoint.py). Metrics in names
+(`val_loss=0.12`) are rounded there.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import PurePath
 
 from ckpttools.containers import fields
 from ckpttools.containers.edit import at
@@ -22,7 +27,7 @@ from ckpttools.location import Location
 from ckpttools.schedules.evidence import Fact
 from ckpttools.schedules.lengths import Unit
 from ckpttools.stores.files import entries, stat
-from ckpttools.training import Counter, OptimizerSettings, Role, SavedSchedule, Training
+from ckpttools.training import Best, Counter, OptimizerSettings, Role, SavedSchedule, Training
 
 VERSION = "pytorch-lightning_version"
 FIT = ("loops", "fit_loop")
@@ -31,6 +36,8 @@ OPTIMIZER = (*FIT, "epoch_loop.automatic_optimization.optim_progress", "optimize
 MANUAL = (*FIT, "epoch_loop.manual_optimization.optim_step_progress")
 SPANS: dict[str, Role] = {"total": "position", "current": "inside"}
 MAX_ACCUMULATION = 100_000
+MODE = re.compile(r"'mode': '(min|max)'")
+VALUE = re.compile(r"([A-Za-z_][\w.]*)=(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
 LAST = re.compile(r"last(-(\d+))?.*\.ckpt")
 PROGRESS = ("ready", "started", "processed", "completed")
 
@@ -45,7 +52,9 @@ def is_lightning(saved: Saved) -> bool:
 def read(saved: Saved) -> Training:
     """A single file, or the model file of a DeepSpeed folder."""
     assert saved.file is not None
-    return saved.over(_read(saved.file))
+    best = tuple(_best(saved.file))
+    own = _read(saved.file)
+    return saved.over(replace(own, best=best, losses=tuple(_scores(saved.file, saved.place.name).items())))
 
 
 def _read(file: TorchFile) -> Training:
@@ -101,6 +110,38 @@ def _accumulation(
     if fits:
         source = f"the count of {total} micro-batches and {updates} updates"
         yield Fact("accumulation", fits[0], fits[-1], source, counted=True)
+
+
+def _monitors(file: TorchFile) -> Iterator[tuple[str, str, Mapping[str, object]]]:
+    """The states of ModelCheckpoints that look at a metric: its name, the callback's key, the state."""
+    for key, state in (parts.mapping(file, "callbacks") or {}).items():
+        if isinstance(state, dict) and "best_model_path" in state and isinstance(state.get("monitor"), str):
+            yield state["monitor"], str(key), state
+
+
+def _best(file: TorchFile) -> Iterator[Best]:
+    for metric, key, state in _monitors(file):
+        mode = MODE.search(key)
+        if isinstance(path := state["best_model_path"], str) and path:
+            yield Best(
+                metric=metric,
+                path=path,
+                score=parts.finite(state.get("best_model_score")),
+                less=mode[1] == "min" if mode is not None else None,
+            )
+
+
+def _scores(file: TorchFile, name: str) -> dict[str, float]:
+    """What is known of the checkpoint of this name itself, by the names of the metrics. `current_score` is
+    not: it is of the last checkpoint that the callback saved."""
+    found = {key: float(text) for key, text in VALUE.findall(name) if key not in ("epoch", "step")}
+    for metric, _, state in _monitors(file):
+        scores = {str(state["best_model_path"]): state.get("best_model_score")}
+        known = state.get("best_k_models")
+        for path, score in {**scores, **(known if isinstance(known, dict) else {})}.items():
+            if PurePath(str(path)).name == name and (value := parts.finite(score)) is not None:
+                found[metric] = value
+    return found
 
 
 def _counters(file: TorchFile, optimizers: int) -> Iterator[Counter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,12 @@ def integer(file: TorchFile, *keys: Key) -> int | None:
     """A whole number at a place; None where there is none. A tensor or numpy scalar of one element counts."""
     found = value(file, at(file.value, *keys))
     return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def finite(found: object) -> float | None:
+    """A number that says something, None for anything else."""
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    return float(found) if is_number and math.isfinite(found) else None  # type: ignore[arg-type]
 
 
 def counter(

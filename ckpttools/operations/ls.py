@@ -95,14 +95,15 @@ def _run(
         notes += chosen.notes
     except CkptError as error:
         notes.append(f"{error.message} [{error.id}]")
-    best, named = best_of(found), needs.stated_best(found)
+    named = needs.stated_best(found)
+    best = None if named else best_of(found)
     latest = chosen.path.resolve() if chosen is not None else None
     listed: list[Listed] = []
     for entry in _sorted(found, sort):
         marks, why = [], []
         if latest is not None and latest == entry.path.resolve():
             marks.append(LATEST)
-        if kind(entry) == "best" or entry is best or (named and needs.names(named, entry.path)):
+        if kind(entry) == "best" or entry is best or any(needs.names(name, entry.path) for name in named):
             marks.append(BEST)
         pin = pins.above(entry.path, top)
         if pin is not None:

@@ -108,10 +108,11 @@ def plan_of(
     for run in found:
         best = needs.stated_best(run)
 
-        def held(entry: Entry, run: list[Entry] = run, best: str | None = best) -> Iterator[str]:
+        def held(entry: Entry, run: list[Entry] = run, best: dict[str, str] = best) -> Iterator[str]:
             yield from _held(entry, local(run[0].run), folder, around, everything)
-            if best is not None and needs.names(best, entry.path):
-                yield "its framework names it as the best"
+            for path, metric in best.items():
+                if needs.names(path, entry.path):
+                    yield f"its framework names it as the best by {escape(metric)}"
 
         decisions = decide(run, policy, good=verify, held=held, now=time.time())
         if not any(d.good for d in decisions):

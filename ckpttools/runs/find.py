@@ -25,6 +25,7 @@ from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
 from ckpttools.stores.files import entries, is_file, is_folder, stat
 from ckpttools.stores.links import within
+from ckpttools.training import Best
 
 MAX_DEPTH = 8
 COUNTERS = ("iteration", "step", "epoch")
@@ -37,9 +38,10 @@ class Entry:
 
     `resumes` is whether it holds optimizer state, None where that is not known. `time` is that of its newest
     file, in ns, and `nbytes` the size of all of them. `ranks` is None where the format does not say.
-    `metrics` are the last of each loss. `model` is the same for checkpoints of one model: a digest of
-    the names and shapes of its weights, None where they do not look like a model's. A `problem` is why it
-    cannot be read or resumed from, or is not finished: its counters may then be unknown.
+    `metrics` are the last of each loss, `best` what its framework calls the best so far. `model` is the same
+    for checkpoints of one model: a digest of the names and shapes of its weights, None where they do not look
+    like a model's. A `problem` is why it cannot be read or resumed from, or is not finished: its counters may
+    then be unknown.
     """
 
     path: Location
@@ -51,6 +53,7 @@ class Entry:
     nbytes: int = 0
     ranks: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    best: tuple[Best, ...] = ()
     model: int | None = None
     problem: CkptError | None = None
 
@@ -217,11 +220,12 @@ def _entry(path: Location, run: Location) -> Entry:
         return make(format=None, state=TrainState(), resumes=None, problem=error)
     resumes: bool | None
     logged: Mapping[str, float] = {}
+    best: tuple[Best, ...] = ()
     problem: CkptError | None = None
     layout, state = checkpoint.layout, checkpoint.train_state
     try:
         brief = frameworks.brief(source, checkpoint)
-        resumes, logged, state = brief.resumes, brief.metrics, brief.said
+        resumes, logged, state, best = brief.resumes, brief.metrics, brief.said, brief.best
     except Unsupported as reason:
         resumes = False if reason.id == "weights-only" else None
     except CkptError as error:
@@ -233,6 +237,7 @@ def _entry(path: Location, run: Location) -> Entry:
         resumes=resumes,
         ranks=layout.dp_degree if layout.ranked else None,
         metrics={name: value for name, value in losses if value is not None},
+        best=best,
         model=_model(checkpoint),
         problem=problem,
     )

@@ -3,7 +3,7 @@
     latest, last_checkpoint, latest_universal    in the run, above it, or beside the folder looked after
     symbolic links                               from anywhere below, or from beside, into a checkpoint
     adapter_config.json                          base_model_name_or_path: an adapter is nothing without it
-    the best, as the framework's own file in the newest checkpoint says
+    the best, as the framework says in the checkpoints themselves
 
 A name is enough: a path that was true on another machine still keeps the checkpoint that is called so.
 """
@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
-from ckpttools.frameworks import POINTERS, best
+from ckpttools.frameworks import POINTERS
 from ckpttools.location import Entry as StoreEntry
 from ckpttools.location import Location
 from ckpttools.runs.find import Entry
@@ -77,10 +77,20 @@ def _stated(path: Location, key: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def stated_best(run: Sequence[Entry]) -> str | None:
-    """What the newest checkpoint of a run, given newest first, says is the best: an older one does not know
-    the later ones."""
-    return next((found for e in run if e.problem is None and (found := best(e.path))), None)
+def stated_best(run: Sequence[Entry]) -> dict[str, str]:
+    """What the checkpoints of a run, given newest first, call the best: a path, and the metric it is by.
+
+    The newest that says it counts, for an older one does not know the later ones; and of those that state its
+    score the best one, for a run that went on in another folder has forgotten what was before.
+    """
+    found: dict[str, str] = {}
+    said = [best for entry in run if entry.problem is None for best in entry.best]
+    for metric in dict.fromkeys(best.metric for best in said):
+        told = [best for best in said if best.metric == metric]
+        scored = [best for best in told if best.score is not None and best.less is not None]
+        scored.sort(key=lambda best: (best.score or 0.0) if best.less else -(best.score or 0.0))
+        found.update((best.path, metric) for best in (told[0], *scored[:1]))
+    return found
 
 
 def needed(path: Path, found: Around) -> str | None:

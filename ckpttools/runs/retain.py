@@ -160,11 +160,12 @@ def _keep_best(
     good: Callable[[int], bool | None],
     reasons: dict[int, list[str]],
 ) -> None:
-    """The best by validation loss stays, always, and the one by the metric that was named."""
+    """The best by validation loss stays, always, and the one by the metric that was named; of several that
+    state the same the oldest: a later one may repeat what was measured before it."""
     asked = [_metric(policy.best)] if policy.best else []
     for name, sign in (*((name, 1) for name in VAL), *asked):
         told = [at for at in members if (v := found[at].metrics.get(name)) is not None and math.isfinite(v)]
-        told.sort(key=lambda at: (sign * found[at].metrics[name], at))
+        told.sort(key=lambda at: (sign * found[at].metrics[name], -at))
         for at in _first(told, 1, good):
             reasons[at].append(f"the best by {escape(name)}: {found[at].metrics[name]:.6g}")
 
@@ -184,9 +185,10 @@ def _metric(text: str) -> tuple[str, int]:
 
 
 def best_of(found: Sequence[Entry]) -> Entry | None:
-    """The one with the least validation loss, as its headers say; None where none states it."""
+    """The one with the least validation loss, as its headers say, the oldest of equal ones; None where none
+    states it. They are given newest first."""
     for name in VAL:
-        told = [e for e in found if (v := e.metrics.get(name)) is not None and math.isfinite(v)]
+        told = [e for e in reversed(found) if (v := e.metrics.get(name)) is not None and math.isfinite(v)]
         if told:
             return min(told, key=lambda entry: entry.metrics[name])
     return None
