@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -190,15 +191,25 @@ def _within(
 ) -> dict[ByteRange, list[str]]:
     """The tensors that have bytes in each of these ranges."""
     names: dict[ByteRange, dict[str, None]] = {source: {} for source in sources}
+    places: dict[Location, list[ByteRange]] = {}
+    for source in sorted(names, key=lambda source: source.start):
+        places.setdefault(source.path, []).append(source)
+    longest = max((source.nbytes for source in sources), default=0)
     for name, ref in (*found.master.items(), *_tensors(found, files)) if sources else ():
         for chunk in ref.chunks:
             if not isinstance(chunk, ByteRange):
                 continue
-            for source in sources:
-                low, high = max(chunk.start, source.start), min(_end(chunk), _end(source))
-                if chunk.path == source.path and low < high:
-                    names[source].setdefault(name)
+            near = places.get(chunk.path, [])
+            for k in range(bisect_right(near, chunk.start - longest, key=_start), len(near)):
+                if near[k].start >= _end(chunk):
+                    break
+                if _end(near[k]) > chunk.start and chunk.nbytes and near[k].nbytes:
+                    names[near[k]].setdefault(name)
     return {source: list(found) for source, found in names.items()}
+
+
+def _start(source: ByteRange) -> int:
+    return source.start
 
 
 def _end(source: ByteRange) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
+from itertools import islice
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import escape
@@ -22,7 +23,7 @@ from ckpttools.formats import Source
 from ckpttools.frameworks import FRAMEWORKS
 from ckpttools.stores.files import entries, is_file, is_folder
 
-EXPERT = re.compile(r"(?P<layer>(?:.*\.)?(?:deepspeed_)?experts?)\.(?P<index>\d+)\.(?P<rest>.+)")
+EXPERT = re.compile(r"(?P<layer>(?:.*\.)?(?:deepspeed_)?experts?)\.(?P<index>\d{1,9})\.(?P<rest>.+)")
 ROUTER = ("gate", "router", "router.classifier", "gate.wg", "router.layer")
 LORA = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 SHOWN = 6
@@ -112,12 +113,13 @@ def _experts(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]
     for layer, experts in layers.items():
         stated = _router(layer, shapes)
         number = max(max(experts) + 1, usual[0][0] if usual[0][1] > 1 else 0, stated or 0)
-        gone = [i for i in range(number) if i not in experts]
+        gone = number - len(experts)
         whole = max(experts.values(), key=len)
         parts = [f"{i}.{rest}" for i, held in sorted(experts.items()) for rest in sorted(whole - held)]
         if gone:
-            shown = ", ".join(map(str, gone[:SHOWN])) + (" ..." if len(gone) > SHOWN else "")
-            yield layer, f"{len(gone)} of {number} experts are not there: {shown}"
+            first = islice((i for i in range(number) if i not in experts), SHOWN)
+            shown = ", ".join(map(str, first)) + (" ..." if gone > SHOWN else "")
+            yield layer, f"{gone} of {number} experts are not there: {shown}"
         elif parts:
             yield layer, f"{len(parts)} tensors of experts are not there: {_some(parts)}"
 

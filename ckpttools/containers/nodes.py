@@ -22,18 +22,37 @@ def decode(file: TorchFile, node: Node) -> Value:
     return _Decoder(file).value(node, MAX_DEPTH)
 
 
+_UNFOLDED, _FOLDS = 100_000, 16  # items of a value in which nothing is shared, and times each may be reached
+
+
 class _Decoder:
+    """Nobody who walks a value asks what it has seen, so what is shared may not unfold to more than a small
+    multiple of what was read: forty lists that each hold the next one twice are 10^12 items.
+    """
+
     def __init__(self, file: TorchFile) -> None:
         self.file = file
         self.known: dict[int, Value] = {}
+        self.unfolded: dict[int, int] = {}  # of a list, tuple or dict: items that a walk meets
+        self.read = 0  # items of all of them, each once
 
     def value(self, node: Node, depth: int) -> Value:
         if node is None or isinstance(node, bool | int | float | str | bytes):
             return node
         if id(node) not in self.known:
             self.known[id(node)] = Opaque(node, "a value that holds itself")
-            self.known[id(node)] = self.made(node, depth - 1)
+            made = self.made(node, depth - 1)
+            if isinstance(made, list | tuple | dict) and self.unfolds(made):
+                made = Opaque(node, "a value that holds the same parts too often")
+            self.known[id(node)] = made
         return self.known[id(node)]
+
+    def unfolds(self, made: list[Value] | tuple[Value, ...] | dict[Key, Value]) -> bool:
+        """Whether a walk meets far more items in it than were read."""
+        items = made.values() if isinstance(made, dict) else made
+        self.read += len(made)
+        self.unfolded[id(made)] = n = 1 + sum(self.unfolded.get(id(item), 1) for item in items)
+        return n > max(_UNFOLDED, _FOLDS * self.read)
 
     def made(self, node: Node, depth: int) -> Value:
         if depth < 0:

@@ -48,6 +48,7 @@ _PIECES = 64  # of a small output
 _GAPS = 512  # reads of up to 1 MiB that make a piece
 _POLL = 0.2  # seconds
 _REMIND = 150  # polls
+_DONE = "done-"  # of the ledger that a committing worker took
 
 Is = Callable[[Path, str], bool]
 
@@ -98,7 +99,7 @@ def spread(
         if job.worker.rank == 0:
             share.clear()
         return share.result(None)
-    if job.worker.rank == 0 and os.path.lexists(dst) and share.done.exists():
+    if job.worker.rank == 0 and os.path.lexists(dst) and any(share.folder.glob(f"{_DONE}*")):
         share.clear()  # of a job that was killed after it had committed
     with write_errors(dst):
         notes = clear_stale(dst) if job.worker.rank == 0 else []
@@ -143,8 +144,9 @@ class _Share:
         self.plan, self.dst, self.job, self.digest, self.before = plan, dst, job, digest, before
         self.rank, self.world = job.worker.rank, job.worker.world
         self.folder = dst.with_name(dst.name + SPREAD)
-        self.ledger, self.done = Ledger(self.folder / "ledger"), self.folder / "done"
+        self.ledger, self.done = Ledger(self.folder / "ledger"), self.folder / _DONE
         self.out = self.folder
+        self.commits = False
         self.workers, self.progress = threads.count(workers), progress
         self.needed: list[str] = []  # the pieces of all workers, in order: piece k is of worker k % world
         self.pieces = 0
@@ -162,7 +164,8 @@ class _Share:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def join(self, described: Mapping[str, Any]) -> None:
-        self.out = self.folder / self.ledger.join(described, self.dst)
+        name = self.ledger.join(described, self.dst)
+        self.out, self.done = self.folder / name, self.folder / f"{_DONE}{name}"
 
     def tell(self, error: CkptError) -> None:
         """Let the others know; they would wait."""
@@ -289,13 +292,13 @@ class _Share:
 
         def last(staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
             more = finish(self.digest)(staged, crcs) if finish else {}
-            for name in more:
-                (staged / name).unlink(missing_ok=True)  # of a worker that was killed here
-            shutil.rmtree(self.done, ignore_errors=True)  # of a job that was killed after this
             try:
-                self.ledger.folder.rename(self.done)  # what has its name is in no ledger
+                self.ledger.folder.rename(self.done)  # one worker can: from here on all is its own
             except FileNotFoundError:
                 raise _Elsewhere from None
+            self.commits = True
+            for name in more:
+                (staged / name).unlink(missing_ok=True)  # of a commit that failed
             return more
 
         staged = Staged(
@@ -304,8 +307,9 @@ class _Share:
         try:
             return commit(staged, [self.written()], replaces=replaces, finish=last)
         except CkptError:
-            with suppress(OSError):
-                self.done.rename(self.ledger.folder)
+            if self.commits:
+                with suppress(OSError):
+                    self.done.rename(self.ledger.folder)
             raise
 
     def written(self) -> Written:

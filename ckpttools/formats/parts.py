@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice, product
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.containers import fields
@@ -110,9 +111,7 @@ def _gaps(folder: Location, paths: Iterable[Location]) -> Iterator[Finding]:
             kinds.setdefault(kind, set()).add(tuple(int(n) for n in NUMBERS.findall(path.name)))
     for kind, found in kinds.items():
         sizes = [1 + max(numbers[axis] for numbers in found) for axis in range(len(next(iter(found))))]
-        wanted: list[tuple[int, ...]] = [()]
-        for n in sizes:
-            wanted = [(*head, i) for head in wanted for i in range(min(n, 65_536))][:1_000_000]
+        wanted = list(islice(product(*(range(min(n, 65_536)) for n in sizes)), 1_000_000))
         missing = [numbers for numbers in wanted if numbers not in found]
         if missing and not kind.startswith("layer_"):  # not every layer has weights
             yield Finding(

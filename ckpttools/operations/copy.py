@@ -17,7 +17,7 @@ from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written
 from ckpttools.plan import OutputFile, Plan, copy_file
 from ckpttools.siblings import MANIFEST, is_ours
-from ckpttools.stores.files import entries, is_file, is_folder, named, size_of
+from ckpttools.stores.files import Entered, entries, is_file, is_folder, named, size_of
 from ckpttools.stores.links import within
 
 
@@ -92,9 +92,10 @@ def _files(root: Location) -> Iterator[OutputFile]:
     if not is_folder(root):
         yield copy_file(root, "", size_of(root))
         return
-    todo = [root]
+    todo, entered = [root], Entered()
     while todo:
         here = todo.pop(0)
+        entered.enter(here)
         for entry in entries(here):
             path = here / entry.name
             if is_ours(entry.name) and not entry.name.endswith(MANIFEST):

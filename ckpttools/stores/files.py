@@ -6,6 +6,7 @@ A place is a `Location`: a path of this machine, or a key in another store.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from errno import EBADF, ELOOP, ENOENT, ENOTDIR
@@ -19,6 +20,7 @@ from ckpttools.tensors import ByteRange
 
 LFS_MAGIC = b"version https://git-lfs"
 MAX_ENTRIES = 100_000
+OFTEN = 8  # ways to one folder
 GAP, MOST = 1 << 13, 4 << 20  # of reads that take several ranges at once
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
@@ -224,6 +226,28 @@ def entries(folder: Location) -> list[Entry]:
             "not-readable", f"cannot be listed: {escape(reason)}", where=folder, hint="check the path"
         ) from None
     return sorted(found, key=lambda entry: entry.name)
+
+
+class Entered:
+    """Folders that were entered. Links may lead to one a few times, but not round and round."""
+
+    def __init__(self) -> None:
+        self._times: Counter[object] = Counter()
+
+    def enter(self, folder: Location) -> None:
+        """Raises CkptError "link-loop"."""
+        if isinstance(folder, Stored):
+            return  # no links
+        tag = stat(folder).tag
+        self._times[tag] += 1
+        if self._times[tag] > OFTEN:
+            raise CkptError(
+                "link-loop",
+                "links between folders lead back to where they lie",
+                where=folder,
+                why="the same files would be met again and again",
+                hint="remove the links: find DIR -type l -ls names them",
+            )
 
 
 def walk(folder: Location, into: Callable[[str], bool] = bool) -> Iterator[tuple[Location, Entry]]:

@@ -1,12 +1,13 @@
 """Deflated records of an archive as files: inflated while they are read, in memory that does not grow.
 
 Whoever unpacks and repacks a torch file with an ordinary zip program gets these; torch loads them. Reading
-goes forward: a read before the last one begins the record again.
+goes forward; a read before the last one goes on from the nearest of a few places that are remembered.
 """
 
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from errno import ENOENT, ENOTDIR
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from ckpttools.errors import CkptError
 from ckpttools.location import Entry, Handle, Location, Stat
 
 _STEP = 1 << 18  # compressed bytes that are read at once
+_PLACES = 64  # that are remembered of a record, 50 kB each
 
 
 class Deflated(NamedTuple):
@@ -30,15 +32,24 @@ class InflatedFile:
 
     far = False  # it is read from front to back
 
-    __slots__ = ("_at", "_damaged", "_file", "_inflate", "_read", "_record", "size")
+    __slots__ = ("_apart", "_at", "_damaged", "_file", "_inflate", "_places", "_read", "_record", "size")
 
     def __init__(self, file: Handle, record: Deflated, damaged: Callable[[], CkptError]) -> None:
         self._file, self._record, self._damaged, self.size = file, record, damaged, record.size
-        self._begin()
-
-    def _begin(self) -> None:
         self._inflate = zlib.decompressobj(-15)
         self._at = self._read = 0
+        self._apart = max(self.size // _PLACES, 4 * _STEP)
+        self._places = [(0, 0, self._inflate.copy())]
+
+    def _back(self, start: int) -> None:
+        """To the last remembered place that is not behind `start`."""
+        place = bisect_right(self._places, start, key=lambda place: place[0]) - 1
+        self._at, self._read, inflate = self._places[place]
+        self._inflate = inflate.copy()
+
+    def _remember(self) -> None:
+        if self._at >= self._places[-1][0] + self._apart:
+            self._places.append((self._at, self._read, self._inflate.copy()))
 
     def read(self, start: int, nbytes: int) -> bytes:
         buffer = bytearray(min(nbytes, max(self.size - start, 0)))
@@ -46,7 +57,7 @@ class InflatedFile:
 
     def readinto(self, view: memoryview, start: int) -> int:
         if start < self._at:
-            self._begin()
+            self._back(start)
         while self._at < start:
             self._next(min(start - self._at, _STEP))
         part = self._next(min(len(view), _STEP, max(self.size - start, 0)))
@@ -70,6 +81,7 @@ class InflatedFile:
         except zlib.error:
             raise self._damaged() from None
         self._at += len(part)
+        self._remember()
         return part
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:

@@ -9,7 +9,7 @@ from math import isfinite
 
 from ckpttools.checkpoint import Checkpoint, common_dtype
 from ckpttools.errors import CkptError, UsageError, escape
-from ckpttools.tensors import EXACT, Cast, DType, Mean, Source, TensorRef, Term
+from ckpttools.tensors import EXACT, FLOAT32, Cast, DType, Mean, Source, TensorRef, Term
 from ckpttools.transforms.cast import castable
 from ckpttools.transforms.select import weights_only
 
@@ -19,9 +19,10 @@ NORMS = ("running_mean", "running_var")
 def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float] = ()) -> Checkpoint:
     """The weighted mean of every floating point tensor, from each one's best copy; the rest from the last.
 
-    Products and sums are in float64, rounded once to the widest type that the name has. Integers, float8,
-    counters and what else the checkpoints say are the last one's; notes name that. `weights` are all 1 by
-    default. Raises CkptError where names or shapes differ, UsageError for weights that make no mean.
+    Products and sums are in float64, rounded once to the widest type that the name has, float32 for float16
+    with bfloat16. Integers, float8, counters and what else the checkpoints say are the last one's; notes
+    name that. `weights` are all 1 by default. Raises CkptError where names or shapes differ, UsageError for
+    weights that make no mean.
     """
     _check_weights(checkpoints, weights)
     counted = list(weights) or [1.0] * len(checkpoints)
@@ -38,7 +39,7 @@ def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float] = ()) ->
             kept.append(name)
             tensors[name] = ref
             continue
-        target = max((one.dtype for one in refs), key=lambda dtype: dtype.itemsize)
+        target = _wide_enough({one.dtype for one in refs})
         if len({one.dtype.name for one in refs}) > 1:
             widened.append(name)
         tensors[name] = _mean(refs, counted, target)
@@ -51,6 +52,12 @@ def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float] = ()) ->
         template=None,
         notes=tuple(_notes(len(checkpoints), weights, last, kept, widened)),
     )
+
+
+def _wide_enough(dtypes: set[DType]) -> DType:
+    """The widest; float32 for float16 and bfloat16, of which neither holds the other's values."""
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    return FLOAT32 if len(dtypes) > 1 and widest.itemsize < FLOAT32.itemsize else widest
 
 
 def _check_weights(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> None:
@@ -164,7 +171,8 @@ def _notes(
     if kept:
         yield f"{len(kept)} tensors are not averaged (integers, float8): the last one's; {escape(kept[0])}"
     if widened:
-        yield f"{len(widened)} tensors have several types: written in the widest; {escape(widened[0])}"
+        how = "the widest, fp16 with bf16 in fp32"
+        yield f"{len(widened)} tensors have several types: written in {how}; {escape(widened[0])}"
     norms = [name for name in last.tensors if name.rpartition(".")[2] in NORMS]
     if norms:
         yield (

@@ -9,9 +9,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
 
 from ckpttools.checkpoint import Checkpoint, ParamGroup
-from ckpttools.errors import Unsupported, UsageError, escape
+from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.suggest import did_you_mean
 from ckpttools.tensors import FLOAT32, Literal, TensorRef
 from ckpttools.tree import Value
@@ -211,4 +212,12 @@ def _int(value: Value) -> Value:
         return value
     from ckpttools.passes.read import load  # numpy
 
-    return int(load(value).reshape(-1)[0].item())
+    step = load(value).reshape(-1)[0].item()
+    if not isfinite(step):
+        raise CkptError(
+            "nonfinite",
+            f"a parameter's step is {step}, and the optimizer that will load it keeps a whole number",
+            why="no count of updates is known to put in its place",
+            hint="ckpt verify names the file; an older checkpoint, or --reset-optimizer",
+        )
+    return int(step)

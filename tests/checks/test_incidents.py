@@ -212,3 +212,12 @@ def test_no_good_checkpoint_is_suspected(top: Path) -> None:
         looked += 1
         assert fired == {}, path
     assert looked or not files
+
+
+@pytest.mark.parametrize("index", ["999999999", "2000000000", "1" * 5000])
+def test_the_number_of_an_expert_is_no_measure(index: str, tmp_path: Path) -> None:
+    names = ("gate", "experts.0", "experts.1", f"experts.{index}")
+    weights = {f"moe.{name}.w": torch.arange(4.0) for name in names}
+    torch.save({"model_state_dict": weights}, tmp_path / "a.pt")
+    expected = {"experts-missing"} if index == "999999999" else set()
+    assert set(found(tmp_path / "a.pt")) == expected

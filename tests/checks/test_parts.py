@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -95,3 +96,18 @@ def test_universal(universal: Path, tmp_path: Path) -> None:
     assert "moment-missing" in ids(folder)
     os.truncate(parameter / "fp32.pt", 300)
     assert "file-truncated" in ids(folder)
+
+
+def test_the_numbers_in_a_name_are_no_measure(tmp_path: Path) -> None:
+    """They come from file names, and any may be there."""
+    ranks = 65_536
+    names = [f"mp_rank_{rank:02}_model_states.pt" for rank in (0, 1)]
+    names.append(f"zero_pp_rank_{ranks}_mp_rank_{ranks}_optim_states.pt")
+    tag = tmp_path / "global_step1"
+    tag.mkdir()
+    (tmp_path / "latest").write_text(tag.name)
+    for name in names:
+        torch.save({"module": {}, "dp_world_size": 1, "mp_world_size": 2}, tag / name)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "shard-missing" in {finding.id for finding in verify(tmp_path).findings}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB; 16 TB without a bound

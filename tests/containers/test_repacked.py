@@ -15,6 +15,8 @@ import torch
 from commands import run as ckpt
 
 from ckpttools.containers.torch_file import read_torch_file
+from ckpttools.errors import CkptError
+from ckpttools.stores.inflated import Deflated, InflatedFile
 
 
 def saved(folder: Path) -> Path:
@@ -144,3 +146,28 @@ def test_storages_that_belong_to_no_tensor_are_a_warning(tmp_path: Path) -> None
     ran = ckpt("verify", source)
     assert ran.code == 0 and "warning[storage-stray]" in ran.out and "300 storages" in ran.out, ran
     assert ckpt("extract", source, tmp_path / "out.safetensors").code == 0
+
+
+def test_reading_backwards_does_not_inflate_it_all_again() -> None:
+    data = bytes(range(256)) * (24 << 12)  # 24 MiB
+    deflated = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = deflated.compress(data) + deflated.flush()
+    inflated = 0
+
+    class Counted:
+        size = len(packed)
+
+        def read(self, start: int, nbytes: int) -> bytes:
+            return packed[start : start + nbytes]
+
+    class Watched(InflatedFile):
+        def _next(self, limit: int) -> bytes:
+            nonlocal inflated
+            part = super()._next(limit)
+            inflated += len(part)
+            return part
+
+    file = Watched(Counted(), Deflated(0, len(packed), len(data)), CkptError)  # type: ignore[arg-type]
+    for at in range(len(data) - 1, 0, -len(data) // 100):
+        assert file.read(at, 1) == data[at : at + 1]
+    assert inflated < 6 * len(data)  # 50 times, where each read begins anew

@@ -11,19 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmarks.synthetic import write_random
 from support import FIXTURES
 
 from ckpttools.errors import UsageError
+from ckpttools.execute import Finish, staging
 from ckpttools.execute import spread as spreading
 from ckpttools.execute.spread import Job, spread
 from ckpttools.launch import Worker, worker
 from ckpttools.manifest import is_result
-from ckpttools.plan import OutputFile, Plan
+from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.siblings import MANIFEST, SPREAD
 from ckpttools.tensors import ByteRange
 
@@ -301,3 +303,47 @@ def no_launcher_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if name in ("RANK", "WORLD_SIZE") or name.startswith(("SLURM_", "OMPI_", "PMI_")):
             monkeypatch.delenv(name)
     yield
+
+
+def test_of_two_that_commit_one_does_and_the_other_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of an array do not wait for each other, so both may see every piece finished at once."""
+    plan = Plan(
+        files=tuple(OutputFile(path=f"{i}", segments=(Literal(bytes([i]) * 5000),)) for i in range(8))
+    )
+    dst = tmp_path / "out"
+    both, slow_made, is_late = threading.Barrier(2), threading.Event(), threading.Event()
+    commit = staging.commit
+
+    def slow(*arguments: Any) -> Any:  # the first has made its files and is about to give the name
+        slow_made.set()
+        assert is_late.wait(60)
+        return commit(*arguments)
+
+    def run(rank: int) -> None:
+        def finish(digest: str) -> Finish:
+            def more(staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
+                both.wait(60)
+                if rank == 1:
+                    assert slow_made.wait(60)
+                return {"manifest": digest.encode()}
+
+            return more
+
+        job = Job(worker=Worker(rank, 2, waits=False), is_result=lambda path, _: (path / "manifest").exists())
+        results[rank] = spread(plan, dst, job, finish=finish)
+
+    results: dict[int, Any] = {}
+    gate = threading.Barrier(2)
+    ready, waits = spreading._Share.is_to_commit, spreading._Share.wait_for_commit
+    monkeypatch.setattr(staging, "commit", slow)
+    monkeypatch.setattr(spreading._Share, "is_to_commit", lambda share: (gate.wait(60), ready(share))[1])
+    monkeypatch.setattr(spreading._Share, "wait_for_commit", lambda share: (is_late.set(), waits(share))[1])
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [0, 1] and (results[0].report is None) != (results[1].report is None)
+    assert len(files_of(dst)) == 9

@@ -336,3 +336,9 @@ def test_index_names_the_total_size(sized: Checkpoint, tmp_path: Path) -> None:
     assert index["metadata"] == {"total_size": 608}
     assert locate(tmp_path / "out" / INDEX).target == tmp_path / "out"
     assert sum(len(load_file(p)) for p in (tmp_path / "out").glob("*.safetensors")) == 6
+
+
+def test_free_text_that_happens_to_name_a_tensor_is_no_tied_weight(tmp_path: Path) -> None:
+    said = {"format": "pt", "base": "emb.weight", "lm_head.weight": "emb.weight"}
+    save_file({"emb.weight": torch.arange(6.0)}, tmp_path / "model.safetensors", metadata=said)
+    assert open_checkpoint(tmp_path / "model.safetensors").shared == {"lm_head.weight": "emb.weight"}

@@ -200,3 +200,14 @@ def test_the_last_of_a_run_and_tags(tmp_path: Path) -> None:
     for tags in (["-t", "iter_000003.pth"], ["-t", "iter_000003.pth"] * 2):
         assert run("average", *sides, *tags, "-o", tmp_path / "c.safetensors", "--force").code == 0
     assert run("average", *sides, "-o", tmp_path / "d.safetensors").code != 0
+
+
+def test_half_precision_of_two_kinds_is_averaged_in_fp32(tmp_path: Path) -> None:
+    save_file({"a": torch.tensor([60000.0]).half()}, tmp_path / "half.safetensors")
+    save_file({"a": torch.tensor([240000.0]).bfloat16()}, tmp_path / "bfloat.safetensors")
+    for pair in (("half", "bfloat"), ("bfloat", "half")):
+        sides = [tmp_path / f"{name}.safetensors" for name in pair]
+        assert run("average", *sides, "-o", tmp_path / "mean.safetensors", "--force").code == 0
+        mean = load_file(tmp_path / "mean.safetensors")["a"]
+        assert mean.dtype == torch.float32
+        assert mean.item() == (60000.0 + torch.tensor(240000.0).bfloat16().item()) / 2

@@ -115,3 +115,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ran = ckpt("copy", ZERO2, tmp_path / "dry", "--dry-run")
     assert ran.code == 0 and "4 files" in ran.out and not (tmp_path / "dry").exists()
     assert (tmp_path / "there/mine").exists()
+
+
+def test_links_between_folders_end(tmp_path: Path) -> None:
+    shutil.copytree(ZERO2, tmp_path / "run")
+    tag = next(path for path in (tmp_path / "run").iterdir() if path.is_dir())
+    (tmp_path / "run/last").symlink_to(tag.name)
+    assert ckpt("copy", tmp_path / "run", tmp_path / "twice").code == 0  # a link is what it leads to
+    assert contents(tmp_path / "twice/last") == contents(tag)
+    (tag / "loop").symlink_to(".")
+    (tag / "again").symlink_to("..")
+    ran = ckpt("copy", tmp_path / "run", tmp_path / "never")
+    assert ran.code == 1 and "error[link-loop]" in ran.err and not (tmp_path / "never").exists()

@@ -53,5 +53,8 @@ def aliases(metadata: Mapping[str, str], tensors: Mapping[str, TensorRef]) -> di
     return {
         alias: owner
         for alias, owner in metadata.items()
-        if owner in tensors and alias not in tensors and alias not in (*KEYS, FORMAT)
+        if owner in tensors
+        and alias not in tensors
+        and alias not in (*KEYS, FORMAT)
+        and ("." in alias or "." not in owner)  # else free text that happens to name a tensor
     }

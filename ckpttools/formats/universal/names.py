@@ -11,7 +11,7 @@ from ckpttools.formats import tags
 from ckpttools.formats.format import Folder, Found, Inner
 from ckpttools.location import Location
 from ckpttools.siblings import MANIFEST
-from ckpttools.stores.files import entries, is_file, is_folder, plain_name, small_text
+from ckpttools.stores.files import Entered, entries, is_file, is_folder, plain_name, small_text
 
 LATEST = "latest_universal"
 ZERO = "zero"
@@ -128,9 +128,10 @@ def find(folder: Location) -> UniversalFiles:
 def _below(zero: Location) -> list[tuple[str, Location]]:
     """Every file below zero/ with the name of the parameter, which is the path of its folder."""
     found: list[tuple[str, Location]] = []
-    todo = [("", 0)]
+    todo, entered = [("", 0)], Entered()
     while todo:
         name, depth = todo.pop()
+        entered.enter(zero / name)
         for entry in entries(zero / name):
             inner = f"{name}/{entry.name}" if name else entry.name
             if is_folder(entry):
