@@ -1,4 +1,4 @@
-"""Pages that are made from the code when the site is built: commands, problems, figures, imports."""
+"""Pages that are made from the code when the site is built: commands, problems, limits, imports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def pages() -> dict[str, str]:
         "commands.md": commands(),
         "problems.md": problems(),
         "limits.md": section(readme, "Limits"),
-        "measured.md": section(readme, "Measured"),
         "imports.svg": structure.svg(),
     }
 

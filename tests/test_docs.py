@@ -68,6 +68,29 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert "ckpttools.operations.opened" in (tmp_path / "site/api/index.html").read_text()
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
+def test_the_places_that_are_named_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"`((?:ckpttools|tests|docs|fixtures)/[\w./-]*)", text))
+    named |= set(re.findall(r"\]\(([\w./-]+)\)", text))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_what_the_worked_examples_name_is_there() -> None:
+    """A check, a format and a framework: the names in CONTRIBUTING are those of the code."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for path, names in {
+        "ckpttools/formats/table.py": ("FORMATS",),
+        "ckpttools/frameworks/__init__.py": ("FRAMEWORKS",),
+        "ckpttools/frameworks/openpcdet.py": ("FRAMEWORK", "Framework"),
+        "tests/contract/test_formats.py": ("SOURCES", "DROPPED"),
+        "tests/faults/fields.py": ("fault",),
+    }.items():
+        assert path in text and all(name in text for name in names)
+        code = (ROOT / path).read_text()
+        assert all(re.search(rf"\b{name}\b", code) for name in names), path
+
+
 def test_the_drawing_has_no_circle_and_no_arrow_that_points_up() -> None:
     edges = structure.graph()
     level = {name: i for i, row in enumerate(structure.layers(edges)) for name in row}
