@@ -6,7 +6,8 @@ Source: deepspeed/runtime/engine.py (_save_checkpoint, _common_checkpoint_state)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.containers import fields
@@ -28,6 +29,7 @@ OWN_KEYS = frozenset(
     )
 )  # fmt: skip
 LR_SCHEDULER = ("lr_scheduler",)
+SUB_GROUP_SIZE = 1_000_000_000  # zero_optimization.sub_group_size by default
 VERSION = "0.19.8"  # of DeepSpeed, whose layout this is: what new folders state
 STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
 SCALER = "deepspeed.runtime.fp16.loss_scaler"
@@ -156,3 +158,33 @@ def version_of(checkpoint: Checkpoint) -> str:
     writer = checkpoint.layout.writer or ""
     version = writer.removeprefix("DeepSpeed ")
     return version if version != writer and version[:1].isdigit() else VERSION
+
+
+def sub_group_size(settings: Mapping[str, Value]) -> int:
+    """zero_optimization.sub_group_size of a ds_config; DeepSpeed's default where it has none."""
+    section = settings.get("zero_optimization")
+    stated = section.get("sub_group_size") if isinstance(section, Mapping) else None
+    if isinstance(stated, int | float) and 0 < stated < math.inf:
+        return int(stated)
+    return SUB_GROUP_SIZE  # "auto" too
+
+
+def round_robin_order(count: int, ranks: int) -> list[int]:
+    """Which parameter stands at each place of a round-robin group: all i = 0 (mod ranks) first, then 1 ...
+
+    Source: DeepSpeedZeroOptimizer._round_robin_reorder.
+    """
+    return [i for j in range(ranks) for i in range(j, count, ranks)]
+
+
+def reordered(names: Sequence[str], ranks: int) -> list[str]:
+    """Parameter names in the order of a round-robin flat group."""
+    return [names[i] for i in round_robin_order(len(names), ranks)]
+
+
+def original(names: Sequence[str], ranks: int) -> list[str]:
+    """The inverse of `reordered`: the optimizer's own parameter order."""
+    out = [""] * len(names)
+    for place, i in enumerate(round_robin_order(len(names), ranks)):
+        out[i] = names[place]
+    return out

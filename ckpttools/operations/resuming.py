@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.errors import escape
-from ckpttools.formats.zero3.cuts import sub_group_size
+from ckpttools.formats.deepspeed import sub_group_size
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value, leaves, same
 

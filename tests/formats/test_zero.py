@@ -40,7 +40,8 @@ from support import (
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, open_checkpoint, zero
-from ckpttools.formats.zero.flat import FlatGroup, alignment_gaps, original, reordered
+from ckpttools.formats.deepspeed import original, reordered
+from ckpttools.formats.zero.flat import FlatGroup, alignment_gaps
 from ckpttools.transforms.reshard import reshard
 
 NEWEST = FIXTURES / "deepspeed-0.19.8"

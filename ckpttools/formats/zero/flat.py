@@ -11,27 +11,6 @@ from dataclasses import dataclass
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def round_robin_order(count: int, ranks: int) -> list[int]:
-    """Which parameter stands at each place of a round-robin group: all i = 0 (mod ranks) first, then 1 ...
-
-    Source: DeepSpeedZeroOptimizer._round_robin_reorder.
-    """
-    return [i for j in range(ranks) for i in range(j, count, ranks)]
-
-
-def reordered(names: Sequence[str], ranks: int) -> list[str]:
-    """Parameter names in the order of a round-robin flat group."""
-    return [names[i] for i in round_robin_order(len(names), ranks)]
-
-
-def original(names: Sequence[str], ranks: int) -> list[str]:
-    """The inverse of `reordered`: the optimizer's own parameter order."""
-    out = [""] * len(names)
-    for place, i in enumerate(round_robin_order(len(names), ranks)):
-        out[i] = names[place]
-    return out
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatGroup:
     """One group's flat vector over `ranks` partitions.

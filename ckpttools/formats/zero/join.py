@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.formats.deepspeed import shapes_of
+from ckpttools.formats.deepspeed import original, shapes_of
 from ckpttools.formats.zero.decode import Addresses, ModelStates, Rank, version_numbers
-from ckpttools.formats.zero.flat import FlatGroup, mapping_starts, original
+from ckpttools.formats.zero.flat import FlatGroup, mapping_starts
 from ckpttools.formats.zero.names import ZeroFiles
 from ckpttools.formats.zero.state import State, Unaccounted, partitioned, state_of, unaccounted
 

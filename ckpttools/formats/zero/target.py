@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.cutting import equal, no_groups, not_flat
+from ckpttools.formats.deepspeed import reordered
 from ckpttools.formats.zero.decode import FP32
-from ckpttools.formats.zero.flat import FlatGroup, alignment_gaps, reordered
+from ckpttools.formats.zero.flat import FlatGroup, alignment_gaps
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.tensors import FLOAT32, Chunk, TensorRef, Zeros, join_chunks
 from ckpttools.tree import Value

@@ -15,14 +15,14 @@ from ckpttools.containers.pickles import Node, plain
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
 from ckpttools.findings import WARNING, Finding
-from ckpttools.formats.deepspeed import settings_of
+from ckpttools.formats.deepspeed import settings_of, sub_group_size
 from ckpttools.formats.engine import Engine, check_engine, number_of
 from ckpttools.formats.engine import Shard as EngineShard
 from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked
 from ckpttools.formats.found import found
 from ckpttools.formats.rank_files import PADDED
-from ckpttools.formats.zero3.cuts import sub_group_size, sub_groups
+from ckpttools.formats.zero3.cuts import sub_groups
 from ckpttools.formats.zero3.decode import Shard, read_model, read_shard
 from ckpttools.formats.zero3.join import Zero3Folder, assemble
 from ckpttools.formats.zero3.names import find

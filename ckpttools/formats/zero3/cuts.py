@@ -4,12 +4,7 @@ elements.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-
-from ckpttools.tree import Value
-
-SUB_GROUP_SIZE = 1_000_000_000  # zero_optimization.sub_group_size by default
 
 
 def part_of(numel: int, ranks: int) -> int:
@@ -21,15 +16,6 @@ def held(numel: int, ranks: int, rank: int) -> int:
     """How many of a rank's elements are the parameter's own; the others are padding."""
     part = part_of(numel, ranks)
     return max(0, min(part, numel - rank * part))
-
-
-def sub_group_size(settings: Mapping[str, Value]) -> int:
-    """zero_optimization.sub_group_size of a ds_config; DeepSpeed's default where it has none."""
-    section = settings.get("zero_optimization")
-    stated = section.get("sub_group_size") if isinstance(section, Mapping) else None
-    if isinstance(stated, int | float) and 0 < stated < math.inf:
-        return int(stated)
-    return SUB_GROUP_SIZE  # "auto" too
 
 
 def sub_groups(numels: Mapping[str, int], ranks: int, limit: int) -> list[list[str]]:

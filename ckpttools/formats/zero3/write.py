@@ -24,10 +24,11 @@ from ckpttools.formats.deepspeed import (
     counter_values,
     new_scaler,
     scheduler_state,
+    sub_group_size,
     version_of,
 )
 from ckpttools.formats.rank_files import optim_name
-from ckpttools.formats.zero3.cuts import held, part_of, sub_group_size, sub_groups
+from ckpttools.formats.zero3.cuts import held, part_of, sub_groups
 from ckpttools.formats.zero3.names import model_name
 from ckpttools.formats.zero3.read import FP32
 from ckpttools.plan import OutputFile, Plan

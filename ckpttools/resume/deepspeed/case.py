@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 
 from ckpttools.errors import escape
-from ckpttools.formats.zero.flat import original
+from ckpttools.formats.deepspeed import original
 from ckpttools.resume.deepspeed import optimizers, schedulers
 from ckpttools.resume.deepspeed.saved import Saved
 from ckpttools.resume.fit import Fit, fit
