@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PLACE, QUIET, STATS, TAGS, WORKERS
+from ckpttools.cli.options import FOLLOW, PLACE, STATS, TAGS, reading
 from ckpttools.errors import escape
 from ckpttools.location import Location
 
@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 @FOLLOW
 @STATS
 @TAGS
-@KEY
-@JSON
-@QUIET
-@WORKERS
-@NO_PROGRESS
+@reading
 def command(
     a: Location,
     b: Location,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PLACE, QUIET, SRC, STATS, TAG, WORKERS
+from ckpttools.cli.options import FOLLOW, PLACE, SRC, STATS, TAG, reading
 from ckpttools.errors import escape
 from ckpttools.location import Location
 from ckpttools.stores.files import is_file
@@ -32,11 +32,7 @@ SHOWN = 20
 @FOLLOW
 @STATS
 @TAG
-@KEY
-@JSON
-@QUIET
-@WORKERS
-@NO_PROGRESS
+@reading
 def command(
     src: Location,
     other: Location | None,

@@ -146,6 +146,13 @@ def number(*names: str, help: str) -> Callable[[F], F]:
     return click.option(*names, type=int, metavar="N", help=help)
 
 
+def reading(command: F) -> F:
+    """The options of a command that reads every byte of one or more checkpoints."""
+    for option in (NO_PROGRESS, WORKERS, QUIET, JSON, KEY):
+        command = option(command)
+    return command
+
+
 def writing(command: F) -> F:
     """The options of every command that writes a checkpoint."""
     for option in (NO_PROGRESS, SPREAD, WORKERS, QUIET, JSON, FORCE, DRY_RUN, FOLLOW, TAG):

@@ -9,7 +9,7 @@ import click
 
 from ckpttools.cli import render
 from ckpttools.cli.diff import fact_json, facts
-from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PATH, QUIET, TAGS, WORKERS
+from ckpttools.cli.options import FOLLOW, PATH, TAGS, reading
 from ckpttools.errors import escape
 
 if TYPE_CHECKING:
@@ -23,11 +23,7 @@ SHOWN = 20
 @click.argument("b", type=PATH)
 @FOLLOW
 @TAGS
-@KEY
-@JSON
-@QUIET
-@WORKERS
-@NO_PROGRESS
+@reading
 def command(
     a: Path,
     b: Path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, KEY, NO_PROGRESS, PLACE, QUIET, STATS, TAG, WORKERS
+from ckpttools.cli.options import FOLLOW, PLACE, STATS, TAG, reading
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.location import Location
 from ckpttools.stores.files import local
@@ -45,11 +45,7 @@ AT_THE_END = {"rescue"}
 @FOLLOW
 @STATS
 @TAG
-@KEY
-@JSON
-@QUIET
-@WORKERS
-@NO_PROGRESS
+@reading
 def command(
     src: tuple[Location, ...],
     quick: bool,

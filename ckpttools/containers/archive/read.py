@@ -62,7 +62,7 @@ def read_archive(file: File) -> Archive:
         if offset != at:
             raise damaged(file.path, f"record '{escape(name)}' starts at byte {offset}, expected {at}")
         # where there is no checksum, nothing would prove that the data begins there
-        record = _predicted(file, entry, following, alignment) or _record(file, *entry, directory)
+        record = _predicted(file, entry, following, alignment) or _record(file, entry, directory)
         root, slash, rest = name.partition("/")
         if not slash or not (rest or record.size == 0):
             raise damaged(file.path, f"record '{escape(name)}' has no archive root in its name")
@@ -98,7 +98,7 @@ def _hold_beginning(file: File, entries: list[Entry], directory: int) -> None:
 
 def _predicted(file: File, entry: Entry, following: int, alignment: int) -> Record | None:
     """A record that torch wrote, without a look at its header; None where that has been read, or must be."""
-    name, offset, flags, method, crc32, nbytes, size = entry
+    name, offset, flags, method, crc32, nbytes, _ = entry
     raw = name.encode()
     if method or flags != flags_of(nbytes) or (nbytes and not crc32):
         return None
@@ -107,31 +107,27 @@ def _predicted(file: File, entry: Entry, following: int, alignment: int) -> Reco
     start = offset + header_nbytes(raw, offset, nbytes, alignment)
     if start + nbytes + descriptor_nbytes(nbytes, offset) != following:
         return None
+    return _made(entry, start, following, predicted=True)
+
+
+def _made(entry: Entry, start: int, end: int, *, predicted: bool = False) -> Record:
+    name, header, flags, method, crc32, nbytes, size = entry
     return Record(
         name=name.partition("/")[2],
-        header=offset,
+        header=header,
         start=start,
         nbytes=nbytes,
         size=size,
         crc32=crc32,
         method=method,
         flags=flags,
-        end=following,
-        predicted=True,
+        end=end,
+        predicted=predicted,
     )
 
 
-def _record(
-    file: File,
-    name: str,
-    offset: int,
-    flags: int,
-    method: int,
-    crc32: int,
-    nbytes: int,
-    size: int,
-    limit: int,
-) -> Record:
+def _record(file: File, entry: Entry, limit: int) -> Record:
+    name, offset, flags, method, crc32, nbytes, size = entry
     if offset + LOCAL.size > limit:
         raise damaged(file.path, f"record '{escape(name)}' lies outside the archive")
     raw = name.encode()
@@ -151,17 +147,7 @@ def _record(
         end = _descriptor(file, name, end, crc32, nbytes, size, limit)
     elif lcrc32 != crc32 or lnbytes not in (nbytes, BIG) or lsize not in (size, BIG):
         raise damaged(file.path, f"the header of record '{escape(name)}' contradicts the directory")
-    return Record(
-        name=name.partition("/")[2],
-        header=offset,
-        start=start,
-        nbytes=nbytes,
-        size=size,
-        crc32=crc32,
-        method=method,
-        flags=flags,
-        end=end,
-    )
+    return _made(entry, start, end)
 
 
 def _descriptor(file: File, name: str, at: int, crc32: int, nbytes: int, size: int, limit: int) -> int:
@@ -179,7 +165,7 @@ def prove(file: File, archive: Archive, record: Record) -> None:
     if record.predicted:
         raw = f"{archive.root}/{record.name}"
         entry = (raw, record.header, record.flags, record.method, record.crc32, record.nbytes, record.size)
-        read = _record(file, *entry, record.end)
+        read = _record(file, entry, record.end)
         if (read.start, read.end) != (record.start, record.end):
             raise damaged(
                 file.path, f"the header of record '{escape(raw)}' is not as long as its padding must be"

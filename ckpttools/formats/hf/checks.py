@@ -41,25 +41,11 @@ def check_configs(found: Checkpoint, folder: Location) -> Iterator[Finding]:
     if is_file(folder / "adapter_config.json"):
         yield from _adapter(found, folder / "adapter_config.json")
     elif found.layout.stem == ADAPTER:
-        yield Finding(
-            id="config-mismatch",
-            severity=WARNING,
-            file=str(folder / "adapter_config.json"),
-            where="",
-            message="an adapter without its adapter_config.json, which PEFT needs to load it",
-            hint="copy it from where the adapter was saved",
-        )
+        yield _without(folder / "adapter_config.json", "an adapter", "PEFT")
     elif is_file(folder / "config.json"):
         yield from _model(found, folder / "config.json")
     elif is_file(folder / "generation_config.json"):
-        yield Finding(
-            id="config-mismatch",
-            severity=WARNING,
-            file=str(folder / "config.json"),
-            where="",
-            message="a language model without its config.json, which transformers needs to load it",
-            hint="copy it from where the model was saved",
-        )
+        yield _without(folder / "config.json", "a language model", "transformers")
     for entry in entries(folder):
         if entry.name.endswith(".index.json"):
             yield from _total_size(found, folder / entry.name)
@@ -70,6 +56,17 @@ def _read(path: Location) -> Mapping[str, object]:
         return jsons.read(path, allow_nan=True)
     except CkptError:
         return {}  # reported by itself
+
+
+def _without(config: Location, what: str, library: str) -> Finding:
+    return Finding(
+        id="config-mismatch",
+        severity=WARNING,
+        file=str(config),
+        where="",
+        message=f"{what} without its {config.name}, which {library} needs to load it",
+        hint=f"copy it from where the {what.split()[-1]} was saved",
+    )
 
 
 def _differs(path: Location, field: str, stated: object, there: object) -> Finding:
