@@ -9,8 +9,6 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.formats.format import Checked, Folder, Format, Source
 from ckpttools.formats.locate import locate
 from ckpttools.formats.table import FORMATS, PLANS
-from ckpttools.formats.zero import target as zero_target
-from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.location import Location
 from ckpttools.stores.links import within
 
@@ -36,8 +34,8 @@ def read(source: Source) -> Checkpoint:
 
 def refuse_rank_local(checkpoint: Checkpoint) -> None:
     """Raise Unsupported where optimizer state belongs to single ranks: no other format has a place for it."""
-    if isinstance(checkpoint.template, ZeroFolder):
-        zero_target.refuse_rank_local(checkpoint.template)
+    for format in FORMATS:
+        format.refuse_rank_local(checkpoint)
 
 
 def open_checkpoint(path: Location, tag: str | None = None) -> Checkpoint:

@@ -106,7 +106,8 @@ class Format:
     knows would need to be of this one, `beside` what is wrong with files of this format in a folder that
     another one's checkpoint is made of. `torch_files` of a checkpoint that was read are the one whose
     top level is the training code's, and those of the ranks' optimizers; `copies` are those of other
-    ranks that say the same as the first.
+    ranks that say the same as the first. `refuse_rank_local` raises Unsupported for one that this format read
+    and whose optimizer state belongs to single ranks.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Format:
     beside: Callable[[Location, list[str]], Iterable[Finding]] = lambda folder, files: ()
     torch_files: Callable[[Checkpoint], tuple[TorchFile | None, tuple[TorchFile, ...]]] = _no_torch_files
     copies: Callable[[Checkpoint], tuple[TorchFile, ...]] = lambda checkpoint: ()
+    refuse_rank_local: Callable[[Checkpoint], None] = lambda checkpoint: None
     plan: Callable[[Checkpoint, Layout], Plan] | None = None
     targets: tuple[str, ...] = ()
     pointer: str = "latest"  # the file in a save folder that names a tag

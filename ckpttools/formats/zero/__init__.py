@@ -42,6 +42,13 @@ def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, .
     return folder.model.file, tuple(rank.file for rank in folder.ranks)
 
 
+def _refuse_rank_local(checkpoint: Checkpoint) -> None:
+    if isinstance(checkpoint.template, ZeroFolder):
+        from ckpttools.formats.zero.target import refuse_rank_local
+
+        refuse_rank_local(checkpoint.template)
+
+
 FORMAT = Format(
     name="zero",
     holds=tags.holds_states,
@@ -55,4 +62,5 @@ FORMAT = Format(
     targets=("zero1", "zero2"),
     tagged=True,
     torch_files=_files,
+    refuse_rank_local=_refuse_rank_local,
 )
