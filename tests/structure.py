@@ -178,7 +178,7 @@ def lengths() -> dict[str, int]:
 
 def frameworks() -> dict[str, list[str]]:
     """Modules outside frameworks/ that import one framework by name."""
-    names = {p.stem for p in (PACKAGE / "frameworks").glob("*.py")} - {"__init__"}
+    names = {p.stem for p in (PACKAGE / "frameworks").glob("*.py") if " = Framework(" in p.read_text()}
     out: dict[str, list[str]] = {}
     for path, tree in modules().items():
         if part(path) != "frameworks":

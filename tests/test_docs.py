@@ -124,9 +124,7 @@ def test_no_module_is_longer_than_an_idea() -> None:
     assert not found, found
 
 
-# modules outside formats/ that name a format: what DeepSpeed's own loader does with its files, file by file,
-# and the names that `convert --like` takes from a single file
+# modules outside formats/ that name a format: the names that `convert --like` takes from a single file
 NAMING = {
-    "zero": {"resume/deepspeed/saved.py"},
     "torch": {"operations/convert.py"},
 }

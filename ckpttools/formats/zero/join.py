@@ -10,7 +10,8 @@ from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats.deepspeed import original, shapes_of
-from ckpttools.formats.zero.decode import Addresses, ModelStates, Rank, version_numbers
+from ckpttools.formats.model_states import ModelStates
+from ckpttools.formats.zero.decode import Addresses, Rank, version_numbers
 from ckpttools.formats.zero.flat import FlatGroup, mapping_starts
 from ckpttools.formats.zero.names import ZeroFiles
 from ckpttools.formats.zero.state import State, Unaccounted, partitioned, state_of, unaccounted

@@ -10,7 +10,7 @@ from ckpttools.containers.nodes import ORDERED, decode, encode, encode_tensor, k
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, size, size_node, write_torch_file
 from ckpttools.formats.deepspeed import OWN_KEYS, client_values, counter_values, scheduler_state, version_of
-from ckpttools.formats.zero.decode import ModelStates
+from ckpttools.formats.model_states import ModelStates
 from ckpttools.formats.zero.target import Target
 from ckpttools.plan import OutputFile
 from ckpttools.tensors import TensorRef

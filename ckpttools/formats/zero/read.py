@@ -11,8 +11,9 @@ from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
 from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
+from ckpttools.formats.model_states import ModelStates, read_model
 from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
-from ckpttools.formats.zero.decode import FP32, ModelStates, Rank, read_model, read_rank
+from ckpttools.formats.zero.decode import FP32, Rank, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble
 from ckpttools.formats.zero.names import find
 from ckpttools.location import Location

@@ -16,6 +16,7 @@ from ckpttools.containers.pickles import Node, Object, plain
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats.deepspeed import stage_of
+from ckpttools.formats.model_states import read_model
 from ckpttools.formats.rank_files import (
     MODEL,
     OPTIM,
@@ -23,7 +24,6 @@ from ckpttools.formats.rank_files import (
     refuse_other_layouts,
     tensor_parallel,
 )
-from ckpttools.formats.zero.decode import read_model
 from ckpttools.location import Location
 from ckpttools.resume.model import Shape, Tensor
 from ckpttools.stores.files import entries, is_folder

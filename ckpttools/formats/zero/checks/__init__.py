@@ -13,8 +13,9 @@ from ckpttools.findings import Finding, of_error
 from ckpttools.formats.engine import Engine, Shard, check_engine
 from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked, Copy
+from ckpttools.formats.model_states import frozen_fragments, read_model
 from ckpttools.formats.zero.checks import model, ranks
-from ckpttools.formats.zero.decode import Rank, frozen_fragments, read_model, read_rank
+from ckpttools.formats.zero.decode import Rank, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble, check_complete
 from ckpttools.formats.zero.model_file import NAME
 from ckpttools.formats.zero.names import find
