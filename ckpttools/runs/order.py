@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Set
 from typing import TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -35,19 +35,23 @@ def newest_first(
     rest.sort(
         key=lambda item: (-kinds[shape(name(item))], shape(name(item)), numbers(name(item)), time(item))
     )
+    counted = set(out)
     for item in rest:
-        out.insert(_place(item, out, name, time), item)
+        out.insert(_place(item, out, counted, name, time), item)
     return out
 
 
-def _place(item: T, out: list[T], name: Callable[[T], str], time: Callable[[T], int]) -> int:
-    """Where an item without a count belongs: by its number among those named alike, else by time."""
+def _place(item: T, out: list[T], counted: Set[T], name: Callable[[T], str], time: Callable[[T], int]) -> int:
+    """Where an item without a count belongs: by its number among those named alike, else by time among those
+    with a count. Others have been placed by their names and say nothing about time.
+    """
     own = name(item)
     alike = [at for at, other in enumerate(out) if shape(name(other)) == shape(own) and name(other) != own]
     if alike:
         older = (at for at in alike if numbers(name(out[at])) < numbers(own))
         return next(older, alike[-1] + 1)
-    return next((at for at, other in enumerate(out) if time(other) < time(item)), len(out))
+    older = (at for at, other in enumerate(out) if time(other) < time(item))
+    return next((at for at in older if not counted or out[at] in counted), len(out))
 
 
 def numbers(name: str) -> list[int]:

@@ -77,6 +77,12 @@ def test_every_rule_in_ten_thousand_folders(
     shutil.rmtree(root)
 
 
+def test_two_damaged_ones_of_a_run_that_names_in_two_ways(tmp_path: Path) -> None:
+    """One takes its place by its name: it says nothing about the time of the other."""
+    names = (("hf", 11, False), ("hf", 2, True), ("iter", 3, True), ("epoch", 7, False))
+    check(Folder(tuple(One("b_", kind, step, torn) for kind, step, torn in names)), 1, tmp_path)
+
+
 def make(tmp_path: Path, *steps: int, torn: tuple[int, ...] = (), kind: str = "iter") -> Path:
     return Folder(tuple(One("", kind, step, step in torn) for step in steps)).make(tmp_path)
 
