@@ -83,8 +83,9 @@ def _text(found: Diff, top: int) -> list[str]:
         lines.append(render.table(map(_row, found.tensors[:top]), headers))
     if len(found.tensors) > top:
         lines.append(f"and {len(found.tensors) - top} more; --top {len(found.tensors)} lists them")
-    if not found.left.groups and not found.right.groups:
+    if not found.left.groups and not found.right.groups and not found.uncompared:
         lines.append("note: optimizer state was found in neither")
+    lines += [f"note: not compared: {escape(name)}" for name in found.uncompared]
     lines.append("equal" if found.same else "different")
     return lines
 
@@ -132,6 +133,7 @@ def _json(found: Diff, a: Location, b: Location) -> dict[str, object]:
         "equal": found.equal,
         "tensors": [_tensor_json(each) for each in found.tensors],
         "checksums_verified": found.checked,
+        "not_compared": list(found.uncompared),
     }
 
 

@@ -93,7 +93,7 @@ def _exceptions(proof: Proof) -> list[str]:
         side = result.left if is_left else result.right
         out.append(f"{kind} (only in {escape(side.path)})")
     if proof.unread:
-        out.append("optimizer state (found in neither)")
+        out.append(f"optimizer state ({'not compared' if proof.uncompared else 'found in neither'})")
     parts = dict.fromkeys(fact.part for fact in proof.facts)
     return out + [f"{part} ({', '.join(_named(proof, part))})" for part in parts]
 

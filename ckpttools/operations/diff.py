@@ -18,6 +18,7 @@ from ckpttools.compare.stream import Stream, refuse_links
 from ckpttools.errors import UsageError
 from ckpttools.formats import Source
 from ckpttools.location import Location
+from ckpttools.operations.beside import both
 from ckpttools.operations.source import find, tags_for
 from ckpttools.operations.writing import Bar
 from ckpttools.stores.files import is_file, named
@@ -46,7 +47,8 @@ class Changed:
 class Diff:
     """`layout` is how each is stored, which makes no difference; `equal` counts what is the same, by kind.
 
-    `tensors` has those that changed, the farthest apart first; `checked` counts checksums found right.
+    `tensors` has those that changed, the farthest apart first; `checked` counts checksums found right;
+    `uncompared` are files of optimizers without names, where the other side has names.
     """
 
     left: Checkpoint
@@ -56,6 +58,7 @@ class Diff:
     equal: dict[str, int]
     tensors: tuple[Changed, ...]
     checked: int
+    uncompared: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -84,6 +87,7 @@ def diff(
     """
     chosen = tags_for([named(left), named(right)], tags)
     (first, a), (second, b) = _open(left, chosen[0], key), _open(right, chosen[1], key)
+    a, b, unnamed = both((first, a), (second, b))
     ours, theirs = content(a), content(b)
     wanted = [pair for pair in pairs(ours, theirs) if _matches(pair, only)]
     if not wanted:
@@ -118,6 +122,7 @@ def diff(
         equal=equal,
         tensors=tuple(sorted(changed, key=_rank)),
         checked=checked,
+        uncompared=unnamed,
     )
 
 

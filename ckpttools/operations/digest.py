@@ -91,16 +91,27 @@ def digest(
     >>> digest(out / "ws3").digests.state == found.digests.state
     True
     """
-    path = named(path)
-    source = replace(find(path, tag), key=key)
-    checkpoint = check_before_use(source)
+    source, checkpoint = opened(path, tag, key)
+    return digested(path, source, checkpoint, workers=workers, bar=bar)
+
+
+def opened(path: str | Location, tag: str | None, key: str | None) -> tuple[Source, Checkpoint]:
+    """A checkpoint whose headers are good. Raises CkptError."""
+    source = replace(find(named(path), tag), key=key)
+    return source, check_before_use(source)
+
+
+def digested(
+    path: str | Location, source: Source, checkpoint: Checkpoint, *, workers: int = 0, bar: Bar | None = None
+) -> Digested:
+    """`digest` of one that is open. Raises CkptError where a checksum does not hold."""
     with within(source.root):
         found = stated(source, checkpoint, workers=workers, bar=bar)
         if found is None:
             shown = bar(nbytes_of(checkpoint), "digest") if bar is not None else nullcontext()
             with shown as progress:
                 found = digests(checkpoint, workers=workers, bar=progress)
-    return Digested(path=path, source=source, checkpoint=checkpoint, digests=found)
+    return Digested(path=named(path), source=source, checkpoint=checkpoint, digests=found)
 
 
 def compare(left: Digested, right: Digested, kinds: Collection[str] = ()) -> Compared:

@@ -10,7 +10,8 @@ from ckpttools.checkpoint import TrainState
 from ckpttools.compare.facts import RANDOM, Fact, differences, opaque, random_states
 from ckpttools.formats import Source
 from ckpttools.location import Location
-from ckpttools.operations.digest import Compared, Digested, compare, digest
+from ckpttools.operations.beside import both
+from ckpttools.operations.digest import Compared, Digested, compare, digested, opened
 from ckpttools.operations.source import tags_for
 from ckpttools.operations.writing import Bar
 from ckpttools.stores.files import entries, is_file, is_folder, named
@@ -24,7 +25,8 @@ class Proof:
     """`compared` holds weights, moments and steps against each other, `facts` what else is said otherwise.
 
     `random` are the random states that each side has, `uncompared` the objects of training code that nobody
-    looks into: neither counts for the verdict, because they belong to single ranks or cannot be compared.
+    looks into, and optimizers without names where the other side has names: neither counts for the verdict,
+    because they belong to single ranks or cannot be compared.
     """
 
     compared: Compared
@@ -70,13 +72,16 @@ def prove(
     'same'
     """
     chosen = zip((left, right), tags_for([named(left), named(right)], tags), strict=True)
-    a, b = (digest(path, tag=tag, key=_key(path, key), workers=workers, bar=bar) for path, tag in chosen)
+    one, two = (opened(path, tag, _key(path, key)) for path, tag in chosen)
+    ours, theirs, unnamed = both(one, two)
+    a = digested(left, one[0], ours, workers=workers, bar=bar)
+    b = digested(right, two[0], theirs, workers=workers, bar=bar)
     found = differences(a.checkpoint, b.checkpoint)
     return Proof(
         compared=compare(a, b),
         facts=found,
         random=(_random(a), _random(b)),
-        uncompared=tuple(dict.fromkeys((*opaque(a.checkpoint), *opaque(b.checkpoint)))),
+        uncompared=tuple(dict.fromkeys((*unnamed, *opaque(a.checkpoint), *opaque(b.checkpoint)))),
     )
 
 
