@@ -22,7 +22,7 @@ from ckpttools.transforms.reshard import reshard
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # recognised and refused
-REFUSED = {"moe": "layout-unsupported", "pp": "layout-unsupported", "z0_bf16": "no-optimizer-shards"}
+REFUSED = {"moe": "layout-unsupported", "pp": "layout-unsupported"}
 # whose optimizers keep state of single ranks, which no other number of ranks can be given
 RANK_LOCAL = ("z2_ranklocal", "z2_ranknumber", "z2_bnb_adamw8", "z2_bnb_lion8", "z2_muon", "z1_muon_fp32")
 
@@ -38,7 +38,8 @@ def variant_of(sample: Path) -> str:
 
 REFUSED_SAMPLES = [p for p in _deepspeed_samples() if variant_of(p) in REFUSED]
 # every sample of a DeepSpeed version that is ZeRO-1 or ZeRO-2, with the truth about it
-SAMPLES = [p for p in _deepspeed_samples() if variant_of(p) not in REFUSED and not p.name.startswith("z3_")]
+SAMPLES = [p for p in _deepspeed_samples() if variant_of(p) not in REFUSED and p.name[:3] in ("z1_", "z2_")]
+STAGE0_SAMPLES = [p for p in _deepspeed_samples() if p.name.startswith("z0_")]
 ZERO3_SAMPLES = [p for p in _deepspeed_samples() if p.name.startswith("z3_")]
 # everything that any framework wrote through DeepSpeed
 ZERO_FIXTURES = [

@@ -35,7 +35,7 @@ def engine(model: TorchFile, shards: Sequence[TorchFile], ranks: int | None = No
     """What every ZeRO folder holds, whoever wrote it: the model file, and the ranks' optimizer files, or the
     file that stands for those of `ranks` ranks.
     """
-    files = [model, *shards]
+    files = [model, *(shard for shard in shards if shard is not model)]
     stated = {name: parts.integer(model, "ds_config", key) for name, key in BATCH.items()}
     batch = {name: value for name, value in stated.items() if value is not None}
     steps = parts.integer(model, "global_steps")
@@ -69,8 +69,14 @@ def _samples(model: TorchFile) -> Iterator[Counter]:
 
 def _optimizers(shards: Sequence[TorchFile]) -> Iterator[OptimizerSettings]:
     found: list[OptimizerSettings] = []
-    # the second up to 0.2, and in stage 3; the last in universal checkpoints
-    inside = (("optimizer_state_dict", "base_optimizer_state"), ("optimizer_state_dict",) * 2, ())
+    # the second up to 0.2, and in stage 3; then the model file of stage 0; the last in universal checkpoints
+    inside = (
+        ("optimizer_state_dict", "base_optimizer_state"),
+        ("optimizer_state_dict",) * 2,
+        ("optimizer", "optimizer_state_dict"),
+        ("optimizer",),
+        (),
+    )
     for shard in shards:
         for keys in inside:
             settings = parts.optimizer(shard, "the optimizer", *keys)

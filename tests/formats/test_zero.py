@@ -440,7 +440,7 @@ def test_other_layouts_are_recognised(path: Path) -> None:
     error = refused(path)
     assert error.id == REFUSED[variant_of(path)]
     assert isinstance(error, Unsupported)
-    words = {"moe": "mixture-of-experts", "pp": "pipeline", "z0_bf16": "stage 0"}
+    words = {"moe": "mixture-of-experts", "pp": "pipeline"}
     assert words[variant_of(path)] in f"{error.message} {error.why}"
 
 

@@ -212,6 +212,9 @@ VARIANTS: dict[str, Variant] = {
     "z3_nostep": Variant(Z3_CUT, steps=0),
     "z3_tiny_groups": Variant(Z3, "fp32", model={"tiny": 2}, groups=True, scheduler=None),
     "z0_bf16": Variant({"stage": 0}),
+    "z0_fp32": Variant({"stage": 0}, "fp32"),
+    "z0_fp16": Variant({"stage": 0}, "fp16"),
+    "z0_frozen": Variant({"stage": 0}, model={"frozen": True, "tied": True, "buffers": True}),
     "moe": Variant(Z2, kind="moe"),
     "pp": Variant(Z1, kind="pipeline"),
 }

@@ -7,6 +7,7 @@ from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.containers.torch_file.modules import candidates, named_views, state_of, under, what_it_is
 from ckpttools.errors import UsageError, escape
+from ckpttools.formats.torch_optimizer import PREFIXES
 from ckpttools.tensors import TensorRef
 
 WEIGHTS = (
@@ -20,7 +21,6 @@ WEIGHTS = (
     "weights",
     "module_state_dict",
 )
-PREFIXES = ("module.", "_orig_mod.")
 BUFFERS = "buffer_names"  # ours, as DeepSpeed calls it: which of the weights no optimizer can have
 
 

@@ -19,8 +19,8 @@ from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats.buffers import untrained
 from ckpttools.formats.torch.names import BUFFERS, find_weights, strip
-from ckpttools.formats.torch.optimizer import NAMES, Saved, place_of, read
 from ckpttools.formats.torch.read import buffers_of
+from ckpttools.formats.torch_optimizer import NAMES, Saved, place_of, read
 from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves, put, same

@@ -19,7 +19,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.execute import execute
 from ckpttools.formats import open_checkpoint
 from ckpttools.formats import torch as pt
-from ckpttools.formats.torch.ids import by_shape
+from ckpttools.formats.ids import by_shape
 from ckpttools.tensors import TensorRef
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -12,13 +12,13 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
 from ckpttools.formats.buffers import is_buffer
 from ckpttools.formats.counters import OPTIMIZER
-from ckpttools.formats.torch.ids import Ids, Shape, by_shape
-from ckpttools.formats.torch.names import PREFIXES
+from ckpttools.formats.ids import Ids, Shape, by_shape
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves
 from ckpttools.tree import Path as Keys
 
 STEP = "step"  # never the parameter's shape, even where that is 0-d
+PREFIXES = ("module.", "_orig_mod.")  # that DDP and torch.compile put before names
 NAMES = "param_names"  # torch >= 2.6, of optimizers made from named parameters
 
 
@@ -52,12 +52,14 @@ def read(
     tensors: Mapping[str, TensorRef],
     shared: Mapping[str, str],
     order: Sequence[Sequence[str]] | None = None,
+    path: tuple[Key, ...] | None = None,
 ) -> Saved | None:
     """The optimizer of a file whose weights are `tensors`; None where it keeps none that is known.
 
-    `order` are the names of each group's parameters, where they are known from elsewhere.
+    `order` are the names of each group's parameters, where they are known from elsewhere; `path` is where it
+    lies, if under none of the usual keys.
     """
-    path = place_of(file)
+    path = path or place_of(file)
     if path is None:
         return None
     value = decode(file, at(file.value, *path))

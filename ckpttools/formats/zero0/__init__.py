@@ -1,0 +1,44 @@
+"""DeepSpeed folders of ZeRO stage 0: every rank holds everything, and rank 0 writes it.
+
+    <tag>/mp_rank_00_model_states.pt    module, counters, client state; `optimizer` has what the stages cut
+
+In fp32 `optimizer` is the state dict of the torch optimizer. In fp16 and bf16 it is that of a wrapper:
+`optimizer_state_dict` is the torch optimizer's, whose parameters are the fp32 masters. They lie in
+`fp32_groups`, a list of tensors for each group, or in `fp32_groups_flat`, one flat vector for each group
+(FusedAdam), which then is the one parameter that the optimizer has in it. Parameters have numbers and no
+names: `param_shapes` is None. Any number of ranks loads it.
+Source: deepspeed/runtime/engine.py (_save_checkpoint), fp16/fused_optimizer.py, fp16/unfused_optimizer.py.
+"""
+
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.formats import tags
+from ckpttools.formats.format import Checked, Format, Source, no_file
+from ckpttools.formats.zero0.read import Stage0, holds, read
+
+__all__ = ["FORMAT", "read"]
+
+
+def _check(source: Source) -> Checked:
+    from ckpttools.formats.zero0.checks import check
+
+    return check(source.target)
+
+
+def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, ...]]:
+    found = checkpoint.template
+    return (found.file, (found.file,)) if isinstance(found, Stage0) else (None, ())
+
+
+FORMAT = Format(
+    name="zero0",
+    holds=holds,
+    names_it=tags.is_states,
+    is_weights=tags.is_states,
+    recognise=lambda folder: tags.recognise(folder, holds),
+    recognise_file=no_file,
+    read=lambda source: read(source.target),
+    check=_check,
+    tagged=True,
+    torch_files=_files,
+)

@@ -1,0 +1,185 @@
+"""Reading the one file of a stage 0 folder: weights, masters, the optimizer with names, counters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup, common_dtype
+from ckpttools.containers import fields
+from ckpttools.containers.edit import at
+from ckpttools.containers.nodes import decode
+from ckpttools.containers.torch_file import TorchFile, read_torch_file
+from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.formats import torch_optimizer
+from ckpttools.formats.buffers import untrained
+from ckpttools.formats.deepspeed import client, counters, module_of, names_of, optimizer_class, settings_of
+from ckpttools.formats.format import Folder
+from ckpttools.formats.rank_files import (
+    MODEL,
+    OPTIM,
+    STAGE3_MODEL,
+    TagFolder,
+    role_of,
+    roles_of_others,
+    unchecked,
+)
+from ckpttools.formats.ties import tied
+from ckpttools.location import Location
+from ckpttools.tensors import Flat, TensorRef
+from ckpttools.tree import Value
+
+FP32 = "fp32"  # the kind of master weights
+OPTIMIZER, INNER = "optimizer", "optimizer_state_dict"
+MASTERS = ("fp32_groups", "fp32_groups_flat")  # tensors of each group, or one vector of each
+SCALE = ("cur_scale", "dynamic_loss_scale")  # of the wrapper in fp16 and bf16
+
+
+@dataclass(frozen=True, slots=True)
+class Stage0:
+    """The model file, as it was read."""
+
+    file: TorchFile
+    root: fields.Mapping
+
+
+def holds(folder: Folder) -> bool:
+    """Whether the folder has a model file and no optimizer files: stage 0, or those of all ranks are lost."""
+    names = folder.names
+    return any(map(MODEL.fullmatch, names)) and not any(
+        pattern.fullmatch(name) for pattern in (OPTIM, STAGE3_MODEL) for name in names
+    )
+
+
+def read(folder: Location) -> Checkpoint:
+    """Read a tag folder. Raises Unsupported where the optimizer is in no file."""
+    found = TagFolder(folder)
+    if not found.models:
+        raise _no_optimizer(folder, folder)
+    file = read_torch_file(found.models[0])
+    root = fields.mapping(file.path, file.value, "the file's value")
+    if root.get(OPTIMIZER) is None:
+        raise _no_optimizer(folder, file.path)
+    tensors, extra = module_of(file, root)
+    shared = tied(tensors)
+    buffers = names_of(root.get("buffer_names"))
+    params = {name: ref for name, ref in tensors.items() if name not in buffers}
+    groups, problem = _groups(file, root, params, shared)
+    trained = {name for group in groups for name in group.params}
+    frozen, _ = untrained(params, trained, shared)
+    settings = settings_of(file, root)
+    scale = [at(root.get(OPTIMIZER), key) for key in SCALE]
+    notes = list(unchecked([file]))
+    values = client(file, root)
+    if problem is not None:
+        notes.append(f"the optimizer's state has no names: {problem}; --to pt alone carries it, as it is")
+        values |= {OPTIMIZER: decode(file, root.get(OPTIMIZER))}
+    if scale[1] is True:
+        notes.append(
+            f"the loss scale, {scale[0]}, stays in this format: elsewhere the engine begins with its own"
+        )
+    version = root.get("ds_version")
+    return Checkpoint(
+        path=folder,
+        layout=Layout(
+            format="zero0",
+            zero_stage=0,
+            dp_degree=fields.integer(root.get("dp_world_size")) or 1,
+            tag=folder.name,
+            dtype=common_dtype({name: tensors[name] for name in trained or params}),
+            writer=f"DeepSpeed {version if isinstance(version, str) else '(version not recorded)'}",
+        ),
+        tensors=tensors,
+        groups=groups,
+        train_state=counters(file, root),
+        shared=shared,
+        frozen=frozen,
+        buffers=buffers & tensors.keys(),
+        extra_state=extra,
+        files=(
+            role_of(file, "weights, the whole optimizer, counters, client state"),
+            *roles_of_others(found.others),
+        ),
+        checks=tuple(file.checks()),
+        notes=tuple(notes),
+        optimizer=optimizer_class(settings),
+        client=values,
+        settings=settings,
+        template=Stage0(file, root),
+    )
+
+
+def _no_optimizer(folder: Location, where: Location) -> CkptError:
+    return Unsupported(
+        "no-optimizer-shards",
+        "there are no *_optim_states.pt files",
+        where=folder,
+        why="either the optimizer shards were not copied, or this is of ZeRO stage 0 without an optimizer",
+        hint=f"the weights alone can be read: ckpt extract {escape(where)} --weights-only",
+        layout="zero0",
+    )
+
+
+def _groups(
+    file: TorchFile, root: fields.Mapping, params: Mapping[str, TensorRef], shared: Mapping[str, str]
+) -> tuple[tuple[ParamGroup, ...], str | None]:
+    """The parameter groups with masters; or why their parameters have no names."""
+    node = root.get(OPTIMIZER)
+    path = (OPTIMIZER, INNER) if at(node, INNER) is not None else (OPTIMIZER,)
+    flat = decode(file, at(node, MASTERS[1]))
+    if isinstance(flat, list):
+        return _fused(decode(file, at(file.value, *path)), flat, params, shared)
+    saved = torch_optimizer.read(file, params, shared, path=path)
+    if saved is None or saved.problem is not None:
+        return (), saved.problem if saved is not None else "it is not one of torch.optim"
+    masters = decode(file, at(node, MASTERS[0]))
+    if masters is None:
+        return saved.groups, None
+    lists = masters if isinstance(masters, list) else []
+    if [[*map(_shape, each)] if isinstance(each, list) else None for each in lists] != [
+        [*group.params.values()] for group in saved.groups
+    ]:
+        raise fields.bad_field(file.path, "optimizer.fp32_groups", "is not of the optimizer's parameters")
+    return tuple(
+        replace(group, state={FP32: dict(zip(group.params, refs, strict=True)), **group.state})
+        for group, refs in zip(saved.groups, lists, strict=True)
+    ), None
+
+
+def _shape(value: Value) -> tuple[int, ...] | None:
+    return value.shape if isinstance(value, TensorRef) else None
+
+
+def _fused(
+    saved: Value, flat: list[Value], params: Mapping[str, TensorRef], shared: Mapping[str, str]
+) -> tuple[tuple[ParamGroup, ...], str | None]:
+    """One flat vector for each group: known where there is one, and it holds the whole model in its order."""
+    model = {name: ref.shape for name, ref in params.items() if name not in shared and ref.dtype.is_float}
+    numel = sum(map(math.prod, model.values()))
+    settings = saved.get("param_groups") if isinstance(saved, dict) else None
+    state = saved.get("state") if isinstance(saved, dict) else None
+    if not isinstance(settings, list) or not isinstance(state, dict) or len(settings) != len(flat):
+        return (), "it is not one of torch.optim"
+    if len(flat) != 1 or _shape(flat[0]) != (numel,):
+        return (), "the masters of a group are one flat vector, and which parameters it holds is not said"
+    (hyper,), (own,) = settings, [*state.values()] or [{}]
+    starts, at_ = {}, 0
+    for name, shape in model.items():
+        starts[name], at_ = at_, at_ + math.prod(shape)
+
+    def cut(ref: TensorRef) -> dict[str, TensorRef]:
+        whole = Flat(ref)
+        return {name: whole.cut(starts[name], math.prod(model[name]), model[name]) for name in model}
+
+    held = {FP32: flat[0], **{str(k): v for k, v in (own.items() if isinstance(own, dict) else ())}}
+    return (
+        ParamGroup(
+            params=model,
+            state={
+                str(k): cut(v) for k, v in held.items() if isinstance(v, TensorRef) and v.shape == (numel,)
+            },
+            scalars={str(k): dict.fromkeys(model, v) for k, v in held.items() if _shape(v) != (numel,)},
+            hyper={k: v for k, v in hyper.items() if k != "params"},
+        ),
+    ), None
