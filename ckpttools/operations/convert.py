@@ -13,6 +13,7 @@ from ckpttools.checks import check_before_use
 from ckpttools.errors import Unsupported, UsageError, escape
 from ckpttools.formats import PLANS, Source, refuse_rank_local, torch
 from ckpttools.formats.configs import HEADS
+from ckpttools.formats.counters import OPTIMIZER
 from ckpttools.formats.torch import keys_of, names_buffers, optimizer_of
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
@@ -87,8 +88,8 @@ def convert(
         notes.append("optimizer and schedule are left out, as asked for: they start anew from these settings")
     if like is not None:
         checkpoint, dtype = _like(checkpoint, source, Path(like), dtype)
-    if to.startswith("zero") or to == UNIVERSAL:
-        _needs_groups(checkpoint)
+    if to not in ("pt", "hf") and not reset_optimizer:
+        _needs_names(checkpoint)
     if to.startswith("zero") or to == UNIVERSAL or world_size is not None:
         refuse_quantised(checkpoint)
     if like is None and (to != checkpoint.layout.format or optimizer_class is not None):
@@ -191,17 +192,20 @@ def _order(checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
-def _needs_groups(checkpoint: Checkpoint) -> None:
-    """Say why a file has no parameter groups, before a format says that it needs them."""
-    saved = optimizer_of(checkpoint) if not checkpoint.groups else None
-    if saved is not None and saved.problem is not None:
-        raise Unsupported(
-            "no-groups",
-            f"which parameters the optimizer has is not known: {saved.problem}",
-            where=checkpoint.path,
-            why="it numbers them, and master weights and state are saved by name",
-            hint="--like CHECKPOINT takes their order from a checkpoint of a run with the same groups",
-        )
+def _needs_names(checkpoint: Checkpoint) -> None:
+    """Refuse an optimizer without names where state is saved by name, before it is lost with a note."""
+    if checkpoint.groups or not any(checkpoint.client.get(key) for key in OPTIMIZER):
+        return
+    saved = optimizer_of(checkpoint)
+    problem = saved.problem if saved is not None else None
+    raise Unsupported(
+        "no-groups",
+        f"which parameters the optimizer has is not known{f': {problem}' if problem else ''}",
+        where=checkpoint.path,
+        why="it numbers them, and master weights and state are saved by name",
+        hint="--like CHECKPOINT takes their order from a checkpoint of a run with the same groups; "
+        "--reset-optimizer leaves the state out",
+    )
 
 
 def _like(

@@ -264,6 +264,33 @@ def test_eight_bit_state_of_ranks_is_refused_before_anything_is_written(to: str,
     assert "hint:" in ran.err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("to", ["zero2", "universal", "dcp"])
+@pytest.mark.parametrize("source", ["ambiguous", "stage 0"])
+def test_an_order_that_is_not_known_is_refused_where_state_is_named(
+    source: str, to: Any, tmp_path: Path
+) -> None:
+    """Losing the optimizer is no note: the user says that it may be."""
+    path = SAMPLES / "z0_frozen_ws2"
+    if source == "ambiguous":
+        model = net()
+        optimizer = torch.optim.AdamW(groups_of(model))
+        trained(optimizer, model)
+        path = saved(tmp_path / "a.pt", model, optimizer)
+    ran = run("convert", path, tmp_path / "x", "--to", to)
+    assert ran.code == 2 and "error[no-groups]" in ran.err and "--reset-optimizer" in ran.err, ran
+    assert not (tmp_path / "x").exists()
+    if to == "dcp":
+        assert run("convert", path, tmp_path / "x", "--to", to, "--reset-optimizer").code == 0
+
+
+@pytest.mark.parametrize("to", ["zero2", "zero3", "universal"])
+def test_samples_that_are_not_known_are_not_0(to: Any, tmp_path: Path) -> None:
+    assert open_checkpoint(PT).train_state.samples is None
+    made = convert(PT, tmp_path / "x", to=to).destination
+    assert open_checkpoint(made).train_state.samples is None
+    assert verify(made).ok
+
+
 # --- the options ----------------------------------------------------------------------------------------
 
 

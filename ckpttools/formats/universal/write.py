@@ -181,7 +181,6 @@ def _model(checkpoint: Checkpoint, *, whole: bool) -> Dict:
         "random_ltd": None,
         "skipped_steps": 0,
         "global_steps": 0,
-        "global_samples": 0,
         **counter_values(checkpoint),
         "dp_world_size": checkpoint.layout.dp_degree,
         "mp_world_size": 1,

@@ -148,7 +148,6 @@ def _model(to: Target, rank: int) -> Dict:
         "random_ltd": None,
         "skipped_steps": 0,
         "global_steps": 0,
-        "global_samples": 0,
         **counter_values(checkpoint),
         "dp_world_size": to.ranks,
         "mp_world_size": 1,
