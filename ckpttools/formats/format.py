@@ -129,6 +129,7 @@ class Format:
     pointer: str = "latest"  # the file in a save folder that names a tag
     tagged: bool = False  # lies in the tag folders of a save folder, one of which `--tag` names
     resumes: bool = True  # has a place for the optimizer's state in its own files
+    weights_alone: bool = False  # reads no more, where the folder has an optimizer's state too
     keyed: bool = False  # the weights lie under a key, which `--key` names
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ckpttools.formats import dcp, hf, torch, universal, zero, zero0, zero3
+from ckpttools.formats import dcp, hf, torch, universal, verl, zero, zero0, zero3
 from ckpttools.formats.format import Format
 
 FORMATS: tuple[Format, ...] = (
     dcp.FORMAT,
+    verl.FORMAT,
     universal.FORMAT,  # which holds a model file of ZeRO, too
     zero3.FORMAT,  # before zero, which knows every tag folder
     zero0.FORMAT,

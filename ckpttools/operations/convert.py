@@ -76,6 +76,14 @@ def convert(
     world_size, sizes = ranks_of(world_size, mesh)
     source = find(src, tag)
     checkpoint = check_before_use(source)
+    if source.format.weights_alone and to != "hf" and not reset_optimizer:
+        raise Unsupported(
+            "layout-unsupported",
+            f"of a {source.format.name} folder the weights alone are read",
+            where=source.target,
+            why="its optimizer's state would be lost",
+            hint="--to hf, or --reset-optimizer to begin the optimizer anew",
+        )
     read = checkpoint.notes
     notes = list(_order(checkpoint))
     checkpoint = select(checkpoint, include=include, exclude=exclude)

@@ -1,0 +1,168 @@
+"""The weights of a verl folder: the ranks' parts joined along the first dimension."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckpttools.checkpoint import Checkpoint, Layout, common_dtype
+from ckpttools.containers import fields
+from ckpttools.containers.edit import at
+from ckpttools.containers.pickles import Global, Node, Object
+from ckpttools.containers.torch_file import TorchFile, read_torch_file
+from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.formats.format import Folder
+from ckpttools.formats.rank_files import role_of, unchecked
+from ckpttools.formats.ties import tied
+from ckpttools.location import Location
+from ckpttools.tensors import TensorRef, cat
+
+NAME = re.compile(
+    r"(?P<kind>model|optim|extra_state)_world_size_(?P<ranks>\d{1,6})_rank_(?P<rank>\d{1,6})\.pt"
+)
+ROLES = {
+    "model": "rank {} of {}: its part of the weights",
+    "optim": "rank {} of {}: its part of the optimizer's state, not joined",
+    "extra_state": "rank {} of {}: schedule and random states",
+}
+REBUILD = Global("torch._tensor", "_rebuild_from_type_v2")
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of a folder, by kind and rank."""
+
+    ranks: int
+    paths: dict[str, dict[int, Location]]
+
+
+def holds(folder: Folder) -> bool:
+    """Whether the folder directly holds a model file of verl."""
+    return any((found := NAME.fullmatch(name)) and found["kind"] == "model" for name in folder.names)
+
+
+def find(path: Location) -> Files:
+    """Raises CkptError where files are missing, or of several numbers of ranks."""
+    found = [match for name in Folder.of(path).names if (match := NAME.fullmatch(name))]
+    sizes = {int(match["ranks"]) for match in found}
+    if len(sizes) != 1:
+        raise CkptError(
+            "shard-mixed",
+            f"files of {' and '.join(map(str, sorted(sizes)))} ranks lie in one folder",
+            where=path,
+            why="they come from several saves, and which one is meant is not known",
+            hint="keep the files of one save and move the others out of the folder",
+        )
+    paths: dict[str, dict[int, Location]] = {}
+    for match in found:
+        paths.setdefault(match["kind"], {})[int(match["rank"])] = path / match.string
+    (ranks,) = sizes
+    for kind, of_kind in paths.items():
+        missing = sorted(set(range(ranks)) - set(of_kind))
+        if missing or len(of_kind) != ranks:
+            raise CkptError(
+                "shard-missing",
+                f"{kind}_world_size_{ranks}_rank_{missing[0] if missing else 'N'}.pt is missing"
+                if missing
+                else f"there are {len(of_kind)} {kind} files of {ranks} ranks",
+                where=path,
+                why="every rank writes its own part, and the others do not have it",
+                hint="copy the missing files from the nodes that wrote them",
+            )
+    return Files(ranks, {kind: dict(sorted(of_kind.items())) for kind, of_kind in paths.items()})
+
+
+def read(path: Location) -> Checkpoint:
+    """Raises Unsupported for weights that are split in another way than along their first dimension."""
+    files = find(path)
+    every = [each for of_kind in files.paths.values() for each in of_kind.values()]
+    return checkpoint(path, files, {each: read_torch_file(each) for each in every})
+
+
+def checkpoint(path: Location, files: Files, read: dict[Location, TorchFile]) -> Checkpoint:
+    """The whole from files that were read."""
+    models = [read[each] for each in files.paths["model"].values()]
+    roots = [fields.mapping(file.path, file.value, "the file's value") for file in models]
+    tensors = {name: _whole(models, [root.get(name) for root in roots], name) for name, _ in roots[0].named()}
+    every = [(kind, rank, read[p]) for kind, of_kind in files.paths.items() for rank, p in of_kind.items()]
+    return Checkpoint(
+        path=path,
+        layout=Layout(format="verl", dp_degree=files.ranks, dtype=common_dtype(tensors), writer="verl"),
+        tensors=tensors,
+        shared=tied(tensors),
+        files=tuple(role_of(file, ROLES[kind].format(rank, files.ranks)) for kind, rank, file in every),
+        checks=tuple(check for _, _, file in every for check in file.checks()),
+        notes=(
+            *unchecked([file for _, _, file in every]),
+            "of the weights alone: the optimizer's state of the ranks is checked, and not joined",
+        ),
+        template=tuple(file for _, _, file in every),
+    )
+
+
+def _whole(models: Sequence[TorchFile], nodes: Sequence[Node], name: str) -> TensorRef:
+    """A weight from every rank's node of it: a DTensor, or a plain tensor that all ranks have."""
+    first = nodes[0]
+    if not (isinstance(first, Object) and first.cls == REBUILD):
+        view = models[0].view(first)
+        if view is None:
+            raise fields.bad_field(models[0].path, name, "is no tensor")
+        return view.ref
+    whole = _shape(models[0], first, name)
+    parts = [_local(file, node, name) for file, node in zip(models, nodes, strict=True)]
+    placements = _placements(first)
+    if placements == [None]:  # Replicate
+        return parts[0]
+    rows = -(-whole[0] // len(parts)) if whole else 0
+    expected = [max(0, min(rows, whole[0] - rank * rows)) for rank in range(len(parts))] if whole else []
+    if placements != [0] or not whole:
+        raise Unsupported(
+            "layout-unsupported",
+            f"{escape(name)} is split in another way than along its first dimension",
+            where=models[0].path,
+            why="the pieces of other meshes are not put together",
+            hint="merge it with verl's own model merger",
+            layout="verl",
+        )
+    for file, part, own in zip(models, parts, expected, strict=True):
+        if part.shape != (own, *whole[1:]) and (own or part.numel):
+            raise fields.bad_field(
+                file.path, name, f"is {list(part.shape)} where {[own, *whole[1:]]} belongs"
+            )
+    return cat(parts, parts[0].dtype).view(whole)
+
+
+def _spec(node: Node) -> fields.Mapping | None:
+    state = node.args[3] if isinstance(node, Object) and len(node.args) == 4 else None
+    return fields.as_mapping(state[1]) if isinstance(state, tuple) and len(state) == 2 else None
+
+
+def _placements(node: Node) -> list[int | None]:
+    """For each dimension of the mesh the one that is split, None where nothing is, -1 for what is unknown."""
+    own = _spec(node)
+    spec = own.get("_spec") if own is not None else None
+    found = at(spec.state, "placements") if isinstance(spec, Object) and spec.has_state else None
+    out: list[int | None] = []
+    for each in found if isinstance(found, tuple) else ():
+        kind = each.cls.name if isinstance(each, Object) and isinstance(each.cls, Global) else ""
+        dim = at(each.state, "dim") if isinstance(each, Object) and each.has_state else None
+        out.append(None if kind == "Replicate" else dim if kind == "Shard" and isinstance(dim, int) else -1)
+    return out
+
+
+def _shape(file: TorchFile, node: Object, name: str) -> tuple[int, ...]:
+    """Of the whole weight: the third of the arguments that make the wrapper."""
+    made = node.args[2]
+    shape = made[2] if isinstance(made, tuple) and len(made) > 2 else None
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise fields.bad_field(file.path, name, "does not state its shape")
+    return tuple(n for n in shape if isinstance(n, int))
+
+
+def _local(file: TorchFile, node: Node, name: str) -> TensorRef:
+    own = _spec(node)
+    view = file.view(own.get("_local_tensor")) if own is not None else None
+    if view is None:
+        raise fields.bad_field(file.path, name, "is no tensor of this rank")
+    return view.ref

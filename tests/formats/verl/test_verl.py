@@ -1,0 +1,78 @@
+"""verl's folders: the parts of the ranks are the whole weights; what is missing or damaged is found."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import run
+from safetensors.torch import load_file
+from support import FIXTURES, as_torch, identical
+
+from ckpttools.checks import verify
+from ckpttools.formats import open_checkpoint
+
+ACTOR = FIXTURES / "verl/actor_ws2"
+TRUTH = torch.load(FIXTURES / "verl/truth.pt", weights_only=True)
+
+
+def test_the_parts_make_the_weights(tmp_path: Path) -> None:
+    found = open_checkpoint(ACTOR)
+    assert list(found.tensors) == list(TRUTH) and found.layout.dp_degree == 2
+    assert all(identical(as_torch(found.tensors[name]), TRUTH[name]) for name in TRUTH)
+    assert verify(ACTOR).ok and run("inspect", ACTOR).code == 0
+    assert run("extract", ACTOR, tmp_path / "w.safetensors").code == 0
+    made = load_file(tmp_path / "w.safetensors")
+    assert made.keys() == TRUTH.keys() and all(torch.equal(made[name], TRUTH[name]) for name in TRUTH)
+
+
+def test_an_optimizer_that_is_not_joined_is_not_lost_in_silence(tmp_path: Path) -> None:
+    for to in ("pt", "dcp", "zero2"):
+        ran = run("convert", ACTOR, tmp_path / "x", "--to", to)
+        assert ran.code == 2 and "--reset-optimizer" in ran.err and not list(tmp_path.iterdir()), ran
+    assert run("convert", ACTOR, tmp_path / "x.pt", "--to", "pt", "--reset-optimizer").code == 0
+    assert run("convert", ACTOR, tmp_path / "x", "--to", "hf").code == 0
+
+
+def a_rank(kind: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / f"{kind}_world_size_2_rank_1.pt").unlink()
+
+
+def of_another_size(folder: Path) -> None:
+    shutil.copy(folder / "model_world_size_2_rank_0.pt", folder / "model_world_size_4_rank_0.pt")
+
+
+def two_of_one_rank(folder: Path) -> None:
+    shutil.copy(folder / "model_world_size_2_rank_0.pt", folder / "model_world_size_2_rank_1.pt")
+
+
+def a_changed_byte(folder: Path) -> None:
+    file = folder / "optim_world_size_2_rank_1.pt"
+    raw = bytearray(file.read_bytes())
+    at = raw.index(b"data/0") + 200
+    raw[at] ^= 1
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("damage", "ids"),
+    [
+        (a_rank("model"), {"shard-missing"}),
+        (a_rank("optim"), {"shard-missing"}),
+        (of_another_size, {"shard-mixed"}),
+        (two_of_one_rank, {"file-renamed", "field-damaged"}),
+        (a_changed_byte, {"checksum", "zip-unexplained", "zip-damaged"}),
+    ],
+    ids=["a rank's weights", "a rank's optimizer", "another size", "one rank twice", "a byte"],
+)
+def test_damage_is_found(damage: Callable[[Path], None], ids: set[str], tmp_path: Path) -> None:
+    folder = tmp_path / "actor"
+    shutil.copytree(ACTOR, folder)
+    damage(folder)
+    verdict = verify(folder)
+    assert not verdict.ok and ids & {f.id for f in verdict.findings if f.severity == "error"}, (
+        verdict.findings
+    )
