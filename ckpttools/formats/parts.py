@@ -28,6 +28,10 @@ from ckpttools.location import Location
 from ckpttools.stores.files import entries, is_file, is_folder, size_of
 
 NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\d+(?=-model)")
+EXPERT = re.compile(
+    r"(layer_(?P<layer>\d{1,6})_)?expert_(?P<expert>\d{1,6})_mp_rank_\d{2,6}_model_states\.pt"
+)
+MOST = 65_536  # experts or layers that are counted
 COUNTERS = ("global_steps", "dp_world_size", "mp_world_size", "ds_version")
 
 
@@ -73,6 +77,7 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
     findings += archive_roots([file for file in files if ANY.fullmatch(file.path.name)])
     findings += _gaps(folder, [path for path in paths if path.parent == folder])
     findings += _counters(files)
+    findings += _experts(folder, files)
     findings += _no_module(folder, files)
     if reason.id == "no-optimizer-shards":
         findings += _no_optimizer(files)
@@ -134,6 +139,38 @@ def _gaps(folder: Location, paths: Iterable[Location]) -> Iterator[Finding]:
             message=f"every rank writes them, and there are {' and '.join(map(str, sorted(ranks)))}",
             hint="copy the missing files from the nodes that wrote them",
         )
+
+
+def _experts(folder: Location, files: list[TorchFile]) -> Iterator[Finding]:
+    """Each expert is in a file of its own: as many as the model file states, or as the fullest layer has."""
+    held: dict[int, set[int]] = {}
+    for file in files:
+        if match := EXPERT.fullmatch(file.path.name):
+            held.setdefault(int(match["layer"] or 0), set()).add(int(match["expert"]))
+    if not held:
+        return
+    roots = (fields.as_mapping(file.value) for file in files if not EXPERT.fullmatch(file.path.name))
+    found = next(
+        (root.get("num_experts") for root in roots if root is not None and "num_experts" in root), None
+    )
+    numbers = found if isinstance(found, list) else [found] * (max(held) + 1)
+    stated = [number if type(number) is int else 0 for number in numbers]
+    fullest = max(1 + max(experts) for experts in held.values())
+    for layer in range(min(max(len(stated), max(held) + 1), MOST)):
+        said = stated[layer] if layer < len(stated) else 0
+        experts = held.get(layer, set())
+        missing = [n for n in range(min(said or fullest, MOST)) if n not in experts]
+        if missing:
+            shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+            yield Finding(
+                id="experts-missing",
+                severity=ERROR,
+                file=str(folder),
+                where=f"layer_{layer}_expert_{missing[0]}_*",
+                message=f"{len(missing)} of {said or fullest} experts of MoE layer {layer} are in no file: "
+                f"{shown}",
+                hint="copy the missing files from the expert-parallel ranks that wrote them",
+            )
 
 
 def _no_optimizer(files: list[TorchFile]) -> Iterator[Finding]:

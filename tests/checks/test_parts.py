@@ -72,6 +72,29 @@ def test_damage_in_deepspeed_folders(name: str, tmp_path: Path) -> None:
     assert ids(flipped) & {"checksum", "zip-damaged", "zip-unexplained"}
 
 
+@pytest.mark.parametrize("expert", [0, 1])
+def test_a_missing_expert_is_an_error(expert: int, tmp_path: Path) -> None:
+    folder = shutil.copytree(ZERO / "moe_ws2", tmp_path / "run")
+    next(folder.glob(f"*/layer_0_expert_{expert}_*")).unlink()
+    (found,) = (f for f in verify(folder).findings if f.severity == "error")
+    assert (
+        found.id == "experts-missing"
+        and f"1 of 2 experts of MoE layer 0 are in no file: {expert}" in found.message
+    )
+
+
+def test_experts_of_a_whole_layer_are_missed_by_what_the_model_file_states(tmp_path: Path) -> None:
+    folder = shutil.copytree(ZERO / "moe_ws2", tmp_path / "run")
+    model = next(folder.glob("*/mp_rank_00_model_states.pt"))
+    state = torch.load(model, weights_only=False)
+    torch.save(state | {"num_experts": [2, 4]}, model)
+    assert ids(folder) == {"experts-missing"}
+    for name in ("layer_1_expert_0", "layer_1_expert_1", "layer_1_expert_2", "layer_1_expert_3"):
+        source = next(folder.glob("*/layer_0_expert_0_*"))
+        shutil.copy(source, source.with_name(f"{name}_mp_rank_00_model_states.pt"))
+    assert "experts-missing" not in ids(folder)
+
+
 def test_model_files_of_different_steps(tmp_path: Path) -> None:
     folder = shutil.copytree(ZERO / "z3_bf16_ws2", tmp_path / "run")
     path = next(folder.glob("*/zero_pp_rank_1_mp_rank_00_model_states.pt"))
