@@ -18,8 +18,8 @@ from ckpttools.containers.torch_file import TorchFile, read_opened
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.dcp.items import SMALL, Data, Wanted, read_piece, refuse_compressed
-from ckpttools.formats.dcp.metadata import NAME, Item, Metadata, read_metadata
-from ckpttools.formats.dcp.names import SUFFIX, has_shards, parts
+from ckpttools.formats.dcp.metadata import Item, Metadata, read_metadata
+from ckpttools.formats.dcp.names import NAME, SUFFIX, has_shards, parts
 from ckpttools.formats.dcp.pieces import check_pieces
 from ckpttools.formats.dcp.read import Part, checkpoint, no_metadata, object_lost, part
 from ckpttools.formats.dcp.shards import read_shards

@@ -24,13 +24,13 @@ from ckpttools.containers.pickles import Dict, Global, Node, Object, Reject, dum
 from ckpttools.containers.pickles.judge import Judgement, judge
 from ckpttools.containers.torch_file import size, size_node
 from ckpttools.errors import CkptError, escape
+from ckpttools.formats.dcp.names import NAME
 from ckpttools.location import Location
 from ckpttools.stores.files import opened, plain_name
 from ckpttools.tensors import DTYPES, DType
 from ckpttools.tree import MAX_DEPTH
 from ckpttools.tree import Path as Keys
 
-NAME = ".metadata"
 MAX_NBYTES = 256 << 20
 LIMITS = 4  # torch memoizes 26 objects for each tensor: a state of 50,000 parameters has 5 million
 VERSION = "1.0.0"

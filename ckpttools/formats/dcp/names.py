@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable
 
 from ckpttools.errors import Unsupported
-from ckpttools.formats.dcp.metadata import NAME
 from ckpttools.formats.format import Folder, Found
 from ckpttools.location import Location
 from ckpttools.stores.files import entries, is_folder
 
+NAME = ".metadata"
 DATA = re.compile(r"__(\d+)_(\d+)\.distcp")
 SUFFIX = ".distcp"
 MODEL_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate, HF Trainer

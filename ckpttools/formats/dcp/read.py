@@ -10,8 +10,8 @@ from ckpttools.errors import CkptError, escape
 from ckpttools.formats.buffers import untrained
 from ckpttools.formats.dcp.counters import train_state
 from ckpttools.formats.dcp.items import Data, Items, Wanted
-from ckpttools.formats.dcp.metadata import NAME, Item, Metadata, read_metadata
-from ckpttools.formats.dcp.names import DATA, MODEL_FOLDER, OPTIMIZER_FOLDER, has_shards, parts
+from ckpttools.formats.dcp.metadata import Item, Metadata, read_metadata
+from ckpttools.formats.dcp.names import DATA, MODEL_FOLDER, NAME, OPTIMIZER_FOLDER, has_shards, parts
 from ckpttools.formats.dcp.pieces import assembled, check_pieces
 from ckpttools.formats.dcp.roles import ACCELERATE, Names, guessed, roles, tree
 from ckpttools.formats.dcp.shards import read_shards

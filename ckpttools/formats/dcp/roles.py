@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from ckpttools.checkpoint import ParamGroup
 from ckpttools.containers.fields import bad_field
 from ckpttools.errors import escape
-from ckpttools.formats.dcp.metadata import NAME
+from ckpttools.formats.dcp.names import NAME
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, leaves, same

@@ -15,8 +15,8 @@ from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats.dcp.counters import with_state
 from ckpttools.formats.dcp.items import Writer
-from ckpttools.formats.dcp.metadata import NAME, Item, Metadata, Piece, Tensor, write_metadata
-from ckpttools.formats.dcp.names import MODEL_FOLDER, OPTIMIZER_FOLDER
+from ckpttools.formats.dcp.metadata import Item, Metadata, Piece, Tensor, write_metadata
+from ckpttools.formats.dcp.names import MODEL_FOLDER, NAME, OPTIMIZER_FOLDER
 from ckpttools.formats.dcp.pieces import rows
 from ckpttools.formats.dcp.read import LOSS_SCALER, Template
 from ckpttools.formats.dcp.roles import (
