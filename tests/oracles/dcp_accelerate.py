@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import fsdp_utils
+from dcp_job import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -63,7 +64,7 @@ def main() -> None:
     losses = train(net, optimizer, 3, 6)
     if accelerator.is_main_process:
         Path(out).write_text(json.dumps(losses))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,14 @@ def resume(kind: list[str], folder: Path, first: int, steps: int, losses: Path) 
         losses.write_text(json.dumps(made))
 
 
+def leave() -> None:
+    """End this rank without destructors: DDP's waits for threads that wait for the interpreter."""
+    if dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["save", "resume"])
@@ -212,8 +221,7 @@ def main() -> None:
         save(kind, args.folder, args.steps, args.truth)
     else:
         resume(kind, args.folder, args.first, args.steps, args.losses)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from dcp_job import leave
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from deepspeed_samples import LR, STEPS_AFTER, VARIANTS, Net, batch, make_optimizer, param_groups
 from torch import nn
@@ -106,8 +107,7 @@ def main() -> None:
         losses.append(loss.item())
     if not dist.is_initialized() or dist.get_rank() == 0:
         Path(out).write_text(json.dumps(losses))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
