@@ -85,8 +85,9 @@ class Checkpoint:
 
     `tensors` are the model's weights and buffers as saved, by name; tied names share their chunks.
     `shared` maps an alias to its owner, `frozen` and `buffers` name entries of `tensors`,
-    `left_out` parameters that the model has and the files do not (name -> shape). `extra_state` is what the
-    model's state holds beside tensors.
+    `left_out` parameters that the model has and the files do not (name -> shape). `roles_guessed`: nothing
+    in the files tells buffers from frozen weights, so that `frozen` may name buffers. `extra_state` is what
+    the model's state holds beside tensors.
     `optimizer` is the class of the optimizer where the files name it ("AdamW"). `loss_scaler` is its state
     as plain values. `client` is what training code saved beside all that, by key; `settings` the run's
     configuration as saved (ds_config). `template` is what the
@@ -102,6 +103,7 @@ class Checkpoint:
     shared: Mapping[str, str] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
+    roles_guessed: bool = False
     left_out: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     extra_state: Mapping[str, Value] = field(default_factory=dict)
     files: tuple[FileRole, ...] = ()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.tensors import TensorRef
 
+BUFFERS = "buffer_names"  # ours, as DeepSpeed calls it: which of the weights no optimizer can have
 # of the buffers that torch's own modules register: torch/nn/modules/batchnorm.py
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -25,3 +27,15 @@ def untrained(
     rest = {name for name in tensors if name not in trained}
     buffers = frozenset(name for name in rest if is_buffer(name, tensors[name]))
     return frozenset(rest - buffers - set(shared)), buffers
+
+
+def told(checkpoint: Checkpoint) -> list[str] | None:
+    """The buffers' names, where a file must say them because whoever reads it would guess: otherwise, or
+    without being sure.
+    """
+    trained = {name for group in checkpoint.groups for name in group.params}
+    if not trained:
+        return None
+    guessed = untrained(checkpoint.tensors, trained, checkpoint.shared)[1]
+    sure = bool(checkpoint.frozen) and not checkpoint.roles_guessed
+    return sorted(checkpoint.buffers) if sure or guessed != checkpoint.buffers else None

@@ -14,7 +14,7 @@ from ckpttools.errors import Unsupported, UsageError, escape
 from ckpttools.formats import PLANS, Source, refuse_rank_local, torch
 from ckpttools.formats.configs import HEADS
 from ckpttools.formats.counters import OPTIMIZER
-from ckpttools.formats.torch import keys_of, names_buffers, optimizer_of
+from ckpttools.formats.torch import keys_of, optimizer_of
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
 from ckpttools.operations.deepspeed_folder import UNIVERSAL, moments, prepared
@@ -127,8 +127,6 @@ def convert(
             configured = any(file.path in HEADS for file in plan.files)
             lines = iter(advice.weights(dst, "safetensors", single=False, configured=configured)[1:])
         case "zero1" | "zero2" | "zero3" | "universal":
-            if to == "zero3" and not names_buffers(checkpoint):
-                checkpoint = replace(checkpoint, frozen=frozenset())  # a guess: the format refuses it
             checkpoint, layout = prepared(checkpoint, to, ranks, target)
             plan = folder_plan(checkpoint, layout)
             lines = resuming.engine(checkpoint, layout, dst)

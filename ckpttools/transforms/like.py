@@ -48,6 +48,7 @@ def like(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
         shared=other.shared,
         frozen=other.frozen,
         buffers=other.buffers,
+        roles_guessed=other.roles_guessed,
         left_out=other.left_out,
         settings=other.settings or checkpoint.settings,
         optimizer=other.optimizer or checkpoint.optimizer,

@@ -42,6 +42,7 @@ TO_ZERO = [
     Route("z3_groups", ("zero2",), 3, config=stage(2)),
     Route("z3_groups", ("zero3",), 3),
     Route("z3_groups", ("pt", "zero3"), 2),
+    Route("z3_groups", ("dcp", "zero3"), 2),
     Route("z2_groups", ("zero3", "zero2"), 2),
     Route("z2_fp16", ("zero3",), 2, "z3_fp16"),
     Route("z2_sgd", ("pt", "zero3"), 2, "z3_sgd"),

@@ -166,14 +166,16 @@ def write(
     torch.save(saved, path)
 
 
-def pathological(path: Path) -> Path:
-    """Weights of every shape and type that a state dict may hold, trained ones with moments and steps."""
+def pathological(path: Path, *, names: bool = True) -> Path:
+    """Weights of every shape and type that a state dict may hold, trained ones with moments and steps; with
+    `names` also one that no file system takes.
+    """
     torch.manual_seed(0)
     base = torch.randn(6, 8)
     trained = {
         "a.b.c/d e": torch.randn(3, 5),
         "näme.权重.🙂": torch.randn(4),
-        "x" * 300 + ".weight": torch.randn(1, 1, 3),
+        "x" * (300 if names else 200) + ".weight": torch.randn(1, 1, 3),
         "scalar": torch.tensor(1.5),
         "one": torch.randn(1),
         "none": torch.empty(0),

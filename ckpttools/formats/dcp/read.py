@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.errors import CkptError, escape
-from ckpttools.formats.buffers import untrained
+from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.dcp.counters import train_state
 from ckpttools.formats.dcp.items import Data, Items, Wanted
 from ckpttools.formats.dcp.metadata import Item, Metadata, read_metadata
@@ -123,6 +123,11 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
     dtypes = {ref.dtype.short for ref in held.tensors.values() if ref.dtype.is_float}
     shards = [sum(p.numel > 0 for p in t.pieces) for each in found for t in each.metadata.tensors.values()]
     client = dict(held.client)
+    stated = client.get(BUFFERS)
+    if isinstance(stated, list) and trained:
+        del client[BUFFERS]
+        buffers = frozenset(name for name in stated if name in tensors)
+        frozen = frozenset(tensors.keys() - trained.keys() - buffers - shared.keys())
     scaler = client.get(LOSS_SCALER)
     if isinstance(scaler, Mapping):
         del client[LOSS_SCALER]
@@ -142,6 +147,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
         shared=shared,
         frozen=frozen,
         buffers=buffers,
+        roles_guessed=not isinstance(stated, list),
         extra_state=held.extra,
         files=tuple(role for each in found for role in _files(each)),
         checks=tuple(

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.errors import UsageError, escape
+from ckpttools.formats.buffers import BUFFERS, told
 from ckpttools.formats.dcp.counters import with_state
 from ckpttools.formats.dcp.items import Writer
 from ckpttools.formats.dcp.metadata import Item, Metadata, Piece, Tensor, write_metadata
@@ -62,6 +63,9 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     ]
     client = [((*names.prefix, *path), value) for path, value in _client(checkpoint, names, notes)]
     notes += _not_held(checkpoint)
+    buffers = told(checkpoint) if style != ACCELERATE else None
+    if checkpoint.frozen and buffers is None:
+        notes.append(f"which {len(checkpoint.frozen)} weights are frozen has no place in the format")
     if style == ACCELERATE:
         notes += [
             f"'{escape(path[0])}' is not written: accelerate keeps it in files of its own"
@@ -72,6 +76,8 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
             *(_files(f"{OPTIMIZER_FOLDER}/", optimizer, checkpoint, mesh) if optimizer else ()),
         ]
     else:
+        if buffers is not None:
+            client.append(((*names.prefix, BUFFERS), buffers))
         files = [*_files("", [*model, *optimizer, *client], checkpoint, mesh)]
     return Plan(files=tuple(files), notes=tuple(dict.fromkeys(notes)), checks=checkpoint.checks)
 
@@ -183,8 +189,6 @@ def _terminal(value: Value) -> bool:
 def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.optimizer:
         yield f"the optimizer's class ({escape(checkpoint.optimizer)}) has no place in the format"
-    if checkpoint.frozen:
-        yield f"which {len(checkpoint.frozen)} weights are frozen has no place in the format"
     if checkpoint.left_out:
         yield f"{len(checkpoint.left_out)} weights of the model are not in the source: their names are lost"
     if checkpoint.settings:

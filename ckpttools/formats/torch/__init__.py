@@ -20,7 +20,7 @@ from ckpttools.formats.counters import OPTIMIZER
 from ckpttools.formats.format import Checked, Format, Found, Source
 from ckpttools.formats.torch.names import WEIGHTS, find_weights, strip
 from ckpttools.formats.torch.read import read
-from ckpttools.formats.torch.write import keys_of, names_buffers, optimizer_of, plan
+from ckpttools.formats.torch.write import keys_of, optimizer_of, plan
 from ckpttools.location import Location
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "WEIGHTS",
     "find_weights",
     "keys_of",
-    "names_buffers",
     "optimizer_of",
     "plan",
     "read",

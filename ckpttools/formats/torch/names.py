@@ -21,7 +21,6 @@ WEIGHTS = (
     "weights",
     "module_state_dict",
 )
-BUFFERS = "buffer_names"  # ours, as DeepSpeed calls it: which of the weights no optimizer can have
 
 
 def find_weights(file: TorchFile, wanted: str | None = None) -> tuple[str | None, dict[str, TensorRef]]:

@@ -12,11 +12,11 @@ from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.containers.torch_file.modules import under
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import torch_optimizer as optimizer
-from ckpttools.formats.buffers import untrained
+from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.counters import train_state
 from ckpttools.formats.deepspeed import names_of
 from ckpttools.formats.ties import tied
-from ckpttools.formats.torch.names import BUFFERS, find_weights, strip
+from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.location import Location
 from ckpttools.tree import Value, put
 
@@ -97,6 +97,7 @@ def read(
         shared=shared,
         frozen=frozen,
         buffers=buffers,
+        roles_guessed=stated is None,
         train_state=state,
         extra_state=_extra_state(file, key, prefix),
         client=client,

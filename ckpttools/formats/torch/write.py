@@ -17,9 +17,8 @@ from ckpttools.containers.nodes import ORDERED, decode, encode, kept, put_node
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
 from ckpttools.errors import UsageError, escape
-from ckpttools.formats.buffers import untrained
-from ckpttools.formats.torch.names import BUFFERS, find_weights, strip
-from ckpttools.formats.torch.read import buffers_of
+from ckpttools.formats.buffers import BUFFERS, told
+from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.formats.torch_optimizer import NAMES, Saved, place_of, read
 from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
@@ -49,9 +48,8 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     if checkpoint.groups:
         path = template.optimizer if template and template.optimizer else ("optimizer_state_dict",)
         values[str(path[0])] = _optimizer(checkpoint, template, path)
-    trained = {name for group in checkpoint.groups for name in group.params}
-    if trained and untrained(checkpoint.tensors, trained, checkpoint.shared)[1] != checkpoint.buffers:
-        values[BUFFERS] = sorted(checkpoint.buffers)
+    if (buffers := told(checkpoint)) is not None:
+        values[BUFFERS] = buffers
     for key, value in _rest(checkpoint, template, values, notes).items():
         if template is None or key not in template.root:
             values[key] = encode(value, {})
@@ -78,12 +76,6 @@ def optimizer_of(checkpoint: Checkpoint) -> Saved | None:
     """What a file that was read says about its optimizer, None where it is no such file or has none."""
     file = checkpoint.template
     return read(file, checkpoint.tensors, checkpoint.shared) if isinstance(file, TorchFile) else None
-
-
-def names_buffers(checkpoint: Checkpoint) -> bool:
-    """Whether what is a buffer and what is frozen is known, and not guessed from types and names."""
-    file = checkpoint.template
-    return not isinstance(file, TorchFile) or buffers_of(fields.as_mapping(file.value)) is not None
 
 
 def _template(checkpoint: Checkpoint) -> Template | None:

@@ -95,7 +95,9 @@ def _target(checkpoint: Checkpoint, layout: Layout) -> tuple[Target, tuple[str, 
 def _buffers(checkpoint: Checkpoint) -> frozenset[str]:
     """Buffers are whole in module, parameters are not: each tensor must be known for the one or the other."""
     trained = {name for group in checkpoint.groups for name in group.params}
-    known = trained | checkpoint.frozen | checkpoint.buffers | checkpoint.shared.keys()
+    known = trained | checkpoint.buffers | checkpoint.shared.keys()
+    if not checkpoint.roles_guessed:
+        known |= checkpoint.frozen
     guessed = set()
     for name, ref in checkpoint.tensors.items():
         if name in known:
@@ -106,7 +108,7 @@ def _buffers(checkpoint: Checkpoint) -> frozenset[str]:
                 f"{escape(name)} is in no parameter group: a frozen parameter or a buffer?",
                 where=checkpoint.path,
                 why="ZeRO-3 cuts parameters and keeps buffers whole, and DeepSpeed loads them strictly",
-                hint="start from a DeepSpeed checkpoint, which tells them apart",
+                hint="--like CHECKPOINT takes it from a DeepSpeed checkpoint of the same model",
             )
         guessed.add(name)
     return checkpoint.buffers | guessed
