@@ -1,7 +1,8 @@
 """The manifest: what a checkpoint's files were when somebody trusted them.
 
 `ckpt-manifest.json` in a checkpoint's folder, or `NAME.ckpt-manifest.json` beside a single file, holds the
-size and xxh3_128 of each file, and the xxh3_128 of each tensor in it, so that a change can be named. It
+size and xxh3_128 of each file, and the xxh3_128 of each tensor in it, so that a change can be named. Files
+in folders of the checkpoint's own go by their path below the folder, with `/`. It
 covers what formats without checksums cannot: any changed byte, and edits whose checksums were mended. (xxh3
 guards against accidents and careless edits, not against somebody who can rewrite the manifest too.)
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
-from ckpttools.location import Location
+from ckpttools.location import Location, below
 from ckpttools.siblings import MANIFEST, is_ours
 from ckpttools.stores.files import entries, is_file, is_folder, plain_name
 
@@ -78,11 +79,14 @@ def places(target: Location) -> list[Location]:
     return [path for path in (beside(target), target.parent / MANIFEST) if is_file(path)]
 
 
-def own_files(target: Location) -> list[Location]:
-    """The files that a manifest covers: those directly in the folder, or the single file."""
+def own_files(target: Location, inner: Iterable[Location] = ()) -> dict[Location, str]:
+    """The files that a manifest covers, and what it calls them: those directly in the folder and in its
+    `inner` ones, or the single file.
+    """
     if not is_folder(target):
-        return [target]
-    return [target / e.name for e in entries(target) if is_file(e) and not is_ours(e.name)]
+        return {target: target.name}
+    own = (f / e.name for f in (target, *inner) for e in entries(f) if is_file(e) and not is_ours(e.name))
+    return {path: below(path, target) for path in own}
 
 
 def dump(entries: Mapping[str, Entry], *, output: bool = False) -> bytes:
@@ -147,7 +151,12 @@ def load(path: Location) -> dict[str, Entry]:
             why="what it says about the files cannot be used",
             hint="write it anew with ckpt verify --write-manifest, once the checkpoint is known to be good",
         )
-    return {plain_name(name, path): _entry(path, entry) for name, entry in files.items()}
+    return {_inner_name(name, path): _entry(path, entry) for name, entry in files.items()}
+
+
+def _inner_name(name: str, path: Location) -> str:
+    """A path below the manifest's folder, each part of it a plain name."""
+    return "/".join(plain_name(part, path) for part in name.split("/"))
 
 
 def _entry(path: Location, entry: object) -> Entry:

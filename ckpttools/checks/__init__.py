@@ -133,7 +133,7 @@ def _verify(
         nbytes = 0
         said = stated(source.target)
         digests: Mapping[Location, Digest] = {}
-        own = manifest.own_files(source.target)
+        own = manifest.own_files(source.target, source.format.inner(source.target))
         if crcs is not None:
             digests = read_back(ranges_of([*own, *crcs], found, checked.files), crcs, workers)
         elif not quick or describe:
@@ -154,8 +154,8 @@ def _verify(
             findings += more
             if found is not None and not quick:
                 findings += check_untouched(found)
-        findings += check_manifest(source.target, said, digests)
-        described = {p.name: entry_of(p, digests) for p in own if p in digests} if describe else None
+        findings += check_manifest(source.target, own, said, digests)
+        described = {n: entry_of(p, digests) for p, n in own.items() if p in digests} if describe else None
         contents = b"" if described is None else manifest.dump(described, output=crcs is not None)
     findings = by_cause(sorted(findings, key=lambda f: (f.severity != ERROR, f.severity == INFO)), checked)
     return Verdict(
@@ -205,7 +205,7 @@ def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | 
         found = check_before_use(locate(staged))
         files = [found.template] if isinstance(found.template, TorchFile) else []
     crcs: dict[Path, int] = {} if crc is None else {staged: crc}
-    (entry,) = describe_files([staged], found, files, workers, crcs).values()
+    (entry,) = describe_files({staged: name}, found, files, workers, crcs).values()
     return manifest.dump({name: entry}, output=True)
 
 

@@ -53,12 +53,13 @@ def stated(target: Location) -> Stated:
     return out
 
 
-def check_manifest(target: Location, said: Stated, digests: Mapping[Location, Digest]) -> list[Finding]:
+def check_manifest(
+    target: Location, own: Mapping[Location, str], said: Stated, digests: Mapping[Location, Digest]
+) -> list[Finding]:
     """Hold the files against what was stated; sizes only where there are no digests."""
     findings = list(said.findings)
     try:
-        own = [path for path in manifest.own_files(target) if said.covers(path)]
-        now = {path.name: entry_of(path, digests) for path in own}
+        now = {name: entry_of(path, digests) for path, name in own.items() if said.covers(path)}
     except CkptError as error:
         return [*findings, of_error(error)]
     for place, entries in said.manifests:
@@ -87,7 +88,7 @@ def _about(target: Location, place: Location, entries: dict[str, Entry]) -> dict
 
 
 def describe(
-    own: list[Location],
+    own: Mapping[Location, str],
     found: Checkpoint | None,
     files: list[TorchFile],
     workers: int,
@@ -99,7 +100,7 @@ def describe(
     where what is read is not what was written.
     """
     digests = read_back(ranges_of([*own, *(crcs or {})], found, files), crcs or {}, workers)
-    return {path.name: entry_of(path, digests) for path in own}
+    return {name: entry_of(path, digests) for path, name in own.items()}
 
 
 def read_back(

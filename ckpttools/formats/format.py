@@ -119,6 +119,7 @@ class Format:
     check: Callable[[Source], Checked]
     lacking: Callable[[Folder], CkptError | None] = lambda folder: None
     is_part: Callable[[str], bool] = lambda name: False  # one of several files that make one checkpoint
+    inner: Callable[[Location], Iterable[Location]] = lambda target: ()  # its folders within the target
     is_weights: Callable[[str], bool] = lambda name: False  # what only one checkpoint in a folder has
     beside: Callable[[Location, list[str]], Iterable[Finding]] = lambda folder, files: ()
     torch_files: Callable[[Checkpoint], tuple[TorchFile | None, tuple[TorchFile, ...]]] = _no_torch_files

@@ -116,7 +116,8 @@ def _read_back(staged: Path, crcs: Mapping[Path, int], workers: int) -> Iterator
         if place.name != MANIFEST:
             continue
         stated = manifest.load(place)
-        now = {path.name: entry_of(path, digests) for path in crcs if path.parent == place.parent}
+        near = [path for path in crcs if place.parent in path.parents]
+        now = {below(path, place.parent): entry_of(path, digests) for path in near}
         for difference in manifest.differences(stated, now):
             raise CkptError(
                 "manifest-mismatch",

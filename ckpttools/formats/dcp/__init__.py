@@ -49,6 +49,7 @@ FORMAT = Format(
     recognise_file=names.recognise_file,
     read=_read,
     check=_check,
+    inner=lambda target: [part for part in names.parts(target) if part != target],
     plan=plan,
     targets=("dcp",),
 )

@@ -24,7 +24,7 @@ from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats import tags
 from ckpttools.formats.format import Checked, Format, Source, no_file
-from ckpttools.formats.universal.names import LATEST, holds, recognise
+from ckpttools.formats.universal.names import LATEST, holds, inner, recognise
 from ckpttools.plan import Plan
 
 __all__ = ["FORMAT", "plan"]
@@ -66,6 +66,7 @@ FORMAT = Format(
     check=_check,
     plan=plan,
     targets=("universal",),
+    inner=inner,
     pointer=LATEST,
     tagged=True,
     torch_files=_files,

@@ -125,6 +125,13 @@ def find(folder: Location) -> UniversalFiles:
     )
 
 
+def inner(target: Location) -> list[Location]:
+    """zero/ and the folders in it that hold files."""
+    if not is_folder(target / ZERO):
+        return []
+    return list(dict.fromkeys(path.parent for _, path in _below(target / ZERO)))
+
+
 def _below(zero: Location) -> list[tuple[str, Location]]:
     """Every file below zero/ with the name of the parameter, which is the path of its folder."""
     found: list[tuple[str, Location]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -214,3 +215,25 @@ def test_weights_are_extracted(name: str, tmp_path: Path) -> None:
     held = held.get("model_state_dict", held)
     for parameter, tensor in truth_of(SAMPLES / f"{name}_ws2")["fp32"].items():
         assert identical(held[parameter], tensor), parameter
+
+
+def test_a_manifest_covers_the_files_of_every_parameter(tmp_path: Path) -> None:
+    """A moment of the same shape from another run shows nowhere else."""
+    folder = shutil.copytree(UNIVERSAL / "z2_groups", tmp_path / "u")
+    tag = folder / "global_step3_universal"
+    assert run("verify", folder, "--write-manifest").code == 0
+    stated = json.loads((tag / "ckpt-manifest.json").read_text())["files"]
+    assert set(stated) == {p.relative_to(tag).as_posix() for p in tag.rglob("*.pt")}
+    assert run("copy", folder, tmp_path / "copy").code == 0
+    path = tag / "zero/mix/exp_avg.pt"
+    value = torch.load(path, weights_only=False)
+    torch.save({**value, "param": value["param"].detach() * 2}, path)
+    (found,) = (f for f in verify(folder).findings if f.severity == ERROR)
+    assert found.id == "manifest-mismatch" and found.file.endswith("zero/mix/exp_avg.pt")
+    assert run("copy", folder, tmp_path / "again").code != 0 and not (tmp_path / "again").exists()
+    for to in (("universal",), ("dcp", "--dcp-layout", "accelerate")):
+        made = tmp_path / to[0]
+        assert run("convert", UNIVERSAL / "z2_groups", made, "--to", *to).code == 0
+        (place,) = made.rglob("ckpt-manifest.json")
+        files = {p.relative_to(place.parent).as_posix() for p in place.parent.rglob("*") if p.is_file()}
+        assert set(json.loads(place.read_text())["files"]) == files - {"ckpt-manifest.json"}
