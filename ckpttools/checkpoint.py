@@ -120,6 +120,19 @@ class Checkpoint:
         """The fp32 master weights by name, gathered anew at each call; empty where there are none."""
         return {fqn: ref for group in self.groups for fqn, ref in group.state.get("fp32", {}).items()}
 
+    @property
+    def unnamed(self) -> tuple[str, ...]:
+        """The keys of `client` under which states of optimizers lie whose parameters are not known by name:
+        they are carried as they are, and fit the tensors only as they are, in their order.
+        """
+        return tuple(key for key, value in self.client.items() if _holds(value, ("state", "param_groups")))
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The keys of `client` under which states of learning rate schedulers lie."""
+        kinds = (("last_epoch",), ("last_batch_iteration",))  # torch's, DeepSpeed's
+        return tuple(key for key, value in self.client.items() if any(_holds(value, each) for each in kinds))
+
     def best_copies(self) -> dict[str, TensorRef]:
         """The model's tensors by name, in its order: the fp32 master where there is one, of the name itself
         or of the one that it is tied to, else the weight as saved. What a target with one copy writes.
@@ -130,6 +143,14 @@ class Checkpoint:
             for name, ref in self.tensors.items()
         }
         return out | {name: ref for name, ref in master.items() if name not in out}
+
+
+def _holds(value: Value, keys: tuple[str, ...], depth: int = 2) -> bool:
+    """Whether a value is a mapping with these keys, or a list or mapping of such (one for each model)."""
+    if isinstance(value, Mapping) and all(key in value for key in keys):
+        return True
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return depth > 0 and any(_holds(each, keys, depth - 1) for each in inner)
 
 
 def common_dtype(tensors: Mapping[str, TensorRef]) -> str | None:

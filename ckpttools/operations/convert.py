@@ -86,6 +86,7 @@ def convert(
         )
     read = checkpoint.notes
     notes = list(_order(checkpoint))
+    names = list(checkpoint.tensors)
     checkpoint = select(checkpoint, include=include, exclude=exclude)
     for pattern, replacement in rename:
         checkpoint = _renamed(checkpoint, pattern, replacement)
@@ -93,9 +94,12 @@ def convert(
         refuse_rank_local(checkpoint)
     if reset_optimizer:
         checkpoint = anew(checkpoint)
-        notes.append("optimizer and schedule are left out, as asked for: they start anew from these settings")
+        anew_from = ": they start anew from these settings" if checkpoint.groups else ""
+        notes.append(f"optimizer and schedule are left out, as asked for{anew_from}")
     if like is not None:
         checkpoint, dtype = _like(checkpoint, source, Path(like), dtype)
+    if to != "hf" and list(checkpoint.tensors) != names:
+        _refuse_unnamed(checkpoint)
     if to not in ("pt", "hf") and not reset_optimizer:
         _needs_names(checkpoint)
     if to.startswith("zero") or to == UNIVERSAL or world_size is not None:
@@ -212,6 +216,19 @@ def _needs_names(checkpoint: Checkpoint) -> None:
         hint="--like CHECKPOINT takes their order from a checkpoint of a run with the same groups; "
         "--reset-optimizer leaves the state out",
     )
+
+
+def _refuse_unnamed(checkpoint: Checkpoint) -> None:
+    """Other tensors than the file's, and an optimizer that means them by their places: raises Unsupported."""
+    if checkpoint.unnamed:
+        raise Unsupported(
+            "no-groups",
+            f"which parameters the optimizer under '{escape(checkpoint.unnamed[0])}' has is not known",
+            where=checkpoint.path,
+            why="it numbers them: with other tensors or names its state would be another parameter's",
+            hint="--like CHECKPOINT takes their order from a run with the same groups, "
+            "--reset-optimizer leaves the state out",
+        )
 
 
 def _like(

@@ -158,7 +158,8 @@ def counted(steps: Mapping[str, Value], *, tensor: bool) -> dict[str, Value]:
 
 def anew(checkpoint: Checkpoint) -> Checkpoint:
     """Weights and settings, with optimizer and schedule as before the first step: a learning rate that was
-    scheduled is the first one again, and the counters of updates are 0.
+    scheduled is the first one again, and the counters of updates are 0. Optimizers and schedules among the
+    client's values go too, and a note names them.
     """
 
     def fresh(group: ParamGroup) -> ParamGroup:
@@ -171,13 +172,20 @@ def anew(checkpoint: Checkpoint) -> Checkpoint:
     own = isinstance(state.scheduler, Mapping) and state.scheduler.keys() == BEFORE_THE_FIRST.keys()
     step, skipped = (0 if count is not None else None for count in (state.step, state.skipped_steps))
     samples = 0 if state.samples is not None else None
+    # where the file has one key for both, it counts updates
+    one = "step" in state.keys and state.keys.get("iteration") == state.keys["step"]
+    dropped = {*checkpoint.unnamed, *checkpoint.schedules}
+    note = f"not carried from the client's values: {_shown(dropped)} (optimizers and schedules)"
     return replace(
         checkpoint,
+        client={key: value for key, value in checkpoint.client.items() if key not in dropped},
+        notes=(*checkpoint.notes, *([note] if dropped else [])),
         groups=tuple(fresh(group) for group in checkpoint.groups),
         train_state=replace(
             state,
             scheduler=BEFORE_THE_FIRST if own else {},
             step=step,
+            iteration=step if one else state.iteration,
             skipped_steps=skipped,
             samples=samples,
         ),

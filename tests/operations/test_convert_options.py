@@ -153,6 +153,84 @@ def test_an_optimizer_that_starts_anew_is_no_lost_one(to: Any, tmp_path: Path) -
     assert any("start anew" in note for note in made.notes)
 
 
+def test_a_file_of_its_own_format_keeps_no_state_of_before(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    convert(source, tmp_path / "b.pt", to="pt", reset_optimizer=True)
+    made = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert made["optimizer_state_dict"]["state"] == {}
+    assert made["optimizer_state_dict"]["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_state_stays_with_its_parameter_where_ids_move(tmp_path: Path) -> None:
+    """The first of a group is left out, the second was never trained: it gets the id, and not the state."""
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(4)))
+    named = list(model.named_parameters())
+    optimizer = torch.optim.AdamW([{"params": named[:2]}, {"params": named[2:], "lr": 0.5}])
+    model[3](model[2](model[0](torch.ones(2, 3)))).sum().backward()
+    optimizer.step()
+    convert(saved(tmp_path / "a.pt", model, optimizer), tmp_path / "b.pt", to="pt", exclude=["0.weight"])
+    made = torch.load(tmp_path / "b.pt", weights_only=True)["optimizer_state_dict"]
+    assert [group["params"] for group in made["param_groups"]] == [[0], [1, 2]]
+    before = optimizer.state_dict()["state"]
+    assert made["state"].keys() == {1, 2}
+    for new, old in ((1, 2), (2, 3)):
+        assert identical(made["state"][new]["exp_avg"], before[old]["exp_avg"])
+
+
+def unnamed(path: Path, **more: Any) -> Path:
+    """Four parameters of one shape, spread over two groups: nobody can tell which is which."""
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(4)))
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": params[::2]}, {"params": params[1::2]}])
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    return saved(path, model, optimizer, **more)
+
+
+def test_an_optimizer_without_names_is_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    last = {"last_epoch": 1}
+    source = unnamed(
+        tmp_path / "a.pt", lr_scheduler=last, scheduler=last, discriminator={"scheduler": [last]}
+    )
+    made = convert(source, tmp_path / "b.pt", to="pt", reset_optimizer=True)
+    assert torch.load(tmp_path / "b.pt", weights_only=True).keys() == {"model_state_dict", "global_step"}
+    assert any("not carried" in n and "optimizer_state_dict" in n and "scheduler" in n for n in made.notes)
+
+
+def test_lightnings_two_optimizers_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    state = torch.load(unnamed(tmp_path / "a.pt"), weights_only=True)
+    two = [state["optimizer_state_dict"]] * 2
+    torch.save({"state_dict": state["model_state_dict"], "optimizer_states": two}, tmp_path / "l.ckpt")
+    convert(tmp_path / "l.ckpt", tmp_path / "b.ckpt", to="pt", reset_optimizer=True)
+    assert torch.load(tmp_path / "b.ckpt", weights_only=True).keys() == {"state_dict"}
+
+
+def test_an_optimizer_without_names_is_carried_to_the_same_tensors_only(tmp_path: Path) -> None:
+    source = unnamed(tmp_path / "a.pt")
+    made = convert(source, tmp_path / "whole.pt", to="pt")
+    assert any(note.startswith("carried as it is: the optimizer's state under") for note in made.notes)
+    before, after = (torch.load(p, weights_only=True) for p in (source, tmp_path / "whole.pt"))
+    assert repr(before["optimizer_state_dict"]) == repr(after["optimizer_state_dict"])
+    for more in (["--exclude", "0.*"], ["--include", "0.*"], ["--rename", "^0=9"]):
+        for to in ("pt", "dcp"):
+            refused = run("convert", source, tmp_path / "x", "--to", to, *more)
+            assert refused.code == 2 and "error[no-groups]" in refused.err and "--like" in refused.err
+            assert not (tmp_path / "x").exists()
+    done = run("convert", source, tmp_path / "y", "--to", "pt", "--exclude", "0.*", "--reset-optimizer")
+    assert done.code == 0
+
+
+@pytest.mark.parametrize("key", ["iter", "iteration", "it"])
+def test_one_count_of_updates_and_iterations_starts_anew(key: str, tmp_path: Path) -> None:
+    torch.save({"model_state_dict": net().state_dict(), key: 500, "epoch": 3}, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "b.pt", to="pt", reset_optimizer=True)
+    made = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert (made[key], made["epoch"]) == (0, 3)
+
+
 # --- optimizers -----------------------------------------------------------------------------------------
 
 

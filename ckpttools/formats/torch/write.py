@@ -7,7 +7,8 @@ steps in place, and one storage for two parameters would count twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
@@ -22,7 +23,7 @@ from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.formats.torch_optimizer import NAMES, Saved, place_of, read
 from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Key, Value, dotted, leaves, put, same
+from ckpttools.tree import Key, Value, dotted, leaves, put, same, tensors
 
 FP32 = "fp32"  # the kind of master weights: the weights themselves here
 # fields of TrainState whose key is another than their name
@@ -131,17 +132,17 @@ def _optimizer(checkpoint: Checkpoint, template: Template | None, path: tuple[Ke
     inner = at(old, *path[1:]) if old is not None else None
     before = fields.as_mapping(inner)
     old_state = fields.as_mapping(before.get("state")) if before is not None else None
+    known = _by_tensor(template, old_state)
     saved = before.get("param_groups") if before is not None else None
-    old_groups = saved if isinstance(saved, list) else []
+    old_groups = [fields.as_mapping(each) for each in saved] if isinstance(saved, list) else []
+    old_groups += [None] * (len(checkpoint.groups) - len(old_groups))
     states: list[tuple[Node, Node]] = []
     groups: list[Node] = []
-    first = 0
-    for g, group in enumerate(checkpoint.groups):
-        settings = fields.as_mapping(old_groups[g]) if g < len(old_groups) else None
-        ids = _ids(settings, group, first)
-        first += len(ids)
+    for group, settings, ids in zip(
+        checkpoint.groups, old_groups, _ids(old_groups, checkpoint.groups), strict=False
+    ):
         for i, name in zip(ids, group.params, strict=True):
-            node = _state(group, name, template, old_state.get(i) if old_state is not None else None)
+            node = _state(group, name, template, known)
             if node is not None:
                 states.append((i, node))
         wanted: dict[str, Value] = dict(group.hyper)
@@ -168,24 +169,44 @@ def _beside(checkpoint: Checkpoint, key: str) -> Mapping[str, Value]:
     return rest if isinstance(rest, Mapping) and not rest.keys() & {"state", "param_groups"} else {}
 
 
-def _ids(settings: Dict | Object | None, group: ParamGroup, first: int) -> list[Key]:
-    """The ids of a group's parameters: as the file that was read has them where they are as many."""
-    old = settings.get("params") if settings is not None else None
-    if isinstance(old, list) and len(old) == len(group.params):
-        if any(isinstance(each, str) for each in old):
-            return list(group.params)
-        return [each for each in old if isinstance(each, int)]
-    return list(range(first, first + len(group.params)))
+def _ids(old: Sequence[fields.Mapping | None], groups: Sequence[ParamGroup]) -> list[list[Key]]:
+    """The ids of each group's parameters: as the file that was read has them where all are as many, else
+    counted anew. An id says nothing about which parameter it was in that file.
+    """
+    saved = [settings.get("params") if settings is not None else None for settings in old]
+    listed = [each for each in saved if isinstance(each, list)]
+    if any(isinstance(i, str) for each in listed for i in each):
+        return [list(group.params) for group in groups]
+    if [len(each) for each in listed] == [len(group.params) for group in groups]:
+        return [[i for i in each if isinstance(i, int)] for each in listed]
+    ends = list(accumulate((len(group.params) for group in groups), initial=0))
+    return [list(range(first, end)) for first, end in pairwise(ends)]
 
 
-def _state(group: ParamGroup, name: str, template: Template | None, old: Node) -> Node:
+def _by_tensor(
+    template: Template | None, state: fields.Mapping | None
+) -> dict[TensorRef, tuple[Node, Value]]:
+    """What the file that was read keeps for a parameter, by each tensor in it: the node and its value."""
+    if template is None or state is None:
+        return {}
+    kept = [(node, decode(template.file, node)) for _, node in state.pairs]
+    return {ref: (node, value) for node, value in kept for _, ref in tensors(value)}
+
+
+def _state(
+    group: ParamGroup,
+    name: str,
+    template: Template | None,
+    known: Mapping[TensorRef, tuple[Node, Value]],
+) -> Node:
     """What the optimizer keeps for one parameter, None where that is nothing; counts come first."""
+    refs = (refs[name] for refs in group.state.values() if name in refs)
+    old, before = next((known[ref] for ref in refs if ref in known), (None, {}))
     found: Value = {}
-    before = decode(template.file, old) if template is not None and old is not None else {}
     for kind, value in _kinds(group, name, [dotted(path) for path, _ in leaves(before)]):
         found = put(found, group.paths.get(kind, (kind,)), value)
     if not found:
-        return old
+        return None
     if template is not None and old is not None:
         return kept(template.file, old, found)
     return _separate(found)
@@ -242,7 +263,10 @@ def _rest(
 
 def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
     layout = checkpoint.layout
-    if not checkpoint.groups:
+    if checkpoint.unnamed:
+        keys = ", ".join(map(escape, checkpoint.unnamed))
+        yield f"carried as it is: the optimizer's state under {keys}, whose parameters have no names"
+    elif not checkpoint.groups:
         yield "no optimizer state: the source has none whose parameters are known by name"
     elif not all(group.hyper for group in checkpoint.groups):
         yield "no optimizer settings (lr, betas ...): the source does not have them"
