@@ -13,7 +13,7 @@ are cut the same way. Source: deepspeed/runtime/zero/stage_1_and_2.py, bf16_opti
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats import tags
+from ckpttools.formats import rank_local, tags
 from ckpttools.formats.format import Checked, Format, Source
 from ckpttools.formats.zero import names
 from ckpttools.formats.zero.join import ZeroFolder
@@ -43,10 +43,8 @@ def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, .
 
 
 def _refuse_rank_local(checkpoint: Checkpoint) -> None:
-    if isinstance(checkpoint.template, ZeroFolder):
-        from ckpttools.formats.zero.target import refuse_rank_local
-
-        refuse_rank_local(checkpoint.template)
+    if isinstance(folder := checkpoint.template, ZeroFolder):
+        rank_local.refuse(folder.unaccounted(), folder.rank_files, "group")
 
 
 FORMAT = Format(

@@ -11,10 +11,12 @@ from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats.deepspeed import original, shapes_of
 from ckpttools.formats.model_states import ModelStates
+from ckpttools.formats.rank_local import State, Unaccounted, unaccounted
 from ckpttools.formats.zero.decode import Addresses, Rank, version_numbers
 from ckpttools.formats.zero.flat import FlatGroup, mapping_starts
 from ckpttools.formats.zero.names import ZeroFiles
-from ckpttools.formats.zero.state import State, Unaccounted, partitioned, state_of, unaccounted
+from ckpttools.formats.zero.state import partitioned, state_of
+from ckpttools.location import Location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,10 @@ class ZeroFolder:
     states: tuple[tuple[State, ...], ...]  # per group and rank: what the optimizer keeps
     partitioned: tuple[tuple[str, ...], ...]  # per group: the kinds of it that are cut over the ranks
     round_robin: bool
+
+    @property
+    def rank_files(self) -> tuple[Location, ...]:
+        return tuple(rank.file.path for rank in self.ranks)
 
     def unaccounted(self) -> Iterator[Unaccounted]:
         """The optimizer's state that fits this number of ranks only; reads what is replicated."""

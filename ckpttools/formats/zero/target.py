@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.formats import rank_local
 from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import reordered
 from ckpttools.formats.zero.decode import FP32
@@ -57,7 +58,7 @@ def target(checkpoint: Checkpoint, layout: Layout) -> Target:
             hint="extract the weights (ckpt extract --weights-only), or save without elastic_checkpoint",
         )
     if template is not None:
-        refuse_rank_local(template)
+        rank_local.refuse(template.unaccounted(), template.rank_files, "group")
     origin = tuple(_origin(template, group) for group in checkpoint.groups)
     groups = tuple(
         _layout(checkpoint, layout, template, group, found)
@@ -73,21 +74,6 @@ def target(checkpoint: Checkpoint, layout: Layout) -> Target:
         shared=tuple(dict(_shared(checkpoint, g, group)) for g, group in enumerate(checkpoint.groups)),
         origin=origin,
     )
-
-
-def refuse_rank_local(folder: ZeroFolder) -> None:
-    """State of single ranks fits no other partitions: refused by name, never taken from one rank."""
-    found = list(folder.unaccounted())
-    if found:
-        first = found[0]
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise Unsupported(
-            "rank-local-state",
-            f"optimizer state '{escape(first.kind)}' of group {first.group} {first.problem}{more}",
-            where=folder.ranks[first.rank].file.path,
-            why="it belongs to one rank's partition: on other partitions it would be another rank's state",
-            hint="resume on the same number of ranks; the weights alone: ckpt extract --weights-only",
-        )
 
 
 def _origin(template: ZeroFolder | None, group: ParamGroup) -> int | None:

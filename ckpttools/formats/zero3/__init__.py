@@ -18,10 +18,12 @@ Source: deepspeed/runtime/zero/stage3.py, partition_parameters.py, engine.py.
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats import tags
+from ckpttools.formats import rank_local, tags
 from ckpttools.formats.format import Checked, Format, Source, no_file
 from ckpttools.formats.zero3.names import holds
 from ckpttools.plan import Plan
+
+FP32 = "fp32"  # the kind of master weights
 
 __all__ = ["FORMAT", "plan"]
 
@@ -29,6 +31,8 @@ __all__ = ["FORMAT", "plan"]
 def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
     from ckpttools.formats.zero3.write import plan
 
+    if any(group.scalars or group.state.keys() - {FP32} for group in checkpoint.groups):
+        _refuse_rank_local(checkpoint)
     return plan(checkpoint, layout)
 
 
@@ -60,6 +64,13 @@ def _copies(checkpoint: Checkpoint) -> tuple[TorchFile, ...]:
     return tuple(model.file for model in folder.models[1:]) if isinstance(folder, Zero3Folder) else ()
 
 
+def _refuse_rank_local(checkpoint: Checkpoint) -> None:
+    from ckpttools.formats.zero3.join import Zero3Folder
+
+    if isinstance(folder := checkpoint.template, Zero3Folder):
+        rank_local.refuse(folder.unaccounted(), folder.rank_files, "sub-group")
+
+
 FORMAT = Format(
     name="zero3",
     holds=holds,
@@ -74,4 +85,5 @@ FORMAT = Format(
     tagged=True,
     torch_files=_files,
     copies=_copies,
+    refuse_rank_local=_refuse_rank_local,
 )

@@ -22,6 +22,7 @@ from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked
 from ckpttools.formats.found import found
 from ckpttools.formats.rank_files import PADDED
+from ckpttools.formats.rank_local import finding
 from ckpttools.formats.zero3.cuts import sub_groups
 from ckpttools.formats.zero3.decode import Shard, read_model, read_shard
 from ckpttools.formats.zero3.join import Zero3Folder, assemble
@@ -99,6 +100,15 @@ def states(folder: Zero3Folder) -> Findings:
                     what = "is no tensor" if size is None else f"has {size} elements"
                     message = f"{what}, where the masters have {shard.fp32[s].numel}"
                     yield found("moment-size", shard.file.path, f"sub-group {s} {kind}", message)
+
+
+def of_single_ranks(folder: Zero3Folder) -> Findings:
+    """State that is neither cut over the ranks nor the same on all: it fits as many ranks only."""
+    for each in folder.unaccounted():
+        shard = folder.shards[each.rank]
+        leaf = shard.states[each.group].get(each.kind)
+        if leaf is not None and each.kind not in {"step", *FLAT}:  # which their own checks name
+            yield finding(each, leaf, shard.file.path, "sub-group")
 
 
 def second_moment(folder: Zero3Folder) -> Findings:
@@ -219,6 +229,7 @@ def engine(folder: Zero3Folder) -> Findings:
 CHECKS: tuple[Callable[[Zero3Folder], Findings], ...] = (
     same_on_all_ranks,
     states,
+    of_single_ranks,
     second_moment,
     steps,
     engine,

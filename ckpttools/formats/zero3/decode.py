@@ -11,9 +11,9 @@ from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import module_of, names_of, shapes_of, stage_of
+from ckpttools.formats.rank_local import Leaf, State
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Path as KeyPath
 from ckpttools.tree import Value, dotted, leaves
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,14 +37,6 @@ class Model:
     ds_version: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """A value inside the optimizer's state of a sub-group, and the keys that lead to it."""
-
-    path: KeyPath
-    value: Value
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """A rank's optimizer file. `fp32` and `states` are per sub-group, `groups` and `members` per parameter
@@ -56,7 +48,7 @@ class Shard:
     root: fields.Mapping
     state: fields.Mapping  # optimizer_state_dict
     fp32: tuple[TensorRef, ...]
-    states: tuple[Mapping[str, Leaf], ...]  # by kind: the keys joined by dots
+    states: tuple[State, ...]  # by kind: the keys joined by dots
     groups: tuple[fields.Mapping, ...]  # param_groups
     members: tuple[tuple[int, ...], ...]  # the sub-groups of each
     partition_count: int | None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ckpttools.containers import fields
 from ckpttools.errors import CkptError
 from ckpttools.formats.found import ONE_SAVE
 from ckpttools.formats.rank_files import optim_name
+from ckpttools.formats.rank_local import Leaf, Unaccounted, unaccounted
 from ckpttools.formats.zero3.cuts import held, starts
-from ckpttools.formats.zero3.decode import Leaf, Model, Shapes, Shard
+from ckpttools.formats.zero3.decode import Model, Shapes, Shard
 from ckpttools.formats.zero3.names import Zero3Files, model_name
+from ckpttools.location import Location
 from ckpttools.tensors import TensorRef, cat, join_chunks
 
 
@@ -29,6 +31,15 @@ class Zero3Folder:
     @property
     def ranks(self) -> int:
         return len(self.shards)
+
+    @property
+    def rank_files(self) -> tuple[Location, ...]:
+        return tuple(shard.file.path for shard in self.shards)
+
+    def unaccounted(self) -> Iterator[Unaccounted]:
+        """The optimizer's state that fits this number of ranks only; reads what is replicated."""
+        for s, cut in enumerate(self.cut):
+            yield from unaccounted(s, [shard.states[s] for shard in self.shards], cut)
 
     @property
     def trainable(self) -> dict[str, tuple[int, ...]]:

@@ -259,3 +259,58 @@ def test_parts_and_sub_groups() -> None:
     assert sub_groups(sizes, 1, 250) == [["emb"], ["a", "b"], ["conv"], ["up", "down"]]
     assert sub_groups(sizes, 2, 780) == [list(sizes)]
     assert sub_groups({"a": 4}, 2, 1) == [["a"]] and sub_groups({}, 2, 1) == [[]]
+
+
+SGD = FIXTURES / "deepspeed-0.19.8/z3_sgd_ws2"
+
+
+def with_state(folder: Path, change: Callable[[dict[str, Any], int], object]) -> Path:
+    """A sample whose ranks keep more, as `change` makes it from the state of a sub-group and the rank."""
+    shutil.copytree(SGD, folder)
+    for rank in range(2):
+        (path,) = folder.glob(f"*/*rank_{rank}_mp*optim_states.pt")
+        root = torch.load(path, weights_only=False)
+        for state in root["optimizer_state_dict"]["optimizer_state_dict"]["state"].values():
+            change(state, rank)
+        torch.save(root, path)
+    return folder
+
+
+def of_8_bits(state: dict[str, Any], rank: int) -> None:
+    state["state1"] = torch.zeros(state.pop("momentum_buffer").numel(), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda state, rank: state.update(scale=torch.tensor([rank + 1.0, 2.0, 3.0])), "scale"),
+        (lambda state, rank: state.update(own_lr=0.1 * rank), "own_lr"),
+        (lambda state, rank: state.update(scale=torch.ones(3 + rank)), "scale"),
+        (of_8_bits, "state1"),
+    ],
+)
+def test_state_of_single_ranks_is_never_taken_from_one(
+    change: Callable[[Any, int], object], kind: str, tmp_path: Path
+) -> None:
+    source = with_state(tmp_path / "save", change)
+    assert any(f.id == "rank-local-state" and f.where.endswith(f" {kind}") for f in verify(source).findings)
+    for command in (
+        ("reshard", "--world-size", 3),
+        ("convert", "--to", "zero3"),
+        ("convert", "--to", "zero2"),
+        ("convert", "--to", "pt"),
+        ("convert", "--to", "dcp"),
+        ("convert", "--to", "universal"),
+    ):
+        refused = run(command[0], source, tmp_path / "out", *command[1:])
+        assert refused.code == 2
+        assert f"error[rank-local-state]: optimizer state '{kind}' of sub-group 0" in refused.err
+        assert not (tmp_path / "out").exists()
+    assert run("extract", source, tmp_path / "w.safetensors").code == 0
+    assert run("convert", source, tmp_path / "out", "--to", "pt", "--reset-optimizer").code == 0
+
+
+def test_what_all_ranks_keep_alike_is_moved(tmp_path: Path) -> None:
+    source = with_state(tmp_path / "save", lambda state, rank: state.update(scale=torch.ones(3), beta=0.5))
+    assert [f.id for f in verify(source).findings if f.id == "rank-local-state"] == []
+    assert run("reshard", source, tmp_path / "out", "--world-size", 3).code == 0

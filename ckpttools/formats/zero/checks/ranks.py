@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckpttools.containers.pickles import plain
-from ckpttools.findings import ERROR, INFO, WARNING, Finding
+from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats.engine import number_of
-from ckpttools.formats.found import ONE_SAVE, contradiction, found
+from ckpttools.formats.found import contradiction, found
+from ckpttools.formats.rank_local import State, finding
 from ckpttools.formats.zero.decode import Rank
 from ckpttools.formats.zero.flat import FlatGroup
 from ckpttools.formats.zero.join import ZeroFolder, expected_mapping
 from ckpttools.formats.zero.read import MASTERS
-from ckpttools.formats.zero.state import State
 from ckpttools.tensors import FLOAT32
 
 
@@ -147,24 +147,13 @@ def _uses_muon(folder: ZeroFolder) -> bool:
 
 
 def of_single_ranks(folder: ZeroFolder) -> Iterator[Finding]:
-    """State that is neither cut over the ranks nor the same on all: it fits as many ranks only.
-
-    A rank may measure for itself, but all of them count alike.
-    """
+    """State that is neither cut over the ranks nor the same on all: it fits as many ranks only."""
     for each in folder.unaccounted():
         leaf = folder.states[each.group][each.rank].get(each.kind)
         own = len(leaf.path) == 1 and leaf.path[0] in {"step", *FLAT} if leaf is not None else True
         if leaf is None or (own and not _uses_muon(folder)):
             continue  # named by its own check
-        counts = isinstance(leaf.value, int)
-        yield found(
-            "rank-local-state",
-            folder.ranks[each.rank].file.path,
-            f"group {each.group} {each.kind}",
-            each.problem,
-            severity=WARNING if counts else INFO,
-            hint=ONE_SAVE if counts else "resume it on the same number of ranks: it cannot be resharded",
-        )
+        yield finding(each, leaf, folder.ranks[each.rank].file.path, "group")
 
 
 def second_moment(folder: ZeroFolder) -> Iterator[Finding]:
