@@ -33,7 +33,7 @@ from ckpttools.findings import ERROR, INFO, Finding, raised
 from ckpttools.formats import Checked, Source, locate
 from ckpttools.formats.files import dangers_at
 from ckpttools.formats.format import Copy
-from ckpttools.formats.parts import in_parts
+from ckpttools.formats.parts import IN_PARTS, in_parts
 from ckpttools.location import Location
 from ckpttools.progress import Progress
 from ckpttools.stores.files import is_folder, stat
@@ -115,11 +115,12 @@ def _verify(
     with within(source.root):
         checked = check_headers(source, in_parts=True)
         findings, found = checked.findings, checked.checkpoint
+        whole = whole and all(finding.id != IN_PARTS for finding in findings)
         beside, checks = check_beside(source, checked.files)
         findings += [*beside, *pointers]
         if found is not None:
             ids = {finding.id for finding in findings}
-            findings += [*check_keys(found), *check_incidents(source, found, ids)]
+            findings += [*check_keys(found), *(check_incidents(source, found, ids) if whole else ())]
             held, state = dict.fromkeys(KEYS), found.train_state
             if whole:
                 held, state = holds(source, found)

@@ -22,7 +22,7 @@ from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.formats.counters import train_state
 from ckpttools.formats.files import archive_roots, check_files, dangers_at
 from ckpttools.formats.format import Checked, Format, Source, no_file
-from ckpttools.formats.rank_files import PADDED
+from ckpttools.formats.rank_files import LAYER, MODEL, OPTIM, PADDED
 from ckpttools.formats.tags import ANY
 from ckpttools.location import Location
 from ckpttools.stores.files import entries, is_file, is_folder, size_of
@@ -31,6 +31,7 @@ NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\
 EXPERT = re.compile(
     r"(layer_(?P<layer>\d{1,6})_)?expert_(?P<expert>\d{1,6})_mp_rank_\d{2,6}_model_states\.pt"
 )
+IN_PARTS = "layout-in-parts"
 MOST = 65_536  # experts or layers that are counted
 COUNTERS = ("global_steps", "dp_world_size", "mp_world_size", "ds_version")
 
@@ -57,7 +58,7 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
     """Check what can be checked. `reason` says which layout it is."""
     findings = [
         Finding(
-            id="layout-in-parts",
+            id=IN_PARTS,
             severity=INFO,
             file=str(folder),
             where="",
@@ -81,21 +82,43 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
     findings += _no_module(folder, files)
     if reason.id == "no-optimizer-shards":
         findings += _no_optimizer(files)
-    first = next((fields.as_mapping(f.value) for f in files if f.path.name.endswith("model_states.pt")), None)
+    roots = [fields.as_mapping(f.value) for f in files if f.path.name.endswith("model_states.pt")]
+    first = next((root for root in roots if root is not None and "global_steps" in root), None)
     found = Checkpoint(
         path=folder,
-        layout=Layout(format=reason.layout or "deepspeed"),
+        layout=Layout(format=reason.layout or "deepspeed", dp_degree=_ranks(first)),
         tensors={
             f"{file.path.name}: {label}": view.ref
             for file in files
             for label, view in labelled(file)
-            if file.path.name.endswith("model_states.pt") and label.startswith("module")
+            if file.path.name.endswith("model_states.pt")
+            and (label.startswith("module") or _is_piece(file.path.name))
         },
         train_state=train_state(None, first if first is not None else Dict(), step_keys=("global_steps",)),
-        files=tuple(FileRole(path=path, nbytes=size_of(path), role="") for path in paths),
+        files=tuple(FileRole(path=path, nbytes=size_of(path), role=_role(path.name)) for path in paths),
         checks=tuple(check for file in files for check in file.checks()),
     )
     return Checked(findings, found, files, padded=PADDED if reason.layout == "zero3" else ())
+
+
+def _ranks(root: fields.Mapping | None) -> int:
+    return (fields.integer(root.get("dp_world_size")) if root is not None else None) or 1
+
+
+def _is_piece(name: str) -> bool:
+    """Whether a file has the weights of one layer or expert, by their own names."""
+    return LAYER.fullmatch(name) is not None or EXPERT.fullmatch(name) is not None
+
+
+def _role(name: str) -> str:
+    """What a file is, for people."""
+    if match := EXPERT.fullmatch(name):
+        return f"weights of expert {match['expert']} of MoE layer {match['layer'] or '?'}"
+    if LAYER.fullmatch(name):
+        return "weights of a pipeline layer"
+    if MODEL.fullmatch(name):
+        return "counters, client state, and the weights where they are not in files of their own"
+    return "a rank's part of the optimizer's state" if OPTIM.fullmatch(name) else ""
 
 
 def _torch_paths(folder: Location, depth: int = 6) -> Iterator[Location]:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import dangers_in, dangers_of
-from ckpttools.errors import CkptError, escape
+from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import Source, read
 from ckpttools.formats.files import DANGEROUS, DEPTH
+from ckpttools.formats.parts import check_parts, in_parts
 from ckpttools.location import Location
 from ckpttools.operations.source import find
 from ckpttools.stores.files import is_folder
@@ -25,7 +26,12 @@ def read_judged(path: Location, tag: str | None, key: str | None = None) -> tupl
     try:
         source = replace(find(path, tag), key=key)
         target = source.target
-        return source, read(source)
+        try:
+            return source, read(source)
+        except Unsupported as reason:
+            if reason.layout is None or not is_folder(target):
+                raise
+            return _in_parts(source, reason)
     except CkptError as error:
         if found := dangers_in(target, DEPTH) if target else []:
             raise CkptError(
@@ -36,6 +42,16 @@ def read_judged(path: Location, tag: str | None, key: str | None = None) -> tupl
                 hint="do not load it with anything that unpickles; find out where it came from",
             ) from None
         raise
+
+
+def _in_parts(source: Source, reason: Unsupported) -> tuple[Source, Checkpoint]:
+    """What the files of a layout that is not put together say, each by itself."""
+    with within(source.root):
+        found = check_parts(source.target, reason).checkpoint
+    if found is None or not found.files:
+        raise reason
+    parts = replace(in_parts(source.target, reason), root=source.root, how=source.how)
+    return parts, replace(found, notes=(*found.notes, f"{reason.message}: each file is shown by itself"))
 
 
 def dangers(source: Source, checkpoint: Checkpoint) -> Dangers:

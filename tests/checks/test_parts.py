@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
+from safetensors.torch import load_file
 from support import FIXTURES, REFUSED_SAMPLES, name_of
 
 from ckpttools.checks import verify
@@ -43,10 +45,34 @@ def test_good_ones_of_deepspeed(path: Path, tmp_path: Path) -> None:
     for command in (
         ["extract", tmp_path / "x"],
         ["reshard", tmp_path / "x", "--world-size", "2"],
-        ["inspect"],
     ):
         ran = run(command[0], path, *command[1:])  # refused by everything that would use the weights
         assert ran.code == 2 and ran.err.startswith("error["), ran
+
+
+@pytest.mark.parametrize(
+    ("name", "roles", "numel"),
+    [("pp_ws2", "weights of a pipeline layer", 252), ("moe_ws2", "weights of expert 1 of MoE layer 0", 475)],
+)
+def test_inspect_shows_each_file_and_extract_takes_one(
+    name: str, roles: str, numel: int, tmp_path: Path
+) -> None:
+    path = ZERO / name
+    shown = json.loads(run("inspect", path, "--json", "--tensors").out)
+    assert (shown["step"], shown["epoch"], shown["parameters"]) == (3, 1, numel)
+    assert roles in {file["role"] for file in shown["files"]}
+    ran = run("inspect", path)
+    assert ran.code == 0 and "each file is shown by itself" in ran.out and roles in ran.out
+    ran = run("verify", path)
+    assert ran.code == 0 and "no optimizer" not in ran.out and "warning" not in ran.out, ran
+    for file in path.glob("*/*model_states.pt"):
+        saved = torch.load(file, weights_only=False)
+        held = saved.get("module", saved)
+        if not held:  # of a layer without weights, too
+            continue
+        assert run("extract", file, tmp_path / f"{file.name}.safetensors").code == 0
+        made = load_file(tmp_path / f"{file.name}.safetensors")
+        assert made.keys() == held.keys() and all(torch.equal(made[n], held[n]) for n in held)
 
 
 @pytest.mark.parametrize("name", ["z3_bf16_ws2", "pp_ws2", "moe_ws2"])
