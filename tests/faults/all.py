@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import fields, files, folders, keys, values, zips
+from . import dcp, fields, files, folders, keys, sharded, universal, values, zero3, zips
 from .core import FAULTS
 
-MODULES = (files, zips, fields, values, folders, keys)
+MODULES = (files, zips, fields, values, folders, keys, sharded, zero3, dcp, universal)
 __all__ = ["FAULTS", "MODULES"]

@@ -23,7 +23,7 @@ from ckpttools.formats import hf
 from ckpttools.formats.configs import config_files
 from ckpttools.transforms.select import weights_only
 
-from .core import HF, PT, ZERO, Base, bases, load
+from .core import DCP, HF, PT, UNIVERSAL, ZERO, ZERO3, Base, bases, load
 from .layout import contents, regions
 
 Make = Callable[[Base, Path], Path | None]
@@ -61,7 +61,7 @@ def _copy(base: Base, folder: Path) -> Path:
     return to
 
 
-@variation(ZERO, PT, HF)
+@variation(ZERO, PT, HF, ZERO3, DCP, UNIVERSAL)
 def as_it_is(base: Base, folder: Path) -> Path:
     return base.path
 

@@ -13,6 +13,7 @@ from .core import (
     HF,
     PT,
     ZERO,
+    ZERO3,
     Base,
     Copy,
     Expectation,
@@ -41,8 +42,8 @@ def some_file(copy: Copy, rng: Random) -> Path:
 def file_missing(copy: Copy, rng: Random) -> Expectation:
     path = some_file(copy, rng)
     path.unlink()
-    if path in copy.ranks and len(copy.ranks) > 1:
-        return names_file(path, parts=[rank_of(path), path.name])
+    if (path in copy.ranks and len(copy.ranks) > 1) or (copy.kind == ZERO3 and "pp_rank" in path.name):
+        return Expectation(parts=(rank_of(path), path.name))
     if path in copy.ranks:
         return Expectation(parts=("optim_states",))
     # a folder without its only weights may be anything: then the folder is named

@@ -86,6 +86,15 @@ def same_counters(found: Universal) -> Findings:
                 yield _found("ranks-differ", model.file.path, key, message)
 
 
+def fields_present(found: Universal) -> Findings:
+    """What every DeepSpeed writes into the model file."""
+    for model in found.models:
+        for key in ("global_steps", "ds_version"):
+            if key not in model.root:
+                message = "DeepSpeed writes this field, and it is not there"
+                yield _found("field-missing", model.file.path, key, message, severity=WARNING, hint="")
+
+
 def kinds(found: Universal) -> Findings:
     """Adam keeps a second moment wherever it keeps exp_avg, and a run that has made steps keeps moments."""
     done = _done(found)
@@ -176,4 +185,12 @@ def strays(found: Universal) -> Findings:
         yield _found("frozen-excluded", zero, "", message, severity=INFO, hint="")
 
 
-CHECKS: tuple[Callable[[Universal], Findings], ...] = (finished, same_counters, kinds, steps, module, strays)
+CHECKS: tuple[Callable[[Universal], Findings], ...] = (
+    finished,
+    same_counters,
+    fields_present,
+    kinds,
+    steps,
+    module,
+    strays,
+)

@@ -100,6 +100,9 @@ def states(folder: Zero3Folder) -> Findings:
                     what = "is no tensor" if size is None else f"has {size} elements"
                     message = f"{what}, where the masters have {shard.fp32[s].numel}"
                     yield found("moment-size", shard.file.path, f"sub-group {s} {kind}", message)
+                elif kind in FLAT and isinstance(value, TensorRef) and not value.dtype.is_float:
+                    message = f"is {value.dtype}, where DeepSpeed keeps floats"
+                    yield found("field-damaged", shard.file.path, f"sub-group {s} {kind}", message)
 
 
 def of_single_ranks(folder: Zero3Folder) -> Findings:
