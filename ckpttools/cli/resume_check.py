@@ -112,11 +112,11 @@ def command(
 def _is_trainers(config: Path) -> bool:
     """Whether a YAML file is `ckpt train`'s: all its names are."""
     from ckpttools.resume import read_yaml
-    from ckpttools.trainer.config import Config
+    from ckpttools.trainer import SETTINGS
 
     if config.suffix not in (".yaml", ".yml") or not is_file(config):
         return False
-    return set(read_yaml(config)) <= set(Config.__dataclass_fields__)
+    return set(read_yaml(config)) <= set(SETTINGS)
 
 
 def _installed() -> dict[str, str]:

@@ -3,7 +3,7 @@
 It exists to produce checkpoints as training teams have them, and to prove that a resharded or edited
 checkpoint trains on exactly where the original would have. One file per idea:
 
-    decode, config     YAML -> frozen dataclasses; an error carries the path into the data
+    decode, config     YAML -> frozen dataclasses, by msgspec; an error carries the path into the data
     batch, order       who computes which sample of which update: pure arithmetic
     text, model        bytes of real text as tokens; Llama or GPT-2 from a config
     ds_config          our config -> DeepSpeed's
@@ -17,3 +17,11 @@ checkpoint trains on exactly where the original would have. One file per idea:
 torch, deepspeed and transformers are imported only by the modules that a rank runs. Nothing else in
 ckpttools imports this package, except the commands `train` and `demo`.
 """
+
+from __future__ import annotations
+
+# the names at the top of a configuration, for those who tell one without decoding it
+SETTINGS = (
+    "experiment", "work_dirs", "seed", "epochs", "precision", "freeze", "model", "data", "batch", "optimizer",
+    "schedule", "zero", "save", "training", "deepspeed",
+)  # fmt: skip

@@ -6,10 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ckpttools.errors import UsageError
-from ckpttools.trainer.decode import assign, bad, decode, unaliased
+from ckpttools.trainer.decode import Meta, assign, bad, decode, unaliased
+
+Positive = Annotated[int, Meta(ge=1, description="a whole number above 0")]
+Updates = Annotated[int, Meta(ge=0, description="a number of updates, or 0 for none")]
+Minutes = Annotated[float, Meta(gt=0, description="a number of minutes above 0")]
+Share = Annotated[float, Meta(ge=0, lt=1, description="a number from 0 up to 1")]
+Samples = Annotated[int, Meta(ge=0, description="a number of samples, or 0 for none")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +23,10 @@ class Model:
     """A causal language model, or a classifier of images, built from a config with random weights."""
 
     family: Literal["llama", "gpt2", "vit"] = "llama"
-    hidden_size: int = 64
-    intermediate_size: int = 256
-    layers: int = 2
-    heads: int = 4
+    hidden_size: Positive = 64
+    intermediate_size: Positive = 256
+    layers: Positive = 2
+    heads: Positive = 4
     tie_embeddings: bool = False
 
 
@@ -33,18 +39,18 @@ class Data:
 
     source: str = "stdlib"
     text_key: str = "text"
-    max_bytes: int = 1_000_000
-    sequence_length: int = 128
-    validation_samples: int = 32
+    max_bytes: Positive = 1_000_000
+    sequence_length: Annotated[int, Meta(ge=2, description="2 or more")] = 128
+    validation_samples: Samples = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """global = micro x ranks x accumulation; leave out micro or accumulation and it is derived."""
 
-    global_batch_size: int = 16
-    micro_batch_size: int | None = None
-    gradient_accumulation_steps: int | None = None
+    global_batch_size: Positive = 16
+    micro_batch_size: Positive | None = None
+    gradient_accumulation_steps: Positive | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +73,16 @@ class Schedule:
     """
 
     kind: Literal["cosine", "linear"] = "cosine"
-    warmup_steps: int = 10
+    warmup_steps: Positive = 10
     min_ratio: float = 0.1
-    total_steps: int | None = None  # None: epochs x updates per epoch
+    total_steps: Positive | None = None  # None: epochs x updates per epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zero:
     """DeepSpeed's partitioning; stage 0 is no DeepSpeed: plain torch, with DDP where there are ranks."""
 
-    stage: int = 2
+    stage: Annotated[Literal[0, 1, 2, 3], Meta(description="0, 1, 2 or 3")] = 2
     round_robin_gradients: bool = False
 
 
@@ -84,7 +90,7 @@ class Zero:
 class Save:
     """Step checkpoints every `save_steps` updates (0: none) and one at the end of each epoch."""
 
-    save_steps: int = 100
+    save_steps: Updates = 100
     epochs: bool = True
     layout: Literal["iter", "bundle", "monolithic", "experiment"] = "iter"
     group: str = ""  # of `experiment`: output/GROUP/CONFIG/TAG; "": the config's own folder
@@ -114,14 +120,14 @@ class Evaluation:
 class Training:
     """What is kept, what is evaluated, what is logged. `skip_evaluation` overrules the rest (policy.py)."""
 
-    save_total_limit: int | None = None  # per kind; also written max_keep_ckpts
-    save_minutes: float | None = None  # a step checkpoint after so much time as well
+    save_total_limit: Positive | None = None  # per kind; also written max_keep_ckpts
+    save_minutes: Minutes | None = None  # a step checkpoint after so much time as well
     save_all_checkpoints: bool = False
     skip_evaluation: bool = False
     best_model_tracking: BestModel = field(default_factory=BestModel)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    label_smoothing: float = 0.0
-    log_steps: int = 1  # a line on the console every so many updates; the log files have all
+    label_smoothing: Share = 0.0
+    log_steps: Positive = 1  # a line on the console every so many updates; the log files have all
     tensorboard: bool = True  # where it is installed
 
 
@@ -131,8 +137,8 @@ class Config:
 
     experiment: str = ""  # "": the config file's name
     work_dirs: str = ""  # "": work_dirs, or output for the layout `experiment`
-    seed: int = 0
-    epochs: int = 1
+    seed: Annotated[int, Meta(ge=0, description="0 or more")] = 0
+    epochs: Positive = 1
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     freeze: tuple[str, ...] = ()
     model: Model = field(default_factory=Model)
@@ -199,42 +205,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def _check(config: Config) -> None:
     training, save = config.training, config.save
-    positive = {
-        "epochs": config.epochs,
-        "model.hidden_size": config.model.hidden_size,
-        "model.intermediate_size": config.model.intermediate_size,
-        "model.layers": config.model.layers,
-        "model.heads": config.model.heads,
-        "data.max_bytes": config.data.max_bytes,
-        "batch.global_batch_size": config.batch.global_batch_size,
-        "batch.micro_batch_size": config.batch.micro_batch_size,
-        "batch.gradient_accumulation_steps": config.batch.gradient_accumulation_steps,
-        "schedule.warmup_steps": config.schedule.warmup_steps,
-        "schedule.total_steps": config.schedule.total_steps,
-        "training.save_total_limit": training.save_total_limit,
-        "training.log_steps": training.log_steps,
-    }
     rules: list[tuple[str, object, bool, str]] = [
-        *(
-            (path, value, value is None or value >= 1, "a whole number above 0")
-            for path, value in positive.items()
-        ),
-        ("save.save_steps", save.save_steps, save.save_steps >= 0, "a number of updates, or 0 for none"),
-        (
-            "data.validation_samples",
-            config.data.validation_samples,
-            config.data.validation_samples >= 0,
-            "a number of samples, or 0 for none",
-        ),
-        ("data.sequence_length", config.data.sequence_length, config.data.sequence_length >= 2, "2 or more"),
         (
             "model.hidden_size",
             config.model.hidden_size,
             config.model.hidden_size % (2 * config.model.heads) == 0,
             "a multiple of 2 x model.heads",
         ),
-        ("zero.stage", config.zero.stage, config.zero.stage in (0, 1, 2, 3), "0, 1, 2 or 3"),
-        ("seed", config.seed, config.seed >= 0, "0 or more"),
         ("experiment", config.experiment, is_name(config.experiment), "a folder name"),
         ("save.group", save.group, is_name(save.group), "a folder name"),
         (
@@ -242,18 +219,6 @@ def _check(config: Config) -> None:
             config.data.source,
             config.data.source in ("stdlib", "digits") or config.data.source.startswith("path:"),
             "stdlib, digits or path:FILE",
-        ),
-        (
-            "training.save_minutes",
-            training.save_minutes,
-            training.save_minutes is None or training.save_minutes > 0,
-            "a number of minutes above 0",
-        ),
-        (
-            "training.label_smoothing",
-            training.label_smoothing,
-            0 <= training.label_smoothing < 1,
-            "a number from 0 up to 1",
         ),
         (
             "model.family",

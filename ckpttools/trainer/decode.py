@@ -1,37 +1,47 @@
-"""Plain data (from YAML) to frozen dataclasses, once; an error names the path into the data."""
+"""Plain data (from YAML) to frozen dataclasses, once, by msgspec; an error names the path into the data.
+
+The dataclasses say in their annotations what a value may be; a `Meta` also says it in words.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ckpttools.errors import UsageError
 
+try:
+    import msgspec
+except ImportError:
+    raise UsageError(
+        "train-requires",
+        "reading a configuration of `ckpt train` needs msgspec, which is not installed",
+        hint="pip install 'ckpttools[train]'",
+    ) from None
+
 T = TypeVar("T")
+Meta = msgspec.Meta
 
 
 def decode(cls: type[T], data: object, path: str = "") -> T:
-    """A dataclass from a mapping, field by field; a field that is left out keeps its default.
-
-    Field types: bool, int, float, str, Literal, X | None, tuple[str, ...], dict, nested dataclass.
+    """A dataclass from a mapping, field by field; a field that is left out keeps its default, and so does a
+    section that is left empty. Numbers may be text: YAML 1.1 reads 3e-4, which has no dot, so.
     """
     if not isinstance(data, Mapping):
         raise bad(path or "the config", "a mapping of settings", data)
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # T is a dataclass
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in data:
-        if key not in names:
+        if key not in hints:
             others = [alias.partition(".")[2] for alias in ALIASES if alias.startswith(f"{path}.")]
-            close = difflib.get_close_matches(str(key), [*names, *others], n=1)
+            close = difflib.get_close_matches(str(key), [*hints, *others], n=1)
             raise UsageError(
                 "train-config",
                 f"{_join(path, key)}: no such setting",
                 why="a setting that is silently ignored would train something other than what was asked for",
-                hint=f"did you mean {_join(path, close[0])}?" if close else f"known here: {', '.join(names)}",
+                hint=f"did you mean {_join(path, close[0])}?" if close else f"known here: {', '.join(hints)}",
             )
     return cls(**{key: _value(hints[key], value, _join(path, key)) for key, value in data.items()})
 
@@ -96,35 +106,31 @@ def _join(path: str, key: object) -> str:
 
 
 def _value(want: Any, value: object, path: str) -> object:
-    origin, args = typing.get_origin(want), typing.get_args(want)
     if dataclasses.is_dataclass(want):
         return decode(typing.cast(type[object], want), {} if value is None else value, path)
-    if origin is types.UnionType:
-        return None if value is None else _value(args[0], value, path)
-    if origin is typing.Literal:
-        if value not in args:
-            raise bad(path, "one of " + ", ".join(map(str, args)), value)
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(v, args[0]) for v in value):
-            raise bad(path, "a list of text", value)
-        return tuple(value)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise bad(path, "a mapping", value)
-        return value
-    if want is float:
-        return _float(value, path)
-    if not isinstance(value, want) or (want is int and isinstance(value, bool)):
-        kinds = {bool: "true or false", int: "a whole number", str: "text"}
-        raise bad(path, kinds[want], value)
-    return value
+    try:
+        return msgspec.convert(value, want, strict=False)
+    except msgspec.ValidationError:
+        raise bad(path, _wanted(msgspec.inspect.type_info(want)), value) from None
 
 
-def _float(value: object, path: str) -> float:
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 3e-4, which has no dot, as text
-        except ValueError:
-            pass
-    raise bad(path, "a number", value)
+def _wanted(kind: msgspec.inspect.Type) -> str:
+    """What a value may be, in words."""
+    match kind:
+        case msgspec.inspect.Metadata():
+            return str((kind.extra_json_schema or {})["description"])
+        case msgspec.inspect.UnionType():
+            return _wanted(kind.types[0])  # or nothing
+        case msgspec.inspect.LiteralType():
+            return "one of " + ", ".join(map(str, kind.values))
+    return _WORDS[type(kind)]
+
+
+_WORDS: dict[type[msgspec.inspect.Type], str] = {
+    msgspec.inspect.BoolType: "true or false",
+    msgspec.inspect.IntType: "a whole number",
+    msgspec.inspect.FloatType: "a number",
+    msgspec.inspect.StrType: "text",
+    msgspec.inspect.VarTupleType: "a list of text",
+    msgspec.inspect.DictType: "a mapping",
+}

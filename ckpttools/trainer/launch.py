@@ -25,7 +25,7 @@ def launch(options: Options, nproc: int | None) -> int:
 
     It is 0, or 128 and the number of the signal that asked the run to save and stop. Raises CkptError.
     """
-    _require("yaml", "torch", "deepspeed", "transformers")
+    _require("yaml", "msgspec", "torch", "deepspeed", "transformers")
     config = load(options.config, options.overrides)  # a mistake shows before anything starts
     gpus = _gpus()
     ranks = nproc or gpus or 2

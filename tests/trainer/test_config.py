@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from ckpttools.errors import UsageError
+from ckpttools.trainer import SETTINGS, text
 from ckpttools.trainer import config as settings
-from ckpttools.trainer import text
 from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import Config, Data
 from ckpttools.trainer.ds_config import ds_config
@@ -39,8 +39,8 @@ def test_overrides_and_numbers_that_yaml_reads_as_text(config: Path) -> None:
         ("zero: {stge: 2}", "zero.stge: no such setting", "did you mean zero.stage?"),
         ("zero: 2", "zero: expected a mapping", "zero"),
         ("zero: {stage: 4}", "zero.stage: expected 0, 1, 2 or 3, got 4", "zero.stage"),
-        ("epochs: two", "epochs: expected a whole number, got 'two'", "epochs"),
-        ("epochs: true", "epochs: expected a whole number, got True", "epochs"),
+        ("epochs: two", "epochs: expected a whole number above 0, got 'two'", "epochs"),
+        ("epochs: true", "epochs: expected a whole number above 0, got True", "epochs"),
         ("epochs: 0", "epochs: expected a whole number above 0", "epochs"),
         ("optimizer: {lr: fast}", "optimizer.lr: expected a number, got 'fast'", "optimizer.lr"),
         ("precision: int8", "precision: expected one of bf16, fp16, fp32", "precision"),
@@ -62,6 +62,12 @@ def test_overrides_and_numbers_that_yaml_reads_as_text(config: Path) -> None:
         ("save: {layout: monolithic}", "save.layout: expected a layout of folders", "save.layout"),
         ("save: {layout: bundle}\nzero: {stage: 0}", "save.layout: expected another layout", "save.layout"),
         ("zero: {stage: 0}\nprecision: fp16", "precision: expected bf16 or fp32", "precision"),
+        ("optimizer: {lr: true}", "optimizer.lr: expected a number, got True", "optimizer.lr"),
+        ("batch: {micro_batch_size: 0}", "batch.micro_batch_size: expected a whole number above 0", "batch"),
+        ("save: {epochs: maybe}", "save.epochs: expected true or false, got 'maybe'", "save.epochs"),
+        ("experiment: 3", "experiment: expected text, got 3", "experiment"),
+        ("deepspeed: []", "deepspeed: expected a mapping, got []", "deepspeed"),
+        ("data: {sequence_length: 1}", "data.sequence_length: expected 2 or more, got 1", "sequence_length"),
         ("a: [", "not a YAML file", "ckpt demo"),
         ("- 1", "the config: expected a mapping", "the config"),
     ],
@@ -76,6 +82,17 @@ def test_bad_settings(tmp_path: Path, content: str, message: str, hint: str) -> 
     assert error.message.startswith(message)
     assert hint in error.hint
     assert error.why
+
+
+def test_an_empty_section_and_null_keep_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model:\ntraining: {save_total_limit: null, save_minutes: 5, evaluation: }\n")
+    assert settings.load(path).model == Config().model
+    assert settings.load(path).training.save_minutes == 5.0
+
+
+def test_a_configuration_is_told_by_the_names_that_it_has() -> None:
+    assert set(SETTINGS) == Config.__dataclass_fields__.keys()
 
 
 def test_deepspeed_section_is_merged() -> None:

@@ -111,7 +111,6 @@ def test_an_experiment_goes_on_under_its_tag(launch: Launch, config: Path, tmp_p
 
 
 def test_digits_are_learned(launch: Launch, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     options = sets(model__family="vit", data__source="digits", data__validation_samples=179, epochs=3)
     options += sets(training__label_smoothing=0.1, training__log_steps=10, save__save_steps=0)
     options += sets(batch__global_batch_size=32, batch__micro_batch_size=16, optimizer__lr=1e-2)
