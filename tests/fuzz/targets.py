@@ -47,6 +47,10 @@ ZERO = (
     "deepspeed-0.19.8/z2_sgd_ws2", "deepspeed-0.19.8/z2_zerosize_ws2", "deepspeed-0.19.8/z2_nostep_ws2",
 )  # fmt: skip
 DCP = ("dcp/fsdp2_ws2", "dcp/tp_ws4", "dcp/flat_ws2", "dcp/step-3", "dcp/accelerate_ws2", "dcp/plain-sgd_ws1")
+ZERO3 = tuple(
+    f"deepspeed-0.19.8/z3_{n}_ws2" for n in ("groups", "tiny_groups", "lora", "sgd", "fp16", "fp32")
+)
+UNIVERSAL = ("universal/z2_groups", "universal/z2_frozen", "universal/z3_groups")
 HF = ("hf/sharded", "hf/single", "hf/gpt2_tied", "hf/peft", "hf/bin_sharded", "hf/bin")
 
 
@@ -233,8 +237,8 @@ def _manifest(rng: Random, place: Workplace) -> Case:
     return _in_folder(place, folder, path, mutations.of_json(path.read_bytes(), rng))
 
 
-def _zero(rng: Random, place: Workplace) -> Case:
-    folder = place.copy(rng.choice(ZERO))
+def _torch_files(rng: Random, place: Workplace, samples: tuple[str, ...]) -> Case:
+    folder = place.copy(rng.choice(samples))
     path = rng.choice(sorted(folder.rglob("*.pt")))
     old = path.read_bytes()
     if old[:2] == b"PK":
@@ -261,7 +265,9 @@ TARGETS: dict[str, Callable[[Random, Workplace], Case]] = {
     "json": _json,
     "latest": _latest,
     "manifest": _manifest,
-    "zero": _zero,
+    "zero": lambda rng, place: _torch_files(rng, place, ZERO),
+    "zero3": lambda rng, place: _torch_files(rng, place, ZERO3),
+    "universal": lambda rng, place: _torch_files(rng, place, UNIVERSAL),
     "dcp": _dcp,
 }
 
