@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ckpttools import checks, runs
+from ckpttools import checks, manifest, runs
 from ckpttools.errors import CkptError
+from ckpttools.execute.removing import remove_file
 from ckpttools.findings import errors
 from ckpttools.stores.files import local
 
@@ -54,6 +55,8 @@ class Guard:
         started = time.perf_counter()
         try:
             self.poll()
+            # of what lay there before: a resumed run saves the same step again
+            remove_file(local(manifest.place(checkpoint)))
             problem = damage(checkpoint, quick=True)
             if problem is not None:
                 self._tell(checkpoint, problem)
