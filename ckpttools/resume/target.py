@@ -16,6 +16,8 @@ from ckpttools.frameworks.rules import CAREFUL, SAFE, About, AutoResume
 from ckpttools.location import Location
 from ckpttools.resume import arguments, deepspeed, trainers
 from ckpttools.resume.new_run import NewRun
+from ckpttools.resume.rates import ahead
+from ckpttools.resume.rates import rates as rates_of
 from ckpttools.resume.report import Check, Difference, Forecast, check
 from ckpttools.stores.files import is_folder
 
@@ -143,7 +145,11 @@ def _driven(target: Target, run: NewRun, found: Forecast) -> Forecast:
     epoch = found.epoch if found.epoch is not None else training.state.epoch
     own = target.saved.scheduler is not None or not training.schedules
     rule = framework_of(training).rule
-    rates = found.rates if own else replace(trainers.rates(training), first=found.rates.first)
+    rates = found.rates
+    if not own:
+        rates = rates_of(training, engine=True)
+        if not any(ahead(training, each, engine=True) for each in training.schedules):
+            rates = replace(rates, first=found.rates.first)
     notes = [*found.notes, f"{training.framework} drives DeepSpeed: {rule.batch}"]
     lines = {About.BATCH: trainers.batch_check(training, run, differences)}
     if target.saved.scheduler is None:

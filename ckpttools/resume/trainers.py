@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ckpttools import frameworks as training_of
-from ckpttools import schedules
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats import Source, read
@@ -23,7 +22,8 @@ from ckpttools.frameworks.rules import CAREFUL, CLASSES, IMPOSSIBLE, SAFE, About
 from ckpttools.location import Location
 from ckpttools.resume.fit import fit, module
 from ckpttools.resume.model import prefix_of, tensors_of
-from ckpttools.resume.new_run import NewRun, leaves, real
+from ckpttools.resume.new_run import NewRun, leaves
+from ckpttools.resume.rates import rates
 from ckpttools.resume.report import (
     Check,
     Difference,
@@ -31,7 +31,6 @@ from ckpttools.resume.report import (
     Mismatch,
     Moment,
     Overridden,
-    Rates,
     Refusal,
     check,
 )
@@ -94,32 +93,6 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
             "not forecast here: what the training code itself does with these files",
         ),
     )
-
-
-def rates(training: Training | None) -> Rates:
-    if training is None or not training.optimizers:
-        return Rates(note="no optimizer's settings are in the checkpoint")
-    optimizer = training.optimizers[0]
-    found = [real(group.get("lr")) for group in optimizer.groups]
-    if not found or any(lr is None for lr in found):
-        return Rates(note="the optimizer's settings hold no learning rate")
-    first = tuple(lr for lr in found if lr is not None)
-    note = "" if optimizer.first_update else "the framework computes it anew before the first update"
-    own = [s for s in training.schedules if s.optimizer == 0]
-    if not own:
-        return Rates(first=first, next=None, note=note or "no schedule is saved: what follows is the code's")
-    try:
-        program = schedules.recognise(own[0].framework, own[0].states, optimizer.groups, own[0].about)
-        if not program.known:
-            return Rates(first=first, note="not forecast: the schedule's function is not in the checkpoint")
-        machine = program.machine(fresh=False)
-        machine.step()
-        following = tuple(float(group["lr"]) for group in machine.groups)
-    except CkptError as error:
-        return Rates(first=first, note=f"not forecast: {error.message}")
-    if any(map(math.isnan, following)):
-        return Rates(first=first, note="not forecast: the schedule's function is not in the checkpoint")
-    return Rates(first=first, next=following, note=note)
 
 
 # --- batch, length, settings: of any framework --------------------------------------------------------

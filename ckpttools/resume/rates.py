@@ -1,0 +1,75 @@
+"""The learning rates with which a framework's own run goes on, where it saves its schedule itself."""
+
+from __future__ import annotations
+
+import math
+
+from ckpttools import schedules
+from ckpttools.errors import CkptError
+from ckpttools.resume.new_run import real
+from ckpttools.resume.report import Rates
+from ckpttools.training import SavedSchedule, Training
+
+
+def ahead(training: Training, schedule: SavedSchedule, *, engine: bool) -> int | None:
+    """Steps of a schedule from the checkpoint to the next update: none where it steps by updates.
+
+    A schedule of micro-batches steps inside an update that is made of several. DeepSpeed's `engine` begins a
+    new update when it has loaded, MMEngine's own wrapper goes on in the one that was begun. None where it is
+    not known how many micro-batches make an update.
+    """
+    if schedule.unit != "micro":
+        return 0
+    parts = training.batch.accumulation
+    if parts is None or parts == 1:
+        return parts and 0
+    if engine:
+        return parts - 1
+    return None if training.count is None else parts - 1 - training.count % parts
+
+
+def rates(training: Training | None, *, engine: bool = False) -> Rates:
+    """Of a schedule that the framework saves beside the optimizer; `engine`: DeepSpeed makes the updates."""
+    if training is None or not training.optimizers:
+        return Rates(note="no optimizer's settings are in the checkpoint")
+    optimizer = training.optimizers[0]
+    found = [real(group.get("lr")) for group in optimizer.groups]
+    if not found or any(lr is None for lr in found):
+        return Rates(note="the optimizer's settings hold no learning rate")
+    first = tuple(lr for lr in found if lr is not None)
+    note = "" if optimizer.first_update else "the framework computes it anew before the first update"
+    own = [s for s in training.schedules if s.optimizer == 0]
+    if not own:
+        return Rates(first=first, next=None, note=note or "no schedule is saved: what follows is the code's")
+    try:
+        program = schedules.recognise(own[0].framework, own[0].states, optimizer.groups, own[0].about)
+        if not program.known:
+            return Rates(first=first, note="not forecast: the schedule's function is not in the checkpoint")
+        machine = program.machine(fresh=False)
+        skipped = ahead(training, own[0], engine=engine)
+        if skipped is None:
+            return Rates(note="not forecast: how many micro-batches make an update is not known")
+        parts = (training.batch.accumulation or 1) if own[0].unit == "micro" else 1
+        for _ in range(skipped):
+            machine.step()
+        if skipped:
+            first = tuple(float(group["lr"]) for group in machine.groups)
+        if skipped and _is_last(training, skipped):
+            return Rates(first=first, note="none: the run ends with that update")
+        for _ in range(parts):
+            machine.step()
+        following = tuple(float(group["lr"]) for group in machine.groups)
+    except CkptError as error:
+        return Rates(first=first, note=f"not forecast: {error.message}")
+    if any(map(math.isnan, following)):
+        return Rates(first=first, note="not forecast: the schedule's function is not in the checkpoint")
+    return Rates(first=first, next=following, note=note)
+
+
+def _is_last(training: Training, skipped: int) -> bool:
+    """Whether the run is over with the update that ends `skipped` micro-batches after the next one begins."""
+    return (
+        training.count is not None
+        and training.total_count is not None
+        and training.count + skipped + 1 >= training.total_count
+    )
