@@ -183,27 +183,40 @@ merge_fsdp_weights(sys.argv[1] + "/pytorch_model_fsdp_0", sys.argv[2])
 """
 
 
+# the formats of `convert --to`, and how the source of that format is made
+TARGETS = {
+    "pt": (),
+    "zero1": ("--world-size", "2"),
+    "zero2": (),
+    "zero3": ("--world-size", "2"),
+    "universal": (),
+    "dcp": ("--world-size", "2", "--dcp-layout", "accelerate"),
+    "hf": (),
+}
+
+
 def convert(place: Place) -> None:
     """Every format into every other, each pair by itself; where a library has a converter, against it."""
     python = (sys.executable, "-c")
     zero = place.checkpoint
     made = {"zero2": zero}
-    for to, options in (
-        ("pt", ()),
-        ("zero1", ("--world-size", "2")),
-        ("dcp", ("--world-size", "2", "--dcp-layout", "accelerate")),
-        ("hf", ()),
-    ):
-        made[to] = place.folder / f"{to}-{place.size}{'.pt' if to == 'pt' else ''}"
+    for to, options in TARGETS.items():
+        if to not in made:
+            made[to] = place.folder / f"{to}-{place.size}{'.pt' if to == 'pt' else ''}"
         if not made[to].exists():
             measure([*CKPT, "convert", zero, made[to], "--to", to, *options, "-q"], ENVIRONMENT)
     universal = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    universal += ["--input_folder", str(place.tag), "--output_folder", str(place.out)]
+    stage3 = made["zero3"] / (made["zero3"] / "latest").read_text()
+    weights = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32"]
     peers = {
-        ("zero2", "hf"): Contender(
-            "zero_to_fp32", [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", zero, place.out]
+        ("zero2", "hf"): Contender("zero_to_fp32", [*weights, zero, place.out]),
+        ("zero3", "hf"): Contender("zero_to_fp32", [*weights, made["zero3"], place.out]),
+        ("zero2", "universal"): Contender(
+            "ds_to_universal", [*universal, "--input_folder", place.tag, "--output_folder", place.out]
         ),
-        ("zero2", "zero1"): Contender("ds_to_universal", universal),
+        ("zero3", "universal"): Contender(
+            "ds_to_universal", [*universal, "--input_folder", stage3, "--output_folder", place.out]
+        ),
         ("pt", "dcp"): Contender("torch_save_to_dcp", [*python, TORCH_TO_DCP, made["pt"], place.out]),
         ("dcp", "pt"): Contender(
             "dcp_to_torch_save (optimizer)",
@@ -212,9 +225,9 @@ def convert(place: Place) -> None:
         ("dcp", "hf"): Contender("accelerate merge-weights", [*python, MERGE, made["dcp"], place.out]),
     }
     for source, path in made.items():
-        for to in ("pt", "zero1", "zero2", "dcp", "hf"):
-            if source == "hf" and to.startswith("zero"):
-                continue  # weights alone make no ZeRO folder
+        for to in TARGETS:
+            if source == "hf" and to in ("zero1", "zero2", "zero3", "universal"):
+                continue  # weights alone make no folder of DeepSpeed's
             ours = _ckpt("convert", path, place.out, "--to", to, "-q")
             peer = peers.get((source, to))
             print(f"  {source} to {to}")
