@@ -35,6 +35,7 @@ from ckpttools.formats.files import dangers_at
 from ckpttools.formats.format import Copy
 from ckpttools.formats.parts import IN_PARTS, in_parts
 from ckpttools.location import Location
+from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.stores.files import is_folder, stat
 from ckpttools.stores.links import within
@@ -210,11 +211,19 @@ def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | 
     return manifest.dump({name: entry}, output=True)
 
 
-def check_before_use(source: Source) -> Checkpoint:
-    """Read a checkpoint for a command that writes from it: header checks first, the first error raised."""
+def check_before_use(source: Source, *, beside: bool = False) -> Checkpoint:
+    """Read a checkpoint for a command that writes from it: header checks first, the first error raised.
+
+    `beside`: the command carries the files around it along, so these are checked, too.
+    """
     checked = check_headers(source)
-    for finding in checked.findings:
+    findings = checked.findings
+    checks: list[SourceCheck] = []
+    if beside and not any(finding.severity == ERROR for finding in findings):
+        with within(source.root):
+            findings, checks = check_beside(source, checked.files)
+    for finding in findings:
         if finding.severity == ERROR:
             raise raised(finding)
     assert checked.checkpoint is not None
-    return checked.checkpoint
+    return replace(checked.checkpoint, checks=(*checked.checkpoint.checks, *checks))

@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -84,13 +86,10 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            result = super().invoke(ctx)
+        result = super().invoke(ctx)
+        if sys.stdout is not None:
             sys.stdout.flush()
-            return result
-        except BrokenPipeError:  # `ckpt inspect ... | head`: nobody wants the rest
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+        return result
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         names = {name: [a for a, of in ALIASES.items() if of == name] for name in COMMANDS}
@@ -121,6 +120,41 @@ def _dashes(arg: str) -> str:
     return name.replace("_", "-") + eq + value
 
 
+class _Output:
+    """stdout whose reader may leave, as in `ckpt inspect ... | head`: the rest goes nowhere, and the command
+    goes on to its exit code.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost = False  # from now on nobody sees what is written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if text == "":
+            return 0  # a probe, whose error nobody would see
+        with self._to_the_end():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._to_the_end():
+            self._stream.flush()
+
+    @contextmanager
+    def _to_the_end(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = True
+            # what is left in the buffer would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise
+
+
 class _Interrupts:
     """Remembers Ctrl-C: libraries that it meets while they load turn it into errors of their own."""
 
@@ -137,6 +171,8 @@ class _Interrupts:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console scripts `ckpt` and `ckpttools`."""
     interrupts = _Interrupts()
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        sys.stdout = _Output(sys.stdout)
     args = list(sys.argv[1:] if argv is None else argv)
     head, dash, tail = args, [], []  # type: tuple[list[str], list[str], list[str]]
     if "--" in args:

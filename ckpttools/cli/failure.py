@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 
 import click
@@ -16,7 +17,7 @@ def report(problem: Exception, *, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exception(problem)
     error = problem if isinstance(problem, CkptError) else _other(problem)
-    if as_json:
+    if as_json and not getattr(sys.stdout, "lost", False):
         render.document({"ok": False, "error": error.problem.document()})
     else:
         click.echo(error.problem.shown(), err=True)

@@ -11,8 +11,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import xxhash
 
 from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers.pickles import Persistent, Reject, dumps, walk
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value
 
@@ -98,8 +102,21 @@ def plain(value: Value, read: Read, depth: int = 64) -> object:
         case None | str():
             return value
         case Opaque():
-            return f"<{value.shown}>"
+            return f"<{value.shown}{' ' * bool(said := inside(value))}{said}>"
     return f"<{value}>"
+
+
+def inside(value: Opaque) -> str:
+    """A digest of what an object holds; "" where it holds tensors or has no pickled form: two of one class
+    may differ then, and nobody has looked.
+    """
+    node: Any = value.node
+    try:
+        if any(isinstance(held, Persistent) for held in walk(node)):
+            return ""
+        return str(xxhash.xxh3_64_hexdigest(dumps(node)))
+    except (Reject, TypeError):
+        return ""
 
 
 def hyper(checkpoint: Checkpoint, read: Read) -> Iterator[tuple[frozenset[str], dict[str, object]]]:

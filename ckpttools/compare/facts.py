@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.compare.content import hyper, plain, progress
+from ckpttools.compare.content import hyper, inside, plain, progress
 from ckpttools.compare.digests import shown
 from ckpttools.tree import Opaque, Value, leaves
 from ckpttools.tree import dotted as dotted_path
@@ -101,15 +101,17 @@ def _names(checkpoint: Checkpoint) -> Iterator[str]:
 def _known(value: Value) -> Value:
     """Without objects that nobody looks into: whether two are equal is not known."""
     if isinstance(value, Opaque):
-        return None
+        return value if inside(value) else None
     if isinstance(value, Mapping):
         return {key: _known(inner) for key, inner in value.items()}
     return [_known(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def opaque(checkpoint: Checkpoint) -> list[str]:
-    """Where the client's objects lie that cannot be compared."""
-    return [dotted_path(path) for path, leaf in leaves(checkpoint.client) if isinstance(leaf, Opaque)]
+    """Where objects lie that cannot be compared."""
+    held = (checkpoint.client, checkpoint.train_state.scheduler, checkpoint.loss_scaler)
+    found = ((path, leaf) for value in held for path, leaf in leaves(value))
+    return [dotted_path(path) for path, leaf in found if isinstance(leaf, Opaque) and not inside(leaf)]
 
 
 def random_states(checkpoint: Checkpoint) -> list[str]:

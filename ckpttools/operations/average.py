@@ -44,7 +44,7 @@ def average(
     form = form_of(form, dst)
     target = dtype_named(dtype)
     given = [Path(path) for path in paths]
-    chosen = given if last is None else _newest(given, last)
+    chosen, told = (given, []) if last is None else _newest(given, last)
     sources = [find(path, tag) for path, tag in zip(chosen, tags_for(chosen, tags), strict=True)]
     if len({source.target.resolve() for source in sources}) < len(sources):
         raise UsageError(
@@ -56,12 +56,14 @@ def average(
     made = mean_of(read, weights)
     if target is not None:
         made = cast(made, target)
-    made = replace(made, notes=tuple(note for note in made.notes if note not in read[-1].notes))
+    made = replace(made, notes=(*(note for note in made.notes if note not in read[-1].notes), *told))
     return write(made, chosen[-1], sources[-1], dst, form, max_shard_size, None, how, "average")
 
 
-def _newest(paths: Sequence[Path], count: int) -> list[Path]:
-    """The newest checkpoints of one run that can be read and are of the newest one's series, oldest first."""
+def _newest(paths: Sequence[Path], count: int) -> tuple[list[Path], list[str]]:
+    """The newest checkpoints of one run that can be read and are of the newest one's series, oldest first;
+    and what to tell of them.
+    """
     if len(paths) != 1:
         raise UsageError(
             "bad-usage", "--last takes one run's folder", hint="name the run, or leave out --last"
@@ -76,7 +78,8 @@ def _newest(paths: Sequence[Path], count: int) -> list[Path]:
             why=f"the mean of checkpoints of several runs is asked for by naming them: {names}",
             hint="name one run's folder",
         )
-    entries = [entry for entry in (found[0] if found else []) if entry.problem is None]
+    listed = found[0] if found else []
+    entries = [entry for entry in listed if entry.problem is None]
     stems = {entry.path: stem for entry in entries if (stem := series(entry)) is not None}
     alike = [local(path) for path, stem in stems.items() if stem == next(iter(stems.values()))]
     if len(alike) < count:
@@ -86,4 +89,10 @@ def _newest(paths: Sequence[Path], count: int) -> list[Path]:
             where=paths[0],
             hint="ckpt ls shows them",
         )
-    return alike[count - 1 :: -1]
+    notes = [f"the mean of {', '.join(escape(path.name) for path in alike[:count])}"]
+    for entry in listed:
+        if entry.path == alike[count - 1]:
+            break
+        if entry.problem is not None:
+            notes.append(f"passed over: {escape(entry.path.name)}: {escape(entry.problem.message, 300)}")
+    return alike[count - 1 :: -1], notes

@@ -13,6 +13,7 @@ from ckpttools.checks import check_before_use
 from ckpttools.errors import CkptError, escape
 from ckpttools.launch import Worker
 from ckpttools.location import Location, below
+from ckpttools.operations import advice
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written
 from ckpttools.plan import OutputFile, Plan, copy_file
@@ -37,12 +38,12 @@ def copy(
     """
     src, dst, how = named(src), Path(dst), how or Writing()
     source = find(src, tag)
-    checkpoint = check_before_use(source)
+    checkpoint = check_before_use(source, beside=True)
     root = src if tag is None else source.target
     with within(root):
         files = tuple(_files(root))
     plan = Plan(files=files, checks=checkpoint.checks)
-    next = (f"ckpt verify {dst}",)
+    next = (advice.verify(dst),)
     if how.dry_run:
         from ckpttools.execute import refuse
 

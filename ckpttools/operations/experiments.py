@@ -32,7 +32,12 @@ PLACES = ("output_dir", "logging_dir", "run_name", "work_dir", "work_dirs", "exp
 
 
 # whose values are nobody's business
-SECRET = re.compile(r"(token|secret|password|passwd|api_?key|access_?key|credentials?)$", re.IGNORECASE)
+SECRET = re.compile(
+    r"(^|[._-])(tokens?|secrets?|passwords?|passwd|api_?keys?|access_?keys?|credentials?)([._-]|$)"
+    r"|(token|secret|password|passwd|api_?key|access_?key|credentials?)$",
+    re.IGNORECASE,
+)
+_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,11 +266,16 @@ def _flat(
         if isinstance(value, Mapping):
             yield from _flat(value, name)
         elif isinstance(value, list | tuple) and all(isinstance(v, str | int | float | bool) for v in value):
-            yield name, list(value)
-        elif isinstance(value, str) and value and SECRET.search(name):
-            yield name, "(hidden)"
+            yield name, [_shown(name, item) for item in value]
         elif isinstance(value, str | int | float | bool) and name.rpartition(".")[2] not in PLACES:
-            yield name, value
+            yield name, _shown(name, value)
+
+
+def _shown(name: str, value: str | float) -> str | float:
+    """Texts without what is nobody's business; numbers are no secrets: max_tokens."""
+    if not isinstance(value, str) or not value:
+        return value
+    return "(hidden)" if SECRET.search(name) else _LOGIN.sub("(hidden)@", value)
 
 
 def _losses(log: Log, entries: list[Entry], unit: str) -> Iterator[Best]:

@@ -25,8 +25,8 @@ class Proof:
     """`compared` holds weights, moments and steps against each other, `facts` what else is said otherwise.
 
     `random` are the random states that each side has, `uncompared` the objects of training code that nobody
-    looks into, and optimizers without names where the other side has names: neither counts for the verdict,
-    because they belong to single ranks or cannot be compared.
+    can look into, and optimizers without names where the other side has names: with any of them the verdict is
+    "except". Random states belong to single ranks and do not count.
     """
 
     compared: Compared
@@ -39,7 +39,8 @@ class Proof:
         """ "different" where a tensor or a step is, "except" where anything else is, or one side lacks it."""
         if self.compared.different or not self.compared.equal:
             return "different"
-        return "except" if self.compared.one_sided or self.facts or self.unread else "same"
+        unknown = self.unread or self.uncompared
+        return "except" if self.compared.one_sided or self.facts or unknown else "same"
 
     @property
     def unread(self) -> bool:

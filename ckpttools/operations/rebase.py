@@ -33,7 +33,7 @@ class Rebase:
 def prepare(src: Path, dst: Path | None, request: Request, tag: str | None = None) -> Rebase:
     """Everything that another batch size changes. Raises CkptError with a reason where it cannot be told."""
     source = find(src, tag)
-    checkpoint = check_before_use(source)
+    checkpoint = check_before_use(source, beside=True)
     if source.format.name == "universal":
         raise Unsupported(
             "layout-unsupported",

@@ -44,7 +44,7 @@ def reshard(
     if ranks is None:
         raise UsageError("bad-usage", "for how many ranks?", hint="--world-size N, or --mesh 2x4")
     source = find(src, tag)
-    checkpoint = check_before_use(source)
+    checkpoint = check_before_use(source, beside=True)
     layout = resharded(checkpoint, ranks, sizes)
     data_parallel = sizes[0] if sizes else ranks
     checkpoint, notes = without_positions(checkpoint, data_parallel)

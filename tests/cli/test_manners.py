@@ -261,3 +261,34 @@ def test_help_and_version_are_no_errors() -> None:
         assert ckpt_process(*args).returncode == 0
     ran = ckpt_process()
     assert ran.returncode == 2 and "Usage: ckpt" in ran.stderr + ran.stdout
+
+
+def test_a_reader_that_leaves_does_not_change_the_answer(tmp_path: Path) -> None:
+    """`ckpt verify RUN | head` under pipefail: damage is exit code 1, whoever still listens."""
+    shutil.copytree(GOOD, tmp_path / "run")
+    shard = next((tmp_path / "run").rglob("*rank_1*"))
+    shard.write_bytes(shard.read_bytes()[:-500])
+    ckpt = f"{sys.executable} -m ckpttools.cli"
+    for words, code in (
+        (f"verify {tmp_path / 'run'}", 1),
+        (f"verify --json {tmp_path / 'run'}", 1),
+        (f"ls {GOOD}", 0),
+    ):
+        script = f"({ckpt} {words}; echo $? > {tmp_path}/code) | true"
+        ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+        assert (int((tmp_path / "code").read_text()), ran.stderr) == (code, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_answer_that_cannot_be_written_is_an_error(unbuffered: str) -> None:
+    for words in (["verify", GOOD], ["verify", GOOD, "--json"]):
+        with Path("/dev/full").open("w") as full:
+            ran = subprocess.run(
+                [sys.executable, "-m", "ckpttools.cli", *map(str, words)],
+                env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+                stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            )  # fmt: skip
+        assert ran.returncode == 2 and ran.stderr.startswith("error[system]: No space left"), ran.stderr
+    closed = f"{sys.executable} -m ckpttools.cli verify {GOOD} >&-"
+    ran = subprocess.run(["bash", "-c", closed], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")

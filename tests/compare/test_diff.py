@@ -188,3 +188,33 @@ def test_tags_name_two_checkpoints_of_one_folder(tmp_path: Path) -> None:
         assert run(command, folder, folder, "-t", "a", "-t", "b", "-t", "c").code == 2
     ckpt = ckpttools.diff(folder, folder, tags=(tag, "four"))
     assert ckpt.same and ckpt.layout["ranks"] == (2, 4)
+
+
+class Thing:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def test_objects_are_compared_by_what_they_hold(tmp_path: Path) -> None:
+    def saved(name: str, **held: object) -> Path:
+        weights = {"a": torch.ones(2)}
+        optimizer = torch.optim.SGD([torch.nn.Parameter(weights["a"])], momentum=0.9)
+        return _saved(
+            tmp_path / name,
+            model_state_dict=weights,  # type: ignore[arg-type]
+            optimizer_state_dict=optimizer.state_dict(),  # type: ignore[arg-type]
+            epoch=1,  # type: ignore[arg-type]
+            **held,  # type: ignore[arg-type]
+        )
+
+    for key in ("mine", "scheduler_state_dict"):
+        one, same, other = (
+            saved(f"{key}{i}.pt", **{key: {"last_epoch": 1, "thing": Thing(n)}})
+            for i, n in enumerate((1, 1, 2))
+        )
+        assert ckpttools.prove(one, same).verdict == "same"
+        assert ckpttools.prove(one, other).verdict == "except"
+        assert not ckpttools.diff(one, other).same
+        one, same = (saved(f"{key}{i}.pt", **{key: {"thing": Thing(torch.ones(2))}}) for i in (3, 4))  # type: ignore[arg-type]
+        ran = run("prove", one, same)
+        assert ran.code == 1 and "objects that are not compared" in ran.out  # nobody has looked into them

@@ -211,3 +211,15 @@ def test_half_precision_of_two_kinds_is_averaged_in_fp32(tmp_path: Path) -> None
         mean = load_file(tmp_path / "mean.safetensors")["a"]
         assert mean.dtype == torch.float32
         assert mean.item() == (60000.0 + torch.tensor(240000.0).bfloat16().item()) / 2
+
+
+def test_a_damaged_newest_is_named_not_passed_over_in_silence(tmp_path: Path) -> None:
+    shutil.copytree(TRAINER / "plain", tmp_path / "run")
+    shutil.copytree(tmp_path / "run/checkpoint-4", tmp_path / "run/checkpoint-6")
+    state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())
+    (tmp_path / "run/checkpoint-6/trainer_state.json").write_text(json.dumps(state | {"global_step": 6}))
+    weights = tmp_path / "run/checkpoint-6/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ran = run("average", tmp_path / "run", "--last", 2, "-o", tmp_path / "mean")
+    assert ran.code == 0 and "passed over: checkpoint-6: " in ran.err, ran.err
+    assert "the mean of checkpoint-4, checkpoint-2" in ran.err

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,21 @@ def test_links_between_folders_end(tmp_path: Path) -> None:
     (tag / "again").symlink_to("..")
     ran = ckpt("copy", tmp_path / "run", tmp_path / "never")
     assert ran.code == 1 and "error[link-loop]" in ran.err and not (tmp_path / "never").exists()
+
+
+def test_every_file_that_is_copied_is_checked(tmp_path: Path) -> None:
+    """Those beside the weights, too: optimizer, scheduler, random states."""
+    good = FIXTURES / "hf-trainer/plain/checkpoint-2"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        for damage in ("cut", "flip", "empty"):
+            source = tmp_path / f"{name} {damage}"
+            shutil.copytree(good, source)
+            data = bytearray((source / name).read_bytes())
+            with zipfile.ZipFile(source / name) as archive:
+                record = max(archive.infolist(), key=lambda info: info.file_size)
+            data[record.header_offset + 200] ^= 1
+            (source / name).write_bytes({"cut": data[:-300], "flip": data, "empty": b""}[damage])
+            ran = ckpt("copy", source, tmp_path / "copy")
+            assert ran.code == 1 and name in ran.err and not (tmp_path / "copy").exists(), ran
+    assert ckpt("copy", good, tmp_path / "a b").out.strip().endswith("a b")
+    assert f"next: ckpt verify '{tmp_path / 'a b'}'" in ckpt("copy", good, tmp_path / "a b", "--force").err

@@ -114,12 +114,17 @@ def test_secrets_are_hidden(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(TRAINER / "z2_bf16_2", folder)
     with (folder / "config.yaml").open("a") as file:
-        file.write("wandb:\n  api_key: topsecret\nmax_tokens: 5\nhub_token: hf_x\n")
+        file.write(
+            "wandb:\n  api_key: topsecret\nmax_tokens: 5\nhub_token: hf_x\n"
+            "my_token_value: hf_y\nsecret:\n  inner: hf_z\ntokens: [hf_a]\nurl: https://me:hf_b@host/x\n"
+        )
     found = ckpttools.experiments(folder).runs[0].settings
     assert (
         found["wandb.api_key"] == "(hidden)" and found["hub_token"] == "(hidden)" and found["max_tokens"] == 5
     )
-    assert "topsecret" not in run("runs", folder, "--json").out
+    page = tmp_path / "r.html"
+    said = run("runs", folder, "--json").out + run("report", folder, "-o", page, "--json").out
+    assert not any(word in said + page.read_text() for word in ("topsecret", "hf_"))
 
 
 # --- logs ---------------------------------------------------------------------------------------------
