@@ -25,8 +25,8 @@ class Proof:
     """`compared` holds weights, moments and steps against each other, `facts` what else is said otherwise.
 
     `random` are the random states that each side has, `uncompared` the objects of training code that nobody
-    can look into, and optimizers without names where the other side has names: with any of them the verdict is
-    "except". Random states belong to single ranks and do not count.
+    can look into, and optimizers without names where the other side has names: with any of them the verdict
+    is "except". Random states belong to single ranks and do not count.
     """
 
     compared: Compared
