@@ -123,7 +123,7 @@ class Training:
         """Evaluate on all held-out samples; whether it is better than ever."""
         measured = self.evaluate(self.task.data.held_out)
         loss, best = measured["val_loss"], self.progress.best_val_loss
-        improved = best is None or loss < best
+        improved = self.progress.improves(loss)
         self.monitor.evaluated(self.progress, text, measured)
         self.progress = dataclasses.replace(
             self.progress,

@@ -6,6 +6,7 @@ DeepSpeed merges these keys into the top level of `mp_rank_00_model_states.pt`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,11 @@ class Progress:
     metrics: Mapping[str, float] = field(default_factory=dict)  # what else the evaluation measured
     best_val_loss: float | None = None  # the lowest so far
     learning_rate: float | None = None  # of the last update
+
+    def improves(self, loss: float) -> bool:
+        """Whether a validation loss is the lowest so far. NaN never is: nothing would be less than it."""
+        best = self.best_val_loss
+        return not math.isnan(loss) and (best is None or math.isnan(best) or loss < best)
 
 
 def client_state(progress: Progress, config: Config, samples: Data) -> dict[str, Any]:

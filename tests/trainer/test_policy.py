@@ -10,6 +10,7 @@ import pytest
 from ckpttools.trainer import config as settings
 from ckpttools.trainer.config import Config
 from ckpttools.trainer.policy import policy
+from ckpttools.trainer.state import Progress
 
 GUIDE = """
 training:
@@ -91,3 +92,19 @@ def test_save_all_checkpoints_with_evaluation_left_on(tmp_path: Path) -> None:
 def test_nothing_held_out_is_nothing_to_evaluate(tmp_path: Path) -> None:
     made = policy(load(tmp_path, "data.validation_samples=0", text="{}"))
     assert not (made.evaluates or made.partial or made.at_end)
+
+
+@pytest.mark.parametrize(
+    ("best", "loss", "improves"),
+    [
+        (None, float("nan"), False),  # a first loss that is none must not end the tracking
+        (float("nan"), 0.9, True),  # as older checkpoints say it
+        (float("nan"), float("nan"), False),
+        (None, 0.9, True),
+        (0.9, 0.5, True),
+        (0.9, 0.9, False),
+        (0.9, float("nan"), False),
+    ],
+)
+def test_nan_is_never_the_best(best: float | None, loss: float, improves: bool) -> None:
+    assert Progress(best_val_loss=best).improves(loss) is improves
