@@ -15,11 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ckpttools import runs
 from ckpttools.errors import CkptError
 from ckpttools.execute.small import replace
 from ckpttools.integrations.guard import LAST_VERIFIED, damage
-from ckpttools.operations.prune import prune
+from ckpttools.operations.prune import carry_out, plan_of
 from ckpttools.runs import extent
+from ckpttools.runs.retain import Policy
 
 LOCK = ".ckpt-verifying"
 
@@ -45,8 +47,10 @@ def main(checkpoint: Path, keep_last: int | None, per_kind: bool, keep_best: str
         notes = [f"{checkpoint} verified: every byte"]
         if keep_last is not None or keep_best is not None:
             try:
-                gone = prune(folder, keep_last=keep_last, per_kind=per_kind, keep_best=keep_best).removed
-                notes += [f"removed {entry.path}" for entry in gone]
+                policy = Policy(last=keep_last, per_kind=per_kind, best=keep_best)
+                plan = plan_of(folder, policy, found=[runs.own(folder)])  # those below are other runs
+                carry_out(plan)
+                notes += [f"removed {entry.path}" for entry in plan.removed]
             except CkptError as error:
                 notes.append(f"nothing more was removed: {error}")
         return _said(None, *notes)

@@ -126,10 +126,14 @@ def refuse_damaged(checkpoint: Path) -> None:
 
 
 def newest_good(folder: Path) -> Path | None:
-    """The newest checkpoint below a folder that verifies, None where there is none at all.
-
-    Raises CkptError where there are some and all are damaged.
+    """The newest checkpoint of the folder's own run that verifies, None where there is none at all: what lies
+    in folders below is of other runs. Raises CkptError where there are some and all are damaged.
     """
-    if not folder.is_dir() or not runs.runs(folder):
+    if not folder.is_dir():
         return None
-    return local(runs.newest_verified(folder, checks.verify).path)
+    found = runs.own(folder)
+    if not found:
+        for path in runs.paths(folder)[:1]:
+            log.warning("%s itself holds no checkpoint; %s is of another run: not taken", folder, path)
+        return None
+    return local(runs.newest_verified(folder, checks.verify, [found]).path)

@@ -27,7 +27,7 @@ class VerifySaves(pl.Callback):
 
     @staticmethod
     def resume_from(folder: str | Path) -> str | None:
-        """For `Trainer.fit(ckpt_path=...)`: the newest good checkpoint below. Raises CkptError."""
+        """For `Trainer.fit(ckpt_path=...)`: the newest good one of a folder. Raises CkptError."""
         found = newest_good(Path(folder))
         return None if found is None else str(found)
 

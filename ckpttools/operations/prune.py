@@ -94,10 +94,17 @@ def plan_of(
     bar: Bar | None = None,
     found: list[list[Entry]] | None = None,
 ) -> Pruning:
-    """Decide, and touch nothing. Raises CkptError as `prune` does."""
-    found = runs.grouped(folder) if found is None else found
+    """Decide, and touch nothing. `found` are the runs to look after, newest first each, where it is not
+    all of those below. Raises CkptError as `prune` does.
+    """
     around = needs.around(folder)
-    if not found and not around.left:
+    left = around.left
+    if found is None:
+        found = runs.grouped(folder)
+    else:
+        found = [run for run in found if run]
+        left = tuple(path for path in left if any(path.parent == run[0].run for run in found))
+    if not found and not left:
         raise runs.nothing(folder)
     require_best((entry for run in found for entry in run), policy)
     verify = partial(_good, verified=verified, workers=workers, bar=bar)
@@ -125,9 +132,9 @@ def plan_of(
     return Pruning(
         folder=folder,
         runs=tuple(decided),
-        nbytes=freed(file for path in (*gone, *around.left) for file in _tree(path))
+        nbytes=freed(file for path in (*gone, *left) for file in _tree(path))
         - sum(each.nbytes for each in slimmed.values()),
-        left=around.left,
+        left=left,
         slimmed=slimmed,
         notes=tuple(notes),
     )

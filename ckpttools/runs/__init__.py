@@ -15,7 +15,7 @@ and `ckpt train --resume` ask here.
 from __future__ import annotations
 
 from ckpttools.runs.choose import Choice, choice, newest, newest_verified, nothing
-from ckpttools.runs.find import Entry, extent, find, grouped, runs
+from ckpttools.runs.find import Entry, extent, find, grouped, own, paths, runs
 
 __all__ = [
     "Choice",
@@ -27,5 +27,7 @@ __all__ = [
     "newest",
     "newest_verified",
     "nothing",
+    "own",
+    "paths",
     "runs",
 ]

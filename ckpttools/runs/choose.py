@@ -60,9 +60,14 @@ def choice(found: list[list[Entry]], folder: Location) -> Choice:
     return replace(_furthest(found[0]), notes=(*among, *_disagreements(found[0])))
 
 
-def newest_verified(folder: Location, verify: Callable[[Location], Verdict]) -> Choice:
-    """The newest checkpoint that passes `verify`, and what is wrong with the newer ones."""
-    found = runs(folder)
+def newest_verified(
+    folder: Location, verify: Callable[[Location], Verdict], found: list[list[Entry]] | None = None
+) -> Choice:
+    """The newest checkpoint that passes `verify`, and what is wrong with the newer ones.
+
+    `found` are the runs to look at, where they are known.
+    """
+    found = runs(folder) if found is None else found
     if not found:
         raise nothing(folder)
     passed: list[tuple[Location, str]] = []

@@ -89,10 +89,16 @@ def paths(folder: Location) -> tuple[Location, ...]:
         return tuple(path for _, found in _runs(folder, MAX_DEPTH) for path in found)
 
 
-def runs(folder: Location) -> list[list[Entry]]:
+def own(folder: Location) -> list[Entry]:
+    """The same of the run whose checkpoints lie in the folder itself; of those below none."""
+    return next(iter(runs(folder, depth=0)), [])
+
+
+def runs(folder: Location, depth: int = MAX_DEPTH) -> list[list[Entry]]:
     """The same by run: the newest run first, by its number where they are named alike, else by time.
 
-    Raises UsageError "no-permission" where there are some and none of them may be read.
+    `depth` is how many folders below are looked into. Raises UsageError "no-permission" where there are some
+    and none of them may be read.
     """
     entries(folder)  # raises where it cannot be listed
     with within(folder):
@@ -101,7 +107,7 @@ def runs(folder: Location) -> list[list[Entry]]:
             if alone.problem is not None and alone.problem.id == "no-permission":
                 raise alone.problem
             return [[alone]]
-        places = list(_runs(folder, MAX_DEPTH))
+        places = list(_runs(folder, depth))
         entered = iter(each(_at, [(path, run) for run, paths in places for path in paths]))
         found = [ordered([next(entered) for _ in paths]) for _, paths in places]
     closed = [entry.problem for run in found for entry in run]

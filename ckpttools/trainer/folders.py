@@ -37,6 +37,12 @@ HF_CONFIG = "hf_config"
 BEST = "best_model.pt"
 BUNDLE = "deepspeed"
 CKPT = "ckpt"  # of the layout `experiment`
+_NAMES = {
+    "iter": r"(iter|epoch)_\d+\.pth",
+    "bundle": r"checkpoint-\d+",
+    "monolithic": r"epoch_\d+_step_\d+\.pt",
+    "experiment": r"checkpoint_(step|epoch)_\d+\.pth",
+}
 _TAG = re.compile(r"(iter|epoch)_(\d+)\.pth")
 _SHARD = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 
@@ -56,6 +62,11 @@ def epoch_name(layout: str, *, epoch: int, iteration: int) -> str:
     if layout in ("bundle", "monolithic"):
         return step_name(layout, epoch=epoch, iteration=iteration)
     return f"epoch_{epoch:03d}.pth" if layout == "iter" else f"checkpoint_epoch_{epoch}.pth"
+
+
+def is_ours(name: str, layout: str) -> bool:
+    """Whether `step_name` or `epoch_name` gives such a name."""
+    return re.fullmatch(_NAMES[layout], name) is not None
 
 
 def place(run: Path, layout: str) -> Path:

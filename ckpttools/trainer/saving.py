@@ -4,7 +4,7 @@
     2. each node flushes the files to its disk
     3. rank 0 adds what the layout has besides, verifies, and renames
     4. `latest` and `last_checkpoint` name it
-    5. the rules of `ckpt prune` say what is not needed any more
+    5. the rules of `ckpt prune` say which of those that lie there, named as these, are not needed any more
 
 A run that is killed in between, or whose disk is full, has the checkpoints that it had before. What such a
 save leaves is removed when the run goes on.
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ckpttools import checks
+from ckpttools import checks, runs
 from ckpttools.checkpoint import Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import CkptError
@@ -31,9 +31,11 @@ from ckpttools.execute.system import RENAME_EXCHANGE, fsync_file, fsync_folder, 
 from ckpttools.findings import errors
 from ckpttools.formats import PLANS
 from ckpttools.operations.extract import extract
-from ckpttools.operations.prune import prune
+from ckpttools.operations.prune import carry_out as carry_out_pruning
+from ckpttools.operations.prune import plan_of
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, carry_out
+from ckpttools.runs.retain import Policy
 from ckpttools.siblings import STAGING
 from ckpttools.trainer import folders
 from ckpttools.trainer.engine import Engine, from_rank0, together
@@ -124,11 +126,13 @@ class Saving:
         if self.limit is None:
             return
         try:
-            pruned = prune(self.place, keep_last=self.limit, per_kind=True)
+            own = [e for e in runs.own(self.place) if folders.is_ours(e.path.name, self.layout)]
+            plan = plan_of(self.place, Policy(last=self.limit, per_kind=True), found=[own])
+            carry_out_pruning(plan)
         except CkptError as error:
             self.say(f"careful: nothing was removed: {error.message} [{error.id}]")
             return
-        for entry in pruned.removed:
+        for entry in plan.removed:
             self.say(f"removed {entry.path}, older than the last {self.limit} of its kind")
 
 

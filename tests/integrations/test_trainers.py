@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import FIXTURES
 
 from ckpttools.errors import CkptError
 from ckpttools.integrations.guard import LAST_VERIFIED, Guard, Rules, newest_good
@@ -213,6 +215,34 @@ def test_mmengine(tmp_path: Path) -> None:
     assert refused.returncode != 0
     assert "nothing was trained" in refused.stderr or "epoch_4.pth" in refused.stderr
     assert kept(work, "*.pth") == {"epoch_3.pth", "epoch_4.pth"}
+
+
+def of_the_trainer(folder: Path) -> Path:
+    """A run of two checkpoints, and another one in a folder below."""
+    shutil.copytree(FIXTURES / "hf-trainer" / "plain", folder)
+    shutil.copytree(FIXTURES / "hf-trainer" / "plain", folder / "older")
+    return folder
+
+
+def test_old_ones_of_another_run_below_stay(tmp_path: Path) -> None:
+    folder = of_the_trainer(tmp_path / "run")
+    command = [sys.executable, "-m", "ckpttools.integrations.background", str(folder / "checkpoint-4")]
+    done = subprocess.run([*command, "[1, false, null]"], capture_output=True, text=True, check=True)
+    assert kept(folder, "checkpoint-*") == {"checkpoint-4"}, done.stdout
+    assert kept(folder / "older", "checkpoint-*") == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_a_resume_takes_none_of_another_run_below(tmp_path: Path) -> None:
+    folder = of_the_trainer(tmp_path / "run")
+    assert newest_good(folder) == folder / "checkpoint-4"
+    for step in (2, 4):
+        os.truncate(folder / f"checkpoint-{step}" / "model.safetensors", 100)
+    with pytest.raises(CkptError) as caught:  # not the good ones below
+        newest_good(folder)
+    assert caught.value.id == "none-verified"
+    for step in (2, 4):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    assert newest_good(folder) is None
 
 
 def test_damage_is_told_and_may_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

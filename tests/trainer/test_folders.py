@@ -224,3 +224,17 @@ def test_write_text_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     folders.write_text(tmp_path / "last_checkpoint", "b")
     assert [p.name for p in tmp_path.iterdir()] == ["last_checkpoint"]
     assert (tmp_path / "last_checkpoint").read_text() == "b"
+
+
+def test_a_limit_removes_what_the_trainer_wrote_and_nothing_else(tmp_path: Path) -> None:
+    from ckpttools.trainer.saving import Saving
+
+    run = tmp_path / "run"
+    for step in (1, 2, 3):
+        at(copied(run, f"iter_{step:06d}.pth"), step)
+        at(copied(run / "older", f"iter_{step:06d}.pth"), step)  # another run, moved below
+        torch.save({"a.weight": torch.ones(2), "global_step": step}, run / f"mine_step_{step}.pt")
+    told: list[str] = []
+    Saving(run=run, layout="iter", zero=True, verify="off", limit=1, say=told.append).retain()
+    assert {path.name for path in run.glob("iter_*")} == {"iter_000003.pth"}, told
+    assert len(list(run.glob("mine_*"))) == 3 and len(list((run / "older").iterdir())) == 3
