@@ -6,7 +6,8 @@
     best_model.pt, best_acc_epoch_3.pth                                 best
     last.ckpt, final_model.pt                                           final
 
-A series is what one run writes again and again: its names differ in these numbers alone.
+A series is what one run writes again and again: its names differ in these numbers alone. A number of which
+neither the name nor the file says what it counts may be a seed or a fold: that is no series.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ def kind(entry: Entry) -> Kind | None:
     if number in (state.step, state.iteration):
         return "step"
     if state.epoch is not None and state.step is None and state.iteration is None:
-        return "epoch"  # timm counts epochs alone
-    return "step" if is_folder(entry.path) else None
+        # timm counts epochs alone; other loops save the number of the next one, or of the last
+        return "epoch" if abs(state.epoch - number) <= 1 else None
+    nothing_said = state.step is None and state.iteration is None
+    return "step" if nothing_said and entry.resumes and is_folder(entry.path) else None
 
 
 def series(entry: Entry) -> str | None:
@@ -55,6 +58,8 @@ def series(entry: Entry) -> str | None:
     name = entry.path.name
     if _BEST.search(name) or _FINAL.search(name):
         return None
+    if entry.problem is None and kind(entry) is None:
+        return None  # of a damaged one the others of its series tell
     left = name
     for pattern in (_VALUE, _STEP, _EPOCH, _PLAIN):
         left = pattern.sub("", left)

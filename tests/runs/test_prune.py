@@ -91,6 +91,37 @@ def left(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize(
+    "name", ["model_{}.pt", "checkpoint-{}.pt", "snapshot_{}.pt", "seed={}.ckpt", "model_{}"]
+)
+@pytest.mark.parametrize("said", [{}, {"epoch": 100}, {"global_step": 5000}])
+def test_a_number_of_which_nothing_is_known_may_be_a_seed(
+    tmp_path: Path, name: str, said: dict[str, int]
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    for seed in range(4):
+        path = tmp_path / name.format(seed)
+        if path.suffix:
+            torch.save({"model": {"a.weight": torch.full((3,), float(seed))}, **said}, path)
+        else:
+            path.mkdir()
+            save_file({"a.weight": torch.full((3,), float(seed))}, path / "model.safetensors")
+    assert not ckpttools.prune(tmp_path, keep_last=1).removed
+    assert len(left(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("counter", ["epoch", "global_step"])
+def test_a_number_that_the_file_counts_by_is_a_series(tmp_path: Path, counter: str) -> None:
+    import torch
+
+    for count in (3, 4, 5):
+        torch.save({"model": {"a.weight": torch.ones(3)}, counter: count}, tmp_path / f"model_{count}.pt")
+    assert ckpttools.prune(tmp_path, keep_last=1).removed
+    assert left(tmp_path) == {"model_5.pt"}
+
+
 @pytest.mark.parametrize("verified", [False, True])
 def test_a_truncated_newest_does_not_cost_the_good_ones(tmp_path: Path, verified: bool) -> None:
     folder = make(tmp_path, 1, 2, 3, 5, 12, torn=(12,))
