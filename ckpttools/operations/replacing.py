@@ -6,7 +6,8 @@
                        as well, or that has a name which frameworks give to parts of a checkpoint
 
 A link, a device, a pipe, a file of another kind, a folder with one file more than that (notes, code, data, a
-second checkpoint) is refused: nothing is removed that no framework would write again.
+second checkpoint) is refused: nothing is removed that no framework would write again. So is what is pinned,
+what lies in a pinned folder, and a folder with a pin in it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ckpttools.formats import FORMATS, locate, read
 from ckpttools.formats.locate import SIDE_FILES
 from ckpttools.frameworks import POINTERS, STATED
 from ckpttools.plan import Plan
-from ckpttools.siblings import MANIFEST, is_ours
+from ckpttools.runs import pins
+from ckpttools.siblings import MANIFEST, PIN, is_ours
 from ckpttools.stores.disk import look
 from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.stores.links import within
@@ -35,6 +37,7 @@ BESIDE = {*POINTERS, "zero_to_fp32.py", "zero_to_torch.py", *STATED}
 
 def replaceable(dst: Path, plan: Plan) -> str:
     """What `plan` is going to replace, in words. Raises UsageError "not-replaced"."""
+    refuse_pinned(dst)
     try:
         mode = look(dst).st_mode
         if stat.S_ISREG(mode):
@@ -44,6 +47,21 @@ def replaceable(dst: Path, plan: Plan) -> str:
     except OSError as error:
         raise _refused(dst, f"it cannot be looked at: {escape(error.strerror)}") from None
     raise _refused(dst, "a symbolic link" if stat.S_ISLNK(mode) else "neither a regular file nor a folder")
+
+
+def refuse_pinned(dst: Path) -> None:
+    """Raises UsageError where somebody keeps what is there, or something in it."""
+    pin = pins.above(dst, Path(dst.absolute().anchor))
+    inside = list(dst.rglob(f"{PIN}*")) if pin is None and dst.is_dir() else []
+    if pin is not None or inside:
+        kept = pin.path if pin is not None else inside[0].with_name(inside[0].stem.removeprefix(PIN))
+        raise UsageError(
+            "pinned",
+            f"it is {pin}" if pin is not None else f"what is in it is pinned: {escape(inside[0].name)}",
+            where=dst,
+            why="a pinned checkpoint is neither replaced nor removed",
+            hint=f"choose another destination, or give it free first: ckpt unpin {kept}",
+        )
 
 
 def _file(dst: Path, plan: Plan) -> str:

@@ -43,8 +43,8 @@ def dump(pin: Pin) -> bytes:
 
 def of(path: Location) -> Pin | None:
     """The pin on exactly this path."""
-    if isinstance(path, Stored):
-        return None  # nothing is deleted there
+    if isinstance(path, Stored) or not path.resolve().name:
+        return None  # nothing is deleted there; nothing lies beside the root
     place = pin_place(path)
     if not (exists(place) or is_link(place)):
         return None

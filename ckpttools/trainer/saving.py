@@ -33,6 +33,7 @@ from ckpttools.formats import PLANS
 from ckpttools.operations.extract import extract
 from ckpttools.operations.prune import carry_out as carry_out_pruning
 from ckpttools.operations.prune import plan_of
+from ckpttools.operations.replacing import refuse_pinned
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, carry_out
 from ckpttools.runs.retain import Policy
@@ -99,6 +100,7 @@ class Saving:
 
     def _appear(self, staged: Path, target: Path, state: dict[str, Any]) -> None:
         if os.path.lexists(target):
+            refuse_pinned(target)
             # saved again by a run that went on from further back: at no moment is there none
             if not renameat2(staged, target, RENAME_EXCHANGE):
                 _remove(target)

@@ -238,3 +238,20 @@ def test_a_limit_removes_what_the_trainer_wrote_and_nothing_else(tmp_path: Path)
     Saving(run=run, layout="iter", zero=True, verify="off", limit=1, say=told.append).retain()
     assert {path.name for path in run.glob("iter_*")} == {"iter_000003.pth"}, told
     assert len(list(run.glob("mine_*"))) == 3 and len(list((run / "older").iterdir())) == 3
+
+
+def test_a_save_replaces_nothing_that_is_pinned(tmp_path: Path) -> None:
+    from ckpttools import pin, unpin
+    from ckpttools.trainer.saving import Saving
+
+    run = tmp_path / "run"
+    target, staged = copied(run, "iter_000003.pth"), copied(run, ".iter_000003.pth.ckpt-tmp-train")
+    saving = Saving(run=run, layout="iter", zero=True, verify="off", limit=None, say=print)
+    pin(target)
+    inode = target.stat().st_ino
+    with pytest.raises(UsageError) as caught:
+        saving._appear(staged, target, {})
+    assert caught.value.id == "pinned" and target.stat().st_ino == inode
+    unpin(target)
+    saving._appear(staged, target, {})
+    assert target.stat().st_ino != inode
