@@ -9,7 +9,7 @@
     ckpttools.ls("runs")                             # every checkpoint below, by run
     ckpttools.experiments("runs").differing          # runs side by side: settings that are not the same
     ckpttools.report("run", dst="run.html")          # a page for a colleague
-    ckpttools.prune("run", keep_last=3)              # what stays is verified first
+    ckpttools.prune("run", keep_last=3)              # headers of what stays are checked first
     ckpttools.pin("run/checkpoint-20", "the paper's")
     ckpttools.latest("run").path                     # what a resume would take, and .why
     ckpttools.extract("run/checkpoint-20", "weights", dtype="bf16")

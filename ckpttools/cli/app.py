@@ -39,7 +39,7 @@ COMMANDS = {
     "average": "the mean of the weights of several checkpoints",
     "reshard": "move a ZeRO checkpoint to another number of ranks, optimizer state kept",
     "rebase-schedule": "another batch size: same sample, right learning rate",
-    "prune": "remove old checkpoints: what stays is verified first, and you are asked",
+    "prune": "remove old checkpoints: of what stays headers are checked first, and you are asked",
     "pin": "keep a checkpoint from every clean-up",
     "unpin": "take back a pin",
     "batch": "effective batch, iterations, what an old iteration means, ways to keep the batch",

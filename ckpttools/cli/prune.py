@@ -75,9 +75,9 @@ def command(
 ) -> int:
     """Remove the old checkpoints of every run below DIR, after showing which and asking.
 
-    What stays is verified first, and a damaged checkpoint does not count. The newest good one, the best,
-    pinned ones, what `latest` or `last_checkpoint` name and what others need stay always; nothing that is
-    no checkpoint is touched.
+    Of what stays the headers are checked first, with --verified every byte; a damaged checkpoint does not
+    count. The newest good one, the best, pinned ones, what `latest` or `last_checkpoint` name and what others
+    need stay always; nothing that is no checkpoint is touched.
     """
     from ckpttools.operations.prune import carry_out, plan_of
     from ckpttools.runs.retain import Policy
@@ -129,6 +129,8 @@ def _text(plan: Pruning) -> Iterator[str]:
     if plan.removed or plan.left:
         total = len(plan.removed) + len(plan.kept)
         yield f"{len(plan.removed)} of {total} go, {render.size(plan.nbytes)} are freed"
+        if not plan.verified:
+            yield "of what stays, headers only were checked; --verified reads every byte"
     else:
         yield "nothing to remove"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,11 +32,12 @@ from ckpttools.stores.files import is_file, is_folder, is_link, local, walk
 class Pruning:
     """What a prune removes, or removed. `nbytes` is what that frees: a file with another hard link frees
     nothing. `left` is what an interrupted prune left, which goes as well. `slimmed` maps what goes to the
-    folder that keeps its weights."""
+    folder that keeps its weights. `verified`: every byte of what stays was read."""
 
     folder: Path
     runs: tuple[tuple[Path, tuple[Decision, ...]], ...]
     nbytes: int
+    verified: bool
     left: tuple[Path, ...] = ()
     slimmed: Mapping[Path, Slim] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -65,7 +66,7 @@ def prune(
     workers: int = 0,
     bar: Bar | None = None,
 ) -> Pruning:
-    """Remove the old checkpoints of each run below a folder; what stays is verified first.
+    """Remove the old checkpoints of each run below a folder; the headers of what stays are checked first.
 
     `keep_last` counts good ones only. `keep_best` is a metric ("val_loss", "accuracy:max"), "" the validation
     loss; `keep_every` a number of steps; `keep_within` seconds. With `verified` every byte of what stays is
@@ -127,6 +128,8 @@ def plan_of(
             decisions = [_stays(d, "no checkpoint of the run is known to be good") for d in decisions]
         if slim:
             decisions = [_slimmed(decision, slimmed) for decision in decisions]
+        if not verified:  # headers that are whole say nothing of the rest
+            decisions = [replace(d, good=None) if d.good else d for d in decisions]
         decided.append((local(run[0].run), tuple(decisions)))
     gone = [local(d.entry.path) for _, decisions in decided for d in decisions if d.goes]
     return Pruning(
@@ -134,6 +137,7 @@ def plan_of(
         runs=tuple(decided),
         nbytes=freed(file for path in (*gone, *left) for file in _tree(path))
         - sum(each.nbytes for each in slimmed.values()),
+        verified=verified,
         left=left,
         slimmed=slimmed,
         notes=tuple(notes),

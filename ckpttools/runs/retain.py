@@ -46,8 +46,8 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """`reasons` are why it stays; without one it goes. `good` is None where that was not looked at, or
-    cannot be told."""
+    """`reasons` are why it stays; without one it goes. `good` is what `decide` was told; None where that was
+    not looked at, or cannot be told."""
 
     entry: Entry
     reasons: tuple[str, ...]

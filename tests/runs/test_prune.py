@@ -145,6 +145,16 @@ def test_only_verified_sees_a_flipped_byte(tmp_path: Path) -> None:
         assert ran.code == 0 and left(folder) == stays, ran.out
 
 
+def test_good_is_said_only_of_what_was_read(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1, 9, 11, 12, torn=(12,))
+    for options, good in (([], None), (["--verified"], True)):
+        ran = run("prune", folder, "--keep-last", 1, "--dry-run", *options)
+        assert ("headers only were checked" in ran.out) is (good is None)
+        ran = run("prune", folder, "--keep-last", 1, "--dry-run", "--json", *options)
+        said = {Path(each["path"]).name: each["good"] for each in json.loads(ran.out)["kept"]}
+        assert said["iter_11.pth"] is good and said["iter_12.pth"] is not True
+
+
 def test_without_a_good_one_nothing_goes(tmp_path: Path) -> None:
     folder = make(tmp_path, 1, 2, 3, torn=(1, 2, 3))
     ran = run("prune", folder, "--keep-last", 1, "-y")
@@ -471,3 +481,18 @@ def test_a_pin_on_a_run_keeps_all_of_it(tmp_path: Path) -> None:
     siblings.pin_place(folder).write_text("damaged")
     assert not ckpttools.prune(tmp_path, keep_last=1).removed
     assert not ckpttools.prune(folder, keep_last=1).removed
+
+
+@pytest.mark.parametrize("pinned", ["it", "its folder", "something in it"])
+def test_nothing_that_is_pinned_is_replaced(tmp_path: Path, pinned: str) -> None:
+    folder = Folder(tuple(One("", "hf", step) for step in (2, 4))).make(tmp_path)
+    dst = folder / "checkpoint-2"
+    kept = {"it": dst, "its folder": folder, "something in it": dst / "model.safetensors"}[pinned]
+    siblings.pin_place(kept).write_text("{}")
+    before = snapshot(folder)
+    for options in (["--force"], ["--force", "-q"], ["--force", "--dry-run"]):
+        ran = run("extract", FIXTURES / "trainer" / "z2_bf16_2", dst, *options)
+        assert ran.code == 2 and "error[pinned]" in ran.err and "ckpt unpin" in ran.err, (ran.out, ran.err)
+    assert snapshot(folder) == before
+    siblings.pin_place(kept).unlink()
+    assert run("extract", FIXTURES / "trainer" / "z2_bf16_2", dst, "--force", "-q").code == 0
