@@ -342,3 +342,25 @@ def test_free_text_that_happens_to_name_a_tensor_is_no_tied_weight(tmp_path: Pat
     said = {"format": "pt", "base": "emb.weight", "lm_head.weight": "emb.weight"}
     save_file({"emb.weight": torch.arange(6.0)}, tmp_path / "model.safetensors", metadata=said)
     assert open_checkpoint(tmp_path / "model.safetensors").shared == {"lm_head.weight": "emb.weight"}
+
+
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "adapter_model.safetensors", "pytorch_model.bin"]
+)
+def test_a_single_file_comes_before_its_own_index_alone(name: str, sharded: Path) -> None:
+    """As transformers does: Mistral's second copy, an adapter, an older file is not the model."""
+    before = open_checkpoint(sharded)
+    if name.endswith(".bin"):
+        torch.save({"only.this": torch.zeros(1)}, sharded / name)
+    else:
+        save_file({"only.this": torch.zeros(1)}, sharded / name, {"format": "pt"})
+    found = open_checkpoint(sharded)
+    assert found.tensors.keys() == before.tensors.keys()
+    assert any("is the model" in note and note.endswith(name) for note in found.notes)
+    save_file({"only.this": torch.zeros(1)}, sharded / "model.safetensors", {"format": "pt"})
+    assert open_checkpoint(sharded).tensors.keys() == {"only.this"}
+
+
+def test_consolidated_weights_alone_are_read(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(1)}, tmp_path / "consolidated.safetensors", {"format": "pt"})
+    assert open_checkpoint(tmp_path).tensors.keys() == {"w"}

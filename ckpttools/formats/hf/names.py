@@ -10,20 +10,22 @@ from ckpttools.formats.configs import CONFIG_FILES, HEADS
 from ckpttools.formats.format import Folder, Found
 from ckpttools.location import Location
 
-SINGLE = (
+# transformers' order (modeling_utils.py, _get_resolved_checkpoint_files): a single file before its own index
+# alone; adapters are PEFT's, consolidated.safetensors is a second copy in Mistral's repositories
+WEIGHTS = (
     "model.safetensors",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
     "adapter_model.safetensors",
+    "adapter_model.safetensors.index.json",
     "adapter_model.bin",
     "consolidated.safetensors",
 )
+SINGLE = tuple(name for name in WEIGHTS if not name.endswith(".json"))
 ADAPTER = "adapter_model"
 SHARD = re.compile(r"(model|pytorch_model|adapter_model)-\d{5}-of-\d{5}\.(safetensors|bin)")
-INDEX = (
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-    "adapter_model.safetensors.index.json",
-)
+INDEX = tuple(name for name in WEIGHTS if name.endswith(".json"))
 ROLES = {
     "config.json": "the model's architecture",
     "generation_config.json": "defaults for text generation",
@@ -37,10 +39,14 @@ ROLES = {
 
 
 def weight_files(names: Collection[str]) -> tuple[str | None, str | None]:
-    """The index and the single weights file that a folder holds, transformers' order of preference."""
-    index = next((name for name in INDEX if name in names), None)
-    single = next((name for name in SINGLE if name in names), None)
-    return index, single
+    """The index or the single weights file that is a folder's model: one of them, or none."""
+    first = next((name for name in WEIGHTS if name in names), None)
+    return (first, None) if first in INDEX else (None, first)
+
+
+def not_read(names: Collection[str]) -> list[str]:
+    """Other weights of a folder than its model."""
+    return [name for name in WEIGHTS if name in names and name not in weight_files(names)]
 
 
 def names_it(name: str) -> bool:

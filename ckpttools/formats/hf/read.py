@@ -10,7 +10,7 @@ from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.hf.counters import aliases, from_metadata
-from ckpttools.formats.hf.names import ADAPTER, ROLES, weight_files
+from ckpttools.formats.hf.names import ADAPTER, ROLES, not_read, weight_files
 from ckpttools.formats.ties import tied
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
@@ -21,16 +21,18 @@ from ckpttools.tensors import TensorRef
 def read(path: Location) -> Checkpoint:
     """Read a folder, or one .safetensors file. Headers only."""
     if is_folder(path):
-        index, single = weight_files({entry.name for entry in entries(path)})
-        if single is not None and (index is None or single.endswith(".safetensors")):
-            index, shards = None, {single: None}
+        names = {entry.name for entry in entries(path)}
+        index, single = weight_files(names)
+        others = not_read(names)
+        if single is not None:
+            shards: dict[str, None] = {single: None}
         elif index is not None:
             shards = dict.fromkeys(_shards(path, index))
         else:
             raise CkptError("no-weights", "no model weights in this folder", where=path)
         folder = path
     else:
-        index, shards, folder = None, {path.name: None}, path.parent
+        index, shards, folder, others = None, {path.name: None}, path.parent, []
     tensors: dict[str, TensorRef] = {}
     checks: list[SourceCheck] = []
     metadata: dict[str, str] = {}
@@ -56,6 +58,10 @@ def read(path: Location) -> Checkpoint:
         )
     if is_folder(path):
         files += _other_files(path, {file.path.name for file in files})
+    notes = ["safetensors files carry no checksums"] if not checks else []
+    if others:
+        model = index or next(iter(shards))
+        notes.append(f"{model} is the model; other weights beside it are not read: {', '.join(others)}")
     ties = aliases(metadata, tensors)
     tensors |= {alias: tensors[owner] for alias, owner in ties.items()}
     return Checkpoint(
@@ -70,7 +76,7 @@ def read(path: Location) -> Checkpoint:
         train_state=_train_state(path, metadata),
         files=tuple(files),
         checks=tuple(checks),
-        notes=("safetensors files carry no checksums",) if not checks else (),
+        notes=tuple(notes),
         template=tuple(torch_files),
     )
 
