@@ -10,10 +10,13 @@ Source: torch/distributed/checkpoint/hf_storage.py of torch 2.13.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.containers import jsons
 from ckpttools.containers.safetensors import SafetensorsFile, read_safetensors
 from ckpttools.errors import CkptError, escape
+from ckpttools.formats.cutting import equal
 from ckpttools.formats.dcp.items import Data
 from ckpttools.formats.dcp.metadata import Item, Piece, Tensor
 from ckpttools.formats.dcp.names import SHARD
@@ -31,16 +34,27 @@ def read_shards(folder: Location) -> Checkpoint:
     names = [entry.name for entry in entries(folder) if SHARD.fullmatch(entry.name)]
     _complete(folder, names)
     files = [read_safetensors(folder / name) for name in names]
+    held_by = Counter(name for file in files for name in file.tensors)
     pieces: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Piece, TensorRef]]] = {}
     for file in files:
         places = _offsets(file)
         for name, ref in file.tensors.items():
+            if name not in places and held_by[name] > 1:
+                raise _bad(
+                    file.path, f"{OFFSETS} has no place for '{escape(name)}', which other files hold too"
+                )
             at = places.get(name, (0,) * len(ref.shape))
             if len(at) != len(ref.shape):
                 raise _bad(file.path, f"the place of '{escape(name)}' does not fit its shape")
             start = ref.chunks[0].start if ref.chunks and isinstance(ref.chunks[0], ByteRange) else 0
             item = Item(file.path.name, start, ref.nbytes)
-            pieces.setdefault(name, {}).setdefault((at, ref.shape), (Piece(at, ref.shape, item), ref))
+            _, first = pieces.setdefault(name, {}).setdefault(
+                (at, ref.shape), (Piece(at, ref.shape, item), ref)
+            )
+            if not equal(first, ref):
+                raise _bad(
+                    file.path, f"another file holds the same part of '{escape(name)}' with other values"
+                )
     tensors: dict[str, TensorRef] = {}
     shards = 1
     for name, held in pieces.items():

@@ -69,3 +69,26 @@ def test_places_that_make_no_sense(places: object, id: str, folder: Path) -> Non
         open_checkpoint(folder)
     assert caught.value.id == id and caught.value.where.startswith(str(folder))
     assert not verify(folder, workers=1).ok
+
+
+def test_parts_of_the_same_place_are_one_only_if_they_are_equal(tmp_path: Path) -> None:
+    """Two ranks keep a tensor: equal copies are one, others are not passed over, nor one without a place."""
+    at = {"w": {"saved_offsets": [0, 0]}}
+    for name, places, differ, good in (
+        ("equal", at, 0.0, True),
+        ("other", at, 1.0, False),
+        ("nowhere", {}, 0.0, False),
+    ):
+        (tmp_path / name).mkdir()
+        for rank in (1, 2):
+            save_file(
+                {"w": torch.full((2, 3), rank * differ)},
+                tmp_path / name / f"shard-{rank:05d}-model-00001-of-00001.safetensors",
+                {"format": "pt", "DCP_SHARDING_INFO": json.dumps(places)},
+            )
+        if good:
+            assert identical(as_torch(open_checkpoint(tmp_path / name).tensors["w"]), torch.zeros(2, 3))
+        else:
+            with pytest.raises(CkptError) as caught:
+                open_checkpoint(tmp_path / name)
+            assert caught.value.id == "safetensors-header"
