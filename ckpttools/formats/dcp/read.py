@@ -175,7 +175,8 @@ def _tied(
 ) -> Iterator[tuple[str, str]]:
     """Names whose pieces are the same items, as ckpt writes tied weights. torch writes the data for each name
     and the optimizer's state for the first: a matrix that is in no group and has the checksums of one that
-    was trained (the value is whether it has state) is the other name of that one.
+    was trained (the value is whether it has state) is the other name of that one, unless it is part of a
+    network in which nothing is trained: a frozen copy of another (a target network, a reference model).
     """
     names = {id(ref): name for name, ref in tensors.items()}
     for each in found:
@@ -192,8 +193,22 @@ def _tied(
             owner = owners.setdefault((tensor.dtype.name, tensor.shape, *tensor.pieces), name)
             if owner == name and name not in trained:
                 owner = alike.get(_checksums(each, key), name)
+                owner = name if _is_copy(name, owner, tensors, trained) else owner
             if owner != name:
                 yield name, owner
+
+
+def _is_copy(name: str, owner: str, tensors: Mapping[str, object], trained: Mapping[str, bool]) -> bool:
+    """Whether everything beside `name`, below the part of it that `owner` does not end in, is untrained too
+    and has its like beside the owner: `target.0.bias`, where `online.0.weight` is trained.
+    """
+    mine, other = name.split("."), owner.split(".")
+    while mine and other and mine[-1] == other[-1]:
+        mine, other = mine[:-1], other[:-1]
+    below, there = (".".join(part) + "." if part else "" for part in (mine, other))
+    beside = [n for n in tensors if n.startswith(below) and n != name and n != owner] if below else []
+    like = (there + n.removeprefix(below) for n in beside)
+    return bool(beside) and not any(n in trained for n in beside) and all(n in tensors for n in like)
 
 
 def _checksums(each: Part, key: str) -> tuple[object, ...]:

@@ -206,3 +206,17 @@ def test_items_in_the_older_serialization(tmp_path: Path) -> None:
     found = open_checkpoint(path)
     assert as_torch(found.tensors["w"]).equal(torch.arange(4.0)) and found.train_state.epoch == 2
     assert found.checks == () and verify(path, workers=1).ok
+
+
+def test_a_frozen_copy_of_a_network_is_no_tie(tmp_path: Path) -> None:
+    """A target network, equal at the save: its tensors are its own."""
+    online = {"0.weight": torch.randn(4, 4), "0.bias": torch.randn(4)}
+    model = {
+        f"{net}.{name}": tensor.clone() for net in ("online", "target") for name, tensor in online.items()
+    }
+    trained = [name for name in model if name.startswith("online")]
+    state = {name: {"momentum_buffer": model[name] * 0} for name in trained}
+    made = {"model": model, "optimizer": {"state": state, "param_groups": [{"lr": 0.1, "params": trained}]}}
+    dcp.save(made, checkpoint_id=tmp_path / "d", no_dist=True)
+    found = open_checkpoint(tmp_path / "d")
+    assert found.shared == {} and found.frozen == {"target.0.weight", "target.0.bias"}
