@@ -271,4 +271,9 @@ def _single(checkpoint: Checkpoint, dtype: DType | None) -> Checkpoint:
     if dtype is None:
         return checkpoint
     made = cast(checkpoint, dtype)
-    return replace(made, groups=tuple(replace(group, state=moments(group)) for group in made.groups))
+    note = f"the fp32 master weights are left out: one copy of each weight, in {dtype.short}, as asked for"
+    return replace(
+        made,
+        groups=tuple(replace(group, state=moments(group)) for group in made.groups),
+        notes=(*made.notes, *([note] if checkpoint.master else [])),
+    )

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
+from ckpttools.errors import escape
 from ckpttools.formats import PLANS
 from ckpttools.formats.deepspeed import LR_SCHEDULER
 from ckpttools.plan import Literal, OutputFile, Plan
@@ -27,6 +28,8 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
     trained = {name for group in groups for name in group.params}
     if dtype is not None:
         checkpoint = _cast(checkpoint, dtype, trained)
+    if to == "zero3":
+        checkpoint = _of_one_dtype(checkpoint, trained)
     dtypes = {ref.dtype.short for name, ref in checkpoint.tensors.items() if name in trained}
     stage = None if to == UNIVERSAL else int(to.removeprefix("zero"))
     settings = checkpoint.settings
@@ -57,6 +60,24 @@ def _cast(checkpoint: Checkpoint, dtype: DType, trained: Collection[str]) -> Che
     params = {*trained, *checkpoint.frozen, *checkpoint.shared}
     tensors = {n: made.tensors[n] if n in params else ref for n, ref in checkpoint.tensors.items()}
     return replace(made, tensors=tensors)
+
+
+def _of_one_dtype(checkpoint: Checkpoint, trained: Collection[str]) -> Checkpoint:
+    """ZeRO-3 keeps masters alone of what is trained, which the engine rounds to the one dtype that it has:
+    that of the first.
+    """
+    tensors, best = checkpoint.tensors, checkpoint.best_copies()
+    own = [name for name in tensors if checkpoint.shared.get(name, name) in trained]
+    one = tensors[own[0]].dtype if own else FLOAT32
+    other = [name for name in own if tensors[name].dtype is not one]
+    if not other:
+        return checkpoint
+    note = (
+        f"{len(other)} weights become {one.short}, the engine's one dtype (their masters stay fp32): the "
+        f"first, {escape(other[0])}, is {tensors[other[0]].dtype.short}; --dtype chooses it"
+    )
+    made = {name: best[name].cast(one) for name in other}
+    return replace(checkpoint, tensors={**tensors, **made}, notes=(*checkpoint.notes, note))
 
 
 def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 from ckpttools.checkpoint import Checkpoint, common_dtype
 from ckpttools.errors import UsageError, escape
-from ckpttools.tensors import DTYPES, DType
+from ckpttools.tensors import DTYPES, DType, TensorRef
 
 # what --dtype takes, in torch's words and in short
 DTYPE_NAMES = {d.short: d for d in DTYPES.values() if d.is_float} | {
     d.name: d for d in DTYPES.values() if d.is_float
+}
+
+
+# the largest finite value; that of bfloat16 counts as float32's
+LARGEST = {
+    "float32": 3.4e38,
+    "bfloat16": 3.4e38,
+    "float16": 65504.0,
+    "float8_e4m3fn": 448.0,
+    "float8_e5m2": 57344.0,
+    "float8_e4m3fnuz": 240.0,
+    "float8_e5m2fnuz": 57344.0,
+    "float8_e8m0fnu": 1.7e38,
 }
 
 
@@ -39,10 +53,28 @@ def cast(checkpoint: Checkpoint, dtype: DType) -> Checkpoint:
         name: best[name].cast(dtype) if castable(ref.dtype) and ref.dtype is not dtype else ref
         for name, ref in checkpoint.tensors.items()
     }
-    note = f"{kept} float8 tensors stay as they are: their values need scales that are kept apart"
+    notes = [f"{kept} float8 tensors stay as they are: their values need scales that are kept apart"]
+    notes = notes if kept else []
+    narrowed = [n for n, ref in tensors.items() if ref is not checkpoint.tensors[n] and wider(best[n], dtype)]
+    if narrowed:
+        notes.append(
+            f"{len(narrowed)} tensors become {dtype.short}: {_beyond(dtype)}; the first {escape(narrowed[0])}"
+        )
     return replace(
         checkpoint,
         tensors=tensors,
         layout=replace(checkpoint.layout, dtype=common_dtype(tensors)),
-        notes=(*checkpoint.notes, *([note] if kept else [])),
+        notes=(*checkpoint.notes, *notes),
     )
+
+
+def wider(ref: TensorRef, dtype: DType) -> bool:
+    """Whether a tensor may hold values that are beyond the largest of `dtype`."""
+    return LARGEST.get(ref.dtype.name, inf) > LARGEST.get(dtype.name, inf)
+
+
+def _beyond(dtype: DType) -> str:
+    most = f"{LARGEST[dtype.name]:g}"
+    if castable(dtype):
+        return f"values beyond {most} become infinite"
+    return f"no scales are written, and values beyond {most} do not stay as they are"

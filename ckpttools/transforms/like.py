@@ -18,6 +18,7 @@ from ckpttools.tree import Value
 
 Shape = tuple[int, ...]
 SHOWN = 3
+BLOCK = 1 << 22  # elements
 
 
 def like(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
@@ -35,6 +36,7 @@ def like(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
             raise _apart(checkpoint, other, f"{escape(name)} is not in it")
         if have.shape != ref.shape:
             raise _apart(checkpoint, other, f"{escape(name)} is {list(have.shape)}, there {list(ref.shape)}")
+    _refuse_untied(checkpoint, other)
     notes = list(_notes(checkpoint, other, names, left))
     groups = tuple(_group(checkpoint, group) for group in other.groups) if checkpoint.groups else ()
     state = checkpoint.train_state
@@ -56,6 +58,26 @@ def like(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
         notes=(*checkpoint.notes, *notes),
         template=None,
     )
+
+
+def _refuse_untied(checkpoint: Checkpoint, other: Checkpoint) -> None:
+    """Names that are one tensor there must be equal here: one of two would be lost. Reads their bytes."""
+    best = checkpoint.best_copies()
+    for alias, owner in other.shared.items():
+        if alias in best and owner in best and not _equal(best[alias], best[owner]):
+            raise _apart(
+                checkpoint, other, f"{escape(alias)} and {escape(owner)} are one tensor there, two here"
+            )
+
+
+def _equal(one: TensorRef, two: TensorRef) -> bool:
+    """Whether two tensors have the same type, shape and bytes: read a block at a time."""
+    from ckpttools.passes.read import load  # numpy: needed for ties alone
+
+    if (one.dtype, one.shape) != (two.dtype, two.shape) or one.chunks == two.chunks:
+        return (one.dtype, one.shape) == (two.dtype, two.shape)
+    blocks = ((at, min(BLOCK, one.numel - at)) for at in range(0, one.numel, BLOCK))
+    return all(load(one.flat(*each)).tobytes() == load(two.flat(*each)).tobytes() for each in blocks)
 
 
 def matched_names(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, str]:

@@ -44,11 +44,13 @@ def select(
     if len(names) == len(every):
         return checkpoint
     left = len(every) - len(names)
+    shared = _ties(checkpoint.shared, names)
+    heirs = _heirs(checkpoint, names, shared)
     return replace(
         checkpoint,
         tensors=_only(checkpoint.tensors, names),
-        groups=tuple(_group(group, names) for group in checkpoint.groups),
-        shared=_ties(checkpoint.shared, names),
+        groups=tuple(_group(group, names, heirs) for group in checkpoint.groups),
+        shared=shared,
         frozen=checkpoint.frozen & names,
         buffers=checkpoint.buffers & names,
         left_out={n: shape for n, shape in checkpoint.left_out.items() if _wanted(n, inside, outside)},
@@ -66,13 +68,26 @@ def _only(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def _group(group: ParamGroup, names: Collection[str]) -> ParamGroup:
+def _group(group: ParamGroup, names: Collection[str], heirs: Mapping[str, str]) -> ParamGroup:
+    def only(values: Mapping[str, T]) -> dict[str, T]:
+        return _only({heirs.get(name, name): value for name, value in values.items()}, names)
+
     return replace(
         group,
-        params=_only(group.params, names),
-        state={kind: _only(values, names) for kind, values in group.state.items()},
-        scalars={kind: _only(values, names) for kind, values in group.scalars.items()},
+        params=only(group.params),
+        state={kind: only(values) for kind, values in group.state.items()},
+        scalars={kind: only(values) for kind, values in group.scalars.items()},
     )
+
+
+def _heirs(checkpoint: Checkpoint, names: Collection[str], shared: Mapping[str, str]) -> dict[str, str]:
+    """Owners that are left out -> the name that has their master weights and state now."""
+    out: dict[str, str] = {}
+    trained = {name for group in checkpoint.groups for name in group.params}
+    for alias, owner in checkpoint.shared.items():
+        if owner not in names and alias in names and alias not in shared.keys() | trained:
+            out.setdefault(owner, alias)
+    return out
 
 
 def _ties(shared: Mapping[str, str], names: Collection[str]) -> dict[str, str]:

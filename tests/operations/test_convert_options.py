@@ -471,3 +471,94 @@ def test_settings_of_groups_that_differ_are_said_as_values(tmp_path: Path) -> No
     exec(line, {"engine": engine})
     decays = [(group["weight_decay"], group["betas"]) for group in engine.optimizer.param_groups]
     assert decays == [(0.01, (0.9, 0.999)), (0.0, (0.8, 0.9))]
+
+
+# --- nothing without a word -----------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        if tied:
+            self.head.weight = self.emb.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.emb(x))
+        return out
+
+
+def of_tied(path: Path, tied: bool) -> Path:
+    model = Tied(tied)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(5)).square().sum().backward()
+    optimizer.step()
+    return saved(path, model, optimizer)
+
+
+def test_two_tensors_are_not_made_one(tmp_path: Path) -> None:
+    """From a folder that names its parameters, so that the optimizer's groups are no reason."""
+    one, two = of_tied(tmp_path / "one.pt", True), tmp_path / "two"
+    convert(of_tied(tmp_path / "two.pt", False), two, to="zero2")
+    for to in ("pt", "dcp", "zero2"):
+        refused = run("convert", two, tmp_path / "x", "--to", to, "--like", one)
+        assert refused.code == 2 and "error[model-differs]" in refused.err and "head.weight" in refused.err
+        assert not (tmp_path / "x").exists()
+    assert run("convert", one, tmp_path / "x", "--to", "dcp", "--like", one).code == 0
+
+
+def test_the_other_name_of_an_owner_that_is_left_out_has_its_master_and_state(tmp_path: Path) -> None:
+    source = SAMPLES / "z2_tied_ws2"
+    before = open_checkpoint(source)
+    ((alias, owner),) = before.shared.items()
+    run("extract", source, tmp_path / "w.safetensors", "--exclude", owner)
+    weights = open_checkpoint(tmp_path / "w.safetensors").tensors
+    assert owner not in weights
+    assert identical(as_torch(weights[alias]), as_torch(before.master[owner]))
+    convert(source, tmp_path / "a.pt", to="pt", exclude=[owner])
+    moments = {
+        n: ref for g in open_checkpoint(tmp_path / "a.pt").groups for n, ref in g.state["exp_avg"].items()
+    }
+    there = {n: ref for g in before.groups for n, ref in g.state["exp_avg"].items()}
+    assert identical(as_torch(moments[alias]), as_torch(there[owner]))
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "says"),
+    [
+        ("z2_bf16_ws2", ["--to", "pt", "--dtype", "bf16"], "the fp32 master weights are left out"),
+        ("z2_bf16_ws2", ["--to", "pt", "--dtype", "fp16"], "values beyond 65504 become infinite"),
+        (
+            "z2_bf16_ws2",
+            ["--to", "hf", "--dtype", "fp8_e4m3"],
+            "no scales are written, and values beyond 448",
+        ),
+    ],
+)
+def test_what_a_dtype_loses_is_said(source: str, more: list[str], says: str, tmp_path: Path) -> None:
+    done = run("convert", SAMPLES / source, tmp_path / "x", *more)
+    assert done.code == 0 and says in done.err
+
+
+def test_one_dtype_for_all_weights_is_said(tmp_path: Path) -> None:
+    model = {"a": torch.randn(4, 4).bfloat16(), "n": torch.randn(4)}
+    params = [nn.Parameter(value) for value in model.values()]
+    optimizer = torch.optim.SGD(params)
+    sum(p.sum().float() for p in params).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    held = {"model_state_dict": model, "optimizer_state_dict": optimizer.state_dict(), "buffer_names": []}
+    torch.save({**held, "global_step": 1}, tmp_path / "a.pt")
+    done = run("convert", tmp_path / "a.pt", tmp_path / "z", "--to", "zero3")
+    assert done.code == 0 and "1 weights become bf16" in done.err
+
+
+def test_a_count_that_some_parameters_lack_is_refused(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    state = torch.load(source, weights_only=True)
+    del state["optimizer_state_dict"]["state"][1]["step"]
+    torch.save(state, source)
+    refused = run("convert", source, tmp_path / "u", "--to", "universal")
+    assert refused.code == 2 and "error[state-incomplete]" in refused.err and "'step'" in refused.err

@@ -80,7 +80,7 @@ def _group(checkpoint: Checkpoint, group: ParamGroup) -> Iterator[OutputFile]:
             if not _equal(steps[name], first):
                 raise _unfit(checkpoint, STEP, "differs between the parameters of a group")
             yield write_torch_file(f"{place}/{STEP}{SUFFIX}", encode(steps[name], {}))
-    for kind, refs in group.state.items():
+    for kind, refs in (*group.state.items(), (STEP, steps)):
         lacking = next((name for name in group.params if name not in refs), None)
         if lacking is not None and refs and kind != FP32:
             raise Unsupported(
