@@ -80,6 +80,8 @@ def command(
         click.echo("".join(_csv(found)), nl=False)
     elif not quiet:
         click.echo("\n".join(_text(found, top)))
+    for path in found.closed:
+        render.say(f"note: {escape(path)} may not be read, and is left out", quiet=quiet)
     for each in found.runs:
         for note in render.notes_text(each.notes):
             render.say(f"{escape(each.tag)}: {note}", quiet=quiet)

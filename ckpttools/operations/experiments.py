@@ -98,11 +98,14 @@ class Experiment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiments:
-    """Runs side by side, the newest first; `differing` are the settings that are not the same in all."""
+    """Runs side by side, the newest first; `differing` are the settings that are not the same in all, and
+    `closed` is what may not be read.
+    """
 
     folder: Location
     runs: tuple[Experiment, ...]
     differing: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    closed: tuple[Location, ...] = ()
 
 
 def experiments(
@@ -119,10 +122,15 @@ def experiments(
     found = runs.grouped(folder) if found is None else found
     if not found:
         raise runs.nothing(folder)
+    shut = [entry for run in found for entry in run if entry.problem and entry.problem.id == "no-permission"]
+    found = [[entry for entry in run if entry not in shut] for run in found]
+    found = [run for run in found if run]
     places = [entries[0].run for entries in found]
     made = [_experiment(entries, folder, places) for entries in found]
     made = _only(made, only, folder)
-    return Experiments(folder=folder, runs=tuple(made), differing=differing(made))
+    return Experiments(
+        folder=folder, runs=tuple(made), differing=differing(made), closed=tuple(e.path for e in shut)
+    )
 
 
 def differing(found: Sequence[Experiment]) -> dict[str, tuple[object, ...]]:

@@ -169,14 +169,22 @@ def _runs(folder: Location, depth: int) -> Iterator[tuple[Location, list[Locatio
     except CkptError:
         if depth == MAX_DEPTH:
             raise
-        return  # what cannot be listed holds nothing for us
-    if direct:
-        yield folder, direct
-    for entry in listed if depth else ():
+        return
+    deeper: list[Location] = []
+    for entry in listed:
         path = folder / entry.name
         inside = is_folder(entry) and not entry.is_symlink() and not entry.name.startswith(".")
-        if inside and not is_ours(entry.name) and (not holds_one(path) or _several(path)):
-            yield from _runs(path, depth - 1)
+        if not inside or is_ours(entry.name):
+            continue
+        try:
+            if not holds_one(path) or _several(path):
+                deeper.append(path)
+        except CkptError:
+            direct.append(path)  # it cannot be listed: whether it is a checkpoint is not known
+    if direct:
+        yield folder, direct
+    for path in deeper if depth else ():
+        yield from _runs(path, depth - 1)
 
 
 def _whole(path: Location) -> bool:
@@ -212,6 +220,8 @@ def _entry(path: Location, run: Location) -> Entry:
     time, nbytes = extent(path)
     make = partial(Entry, path=path, run=run, time=time, nbytes=nbytes)
     try:
+        if is_folder(path):
+            entries(path)  # raises where it may not be listed
         if why := frameworks.unfinished(path):
             raise CkptError(
                 "save-unfinished",

@@ -292,3 +292,30 @@ def test_an_answer_that_cannot_be_written_is_an_error(unbuffered: str) -> None:
     closed = f"{sys.executable} -m ckpttools.cli verify {GOOD} >&-"
     ran = subprocess.run(["bash", "-c", closed], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_one_folder_that_may_not_be_listed_does_not_hide_the_others(
+    as_nobody: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(FIXTURES / "hf-trainer/plain", tmp_path / "tree/run")
+    shutil.copytree(FIXTURES / "hf-trainer/plain/checkpoint-2", tmp_path / "tree/shut")
+    (tmp_path / "tree/shut").chmod(0)
+    code = {"verify": 2, "ls": 0, "latest": 0, "runs": 0, "prune": 1}
+    try:
+        for command, expected in code.items():
+            words = [
+                command,
+                str(tmp_path / "tree"),
+                *(["--keep-last", "1", "--dry-run"] * (command == "prune")),
+            ]
+            ran = subprocess.run(
+                [*as_nobody, sys.executable, "-m", "ckpttools.cli", *words],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert ran.returncode == expected and "tree/run" in ran.stdout + "tree/run" * (
+                command == "runs"
+            ), ran
+            if command != "latest":
+                assert "shut" in ran.stdout + ran.stderr, (command, ran)
+    finally:
+        (tmp_path / "tree/shut").chmod(0o755)
