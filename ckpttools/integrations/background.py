@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from ckpttools import runs
 from ckpttools.errors import CkptError
 from ckpttools.execute.small import replace
-from ckpttools.integrations.guard import LAST_VERIFIED, damage
+from ckpttools.integrations.guard import LAST_VERIFIED, damage, drop_manifests
 from ckpttools.operations.prune import carry_out, plan_of
 from ckpttools.runs import extent
 from ckpttools.runs.retain import Policy
@@ -34,13 +35,19 @@ def main(checkpoint: Path, keep_last: int | None, per_kind: bool, keep_best: str
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not checkpoint.exists():
             return _said(None, f"{checkpoint.name} went before it was read")
+        before = extent(checkpoint)
         problem = damage(checkpoint)
+        if extent(checkpoint) != before:
+            return _said(None, _again(checkpoint))
         if problem is not None:
             return _said(problem)
         command = ["verify", str(checkpoint), "--write-manifest", "--quiet", "--workers=1"]
         done = subprocess.run(
             [sys.executable, "-m", "ckpttools.cli", *command], capture_output=True, text=True
         )
+        if extent(checkpoint) != before:
+            drop_manifests(checkpoint, time.time_ns())  # of what was read before
+            return _said(None, _again(checkpoint))
         if done.returncode != 0:
             return _said(None, f"{checkpoint.name} was not verified: {done.stderr.strip()}")
         _name(folder, checkpoint)
@@ -54,6 +61,10 @@ def main(checkpoint: Path, keep_last: int | None, per_kind: bool, keep_best: str
             except CkptError as error:
                 notes.append(f"nothing more was removed: {error}")
         return _said(None, *notes)
+
+
+def _again(checkpoint: Path) -> str:
+    return f"{checkpoint.name} was saved again while it was read; the next reader takes it"
 
 
 def _name(folder: Path, checkpoint: Path) -> None:

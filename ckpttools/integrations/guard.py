@@ -12,6 +12,7 @@ import logging
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from ckpttools import checks, manifest, runs
 from ckpttools.errors import CkptError
 from ckpttools.execute.removing import remove_file
 from ckpttools.findings import errors
+from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import local
 
 LAST_VERIFIED = "last_verified"
@@ -55,8 +57,7 @@ class Guard:
         started = time.perf_counter()
         try:
             self.poll()
-            # of what lay there before: a resumed run saves the same step again
-            remove_file(local(manifest.place(checkpoint)))
+            drop_manifests(checkpoint, runs.extent(checkpoint)[0])
             problem = damage(checkpoint, quick=True)
             if problem is not None:
                 self._tell(checkpoint, problem)
@@ -107,6 +108,8 @@ def damage(checkpoint: Path, *, quick: bool = False) -> CkptError | None:
     """What is wrong with a checkpoint; None also where that could not be found out."""
     try:
         found = errors(checks.verify(checkpoint, quick=quick).findings)
+        # a quick look is for what was saved just now; another reader may still write what was before
+        found = [each for each in found if not (quick and each.id == "manifest-mismatch")]
     except CkptError as error:
         return error if error.exit_code == 1 else None
     if not found:
@@ -114,6 +117,16 @@ def damage(checkpoint: Path, *, quick: bool = False) -> CkptError | None:
     first = found[0]
     where = checkpoint / first.file if first.file else checkpoint
     return CkptError(first.id, first.message, where=where, why=first.why, hint=f"ckpt verify {checkpoint}")
+
+
+def drop_manifests(checkpoint: Path, than: int) -> None:
+    """Remove manifests of a checkpoint that were written before `than`, in ns: of files that lay there under
+    the same names, and were saved again since, by a resumed run or as `last.ckpt`."""
+    found = checkpoint.rglob(f"*{MANIFEST}") if checkpoint.is_dir() else [local(manifest.beside(checkpoint))]
+    for path in list(found):
+        with suppress(OSError):
+            if path.stat().st_mtime_ns < than:
+                remove_file(path)
 
 
 def refuse_damaged(checkpoint: Path) -> None:

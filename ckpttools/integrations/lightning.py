@@ -51,10 +51,12 @@ class VerifySaves(pl.Callback):
         if not trainer.is_global_zero:
             return
         for each in trainer.checkpoint_callbacks:
-            path = getattr(each, "_last_checkpoint_saved", "") or getattr(each, "best_model_path", "")
-            if not path or not Path(path).exists():
-                continue
-            time = Path(path).stat().st_mtime_ns
-            if self._seen.get(path) != time:
-                self._seen[path] = time
-                self.guard.saved(Path(path))
+            # with save_last the last that it saved is last.ckpt alone
+            names = ("_last_checkpoint_saved", "best_model_path", "last_model_path")
+            for path in dict.fromkeys(getattr(each, name, "") for name in names):
+                if not path or not Path(path).exists():
+                    continue
+                time = Path(path).stat().st_mtime_ns
+                if self._seen.get(path) != time:
+                    self._seen[path] = time
+                    self.guard.saved(Path(path))

@@ -245,6 +245,44 @@ def test_a_resume_takes_none_of_another_run_below(tmp_path: Path) -> None:
     assert newest_good(folder) is None
 
 
+@pytest.mark.parametrize("kind", ["file", "plain", "deepspeed"])
+def test_what_is_saved_again_under_its_name_is_not_damaged(tmp_path: Path, kind: str) -> None:
+    guard = Guard(rules=Rules(on_damage="raise"))
+    path = written = tmp_path / "last.ckpt"
+    if kind != "file":
+        (source,) = (FIXTURES / "hf-trainer" / kind).glob("checkpoint-4")
+        path = Path(shutil.copytree(source, tmp_path / source.name))
+        written = next(path.rglob("*optim*.pt"))
+
+    def save(more: int) -> None:
+        state = (
+            torch.load(written, weights_only=False)
+            if kind != "file"
+            else {"model": {"a.weight": torch.ones(9)}}
+        )
+        torch.save({**state, "more": torch.ones(more)}, written)
+        for file in path.glob("*") if path.is_dir() else ():
+            if "manifest" not in file.name:
+                os.utime(file)
+
+    for more in (1, 2000):
+        save(more)
+        guard.saved(path)
+        guard.close()
+    assert newest_good(tmp_path) == path
+    if kind == "file":  # a framework removes its file, not the manifest beside, and takes the name again
+        path.unlink()
+        for more in (5, 3000, 7):  # the last ones while the first is read
+            save(more)
+            guard.saved(path)
+        guard.close()
+        assert newest_good(tmp_path) == path
+    assert list(tmp_path.rglob("*ckpt-manifest.json"))
+    flip(written)  # what changes without a save is damage still
+    with pytest.raises(CkptError):
+        newest_good(tmp_path)
+
+
 def test_damage_is_told_and_may_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "step_1.pt"
     torch.save({"model": {"a.weight": torch.ones(1000)}, "step": 1}, path)
