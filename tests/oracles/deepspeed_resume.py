@@ -24,6 +24,7 @@ places, may leave others inside a collective: the ranks then exit and torchrun s
 """
 
 import argparse
+import datetime
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed_samples import (
@@ -47,6 +49,20 @@ from deepspeed_samples import (
     train,
     truth,
 )
+
+# the classes of the samples' own client values
+KNOWN = [
+    argparse.Namespace,
+    datetime.datetime,
+    datetime.timedelta,
+    datetime.timezone,
+    frozenset,
+    np.ndarray,
+    np.dtype,
+    np._core.multiarray._reconstruct,
+    np._core.multiarray.scalar,
+    *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+]
 
 
 def resume(job: dict[str, Any], result: dict[str, Any]) -> None:
@@ -96,7 +112,7 @@ def prepare(job: dict[str, Any], model: torch.nn.Module, config: dict[str, Any])
     names: dict[str, Any] = {"model": model, "ds_config": config, "torch": torch}
     for line in job.get("lines", []):
         if "torch.serialization.add_safe_globals" in line:  # words for the reader, who knows the class
-            torch.serialization.add_safe_globals([argparse.Namespace])
+            torch.serialization.add_safe_globals(KNOWN)
         elif not re.search(r"\bengine\b", line):
             exec(line, names)
 
