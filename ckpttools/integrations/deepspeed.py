@@ -21,6 +21,7 @@ from deepspeed import comm
 
 from ckpttools.errors import CkptError
 from ckpttools.integrations.guard import Guard, Rules, newest_good
+from ckpttools.integrations.ranks import everywhere
 
 
 class Saves:
@@ -34,11 +35,11 @@ class Saves:
         """`engine.save_checkpoint`, verified. Raises CkptError on every rank where the rules say so."""
         engine.save_checkpoint(str(self.folder), tag=tag, client_state=dict(client_state or {}))
         comm.barrier()
-        self._everywhere(lambda: self.guard.saved(self.folder / tag))
+        everywhere(lambda: self.guard.saved(self.folder / tag))
 
     def load(self, engine: Any) -> Mapping[str, Any] | None:
         """Load the newest good one; returns its client state. Raises CkptError where all are damaged."""
-        found = self._everywhere(lambda: newest_good(self.folder))
+        found = everywhere(lambda: newest_good(self.folder))
         if found is None:
             return None
         # the save folder itself where it holds a single tag
@@ -51,18 +52,4 @@ class Saves:
 
     def close(self) -> None:
         """Wait until all is read."""
-        self._everywhere(self.guard.close)
-
-    def _everywhere(self, function: Any) -> Any:
-        """Rank 0 does it; its result or its error is that of all."""
-        box: list[Any] = [None, None]
-        if comm.get_rank() == 0:
-            try:
-                box[0] = function()
-            except CkptError as error:
-                names = ("id", "message", "where", "why", "hint")
-                box[1] = {name: getattr(error, name) for name in names}
-        comm.broadcast_object_list(box, src=0)
-        if box[1] is not None:
-            raise CkptError(**box[1])
-        return box[0]
+        everywhere(self.guard.close)

@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from ckpttools.integrations.guard import Guard, Rules, newest_good, refuse_damaged
+from ckpttools.integrations.ranks import everywhere
 
 
 class VerifySaves(pl.Callback):
@@ -33,8 +34,8 @@ class VerifySaves(pl.Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         path = trainer.ckpt_path
-        if trainer.is_global_zero and path is not None and Path(path).exists():
-            refuse_damaged(Path(path))
+        if path is not None:
+            everywhere(lambda: refuse_damaged(Path(path)) if Path(path).exists() else None)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._look(trainer)

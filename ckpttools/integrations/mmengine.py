@@ -18,6 +18,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import find_latest_checkpoint
 
 from ckpttools.integrations.guard import Guard, Rules, refuse_damaged
+from ckpttools.integrations.ranks import everywhere
 
 POINTER = "last_checkpoint"
 
@@ -34,13 +35,15 @@ class VerifySavesHook(Hook):  # type: ignore[misc]  # untyped base
 
     def before_run(self, runner: Any) -> None:
         """Before MMEngine loads anything."""
-        if not is_main_process():
-            return
-        named = runner._load_from
-        if runner._resume and named is None:
-            named = find_latest_checkpoint(runner.work_dir)
-        if named is not None and Path(named).exists():
-            refuse_damaged(Path(named))
+
+        def look() -> None:
+            named = runner._load_from
+            if runner._resume and named is None:
+                named = find_latest_checkpoint(runner.work_dir)
+            if named is not None and Path(named).exists():
+                refuse_damaged(Path(named))
+
+        everywhere(look)
         self._seen = _named(runner)
 
     def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:

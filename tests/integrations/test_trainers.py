@@ -189,6 +189,58 @@ def test_a_plain_deepspeed_loop(tmp_path: Path) -> None:
     assert launch().count("refused none-verified") == 2
 
 
+ERRORS = """
+import errno, sys
+import torch.distributed as dist
+from ckpttools.errors import CkptError
+from ckpttools.integrations.ranks import everywhere
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+for error in (OSError(errno.ENOSPC, "no space left"), CkptError("checksum", "damaged"), ValueError("other")):
+    def fails():
+        raise error
+    try:
+        everywhere(fails)
+    except Exception as caught:
+        print(getattr(caught, "id", type(caught).__name__), flush=True)
+print(everywhere(lambda: sys.argv[2]), flush=True)
+"""
+
+
+def test_an_error_of_rank_0_is_that_of_all(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", ERRORS, str(tmp_path / "meeting")]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
+        for rank in range(2)
+    ]
+    said = [rank.communicate()[0].split() for rank in ranks]
+    assert said[0] == ["OSError", "checksum", "ValueError", "0"]
+    assert said[1] == ["train-crash", "checksum", "train-crash", "0"]
+
+
+def test_transformers_says_what_it_could_not_look_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from types import SimpleNamespace
+
+    from ckpttools.integrations.transformers import VerifySaves
+
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    shutil.copytree(FIXTURES / "hf-trainer" / "plain", elsewhere)
+    arguments, state = SimpleNamespace(output_dir=str(out)), SimpleNamespace(global_step=4)
+    saves = VerifySaves()
+    saves.on_train_begin(arguments, state, None)
+    assert "not verified" in caplog.text
+    caplog.clear()
+    assert saves.resume_from(elsewhere / "checkpoint-4") == str(elsewhere / "checkpoint-4")
+    saves.on_train_begin(arguments, state, None)
+    assert not caplog.text
+    os.truncate(elsewhere / "checkpoint-4" / "model.safetensors", 100)
+    with pytest.raises(CkptError):
+        saves.resume_from(elsewhere / "checkpoint-4")
+
+
 @pytest.mark.skipif(not MMENGINE, reason="CKPT_MMENGINE_PYTHON names no interpreter with MMEngine")
 def test_mmengine(tmp_path: Path) -> None:
     script = Path(__file__).with_name("run_mmengine.py")
