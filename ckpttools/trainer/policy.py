@@ -1,7 +1,8 @@
 """What a run evaluates, saves and keeps: the section `training` with its overrides carried out.
 
-`skip_evaluation` has the highest priority, then `save_all_checkpoints`; each setting that they overrule is
-named, so that a log says why the run did something else than its configuration.
+`skip_evaluation` has the highest priority, then `save_all_checkpoints`; without a best model none is
+evaluated at the end, but the last one where that is asked for. Each setting that is overruled is named, so
+that a log says why the run did something else than its configuration.
 """
 
 from __future__ import annotations
@@ -58,12 +59,22 @@ def policy(config: Config) -> Policy:
         forced = {**wanted, "best_model_tracking.save_best_only": False}
         notes += _overrides("save_all_checkpoints", wanted, forced)
         wanted = forced
+        if asked.save_total_limit is not None:
+            notes.append(
+                f"save_all_checkpoints: training.save_total_limit goes on to remove all but the last"
+                f" {asked.save_total_limit} of each kind"
+            )
+    best_at_end = "evaluation.eval_best_model_only"
+    if wanted[best_at_end] and not wanted["best_model_tracking.enabled"]:
+        forced = {**wanted, best_at_end: False}
+        notes += _overrides("best_model_tracking.enabled false", wanted, forced)
+        wanted = forced
     evaluates = bool(config.data.validation_samples) and not asked.skip_evaluation
     return Policy(
         evaluates=evaluates,
         partial=evaluates and wanted["evaluation.partial_eval_during_training"],
         at_end=evaluates and wanted["evaluation.full_eval_at_end"],
-        best_at_end=evaluates and wanted["evaluation.eval_best_model_only"],
+        best_at_end=evaluates and wanted[best_at_end],
         best=wanted["best_model_tracking.enabled"],
         only_best=wanted["best_model_tracking.enabled"] and wanted["best_model_tracking.save_best_only"],
         limit=asked.save_total_limit,

@@ -29,7 +29,7 @@ from ckpttools.checks import check_before_use
 from ckpttools.errors import CkptError
 from ckpttools.execute.system import RENAME_EXCHANGE, fsync_file, fsync_folder, renameat2
 from ckpttools.findings import errors
-from ckpttools.formats import PLANS
+from ckpttools.formats import PLANS, locate, read
 from ckpttools.operations.extract import extract
 from ckpttools.operations.prune import carry_out as carry_out_pruning
 from ckpttools.operations.prune import plan_of
@@ -118,6 +118,24 @@ class Saving:
         found = weights_only(check_before_use(find(checkpoint)), None)
         plan = PLANS["pt"](found, Layout(format="pt"))
         carry_out(checkpoint, self.place / folders.BEST, plan, Writing(force=True), label="best")
+
+    def known_best(self, checkpoint: Path, loss: float | None, best: float | None) -> float | None:
+        """The loss that a later one must be less than, on rank 0: what best_model.pt here says, not what the
+        checkpoint that is gone on from does. A run that was ended between the two has a best_model.pt that is
+        older, a new run folder none: it is written where this checkpoint is the best itself.
+        """
+        path = self.place / folders.BEST
+        stated = read(locate(path)).train_state.val_loss if path.exists() else None
+        if best == stated:
+            return best
+        if loss is not None and loss == best and (stated is None or loss < stated):
+            self.best(checkpoint)
+            self.say(f"best so far: {path}, written from {checkpoint}")
+            return best
+        says = "is not there" if stated is None else f"has {stated:.6g}"
+        was = "none" if best is None else f"{best:.6g}"
+        self.say(f"{path} {says}, the best of the checkpoint was {was}: the former counts")
+        return stated
 
     def drop(self, staged: Path) -> None:
         """Remove a staged checkpoint; on rank 0."""

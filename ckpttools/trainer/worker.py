@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -136,6 +137,19 @@ def _train(
         output.say(f"Nothing to train: {start.checkpoint} is at {done}")
         return
     logged = config.training
+    saving = Saving(
+        run=start.run,
+        layout=layout,
+        zero=config.zero.stage > 0,
+        verify=options.verify_saves,
+        limit=plans.limit,
+        say=output.say,
+    )
+    origin, loss, lowest = start.checkpoint, progress.val_loss, progress.best_val_loss
+    if plans.best and origin is not None and start.mode != "weights":
+        progress = replace(
+            progress, best_val_loss=ds.from_rank0(lambda: saving.known_best(origin, loss, lowest))
+        )
     training = Training(
         config=config,
         policy=plans,
@@ -143,14 +157,7 @@ def _train(
         order=order,
         task=Task(data=samples, device=engine.device, smoothing=logged.label_smoothing),
         engine=engine,
-        saving=Saving(
-            run=start.run,
-            layout=layout,
-            zero=config.zero.stage > 0,
-            verify=options.verify_saves,
-            limit=plans.limit,
-            say=output.say,
-        ),
+        saving=saving,
         monitor=Monitor(
             start.run, output, rank=rank, total=updates, every=logged.log_steps, scalars=logged.tensorboard
         ),

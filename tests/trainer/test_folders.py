@@ -255,3 +255,31 @@ def test_a_save_replaces_nothing_that_is_pinned(tmp_path: Path) -> None:
     unpin(target)
     saving._appear(staged, target, {})
     assert target.stat().st_ino != inode
+
+
+def judged(checkpoint: Path, loss: float, best: float) -> Path:
+    """The same with what an evaluation measured."""
+    file = checkpoint / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(file, weights_only=False) | {"val_loss": loss, "best_val_loss": best}, file)
+    return checkpoint
+
+
+def test_the_best_loss_is_that_of_the_best_model_which_is_there(tmp_path: Path) -> None:
+    from ckpttools.formats import locate, read
+    from ckpttools.trainer.saving import Saving
+
+    run = tmp_path / "run"
+    first = judged(copied(run, "epoch_001.pth"), 0.5, 0.5)
+    second = judged(copied(run, "epoch_002.pth"), 0.25, 0.25)
+    third = judged(copied(run, "epoch_003.pth"), 0.75, 0.25)
+    told: list[str] = []
+    saving = Saving(run=run, layout="iter", zero=True, verify="off", limit=None, say=told.append)
+    saving.best(first)
+    assert saving.known_best(first, 0.5, 0.5) == 0.5 and not told
+    assert saving.known_best(third, 0.75, 0.25) == 0.5 and "0.5" in told[-1]  # ended before it was written
+    assert saving.known_best(second, 0.25, 0.25) == 0.25
+    assert read(locate(run / folders.BEST)).train_state.val_loss == 0.25
+    new = Saving(run=tmp_path / "new", layout="iter", zero=True, verify="off", limit=None, say=told.append)
+    new.place.mkdir()
+    assert new.known_best(third, 0.75, 0.25) is None and "is not there" in told[-1]
+    assert new.known_best(second, 0.25, 0.25) == 0.25 and (new.place / folders.BEST).exists()

@@ -57,6 +57,7 @@ def test_an_override_of_a_setting_by_its_other_name(tmp_path: Path) -> None:
     assert load(tmp_path, "training.save_total_limit=3").training.save_total_limit == 3
 
 
+KEEPS_ON = "training.save_total_limit goes on to remove all but the last 3 of each kind"
 NAMES = (
     "save_all_checkpoints",
     "best_model_tracking.enabled",
@@ -75,7 +76,8 @@ def test_skip_evaluation_has_the_highest_priority(tmp_path: Path, asked: tuple[b
     assert not (made.evaluates or made.partial or made.at_end or made.best_at_end)
     assert not (made.best or made.only_best)
     forced = {name: name == "save_all_checkpoints" for name in NAMES}
-    assert made.notes == tuple(
+    assert made.notes[-1] == "save_all_checkpoints: " + KEEPS_ON
+    assert made.notes[:-1] == tuple(
         f"skip_evaluation: training.{name} {str(given[name]).lower()} -> {str(value).lower()}"
         for name, value in forced.items()
         if given[name] != value
@@ -86,7 +88,19 @@ def test_save_all_checkpoints_with_evaluation_left_on(tmp_path: Path) -> None:
     made = policy(load(tmp_path, "training.save_all_checkpoints=true"))
     assert (made.evaluates, made.best, made.only_best) == (True, True, False)
     note = "save_all_checkpoints: training.best_model_tracking.save_best_only true -> false"
-    assert made.notes == (note,)
+    assert made.notes == (note, "save_all_checkpoints: " + KEEPS_ON)
+
+
+def test_without_a_best_model_the_last_is_evaluated_at_the_end(tmp_path: Path) -> None:
+    asked = [
+        "training.best_model_tracking.enabled=false",
+        "training.best_model_tracking.save_best_only=false",
+    ]
+    made = policy(load(tmp_path, *asked))
+    assert (made.at_end, made.best_at_end, made.limit) == (True, False, 3)
+    assert made.notes == (
+        "best_model_tracking.enabled false: training.evaluation.eval_best_model_only true -> false",
+    )
 
 
 def test_nothing_held_out_is_nothing_to_evaluate(tmp_path: Path) -> None:
