@@ -29,7 +29,7 @@ from ckpttools.checks.verdict import Verdict, refused
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported, escape
-from ckpttools.findings import ERROR, INFO, Finding, raised
+from ckpttools.findings import ERROR, INFO, Finding, of_error, raised
 from ckpttools.formats import Checked, Source, locate
 from ckpttools.formats.files import dangers_at
 from ckpttools.formats.format import Copy
@@ -124,7 +124,10 @@ def _verify(
             findings += [*check_keys(found), *(check_incidents(source, found, ids) if whole else ())]
             held, state = dict.fromkeys(KEYS), found.train_state
             if whole:
-                held, state = holds(source, found)
+                held, state, damage = holds(source, found)
+                # what a listing calls damaged is not good here; the checks say more of what they know, too
+                if damage is not None and not any(finding.severity == ERROR for finding in findings):
+                    findings.append(of_error(damage))
             findings += check_held(found, held, require)
             if whole:
                 findings += check_rates(source, found)

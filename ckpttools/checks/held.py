@@ -18,18 +18,19 @@ KEYS = ("optimizer", "scheduler", "step", "epoch", "train_loss", "val_loss")
 Held = Mapping[str, bool | None]  # by KEYS; None: not known
 
 
-def holds(source: Source, found: Checkpoint) -> tuple[Held, TrainState]:
+def holds(source: Source, found: Checkpoint) -> tuple[Held, TrainState, CkptError | None]:
     """Whether each of KEYS is there; everything is False for weights alone, None where it cannot be told.
-    With the counters and losses, as the framework means them.
+    With the counters and losses, as the framework means them, and what it finds damaged in its own state.
     """
+    damage: CkptError | None = None
     training: Training | None = None
     known = True
     try:
         training = frameworks.read(source, found)
     except Unsupported as reason:
         known = reason.id == "weights-only"
-    except CkptError:
-        known = False  # damage that is reported by itself
+    except CkptError as error:
+        known, damage = False, error if error.exit_code == 1 else None
     state = training.state if training is not None else found.train_state
     logged = {name for name, _ in training.losses} if training is not None else set()
     optimizer = scheduler = None if not known else False
@@ -48,7 +49,7 @@ def holds(source: Source, found: Checkpoint) -> tuple[Held, TrainState]:
         "train_loss": state.train_loss is not None or "loss" in logged,
         "val_loss": state.val_loss is not None or "eval_loss" in logged,
     }
-    return held, state
+    return held, state, damage
 
 
 def _has_optimizer(found: Checkpoint) -> bool:

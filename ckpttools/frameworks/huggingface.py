@@ -72,6 +72,8 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
     epochs = _whole(state.get("num_train_epochs"))
     planned = arguments.get("max_steps")
     by_epochs = not (isinstance(planned, int) and planned > 0)
+    if not arguments:  # max_steps may have been asked for, of which num_train_epochs says nothing
+        by_epochs = _spans_epochs(step, total, epochs, state.get("epoch"))
     updates = None
     if by_epochs and total and epochs and total % epochs == 0:
         updates = total // epochs
@@ -113,6 +115,13 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
         marker=None if deepspeed else Place(file=folder / MARKER_FILE, at=()),
         marked=None if deepspeed else marked_beside(folder),
     )
+
+
+def _spans_epochs(step: int | None, total: int | None, epochs: int | None, epoch: object) -> bool:
+    """Whether `max_steps` updates are the whole epochs: the saved epoch is that of the step, to an update."""
+    if not (step and total and epochs and isinstance(epoch, int | float)):
+        return False
+    return abs(epoch * total / epochs - step) < 1
 
 
 def _said(state: Mapping[str, object]) -> TrainState:
