@@ -27,7 +27,7 @@ from ckpttools.plan import Plan
 from ckpttools.runs import pins
 from ckpttools.siblings import MANIFEST, PIN, is_ours
 from ckpttools.stores.disk import look
-from ckpttools.stores.files import entries, is_file, is_folder
+from ckpttools.stores.files import entries, is_file, is_folder, local, walk
 from ckpttools.stores.links import within
 
 SHOWN = 3  # files of somebody's own
@@ -52,7 +52,8 @@ def replaceable(dst: Path, plan: Plan) -> str:
 def refuse_pinned(dst: Path) -> None:
     """Raises UsageError where somebody keeps what is there, or something in it."""
     pin = pins.above(dst, Path(dst.absolute().anchor))
-    inside = list(dst.rglob(f"{PIN}*")) if pin is None and dst.is_dir() else []
+    look_inside = pin is None and is_folder(dst)
+    inside = [local(p) for p, entry in walk(dst) if entry.name.startswith(PIN)] if look_inside else []
     if pin is not None or inside:
         kept = pin.path if pin is not None else inside[0].with_name(inside[0].stem.removeprefix(PIN))
         raise UsageError(
