@@ -23,6 +23,11 @@ def crc32_combine(a: int, b: int, nbytes_b: int) -> int:
 Share = tuple[int, int]  # of a range's CRC-32, from how many of its bytes: they join by xor and sum
 
 
+def joined(one: Share, other: Share) -> Share:
+    """The share of both."""
+    return one[0] ^ other[0], one[1] + other[1]
+
+
 class RangeCrcs:
     """The CRC-32s of byte ranges (start, end) of one file, built from pieces that come in any order.
 
@@ -31,13 +36,14 @@ class RangeCrcs:
     each range still lacks; each byte must be added once. Ranges may overlap. Not thread-safe.
     """
 
-    __slots__ = ("_ends", "_made", "_starts", "left", "values")
+    __slots__ = ("_ends", "_made", "_starts", "_touched", "left", "values")
 
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
         self.values = [0] * len(ranges)
         self.left = [end - start for start, end in ranges]
         self._starts = [start for start, _ in ranges]
         self._ends = [end for _, end in ranges]
+        self._touched: set[int] = set()  # since `take`
         self._made: tuple[list[int], list[tuple[int, ...]]] | None = None
 
     def _places(self) -> tuple[list[int], list[tuple[int, ...]]]:
@@ -67,6 +73,7 @@ class RangeCrcs:
         for k in owners:
             self.values[k] ^= crc32_combine(crc, 0, self._ends[k] - end)
             self.left[k] -= end - start
+        self._touched.update(owners)
         return owners
 
     @property
@@ -77,10 +84,13 @@ class RangeCrcs:
 
     def take(self) -> dict[int, Share]:
         """The shares that are not empty, by range; from now on they do not count here."""
-        out = {k: share for k, share in enumerate(self.shares) if share[1]}
-        for k, (crc, nbytes) in out.items():
-            self.values[k] ^= crc
-            self.left[k] += nbytes
+        out: dict[int, Share] = {}
+        for k in sorted(self._touched):
+            nbytes = self._ends[k] - self._starts[k] - self.left[k]
+            if nbytes:
+                out[k] = self.values[k], nbytes
+                self.values[k], self.left[k] = 0, self.left[k] + nbytes
+        self._touched.clear()
         return out
 
     def join(self, shares: Sequence[Share]) -> None:
@@ -88,6 +98,7 @@ class RangeCrcs:
         for k, (crc, nbytes) in enumerate(shares):
             self.values[k] ^= crc
             self.left[k] -= nbytes
+        self._touched.update(range(len(shares)))
 
 
 def _owners(ranges: Sequence[tuple[int, int]], cuts: Sequence[int]) -> list[tuple[int, ...]]:

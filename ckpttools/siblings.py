@@ -23,6 +23,7 @@ from ckpttools.errors import UsageError
 from ckpttools.location import Location, Stored
 
 MANIFEST = "ckpt-manifest.json"  # describes the files beside it: never carried to files that differ
+UNFINISHED = "ckpt-unfinished.json"  # in a folder of a store: what else is in it is not all of it
 STAGING = ".ckpt-tmp-"
 REPLACED = ".ckpt-old-"
 SPREAD = ".ckpt-spread"  # what many workers are writing
@@ -43,7 +44,7 @@ def is_copy(name: str) -> bool:
 def is_ours(name: str) -> bool:
     """Whether a name is that of a manifest or a pin, or of something that is being written or deleted."""
     return (
-        name.endswith((MANIFEST, SPREAD))
+        name.endswith((MANIFEST, SPREAD, UNFINISHED))
         or name.startswith(PIN)
         or STAGING in name
         or REPLACED in name

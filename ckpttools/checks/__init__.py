@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpttools import manifest
@@ -60,7 +59,7 @@ def verify(
     workers: int = 0,
     bar: Bar | None = None,
     key: str | None = None,
-    crcs: Mapping[Path, int] | None = None,
+    crcs: Mapping[Location, int] | None = None,
 ) -> Verdict:
     """Check the one checkpoint that `path` means; `describe` it also for a manifest, from the same bytes.
 
@@ -92,7 +91,7 @@ def _verify(
     subset: Subset | None,
     workers: int,
     bar: Bar | None,
-    crcs: Mapping[Path, int] | None,
+    crcs: Mapping[Location, int] | None,
 ) -> Verdict:
     whole = True
     try:
@@ -198,7 +197,7 @@ def _rescue(
         )
 
 
-def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | None = None) -> bytes:
+def manifest_of_staged(staged: Location, name: str, *, workers: int = 0, crc: int | None = None) -> bytes:
     """The manifest of a single file that is going to be called `name`, after its header checks.
 
     Raises CkptError where something is wrong with it, or where its CRC-32 is not `crc`.
@@ -209,7 +208,7 @@ def manifest_of_staged(staged: Path, name: str, *, workers: int = 0, crc: int | 
     else:
         found = check_before_use(locate(staged))
         files = [found.template] if isinstance(found.template, TorchFile) else []
-    crcs: dict[Path, int] = {} if crc is None else {staged: crc}
+    crcs: dict[Location, int] = {} if crc is None else {staged: crc}
     (entry,) = describe_files({staged: name}, found, files, workers, crcs).values()
     return manifest.dump({name: entry}, output=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpttools import manifest
@@ -92,7 +91,7 @@ def describe(
     found: Checkpoint | None,
     files: list[TorchFile],
     workers: int,
-    crcs: Mapping[Path, int] | None = None,
+    crcs: Mapping[Location, int] | None = None,
 ) -> dict[str, Entry]:
     """The digests of the files and of the tensors in them, from one pass.
 
@@ -104,7 +103,7 @@ def describe(
 
 
 def read_back(
-    hashes: Mapping[Location, dict[str, tuple[int, int]]], crcs: Mapping[Path, int], workers: int
+    hashes: Mapping[Location, dict[str, tuple[int, int]]], crcs: Mapping[Location, int], workers: int
 ) -> Mapping[Location, Digest]:
     """The digests of files and of ranges in them, from one pass that also compares the CRC-32s of `crcs`."""
     from ckpttools.passes.run import run  # numpy

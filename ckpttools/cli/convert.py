@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import DIGEST, HF_CONFIG, PATH, SRC, how, writing
+from ckpttools.cli.options import DIGEST, HF_CONFIG, PATH, PLACE, SRC, how, writing
 from ckpttools.errors import UsageError, escape
 from ckpttools.location import Location
 
 
 @click.command("convert")
 @SRC
-@click.argument("dst", type=PATH)
+@click.argument("dst", type=PLACE)
 @click.option(
     "--to",
     required=True,
@@ -62,7 +62,7 @@ from ckpttools.location import Location
 @writing
 def command(
     src: Location,
-    dst: Path,
+    dst: Location,
     to: Any,
     world_size: int | None,
     dtype: str | None,

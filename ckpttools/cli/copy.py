@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,18 +13,20 @@ from ckpttools.cli.options import (
     FORCE,
     JSON,
     NO_PROGRESS,
-    PATH,
+    PLACE,
     QUIET,
     SRC,
+    STATS,
     TAG,
     WORKERS,
     how,
 )  # fmt: skip
+from ckpttools.location import Location
 
 
 @click.command("copy")
 @SRC
-@click.argument("dst", type=PATH)
+@click.argument("dst", type=PLACE)
 @TAG
 @FOLLOW
 @DRY_RUN
@@ -33,13 +34,15 @@ from ckpttools.cli.options import (
 @JSON
 @QUIET
 @WORKERS
+@STATS
 @NO_PROGRESS
-def command(src: Path, dst: Path, tag: str | None, **options: Any) -> None:
+def command(src: Location, dst: Location, tag: str | None, **options: Any) -> None:
     """Copy every file of a checkpoint, verified on the way; DST appears when it is whole.
 
     The headers of SRC are checked first, every checksum that its files state while they are read, and what
-    was written is read back. SRC may lie in a store (s3://bucket/run). After an interrupt the same command
-    goes on from where it was: until then DST.ckpt-spread holds what is finished.
+    was written is read back. SRC and DST may lie in stores (s3://bucket/run). After an interrupt the same
+    command goes on from where it was: until then DST.ckpt-spread, or DST/ckpt-unfinished.json in a store,
+    says what is finished.
     """
     from ckpttools.operations.copy import copy
 

@@ -51,7 +51,7 @@ from ckpttools.location import Location
 @writing
 def command(
     src: Location,
-    dst: Path | None,
+    dst: Location | None,
     weights_only: bool,
     form: Any,
     safe_serialization: bool,

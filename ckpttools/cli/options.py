@@ -52,7 +52,7 @@ class _Place(click.Path):
 PATH = _Local(path_type=Path, readable=False)
 PLACE = _Place(path_type=Path, readable=False)
 SRC = click.argument("src", type=PLACE)
-DST = click.argument("dst", type=PATH, required=False)
+DST = click.argument("dst", type=PLACE, required=False)
 TAG = click.option(
     "-t", "--tag", metavar="TAG", help="The tag folder to take, instead of what `latest` names."
 )
@@ -113,8 +113,9 @@ def _stats(context: click.Context, _: click.Parameter, value: bool) -> None:
 
 def _say_stats() -> None:
     remote = sys.modules.get("ckpttools.stores.remote")  # what was not loaded was not asked
-    requests, nbytes = remote.used() if remote else (0, 0)
-    click.echo(f"stores: {requests} requests, {render.size(nbytes)} ({nbytes} bytes)", err=True)
+    requests, came, went = remote.used() if remote else (0, 0, 0)
+    sent = f"; {render.size(went)} sent ({went} bytes)" if went else ""
+    click.echo(f"stores: {requests} requests, {render.size(came)} ({came} bytes){sent}", err=True)
 
 
 STATS = click.option(
@@ -122,7 +123,7 @@ STATS = click.option(
     is_flag=True,
     expose_value=False,
     callback=_stats,
-    help="Say at the end how many requests to stores were made, and what came.",
+    help="Say at the end how many requests to stores were made, what came and what was sent.",
 )
 HF_CONFIG = click.option(
     "--hf-config",
@@ -155,7 +156,7 @@ def reading(command: F) -> F:
 
 def writing(command: F) -> F:
     """The options of every command that writes a checkpoint."""
-    for option in (NO_PROGRESS, SPREAD, WORKERS, QUIET, JSON, FORCE, DRY_RUN, FOLLOW, TAG):
+    for option in (NO_PROGRESS, STATS, SPREAD, WORKERS, QUIET, JSON, FORCE, DRY_RUN, FOLLOW, TAG):
         command = option(command)
     return command
 

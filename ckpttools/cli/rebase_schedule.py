@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     help="Draw the learning rate over samples: before, after, and without a rebase. .png, .pdf: matplotlib.",
 )
 @writing
-def command(src: Path, dst: Path | None, plot: Path | None, tag: str | None, **options: Any) -> None:
+def command(src: Path, dst: Location | None, plot: Path | None, tag: str | None, **options: Any) -> None:
     """Change the batch size of a training checkpoint: counters, schedule and learning rate follow.
 
     Training goes on at the same place in the data with the learning rate that a run at the new batch size

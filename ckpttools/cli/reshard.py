@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -30,7 +29,7 @@ from ckpttools.location import Location
 @writing
 def command(
     src: Location,
-    dst: Path | None,
+    dst: Location | None,
     world_size: int | None,
     mesh: str | None,
     digest: bool | None,

@@ -56,7 +56,7 @@ class Report:
     """What was done. `nbytes_read` counts source bytes, also those read only for a checksum or between
     the elements of a view."""
 
-    dst: Path
+    dst: Location
     files: tuple[WrittenFile, ...]
     nbytes_written: int
     nbytes_read: int
@@ -77,7 +77,7 @@ class Staged:
 
 
 Replaces = Callable[[], str]
-Finish = Callable[[Path, Mapping[Path, int]], Mapping[str, bytes]]
+Finish = Callable[[Location, Mapping[Location, int]], Mapping[str, bytes]]
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def commit(
     crcs = copy.join(staged.plan, written, staged.path, staged.dst)
     preflight.unchanged(staged.before)
     checked = compare(staged.plan.checks, [part.checks for part in written])
-    files = [staged.path / file.path for file in staged.plan.files]
+    files: list[Location] = [staged.path / file.path for file in staged.plan.files]
     more = finish(staged.path, dict(zip(files, crcs, strict=True))) if finish else {}
     for name, data in more.items():
         with write_errors(staged.dst):

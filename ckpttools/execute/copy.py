@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ckpttools.checksums import Share, crc32
+from ckpttools.checksums import Share, crc32, joined
 from ckpttools.execute import system, units
 from ckpttools.execute.checks import SourceChecks
 from ckpttools.execute.system import write_errors
@@ -112,7 +112,7 @@ class Copy:
         with Reader() as reader, write_errors(self._dst), Writer(units.LONGEST) as writer:
             for unit in todo:
                 file, view = unit.file, writer.view(unit.start, unit.nbytes)
-                self._fill(view, unit, reader, scratch)
+                self.fill(view, unit, reader, scratch)
                 with write_errors(self._dst / file.plan.path):
                     fd = writer.write(file, view, unit.start)
                     with self._lock:
@@ -126,16 +126,27 @@ class Copy:
             with self._lock:
                 self._nbytes_read += reader.nbytes_read
 
-    def _fill(self, view: memoryview, unit: Unit, reader: Reader, scratch: memoryview) -> None:
-        """Put the unit's bytes into `view`, and their CRC-32s to the accounts."""
+    def fill(
+        self,
+        view: memoryview,
+        unit: Unit,
+        reader: Reader,
+        scratch: memoryview,
+        shares: dict[int, Share] | None = None,
+    ) -> None:
+        """Put the unit's bytes into `view`, and their CRC-32s to the accounts.
+
+        With `shares` the units of the file come one after the other, so that its `Crc32` segments are known;
+        what the source's checksums get is joined to the shares.
+        """
         at = 0
         for segment, claims in unit.pieces:
             part = source = view[at : at + segment.nbytes]
             match segment:
                 case Literal(data):
                     part[:] = data
-                case Crc32():
-                    part[:] = bytes(4)  # known when the file is complete: `StagedFile.finish`
+                case Crc32():  # known when the file is complete: `StagedFile.finish`
+                    part[:] = bytes(4) if shares is None else unit.file.crc_at(unit.start + at)
                 case Cast() | Mean():
                     chunks = reads(segment)
                     source = scratch[: sum(chunk.nbytes for chunk in chunks)]
@@ -150,7 +161,10 @@ class Copy:
             with self._lock:
                 for claim, source_crc in zip(claims, sums, strict=True):
                     self.checks.add(claim.source, source_crc)
-                if not isinstance(segment, Crc32):
+                if shares is not None:
+                    for number, share in self.checks.take().items():
+                        shares[number] = joined(shares.get(number, (0, 0)), share)
+                if shares is not None or not isinstance(segment, Crc32):
                     unit.file.crcs.add(unit.start + at, unit.start + at + len(part), crc)
             at += len(part)
 

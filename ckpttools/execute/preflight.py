@@ -66,16 +66,20 @@ def refuse_source(dst: Path, sources: Iterable[Location]) -> None:
     for root in sorted({Path(os.path.realpath(path)) for path in sources if isinstance(path, Path)}):
         for place in places:
             if place == root or place in root.parents or root in place.parents:
-                raise UsageError(
-                    "destination-in-source",
-                    "the destination is, contains or lies in what is being read",
-                    where=dst,
-                    why=f"{root} would be changed or replaced; sources are never modified",
-                    hint="choose a destination outside of the source",
-                )
+                raise in_source(dst, root)
 
 
-def exists(dst: Path) -> UsageError:
+def in_source(dst: Location, root: Location) -> UsageError:
+    return UsageError(
+        "destination-in-source",
+        "the destination is, contains or lies in what is being read",
+        where=dst,
+        why=f"{root} would be changed or replaced; sources are never modified",
+        hint="choose a destination outside of the source",
+    )
+
+
+def exists(dst: Location) -> UsageError:
     return UsageError(
         "destination-exists",
         "the destination exists already",

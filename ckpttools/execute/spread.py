@@ -290,15 +290,15 @@ class _Share:
     ) -> Report:
         """Check the whole and give it its name. Raises `_Elsewhere` where another worker does."""
 
-        def last(staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
-            more = finish(self.digest)(staged, crcs) if finish else {}
+        def last(path: Location, crcs: Mapping[Location, int]) -> Mapping[str, bytes]:
+            more = finish(self.digest)(path, crcs) if finish else {}
             try:
                 self.ledger.folder.rename(self.done)  # one worker can: from here on all is its own
             except FileNotFoundError:
                 raise _Elsewhere from None
             self.commits = True
             for name in more:
-                (staged / name).unlink(missing_ok=True)  # of a commit that failed
+                (self.out / name).unlink(missing_ok=True)  # of a commit that failed
             return more
 
         staged = Staged(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
@@ -42,6 +43,13 @@ class StagedFile:
         crcs = [(at, s) for at, s in zip(starts, plan.segments, strict=False) if isinstance(s, Crc32)]
         self.crc_starts = [at for at, _ in crcs]
         self.crcs = RangeCrcs([(0, starts[-1]), *((starts[s.first], starts[s.last]) for _, s in crcs)])
+
+    def crc_at(self, at: int) -> bytes:
+        """The `Crc32` segment at byte `at`: what it covers was added. Raises ValueError where it was not."""
+        k = bisect_left(self.crc_starts, at) + 1
+        if self.crcs.left[k]:
+            raise ValueError(f"{self.plan.path}: the checksum at byte {at} is of bytes that come after it")
+        return self.crcs.values[k].to_bytes(4, "little")
 
     def finish(self, fd: int) -> None:
         """All other bytes are written: fill in the checksums and flush."""

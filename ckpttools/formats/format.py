@@ -15,6 +15,7 @@ from ckpttools.errors import CkptError, UsageError
 from ckpttools.findings import Finding
 from ckpttools.location import Location, below
 from ckpttools.plan import Plan
+from ckpttools.siblings import UNFINISHED
 from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.stores.links import refuse_outside
 from ckpttools.tensors import TensorRef
@@ -31,8 +32,10 @@ class Folder:
 
     @staticmethod
     def of(path: Location) -> Folder:
-        """Raises UsageError where it cannot be listed."""
+        """Raises UsageError where it cannot be listed, or where an upload to it is not finished."""
         found = entries(path)
+        if any(entry.name == UNFINISHED for entry in found):
+            raise unfinished(path)
         return Folder(
             path=path,
             names=tuple(entry.name for entry in found),
@@ -44,6 +47,16 @@ class Folder:
         """One of `folders`. Raises CkptError for a link that leads out of the checkpoint."""
         refuse_outside(self.path / name)
         return Folder.of(self.path / name)
+
+
+def unfinished(path: Location) -> UsageError:
+    return UsageError(
+        "upload-unfinished",
+        "not a checkpoint yet: an upload to this folder was not finished",
+        where=path,
+        why="files of it are missing, or have not been read back",
+        hint="wait for it, or run the command that writes it again: it goes on",
+    )
 
 
 @dataclass(frozen=True, slots=True)

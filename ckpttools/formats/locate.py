@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ckpttools.errors import CkptError, UsageError, escape
-from ckpttools.formats.format import Folder, Found, Inner, Source
+from ckpttools.formats.format import Folder, Found, Inner, Source, unfinished
 from ckpttools.formats.table import FORMATS
 from ckpttools.formats.tags import LATEST, by_number, is_bundle, named_tags, tags
-from ckpttools.location import Location
-from ckpttools.siblings import is_copy, is_ours
-from ckpttools.stores.files import entries, is_file, is_folder, is_link, opened, plain_name, stat
+from ckpttools.location import Location, Stored
+from ckpttools.siblings import UNFINISHED, is_copy, is_ours
+from ckpttools.stores.files import entries, exists, is_file, is_folder, is_link, opened, plain_name, stat
 from ckpttools.stores.links import refuse_outside, within
 from ckpttools.suggest import did_you_mean
 
 SHOWN = 10  # of several checkpoints
+_ABOVE = 2  # folders between the one that is uploaded and what is in it
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 # torch files beside a checkpoint that are no checkpoint themselves
 SIDE_FILES = re.compile(
@@ -48,6 +49,10 @@ class Several(UsageError):
 def locate(path: Location, tag: str | None = None) -> Source:
     """Find the one checkpoint that a path means. Raises CkptError with a list where it is not one."""
     _look_up(path)
+    if isinstance(path, Stored):  # what lies in it is not finished either
+        for folder in path.parents[:_ABOVE]:
+            if exists(folder / UNFINISHED):
+                raise unfinished(folder)
     with within(path):
         if is_folder(path):
             return _folder(path) if tag is None else _tagged(Folder.of(path), tag)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.formats import Source
+from ckpttools.location import Location
 
 
-def verify(dst: Path) -> str:
+def verify(dst: Location) -> str:
     return f"ckpt verify {shlex.quote(str(dst))}"
 
 
-def resume(source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None = None) -> tuple[str, ...]:
+def resume(
+    source: Source, checkpoint: Checkpoint, dst: Location, ranks: int | None = None
+) -> tuple[str, ...]:
     """How a run goes on from `dst`, a training checkpoint made from `source`, on `ranks` ranks."""
     on = f" --world-size {ranks}" if ranks is not None else ""
     check = f"ckpt resume-check {shlex.quote(str(dst))}{on}"
     return (verify(dst), check, _launch(source, checkpoint, dst, ranks))
 
 
-def _launch(source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None) -> str:
+def _launch(source: Source, checkpoint: Checkpoint, dst: Location, ranks: int | None) -> str:
     try:
         training = frameworks.read(source, checkpoint)
     except CkptError:
@@ -33,7 +35,9 @@ def _launch(source: Source, checkpoint: Checkpoint, dst: Path, ranks: int | None
     return launch(dst, "N" if ranks is None else ranks, not source.inner)
 
 
-def weights(dst: Path, form: str, *, single: bool, configured: bool, keyed: bool = False) -> tuple[str, ...]:
+def weights(
+    dst: Location, form: str, *, single: bool, configured: bool, keyed: bool = False
+) -> tuple[str, ...]:
     """How weights are loaded: a folder by transformers where its configuration is there, else a file."""
     path = repr(str(dst))
     if single and form == "safetensors":
@@ -47,7 +51,7 @@ def weights(dst: Path, form: str, *, single: bool, configured: bool, keyed: bool
     return (verify(dst), load)
 
 
-def distributed(variant: str | None, dst: Path) -> str:
+def distributed(variant: str | None, dst: Location) -> str:
     """The code that loads a distributed checkpoint, by the layout of its state (formats.dcp.roles)."""
     path = repr(str(dst))
     if variant == "accelerate":

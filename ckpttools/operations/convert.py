@@ -38,7 +38,7 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 def convert(
     src: str | Location,
-    dst: str | Path,
+    dst: str | Location,
     *,
     to: Target,
     world_size: int | None = None,
@@ -70,7 +70,7 @@ def convert(
     >>> made.destination.name, made.plan.is_single_file
     ('run.pt', True)
     """
-    src, dst = named(src), Path(dst)
+    src, dst = named(src), named(dst)
     _check_usage(to, dtype, world_size, mesh, dcp_layout, hf_config)
     _check_like(to, like, optimizer_class)
     world_size, sizes = ranks_of(world_size, mesh)
@@ -143,7 +143,7 @@ def convert(
     plan = replace(plan, notes=(*made, *plan.notes, *notes))
     next = (advice.verify(dst), *lines)
     how = how or Writing()
-    check = kept.check(source, checkpoint, how) if kept.asked(digest, source, how) else None
+    check = kept.check(source, checkpoint, how) if kept.asked(digest, source, dst, how) else None
     return carry_out(src, dst, plan, how, label="convert", next=next, check=check)
 
 

@@ -6,16 +6,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 from ckpttools import manifest
 from ckpttools.checks import check_before_use
 from ckpttools.errors import CkptError, escape
 from ckpttools.launch import Worker
-from ckpttools.location import Location, below
+from ckpttools.location import Location, Stored, below
 from ckpttools.operations import advice
 from ckpttools.operations.source import find
-from ckpttools.operations.writing import Writing, Written
+from ckpttools.operations.writing import Options, Writing, Written, is_last, refuse
 from ckpttools.plan import OutputFile, Plan, copy_file
 from ckpttools.siblings import MANIFEST, is_ours
 from ckpttools.stores.files import Entered, entries, is_file, is_folder, named, size_of
@@ -23,9 +22,9 @@ from ckpttools.stores.links import within
 
 
 def copy(
-    src: str | Location, dst: str | Path, *, tag: str | None = None, how: Writing | None = None
+    src: str | Location, dst: str | Location, *, tag: str | None = None, how: Writing | None = None
 ) -> Written:
-    """Copy all files of a checkpoint, from this machine or from a store, to `dst` on this machine.
+    """Copy all files of a checkpoint to `dst`: both on this machine or in a store.
 
     Its headers are checked first. On the way every checksum that a copied file states is compared; what was
     written is read back, and held against the source's manifest, if it has one. A copy that was ended is gone
@@ -36,7 +35,7 @@ def copy(
     >>> copied.destination.name, len(copied.plan.files), copied.checked
     ('safe', 8, 36)
     """
-    src, dst, how = named(src), Path(dst), how or Writing()
+    src, dst, how = named(src), named(dst), how or Writing()
     source = find(src, tag)
     checkpoint = check_before_use(source, beside=True)
     root = src if tag is None else source.target
@@ -45,44 +44,46 @@ def copy(
     plan = Plan(files=files, checks=checkpoint.checks)
     next = (advice.verify(dst),)
     if how.dry_run:
-        from ckpttools.execute import refuse
-
-        refuse(plan, dst, source=src, force=how.force, replaces=partial(_replaces, dst, plan))
+        refuse(plan, dst, src, how)
         return Written(source=src, destination=dst, plan=plan, notes=(), next=next)
-    from ckpttools.execute.spread import Job, spread
-
     told: list[str] = []
 
-    def finish(staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
+    def finish(staged: Location, crcs: Mapping[Location, int]) -> Mapping[str, bytes]:
         told.extend(_read_back(staged, crcs, how.workers))
         return {}
 
     started = time.monotonic()
     with how.bar(plan.nbytes, "copy") if how.bar else nullcontext() as progress:
-        share = spread(
-            plan,
-            dst,
-            Job(worker=Worker(0, 1), is_result=lambda place, digest: False),
-            source=src,
-            force=how.force,
-            replaces=partial(_replaces, dst, plan),
-            workers=how.workers,
-            progress=progress,
-            finish=lambda digest: finish,
-        )
-    assert share.report is not None  # the only worker commits
+        options: Options = {
+            "source": src,
+            "force": how.force,
+            "workers": how.workers,
+            "progress": progress,
+            "replaces": partial(_replaces, dst, plan),
+        }
+        if isinstance(dst, Stored):
+            from ckpttools.execute.upload import upload
+
+            report = upload(plan, dst, finish=finish, is_last=is_last, **options)
+        else:
+            from ckpttools.execute.spread import Job, spread
+
+            job = Job(worker=Worker(0, 1), is_result=lambda place, digest: False)
+            done = spread(plan, dst, job, finish=lambda digest: finish, **options).report
+            assert done is not None  # the only worker commits
+            report = done
     return Written(
         source=src,
         destination=dst,
         plan=plan,
-        notes=(*share.report.notes, *told),
+        notes=(*report.notes, *told),
         next=next,
         seconds=time.monotonic() - started,
-        checked=share.report.checked,
+        checked=report.checked,
     )
 
 
-def _replaces(dst: Path, plan: Plan) -> str:
+def _replaces(dst: Location, plan: Plan) -> str:
     from ckpttools.operations.replacing import replaceable
 
     return replaceable(dst, plan)
@@ -107,7 +108,7 @@ def _files(root: Location) -> Iterator[OutputFile]:
                 yield copy_file(path, below(path, root), size_of(path))
 
 
-def _read_back(staged: Path, crcs: Mapping[Path, int], workers: int) -> Iterator[str]:
+def _read_back(staged: Location, crcs: Mapping[Location, int], workers: int) -> Iterator[str]:
     """Read what was written once: its CRC-32s, and the digests of the manifests that came along."""
     from ckpttools.checks.manifests import entry_of, read_back
 

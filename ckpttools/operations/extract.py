@@ -35,7 +35,7 @@ FOREIGN = (".gguf", ".ggml", ".onnx", ".h5", ".npz", ".npy", ".msgpack", ".tflit
 
 def extract(
     src: str | Location,
-    dst: str | Path | None = None,
+    dst: str | Location | None = None,
     *,
     form: Form | None = None,
     dtype: str | None = None,
@@ -63,7 +63,7 @@ def extract(
     ['half.safetensors']
     """
     src = named(src)
-    dst = Path(dst) if dst is not None else None
+    dst = named(dst) if dst is not None else None
     form = form_of(form, dst)
     target = dtype_named(dtype)
     single = dst is not None and dst.name.endswith(SINGLE_FILES[form])
@@ -92,7 +92,7 @@ def write(
     weights: Checkpoint,
     src: Location,
     source: Source,
-    dst: Path,
+    dst: Location,
     form: Form,
     max_shard_size: int,
     config: Path | None,
@@ -120,7 +120,7 @@ def write(
     return carry_out(src, dst, plan, how or Writing(), label=label, next=steps)
 
 
-def form_of(asked: Form | None, dst: Path | None) -> Form:
+def form_of(asked: Form | None, dst: Location | None) -> Form:
     """What is asked for, else what DST's suffix says, else safetensors."""
     name = dst.name.lower() if dst is not None else ""
     if name.endswith(FOREIGN):

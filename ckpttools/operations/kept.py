@@ -15,6 +15,7 @@ from ckpttools.compare.content import MASTER, WEIGHT
 from ckpttools.compare.digests import digests, nbytes_of
 from ckpttools.errors import escape
 from ckpttools.formats import Source
+from ckpttools.location import Location
 from ckpttools.operations.digest import Difference, Digested, compare, digest
 from ckpttools.operations.sidecar import written_wrong
 from ckpttools.operations.stated import described
@@ -29,16 +30,18 @@ def check(source: Source, checkpoint: Checkpoint, how: Writing, *, whole: bool =
     not hold it, a defect of ckpttools; the manifest gets the digests.
     """
 
-    def kept(staged: Path, contents: bytes, place: Path) -> tuple[str, bytes]:
+    def kept(staged: Location, contents: bytes, place: Location) -> tuple[str, bytes]:
         told, made = _compared(_wanted(source, checkpoint, how), staged, how, whole=whole)
         return told, described(contents, place, made.checkpoint, made.digests)
 
     return kept
 
 
-def asked(asked: bool | None, source: Source, how: Writing) -> bool:
+def asked(asked: bool | None, source: Source, dst: Location, how: Writing) -> bool:
     """Whether to check: unless said otherwise, where reading twice costs no requests and nobody waits."""
-    return asked if asked is not None else isinstance(source.target, Path) and how.spread is None
+    if asked is not None:
+        return asked
+    return isinstance(source.target, Path) and isinstance(dst, Path) and how.spread is None
 
 
 def _wanted(source: Source, checkpoint: Checkpoint, how: Writing) -> Digested:
@@ -50,7 +53,7 @@ def _wanted(source: Source, checkpoint: Checkpoint, how: Writing) -> Digested:
     return Digested(path=source.target, source=source, checkpoint=checkpoint, digests=found)
 
 
-def _compared(wanted: Digested, staged: Path, how: Writing, *, whole: bool) -> tuple[str, Digested]:
+def _compared(wanted: Digested, staged: Location, how: Writing, *, whole: bool) -> tuple[str, Digested]:
     made = digest(staged, workers=how.workers, bar=how.bar)
     found = compare(wanted, made)
     lost = [each for each in found.different if _is_lost(wanted, made, each)]

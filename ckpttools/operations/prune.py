@@ -18,6 +18,7 @@ from ckpttools import checks, manifest, runs
 from ckpttools.checks import Verdict
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.execute.removing import delete, freed, remove_file, remove_whole
+from ckpttools.location import below
 from ckpttools.operations import slim as slimming
 from ckpttools.operations.replacing import somebodys
 from ckpttools.operations.slim import Slim
@@ -201,7 +202,7 @@ def _held(
             yield error.message
         else:
             if own:
-                yield f"it holds what is somebody's own: {escape(own[0].relative_to(path))}"
+                yield f"it holds what is somebody's own: {escape(below(own[0], path))}"
 
 
 def _tree(path: Path) -> Iterator[Path]:

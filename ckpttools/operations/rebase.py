@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools import frameworks
 from ckpttools.checks import check_before_use
 from ckpttools.errors import Unsupported
 from ckpttools.formats import Source
 from ckpttools.frameworks.write import plan as plan_of
+from ckpttools.location import Location
 from ckpttools.operations import advice
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.plan import Plan
 from ckpttools.siblings import default_dst
+from ckpttools.stores.files import named
 from ckpttools.transforms.rebase import Rebased, Request
 from ckpttools.transforms.rebase import rebase as rebased
 
@@ -26,11 +27,11 @@ class Rebase:
     source: Source
     rebased: Rebased
     plan: Plan
-    destination: Path
+    destination: Location
     next: tuple[str, ...]
 
 
-def prepare(src: Path, dst: Path | None, request: Request, tag: str | None = None) -> Rebase:
+def prepare(src: Location, dst: Location | None, request: Request, tag: str | None = None) -> Rebase:
     """Everything that another batch size changes. Raises CkptError with a reason where it cannot be told."""
     source = find(src, tag)
     checkpoint = check_before_use(source, beside=True)
@@ -53,8 +54,8 @@ def prepare(src: Path, dst: Path | None, request: Request, tag: str | None = Non
 
 
 def rebase(
-    src: str | Path,
-    dst: str | Path | None = None,
+    src: str | Location,
+    dst: str | Location | None = None,
     request: Request | None = None,
     *,
     tag: str | None = None,
@@ -71,10 +72,11 @@ def rebase(
     ('two', 2, 4)
     """
     wanted = request if request is not None else Request(**asked)  # type: ignore[arg-type]
-    ready = prepare(Path(src), Path(dst) if dst is not None else None, wanted, tag)
-    return write(ready, Path(src), how or Writing()), ready.rebased
+    src = named(src)
+    ready = prepare(src, named(dst) if dst is not None else None, wanted, tag)
+    return write(ready, src, how or Writing()), ready.rebased
 
 
-def write(ready: Rebase, src: Path, how: Writing) -> Written:
+def write(ready: Rebase, src: Location, how: Writing) -> Written:
     """Carry out what `prepare` worked out."""
     return carry_out(src, ready.destination, ready.plan, how, label="rebase", next=ready.next)

@@ -23,11 +23,12 @@ from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats import FORMATS, locate, read
 from ckpttools.formats.locate import SIDE_FILES
 from ckpttools.frameworks import POINTERS, STATED
+from ckpttools.location import Location, Stored, below
 from ckpttools.plan import Plan
 from ckpttools.runs import pins
 from ckpttools.siblings import MANIFEST, PIN, is_ours
 from ckpttools.stores.disk import look
-from ckpttools.stores.files import entries, is_file, is_folder, local, walk
+from ckpttools.stores.files import entries, is_file, is_folder, local, size_of, walk
 from ckpttools.stores.links import within
 
 SHOWN = 3  # files of somebody's own
@@ -35,10 +36,13 @@ SHOWN = 3  # files of somebody's own
 BESIDE = {*POINTERS, "zero_to_fp32.py", "zero_to_torch.py", *STATED}
 
 
-def replaceable(dst: Path, plan: Plan) -> str:
+def replaceable(dst: Location, plan: Plan) -> str:
     """What `plan` is going to replace, in words. Raises UsageError "not-replaced"."""
-    refuse_pinned(dst)
+    if isinstance(dst, Path):  # nothing in a store is pinned
+        refuse_pinned(dst)
     try:
+        if isinstance(dst, Stored):
+            return _folder(dst, plan) if is_folder(dst) else _file(dst, plan)
         mode = look(dst).st_mode
         if stat.S_ISREG(mode):
             return _file(dst, plan)
@@ -65,8 +69,8 @@ def refuse_pinned(dst: Path) -> None:
         )
 
 
-def _file(dst: Path, plan: Plan) -> str:
-    size = look(dst).st_size
+def _file(dst: Location, plan: Plan) -> str:
+    size = _size(dst)
     if not plan.is_single_file:
         raise _refused(dst, "a file, where a folder is to be written")
     if size:
@@ -79,7 +83,7 @@ def _file(dst: Path, plan: Plan) -> str:
     return f"{escape(dst)}, a file of {size} bytes"
 
 
-def _folder(dst: Path, plan: Plan) -> str:
+def _folder(dst: Location, plan: Plan) -> str:
     try:
         files = list(_files(dst))
     except CkptError as error:
@@ -97,26 +101,26 @@ def _folder(dst: Path, plan: Plan) -> str:
         _reads(dst)
     own = _own(files, listed | {dst / file.path for file in plan.files})
     if own:
-        names = ", ".join(escape(path.relative_to(dst)) for path in own[:SHOWN])
+        names = ", ".join(escape(below(path, dst)) for path in own[:SHOWN])
         more = f" and {len(own) - SHOWN} more" if len(own) > SHOWN else ""
         raise _refused(dst, f"it holds what no checkpoint needs: {names}{more}")
-    nbytes = sum(look(path).st_size for path, _ in files)
+    nbytes = sum(_size(path) for path, _ in files)
     return f"{escape(dst)}, a folder with {len(files)} files, {nbytes} bytes"
 
 
-def somebodys(folder: Path) -> list[Path]:
+def somebodys(folder: Location) -> list[Location]:
     """What lies in a checkpoint's folder that no framework would write again."""
     files = list(_files(folder))
     return _own(files, _listed(files))
 
 
-def _own(files: list[tuple[Path, bool]], known: set[Path]) -> list[Path]:
+def _own(files: list[tuple[Location, bool]], known: set[Location]) -> list[Location]:
     return [
         path for path, is_plain in files if not is_plain or (path not in known and not _is_beside(path.name))
     ]
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, bool]]:
+def _files(folder: Location) -> Iterator[tuple[Location, bool]]:
     """Everything below a folder that is no folder; whether it is a regular file."""
     for entry in entries(folder):
         path, is_plain = folder / entry.name, not entry.is_symlink()
@@ -126,9 +130,9 @@ def _files(folder: Path) -> Iterator[tuple[Path, bool]]:
             yield path, is_plain and is_file(entry)
 
 
-def _listed(files: list[tuple[Path, bool]]) -> set[Path]:
+def _listed(files: list[tuple[Location, bool]]) -> set[Location]:
     """What the manifests among the files say that ckpt made."""
-    found: set[Path] = set()
+    found: set[Location] = set()
     for path, is_plain in files:
         if is_plain and path.name == MANIFEST:
             try:
@@ -138,7 +142,7 @@ def _listed(files: list[tuple[Path, bool]]) -> set[Path]:
     return found
 
 
-def _reads(dst: Path) -> None:
+def _reads(dst: Location) -> None:
     """Raises UsageError where the folder does not read as one checkpoint."""
     try:
         source = locate(dst)
@@ -146,6 +150,10 @@ def _reads(dst: Path) -> None:
             read(source)
     except CkptError as error:
         raise _refused(dst, f"neither written by ckpt nor one checkpoint ({error.message})") from None
+
+
+def _size(path: Location) -> int:
+    return size_of(path) if isinstance(path, Stored) else look(path).st_size
 
 
 def _is_beside(name: str) -> bool:
@@ -158,7 +166,7 @@ def _is_beside(name: str) -> bool:
     )
 
 
-def _refused(dst: Path, what: str) -> UsageError:
+def _refused(dst: Location, what: str) -> UsageError:
     return UsageError(
         "not-replaced",
         f"--force does not replace this: {what}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError
@@ -20,7 +19,7 @@ from ckpttools.transforms.reshard import reshard as resharded
 
 def reshard(
     src: str | Location,
-    dst: str | Path | None = None,
+    dst: str | Location | None = None,
     *,
     world_size: int | None = None,
     mesh: str | None = None,
@@ -54,8 +53,8 @@ def reshard(
     own = () if source.format.tagged else {role.path for role in checkpoint.files}
     plan = with_surroundings(source, plan, ranks_change=changed, own=own)
     plan = replace(plan, notes=(*plan.notes, *notes))
-    dst = Path(dst) if dst is not None else default_dst(src, f"ws{ranks}")
+    dst = named(dst) if dst is not None else default_dst(src, f"ws{ranks}")
     steps = advice.resume(source, checkpoint, dst, ranks)
     how = how or Writing()
-    check = kept.check(source, checkpoint, how, whole=True) if kept.asked(digest, source, how) else None
+    check = kept.check(source, checkpoint, how, whole=True) if kept.asked(digest, source, dst, how) else None
     return carry_out(src, dst, plan, how, label="reshard", next=steps, check=check)

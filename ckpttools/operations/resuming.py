@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import isfinite
-from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.errors import escape
 from ckpttools.formats.deepspeed import sub_group_size
+from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value, leaves, same
 
 STEP = "step"
 
 
-def single_file(checkpoint: Checkpoint, dst: Path, weights: str, optimizer: str) -> Iterator[str]:
+def single_file(checkpoint: Checkpoint, dst: Location, weights: str, optimizer: str) -> Iterator[str]:
     """torch.load and load_state_dict. `weights` and `optimizer` are the keys of the state dicts."""
     yield from _own_classes(checkpoint, dst)
     yield f"saved = torch.load({str(dst)!r}, weights_only=True)"
@@ -33,7 +33,7 @@ def single_file(checkpoint: Checkpoint, dst: Path, weights: str, optimizer: str)
         yield f"scheduler.load_state_dict(saved[{at!r}])"
 
 
-def engine(checkpoint: Checkpoint, layout: Layout, dst: Path) -> Iterator[str]:
+def engine(checkpoint: Checkpoint, layout: Layout, dst: Location) -> Iterator[str]:
     """load_checkpoint of DeepSpeed, with the settings that the folder asks for."""
     if layout.zero_stage is not None:
         yield f'ds_config.setdefault("zero_optimization", {{}})["stage"] = {layout.zero_stage}'
@@ -84,7 +84,7 @@ def _stage3(checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
-def _own_classes(checkpoint: Checkpoint, file: Path) -> Iterator[str]:
+def _own_classes(checkpoint: Checkpoint, file: Location) -> Iterator[str]:
     """What to do first where weights_only=True refuses the client's values: no line loads without it."""
     held = (checkpoint.client, checkpoint.extra_state, checkpoint.train_state.scheduler)
     if any(isinstance(leaf, Opaque) for value in held for _, leaf in leaves(value)):

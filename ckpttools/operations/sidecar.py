@@ -9,31 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.location import Location, Stored
+from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import local
 
 
 class Sidecar:
     """`finish` before the destination appears, `write` afterwards."""
 
-    def __init__(self, dst: Path, workers: int) -> None:
+    def __init__(self, dst: Location, workers: int) -> None:
         from ckpttools import manifest
         from ckpttools.execute.staging import clear_stale
 
         self.dst, self.workers = dst, workers
-        self.place = local(manifest.beside(dst))
         self.contents = b""
+        if isinstance(dst, Stored):
+            return
+        self.place = local(manifest.beside(dst))
         with suppress(OSError):  # a folder that cannot be listed is explained where the file is written
             clear_stale(self.place)  # of a run that was killed between the two
 
     def finish(
-        self, staged: Path, crcs: Mapping[Path, int], more: Callable[[bytes, Path], bytes]
+        self, staged: Location, crcs: Mapping[Location, int], more: Callable[[bytes, Location], bytes]
     ) -> Mapping[str, bytes]:
         """Check the staged file by its headers, and make the manifest, to which `more` adds.
 
-        Raises CkptError: an error here is a defect of ckpttools.
+        Raises CkptError: an error here is a defect of ckpttools. For a file in a store, returns the manifest.
         """
         from ckpttools import manifest
         from ckpttools.checks import manifest_of_staged
@@ -47,7 +50,9 @@ class Sidecar:
             if isinstance(error, UsageError) and error.id != "not-a-checkpoint":
                 raise
             raise written_wrong(self.dst, error.message, error.id, error.where) from None
-        self.contents = more(self.contents, local(manifest.beside(staged)))
+        self.contents = more(self.contents, manifest.beside(staged))
+        if isinstance(self.dst, Stored):
+            return {f"{self.dst.name}.{MANIFEST}": self.contents}
         with write_errors(self.dst):
             remove_file(self.place)
         return {}
@@ -66,7 +71,7 @@ class Sidecar:
         return []
 
 
-def written_wrong(dst: Path, problem: str, id: str, where: str) -> CkptError:
+def written_wrong(dst: Location, problem: str, id: str, where: str) -> CkptError:
     return CkptError(
         "written-wrong",
         f"what was written does not verify: {problem} [{id}]",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 
 from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint
@@ -59,7 +58,7 @@ def stated(
     return None
 
 
-def described(contents: bytes, place: Path, checkpoint: Checkpoint, found: Digests) -> bytes:
+def described(contents: bytes, place: Location, checkpoint: Checkpoint, found: Digests) -> bytes:
     """A manifest for `place` with the digests of what its files hold; as it was if it lacks one of them."""
     if not all(path.parent == place.parent for path in files_of(checkpoint)):
         return contents

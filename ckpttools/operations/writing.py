@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from ckpttools import manifest
+from ckpttools.errors import UsageError
 from ckpttools.launch import Worker, worker
-from ckpttools.location import Location, below
+from ckpttools.location import Location, Stored, below
 from ckpttools.operations.sidecar import Sidecar, written_wrong
 from ckpttools.plan import Plan
 from ckpttools.progress import Progress
+from ckpttools.siblings import MANIFEST
 
 if TYPE_CHECKING:
     from ckpttools.execute.spread import Spread
@@ -25,7 +27,7 @@ __all__ = ["Bar", "Writing", "Written", "carry_out", "worker"]
 # total bytes and a label -> a progress bar
 Bar = Callable[[int, str], AbstractContextManager[Progress | None]]
 # what was written and has no name yet, a manifest of it and that one's place -> what to tell, the manifest
-Check = Callable[[Path, bytes, Path], tuple[str, bytes]]
+Check = Callable[[Location, bytes, Location], tuple[str, bytes]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ class Written:
     """
 
     source: Location
-    destination: Path
+    destination: Location
     plan: Plan
     notes: tuple[str, ...]
     next: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ class Options(TypedDict):
 
 def carry_out(
     src: Location,
-    dst: Path,
+    dst: Location,
     plan: Plan,
     how: Writing,
     *,
@@ -82,20 +84,17 @@ def carry_out(
     `check` looks at what was written, may raise, and may add to its manifest.
     Raises UsageError where it cannot be written, CkptError where the source is damaged.
     """
-    from ckpttools.execute import execute, refuse
+    if how.dry_run:
+        refuse(plan, dst, src, how)
+        return Written(source=src, destination=dst, plan=plan, notes=plan.notes, next=next)
+    from ckpttools.execute import execute
     from ckpttools.operations.replacing import replaceable
 
-    def replaces() -> str:
-        return replaceable(dst, plan)
-
-    if how.dry_run:
-        refuse(plan, dst, source=src, force=how.force, replaces=replaces)
-        return Written(source=src, destination=dst, plan=plan, notes=plan.notes, next=next)
     told: list[str] = []
     single = Sidecar(dst, how.workers) if plan.is_single_file else None
 
-    def finish(staged: Path, crcs: Mapping[Path, int], digest: str = "") -> Mapping[str, bytes]:
-        def more(contents: bytes, place: Path) -> bytes:
+    def finish(staged: Location, crcs: Mapping[Location, int], digest: str = "") -> Mapping[str, bytes]:
+        def more(contents: bytes, place: Location) -> bytes:
             if check is not None:
                 text, contents = check(staged, contents, place)
                 told.append(text)
@@ -105,6 +104,8 @@ def carry_out(
             return single.finish(staged, crcs, more)
         return _finish(staged, crcs, how.workers, more)
 
+    if isinstance(dst, Stored):
+        refuse_spread(dst, how)
     started = time.monotonic()
     with how.bar(plan.nbytes, label) if how.bar else nullcontext() as progress:
         options: Options = {
@@ -112,9 +113,13 @@ def carry_out(
             "force": how.force,
             "workers": how.workers,
             "progress": progress,
-            "replaces": replaces,
+            "replaces": partial(replaceable, dst, plan),
         }
-        if how.spread:
+        if isinstance(dst, Stored):
+            from ckpttools.execute.upload import upload
+
+            report = upload(plan, dst, finish=finish, is_last=is_last, **options)
+        elif how.spread:
             from ckpttools.execute.spread import Job, spread
 
             job = Job(worker=how.spread, is_result=manifest.is_result)
@@ -124,7 +129,7 @@ def carry_out(
             report = share.report
         else:
             report = execute(plan, dst, finish=finish, **options)
-    after = single.write() if single else ()
+    after = single.write() if single and isinstance(dst, Path) else ()
     return Written(
         source=src,
         destination=dst,
@@ -136,8 +141,44 @@ def carry_out(
     )
 
 
+def refuse(plan: Plan, dst: Location, src: Location, how: Writing) -> None:
+    """Raise what would be raised before a byte is written."""
+    from ckpttools.operations.replacing import replaceable
+
+    replaces = partial(replaceable, dst, plan)
+    if isinstance(dst, Stored):
+        from ckpttools.execute import upload
+
+        refuse_spread(dst, how)
+        upload.refuse(plan, dst, source=src, force=how.force, replaces=replaces)
+    else:
+        from ckpttools import execute
+
+        execute.refuse(plan, dst, source=src, force=how.force, replaces=replaces)
+
+
+def refuse_spread(dst: Stored, how: Writing) -> None:
+    """Raises UsageError: the workers tell each other what is finished in a folder that all of them see."""
+    if how.spread:
+        raise UsageError(
+            "not-local",
+            "--spread does not write to stores",
+            where=dst,
+            why="the workers tell each other what is finished by files beside the destination",
+            hint="write to a file system that all of them see, then ckpt copy it to the store",
+        )
+
+
+def is_last(name: str) -> bool:
+    """Whether a file of a plan is one of those that make the others a checkpoint."""
+    from ckpttools.frameworks import POINTERS
+
+    base = name.rpartition("/")[2]
+    return base in POINTERS or base.endswith((".index.json", ".metadata", MANIFEST))
+
+
 def _finish(
-    staged: Path, crcs: Mapping[Path, int], workers: int, more: Callable[[bytes, Path], bytes]
+    staged: Location, crcs: Mapping[Location, int], workers: int, more: Callable[[bytes, Location], bytes]
 ) -> dict[str, bytes]:
     """Read back what is about to appear, and give it a manifest, to which `more` adds.
 
@@ -151,5 +192,4 @@ def _finish(
             raise written_wrong(staged, finding.message, finding.id, finding.file)
     assert verdict.manifest is not None
     place, contents = verdict.manifest
-    assert isinstance(place, Path)
     return {below(place, staged): more(contents, place)}

@@ -1,4 +1,4 @@
-"""Object stores, by obstore (the `remote` extra): S3, Google, Azure, and single files by https. Read only.
+"""Object stores, by obstore (the `remote` extra): S3, Google, Azure, and single files by https.
 
 Every request costs tens of milliseconds, so a header is fetched in few and large ones: the first bytes of a
 file with its size and ETag, its last bytes where it may be a zip, and whatever lies between in pieces of at
@@ -15,12 +15,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from errno import EIO, ENOENT, EOPNOTSUPP, ESTALE
+from errno import EEXIST, EIO, ENOENT, EOPNOTSUPP, ESTALE
 from pathlib import PurePosixPath
 from typing import Any
 
 from ckpttools.errors import UsageError
 from ckpttools.location import Entry, NotAFile, Stat, Stored
+from ckpttools.siblings import UNFINISHED
 from ckpttools.stores.memory import Listed
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http")
@@ -33,6 +34,7 @@ FRESH = 2.0  # seconds that a listing, or an ETag, is believed
 BLOCK = 4 * 1024 * 1024  # bytes of tensors that come in one request
 BLOCKS = 32  # of them in memory
 KEPT = 512 * 1024 * 1024  # bytes of headers, of all files of a store
+RETRIES: dict[str, Any] = {}  # as obstore has them: ten, for up to three minutes
 ZIPS = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _HTTP = re.compile(r"\b(4\d\d|5\d\d) [A-Z][A-Za-z ]+")
 
@@ -52,7 +54,7 @@ class _Object:
 
 
 class Bucket:
-    """One bucket or host. `requests` and `nbytes` count what was asked for and what came."""
+    """One bucket or host. `requests`, `nbytes` and `nbytes_sent` count what was asked for, came and went."""
 
     def __init__(self, url: str) -> None:
         """Raises UsageError where the extra is not installed or the address makes no sense."""
@@ -61,16 +63,16 @@ class Bucket:
         except ImportError:
             raise UsageError(
                 "store-extra",
-                "reading from object stores needs obstore, which is not installed",
+                "object stores need obstore, which is not installed",
                 where=url,
                 hint="pip install 'ckpttools[remote]'",
             ) from None
         self.name = url
-        self.requests = self.nbytes = 0
-        self._api: Any = obstore
+        self.requests = self.nbytes = self.nbytes_sent = 0
+        self.api: Any = obstore
         options: Any = {"client_options": {"allow_http": True}} if url.startswith("http:") else {}
         try:
-            self._store = obstore.store.from_url(url, **options)
+            self._store = obstore.store.from_url(url, retry_config=RETRIES, **options)
         except Exception as error:  # of many classes; their text may quote the configuration
             raise UsageError(
                 "store-unknown",
@@ -91,8 +93,10 @@ class Bucket:
                 return known
             raise FileNotFoundError(ENOENT, "there is no such key", key)
         try:
-            return _stat(self._ask(self._api.head, key))
+            return _stat(self.ask(self.api.head, key))
         except FileNotFoundError:
+            if _name(key) == UNFINISHED:
+                raise  # never a folder
             self.list(key)  # raises where it is no folder either
             return Stat("folder", 0, 0, key)
 
@@ -107,7 +111,7 @@ class Bucket:
 
     def _list(self, key: str) -> dict[str, Stat]:
         try:
-            found = self._ask(self._api.list_with_delimiter, key)
+            found = self.ask(self.api.list_with_delimiter, key)
         except FileNotFoundError:
             raise
         except OSError:
@@ -192,7 +196,7 @@ class Bucket:
         options: dict[str, object] = {"range": (start, end)}
         if etag is not None:
             options["if_match"] = etag
-        got = self._ask(self._api.get, key, options=options)
+        got = self.ask(self.api.get, key, options=options)
         with self._lock:
             self.nbytes += got.range[1] - got.range[0]
         return got
@@ -222,11 +226,24 @@ class Bucket:
             self._blocks.pop((key, object.etag, number), None)
             raise
 
-    def _ask(self, call: Any, key: str, **more: object) -> Any:
+    def forget(self, key: str) -> None:
+        """An object is written or deleted: what is known of it, and every listing, holds no longer."""
+        with self._lock:
+            self._objects.pop(key, None)
+            self._listed.clear()
+
+    def count(self, nbytes: int, requests: int = 0) -> None:
+        """Of what is sent."""
+        with self._lock:
+            self.nbytes_sent += nbytes
+            self.requests += requests
+
+    def ask(self, call: Any, key: str, *args: object, **more: object) -> Any:
+        """One of obstore's functions (`api`). Raises OSError, with no word of what the store said."""
         with self._lock:
             self.requests += 1
         try:
-            return call(self._store, key.strip("/"), **more)
+            return call(self._store, key.strip("/"), *args, **more)
         except FileNotFoundError:
             raise FileNotFoundError(ENOENT, "there is no such key", key) from None
         except Exception as error:  # its text may quote what was sent
@@ -303,11 +320,13 @@ def _stat(meta: Any) -> Stat:
 def _failed(error: Exception, where: str) -> OSError:
     match type(error).__name__:
         case "PreconditionError":
-            return OSError(ESTALE, "the object changed while it was read", where)
+            return OSError(ESTALE, "the object changed while it was read or written", where)
+        case "AlreadyExistsError":
+            return FileExistsError(EEXIST, "the object exists already", where)
         case "PermissionDeniedError" | "UnauthenticatedError":
             return OSError(EIO, "the store denies access: check its credentials in the environment", where)
-        case "NotSupportedError":
-            return OSError(EOPNOTSUPP, "the server does not answer requests for a range", where)
+        case "NotSupportedError" | "NotImplementedError":
+            return OSError(EOPNOTSUPP, "the server does not answer such requests (for a range)", where)
     status = _HTTP.search(str(error))
     said = f" ({status[0].strip()})" if status else ""
     return OSError(EIO, f"the store cannot be reached, or failed{said}", where)
@@ -319,6 +338,7 @@ _buckets: dict[str, Bucket] = {}
 def place(scheme: str, text: str) -> Stored:
     """What an address such as s3://bucket/run/step_20 means. Raises UsageError."""
     host, _, key = text.partition("://")[2].partition("/")
+    scheme = "s3" if scheme == "s3a" else scheme
     if not host or "@" in host or "?" in key:
         raise UsageError(
             "store-unknown",
@@ -332,6 +352,7 @@ def place(scheme: str, text: str) -> Stored:
     return Stored(_buckets[url], PurePosixPath("/", key))
 
 
-def used() -> tuple[int, int]:
-    """Requests made so far, and bytes that came."""
-    return sum(b.requests for b in _buckets.values()), sum(b.nbytes for b in _buckets.values())
+def used() -> tuple[int, int, int]:
+    """Requests made so far, bytes that came and bytes that were sent; a part that is sent is a request."""
+    found = list(_buckets.values())
+    return sum(b.requests for b in found), sum(b.nbytes for b in found), sum(b.nbytes_sent for b in found)

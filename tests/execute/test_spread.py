@@ -133,8 +133,15 @@ def kill_and_go_on(large: Path, tmp_path: Path, rng: random.Random, want: dict[s
     arguments = ["reshard", large, dst, "--world-size", "3"]
     world = rng.randint(2, 3)
     workers = [start(arguments, rank, world) for rank in range(world)]
-    time.sleep(rng.uniform(0.2, 1.5))
+    ledger = tmp_path / f"many{SPREAD}" / "ledger"
+    enough = rng.randint(0, 66)  # files in the ledger: 64 pieces and the plan, then it is committed
+    while any(each.poll() is None for each in workers) and not dst.exists():
+        if len(list(ledger.glob("*.json"))) >= min(enough, 65) or (tmp_path / f"many{SPREAD}/done").exists():
+            break
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.8 if enough > 60 else 0.05))
     victims = workers if rng.random() < 0.5 else [rng.choice(workers)]
+    kills = sum(each.poll() is None for each in victims)
     for each in victims:
         each.kill()
     for each in workers:  # as a launcher ends the rest
@@ -142,7 +149,6 @@ def kill_and_go_on(large: Path, tmp_path: Path, rng: random.Random, want: dict[s
             each.send_signal(signal.SIGTERM)
     ended(workers)
     assert not dst.exists() or files_of(dst) == want
-    ledger = tmp_path / f"many{SPREAD}" / "ledger"
     before = {path.name: path.stat().st_ino for path in ledger.glob("[pg]*.json")} if ledger.exists() else {}
     (tmp_path / "kept").mkdir()
     for name in before:
@@ -163,7 +169,7 @@ def kill_and_go_on(large: Path, tmp_path: Path, rng: random.Random, want: dict[s
     assert not (tmp_path / f"many{SPREAD}").exists()
     for path in (dst, tmp_path / "kept"):
         shutil.rmtree(path)
-    return len(victims)
+    return kills
 
 
 def test_killed_and_run_again(large: Path, tmp_path: Path) -> None:

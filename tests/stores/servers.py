@@ -1,0 +1,121 @@
+"""Servers that misbehave as the tests tell them: one of files over HTTP, and a proxy before one of S3."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+
+class Files(BaseHTTPRequestHandler):
+    """Files with ranges; `faults` are what the next answers do instead."""
+
+    files: dict[str, bytes] = {}
+    faults: list[str] = []
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        data = self.files.get(self.path)
+        fault = self.faults.pop(0) if self.faults and body else ""
+        if data is None or fault == "busy":
+            self.send_response(503 if fault else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        part, code = data, 200
+        if (wanted := self.headers.get("Range")) and fault != "whole":
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            part, code = data[int(first) : int(last) + 1], 206
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("ETag", f'"{hash(data)}"')
+        self.send_header("Last-Modified", "Sat, 01 Nov 2025 10:00:00 GMT")
+        if code == 206:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.end_headers()
+        if body:
+            self.wfile.write(part[: len(part) // 2] if fault == "torn" else part)
+            self.close_connection = fault == "torn"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Hands requests on to S3. `fault` says of (method, path, the how manieth of them) what to do instead."""
+
+    target = ""
+    latency = 0.0
+    fault: Callable[[str, str, int], str] = staticmethod(lambda method, path, n: "")
+    seen: list[tuple[str, str]] = []
+    running = most = 0
+    lock = threading.Lock()
+    protocol_version = "HTTP/1.1"
+
+    def do(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with self.lock:
+            n = sum(method == self.command for method, _ in self.seen)
+            self.seen.append((self.command, self.path))
+            type(self).running += 1
+            type(self).most = max(self.most, self.running)
+        time.sleep(self.latency)
+        try:
+            self.answer(type(self).fault(self.command, self.path, n), body)
+        finally:
+            with self.lock:
+                type(self).running -= 1
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do
+
+    def answer(self, fault: str, body: bytes) -> None:
+        if fault == "busy":
+            self.reply(503, [], b"<Error><Code>SlowDown</Code></Error>")
+            return
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "content-length")}
+        if fault == "whole":  # asked for without a signature, which holds the range
+            headers = {"Host": headers.get("Host", headers.get("host", ""))}
+        if fault == "flipped":
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        server = http.client.HTTPConnection(self.target, timeout=60)
+        server.request(self.command, self.path, body, headers)
+        got = server.getresponse()
+        data = got.read()
+        kept = ("etag", "last-modified", "content-range", "content-type", "x-amz-version-id")
+        shown = [(k, v) for k, v in got.getheaders() if k.lower() in kept]
+        if self.command == "HEAD":
+            shown.append(("Content-Length", got.getheader("Content-Length") or "0"))
+        self.reply(got.status, shown, data, torn=fault == "torn")
+        server.close()
+
+    def reply(self, status: int, headers: list[tuple[str, str]], data: bytes, *, torn: bool = False) -> None:
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if torn else data)
+        self.close_connection = torn
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def upload(put: Any, folder: Path, to: str) -> str:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            put(f"{to}/{path.relative_to(folder)}", path.read_bytes())
+    return f"s3://runs/{to}"
