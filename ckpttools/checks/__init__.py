@@ -40,6 +40,7 @@ from ckpttools.stores.files import is_folder, stat
 from ckpttools.stores.links import within
 
 if TYPE_CHECKING:
+    from ckpttools.checks.contents import Passing
     from ckpttools.checks.subset import Subset
     from ckpttools.passes.run import Digest
 
@@ -60,12 +61,14 @@ def verify(
     bar: Bar | None = None,
     key: str | None = None,
     crcs: Mapping[Location, int] | None = None,
+    passing: Passing | None = None,
 ) -> Verdict:
     """Check the one checkpoint that `path` means; `describe` it also for a manifest, from the same bytes.
 
     What of `require` (held.KEYS) it lacks is an error. `subset` is the part of the bytes that is read.
     `key` is where the weights of a single file lie, if under an unusual name. `crcs` are the CRC-32s of files
-    that were just written: with them, what is read to `describe` is held against what was written.
+    that were just written: with them, what is read to `describe` is held against what was written; `passing`
+    reads the bytes.
 
     Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked, also where the
     files change meanwhile ("checkpoint-changing") or are not what was written ("write-failed"); damage is
@@ -73,7 +76,9 @@ def verify(
     """
     watch = Watch(path)
     try:
-        verdict = _verify(path, tag, watch, quick, describe, require, key, subset, workers, bar, crcs)
+        verdict = _verify(
+            path, tag, watch, quick, describe, require, key, subset, workers, bar, crcs, passing
+        )
     except (CkptError, OSError) as error:
         raise watch.explain(error) from error
     watch.refuse(verdict.findings)
@@ -92,6 +97,7 @@ def _verify(
     workers: int,
     bar: Bar | None,
     crcs: Mapping[Location, int] | None,
+    passing: Passing | None,
 ) -> Verdict:
     whole = True
     try:
@@ -154,7 +160,7 @@ def _verify(
             nbytes = sum(task.nbytes for task in tasks)
             hashes = ranges_of(hashed, found, checked.files)
             with bar(nbytes) if bar else nullcontext() as progress:
-                more, digests = check_contents(checked, tasks, hashes, workers, progress)
+                more, digests = check_contents(checked, tasks, hashes, workers, progress, passing)
             findings += more
             if found is not None and not quick:
                 findings += check_untouched(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks.causes import TENSORS
@@ -17,7 +18,8 @@ from ckpttools.location import Location
 from ckpttools.passes import tasks as data
 from ckpttools.passes.hashes import Ranges
 from ckpttools.passes.ranges import Claims
-from ckpttools.passes.run import Digest, run
+from ckpttools.passes.run import Digest, Passed, run
+from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange, TensorRef, Tiles, spans
 
@@ -25,6 +27,20 @@ from ckpttools.tensors import ByteRange, TensorRef, Tiles, spans
 SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
 NAMED = 8  # tensors of one damaged record
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
+
+
+class Passing(Protocol):
+    """`passes.run`, or another one that comes to the same."""
+
+    def __call__(
+        self,
+        tasks: Sequence[data.Task],
+        checks: Sequence[SourceCheck],
+        *,
+        hashes: Mapping[Location, Ranges],
+        workers: int,
+        progress: Progress | None,
+    ) -> Passed: ...
 
 
 def tasks_of(checked: Checked, copies: Sequence[Copy] = ()) -> list[data.Task]:
@@ -137,14 +153,15 @@ def check_contents(
     hashes: Mapping[Location, Ranges],
     workers: int,
     progress: Progress | None,
+    passing: Passing | None = None,
 ) -> tuple[list[Finding], dict[Location, Digest]]:
-    """Carry out the pass, which takes the digests of the files in `hashes` too. A file that cannot be read to
-    its end is a finding, and then there are no digests.
+    """Carry out the pass, which takes the digests of the files in `hashes` too, by `passing`. A file that
+    cannot be read to its end is a finding, and then there are no digests.
     """
     found = checked.checkpoint
     checks = found.checks if found and tasks else ()
     try:
-        passed = run(tasks, checks, hashes=hashes, workers=workers, progress=progress)
+        passed = (passing or run)(tasks, checks, hashes=hashes, workers=workers, progress=progress)
     except CkptError as error:
         return [of_error(error)], {}
     if found is None:

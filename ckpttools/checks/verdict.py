@@ -11,6 +11,10 @@ from ckpttools.findings import ERROR, WARNING, Finding, of_error
 from ckpttools.location import Location
 
 
+class Delivered(Exception):
+    """What this process has found is with another one, which says the verdict."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """The result for one checkpoint: `ok` unless something of severity error was found."""

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, PLACE, STATS, TAG, reading
+from ckpttools.cli.options import FOLLOW, PLACE, SPREAD, STATS, TAG, reading
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.location import Location
 from ckpttools.stores.files import local
 
 if TYPE_CHECKING:
     from ckpttools.checks import Verdict
+    from ckpttools.operations.verify_spread import Shared
     from ckpttools.operations.writing import Bar
 
 MARK = {"error": "ERROR", "warning": "warning", "info": "note"}
@@ -46,6 +47,7 @@ AT_THE_END = {"rescue"}
 @STATS
 @TAG
 @reading
+@SPREAD
 def command(
     src: tuple[Location, ...],
     quick: bool,
@@ -58,6 +60,7 @@ def command(
     as_json: bool,
     quiet: bool,
     workers: int,
+    spread: bool,
     no_progress: bool,
 ) -> int:
     """Check that SRC is whole: structure, checksums, completeness, and that its files belong together.
@@ -69,7 +72,7 @@ def command(
 
     A ckpt-manifest.json in the folder, or NAME.ckpt-manifest.json beside a single file, is always checked: it
     finds every changed byte in any format. --write-manifest writes it, or writes it anew, when nothing is
-    wrong.
+    wrong. With --spread, processes that torchrun or srun started share the bytes; the first says the result.
     """
     from ckpttools.operations.verify import known, older, part_of
 
@@ -79,6 +82,8 @@ def command(
             "bad-usage", f"--subset reads a part of the bytes, and {other}", hint="leave one out"
         )
     part = part_of(subset)
+    shared = _shared(quick=quick, subset=subset) if spread else None
+    silent = shared is not None and shared.worker.rank > 0  # worker 0 says what all have found
     keys = known([key.strip() for key in require.replace("-", "_").split(",") if key.strip()])
     verdicts: list[Verdict] = []
     several = len(src) > 1
@@ -88,16 +93,19 @@ def command(
             tag,
             newest,
             alone=not several,
-            bars=render.bars(enabled=not (no_progress or quiet)),
+            bars=render.bars(enabled=not (no_progress or quiet or silent)),
             quick=quick,
             describe=write_manifest,
             require=keys,
             subset=part,
             key=key,
             workers=workers,
+            passing=shared,
         ):
             several = several or verdict.path != path
             verdicts.append(verdict)
+            if silent:
+                continue
             if verdict.manifest is not None and verdict.ok:
                 place, contents = verdict.manifest
                 from ckpttools.execute.small import replace
@@ -106,6 +114,8 @@ def command(
                 render.say(f"wrote {escape(place)}", quiet=quiet)
             if not as_json:
                 _show(verdict, quick=quick, subset=subset, quiet=quiet, brief=several and not newest)
+    if silent:
+        return 0
     if as_json:
         ok = all(verdict.ok for verdict in verdicts)
         render.document({"ok": ok, "checkpoints": list(map(_json, verdicts))})
@@ -119,6 +129,20 @@ def command(
     return min((verdict.exit_code for verdict in verdicts if not verdict.ok), default=0)
 
 
+def _shared(*, quick: bool, subset: str | None) -> Shared:
+    """Raises UsageError where there is nothing to share, or no launcher."""
+    from ckpttools.launch import worker
+    from ckpttools.operations.verify_spread import Shared
+
+    if quick or subset is not None:
+        raise UsageError(
+            "bad-usage",
+            "--spread shares the bytes, and " + ("--quick reads none" if quick else "--subset takes a part"),
+            hint="leave one out",
+        )
+    return Shared(worker())
+
+
 def _verdicts(
     path: Location,
     tag: str | None,
@@ -130,6 +154,7 @@ def _verdicts(
 ) -> Iterator[Verdict]:
     """The verdicts on all that one argument means; `alone`, what cannot be checked ends the command."""
     from ckpttools.checks import refused, verify
+    from ckpttools.checks.verdict import Delivered
     from ckpttools.operations.verify import verify_all
 
     try:
@@ -137,6 +162,8 @@ def _verdicts(
             yield from verify_all(path, newest=newest, bar=bars, **options)
         else:
             yield verify(path, tag, bar=lambda n: bars(n, "verify"), **options)
+    except Delivered:
+        return
     except CkptError as error:
         if alone:
             raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ckpttools import checks, runs
 from ckpttools.checks import Verdict, refused
 from ckpttools.checks.held import KEYS
+from ckpttools.checks.verdict import Delivered
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.formats import locate
 from ckpttools.formats.locate import checkpoints
@@ -19,6 +20,7 @@ from ckpttools.runs.order import numbers, shape
 from ckpttools.stores.files import is_folder, named
 
 if TYPE_CHECKING:
+    from ckpttools.checks.contents import Passing
     from ckpttools.checks.subset import Subset
 
 TRIED = 5  # older checkpoints whose headers are read
@@ -103,6 +105,7 @@ def verify_all(
     workers: int = 0,
     bar: Bar | None = None,
     key: str | None = None,
+    passing: Passing | None = None,
 ) -> Iterator[Verdict]:
     """The verdict on each checkpoint of a folder, newest first; one of several that cannot be checked has a
     verdict too. Raises UsageError where nothing can be checked.
@@ -124,7 +127,10 @@ def verify_all(
                 workers=workers,
                 bar=shown,
                 key=key,
+                passing=passing,
             )
+        except Delivered:
+            continue
         except CkptError as error:
             if len(paths) == 1:
                 raise
