@@ -59,6 +59,16 @@ def count(path: Location, node: Node, field: str, limit: int = 1 << 20) -> int:
     return value
 
 
+def counts(path: Location, node: Node, field: str) -> tuple[int, ...]:
+    """A list of such numbers, of which every rank may have one for each parameter."""
+    numbers = sequence(path, node, field)
+    if set(map(type, numbers)) == {int}:
+        plain = tuple(x for x in numbers if isinstance(x, int)) if any(numbers) else (0,) * len(numbers)
+        if min(plain) >= 0 and max(plain) <= 1 << 20:
+            return plain
+    return tuple(count(path, x, field) for x in numbers)
+
+
 def text(path: Location, node: Node, field: str) -> str:
     if not isinstance(node, str):
         raise bad_field(path, field, "is missing" if node is None else "is not text")

@@ -109,7 +109,7 @@ def spread(
         share.join(described)
     try:
         with terminating_signals():
-            share.create()
+            share.forget_failure()
             share.write()
             if not share.is_to_commit():
                 return share.result(None)
@@ -146,7 +146,7 @@ class _Share:
         self.folder = dst.with_name(dst.name + SPREAD)
         self.ledger, self.done = Ledger(self.folder / "ledger"), self.folder / _DONE
         self.out = self.folder
-        self.commits = False
+        self.commits = self.created = False
         self.workers, self.progress = threads.count(workers), progress
         self.needed: list[str] = []  # the pieces of all workers, in order: piece k is of worker k % world
         self.pieces = 0
@@ -173,12 +173,19 @@ class _Share:
             record = {"job": self.job.worker.job, "id": error.id, "message": error.message}
             self.ledger.put(f"failed-{self.rank}", record)
 
-    def create(self) -> None:
-        """Every file, with its space; the others do the same, and none takes away what is written."""
+    def forget_failure(self) -> None:
+        """A failure of this worker is no longer one."""
         with write_errors(self.dst):
             self.ledger.forget(f"failed-{self.rank}")
         self.failed.discard(f"failed-{self.rank}")
-        copy.create(self.plan, self.out, self.dst, self.workers, again=True)
+
+    def _make_room(self) -> None:
+        """All files, before the first piece of this worker: who has none to write leaves them alone, since
+        another worker may be reading them back, or has given them their name.
+        """
+        if not self.created:
+            copy.create(self.plan, self.out, self.dst, self.workers, again=True)
+            self.created = True
 
     def write(self) -> None:
         """Write this worker's pieces, but for those that are in the ledger."""
@@ -189,6 +196,7 @@ class _Share:
         for number, group in groupby(units.in_order(work.files, work.checks, nbytes), lambda pair: pair[0]):
             todo = [unit for _, unit in group]
             if self._is_mine(f"piece-{number}", done):
+                self._make_room()
                 work.copy(todo, self._width(len(todo)))
                 files = {id(unit.file): unit.file for unit in todo}.values()
                 for file in files:

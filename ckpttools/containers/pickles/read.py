@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ MAX_BYTES = 256 << 20
 # 400,000 tensors or 20 million logged numbers: the rest of the work is bounded with them
 MAX_OPCODES = 20_000_000
 _FREQUENT = b"rhKX(t\x86M)\x89j"
+_INTEGERS = re.compile(rb"(?:K.)+", re.DOTALL)
 
 
 def loads(
@@ -73,6 +75,13 @@ def _carry_out(machine: Machine) -> None:
                     pos += 2
                     continue
             elif opcode == 0x4B:  # BININT1
+                if data[pos + 2 : pos + 3] == b"K":  # many: a list of small numbers
+                    last = min(frame_end or end, pos + 2 * (room - len(stack)))
+                    if many := _INTEGERS.match(data, pos, last):
+                        stack += data[pos + 1 : many.end() : 2]
+                        pos = many.end()
+                        before = pos - 2
+                        continue
                 stack.append(data[pos + 1])
                 pos += 2
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Any
 
 from ckpttools.containers.pickles.nodes import MISSING, Dict, Global, Node, Object, Persistent, Reject, Set
 from ckpttools.containers.pickles.read import MAX_BYTES
@@ -107,7 +108,10 @@ class _Writer:
             case list():
                 self.out.append(b"]")
                 self.memo[id(node)] = self.put()
-                _items(node, todo, b"e")
+                if len(node) > 1 and set(map(type, node)) == {int}:  # one for each parameter, on each rank
+                    self.out += [b"(", _integers(node), b"e"]
+                else:
+                    _items(node, todo, b"e")
             case Dict():
                 self.out.append(b"}")
                 self.memo[id(node)] = self.put()
@@ -193,6 +197,16 @@ def _items(values: list[Node], todo: list[Node], end: bytes) -> None:
         todo.append(_Raw(end))
         todo.extend(reversed(values))
         todo.append(_Raw(b"("))
+
+
+def _integers(values: list[Any]) -> bytes:
+    try:
+        small = bytes(values)
+    except ValueError:
+        return b"".join(map(_int, values))
+    both = bytearray(b"K\0") * len(small)
+    both[1::2] = small
+    return bytes(both)
 
 
 def _int(value: int) -> bytes:

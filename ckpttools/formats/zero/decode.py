@@ -156,10 +156,8 @@ def _gaps(path: Location, node: Node) -> tuple[tuple[int, ...], ...] | None:
     if node is None:
         return None
     field = "optimizer_state_dict.param_alignment_paddings"
-    return tuple(
-        tuple(fields.count(path, x, f"{field}[{g}]") for x in fields.sequence(path, group, f"{field}[{g}]"))
-        for g, group in enumerate(fields.sequence(path, node, field))
-    )
+    groups = fields.sequence(path, node, field)
+    return tuple(fields.counts(path, group, f"{field}[{g}]") for g, group in enumerate(groups))
 
 
 def _mappings(path: Location, node: Node) -> tuple[Addresses, ...] | None:

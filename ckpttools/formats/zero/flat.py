@@ -5,13 +5,41 @@ All numbers count elements. Verified against DeepSpeed's own re-saves by the tes
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from ckpttools.formats.deepspeed import original
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Slices:
+    """Which parameters lie in a stretch of a flat vector, found without looking at the others."""
+
+    def __init__(self, order: Sequence[str], starts: Mapping[str, int], numels: Mapping[str, int]) -> None:
+        places = sorted((starts[name], place, name) for place, name in enumerate(order))
+        self._places = places
+        self._starts = [start for start, _, _ in places]
+        self._numels = numels
+        # one that begins earlier may end later, where round-robin starts are those of another order
+        self._ends = list(accumulate((start + numels[name] for start, _, name in places), max))
+
+    def between(self, low: int, high: int) -> dict[str, tuple[int, int]]:
+        """name -> (numel, start from `low`) of the fragments, in the order given."""
+        found: list[tuple[int, str, int, int]] = []
+        for start, place, name in self._places[
+            bisect_right(self._ends, low) : bisect_left(self._starts, high)
+        ]:
+            first, last = max(low, start), min(high, start + self._numels[name])
+            if first < last:
+                found.append((place, name, last - first, first - low))
+        return {name: (numel, start) for _, name, numel, start in sorted(found)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlatGroup:
     """One group's flat vector over `ranks` partitions.
 
@@ -24,7 +52,7 @@ class FlatGroup:
     ranks: int
     alignment: int  # the flat vector's size is a multiple of this: 2 * ranks since DeepSpeed 0.5.2
 
-    @property
+    @cached_property
     def used(self) -> int:
         """Elements up to the end of the last parameter."""
         return sum(self.numels) + sum(self.gaps)
@@ -51,18 +79,23 @@ class FlatGroup:
             at += numel + gap
         return out
 
-    def mapping(
-        self, rank: int, starts: Mapping[str, int], order: Sequence[str]
-    ) -> dict[str, tuple[int, int]]:
-        """name -> (numel, start) of the fragments within one rank's partition, in `order`."""
-        low, high = rank * self.part, (rank + 1) * self.part
+    def mapping(self, rank: int, slices: Slices) -> dict[str, tuple[int, int]]:
+        """name -> (numel, start) of the fragments within one rank's partition."""
+        return slices.between(rank * self.part, (rank + 1) * self.part)
+
+    def slices(self, order: Sequence[str]) -> Slices:
+        """What DeepSpeed makes its `param_slice_mappings` from, of parameters in the optimizer's order."""
         numels = dict(zip(self.names, self.numels, strict=True))
-        out: dict[str, tuple[int, int]] = {}
-        for name in order:
-            first, last = max(low, starts[name]), min(high, starts[name] + numels[name])
-            if first < last:
-                out[name] = (last - first, first - low)
-        return out
+        return Slices(order, mapping_starts(order, self), numels)
+
+    @cached_property
+    def in_order(self) -> Slices:
+        return self.slices(self.names)
+
+    @cached_property
+    def in_turns(self) -> Slices:
+        """With round-robin."""
+        return self.slices(original(self.names, self.ranks))
 
 
 def alignment_gaps(numels: Sequence[int], boundary: int) -> tuple[int, ...]:

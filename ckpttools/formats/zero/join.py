@@ -13,7 +13,7 @@ from ckpttools.formats.deepspeed import original, shapes_of
 from ckpttools.formats.model_states import ModelStates
 from ckpttools.formats.rank_local import State, Unaccounted, unaccounted
 from ckpttools.formats.zero.decode import Addresses, Rank, version_numbers
-from ckpttools.formats.zero.flat import FlatGroup, mapping_starts
+from ckpttools.formats.zero.flat import FlatGroup
 from ckpttools.formats.zero.names import ZeroFiles
 from ckpttools.formats.zero.state import partitioned, state_of
 from ckpttools.location import Location
@@ -228,5 +228,4 @@ def mappings_agree(rank: Rank, groups: tuple[FlatGroup, ...], *, round_robin: bo
 
 def expected_mapping(group: FlatGroup, rank: int, *, round_robin: bool) -> Addresses:
     """The param_slice_mappings entry that DeepSpeed writes for one rank and group."""
-    names = original(group.names, group.ranks) if round_robin else list(group.names)
-    return group.mapping(rank, mapping_starts(names, group), names)
+    return group.mapping(rank, group.in_turns if round_robin else group.in_order)

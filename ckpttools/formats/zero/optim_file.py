@@ -12,7 +12,6 @@ from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.torch_file import new_storage, tensor_node, write_torch_file
 from ckpttools.formats.deepspeed import STAGE, new_scaler, version_of
 from ckpttools.formats.zero.decode import FP32, Rank
-from ckpttools.formats.zero.flat import mapping_starts
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.formats.zero.model_file import configured, param_shapes
 from ckpttools.formats.zero.target import Target
@@ -202,10 +201,9 @@ def _mappings(to: Target, rank: int) -> list[Node]:
 
 
 def _mapping(to: Target, g: int, rank: int) -> Object:
-    group, names = to.groups[g], tuple(to.checkpoint.groups[g].params)
     template = _address(to.template) if to.template is not None else Object("newobj", ADDRESS, ())
     new = Object("reduce", ORDERED, ())
-    for name, (numel, start) in group.mapping(rank, mapping_starts(names, group), names).items():
+    for name, (numel, start) in to.groups[g].mapping(rank, to.slices[g]).items():
         address = Object(template.how, template.cls, template.args)
         address.state = Dict.of([("numel", numel), ("start", start)])
         new.pairs.append((name, address))

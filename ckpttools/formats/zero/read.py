@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers import fields
@@ -27,8 +28,16 @@ def read(folder: Location) -> Checkpoint:
     """Read a tag folder. Raises CkptError where a file is missing, damaged or contradicts the others."""
     files = find(folder)
     model = read_model(files.model)
-    ranks = tuple(read_rank(path, rank) for rank, path in files.optim.items())
+    ranks = tuple(alike(read_rank(path, rank) for rank, path in files.optim.items()))
     return checkpoint(assemble(files, model, ranks))
+
+
+def alike(ranks: Iterator[Rank]) -> Iterator[Rank]:
+    """The same ranks: what every one of them lists for all parameters is kept once."""
+    first: Rank | None = None
+    for rank in ranks:
+        first = first or rank
+        yield replace(rank, gaps=first.gaps) if rank.gaps == first.gaps else rank
 
 
 def checkpoint(folder: ZeroFolder) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.errors import CkptError, Unsupported, escape
@@ -12,7 +13,7 @@ from ckpttools.formats import rank_local
 from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import reordered
 from ckpttools.formats.zero.decode import FP32
-from ckpttools.formats.zero.flat import FlatGroup, alignment_gaps
+from ckpttools.formats.zero.flat import FlatGroup, Slices, alignment_gaps
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.tensors import FLOAT32, Chunk, TensorRef, Zeros, join_chunks
 from ckpttools.tree import Value
@@ -20,7 +21,7 @@ from ckpttools.tree import Value
 ALIGNED_BYTES = 16  # zero_optimization.parameter_alignment: each parameter starts on such a multiple
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """What the files of a folder are made from. `template` is the folder that was read, where there is
     one."""
@@ -32,6 +33,12 @@ class Target:
     flat: tuple[Mapping[str, TensorRef], ...]  # per group: kind -> the whole flat vector, padded
     shared: tuple[Mapping[str, Value], ...]  # per group: kind -> the value that each rank carries
     origin: tuple[int | None, ...]  # per group: the template's group of the same parameters
+
+    @cached_property
+    def slices(self) -> tuple[Slices, ...]:
+        """Per group: where its parameters lie, for the ranks' mappings."""
+        params = (tuple(group.params) for group in self.checkpoint.groups)
+        return tuple(group.slices(names) for group, names in zip(self.groups, params, strict=True))
 
     @property
     def ranks(self) -> int:

@@ -76,9 +76,10 @@ def paddings(folder: ZeroFolder) -> Iterator[Finding]:
 def masters(folder: ZeroFolder) -> Iterator[Finding]:
     """DeepSpeed keeps master weights in fp32, or, where it is told to, in the 16 bits of the weights."""
     weights = folder.model.weights
+    dtypes = [{weights[name].dtype for name in names if name in weights} for names in folder.names]
     for rank in folder.ranks:
-        for g, (view, names) in enumerate(zip(rank.fp32, folder.names, strict=False)):
-            dtype, of_weights = view.ref.dtype, {weights[name].dtype for name in names if name in weights}
+        for g, (view, of_weights) in enumerate(zip(rank.fp32, dtypes, strict=False)):
+            dtype = view.ref.dtype
             if dtype is FLOAT32 or not of_weights or (dtype.itemsize == 2 and dtype in of_weights):
                 continue
             theirs = " and ".join(sorted(map(str, of_weights)))
