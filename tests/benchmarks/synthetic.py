@@ -127,7 +127,7 @@ def _rank_file(group: FlatGroup, rank: int, fill: Fill, path: str) -> OutputFile
         return tensor_node(TensorRef(FLOAT32, (numel,), ()), storage)
 
     addresses: list[tuple[Node, Node]] = []
-    for name, (numel, start) in group.mapping(rank, group.starts(), group.names).items():
+    for name, (numel, start) in group.mapping(rank, group.in_order).items():
         address = Object("newobj", ADDRESS, ())
         address.state = Dict.of([("numel", numel), ("start", start)])
         addresses.append((name, address))

@@ -340,7 +340,7 @@ def test_mappings_cover_each_parameter_exactly_once(group: FlatGroup) -> None:
     starts = group.starts()
     covered = dict.fromkeys(group.names, 0)
     for rank in range(group.ranks):
-        for name, (numel, start) in group.mapping(rank, starts, group.names).items():
+        for name, (numel, start) in group.mapping(rank, group.in_order).items():
             assert numel > 0 and 0 <= start <= start + numel <= group.part
             assert rank * group.part + start == starts[name] + covered[name]
             covered[name] += numel
