@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -81,6 +82,14 @@ class Ledger:
                 f"this any more: rm -r {self.folder.parent}",
             )
         return name
+
+    def make(self) -> None:
+        """The folder alone, for work that has no plan."""
+        self.folder.mkdir(exist_ok=True)
+
+    def remove(self) -> None:
+        """With all that is in it, as far as it can be removed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def names(self) -> set[str]:
         """Of all pieces that are finished, and of failures. Empty where the ledger is gone."""

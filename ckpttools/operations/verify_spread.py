@@ -14,7 +14,6 @@ as if one process had read everything. The folder of a job that died is used aga
 from __future__ import annotations
 
 import secrets
-import shutil
 import sys
 import time
 from bisect import bisect_right
@@ -94,7 +93,7 @@ class Shared:
 
     def _begin(self, ledger: Ledger) -> str:
         if self.worker.rank == 0:
-            ledger.folder.mkdir(exist_ok=True)
+            ledger.make()
             number = secrets.token_hex(8)
             ledger.put("begin", {"number": number})
             return number
@@ -137,7 +136,7 @@ class Shared:
                 results += (_decoded(result, checks, places) for result in found["results"])
                 digests |= {places[path]: Digest(*entry) for path, entry in found["digests"]}
         finally:
-            shutil.rmtree(ledger.folder, ignore_errors=True)
+            ledger.remove()
         return Passed(results=results, digests=digests)
 
     def _wait(self, polls: int, what: str) -> None:
