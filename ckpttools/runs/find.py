@@ -29,6 +29,7 @@ from ckpttools.training import Best
 
 MAX_DEPTH = 8
 COUNTERS = ("iteration", "step", "epoch")
+CLOSED = ("no-permission", "upload-unfinished")  # what may be whole, and is not for us to read now
 NUMBERED = re.compile(r"checkpoint-\d+")
 
 
@@ -97,21 +98,21 @@ def own(folder: Location) -> list[Entry]:
 def runs(folder: Location, depth: int = MAX_DEPTH) -> list[list[Entry]]:
     """The same by run: the newest run first, by its number where they are named alike, else by time.
 
-    `depth` is how many folders below are looked into. Raises UsageError "no-permission" where there are some
-    and none of them may be read.
+    `depth` is how many folders below are looked into. Raises UsageError of CLOSED where there are some and
+    none of them can be looked into.
     """
     entries(folder)  # raises where it cannot be listed
     with within(folder):
         if _whole(folder) and not _several(folder):
             alone = _entry(folder, folder)
-            if alone.problem is not None and alone.problem.id == "no-permission":
+            if alone.problem is not None and alone.problem.id in CLOSED:
                 raise alone.problem
             return [[alone]]
         places = list(_runs(folder, depth))
         entered = iter(each(_at, [(path, run) for run, paths in places for path in paths]))
         found = [ordered([next(entered) for _ in paths]) for _, paths in places]
     closed = [entry.problem for run in found for entry in run]
-    if closed and closed[0] and all(problem and problem.id == "no-permission" for problem in closed):
+    if closed and closed[0] and all(problem and problem.id in CLOSED for problem in closed):
         raise closed[0]
     keyed = {run[0].run: run for run in found}
     names = {run: below(run, folder) if run != folder else "" for run in keyed}

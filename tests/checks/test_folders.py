@@ -103,6 +103,7 @@ def test_no_permission_is_no_damage(two: Path) -> None:
         "import os, sys\n"
         "from ckpttools.cli import main\n"
         "import ckpttools.operations.verify, ckpttools.checks.contents, ckpttools.checks.untouched\n"
+        "import ckpttools.cli.failure\n"
         # as root first: modules that are imported on the way may lie where nobody else can read
         "import contextlib, io\n"
         f"for path in {[str(two), str(two / 'save')]!r}:\n"

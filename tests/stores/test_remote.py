@@ -96,7 +96,8 @@ def test_a_header_takes_four_requests(bucket: Any, tmp_path: Path) -> None:
     bucket("many/many.pt", path.read_bytes())
     found = ckpttools.inspect("s3://runs/many/many.pt")
     requests, nbytes, _ = remote.used()
-    assert len(found) == 300 and requests <= 1 + 4, (requests, nbytes)
+    # two folders above it are asked whether an upload to them is unfinished
+    assert len(found) == 300 and requests <= 1 + 2 + 4, (requests, nbytes)
     assert nbytes < path.stat().st_size / 8
     ran = run("inspect", "s3://runs/many/many.pt", "--stats")
     assert "requests" in ran.err
