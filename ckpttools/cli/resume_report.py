@@ -22,7 +22,9 @@ TENSORS = 20  # shown before the rest is only counted
 def show(found: Any, *, quiet: bool) -> None:
     """For people: the verdict and where it goes on; unless `quiet`, all that the forecast holds."""
     refusal = found.refusal
-    click.echo(f"{escape(found.path, 4000)}: {WORD[found.verdict]} ({found.verdict})")
+    unknown = _unknown(found) if found.verdict == "safe" else []
+    but = f" as far as is known; not known: {', '.join(unknown)}" if unknown else ""
+    click.echo(f"{escape(found.path, 4000)}: {WORD[found.verdict]} ({found.verdict}{but})")
     if refusal is not None:
         text = f": {escape(refusal.text, 600)}" if refusal.text else ""
         click.echo(f"  {refusal.moment.when}: {refusal.error}{text}")
@@ -95,11 +97,17 @@ def _short(value: object) -> str:
     return str(value)
 
 
+def _unknown(found: Any) -> list[str]:
+    """What could be told by nobody: it counts neither as safe nor as changed."""
+    return [check.name for check in found.checks if check.ok is None]
+
+
 def document(found: Any) -> dict[str, object]:
     """The structure of --json.
 
     ok, resumes   whether it will resume (exit code 0)
     verdict       "safe", "careful" or "impossible": the worst class of any difference
+    unknown       names of the checks that cannot be told, which the verdict leaves out
     error         null, or what the framework raises first: {class, text, when}
     step, epoch, samples
                   where the checkpoint stands; null where it does not say
@@ -121,6 +129,7 @@ def document(found: Any) -> dict[str, object]:
         "format": found.format,
         "resumes": found.resumes,
         "verdict": found.verdict,
+        "unknown": _unknown(found),
         "error": None
         if refusal is None
         else {"class": refusal.error, "text": refusal.text, "when": refusal.moment.when},

@@ -72,7 +72,7 @@ class Bucket:
         self.api: Any = obstore
         options: Any = {"client_options": {"allow_http": True}} if url.startswith("http:") else {}
         try:
-            self._store = obstore.store.from_url(url, retry_config=RETRIES, **options)
+            self._store = self.api.store.from_url(url, retry_config=RETRIES, **options)
         except Exception as error:  # of many classes; their text may quote the configuration
             raise UsageError(
                 "store-unknown",
