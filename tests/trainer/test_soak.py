@@ -16,6 +16,7 @@ def children(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.heavy
 def test_two_interruptions(tmp_path: Path) -> None:
     found = soak.story(tmp_path / "soak", 5, 2, changes=True, kinds=("SIGKILL", "disk full"))
     assert sum(found.done[kind] for kind in soak.KINDS) == 2
