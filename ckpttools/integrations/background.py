@@ -23,6 +23,7 @@ from ckpttools.integrations.guard import LAST_VERIFIED, damage, drop_manifests
 from ckpttools.operations.prune import carry_out, plan_of
 from ckpttools.runs import extent
 from ckpttools.runs.retain import Policy
+from ckpttools.stores.files import exists
 
 LOCK = ".ckpt-verifying"
 
@@ -33,7 +34,7 @@ def main(checkpoint: Path, keep_last: int | None, per_kind: bool, keep_best: str
     folder = checkpoint.parent
     with (folder / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not checkpoint.exists():
+        if not exists(checkpoint):
             return _said(None, f"{checkpoint.name} went before it was read")
         before = extent(checkpoint)
         problem = damage(checkpoint)

@@ -22,7 +22,7 @@ from ckpttools.errors import CkptError
 from ckpttools.execute.removing import remove_file
 from ckpttools.findings import errors
 from ckpttools.siblings import MANIFEST
-from ckpttools.stores.files import local
+from ckpttools.stores.files import is_folder, local, stat, walk
 
 LAST_VERIFIED = "last_verified"
 log = logging.getLogger("ckpttools")
@@ -122,11 +122,11 @@ def damage(checkpoint: Path, *, quick: bool = False) -> CkptError | None:
 def drop_manifests(checkpoint: Path, than: int) -> None:
     """Remove manifests of a checkpoint that were written before `than`, in ns: of files that lay there under
     the same names, and were saved again since, by a resumed run or as `last.ckpt`."""
-    found = checkpoint.rglob(f"*{MANIFEST}") if checkpoint.is_dir() else [local(manifest.beside(checkpoint))]
-    for path in list(found):
+    inside = [path for path, entry in walk(checkpoint) if entry.name.endswith(MANIFEST)]
+    for path in inside if is_folder(checkpoint) else [manifest.beside(checkpoint)]:
         with suppress(OSError):
-            if path.stat().st_mtime_ns < than:
-                remove_file(path)
+            if stat(path).mtime_ns < than:
+                remove_file(local(path))
 
 
 def refuse_damaged(checkpoint: Path) -> None:
@@ -142,7 +142,7 @@ def newest_good(folder: Path) -> Path | None:
     """The newest checkpoint of the folder's own run that verifies, None where there is none at all: what lies
     in folders below is of other runs. Raises CkptError where there are some and all are damaged.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         return None
     found = runs.own(folder)
     if not found:

@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 
 from ckpttools.integrations.guard import Guard, Rules, newest_good, refuse_damaged
 from ckpttools.integrations.ranks import everywhere
+from ckpttools.stores.files import exists, stat
 
 
 class VerifySaves(pl.Callback):
@@ -35,7 +36,7 @@ class VerifySaves(pl.Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         path = trainer.ckpt_path
         if path is not None:
-            everywhere(lambda: refuse_damaged(Path(path)) if Path(path).exists() else None)
+            everywhere(lambda: refuse_damaged(Path(path)) if exists(Path(path)) else None)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._look(trainer)
@@ -55,9 +56,9 @@ class VerifySaves(pl.Callback):
             # with save_last the last that it saved is last.ckpt alone
             names = ("_last_checkpoint_saved", "best_model_path", "last_model_path")
             for path in dict.fromkeys(getattr(each, name, "") for name in names):
-                if not path or not Path(path).exists():
+                if not path or not exists(Path(path)):
                     continue
-                time = Path(path).stat().st_mtime_ns
+                time = stat(Path(path)).mtime_ns
                 if self._seen.get(path) != time:
                     self._seen[path] = time
                     self.guard.saved(Path(path))

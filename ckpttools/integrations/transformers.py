@@ -20,6 +20,7 @@ from accelerate import PartialState
 
 from ckpttools.integrations.guard import Guard, Rules, log, newest_good, refuse_damaged
 from ckpttools.integrations.ranks import everywhere
+from ckpttools.stores.files import exists
 
 
 class VerifySaves(transformers.TrainerCallback):  # type: ignore[misc]  # untyped base
@@ -43,7 +44,7 @@ class VerifySaves(transformers.TrainerCallback):  # type: ignore[misc]  # untype
     def _look(self, checkpoint: Path) -> None:
         if self._taken is not None and self._taken.name == checkpoint.name:
             return  # every byte of it was read, wherever it lies
-        if checkpoint.exists():
+        if exists(checkpoint):
             refuse_damaged(checkpoint)
         else:
             log.warning("not verified: what was resumed from is not %s; name it by resume_from", checkpoint)
