@@ -173,7 +173,7 @@ class Training:
     size: int | None = None
     batches: int | None = None
     updates: int | None = None
-    epochs: int | None = None
+    epochs: int | float | None = None
     total_count: int | None = None
     inside: int | None = None  # samples of the running epoch, where the run finds its place by them
     remainder: Remainder = "flush"
@@ -184,7 +184,7 @@ class Training:
     batch_fields: tuple[BatchField, ...] = ()
     follows: bool = False  # the schedule is a function of the counter, and not saved
     # settings of the run's length from which a schedule is made anew: their names, what they count, values
-    lengths: tuple[tuple[str, Literal["epochs", "steps"], int | None], ...] = ()
+    lengths: tuple[tuple[str, Literal["epochs", "steps"], int | float | None], ...] = ()
     scheduled: bool = False  # whether the configuration names a schedule
     histories: tuple[StepList, ...] = ()
     losses: tuple[tuple[str, float], ...] = ()  # the last of each, by the name that it was logged under

@@ -82,11 +82,12 @@ def command(
         micro=new_bs or old.micro, ranks=new_gpus or old.ranks, accumulation=new_accum or old.accumulation
     )
     moves: list[tuple[str, int, int]] = []
+    whole: int | float | None = epochs
     if training is not None:
-        dataset_size, epochs = dataset_size or training.size, epochs or training.epochs
+        dataset_size, whole = dataset_size or training.size, epochs or training.epochs
         drop_last = training.drop_last if drop_last is None else drop_last
         iteration = _iteration(training, accum) if iteration is None else iteration
-        moves = _moves(training, old, new, unknown, dataset_size, epochs, drop_last=drop_last)
+        moves = _moves(training, old, new, unknown, dataset_size, whole, drop_last=drop_last)
     drop_last = True if drop_last is None else drop_last
     data = None if dataset_size is None else Data(size=dataset_size, drop_last=drop_last)
     if training is None and changed and iteration is not None:
@@ -95,7 +96,7 @@ def command(
         moves = [("iteration", iteration, steps.position(iteration))]
     batches = [old, new] if changed else [old]
     counted = data is not None and "ranks" not in unknown
-    runs = [lengths(batch, data, epochs) for batch in batches] if counted and data is not None else []
+    runs = [lengths(batch, data, whole) for batch in batches] if counted and data is not None else []
     means = [meaning(iteration, run) for run in runs] if iteration is not None else []
     kept = ways(old, new.micro, new_gpus) if changed and not unknown else []
     shown = _Shown(
@@ -104,7 +105,7 @@ def command(
         means=means,
         kept=kept,
         data=data,
-        epochs=epochs,
+        epochs=whole,
         moves=moves if changed else [],
         unknown=unknown,
         notes=known.notes,
@@ -124,7 +125,7 @@ class _Shown:
     means: list[Meaning]
     kept: list[Way]
     data: Data | None
-    epochs: int | None
+    epochs: int | float | None
     moves: list[tuple[str, int, int]]
     unknown: frozenset[str]
     notes: tuple[str, ...]
@@ -153,7 +154,7 @@ def _moves(
     new: Batch,
     unknown: frozenset[str],
     size: int | None,
-    epochs: int | None,
+    epochs: int | float | None,
     *,
     drop_last: bool | None,
 ) -> list[tuple[str, int, int]]:

@@ -8,6 +8,7 @@ nobody looks whether it is complete (transformers/trainer_utils.py).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -69,17 +70,15 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
     state = jsons.read(path, allow_nan=True)
     arguments = _arguments(folder / ARGUMENTS)
     step, total = _whole(state.get("global_step")), _whole(state.get("max_steps"))
-    epochs = _whole(state.get("num_train_epochs"))
+    epochs = _epochs(_whole(state.get("num_train_epochs")), arguments)
     planned = arguments.get("max_steps")
     by_epochs = not (isinstance(planned, int) and planned > 0)
     if not arguments:  # max_steps may have been asked for, of which num_train_epochs says nothing
         by_epochs = _spans_epochs(step, total, epochs, state.get("epoch"))
-    updates = None
-    if by_epochs and total and epochs and total % epochs == 0:
-        updates = total // epochs
     accumulation = _whole(arguments.get("gradient_accumulation_steps"))
     history = state.get("log_history")
     log = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    updates = _updates(total, epochs, accumulation, log) if by_epochs and total and epochs else None
     candidates = _batches(updates, accumulation, log)
     return Training(
         framework="hf-trainer",
@@ -117,7 +116,26 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
     )
 
 
-def _spans_epochs(step: int | None, total: int | None, epochs: int | None, epoch: object) -> bool:
+def _epochs(stated: int | None, arguments: Mapping[str, object]) -> int | float | None:
+    """As they were asked for: trainer_state.json has them rounded up (1.5 epochs as 2)."""
+    asked = arguments.get("num_train_epochs")
+    if isinstance(asked, float) and math.isfinite(asked) and math.ceil(asked) == stated:
+        return int(asked) if asked.is_integer() else asked
+    return stated
+
+
+def _updates(total: int, epochs: float, accumulation: int | None, log: list[dict[str, object]]) -> int | None:
+    """The updates of an epoch of which ceil(epochs x updates) are `total`; None where several are."""
+    least, most = math.floor((total - 1) / epochs), math.ceil(total / epochs)
+    if most - least > MAX_ACCUMULATION:
+        return None
+    found = [n for n in range(max(1, least), most + 1) if math.ceil(epochs * n) == total]
+    if len(found) > 1:  # less than one epoch: the log may tell
+        found = [n for n in found if _batches(n, accumulation, log)]
+    return found[0] if len(found) == 1 else None
+
+
+def _spans_epochs(step: int | None, total: int | None, epochs: float | None, epoch: object) -> bool:
     """Whether `max_steps` updates are the whole epochs: the saved epoch is that of the step, to an update."""
     if not (step and total and epochs and isinstance(epoch, int | float)):
         return False

@@ -31,7 +31,7 @@ class Progress:
     count: int | None
     total: int | None
     epoch: float | None
-    epochs: int | None
+    epochs: int | float | None
     rates: tuple[float, ...]
     batch: Known
     losses: tuple[tuple[str, float], ...]

@@ -4,6 +4,7 @@ to keep an effective batch when the batch per GPU must change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,10 +24,10 @@ class Lengths:
     updates: int | None
 
 
-def lengths(batch: Batch, data: Data, epochs: int | None) -> Lengths:
+def lengths(batch: Batch, data: Data, epochs: float | None) -> Lengths:
     """Raises UsageError where an epoch has no whole batch and partial ones are dropped."""
     per_epoch = data.batches(batch)
-    iterations = None if epochs is None else per_epoch * epochs
+    iterations = None if epochs is None else math.ceil(per_epoch * epochs)
     updates = None if iterations is None else iterations // batch.accumulation
     return Lengths(batch=batch, per_epoch=per_epoch, iterations=iterations, updates=updates)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -159,3 +161,26 @@ def test_lengths_come_from_where_mmengine_keeps_them(tmp_path: Path) -> None:
         ("iter", 38, 1),
         ("max_iters", 78, 0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "updates", "known"), [(1.5, 4, 4), (2.0, 4, 4), (2.5, 5, 5), (0.7, 40, 40), (0.01, 40, 40)]
+)
+def test_the_trainers_part_of_an_epoch_is_no_whole_one(
+    asked: float, updates: int, known: int | None, tmp_path: Path
+) -> None:
+    """transformers rounds `num_train_epochs` up in its state, and not in what it counts by."""
+    shutil.copytree(FIXTURES / "hf-trainer/plain/checkpoint-2", tmp_path / "checkpoint-2")
+    path = tmp_path / "checkpoint-2/trainer_state.json"
+    state = json.loads(path.read_text())
+    state |= {"max_steps": math.ceil(asked * updates), "num_train_epochs": math.ceil(asked)}
+    state["log_history"] = [
+        {"step": s, "epoch": (s - 1) // updates + ((s - 1) % updates + 1) / updates} for s in (1, 2)
+    ]
+    path.write_text(json.dumps(state))
+    torch.save(
+        {"num_train_epochs": asked, "max_steps": -1, "gradient_accumulation_steps": 1},
+        tmp_path / "checkpoint-2/training_args.bin",
+    )
+    found = read(tmp_path / "checkpoint-2")
+    assert (found.epochs, found.updates) == (asked, known)

@@ -6,6 +6,7 @@ and refused where two answers are possible.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -41,7 +42,7 @@ class Request:
     schedule_unit: Literal["micro", "update", "epoch"] | None = None
     dataset_size: int | None = None
     steps_per_epoch: int | None = None
-    epochs: int | None = None
+    epochs: int | float | None = None
     drop_last: bool = False
     warmup: Literal["scale", "keep"] = "scale"
     lr_scaling: Literal["none", "linear", "sqrt", "adam-sde"] = "none"
@@ -322,6 +323,11 @@ def _agrees(
             )
 
 
+def _whole_run(epochs: float, each: Fraction) -> int:
+    """The units of a run; a part of an epoch, which the Trainer alone takes, is rounded up as it does."""
+    return int(epochs * each) if isinstance(epochs, int) else math.ceil(epochs * float(each))
+
+
 def _steps(
     training: Training,
     request: Request,
@@ -334,7 +340,7 @@ def _steps(
     unit, epochs = training.unit, request.epochs or training.epochs
     plain = Steps(old=old, new=new)
     if epochs is not None and old.epoch is not None and new.epoch is not None:
-        old_total, new_total = int(epochs * old.epoch), int(epochs * new.epoch)
+        old_total, new_total = _whole_run(epochs, old.epoch), _whole_run(epochs, new.epoch)
         if each != unit or training.total_count in (None, old_total):
             return Steps(old=old, new=new, old_total=old_total, new_total=new_total)
     if each == unit and training.total_count is not None:
