@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -237,7 +238,8 @@ def test_output_of_names_is_escaped(ckpt: Ckpt, tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    shell = f"{sys.executable} -m ckpttools.cli inspect {GOOD} --tensors | head -n 1; exit ${{PIPESTATUS[0]}}"
+    ckpt = shlex.join([sys.executable, "-m", "ckpttools.cli", "inspect", str(GOOD), "--tensors"])
+    shell = f"{ckpt} | head -n 1; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert ran.returncode == 0 and ran.stderr == "", ran.stderr
 

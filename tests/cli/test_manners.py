@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -222,6 +223,7 @@ def test_no_permission_is_exit_code_2(closed: str, as_nobody: list[str], tmp_pat
     commands = [name for name in READERS if name not in FOLDERS or closed != "a file"]
     calls = [[name, str(source), *map(str, READERS[name])] for name in commands]
     calls += [[*call, "--json"] for call in calls]
+    folder.parent.chmod(0o555)  # whoever runs this owns it, and could unpin a closed folder from beside it
     for path in shut:
         path.chmod(0)
     try:
@@ -232,7 +234,7 @@ def test_no_permission_is_exit_code_2(closed: str, as_nobody: list[str], tmp_pat
             check=True,
         )
     finally:
-        for path in shut:
+        for path in [folder.parent, *shut]:
             path.chmod(0o755)
     wrong = []
     for call, code, out, err in json.loads(ran.stdout):
@@ -268,13 +270,10 @@ def test_a_reader_that_leaves_does_not_change_the_answer(tmp_path: Path) -> None
     shutil.copytree(GOOD, tmp_path / "run")
     shard = next((tmp_path / "run").rglob("*rank_1*"))
     shard.write_bytes(shard.read_bytes()[:-500])
-    ckpt = f"{sys.executable} -m ckpttools.cli"
-    for words, code in (
-        (f"verify {tmp_path / 'run'}", 1),
-        (f"verify --json {tmp_path / 'run'}", 1),
-        (f"ls {GOOD}", 0),
-    ):
-        script = f"({ckpt} {words}; echo $? > {tmp_path}/code) | true"
+    damaged = str(tmp_path / "run")
+    for words, code in (["verify", damaged], 1), (["verify", "--json", damaged], 1), (["ls", str(GOOD)], 0):
+        ckpt = shlex.join([sys.executable, "-m", "ckpttools.cli", *words])
+        script = f"({ckpt}; echo $? > {shlex.quote(str(tmp_path / 'code'))}) | true"
         ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
         assert (int((tmp_path / "code").read_text()), ran.stderr) == (code, "")
 
@@ -289,7 +288,7 @@ def test_an_answer_that_cannot_be_written_is_an_error(unbuffered: str) -> None:
                 stdout=full, stderr=subprocess.PIPE, text=True, check=False,
             )  # fmt: skip
         assert ran.returncode == 2 and ran.stderr.startswith("error[system]: No space left"), ran.stderr
-    closed = f"{sys.executable} -m ckpttools.cli verify {GOOD} >&-"
+    closed = shlex.join([sys.executable, "-m", "ckpttools.cli", "verify", str(GOOD)]) + " >&-"
     ran = subprocess.run(["bash", "-c", closed], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
 
