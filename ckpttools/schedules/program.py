@@ -129,17 +129,19 @@ class Program(ABC):
         """The learning rate of group 0 in the next n units, when this state is loaded and stepped on."""
         return list(rates(self.machine(fresh=False), n))
 
-    def contradicted(self, replayed: float, key: str) -> Self:
-        """The replay does not give the saved rate. Where the state's own `key` does not have it either,
-        somebody else changed it, which is noted; else the scheduler is not what it was taken for.
+    def contradicted(self, replayed: float, key: str, at: int = 0) -> Self:
+        """The replay does not give the saved rate of group `at`. Where the state's own `key` does not have it
+        either, somebody else changed it, which is noted; else the scheduler is not what it was taken for.
         """
-        saved = self.saved_groups[0]["lr"]
-        own = [s[key][0] for s in self.saved_states if isinstance(s.get(key), list | tuple) and s[key]]
+        saved = self.saved_groups[at]["lr"]
+        lists = (s[key] for s in self.saved_states if isinstance(s.get(key), list | tuple))
+        own = [each[at] for each in lists if len(each) > at]
         if any(isinstance(each, int | float) and math.isclose(each, saved, rel_tol=1e-6) for each in own):
             return replace(self, contradiction=(saved, replayed))
+        of = f" of group {at}" if at else ""
         return self.with_notes(
-            f"the saved learning rate is {saved:.6g}, where the saved constants give {replayed:.6g} after "
-            f"{self.count} steps: something else changed it, and the rebased one follows the constants"
+            f"the saved learning rate{of} is {saved:.6g}, where the saved constants give {replayed:.6g} "
+            f"after {self.count} steps: something else changed it, and the rebased one follows the constants"
         )
 
     def with_notes(self, *notes: str) -> Self:

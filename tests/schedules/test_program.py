@@ -309,6 +309,20 @@ def test_a_rate_that_something_else_changed_is_said() -> None:
     assert "something else changed it" in note
 
 
+def test_a_rate_of_a_later_group_that_was_set_by_hand_is_no_result_of_the_constants() -> None:
+    """torch goes on from the group's rate, so the replayed one would be another schedule."""
+    opt = optimizer(2)
+    scheduler = lrs.CosineAnnealingLR(opt, 240)
+    trace(scheduler, opt, 90)
+    opt.param_groups[1]["lr"] *= 5
+    trace(scheduler, opt, 10)
+    found = recognise("torch", [plain_state(scheduler)], plain_groups(opt))
+    assert found.contradiction is not None and found.contradiction[0] == opt.param_groups[1]["lr"]
+    opt.param_groups[1]["lr"] *= 5  # not the scheduler's own
+    (note,) = recognise("torch", [plain_state(scheduler)], plain_groups(opt)).notes
+    assert "of group 1" in note
+
+
 # --- far away, and damaged ----------------------------------------------------------------------------
 
 

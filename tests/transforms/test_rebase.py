@@ -444,6 +444,32 @@ def test_a_schedule_that_contradicts_its_own_rate_is_refused(tmp_path: Path) -> 
     assert run("rebase-schedule", tmp_path / "a.pt", tmp_path / "b.pt", *sizes, "--counters-only").code == 0
 
 
+class Warmup:
+    def __init__(self, steps: int) -> None:
+        self.steps, self.floor = steps, 0.1
+
+    def __call__(self, step: int) -> float:
+        return min(1, max(self.floor, step / self.steps))
+
+
+def test_constants_of_a_function_that_the_state_holds_are_refused(tmp_path: Path) -> None:
+    """LambdaLR saves the fields of an object and loads them over those of the new run."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    schedule = LambdaLR(optimizer, Warmup(10))
+    new = LambdaLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1), Warmup(20))
+    new.load_state_dict(schedule.state_dict())
+    assert isinstance(new.lr_lambdas[0], Warmup) and new.lr_lambdas[0].steps == 10
+    tree = {"global_step": 0, "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
+    torch.save(tree | {"model": {"w": torch.zeros(2)}}, tmp_path / "a.pt")
+    sizes = ("--old-bs", 4, "--new-bs", 2, "--schedule-unit", "update")
+    ran = run("rebase-schedule", tmp_path / "a.pt", tmp_path / "b.pt", *sizes)
+    assert ran.code == 2 and "schedule-unknown" in ran.err and "steps" in ran.err, ran.err
+    assert "floor" not in ran.err
+    assert run("rebase-schedule", tmp_path / "a.pt", tmp_path / "b.pt", *sizes, "--counters-only").code == 0
+
+
 def test_one_table_of_keys(tmp_path: Path) -> None:
     """What inspect shows is what rebase moves."""
     torch.save({"it": 7, "iter": 9, "model": {"w": torch.zeros(2)}}, tmp_path / "a.pt")

@@ -158,12 +158,14 @@ def recognise_torch(
             "learning rate is left as it is"
         )
     program = _with_anneal(program, kinds)
-    lr = replayed(program, program.count, near=True).groups[0]["lr"]
-    saved = program.saved_groups[0]["lr"]
-    if math.isnan(lr) or _by_metric(nodes):
+    found = [group["lr"] for group in replayed(program, program.count, near=True).groups]
+    if math.isnan(found[0]) or _by_metric(nodes):
         return replace(program, replays=False).with_notes(_unknown_note(program))
-    if not math.isclose(lr, saved, rel_tol=SAME, abs_tol=1e-12 * abs(plain_groups[0]["initial_lr"])):
-        program = program.contradicted(lr, "_last_lr")
+    for at, (lr, group) in enumerate(zip(found, plain_groups, strict=True)):
+        if not math.isclose(lr, group["lr"], rel_tol=SAME, abs_tol=1e-12 * abs(group["initial_lr"])):
+            program = program.contradicted(lr, "_last_lr", at)
+            if program.contradiction is not None:
+                break
     return program
 
 
@@ -188,6 +190,8 @@ def _unknown_note(program: TorchProgram) -> str:
         PLATEAU: "ReduceLROnPlateau follows a metric",
         UNKNOWN: "the scheduler's class is not known",
     }
+    if kinds and kinds[0] == PLATEAU:
+        return f"{why[PLATEAU]}: it is left as it is, with its patience in steps of the old run"
     reason = why[kinds[0]] if kinds else "the schedule has ended"
     return (
         f"{reason}: its counter is moved, and the learning rate stays at {program.saved_groups[0]['lr']:.6g} "

@@ -81,8 +81,32 @@ def _scheduled(
     steps = line.steps[unit]
     if saved.repeats != 1:
         steps = _repeated(training, steps, saved.repeats, line)
+    if not steps.is_identity and (fields := list(_of_functions(saved.states))):
+        raise UsageError(
+            "schedule-unknown",
+            f"the function of {', '.join(program.families)} is an object whose fields are saved: "
+            f"{', '.join(map(str, dict.fromkeys(fields)))}",
+            where=saved.places[0].file,
+            why="torch loads them over those of the new run, and which of them count steps cannot be told",
+            hint="--counters-only leaves it alone and moves the counters; then set the scheduler up anew",
+        )
     new = program.rebased(steps, warmup=request.warmup)
     return Scheduled(saved=saved, old=program, new=new, unit=unit, steps=steps)
+
+
+def _of_functions(states: object) -> Iterator[object]:
+    """The fields of objects given as functions that may count steps: all but flags, texts and shares."""
+    if isinstance(states, list | tuple):
+        for each in states:
+            yield from _of_functions(each)
+    elif isinstance(states, Mapping):
+        yield from _of_functions(states.get("_schedulers"))
+        held = states.get("lr_lambdas")
+        for fields in held if isinstance(held, list) else ():
+            for name, value in fields.items() if isinstance(fields, Mapping) else ():
+                share = isinstance(value, float) and abs(value) <= 1
+                if not share and not isinstance(value, bool | str | None):
+                    yield name
 
 
 def _repeated(training: Training, steps: Steps, repeats: int, line: Timeline) -> Steps:
