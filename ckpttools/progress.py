@@ -18,7 +18,7 @@ class Progress(Protocol):
 @contextmanager
 def progress_bar(total_nbytes: int, label: str, *, enabled: bool = True) -> Iterator[Progress | None]:
     """A bar on stderr while the block runs; None when disabled or where stderr is not a terminal."""
-    if not enabled or not sys.stderr.isatty():
+    if not enabled or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm  # 0.1 s to import, and of no use to a script

@@ -122,11 +122,12 @@ def _dashes(arg: str) -> str:
 
 class _Output:
     """stdout whose reader may leave, as in `ckpt inspect ... | head`: the rest goes nowhere, and the command
-    goes on to its exit code.
+    goes on to its exit code. Any other error ends it, but of `messages`, which are no answer.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, messages: bool = False) -> None:
         self._stream = stream
+        self._messages = messages
         self.lost = False  # from now on nobody sees what is written
 
     def __getattr__(self, name: str) -> Any:
@@ -151,7 +152,7 @@ class _Output:
             self.lost = True
             # what is left in the buffer would fail again at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            if not isinstance(error, BrokenPipeError):
+            if not self._messages and not isinstance(error, BrokenPipeError):
                 raise
 
 
@@ -173,6 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     interrupts = _Interrupts()
     if sys.stdout is sys.__stdout__ and sys.stdout is not None:
         sys.stdout = _Output(sys.stdout)
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+        sys.stderr = _Output(sys.stderr, messages=True)
     args = list(sys.argv[1:] if argv is None else argv)
     head, dash, tail = args, [], []  # type: tuple[list[str], list[str], list[str]]
     if "--" in args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from contextlib import suppress
 
 import click
 
@@ -17,10 +18,11 @@ def report(problem: Exception, *, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exception(problem)
     error = problem if isinstance(problem, CkptError) else _other(problem)
-    if as_json and not getattr(sys.stdout, "lost", False):
-        render.document({"ok": False, "error": error.problem.document()})
-    else:
-        click.echo(error.problem.shown(), err=True)
+    with suppress(OSError):  # a document that cannot be written is told on stderr, too
+        if as_json and not getattr(sys.stdout, "lost", False):
+            render.document({"ok": False, "error": error.problem.document()})
+            return error.exit_code
+    click.echo(error.problem.shown(), err=True)
     return error.exit_code
 
 

@@ -90,7 +90,7 @@ def command(
     if not as_json and not (quiet and yes):
         click.echo("\n".join(_text(plan)))
     if work and not dry_run:
-        if not yes and (as_json or not sys.stdin.isatty()):
+        if not yes and (as_json or sys.stdin is None or not sys.stdin.isatty()):
             raise UsageError(
                 "prune-unconfirmed",
                 "nothing was removed: nobody is there to say yes",

@@ -293,6 +293,17 @@ def test_an_answer_that_cannot_be_written_is_an_error(unbuffered: str) -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("json", [False, True])
+@pytest.mark.parametrize(("source", "code"), [("z2_bf16_ws2", 0), ("nowhere", 2)])
+def test_messages_that_nobody_can_get_do_not_change_the_code(source: str, code: int, json: bool) -> None:
+    """A full disk under stderr, under both, or neither there: 1 would say that the checkpoint is damaged."""
+    command = [sys.executable, "-m", "ckpttools.cli", "verify", str(FIXTURES / "deepspeed-0.19.8" / source)]
+    command += ["--json"] * json
+    for end in ("2>/dev/full", "2>&-", *((">/dev/full 2>&1", ">/dev/full") if code else ())):
+        ran = subprocess.run(f"{shlex.join(command)} {end}", shell=True, capture_output=True, check=False)
+        assert ran.returncode == code and b"Traceback" not in ran.stderr, (end, ran)
+
+
 def test_one_folder_that_may_not_be_listed_does_not_hide_the_others(
     as_nobody: list[str], tmp_path: Path
 ) -> None:
