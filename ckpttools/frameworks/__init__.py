@@ -23,6 +23,7 @@ from dataclasses import asdict, replace
 
 from ckpttools.checkpoint import Checkpoint, TrainState
 from ckpttools.containers import fields
+from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats.format import Source
 from ckpttools.frameworks import (
@@ -66,10 +67,17 @@ def framework_of(training: Training | None) -> Framework:
     return BY_NAME[training.framework] if training is not None else plain.FRAMEWORK
 
 
-def read(source: Source, checkpoint: Checkpoint) -> Training:
-    """The training state of a checkpoint that was found at `source` and read. Raises CkptError."""
+Files = tuple[TorchFile | None, tuple[TorchFile, ...]]
+
+
+def read(source: Source, checkpoint: Checkpoint, files: Files | None = None) -> Training:
+    """The training state of a checkpoint that was found at `source` and read. Raises CkptError.
+
+    `files` are its torch files, where they are others than those that the Checkpoint was read from.
+    """
+    files = source.format.torch_files(checkpoint) if files is None else files
     with within(source.root):
-        saved = _saved(source, checkpoint)
+        saved = _saved(source, checkpoint, files)
         for framework in FRAMEWORKS:
             if framework.recognise(saved):
                 found = framework.read(saved)
@@ -77,17 +85,18 @@ def read(source: Source, checkpoint: Checkpoint) -> Training:
     raise _weights_only(checkpoint)
 
 
-def brief(source: Source, checkpoint: Checkpoint) -> Brief:
+def brief(source: Source, checkpoint: Checkpoint, files: Files | None = None) -> Brief:
     """What a listing shows of it, from as few files as possible. Raises CkptError."""
+    files = source.format.torch_files(checkpoint) if files is None else files
     with within(source.root):
-        bare = _bare(source, checkpoint)
+        bare = _bare(source, checkpoint, files)
         for framework in FRAMEWORKS:
             if framework.recognise(bare):
                 if framework.brief is None:
                     break
                 found = framework.brief(bare)
                 return replace(found, said=_over(found.said, checkpoint.train_state))
-    whole = read(source, checkpoint)
+    whole = read(source, checkpoint, files)
     return Brief(
         resumes=bool(whole.optimizers), metrics=dict(whole.losses), said=whole.state, best=whole.best
     )
@@ -138,17 +147,16 @@ def missing_keys(root: fields.Mapping) -> Iterator[tuple[str, str]]:
     return ((framework.title, key) for framework in FRAMEWORKS for key in framework.keys(root))
 
 
-def _saved(source: Source, checkpoint: Checkpoint) -> Saved:
-    bare = _bare(source, checkpoint)
+def _saved(source: Source, checkpoint: Checkpoint, files: Files) -> Saved:
+    bare = _bare(source, checkpoint, files)
     if bare.file is None or not bare.zero:
         return bare
-    ranks = checkpoint.layout.dp_degree
-    return replace(bare, engine=deepspeed.engine(bare.file, source.format.torch_files(checkpoint)[1], ranks))
+    return replace(bare, engine=deepspeed.engine(bare.file, files[1], checkpoint.layout.dp_degree))
 
 
-def _bare(source: Source, checkpoint: Checkpoint) -> Saved:
+def _bare(source: Source, checkpoint: Checkpoint, files: Files) -> Saved:
     """Without what DeepSpeed itself says."""
-    file, _ = source.format.torch_files(checkpoint)
+    file, _ = files
     tagged, place = source.format.tagged, source.root if source.format.tagged else source.target
     values = checkpoint if file is None else None
     return Saved(place=place, file=file, zero=tagged and file is not None, values=values)

@@ -20,6 +20,7 @@ from ckpttools.formats import FORMATS, Folder, locate, read
 from ckpttools.formats.locate import checkpoints, holds_one
 from ckpttools.formats.tags import is_tag
 from ckpttools.location import Location, below
+from ckpttools.runs.alike import Kinds
 from ckpttools.runs.cores import each
 from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
@@ -104,12 +105,13 @@ def runs(folder: Location, depth: int = MAX_DEPTH) -> list[list[Entry]]:
     entries(folder)  # raises where it cannot be listed
     with within(folder):
         if _whole(folder) and not _several(folder):
-            alone = _entry(folder, folder)
+            alone = _entry(folder, folder, Kinds(()))
             if alone.problem is not None and alone.problem.id in CLOSED:
                 raise alone.problem
             return [[alone]]
         places = list(_runs(folder, depth))
-        entered = iter(each(_at, [(path, run) for run, paths in places for path in paths]))
+        every = [(path, run) for run, paths in places for path in paths]
+        entered = iter(each(partial(_at, Kinds(every)), every))
         found = [ordered([next(entered) for _ in paths]) for _, paths in places]
     closed = [entry.problem for run in found for entry in run]
     if closed and closed[0] and all(problem and problem.id in CLOSED for problem in closed):
@@ -213,13 +215,14 @@ def _several(path: Location) -> bool:
     return sum(is_folder(e) and is_tag(path / e.name) for e in entries(path)) > 1
 
 
-def _at(place: tuple[Location, Location]) -> Entry:
-    return _entry(*place)
+def _at(kinds: Kinds, place: tuple[Location, Location]) -> Entry:
+    return _entry(*place, kinds)
 
 
-def _entry(path: Location, run: Location) -> Entry:
+def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
     time, nbytes = extent(path)
     make = partial(Entry, path=path, run=run, time=time, nbytes=nbytes)
+    files: frameworks.Files | None = None
     try:
         if is_folder(path):
             entries(path)  # raises where it may not be listed
@@ -231,8 +234,12 @@ def _entry(path: Location, run: Location) -> Entry:
                 why=why,
                 hint="use an older checkpoint",
             )
-        source = locate(path)
-        checkpoint = read(source)
+        if (other := kinds.other((path, run))) is not None:
+            source, checkpoint, files = other
+        else:
+            source = locate(path)
+            checkpoint = read(source)
+            kinds.learn((path, run), source, checkpoint)
     except CkptError as error:
         return make(format=None, state=TrainState(), resumes=None, problem=error)
     resumes: bool | None
@@ -241,7 +248,7 @@ def _entry(path: Location, run: Location) -> Entry:
     problem: CkptError | None = None
     layout, state = checkpoint.layout, checkpoint.train_state
     try:
-        brief = frameworks.brief(source, checkpoint)
+        brief = frameworks.brief(source, checkpoint, files)
         resumes, logged, state, best = brief.resumes, brief.metrics, brief.said, brief.best
     except Unsupported as reason:
         resumes = False if reason.id == "weights-only" else None

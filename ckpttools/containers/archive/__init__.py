@@ -13,6 +13,7 @@ Record names are `<root>/<name>`, where the root is the file's stem at the time 
 for a record that is not empty means that it was saved without checksums (`compute_crc32=False`).
 """
 
+from ckpttools.containers.archive.alike import Directory
 from ckpttools.containers.archive.directory import damaged
 from ckpttools.containers.archive.layout import (
     BIG,
@@ -32,6 +33,7 @@ __all__ = [
     "END",
     "SERIALIZATION_ID",
     "Archive",
+    "Directory",
     "Record",
     "archive_segments",
     "belong_together",

@@ -51,7 +51,7 @@ def read_archive(file: File) -> Archive:
     """
     entries, directory = read_directory(file)
     entries.sort(key=lambda entry: entry[1])
-    _hold_beginning(file, entries, directory)
+    hold_beginning(file, entries, directory)
     records: dict[str, Record] = {}
     roots: dict[str, None] = {}
     lowered: set[str] = set()
@@ -62,7 +62,7 @@ def read_archive(file: File) -> Archive:
         if offset != at:
             raise damaged(file.path, f"record '{escape(name)}' starts at byte {offset}, expected {at}")
         # where there is no checksum, nothing would prove that the data begins there
-        record = _predicted(file, entry, following, alignment) or _record(file, entry, directory)
+        record = _predicted(file, entry, following, alignment) or read_header(file, entry, directory)
         root, slash, rest = name.partition("/")
         if not slash or not (rest or record.size == 0):
             raise damaged(file.path, f"record '{escape(name)}' has no archive root in its name")
@@ -84,7 +84,7 @@ def read_archive(file: File) -> Archive:
     return Archive(path=file.path, size=file.size, root=root, records=records, base=file.base)
 
 
-def _hold_beginning(file: File, entries: list[Entry], directory: int) -> None:
+def hold_beginning(file: File, entries: list[Entry], directory: int) -> None:
     """The pickle, and what torch puts between it and the storages, by one call."""
     first = next((i for i, entry in enumerate(entries) if entry[0].endswith("/data.pkl")), None)
     if first is None:
@@ -126,7 +126,8 @@ def _made(entry: Entry, start: int, end: int, *, predicted: bool = False) -> Rec
     )
 
 
-def _record(file: File, entry: Entry, limit: int) -> Record:
+def read_header(file: File, entry: Entry, limit: int) -> Record:
+    """The record of a directory entry, its local header read. Raises CkptError where they disagree."""
     name, offset, flags, method, crc32, nbytes, size = entry
     if offset + LOCAL.size > limit:
         raise damaged(file.path, f"record '{escape(name)}' lies outside the archive")
@@ -165,7 +166,7 @@ def prove(file: File, archive: Archive, record: Record) -> None:
     if record.predicted:
         raw = f"{archive.root}/{record.name}"
         entry = (raw, record.header, record.flags, record.method, record.crc32, record.nbytes, record.size)
-        read = _record(file, entry, record.end)
+        read = read_header(file, entry, record.end)
         if (read.start, read.end) != (record.start, record.end):
             raise damaged(
                 file.path, f"the header of record '{escape(raw)}' is not as long as its padding must be"

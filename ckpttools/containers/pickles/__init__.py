@@ -25,6 +25,7 @@ from ckpttools.containers.pickles.nodes import (
 )
 from ckpttools.containers.pickles.read import MAX_BYTES, loads
 from ckpttools.containers.pickles.show import plain
+from ckpttools.containers.pickles.template import Template
 from ckpttools.containers.pickles.write import dumps
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Pickle",
     "Reject",
     "Set",
+    "Template",
     "as_mapping",
     "dumps",
     "loads",

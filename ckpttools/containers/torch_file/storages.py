@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from ckpttools.containers.pickles import Global, Node, Reject
 from ckpttools.errors import escape
 from ckpttools.location import Location
 from ckpttools.plan import Segment
-from ckpttools.tensors import BY_STORAGE, DTYPES, UINT8, DType
+from ckpttools.tensors import BY_STORAGE, DTYPES, UINT8, ByteRange, DType
 
 T = TypeVar("T")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -48,6 +49,11 @@ class Storage:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    def moved(self, path: Location) -> Storage:
+        """The same bytes of another file."""
+        chunks = tuple(replace(chunk, path=path) for chunk in self.chunks if isinstance(chunk, ByteRange))
+        return Storage(self.kind, self.dtype, self.numel, chunks, self.location, self.record)
 
 
 def storage_id(pid: Node) -> tuple[Global, DType, str, str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ckpttools.containers.archive import Archive, Record
@@ -75,6 +75,7 @@ class TorchFile:
     archive: Archive | None  # None for the legacy serialization
     deflated: Deflations | None = None  # where records that another program compressed are read
     stray: tuple[str, ...] = ()  # storages that no tensor is in
+    borrowed: bool = False  # the nodes are those of a file that is alike: their storages lie in this one
     _views: dict[int, View] = field(default_factory=dict, repr=False)
 
     @property
@@ -117,6 +118,8 @@ class TorchFile:
         if known is None:
             known = located(self.path, lambda: _rebuilt(node))
             if known is not None:
+                if self.borrowed:
+                    known = replace(known, storage=known.storage.moved(self.path))
                 self._views[id(node)] = known
         return known
 

@@ -12,8 +12,10 @@ are cut the same way. Source: deepspeed/runtime/zero/stage_1_and_2.py, bf16_opti
 """
 
 from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats import rank_local, tags
+from ckpttools.formats.deepspeed import counters
 from ckpttools.formats.format import Checked, Format, Source
 from ckpttools.formats.zero import names
 from ckpttools.formats.zero.join import ZeroFolder
@@ -60,5 +62,6 @@ FORMAT = Format(
     targets=("zero1", "zero2"),
     tagged=True,
     torch_files=_files,
+    state=lambda file: counters(file, fields.mapping(file.path, file.value, "the file's value")),
     refuse_rank_local=_refuse_rank_local,
 )
