@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -68,6 +68,8 @@ def command(
         raise UsageError("bad-usage", f"--iteration {iteration} makes no sense", hint="give 0 or more")
     training = None if src is None else _read(src, tag)
     known = Known(ranks=1, accumulation=1) if training is None else training.batch
+    said = {"micro": bs, "ranks": gpus, "accumulation": accum}
+    by = {} if training is None else {what: how for what, how in known.by.items() if not said.get(what)}
     bs, gpus, accum = bs or known.micro, gpus or known.ranks, accum or known.accumulation
     if bs is None:
         raise UsageError(
@@ -76,6 +78,8 @@ def command(
             hint="ckpt batch --bs 64 --gpus 2 --accum 2 --dataset-size 100000 --epochs 8",
         )
     unknown = frozenset(n for n, value in (("ranks", gpus), ("accumulation", accum)) if value is None)
+    if training is not None and known.total is None and not any(said.values()):
+        unknown |= {"total"}  # what SRC says contradicts itself
     old = Batch(micro=bs, ranks=gpus or 1, accumulation=accum or 1)
     changed = new_bs is not None or new_gpus is not None or new_accum is not None
     new = Batch(
@@ -108,6 +112,7 @@ def command(
         epochs=whole,
         moves=moves if changed else [],
         unknown=unknown,
+        by=by,
         notes=known.notes,
     )
     if as_json:
@@ -128,6 +133,7 @@ class _Shown:
     epochs: int | float | None
     moves: list[tuple[str, int, int]]
     unknown: frozenset[str]
+    by: Mapping[str, str]  # what in SRC decided each part
     notes: tuple[str, ...]
 
 
@@ -222,6 +228,12 @@ def _text(shown: _Shown) -> Iterator[str]:
             [(w.batch.ranks, w.batch.accumulation, w.batch.total, _off(w.off), w.changes) for w in kept],
             ("GPUs", "accumulation", "effective", "", "changes"),
         )
+    if shown.by:
+        names = (("micro", "batch per GPU"), ("ranks", "GPUs"), ("accumulation", "accumulation"))
+        yield ""
+        yield "from SRC: " + "; ".join(
+            f"{name} by {shown.by[what]}" for what, name in names if what in shown.by
+        )
     for note in shown.notes:
         yield f"note: {note}"
 
@@ -275,6 +287,7 @@ def _json(shown: _Shown) -> dict[str, object]:
         "dataset_size": None if data is None else data.size,
         "drop_last": None if data is None else data.drop_last,
         "epochs": epochs,
+        "from": dict(shown.by),
         **{names[i]: one(i) for i in range(len(batches))},
         "ways": [
             {

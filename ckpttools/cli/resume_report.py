@@ -34,7 +34,7 @@ def show(found: Any, *, quiet: bool) -> None:
         place = [
             f"{name} {value}"
             for name, value in (("step", found.step), ("epoch", found.epoch), ("sample", found.samples))
-            if value is not None
+            if value is not None and not (name == "epoch" and value == 0 and found.step)
         ]
         click.echo(
             f"  goes on after {', '.join(place) if place else 'a step that the checkpoint does not state'}"

@@ -172,14 +172,19 @@ def _verdicts(
 
 def _show(verdict: Verdict, *, quick: bool, subset: str | None, quiet: bool, brief: bool) -> None:
     """One line, and the findings below it; of several checkpoints, without the notes."""
-    state = "".join(f", {name} {_number(value)}" for name, value in _progress(verdict) if value is not None)
-    line = f"{escape(verdict.path)}: {verdict.words} ({verdict.format or 'unreadable'}{state}"
+    told = ["unreadable"] if verdict.format is None and verdict.exit_code == 1 else []
+    told += [verdict.format] if verdict.format is not None else []
+    for name, value in _progress(verdict):
+        # epoch 0 is what a run that counts iterations says to its end
+        if value is not None and not (name == "epoch" and value == 0 and verdict.step):
+            told.append(f"{name} {_number(value)}")
+    line = f"{escape(verdict.path)}: {verdict.words} ({', '.join(told)}"
     if verdict.ok:
         line += f"; no {', no '.join(verdict.lacks)}" if verdict.lacks else ""
         line += "; headers only" if quick else f"; {render.size(verdict.nbytes_read)} of data read"
         line += f", the part {subset}" if subset else ""
     if not (quiet and verdict.ok):
-        click.echo(f"{line})")
+        click.echo(f"{line})".removesuffix(" ()"))
     hints: dict[str, None] = {}
     for finding in verdict.findings:
         if finding.severity == "info" and (brief or quiet or finding.id in IN_THE_LINE | AT_THE_END):

@@ -23,6 +23,8 @@ def kept_batch(checkpoint: Checkpoint, layout: Layout) -> tuple[Mapping[str, int
     counted = type(iteration) is int
     new = kept(batch, layout.dp_degree, "micro" if counted else "update", iteration if counted else None)
     values = {"micro": new.micro, "accumulation": new.accumulation}
-    had = state.batch
+    had = dict(state.batch)
+    if "micro" in had and "global" not in had:
+        had.setdefault("accumulation", 1)  # what DeepSpeed takes for none
     changed = {BATCH[k]: v for k, v in values.items() if v is not None and k in had and v != had[k]}
     return changed, new.notes

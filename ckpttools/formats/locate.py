@@ -13,7 +13,7 @@ from dataclasses import replace
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats.format import Folder, Found, Inner, Source, unfinished
 from ckpttools.formats.table import FORMATS
-from ckpttools.formats.tags import LATEST, by_number, is_bundle, named_tags, tags
+from ckpttools.formats.tags import LATEST, by_number, is_bundle, is_rest, named_tags, tags
 from ckpttools.location import Location, Stored
 from ckpttools.siblings import UNFINISHED, is_copy, is_ours
 from ckpttools.stores.files import entries, exists, is_file, is_folder, is_link, opened, plain_name, stat
@@ -174,4 +174,5 @@ def checkpoints(path: Location) -> list[Location]:
 def holds_one(path: Location) -> bool:
     """Whether a folder is itself a checkpoint, by the names in it. Raises CkptError."""
     folder = Folder.of(path)
-    return LATEST in folder.names or is_bundle(folder) or any(format.holds(folder) for format in FORMATS)
+    wrapped = LATEST in folder.names or is_bundle(folder) or is_rest(folder)
+    return wrapped or any(format.holds(folder) for format in FORMATS)

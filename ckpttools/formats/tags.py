@@ -85,6 +85,11 @@ def is_bundle(folder: Folder) -> bool:
     return LATEST in inner.names or holds_states(inner)
 
 
+def is_rest(folder: Folder) -> bool:
+    """Whether it is a bundle whose `deepspeed/` is gone."""
+    return BUNDLE not in folder.folders and all(name in folder.names for name in BUNDLED)
+
+
 def _tag(folder: Folder) -> Folder:
     """The tag folder that `latest` names."""
     name = plain_name(small_text(folder.path / LATEST, 256).strip(), folder.path / LATEST)

@@ -13,11 +13,12 @@ from ckpttools.checks.verdict import Delivered
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.formats import locate
 from ckpttools.formats.locate import checkpoints
+from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location
 from ckpttools.operations.writing import Bar
 from ckpttools.runs.find import paths
 from ckpttools.runs.order import numbers, shape
-from ckpttools.stores.files import is_folder, named
+from ckpttools.stores.files import entries, is_folder, named
 
 if TYPE_CHECKING:
     from ckpttools.checks.contents import Passing
@@ -85,6 +86,8 @@ def members(path: str | Location, *, newest: bool = False) -> tuple[Location, ..
     if len(found) > 1:
         return tuple(entry.path for entry in runs.find(path))
     if found and found[0] != path:
+        if not any(entry.name in POINTERS for entry in entries(path)):
+            return found
         try:
             locate(path)
         except UsageError:

@@ -19,7 +19,7 @@ from ckpttools.resume.new_run import NewRun
 from ckpttools.resume.rates import ahead
 from ckpttools.resume.rates import rates as rates_of
 from ckpttools.resume.report import Check, Difference, Forecast, check
-from ckpttools.stores.files import is_folder
+from ckpttools.stores.files import is_file, is_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +44,17 @@ class Target:
         """
         one = path
         chosen: tuple[AutoResume, ...] = ()
-        if tag is None and is_folder(path):
+        folder = tag is None and is_folder(path)
+        if folder:
             chosen = training_of.auto_resume(path)
         try:
-            source = locate(path, tag)
+            source = None if folder and runs.holds_others(path) else locate(path, tag)
         except UsageError as error:
-            if error.id != "several-checkpoints":
+            below = folder and error.id == "not-a-checkpoint" and runs.paths(path)
+            if error.id != "several-checkpoints" and not below:
                 raise
+            source = None
+        if source is None:
             taken = next((c.path for c in chosen if c.path is not None), None)
             if taken is None:
                 choice = runs.newest(path)
@@ -105,6 +109,8 @@ def foretell(target: Target, run: NewRun) -> Forecast:
     saved = target.saved
     if saved is not None:
         run = replace(run, config=arguments.resolved(run, saved.config))
+        if is_file(target.source.root / "adapter_config.json"):
+            run = replace(run, strict=False)  # as transformers loads PEFT's models
         found = deepspeed.forecast(target.one, saved, run)
         if run.settings is not None:
             found = _with(

@@ -15,7 +15,7 @@ and `ckpt train --resume` ask here.
 from __future__ import annotations
 
 from ckpttools.runs.choose import Choice, choice, newest, newest_verified, nothing
-from ckpttools.runs.find import Entry, extent, find, grouped, own, paths, runs
+from ckpttools.runs.find import Entry, extent, find, grouped, holds_others, own, paths, runs
 
 __all__ = [
     "Choice",
@@ -24,6 +24,7 @@ __all__ = [
     "extent",
     "find",
     "grouped",
+    "holds_others",
     "newest",
     "newest_verified",
     "nothing",

@@ -196,7 +196,12 @@ def _problem(path: Location, verify: Callable[[Location], Verdict]) -> str | Non
     except CkptError as error:
         return f"{error.message} [{error.id}]"
     bad = [finding for finding in verdict.findings if finding.severity == ERROR]
-    return f"{bad[0].message} [{bad[0].id}]" if bad else None
+    if not bad:
+        return None
+    file = bad[0].file
+    place = "" if file == str(path) else file.removeprefix(f"{path}/")
+    said = " ".join(part for part in (place, bad[0].where) if part)
+    return f"{said}{': ' * bool(said)}{bad[0].message} [{bad[0].id}]"
 
 
 def nothing(folder: Location) -> CkptError:

@@ -86,9 +86,15 @@ def paths(folder: Location) -> tuple[Location, ...]:
     """
     entries(folder)  # raises where it cannot be listed
     with within(folder):
-        if _whole(folder):
+        if _whole(folder) and not _several(folder):
             return (folder,)
         return tuple(path for _, found in _runs(folder, MAX_DEPTH) for path in found)
+
+
+def holds_others(folder: Location) -> bool:
+    """Whether a folder that is a checkpoint is also a run: the Trainer's final model beside checkpoint-N/."""
+    with within(folder):
+        return _whole(folder) and _several(folder)
 
 
 def own(folder: Location) -> list[Entry]:

@@ -204,7 +204,8 @@ def kept(batch: Known, ranks: int, unit: Unit = "update", count: int | None = No
 
 def _unknown(batch: Known, ranks: int) -> str:
     return (
-        f"the effective batch is not known ({batch}): with the same settings on {ranks} ranks it changes by "
-        f"{ranks}/{batch.ranks or '?'}; keep batch per rank x ranks x accumulation, or move the counters "
-        f"with ckpt rebase-schedule DST --old-gpus {batch.ranks or 'N'} --new-gpus {ranks} --old-bs BATCH"
+        f"the effective batch is not known ({batch}): the same settings on {ranks} instead of "
+        f"{batch.ranks or '?'} ranks change it; keep batch per rank x ranks x accumulation, or move the "
+        f"counters with ckpt rebase-schedule DST --old-gpus {batch.ranks or 'N'} --new-gpus {ranks} "
+        "--old-bs BATCH --new-bs BATCH"
     )

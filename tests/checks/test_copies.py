@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from safetensors.torch import load_file, save_file
 from support import FIXTURES
 
@@ -90,6 +91,15 @@ def test_a_torn_training_info(tmp_path: Path) -> None:
     assert (severity, name) == (ERROR, "training_info.json")
 
 
+def test_the_reason_to_pass_one_over_names_the_file(tmp_path: Path) -> None:
+    path = copied(BUNDLE, tmp_path)
+    shutil.copytree(BUNDLE, tmp_path / "checkpoint-100")
+    rewritten(path / "training_info.json", global_step=250)
+    assert "checkpoint-200: training_info.json global_step: is 250" in (
+        run("latest", "--verified", tmp_path).err
+    )
+
+
 def test_a_foreign_training_info(tmp_path: Path) -> None:
     path = copied(BUNDLE, tmp_path)
     rewritten(path / "training_info.json", global_step=150, epoch=1)
@@ -102,6 +112,11 @@ def test_a_bundle_without_its_state(tmp_path: Path) -> None:
     path = copied(BUNDLE, tmp_path)
     shutil.rmtree(path / "deepspeed")
     assert said(path) == [(ERROR, "bundle-incomplete", "checkpoint-200")]
+    for folder in (path, tmp_path):  # by itself and as the run's only one, then beside a good one
+        assert run("verify", folder).code == 1
+    shutil.copytree(BUNDLE, tmp_path / "checkpoint-100")
+    ran = run("verify", tmp_path)
+    assert ran.code == 1 and "1 of 2 checkpoints are good" in ran.out
 
 
 def test_the_trainers_counter_and_deepspeeds(tmp_path: Path) -> None:

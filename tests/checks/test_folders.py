@@ -62,6 +62,24 @@ def test_newest_is_one(two: Path) -> None:
     assert len(lines(done.out)) == 1
 
 
+def test_the_trainers_final_model_hides_no_checkpoint(two: Path) -> None:
+    """`save_model` leaves the last weights in the run's own folder, beside checkpoint-N/."""
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(two / "checkpoint-4" / name, two)
+    damage(two / "checkpoint-2/model.safetensors")
+    done = run("verify", two)
+    assert done.code == 1 and lines(done.out)[-1] == "2 of 3 checkpoints are good"
+    forecast = json.loads(run("resume-check", two, "--json").out)
+    assert Path(forecast["path"]) == two / "checkpoint-4" and forecast["resumes"] is True
+
+
+def test_what_is_no_checkpoint_is_not_called_unreadable(tmp_path: Path) -> None:
+    torch.save({"x": 1}, tmp_path / "numbers.pt")
+    shutil.copy(FULL, tmp_path)
+    done = run("verify", tmp_path)
+    assert done.code == 2 and f"{tmp_path / 'numbers.pt'}: could not be checked\n" in done.out
+
+
 def test_tags_of_a_save_folder(tmp_path: Path) -> None:
     shutil.copytree(SAMPLE, tmp_path / "save")
     shutil.copytree(tmp_path / "save/global_step3", tmp_path / "save/global_step1")

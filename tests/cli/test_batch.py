@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from commands import Ckpt
@@ -135,3 +136,15 @@ def test_what_a_checkpoint_does_not_say_is_a_question_mark(ckpt: Ckpt) -> None:
 def test_a_checkpoint_fills_in_what_it_knows(ckpt: Ckpt) -> None:
     shown = rows(ckpt("batch", FIXTURES / "mmengine-deepspeed/iter_50.pth").out)
     assert shown["effective batch"] == ["8"] and shown["accumulation"] == ["2"]
+
+
+def test_what_decided_is_said_and_a_contradiction_is_no_number(ckpt: Ckpt, tmp_path: Path) -> None:
+    """MMEngine's own configuration still says 2 per GPU after a reshard of the 8 samples to one rank."""
+    src = FIXTURES / "mmengine-deepspeed/iter_50.pth"
+    assert "accumulation by strategy.gradient_accumulation_steps" in ckpt("batch", src).out
+    assert ckpt("reshard", src, tmp_path / "iter_50.pth", "--world-size", 1).code == 0
+    ran = ckpt("batch", tmp_path / "iter_50.pth")
+    assert rows(ran.out)["effective batch"] == ["?"] and "which of them holds is not known" in ran.out
+    document = json.loads(ckpt("batch", tmp_path / "iter_50.pth", "--json").out)
+    assert document["now"]["effective_batch"] is None and document["from"]["micro"]
+    assert rows(ckpt("batch", tmp_path / "iter_50.pth", "--bs", 4).out)["effective batch"] == ["8"]

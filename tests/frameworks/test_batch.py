@@ -96,6 +96,20 @@ def test_reshard_says_that_an_unknown_batch_changes(settings: dict[str, int], tm
     assert "effective batch is not known" in ran.err and "rebase-schedule" in ran.err
 
 
+def test_reshard_keeps_the_batch_where_no_accumulation_is_stated(tmp_path: Path) -> None:
+    """A ds_config of a micro batch alone: DeepSpeed takes an accumulation of 1, and half the ranks need 2."""
+    source = tmp_path / "run"
+    shutil.copytree(FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2", source)
+    for file in source.rglob("*states.pt"):
+        tree = torch.load(file, weights_only=False)
+        for key in ("train_batch_size", "gradient_accumulation_steps"):
+            del tree["ds_config"][key]
+        torch.save(tree, file)
+    ran = run("reshard", source, tmp_path / "one", "--world-size", 1)
+    assert ran.code == 0 and "accumulation 1 -> 2" in ran.err, ran.err
+    assert "batch 120 = 60 x 1 rank x 2\n" in run("inspect", tmp_path / "one").out
+
+
 # --- unknown parts ------------------------------------------------------------------------------------
 
 PLAIN = FIXTURES / "monolithic/full/epoch_2_step_40.pt"

@@ -202,6 +202,8 @@ def test_experiments_are_found_in_their_folders(inside: str, save: Save, tmp_pat
     assert [Path(name).name for name in names(top)] == [Path(inside.format(e)).name for e in (10, 9)]
     ran = run("latest", top)
     assert ran.code == 0 and ran.out.strip() == str(tmp_path / inside.format(10))
+    forecast = json.loads(run("resume-check", top, "--json").out)
+    assert forecast["path"] == str(tmp_path / inside.format(10))
 
 
 def test_of_several_runs_the_newest_is_taken_and_said(save: Save, tmp_path: Path) -> None:

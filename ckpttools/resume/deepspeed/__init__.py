@@ -32,7 +32,7 @@ OUTSIDE = "a scheduler that the code keeps outside DeepSpeed is not forecast"
 KNOWN = "0.19.8"  # the DeepSpeed whose loader the tables describe
 FIRST = (build.BATCH, load.RANKS, load.STAGE, load.DTYPE, load.GROUPS, load.ELASTIC)
 THEN = (
-    load.TRAINED, build.OPTIMIZER_NAME, build.OPTIMIZER_SETTING, build.UNTESTED_OPTIMIZER,
+    load.LEFT_OUT, load.TRAINED, build.OPTIMIZER_NAME, build.OPTIMIZER_SETTING, build.UNTESTED_OPTIMIZER,
     build.SCHEDULER, load.SCHEDULE_STATE, load.ROUND_ROBIN, load.ALIGNMENT, build.ACCUMULATION,
     build.UNIVERSAL, load.VERSIONS,
 )  # fmt: skip

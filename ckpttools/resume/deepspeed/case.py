@@ -195,6 +195,17 @@ class Case:
 
     # --- model and what of it is trained
 
+    @property
+    def left_out(self) -> str:
+        """What exclude_frozen_parameters left out of the file, in words; "" where it did not."""
+        names = self.saved.left_out
+        known = (
+            f"{escape(', '.join(names[:4]), 200)} and whatever else was frozen"
+            if names
+            else "what was frozen"
+        )
+        return "" if names is None or self.run.model is not None else known
+
     @cached_property
     def fit(self) -> Fit | None:
         if self.run.model is None:

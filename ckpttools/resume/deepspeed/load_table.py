@@ -260,6 +260,22 @@ TRAINED: Question = (
 )  # fmt: skip
 
 
+_EXCLUDED = "saved with exclude_frozen_parameters: {x} is not in it"
+LEFT_OUT: Question = (
+    Row(
+        about=About.MODEL, setting="load_module_strict", values=lambda c: (None, c.run.strict), cls=SAFE,
+        when=lambda c: not c.run.strict and c.left_out, why=_EXCLUDED + ", and keeps the new model's values",
+    ),
+    Row(
+        about=About.MODEL, setting="load_module_strict", values=lambda c: (None, c.run.strict), cls=CAREFUL,
+        when=lambda c: c.left_out, source=f"{_ENGINE}, load_module_state_dict",
+        why=_EXCLUDED + ". DeepSpeed's own default, a strict load, ends in RuntimeError: Missing key(s) in "
+        "state_dict; with load_module_strict=False it keeps the new model's values",
+        hint="pass load_module_strict=False (here: --no-strict), and load what was frozen as at first",
+    ),
+)  # fmt: skip
+
+
 def _unloadable(when: Callable[[Case, str], object], error: str, text: str) -> Row:
     def named(c: Case) -> object:
         return c.other_scheduler and c.scheduler is not None and when(c, c.scheduler)

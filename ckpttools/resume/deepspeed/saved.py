@@ -41,6 +41,7 @@ class Saved:
     buffers: frozenset[str]
     frozen: frozenset[str]
     fragments: frozenset[str] | None  # frozen parameters that have a copy; None: DeepSpeed looks for none
+    left_out: tuple[str, ...] | None  # by exclude_frozen_parameters, as far as names tell; None: nothing
     shared: Mapping[str, str]
     groups: tuple[Mapping[str, Shape], ...]
     ranks: int
@@ -136,6 +137,7 @@ def read_saved(folder: Location) -> Saved:
         buffers=model.buffers,
         frozen=model.frozen,
         fragments=frozenset(fragments.names()) if fragments is not None else None,
+        left_out=_left_out(root, stage, tensors),
         shared=model.shared,
         groups=shapes,
         ranks=model.dp_world_size or max(1, sum(1 for n in names if OPTIM.fullmatch(n))),
@@ -165,6 +167,14 @@ def read_saved(folder: Location) -> Saved:
 
 
 _TENSORS = {"module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments"}
+
+
+def _left_out(root: fields.Mapping, stage: int, tensors: Mapping[str, Tensor]) -> tuple[str, ...] | None:
+    """Stages 2 and 3 have no fragments then; at every stage a tied weight's owner may be missing."""
+    shared = fields.as_mapping(root.get("shared_params"))
+    owners = [owner for _, owner in shared.named() if isinstance(owner, str)] if shared is not None else []
+    missing = tuple(dict.fromkeys(owner for owner in owners if owner not in tensors))
+    return missing if missing or (stage >= 2 and root.get("frozen_param_fragments", 0) is None) else None
 
 
 def _plain(node: object) -> dict[str, object]:
