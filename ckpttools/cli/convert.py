@@ -20,7 +20,7 @@ from ckpttools.location import Location
     "--to",
     required=True,
     metavar="FORMAT",
-    help="pt (one file), zero1, zero2, zero3, universal (DeepSpeed folders), dcp (torch distributed), "
+    help="pt (one file), zero0, zero1, zero2, zero3, universal (DeepSpeed folders), dcp (torch distributed), "
     "hf (weights).",
 )
 @click.option("--world-size", type=int, metavar="N", help="The ranks to write for: zero1, zero2, zero3, dcp.")

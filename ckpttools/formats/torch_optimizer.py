@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 
 from ckpttools.checkpoint import ParamGroup
 from ckpttools.containers.edit import at
-from ckpttools.containers.nodes import decode
+from ckpttools.containers.nodes import decode, encode
+from ckpttools.containers.pickles import Dict, Node
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
 from ckpttools.formats.buffers import is_buffer
 from ckpttools.formats.counters import OPTIMIZER
 from ckpttools.formats.ids import Ids, Shape, by_shape
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Key, Value, dotted, leaves
+from ckpttools.tree import Key, Value, dotted, leaves, put
 from ckpttools.tree import Path as Keys
 
+FP32 = "fp32"  # the kind of master weights, which are no optimizer's state
 STEP = "step"  # never the parameter's shape, even where that is 0-d
 PREFIXES = ("module.", "_orig_mod.")  # that DDP and torch.compile put before names
 NAMES = "param_names"  # torch >= 2.6, of optimizers made from named parameters
@@ -196,3 +198,31 @@ def _group(
         hyper={key: value for key, value in saved.items() if key not in ("params", NAMES)},
         paths={kind: path for kind, path in paths.items() if kind in kept or kind in scalars},
     )
+
+
+# --- written anew ---------------------------------------------------------------------------------------
+
+
+def state_of(group: ParamGroup, name: str, order: Sequence[str] = ()) -> dict[Key, Value]:
+    """What the optimizer keeps for one parameter, but for its master: kinds in `order`, then counts first."""
+    kinds = {
+        kind: values[name]
+        for held in (group.scalars, group.state)
+        for kind, values in held.items()
+        if name in values and kind != FP32
+    }
+    found: Value = {}
+    for kind in dict.fromkeys((*order, *kinds)):
+        if kind in kinds:
+            found = put(found, group.paths.get(kind, (kind,)), kinds[kind])
+    assert isinstance(found, dict)
+    return found
+
+
+def separate(value: Value) -> Node:
+    """The node of a value in which every tensor has a storage of its own: torch counts steps in place."""
+    if isinstance(value, Mapping):
+        return Dict.of((key, separate(inner)) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(map(separate, value))
+    return encode(value, {})

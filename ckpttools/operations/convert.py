@@ -32,7 +32,7 @@ from ckpttools.transforms.rename import rename as renamed
 from ckpttools.transforms.reshard import check_ranks, ranks_of, without_positions
 from ckpttools.transforms.select import select, weights_only
 
-Target = Literal["pt", "zero1", "zero2", "zero3", "universal", "dcp", "hf"]
+Target = Literal["pt", "zero0", "zero1", "zero2", "zero3", "universal", "dcp", "hf"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
@@ -58,9 +58,10 @@ def convert(
 ) -> Written:
     """Write a checkpoint in another format. The notes name everything that the format cannot hold.
 
-    `to` is "pt" (one file), "zero1", "zero2" or "zero3" (a DeepSpeed folder for `world_size` ranks),
-    "dcp" (for `world_size` ranks or a `mesh` of them, "2x4", as rows) or "hf" (weights). `dtype` is that of
-    the weights; masters and moments stay as they are. `rename` are regular expressions and replacements.
+    `to` is "pt" (one file), "zero1", "zero2" or "zero3" (a DeepSpeed folder for `world_size` ranks), "zero0"
+    or "universal" (one for any number), "dcp" (for `world_size` ranks or a `mesh` of them, "2x4", as rows) or
+    "hf" (weights). `dtype` is that of the weights; masters and moments stay as they are. `rename` are regular
+    expressions and replacements.
     `optimizer_class` is the class that will load the groups; `like` a checkpoint of the run that will, whose
     names, groups, settings and dtype are taken. `dcp_layout` is one of formats.dcp's. `hf_config` is the
     folder that "hf" copies configuration and tokenizer from, where they are not beside the source. `digest`
@@ -130,8 +131,10 @@ def convert(
             plan = with_config(PLANS[to](checkpoint, Layout(format="hf")), config, source.root)
             configured = any(file.path in HEADS for file in plan.files)
             lines = iter(advice.weights(dst, "safetensors", single=False, configured=configured)[1:])
-        case "zero1" | "zero2" | "zero3" | "universal":
+        case "zero0" | "zero1" | "zero2" | "zero3" | "universal":
             checkpoint, layout = prepared(checkpoint, to, ranks, target)
+            if to == "zero0":
+                layout = replace(layout, variant=optimizer_class)
             plan = folder_plan(checkpoint, layout)
             lines = resuming.engine(checkpoint, layout, dst)
             if optimizer_class is None and checkpoint.groups:
@@ -170,7 +173,7 @@ def _check_usage(
         check_ranks(world_size)
     if mesh is not None and to != "dcp":
         raise UsageError("bad-usage", "--mesh is for --to dcp", hint="--world-size N, or --to dcp")
-    if world_size is not None and to in ("pt", "hf", UNIVERSAL):
+    if world_size is not None and to in ("pt", "hf", "zero0", UNIVERSAL):
         raise UsageError(
             "bad-usage", f"{to} files are for any number of ranks", hint="leave out --world-size"
         )

@@ -28,7 +28,7 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
     trained = {name for group in groups for name in group.params}
     if dtype is not None:
         checkpoint = _cast(checkpoint, dtype, trained)
-    if to == "zero3":
+    if to in ("zero0", "zero3"):
         checkpoint = _of_one_dtype(checkpoint, trained)
     dtypes = {ref.dtype.short for name, ref in checkpoint.tensors.items() if name in trained}
     stage = None if to == UNIVERSAL else int(to.removeprefix("zero"))
@@ -64,7 +64,7 @@ def _cast(checkpoint: Checkpoint, dtype: DType, trained: Collection[str]) -> Che
 
 def _of_one_dtype(checkpoint: Checkpoint, trained: Collection[str]) -> Checkpoint:
     """ZeRO-3 keeps masters alone of what is trained, which the engine rounds to the one dtype that it has:
-    that of the first.
+    that of the first. Stage 0 has masters or none, by that dtype.
     """
     tensors, best = checkpoint.tensors, checkpoint.best_copies()
     own = [name for name in tensors if checkpoint.shared.get(name, name) in trained]

@@ -21,6 +21,7 @@ from ckpttools.tree import Value
 
 SOURCES = {
     "zero": ("deepspeed-0.19.8/z2_groups_ws2",),  # more in test_zero.py
+    "zero0": tuple(f"deepspeed-0.19.8/z0_{name}_ws2" for name in ("bf16", "fp32")),
     "zero3": tuple(f"deepspeed-0.19.8/z3_{name}_ws2" for name in ("groups", "lora", "fp16", "nostep", "sgd")),
     "universal": ("universal/z2_groups", "universal/z2_frozen", "universal/z3_groups"),
     "pt": (
@@ -54,6 +55,7 @@ ACCELERATES = "accelerate keeps it in files of its own"
 COUNTS = ("step", "iteration", "epoch", "samples", "skipped_steps", "train_loss", "val_loss", "scheduler")
 DROPPED: Mapping[str, Mapping[str, str]] = {
     "zero": {},
+    "zero0": {},
     "zero3": {},
     "universal": {},
     "pt": SETTINGS,

@@ -99,6 +99,7 @@ class Command:
     dst: str
     old: Callable[[Path], None] | None = None
     in_source: bool = False  # it writes beside the files of its source
+    source: Path = SOURCE
 
 
 def _extract(*more: str) -> Callable[[Path, Path], list[str]]:
@@ -112,6 +113,10 @@ def _reshard(*more: str) -> Callable[[Path, Path], list[str]]:
 def _rebase(*more: str) -> Callable[[Path, Path], list[str]]:
     sizes = ["--old-bs", "120", "--new-bs", "60", "--counters-only", "--workers", "1"]
     return lambda src, dst: ["rebase-schedule", str(src), str(dst), *sizes, *more]
+
+
+def _convert(to: str, *more: str) -> Callable[[Path, Path], list[str]]:
+    return lambda src, dst: ["convert", str(src), str(dst), "--to", to, "--workers", "1", *more]
 
 
 def _manifest(src: Path, _: Path) -> list[str]:
@@ -153,6 +158,17 @@ COMMANDS = {
         Command("extract file", _extract(), "w.safetensors"),
         Command("extract file --force", _extract("--force"), "w.safetensors", _old_file),
         Command("extract .pt", _extract(), "w.pt"),
+        Command("to pt", _convert("pt"), "w.pt"),
+        Command("to zero0", _convert("zero0"), "out"),
+        Command("to zero3", _convert("zero3", "--world-size", "3"), "out"),
+        Command("to universal --force", _convert("universal", "--force"), "out", _old_folder),
+        Command("to dcp", _convert("dcp", "--mesh", "2x2"), "out"),
+        Command("to dcp --force", _convert("dcp", "--force"), "out", _old_folder),
+        Command("reshard zero3", _reshard(), "out", source=FIXTURES / "deepspeed-0.19.8/z3_groups_ws2"),
+        Command("rebase zero3", _rebase(), "out", source=FIXTURES / "deepspeed-0.19.8/z3_bf16_ws2"),
+        Command("rebase zero0", _rebase(), "out", source=FIXTURES / "deepspeed-0.19.8/z0_bf16_ws2"),
+        Command("reshard dcp", _reshard(), "out", source=FIXTURES / "dcp/fsdp2_ws2"),
+        Command("universal to zero2", _convert("zero2"), "out", source=FIXTURES / "universal/z2_groups"),
         Command("write manifest", _manifest, f"src/global_step3/{MANIFEST}", in_source=True),
         Command(
             "write manifest anew", _manifest, f"src/global_step3/{MANIFEST}", _old_manifest, in_source=True
@@ -177,7 +193,7 @@ class Stage:
         self.command, self.server, self.folder = command, server, folder
         folder.mkdir()
         self.src, self.dst = folder / "src", folder / command.dst
-        shutil.copytree(SOURCE, self.src)
+        shutil.copytree(command.source, self.src)
         self.argv = command.argv(self.src, self.dst)
         self.source = self._source()
         if command.old is not None:

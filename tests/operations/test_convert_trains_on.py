@@ -46,6 +46,11 @@ TO_ZERO = [
     Route("z2_groups", ("zero3", "zero2"), 2),
     Route("z2_fp16", ("zero3",), 2, "z3_fp16"),
     Route("z2_sgd", ("pt", "zero3"), 2, "z3_sgd"),
+    Route("z2_bf16", ("zero0",), 2, config=stage(0)),
+    Route("z2_fp16", ("zero0",), 2, config=stage(0)),
+    Route("z3_groups", ("pt", "zero0"), 2, config=stage(0)),
+    Route("z2_fp32", ("zero0",), 3, config=stage(0)),
+    Route("z0_bf16", ("zero3", "zero0"), 2),
     Route("z2_cpuadam", ("pt", "zero2"), 3, options={"optimizer_class": "DeepSpeedCPUAdam"}),
 ]
 
@@ -56,7 +61,7 @@ def through(route: Route, folder: Path) -> tuple[Path, tuple[str, ...]]:
     for i, to in enumerate(route.way):
         last = i == len(route.way) - 1
         name = f"{i}.pt" if to == "pt" else str(i)
-        ranks = route.ranks if last and to.startswith("zero") else None
+        ranks = route.ranks if last and to.startswith("zero") and to != "zero0" else None
         dtype = truth_of(SAMPLES / f"{route.sample}_ws2")["dtype"] if to.startswith("zero") else None
         made = convert(
             at,
@@ -91,10 +96,12 @@ def test_deepspeed_trains_on(route: Route, went: Callable[[Route], dict[str, Any
     """
     truth, result = truth_of(SAMPLES / f"{route.sample}_ws2"), went(route)
     assert result["ok"], result["error"]
-    for key in ("fp32", "state"):
+    for key in {"fp32", "state"} & truth.keys():  # the samples of stage 0 were made without them
         assert same_tensors(truth[key], result["loaded"][key]) == []
-    off = apart(result["losses"], truth["losses"])
-    same = route.ranks == 2 and route.variant is None and not route.config
+    steps = 1 if route.way[-1] == "zero0" and truth["dtype"] == "fp16" else None
+    # there DeepSpeed divides by the next step's loss scale (_update_scale before unscale_and_clip_grads)
+    off = apart(result["losses"][:steps], truth["losses"][:steps])
+    same = steps or (route.ranks == 2 and route.variant is None and not route.config)
     assert off <= (0 if same else TOLERANCE[truth["dtype"]])
 
 

@@ -688,6 +688,24 @@ def optimizer_truth(engine: Any) -> dict[str, Any]:
     return truth
 
 
+def stage0_truth(engine: Any) -> dict[str, Any]:
+    """What every rank holds whole: masters, which are the weights in fp32, and optimizer states by name."""
+    opt = engine.optimizer
+    inner = getattr(opt, "optimizer", opt)
+    names = {id(p): n for n, p in engine.module.named_parameters()}
+    masters = getattr(opt, "fp32_groups", [group["params"] for group in opt.param_groups])
+    params = getattr(opt, "fp16_groups", masters)
+    truth: dict[str, Any] = {"fp32": {}, "state": {}}
+    for own, kept in zip(params, masters, strict=True):
+        for param, master in zip(own, kept, strict=True):
+            name = names[id(param)]
+            truth["fp32"][name] = master.detach().clone()
+            for key, value in inner.state.get(master, {}).items():
+                if torch.is_tensor(value) and value.ndim > 0 and value.shape == master.shape:
+                    truth["state"].setdefault(key, {})[name] = value.clone()
+    return truth
+
+
 def safe_get_agrees(engine: Any, fp32: dict[str, torch.Tensor]) -> bool:
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -758,6 +776,8 @@ def truth(engine: Any) -> dict[str, Any]:
     }
     if engine.zero_optimization_stage() == 3:
         return {**out, **zero3_truth(engine)}
+    if engine.zero_optimization_stage() == 0 and not hasattr(opt, "fp32_groups_flat_partition"):
+        return {**out, **stage0_truth(engine)}
     if not has_partitions or hasattr(engine, "grid") or getattr(engine, "has_moe_layers", False):
         return out
     out.update(optimizer_truth(engine))

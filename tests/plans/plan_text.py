@@ -32,6 +32,7 @@ def _made() -> Iterator[tuple[str, str, object, dict[str, object]]]:
     yield "zero2-to-pt", GROUPS, convert, {"to": "pt"}
     yield "zero2-to-dcp", GROUPS, convert, {"to": "dcp", "world_size": 2}
     yield "zero2-to-zero1", GROUPS, convert, {"to": "zero1", "world_size": 1}
+    yield "zero2-to-zero0", GROUPS, convert, {"to": "zero0"}
     yield "zero2-to-hf", GROUPS, convert, {"to": "hf"}
     yield "zero3-extract", ZERO3, extract, {}
     yield "zero3-reshard-4", ZERO3, reshard, {"world_size": 4}

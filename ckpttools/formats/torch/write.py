@@ -20,12 +20,11 @@ from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats.buffers import BUFFERS, told
 from ckpttools.formats.torch.names import find_weights, strip
-from ckpttools.formats.torch_optimizer import NAMES, Saved, place_of, read
+from ckpttools.formats.torch_optimizer import NAMES, Saved, place_of, read, separate, state_of
 from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves, put, same, tensors
 
-FP32 = "fp32"  # the kind of master weights: the weights themselves here
 # fields of TrainState whose key is another than their name
 COUNTERS = {"scheduler": "scheduler_state_dict", "step": "global_step", "samples": "global_samples"}
 
@@ -202,35 +201,12 @@ def _state(
     """What the optimizer keeps for one parameter, None where that is nothing; counts come first."""
     refs = (refs[name] for refs in group.state.values() if name in refs)
     old, before = next((known[ref] for ref in refs if ref in known), (None, {}))
-    found: Value = {}
-    for kind, value in _kinds(group, name, [dotted(path) for path, _ in leaves(before)]):
-        found = put(found, group.paths.get(kind, (kind,)), value)
+    found = state_of(group, name, [dotted(path) for path, _ in leaves(before)])
     if not found:
         return None
     if template is not None and old is not None:
         return kept(template.file, old, found)
-    return _separate(found)
-
-
-def _kinds(group: ParamGroup, name: str, order: list[str]) -> Iterator[tuple[str, Value]]:
-    kinds = {
-        kind: values[name]
-        for kept in (group.scalars, group.state)
-        for kind, values in kept.items()
-        if name in values and kind != FP32
-    }
-    for kind in dict.fromkeys((*order, *kinds)):
-        if kind in kinds:
-            yield kind, kinds[kind]
-
-
-def _separate(value: Value) -> Node:
-    """The node of a value in which every tensor has a storage of its own."""
-    if isinstance(value, Mapping):
-        return Dict.of((key, _separate(inner)) for key, inner in value.items())
-    if isinstance(value, list | tuple):
-        return type(value)(map(_separate, value))
-    return encode(value, {})
+    return separate(found)
 
 
 def _rest(

@@ -6,17 +6,24 @@ In fp32 `optimizer` is the state dict of the torch optimizer. In fp16 and bf16 i
 `optimizer_state_dict` is the torch optimizer's, whose parameters are the fp32 masters. They lie in
 `fp32_groups`, a list of tensors for each group, or in `fp32_groups_flat`, one flat vector for each group
 (FusedAdam), which then is the one parameter that the optimizer has in it. Parameters have numbers and no
-names: `param_shapes` is None. Any number of ranks loads it.
+names: `param_shapes` is None; in what is written here it says them. Any number of ranks loads it.
 Source: deepspeed/runtime/engine.py (_save_checkpoint), fp16/fused_optimizer.py, fp16/unfused_optimizer.py.
 """
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats import tags
 from ckpttools.formats.format import Checked, Format, Source, no_file
 from ckpttools.formats.zero0.read import Stage0, holds, read
+from ckpttools.plan import Plan
 
-__all__ = ["FORMAT", "read"]
+__all__ = ["FORMAT", "plan", "read"]
+
+
+def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
+    from ckpttools.formats.zero0.write import plan
+
+    return plan(checkpoint, layout)
 
 
 def _check(source: Source) -> Checked:
@@ -39,6 +46,8 @@ FORMAT = Format(
     recognise_file=no_file,
     read=lambda source: read(source.target),
     check=_check,
+    plan=plan,
+    targets=("zero0",),
     tagged=True,
     torch_files=_files,
 )

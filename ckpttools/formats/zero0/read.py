@@ -14,7 +14,15 @@ from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import torch_optimizer
 from ckpttools.formats.buffers import untrained
-from ckpttools.formats.deepspeed import client, counters, module_of, names_of, optimizer_class, settings_of
+from ckpttools.formats.deepspeed import (
+    client,
+    counters,
+    module_of,
+    names_of,
+    optimizer_class,
+    settings_of,
+    shapes_of,
+)
 from ckpttools.formats.format import Folder
 from ckpttools.formats.rank_files import (
     MODEL,
@@ -32,6 +40,7 @@ from ckpttools.tree import Value
 
 FP32 = "fp32"  # the kind of master weights
 OPTIMIZER, INNER = "optimizer", "optimizer_state_dict"
+SHAPES, FROZEN = "param_shapes", "frozen_param_shapes"
 MASTERS = ("fp32_groups", "fp32_groups_flat")  # tensors of each group, or one vector of each
 SCALE = ("cur_scale", "dynamic_loss_scale")  # of the wrapper in fp16 and bf16
 
@@ -65,9 +74,11 @@ def read(folder: Location) -> Checkpoint:
     shared = tied(tensors)
     buffers = names_of(root.get("buffer_names"))
     params = {name: ref for name, ref in tensors.items() if name not in buffers}
-    groups, problem = _groups(file, root, params, shared)
+    order = _order(file, root)
+    groups, problem = _groups(file, root, params, shared, order)
     trained = {name for group in groups for name in group.params}
-    frozen, _ = untrained(params, trained, shared)
+    stated = shapes_of(file.path, root.get(FROZEN), FROZEN) if root.get(FROZEN) is not None else {}
+    frozen = frozenset(stated) & params.keys() if order else untrained(params, trained, shared)[0]
     settings = settings_of(file, root)
     scale = [at(root.get(OPTIMIZER), key) for key in SCALE]
     notes = list(unchecked([file]))
@@ -96,6 +107,7 @@ def read(folder: Location) -> Checkpoint:
         shared=shared,
         frozen=frozen,
         buffers=buffers & tensors.keys(),
+        left_out={name: shape for name, shape in stated.items() if name not in tensors},
         extra_state=extra,
         files=(
             role_of(file, "weights, the whole optimizer, counters, client state"),
@@ -121,16 +133,28 @@ def _no_optimizer(folder: Location, where: Location) -> CkptError:
     )
 
 
+def _order(file: TorchFile, root: fields.Mapping) -> list[list[str]] | None:
+    """The names of each group's parameters: only files that are written here say them."""
+    shapes = root.get(SHAPES)
+    if not isinstance(shapes, list):
+        return None
+    return [[*shapes_of(file.path, node, f"{SHAPES}[{g}]")] for g, node in enumerate(shapes)]
+
+
 def _groups(
-    file: TorchFile, root: fields.Mapping, params: Mapping[str, TensorRef], shared: Mapping[str, str]
+    file: TorchFile,
+    root: fields.Mapping,
+    params: Mapping[str, TensorRef],
+    shared: Mapping[str, str],
+    order: list[list[str]] | None,
 ) -> tuple[tuple[ParamGroup, ...], str | None]:
     """The parameter groups with masters; or why their parameters have no names."""
     node = root.get(OPTIMIZER)
     path = (OPTIMIZER, INNER) if at(node, INNER) is not None else (OPTIMIZER,)
     flat = decode(file, at(node, MASTERS[1]))
     if isinstance(flat, list):
-        return _fused(decode(file, at(file.value, *path)), flat, params, shared)
-    saved = torch_optimizer.read(file, params, shared, path=path)
+        return _fused(decode(file, at(file.value, *path)), flat, params, shared, order)
+    saved = torch_optimizer.read(file, params, shared, order, path)
     if saved is None or saved.problem is not None:
         return (), saved.problem if saved is not None else "it is not one of torch.optim"
     masters = decode(file, at(node, MASTERS[0]))
@@ -152,34 +176,43 @@ def _shape(value: Value) -> tuple[int, ...] | None:
 
 
 def _fused(
-    saved: Value, flat: list[Value], params: Mapping[str, TensorRef], shared: Mapping[str, str]
+    saved: Value,
+    flat: list[Value],
+    params: Mapping[str, TensorRef],
+    shared: Mapping[str, str],
+    order: list[list[str]] | None,
 ) -> tuple[tuple[ParamGroup, ...], str | None]:
-    """One flat vector for each group: known where there is one, and it holds the whole model in its order."""
-    model = {name: ref.shape for name, ref in params.items() if name not in shared and ref.dtype.is_float}
-    numel = sum(map(math.prod, model.values()))
+    """One flat vector for each group: known where the names are, or where one holds the whole model in its
+    order.
+    """
     settings = saved.get("param_groups") if isinstance(saved, dict) else None
     state = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(settings, list) or not isinstance(state, dict) or len(settings) != len(flat):
         return (), "it is not one of torch.optim"
-    if len(flat) != 1 or _shape(flat[0]) != (numel,):
+    names = order or [[n for n, ref in params.items() if n not in shared and ref.dtype.is_float]]
+    models = [{name: params[name].shape for name in group if name in params} for group in names]
+    if [(sum(map(math.prod, model.values())),) for model in models] != [*map(_shape, flat)]:
         return (), "the masters of a group are one flat vector, and which parameters it holds is not said"
-    (hyper,), (own,) = settings, [*state.values()] or [{}]
-    starts, at_ = {}, 0
+    return tuple(
+        _cut(model, master, state.get(number), hyper)
+        for number, (model, master, hyper) in enumerate(zip(models, flat, settings, strict=True))
+    ), None
+
+
+def _cut(model: Mapping[str, tuple[int, ...]], master: Value, state: Value, hyper: Value) -> ParamGroup:
+    """The group of one flat vector, and of vectors of the same length in its state."""
+    starts, numel = {}, 0
     for name, shape in model.items():
-        starts[name], at_ = at_, at_ + math.prod(shape)
+        starts[name], numel = numel, numel + math.prod(shape)
 
     def cut(ref: TensorRef) -> dict[str, TensorRef]:
         whole = Flat(ref)
         return {name: whole.cut(starts[name], math.prod(model[name]), model[name]) for name in model}
 
-    held = {FP32: flat[0], **{str(k): v for k, v in (own.items() if isinstance(own, dict) else ())}}
-    return (
-        ParamGroup(
-            params=model,
-            state={
-                str(k): cut(v) for k, v in held.items() if isinstance(v, TensorRef) and v.shape == (numel,)
-            },
-            scalars={str(k): dict.fromkeys(model, v) for k, v in held.items() if _shape(v) != (numel,)},
-            hyper={k: v for k, v in hyper.items() if k != "params"},
-        ),
-    ), None
+    held = {FP32: master, **{str(k): v for k, v in (state.items() if isinstance(state, dict) else ())}}
+    return ParamGroup(
+        params=model,
+        state={str(k): cut(v) for k, v in held.items() if isinstance(v, TensorRef) and v.shape == (numel,)},
+        scalars={str(k): dict.fromkeys(model, v) for k, v in held.items() if _shape(v) != (numel,)},
+        hyper={k: v for k, v in (hyper if isinstance(hyper, dict) else {}).items() if k != "params"},
+    )

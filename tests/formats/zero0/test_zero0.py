@@ -73,7 +73,7 @@ def test_the_optimizer_is_what_the_engine_held(path: Path) -> None:
 
 
 @named
-@pytest.mark.parametrize("to", ["pt", "zero1", "zero2", "zero3", "universal", "dcp", "hf"])
+@pytest.mark.parametrize("to", ["pt", "zero0", "zero1", "zero2", "zero3", "universal", "dcp", "hf"])
 def test_it_is_carried_to_every_form(path: Path, to: Any, tmp_path: Path) -> None:
     made = ckpttools.convert(path, tmp_path / ("x.pt" if to == "pt" else "x"), to=to).destination
     if to != "hf":
@@ -133,6 +133,43 @@ def test_the_flat_masters_of_fused_adam_are_cut(tmp_path: Path) -> None:
         root["optimizer"]["fp32_groups_flat"][0] = root["optimizer"]["fp32_groups_flat"][0][:-1]
 
     assert not open_checkpoint(edited(path, tmp_path / "b", another)).groups
+
+
+def test_what_is_written_says_the_names_of_groups_and_of_what_is_frozen(tmp_path: Path) -> None:
+    path = SAMPLES / "z2_tied_frozen_ws2"
+    before, after = (
+        open_checkpoint(p) for p in (path, ckpttools.convert(path, tmp_path / "z", to="zero0").destination)
+    )
+    assert [list(g.params) for g in after.groups] == [list(g.params) for g in before.groups]
+    assert (after.frozen, after.buffers, after.shared) == (before.frozen, before.buffers, before.shared)
+    ran = run("convert", path, tmp_path / "y", "--to", "zero0", "--world-size", 2)
+    assert ran.code == 2 and "any number of ranks" in ran.err
+
+
+def test_the_wrapper_of_fused_adam_loads_the_vectors(tmp_path: Path) -> None:
+    """DeepSpeed's own FP16_Optimizer, around another optimizer: FusedAdam needs a GPU to be built."""
+    fused_optimizer = pytest.importorskip("deepspeed.runtime.fp16.fused_optimizer")
+    path = SAMPLES / "z2_groups_ws2"
+    made = ckpttools.convert(path, tmp_path / "z", to="zero0", optimizer_class="FusedAdam").destination
+    held = open_checkpoint(path)
+    assert ckpttools.digest(made).digests.state == ckpttools.digest(path).digests.state
+    groups = [[torch.zeros(s, dtype=torch.bfloat16) for s in g.params.values()] for g in held.groups]
+    inner = torch.optim.AdamW([{"params": [t.requires_grad_() for t in group]} for group in groups])
+    wrapper = fused_optimizer.FP16_Optimizer(inner, low_precision_dtype=torch.bfloat16)
+    wrapper.load_state_dict(saved(made)["optimizer"])
+    for group, flat in zip(held.groups, wrapper.fp32_groups_flat, strict=True):
+        state = {**inner.state[flat], "fp32": flat.detach()}
+        for kind, refs in group.state.items():
+            assert identical(state[kind], torch.cat([as_torch(refs[n]).flatten() for n in group.params]))
+        assert state["step"] == 3
+    assert [g["lr"] for g in inner.param_groups] == [g.hyper["lr"] for g in held.groups]
+
+
+def test_state_that_no_vector_holds_is_refused(tmp_path: Path) -> None:
+    ran = run(
+        "convert", SAMPLES / "z2_sgd_ws2", tmp_path / "z", "--to", "zero0", "--optimizer-class", "FusedAdam"
+    )
+    assert ran.code == 2 and "error[optimizer-differs]" in ran.err and not (tmp_path / "z").exists()
 
 
 def test_lost_shards_are_no_stage_0(tmp_path: Path) -> None:
