@@ -341,7 +341,9 @@ def test_index_names_the_total_size(sized: Checkpoint, tmp_path: Path) -> None:
 def test_free_text_that_happens_to_name_a_tensor_is_no_tied_weight(tmp_path: Path) -> None:
     said = {"format": "pt", "base": "emb.weight", "lm_head.weight": "emb.weight"}
     save_file({"emb.weight": torch.arange(6.0)}, tmp_path / "model.safetensors", metadata=said)
-    assert open_checkpoint(tmp_path / "model.safetensors").shared == {"lm_head.weight": "emb.weight"}
+    found = open_checkpoint(tmp_path / "model.safetensors")
+    assert found.shared == {"lm_head.weight": "emb.weight"}
+    assert any(note.endswith("the text of its header under base") for note in plan(found, 200).notes)
 
 
 @pytest.mark.parametrize(

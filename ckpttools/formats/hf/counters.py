@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ckpttools.checkpoint import TrainState
 from ckpttools.tensors import TensorRef
@@ -12,6 +13,15 @@ KEYS = ("step", "epoch", "train_loss", "val_loss")
 WEIGHTS, TORCH_KEYS = "model_state_dict", ("global_step", *KEYS[1:])  # of torch files, as training code saves
 FORMAT = "format"  # "pt": which framework's tensors these are
 _INTEGER = re.compile(r"-?\d{1,18}")
+
+
+@dataclass(frozen=True, slots=True)
+class FreeText:
+    """The keys of a header under which other tools keep what is theirs. It may hold for these very bytes only
+    (how they are quantised), so it is named and not carried.
+    """
+
+    keys: tuple[str, ...]
 
 
 def to_metadata(state: TrainState) -> dict[str, str]:

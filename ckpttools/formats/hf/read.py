@@ -9,7 +9,7 @@ from ckpttools.containers import fields, jsons
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError, escape
-from ckpttools.formats.hf.counters import aliases, from_metadata
+from ckpttools.formats.hf.counters import FORMAT, KEYS, FreeText, aliases, from_metadata
 from ckpttools.formats.hf.names import ADAPTER, ROLES, not_read, weight_files
 from ckpttools.formats.ties import tied
 from ckpttools.location import Location
@@ -77,7 +77,10 @@ def read(path: Location) -> Checkpoint:
         files=tuple(files),
         checks=tuple(checks),
         notes=tuple(notes),
-        template=tuple(torch_files),
+        template=(
+            *torch_files,
+            FreeText(tuple(key for key in metadata if key not in (*KEYS, FORMAT, *ties))),
+        ),
     )
 
 

@@ -11,7 +11,7 @@ from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.safetensors import safetensors_file
 from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
 from ckpttools.errors import escape
-from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, to_metadata, to_values
+from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, to_metadata, to_values
 from ckpttools.formats.hf.names import shard_names
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
@@ -88,6 +88,9 @@ def _not_held(checkpoint: Checkpoint, *, uncounted: bool) -> Iterator[str]:
     client = [key for key in checkpoint.client if key not in to_metadata(state)]
     if client:
         lost.append(f"the training code's {_some(client)}")
+    held = checkpoint.template if isinstance(checkpoint.template, tuple) else ()
+    if keys := [key for each in held if isinstance(each, FreeText) for key in each.keys]:
+        yield f"not carried, as it may hold for the source alone: the text of its header under {_some(keys)}"
     if lost:
         yield f"not carried, as a model's files have no place for it: {', '.join(lost)}"
 
