@@ -12,7 +12,7 @@ checkpoint trains on exactly where the original would have. One file per idea:
     state              what a checkpoint says about progress: written and read side by side
     engine, loop       the DeepSpeed engine and the training loop
     output, failures   a terse console, a full log, and errors that cross processes
-    options, launch, worker    the command line, torchrun, and one rank
+    options, launch, exchange, worker    the command line, torchrun, the folder between them, and one rank
 
 torch, deepspeed and transformers are imported only by the modules that a rank runs. Nothing else in
 ckpttools imports this package, except the commands `train` and `demo`.

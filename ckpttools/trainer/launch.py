@@ -7,13 +7,13 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.trainer import failures, signals, startup
 from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import load
+from ckpttools.trainer.exchange import exchange
 from ckpttools.trainer.options import Options
 from ckpttools.trainer.worker import EXCHANGE, LAUNCHED
 
@@ -31,21 +31,20 @@ def launch(options: Options, nproc: int | None) -> int:
     ranks = nproc or gpus or 2
     split(config.batch, ranks)
     start = startup.decide(config, options, ranks)
-    with tempfile.TemporaryDirectory(prefix="ckpt-train-") as exchange:
-        folder = Path(exchange)
+    with exchange() as (folder, held):
         startup.hand_over(start, folder)
-        environment = {**os.environ, EXCHANGE: exchange}
+        environment = {**os.environ, EXCHANGE: str(folder)}
         if gpus == 0:
             environment.setdefault("DS_ACCELERATOR", "cpu")
             environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, for a single rank too
         with signals.forwarded(folder) as asked:
-            code = _torchrun(ranks, options, environment, folder / "torchrun.log")
+            code = _torchrun(ranks, options, environment, folder / "torchrun.log", held)
         if code != 0:
             raise failures.read(folder) or _silent(folder, code)
         return 0 if asked.number is None else 128 + asked.number
 
 
-def _torchrun(ranks: int, options: Options, environment: dict[str, str], messages: Path) -> int:
+def _torchrun(ranks: int, options: Options, environment: dict[str, str], messages: Path, held: int) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [f"--log-dir={messages.parent}"]  # else torchrun leaves a folder among the temporary files
     command += ["-m", "ckpttools.trainer", *options.arguments()]
@@ -55,6 +54,7 @@ def _torchrun(ranks: int, options: Options, environment: dict[str, str], message
             env=environment,
             stdin=subprocess.DEVNULL,
             stderr=None if options.full_log else file,
+            pass_fds=(held,),
             start_new_session=True,  # Ctrl-C reaches only us; torchrun is asked to end its ranks
         )
         try:
