@@ -126,7 +126,7 @@ class Format:
 
     name: str
     holds: Callable[[Folder], bool]  # whether the folder itself is a checkpoint of this format
-    names_it: Callable[[str], bool]  # whether a file or folder of that name belongs to one
+    names_it: Callable[[Location], bool]  # whether what is called so, and lies there, belongs to one
     recognise: Callable[[Folder], Found | Inner | None]
     recognise_file: Callable[[Location], Found | None]
     read: Callable[[Source], Checkpoint]

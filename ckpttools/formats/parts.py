@@ -45,7 +45,7 @@ def in_parts(path: Location, reason: Unsupported) -> Source:
     format = Format(
         name="parts",
         holds=lambda folder: False,
-        names_it=lambda name: False,
+        names_it=lambda path: False,
         recognise=lambda folder: None,
         recognise_file=no_file,
         read=read,

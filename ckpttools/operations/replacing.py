@@ -115,9 +115,7 @@ def somebodys(folder: Location) -> list[Location]:
 
 
 def _own(files: list[tuple[Location, bool]], known: set[Location]) -> list[Location]:
-    return [
-        path for path, is_plain in files if not is_plain or (path not in known and not _is_beside(path.name))
-    ]
+    return [path for path, is_plain in files if not is_plain or (path not in known and not _is_beside(path))]
 
 
 def _files(folder: Location) -> Iterator[tuple[Location, bool]]:
@@ -156,13 +154,14 @@ def _size(path: Location) -> int:
     return size_of(path) if isinstance(path, Stored) else look(path).st_size
 
 
-def _is_beside(name: str) -> bool:
-    """Whether a framework gives such a name to what it writes."""
+def _is_beside(path: Location) -> bool:
+    """Whether a framework gives such a name to what it writes there."""
+    name = path.name
     return (
         name in BESIDE
         or is_ours(name)
         or SIDE_FILES.fullmatch(name) is not None
-        or any(format.names_it(name) for format in FORMATS)
+        or any(format.names_it(path) for format in FORMATS)
     )
 
 

@@ -122,6 +122,19 @@ def test_a_number_that_the_file_counts_by_is_a_series(tmp_path: Path, counter: s
     assert left(tmp_path) == {"model_5.pt"}
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_universal_folders_are_a_series(tmp_path: Path, own: bool) -> None:
+    """What DeepSpeed has written below zero/ is part of the checkpoint; what else lies there is not."""
+    source = FIXTURES / "universal/z2_groups/global_step3_universal"
+    for step in (1, 2, 3):
+        tag = shutil.copytree(source, tmp_path / f"global_step{step}_universal")
+        os.utime(tag / "mp_rank_00_model_states.pt", (2e9 + step, 2e9 + step))
+    if own:
+        (tmp_path / "global_step1_universal/zero/notes.txt").write_text("mine")
+    gone = {entry.path.name for entry in ckpttools.prune(tmp_path, keep_last=1).removed}
+    assert gone == {"global_step2_universal"} | (set() if own else {"global_step1_universal"})
+
+
 @pytest.mark.parametrize("verified", [False, True])
 def test_a_truncated_newest_does_not_cost_the_good_ones(tmp_path: Path, verified: bool) -> None:
     folder = make(tmp_path, 1, 2, 3, 5, 12, torn=(12,))

@@ -46,7 +46,7 @@ def _beside(folder: Location, files: list[str]) -> Iterator[Finding]:
 FORMAT = Format(
     name="hf",
     holds=holds,
-    names_it=names.names_it,
+    names_it=lambda path: names.names_it(path.name),
     resumes=False,
     is_part=names.is_shard,
     is_weights=names.is_weights,

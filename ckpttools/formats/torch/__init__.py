@@ -54,7 +54,7 @@ def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, .
 FORMAT = Format(
     name="pt",
     holds=lambda folder: False,
-    names_it=lambda name: False,
+    names_it=lambda path: False,
     recognise=lambda folder: None,
     recognise_file=_recognise,
     read=lambda source: read(source.target, source.key),

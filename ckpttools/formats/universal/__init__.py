@@ -24,7 +24,7 @@ from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats import tags
 from ckpttools.formats.format import Checked, Format, Source, no_file
-from ckpttools.formats.universal.names import LATEST, holds, inner, recognise
+from ckpttools.formats.universal.names import LATEST, holds, inner, names_it, recognise
 from ckpttools.plan import Plan
 
 __all__ = ["FORMAT", "plan"]
@@ -58,7 +58,7 @@ def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, .
 FORMAT = Format(
     name="universal",
     holds=holds,
-    names_it=tags.is_states,
+    names_it=names_it,
     is_weights=tags.is_states,
     recognise=recognise,
     recognise_file=no_file,

@@ -79,6 +79,15 @@ def _is_zero(folder: Folder) -> bool:
     return SETTINGS in zero.files or any(f"fp32{SUFFIX}" in zero.inside(name).files for name in zero.folders)
 
 
+def names_it(path: Location) -> bool:
+    """Whether it is a model file, or in zero/ where a parameter's state lies."""
+    if tags.is_states(path.name):
+        return True
+    if not path.name.endswith(SUFFIX) or all(folder.name != ZERO for folder in path.parents):
+        return False
+    return (path.parent.name, path.name) == (ZERO, SETTINGS) or is_file(path.with_name(f"fp32{SUFFIX}"))
+
+
 def find(folder: Location) -> UniversalFiles:
     """Sort a tag folder's files. Raises Unsupported for layouts of tensor parallelism and experts."""
     model: Location | None = None
