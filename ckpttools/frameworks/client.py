@@ -11,19 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers import jsons
-from ckpttools.containers.edit import place
+from ckpttools.containers.edit import edited, place
 from ckpttools.containers.torch_file import TorchFile
+from ckpttools.formats.batch import kept_batch
+from ckpttools.formats.counters import BATCH as BATCH_KEYS
 from ckpttools.formats.counters import BATCH_NAMES, DATASET, STEP, TRAIN_LOSS, VAL_LOSS
 from ckpttools.frameworks import parts
 from ckpttools.location import Location
+from ckpttools.plan import OutputFile, copy_file
 from ckpttools.schedules.evidence import Known, What, stated
 from ckpttools.schedules.lengths import Unit
-from ckpttools.stores.files import is_file
-from ckpttools.training import BatchField, Counter, Place, Training
+from ckpttools.stores.files import is_file, size_of
+from ckpttools.training import BatchField, Counter, Edit, Place, Training
 
 INFO = "training_info.json"
 OWN = {"global_steps"}  # DeepSpeed's
+RANKS = "world_size"
 BATCH = "batch_size"  # of a rank or of an update: the number tells
 
 
@@ -44,6 +49,28 @@ def of_bundle(own: Training, root: Location) -> Training | None:
     found = _client(own, values, lambda key: Place(file=path, at=(key,)), f"{INFO}'s")
     said = tuple((key, float(v)) for key, v in losses.items() if isinstance(v, int | float))
     return replace(found, losses=said) if found is not None else None
+
+
+def restated(path: Location, name: str, saved: Checkpoint, to: Layout) -> tuple[OutputFile, list[str]]:
+    """training_info.json for another number of ranks, at `name` in the output, and what to say of it: the
+    settings that the saved ones decide, as ds_config has them in the output.
+    """
+    new, _ = kept_batch(saved, to)
+    moves = {RANKS: (saved.layout.dp_degree, to.dp_degree)}
+    for key, what in {**BATCH_NAMES, BATCH: "micro"}.items():
+        own = BATCH_KEYS.get(what, "")
+        if own in new and what in saved.train_state.batch:
+            moves[key] = saved.train_state.batch[what], new[own]
+    stated = jsons.read(path, allow_nan=True)
+    edits = [
+        Edit(place=Place(file=path, at=(key,)), old=old, new=value, why="another number of ranks")
+        for key, (old, value) in moves.items()
+        if stated.get(key) == old
+    ]
+    if not edits:
+        return copy_file(path, name, size_of(path)), []
+    said = ", ".join(f"{edit.place.at[0]} {edit.old} -> {edit.new}" for edit in edits)
+    return edited(path, name, edits)[0], [f"{INFO}: {said}"]
 
 
 def _client(

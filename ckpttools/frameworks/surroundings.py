@@ -10,10 +10,12 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.errors import escape
 from ckpttools.formats.format import Source
 from ckpttools.formats.tags import BUNDLE, is_tag
 from ckpttools.frameworks import FRAMEWORKS
+from ckpttools.frameworks.client import INFO, restated
 from ckpttools.location import Location
 from ckpttools.plan import OutputFile, Plan, copy_file
 from ckpttools.siblings import MANIFEST
@@ -24,10 +26,15 @@ CARRIED_FOLDERS = ("hf_model", "hf_config")
 
 
 def with_surroundings(
-    source: Source, plan: Plan, *, ranks_change: bool, own: Collection[Location] = ()
+    source: Source,
+    plan: Plan,
+    *,
+    ranks: tuple[Checkpoint, Layout] | None = None,
+    own: Collection[Location] = (),
 ) -> Plan:
     """The plan of a tag folder, placed within everything that belongs to it.
 
+    `ranks` are the checkpoint and the layout to be, where their number changes.
     A folder that is itself the checkpoint gets what lies beside its `own` files, where they are given.
     """
     notes: list[str] = []
@@ -35,14 +42,14 @@ def with_surroundings(
         if not own:
             return plan
         with within(source.root):
-            beside = list(_beside(source.root, "", source, ranks_change, notes, own))
+            beside = list(_beside(source.root, "", source, ranks, notes, own))
         return replace(plan, files=(*beside, *plan.files), notes=(*plan.notes, *notes))
     files = [replace(file, path=f"{source.inner}/{file.path}") for file in plan.files]
     base = source.root
     with within(base):
-        files += _beside(base, "", source, ranks_change, notes)
+        files += _beside(base, "", source, ranks, notes)
         if source.inner.startswith(f"{BUNDLE}/"):
-            files += _beside(base / BUNDLE, f"{BUNDLE}/", source, ranks_change, notes)
+            files += _beside(base / BUNDLE, f"{BUNDLE}/", source, ranks, notes)
     return replace(plan, files=tuple(files), notes=(*plan.notes, *notes))
 
 
@@ -50,7 +57,7 @@ def _beside(
     folder: Location,
     prefix: str,
     source: Source,
-    ranks_change: bool,
+    ranks: tuple[Checkpoint, Layout] | None,
     notes: list[str],
     own: Collection[Location] = (),
 ) -> Iterator[OutputFile]:
@@ -61,8 +68,12 @@ def _beside(
         if path in own or any(path in each.parents for each in own):
             continue
         if is_file(entry) and not entry.name.endswith(MANIFEST):
-            if ranks_change and _of_one_rank(entry.name):
+            if ranks is not None and _of_one_rank(entry.name):
                 dropped.append(entry.name)
+            elif ranks is not None and entry.name == INFO:
+                file, said = restated(path, prefix + entry.name, *ranks)
+                notes += said
+                yield file
             else:
                 yield copy_file(path, prefix + entry.name, size_of(path))
         elif is_folder(entry) and path != source.target and not _holds(path, source.target):

@@ -35,7 +35,7 @@ def plan(source: Source, found: Checkpoint, edits: Sequence[Edit], counts: tuple
             assert source.format.plan is not None
             made = source.format.plan(distributed.edited(found, edits), found.layout)
             own = {role.path for role in found.files}
-            return with_surroundings(source, made, ranks_change=False, own=own)
+            return with_surroundings(source, made, own=own)
         return _plan(source, found, edits, counts)
 
 
@@ -64,7 +64,7 @@ def _whole(source: Source, found: Checkpoint) -> Plan:
     """Everything that belongs to the checkpoint, copied."""
     if source.format.tagged:
         files = (copy_file(role.path, role.path.name, role.nbytes) for role in found.files)
-        return with_surroundings(source, Plan(files=tuple(files)), ranks_change=False)
+        return with_surroundings(source, Plan(files=tuple(files)))
     if is_folder(source.root):
         return Plan(files=tuple(tree(source.root)))
     return Plan(files=(copy_file(source.root, "", size_of(source.root)),))

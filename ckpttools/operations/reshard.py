@@ -51,7 +51,7 @@ def reshard(
     assert source.format.plan is not None  # a layout of ranks is one that is written
     plan = source.format.plan(checkpoint, layout)
     own = () if source.format.tagged else {role.path for role in checkpoint.files}
-    plan = with_surroundings(source, plan, ranks_change=changed, own=own)
+    plan = with_surroundings(source, plan, ranks=(checkpoint, layout) if changed else None, own=own)
     plan = replace(plan, notes=(*plan.notes, *notes))
     dst = named(dst) if dst is not None else default_dst(src, f"ws{ranks}")
     steps = advice.resume(source, checkpoint, dst, ranks)

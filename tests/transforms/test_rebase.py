@@ -369,6 +369,27 @@ def test_a_clients_own_copies_follow(tmp_path: Path) -> None:
     assert run("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.parametrize(
+    ("stated", "new", "said"),
+    [
+        ({"world_size": 2, "batch_size": 60}, {"world_size": 1, "batch_size": 60}, True),
+        ({"world_size": 8}, {"world_size": 8}, False),  # of something else: left as it is
+        ({"epoch": 0}, {"epoch": 0}, False),
+    ],
+)
+def test_a_clients_number_of_ranks_follows_a_reshard(
+    tmp_path: Path, stated: dict[str, object], new: dict[str, object], said: bool
+) -> None:
+    info = {"gradient_accumulation_steps": 1, **stated}
+    bundle = with_client(tmp_path, {}, info)
+    made = run("reshard", bundle, tmp_path / "out", "--world-size", 1)
+    assert made.code == 0, made.err
+    found = json.loads((tmp_path / "out/training_info.json").read_text())
+    assert found == {**new, "gradient_accumulation_steps": 2}  # the global batch stays
+    assert ("training_info.json: world_size 2 -> 1" in made.err) is said
+    assert "gradient_accumulation_steps 1 -> 2" in made.err
+
+
 def test_a_bundle_of_the_reference_trainer_follows(tmp_path: Path) -> None:
     run_folder = FIXTURES / "trainer/z2_bf16_2"
     source = run_folder / Path((run_folder / "last_checkpoint").read_text().strip()).name
