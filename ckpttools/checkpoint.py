@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
 from ckpttools.tensors import TensorRef
+from ckpttools.training import Training
 from ckpttools.tree import Key, Value
 
 
@@ -28,22 +29,6 @@ class ParamGroup:
     hyper: Mapping[str, Value]
     scalars: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
     paths: Mapping[str, tuple[Key, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainState:
-    """Counters and schedule as far as the checkpoint states them; None where it does not."""
-
-    step: int | None = None  # optimizer steps
-    iteration: int | None = None  # the framework's own iteration count where it differs from `step`
-    epoch: int | float | None = None
-    samples: int | None = None
-    skipped_steps: int | None = None
-    train_loss: float | None = None
-    val_loss: float | None = None
-    scheduler: Value = field(default_factory=dict)  # its state as saved, a list where there are several
-    batch: Mapping[str, int] = field(default_factory=dict)  # global, micro, accumulation, as saved
-    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # field -> where it was found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +84,7 @@ class Checkpoint:
     layout: Layout
     tensors: Mapping[str, TensorRef]
     groups: tuple[ParamGroup, ...] = ()
-    train_state: TrainState = field(default_factory=TrainState)
+    training: Training = field(default_factory=Training)
     shared: Mapping[str, str] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()

@@ -12,12 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from ckpttools.checkpoint import TrainState
 from ckpttools.location import Location
 from ckpttools.schedules.evidence import Fact, Known, What, known, of_counters, of_samples, stated
 from ckpttools.schedules.lengths import Remainder, Unit
-
-Key = str | int
+from ckpttools.tree import Key, Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,17 +156,26 @@ class Best:
 class Training:
     """All of that for one checkpoint. Numbers are None where the checkpoint does not say.
 
-    `said` are the values that the format found under their usual names; `state` are they as the framework
-    means them. `unit` is what the main counter counts; `evidence` is all that speaks of the batch. `size`
-    counts the samples of an epoch, `batches` its micro-batches per rank, `updates` its optimizer updates;
-    `epochs` is the length of the run.
+    A format fills what stands in its own files under the usual names, `step` to `keys`; the framework that
+    saved the checkpoint adds what that means. `unit` is what its main counter counts; `evidence` is all that
+    speaks of the batch. `size` counts the samples of an epoch, `batches` its micro-batches per rank,
+    `updates` its optimizer updates; `epochs` is the length of the run.
     """
 
-    framework: str
-    unit: Unit
-    said: TrainState = field(default_factory=TrainState)
+    step: int | None = None  # optimizer steps
+    iteration: int | None = None  # the framework's own iteration count where it differs from `step`
+    epoch: int | float | None = None
+    samples: int | None = None
+    skipped_steps: int | None = None
+    train_loss: float | None = None
+    val_loss: float | None = None
+    scheduler: Value = field(default_factory=dict)  # its state as saved, a list where there are several
+    saved_batch: Mapping[str, int] = field(default_factory=dict)  # global, micro, accumulation, as saved
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # field -> where it was found
+    framework: str = ""  # "" as long as none has read it
+    unit: Unit = "update"
     count: int | None = None
-    epoch: int | None = None  # whole epochs that are done
+    epochs_done: int | None = None  # whole ones
     evidence: tuple[Fact, ...] = ()
     size: int | None = None
     batches: int | None = None
@@ -197,16 +204,24 @@ class Training:
     outside: tuple[str, ...] = ()  # what the user must set in the new run, in words
     notes: tuple[str, ...] = ()
 
+    def over(self, stated: Training) -> Training:
+        """With what a format found, where the framework does not say: the main counter decides."""
+        own = {name: getattr(self, name) for name in _STATED}
+        both = {name: getattr(stated, name) if own[name] in (None, {}) else own[name] for name in _STATED}
+        if both["epoch"] is None:
+            both["epoch"] = self.epochs_done
+        if self.count is not None and self.unit == "update":
+            both["step"] = self.count
+        elif self.count is not None:
+            alone = both["keys"].get("step") == both["keys"].get("iteration")  # one key, taken for both
+            both |= {"iteration": self.count, "step": self.count if alone and both["step"] else both["step"]}
+        return replace(self, **both)
+
     @property
-    def state(self) -> TrainState:
-        """Counters and losses as everyone is to name them: the main counter decides."""
-        said = self.said if self.said.epoch is not None else replace(self.said, epoch=self.epoch)
-        if self.count is None:
-            return said
-        if self.unit == "update":
-            return replace(said, step=self.count)
-        alone = said.keys.get("step") == said.keys.get("iteration")  # one key, taken for both
-        return replace(said, iteration=self.count, step=self.count if alone and said.step else said.step)
+    def brief(self) -> Training:
+        """What a list of many shows of each, and nothing else."""
+        kept = (*_STATED, "framework", "losses", "best")
+        return Training(**{name: getattr(self, name) for name in kept})
 
     @property
     def batch(self) -> Known:
@@ -230,6 +245,13 @@ class Training:
         for key, what in names.items():
             value = batch.get(key)
             yield from stated(what, value if isinstance(value, int) else None, "the rebase that made it")
+
+
+# the fields that a format fills
+_STATED = (
+    *("step", "iteration", "epoch", "samples", "skipped_steps"),
+    *("train_loss", "val_loss", "scheduler", "saved_batch", "keys"),
+)
 
 
 def _counted(counters: tuple[Counter, ...], remainder: Remainder) -> Iterator[Fact]:
@@ -257,7 +279,7 @@ def merge(first: Training, *others: Training) -> Training:
             found[entry.name] = tuple(item for each in values for item in each)
         else:
             found[entry.name] = next((value for value in values if value is not None), None)
-    own = ("framework", "unit", "said", "remainder", "drop_last", "configuration", "scheduled", "follows")
+    own = ("framework", "unit", "remainder", "drop_last", "configuration", "scheduled", "follows")
     kept = {name: getattr(first, name) for name in own}
     if first.batch_names:  # whoever drives DeepSpeed configures it
         kept["batch_names"] = first.batch_names

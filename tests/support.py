@@ -118,7 +118,7 @@ def differences(a: Checkpoint, b: Checkpoint, *, but: tuple[str, ...] = ()) -> l
     left = {f.name: getattr(a.layout, f.name) for f in dataclasses.fields(a.layout)}
     right = {f.name: getattr(b.layout, f.name) for f in dataclasses.fields(b.layout)}
     out = [f"layout.{k}: {left[k]} != {right[k]}" for k in left if k not in but and left[k] != right[k]]
-    for field in ("train_state", "shared", "frozen", "buffers"):
+    for field in ("training", "shared", "frozen", "buffers"):
         x, y = getattr(a, field), getattr(b, field)
         if x != y and repr(x) != repr(y):
             out.append(f"{field}: {x} != {y}")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckpttools import manifest
-from ckpttools.checkpoint import Checkpoint, Layout, TrainState
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
 from ckpttools.checks.causes import TENSORS, by_cause
 from ckpttools.checks.changing import Watch
@@ -38,6 +38,7 @@ from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.stores.files import is_folder, stat
 from ckpttools.stores.links import within
+from ckpttools.training import Training
 
 if TYPE_CHECKING:
     from ckpttools.checks.contents import Passing
@@ -116,7 +117,7 @@ def _verify(
     with within(path):
         pointers = [*check_last_checkpoint(path), *(check_pointer(path, source) if tag is None else ())]
     held: Held = {}
-    state = TrainState()
+    state = Training()
     copies: list[Copy] = []
     with within(source.root):
         checked = check_headers(source, in_parts=True)
@@ -127,7 +128,7 @@ def _verify(
         if found is not None:
             ids = {finding.id for finding in findings}
             findings += [*check_keys(found), *(check_incidents(source, found, ids) if whole else ())]
-            held, state = dict.fromkeys(KEYS), found.train_state
+            held, state = dict.fromkeys(KEYS), found.training
             if whole:
                 held, state, damage = holds(source, found)
                 # what a listing calls damaged is not good here; the checks say more of what they know, too

@@ -117,9 +117,9 @@ def _stated(source: Source, found: Checkpoint) -> Iterator[Finding]:
         info: Mapping[str, object] = jsons.read(path, allow_nan=True)
     except CkptError:
         return  # reported by whoever checks the files beside the checkpoint
-    where = {path: field for field, path in found.train_state.keys.items()}
+    where = {path: field for field, path in found.training.keys.items()}
     for key in KEYS:
-        kept = getattr(found.train_state, where[key,]) if (key,) in where else found.client.get(key)
+        kept = getattr(found.training, where[key,]) if (key,) in where else found.client.get(key)
         said, own = info.get(key), fields.number(kept)
         if isinstance(said, int | float) and own is not None and said != own and said == said:
             yield Finding(

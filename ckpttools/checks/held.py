@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from ckpttools import frameworks
-from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks.keys import SCHEDULERS
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, Finding
@@ -18,7 +18,7 @@ KEYS = ("optimizer", "scheduler", "step", "epoch", "train_loss", "val_loss")
 Held = Mapping[str, bool | None]  # by KEYS; None: not known
 
 
-def holds(source: Source, found: Checkpoint) -> tuple[Held, TrainState, CkptError | None]:
+def holds(source: Source, found: Checkpoint) -> tuple[Held, Training, CkptError | None]:
     """Whether each of KEYS is there; everything is False for weights alone, None where it cannot be told.
     With the counters and losses, as the framework means them, and what it finds damaged in its own state.
     """
@@ -31,14 +31,14 @@ def holds(source: Source, found: Checkpoint) -> tuple[Held, TrainState, CkptErro
         known = reason.id == "weights-only"
     except CkptError as error:
         known, damage = False, error if error.exit_code == 1 else None
-    state = training.state if training is not None else found.train_state
+    state = training if training is not None else found.training
     logged = {name for name, _ in training.losses} if training is not None else set()
     optimizer = scheduler = None if not known else False
     if training is not None:
         optimizer, scheduler = bool(training.optimizers), bool(training.schedules)
     if source.format.resumes:
         optimizer = bool(optimizer or _has_optimizer(found))
-        kept = found.train_state.scheduler or any(_filled(found.client.get(key)) for key in SCHEDULERS)
+        kept = found.training.scheduler or any(_filled(found.client.get(key)) for key in SCHEDULERS)
         scheduler = bool(scheduler or kept)
     counts = training.counters if training is not None else ()
     held = {

@@ -73,7 +73,7 @@ def check_incidents(source: Source, found: Checkpoint, said: Set[str] = frozense
             severity=WARNING,
             file=path,
             where="",
-            message=f"{len(found.groups)} parameter groups with settings after {found.train_state.step} "
+            message=f"{len(found.groups)} parameter groups with settings after {found.training.step} "
             "steps, and no state of any parameter",
             why="a resume begins the optimizer anew, and the loss jumps",
             hint="use a checkpoint that holds it, unless it was left out on purpose",
@@ -149,7 +149,7 @@ def _buffers(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]
 
 def _lacks_state(found: Checkpoint) -> bool:
     """Whether groups have the settings of an optimizer that keeps state, and steps were made without any."""
-    state = found.train_state
+    state = found.training
     done = (state.step or 0) - (state.skipped_steps or 0)
     if done < 1 or not any(group.params for group in found.groups):
         return False

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator
 
 from ckpttools import frameworks
-from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.findings import INFO, WARNING, Finding
 from ckpttools.formats.counters import OPTIMIZER, SCHEDULER
+from ckpttools.training import Training
 
 NAMED = re.compile(r"epoch_\d+_step_\d+\.pt")
 # besides counters.SCHEDULER, whose states are shown: OpenPCDet's forks
@@ -42,7 +43,7 @@ def check_keys(found: Checkpoint) -> Iterator[Finding]:
             hint="use another checkpoint to resume from; the weights may still be good",
         )
     if missing or has_any(root, OPTIMIZER):
-        have, lack = _inventory(root, found.train_state)
+        have, lack = _inventory(root, found.training)
         yield Finding(
             id="training-keys",
             severity=INFO,
@@ -53,7 +54,7 @@ def check_keys(found: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def _inventory(root: fields.Mapping, state: TrainState) -> tuple[list[str], list[str]]:
+def _inventory(root: fields.Mapping, state: Training) -> tuple[list[str], list[str]]:
     """What is there, with its value where it is a number, and what is not."""
     step = state.step if state.step is not None else state.iteration
     values = {"epoch": state.epoch, "step": step, "train_loss": state.train_loss, "val_loss": state.val_loss}

@@ -157,7 +157,7 @@ def _kinds(group: ParamGroup, name: str) -> list[str]:
 
 def _steps(found: Checkpoint) -> int:
     """The updates that were made, as far as anything says so."""
-    state = found.train_state
+    state = found.training
     if state.step is not None:
         return state.step - (state.skipped_steps or 0)
     for group in found.groups:

@@ -28,7 +28,7 @@ Part = dict[Location, list[tuple[ByteRange, DType]]]  # by file: where its eleme
 
 def check_untouched(found: Checkpoint) -> Iterator[Finding]:
     """Warnings; nothing where no update was made, or a file cannot be read (the pass says so)."""
-    done = (found.train_state.step or 0) - (found.train_state.skipped_steps or 0)
+    done = (found.training.step or 0) - (found.training.skipped_steps or 0)
     if found.layout.zero_stage is None or done < LEAST_STEPS:
         return
     try:

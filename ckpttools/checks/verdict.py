@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckpttools.checkpoint import TrainState
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding, of_error
 from ckpttools.location import Location
+from ckpttools.training import Training
 
 
 class Delivered(Exception):
@@ -21,7 +21,7 @@ class Verdict:
 
     path: Location
     format: str | None
-    state: TrainState
+    state: Training
     findings: tuple[Finding, ...]
     nbytes_read: int = 0  # tensor bytes that were checked
     manifest: tuple[Location, bytes] | None = None  # its place and contents, where it was asked for
@@ -58,4 +58,4 @@ class Verdict:
 
 def refused(path: Location, error: CkptError, also: Iterable[Finding] = ()) -> Verdict:
     """The verdict on what could not be checked at all, or is damaged beyond reading."""
-    return Verdict(path=path, format=None, state=TrainState(), findings=(*also, of_error(error)))
+    return Verdict(path=path, format=None, state=Training(), findings=(*also, of_error(error)))

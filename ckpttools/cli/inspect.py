@@ -94,7 +94,7 @@ def _progress(found: Progress) -> Iterator[str]:
 
 
 def _summary(source: Any, checkpoint: Any) -> Iterator[tuple[str, object]]:
-    layout, state = checkpoint.layout, checkpoint.train_state
+    layout, state = checkpoint.layout, checkpoint.training
     kind = FORMATS.get(layout.format, layout.format)
     if layout.zero_stage is not None:
         kind += f", {layout.dp_degree} rank{'s' if layout.dp_degree > 1 else ''}"
@@ -214,7 +214,7 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
         "samples": state.samples,
         "train_loss": state.train_loss,
         "val_loss": state.val_loss,
-        "batch": dict(state.batch),
+        "batch": dict(state.saved_batch),
         "scheduler": _schedulers(state.scheduler),
         "parameters": sum(
             ref.numel

@@ -128,7 +128,7 @@ def hyper(checkpoint: Checkpoint, read: Read) -> Iterator[tuple[frozenset[str], 
 
 def progress(checkpoint: Checkpoint, read: Read) -> dict[str, dict[str, object]]:
     """Counters, losses, schedule, batch and loss scale by part and name; what is not known is left out."""
-    state = checkpoint.train_state
+    state = checkpoint.training
     counters: dict[str, object] = {
         "step": state.step,
         "iteration": state.iteration,
@@ -141,7 +141,7 @@ def progress(checkpoint: Checkpoint, read: Read) -> dict[str, dict[str, object]]
         "counters": counters,
         "losses": losses,
         "schedule": _named(state.scheduler),
-        "batch": {key: value for key, value in state.batch.items() if key not in DIVISION},
+        "batch": {key: value for key, value in state.saved_batch.items() if key not in DIVISION},
         "loss scale": {} if _is_one(checkpoint.loss_scaler) else _named(checkpoint.loss_scaler),
         "optimizer": {"class": checkpoint.optimizer},
     }

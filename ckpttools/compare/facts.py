@@ -92,7 +92,7 @@ def _client(checkpoint: Checkpoint) -> Iterator[tuple[str, object]]:
 
 
 def _names(checkpoint: Checkpoint) -> Iterator[str]:
-    state = checkpoint.train_state
+    state = checkpoint.training
     for name in ("step", "iteration", "epoch", "samples", "skipped_steps", "train_loss", "val_loss"):
         if (said := getattr(state, name)) is not None and checkpoint.client.get(name) == said:
             yield name
@@ -109,7 +109,7 @@ def _known(value: Value) -> Value:
 
 def opaque(checkpoint: Checkpoint) -> list[str]:
     """Where objects lie that cannot be compared."""
-    held = (checkpoint.client, checkpoint.train_state.scheduler, checkpoint.loss_scaler)
+    held = (checkpoint.client, checkpoint.training.scheduler, checkpoint.loss_scaler)
     found = ((path, leaf) for value in held for path, leaf in leaves(value))
     return [dotted_path(path) for path, leaf in found if isinstance(leaf, Opaque) and not inside(leaf)]
 

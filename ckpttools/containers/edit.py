@@ -30,7 +30,8 @@ from ckpttools.errors import CkptError, UsageError
 from ckpttools.location import Location
 from ckpttools.plan import Literal, OutputFile, SourceCheck
 from ckpttools.tensors import TensorRef
-from ckpttools.training import ABSENT, Edit, Key, Place
+from ckpttools.training import ABSENT, Edit, Place
+from ckpttools.tree import Key
 
 MAX_DEPTH = 40
 _FORMS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i"}

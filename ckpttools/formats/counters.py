@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ckpttools.checkpoint import TrainState
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile
-
-if TYPE_CHECKING:
-    from ckpttools.schedules.evidence import What  # a heavy import for a type
+from ckpttools.schedules.evidence import What
+from ckpttools.training import Training
 
 STEP = ("global_step", "step", "global_steps", "total_steps", "iteration", "iter", "it")
 ITERATION = ("iteration", "iter", "it")
@@ -52,9 +50,7 @@ BATCH = {
 }
 
 
-def train_state(
-    file: TorchFile | None, root: fields.Mapping, step_keys: tuple[str, ...] = STEP
-) -> TrainState:
+def training(file: TorchFile | None, root: fields.Mapping, step_keys: tuple[str, ...] = STEP) -> Training:
     """What a checkpoint's top level says about where training stood. Absent values are None.
 
     `file` holds `root`, which may be empty where there is none.
@@ -83,7 +79,7 @@ def train_state(
         value = decode(file, root.get(scheduler))
         if isinstance(value, dict | list):
             found["scheduler"], keys["scheduler"] = value, (scheduler,)
-    return TrainState(**found, batch=batch_settings(root.get("ds_config")), keys=keys)
+    return Training(**found, saved_batch=batch_settings(root.get("ds_config")), keys=keys)
 
 
 def _at(root: fields.Mapping, path: tuple[str, ...]) -> Node:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode, encode
 from ckpttools.containers.pickles import Global, Node, Object
 from ckpttools.containers.torch_file import TorchFile, size
-from ckpttools.formats.counters import train_state
+from ckpttools.formats.counters import training
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
+from ckpttools.training import Training
 from ckpttools.tree import Value, put
 
 # what a model file holds beside the client's own keys
@@ -88,12 +89,12 @@ def loss_scaler(file: TorchFile, node: Node) -> dict[str, Value]:
     return {"class": node.cls.name, **state} if isinstance(state, dict) else {}
 
 
-def counters(file: TorchFile, root: fields.Mapping) -> TrainState:
-    return train_state(file, root, step_keys=("global_steps",))
+def counters(file: TorchFile, root: fields.Mapping) -> Training:
+    return training(file, root, step_keys=("global_steps",))
 
 
 def client(file: TorchFile, root: fields.Mapping) -> dict[str, Value]:
-    """What training code saved beside DeepSpeed's own keys; counters at its top level are in TrainState."""
+    """What training code saved beside DeepSpeed's own keys; counters at its top level are in Training."""
     read = {path[0] for path in counters(file, root).keys.values() if len(path) == 1}
     return {key: decode(file, node) for key, node in root.named() if key not in OWN_KEYS and key not in read}
 
@@ -103,7 +104,7 @@ def client(file: TorchFile, root: fields.Mapping) -> dict[str, Value]:
 
 def client_values(checkpoint: Checkpoint) -> dict[str, Value]:
     """The client's values, with losses and the like under the keys where they were found."""
-    state = checkpoint.train_state
+    state = checkpoint.training
     values: dict[str, Value] = dict(checkpoint.client)
     found: dict[str, Value] = {
         "iteration": state.iteration,
@@ -119,7 +120,7 @@ def client_values(checkpoint: Checkpoint) -> dict[str, Value]:
     return values
 
 
-def _scheduler_key(state: TrainState) -> tuple[str, ...]:
+def _scheduler_key(state: Training) -> tuple[str, ...]:
     """Where the schedule's state goes: DeepSpeed's own schedulers are the engine's, wherever it was found."""
     if isinstance(state.scheduler, Mapping) and set(state.scheduler) == {"last_batch_iteration"}:
         return LR_SCHEDULER
@@ -128,7 +129,7 @@ def _scheduler_key(state: TrainState) -> tuple[str, ...]:
 
 def counter_values(checkpoint: Checkpoint) -> dict[str, int]:
     """DeepSpeed's own counters, as far as they are known; it loads nothing without skipped_steps."""
-    state = checkpoint.train_state
+    state = checkpoint.training
     counters = {
         "skipped_steps": state.skipped_steps or 0,
         "global_steps": state.step,
@@ -139,7 +140,7 @@ def counter_values(checkpoint: Checkpoint) -> dict[str, int]:
 
 def scheduler_state(checkpoint: Checkpoint) -> tuple[Value, bool]:
     """What the engine's own lr_scheduler gets, and whether the schedule is the engine's, not the client's."""
-    state = checkpoint.train_state
+    state = checkpoint.training
     own = _scheduler_key(state) == LR_SCHEDULER
     return state.scheduler or None if own else None, own
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ckpttools.checkpoint import Checkpoint, Layout, TrainState
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.findings import Finding
@@ -19,6 +19,7 @@ from ckpttools.siblings import UNFINISHED
 from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.stores.links import refuse_outside
 from ckpttools.tensors import TensorRef
+from ckpttools.training import Training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +120,7 @@ class Format:
     knows would need to be of this one, `beside` what is wrong with files of this format in a folder that
     another one's checkpoint is made of. `torch_files` of a checkpoint that was read are the one whose
     top level is the training code's, and those of the ranks' optimizers; where `read` opens no other file,
-    `state` is what the former says of the Checkpoint's `train_state`. `copies` are those of other ranks that
+    `state` is what the former says of the Checkpoint's `training`. `copies` are those of other ranks that
     say the same as the first. `refuse_rank_local` raises Unsupported for one that this format read and whose
     optimizer state belongs to single ranks.
     """
@@ -137,7 +138,7 @@ class Format:
     is_weights: Callable[[str], bool] = lambda name: False  # what only one checkpoint in a folder has
     beside: Callable[[Location, list[str]], Iterable[Finding]] = lambda folder, files: ()
     torch_files: Callable[[Checkpoint], tuple[TorchFile | None, tuple[TorchFile, ...]]] = _no_torch_files
-    state: Callable[[TorchFile], TrainState] | None = None
+    state: Callable[[TorchFile], Training] | None = None
     copies: Callable[[Checkpoint], tuple[TorchFile, ...]] = lambda checkpoint: ()
     refuse_rank_local: Callable[[Checkpoint], None] = lambda checkpoint: None
     plan: Callable[[Checkpoint, Layout], Plan] | None = None

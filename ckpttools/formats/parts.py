@@ -19,7 +19,7 @@ from ckpttools.containers.pickles import Dict
 from ckpttools.containers.torch_file import TorchFile, labelled, read_torch_file
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, Finding, of_error
-from ckpttools.formats.counters import train_state
+from ckpttools.formats.counters import training
 from ckpttools.formats.files import archive_roots, check_files, dangers_at
 from ckpttools.formats.format import Checked, Format, Source, no_file
 from ckpttools.formats.rank_files import LAYER, MODEL, OPTIM, PADDED
@@ -94,7 +94,7 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
             if file.path.name.endswith("model_states.pt")
             and (label.startswith("module") or _is_piece(file.path.name))
         },
-        train_state=train_state(None, first if first is not None else Dict(), step_keys=("global_steps",)),
+        training=training(None, first if first is not None else Dict(), step_keys=("global_steps",)),
         files=tuple(FileRole(path=path, nbytes=size_of(path), role=_role(path.name)) for path in paths),
         checks=tuple(check for file in files for check in file.checks()),
     )

@@ -19,12 +19,12 @@ framework, rules, parts   what they share; progress: all that in one line
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.errors import CkptError, Unsupported
+from ckpttools.errors import Unsupported
 from ckpttools.formats.format import Source
 from ckpttools.frameworks import (
     accelerate,
@@ -81,7 +81,7 @@ def read(source: Source, checkpoint: Checkpoint, files: Files | None = None) -> 
         for framework in FRAMEWORKS:
             if framework.recognise(saved):
                 found = framework.read(saved)
-                return replace(found, said=_over(found.said, checkpoint.train_state))
+                return found.over(checkpoint.training)
     raise _weights_only(checkpoint)
 
 
@@ -95,16 +95,9 @@ def brief(source: Source, checkpoint: Checkpoint, files: Files | None = None) ->
                 if framework.brief is None:
                     break
                 found = framework.brief(bare)
-                return replace(found, said=_over(found.said, checkpoint.train_state))
+                return replace(found, training=found.training.over(checkpoint.training))
     whole = read(source, checkpoint, files)
-    return Brief(
-        resumes=bool(whole.optimizers), metrics=dict(whole.losses), said=whole.state, best=whole.best
-    )
-
-
-def _over(known: TrainState, said: TrainState) -> TrainState:
-    """What the format found, with what the framework knows in its place."""
-    return replace(said, **{name: value for name, value in asdict(known).items() if value not in (None, {})})
+    return Brief(resumes=bool(whole.optimizers), training=whole.brief)
 
 
 def _weights_only(checkpoint: Checkpoint) -> Unsupported:
@@ -115,14 +108,6 @@ def _weights_only(checkpoint: Checkpoint) -> Unsupported:
         why="there is no counter, schedule or optimizer that a batch size could change",
         hint="name the training checkpoint itself: a checkpoint-N folder, a ZeRO folder, a training .pt",
     )
-
-
-def state(source: Source, checkpoint: Checkpoint) -> TrainState:
-    """Counters and losses, as its framework means them where it is known."""
-    try:
-        return read(source, checkpoint).state
-    except CkptError:
-        return checkpoint.train_state
 
 
 def auto_resume(folder: Location) -> tuple[AutoResume, ...]:

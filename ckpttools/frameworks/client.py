@@ -59,8 +59,8 @@ def restated(path: Location, name: str, saved: Checkpoint, to: Layout) -> tuple[
     moves = {RANKS: (saved.layout.dp_degree, to.dp_degree)}
     for key, what in {**BATCH_NAMES, BATCH: "micro"}.items():
         own = BATCH_KEYS.get(what, "")
-        if own in new and what in saved.train_state.batch:
-            moves[key] = saved.train_state.batch[what], new[own]
+        if own in new and what in saved.training.saved_batch:
+            moves[key] = saved.training.saved_batch[what], new[own]
     stated = jsons.read(path, allow_nan=True)
     edits = [
         Edit(place=Place(file=path, at=(key,)), old=old, new=value, why="another number of ranks")

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from ckpttools.checkpoint import Checkpoint, ParamGroup, TrainState
+from ckpttools.checkpoint import Checkpoint, ParamGroup
 from ckpttools.errors import Unsupported
 from ckpttools.formats.counters import DATASET, EPOCH, SCHEDULER, STEP, TOTAL
 from ckpttools.frameworks.framework import Framework, Saved
@@ -49,7 +49,7 @@ def read(saved: Saved) -> Training:
         framework=FRAMEWORK.name,
         unit="update",
         count=counts[0].value if counts else None,
-        epoch=next((n for _, n in _whole(held, EPOCH)), None),
+        epochs_done=next((n for _, n in _whole(held, EPOCH)), None),
         size=next((n for _, n in _whole(held, DATASET) if n), None),
         counters=(*counts, *_counters(held, TOTAL, "total")),
         optimizers=tuple(_optimizers(held)),
@@ -144,8 +144,8 @@ def edited(held: Checkpoint, edits: Iterable[Edit]) -> Checkpoint:
             groups[g] = _with(held.path, groups[g], tuple(inner), edit.new)
     assert isinstance(client, Mapping)
     # the client's values are where the counters are: what was read of them before does not hold any more
-    state = TrainState(batch=held.train_state.batch)
-    return replace(held, client=client, groups=tuple(groups), train_state=state)
+    state = Training(saved_batch=held.training.saved_batch)
+    return replace(held, client=client, groups=tuple(groups), training=state)
 
 
 def _with(path: Location, group: ParamGroup, keys: Keys, new: object) -> ParamGroup:

@@ -6,10 +6,10 @@ A field that is left out says that the framework has no such thing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, Unsupported
@@ -17,7 +17,7 @@ from ckpttools.formats import locate, read
 from ckpttools.frameworks.rules import AutoResume, Lack, Rule, Setting
 from ckpttools.location import Location
 from ckpttools.stores.files import entries, is_folder
-from ckpttools.training import Best, Training, merge
+from ckpttools.training import Training, merge
 
 SHOWN = 12
 
@@ -47,14 +47,10 @@ class Saved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Brief:
-    """What a listing shows: whether optimizer state is there, the last of each loss and metric, the
-    counters, as far as the framework knows more of them than the format, and what it calls the best.
-    """
+    """What a listing shows: whether optimizer state is there, counters, the last of each loss, the best."""
 
     resumes: bool
-    metrics: Mapping[str, float]
-    said: TrainState = field(default_factory=TrainState)
-    best: tuple[Best, ...] = ()
+    training: Training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

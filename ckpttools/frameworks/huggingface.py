@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from ckpttools.checkpoint import TrainState
 from ckpttools.containers import jsons
 from ckpttools.containers.archive import is_zip
 from ckpttools.containers.archive.directory import read_directory
@@ -83,7 +82,7 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
     return Training(
         framework="hf-trainer",
         unit="update",
-        said=_said(state),
+        epoch=_epoch(state),
         count=step,
         evidence=(
             *stated("micro", _whole(state.get("train_batch_size")), f"{STATE}'s train_batch_size"),
@@ -142,9 +141,9 @@ def _spans_epochs(step: int | None, total: int | None, epochs: float | None, epo
     return abs(epoch * total / epochs - step) < 1
 
 
-def _said(state: Mapping[str, object]) -> TrainState:
+def _epoch(state: Mapping[str, object]) -> int | float | None:
     epoch = state.get("epoch")
-    return TrainState(epoch=epoch if isinstance(epoch, int | float) else None)
+    return epoch if isinstance(epoch, int | float) else None
 
 
 def _whole(found: object) -> int | None:
@@ -282,7 +281,8 @@ def brief(saved: Saved) -> Brief:
         with opened(own) as file:
             if is_zip(file.head(4)):
                 read_directory(file)
-    return Brief(resumes=saved.zero or is_file(own), metrics=metrics, said=_said(state), best=_best(state))
+    training = Training(epoch=_epoch(state), losses=tuple(metrics.items()), best=_best(state))
+    return Brief(resumes=saved.zero or is_file(own), training=training)
 
 
 def takes(folder: Location) -> Iterator[AutoResume]:

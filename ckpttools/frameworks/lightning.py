@@ -75,7 +75,7 @@ def _read(file: TorchFile) -> Training:
         framework="lightning",
         unit="update",
         count=updates,
-        epoch=epoch,
+        epochs_done=epoch,
         evidence=tuple(_accumulation(total, inside, epoch, batches, updates)),
         batches=batches or None,
         counters=tuple(_counters(file, max(1, len(optimizers)))),

@@ -67,7 +67,7 @@ def _read(file: TorchFile, *, in_folder: bool) -> Training:
         framework="mmengine",
         unit="micro",
         count=count,
-        epoch=parts.integer(file, "meta", "epoch") if batches is not None else None,
+        epochs_done=parts.integer(file, "meta", "epoch") if batches is not None else None,
         evidence=tuple(_batch(config)),
         batches=batches,
         epochs=epochs if batches is not None else None,

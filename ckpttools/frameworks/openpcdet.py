@@ -49,7 +49,7 @@ def _read(file: TorchFile) -> Training:
         framework="openpcdet",
         unit="micro",
         count=count,
-        epoch=epoch,
+        epochs_done=epoch,
         evidence=(Fact("accumulation", 1, 1, "OpenPCDet, which makes an update of every batch"),),
         batches=count // epoch if whole and count and epoch else None,
         counters=(

@@ -16,7 +16,8 @@ from ckpttools.frameworks.rules import CAREFUL, About, Lack
 from ckpttools.location import Location
 from ckpttools.schedules.lengths import Unit
 from ckpttools.stores.files import is_file
-from ckpttools.training import Counter, Key, OptimizerSettings, Role, SavedSchedule
+from ckpttools.training import Counter, OptimizerSettings, Role, SavedSchedule
+from ckpttools.tree import Key
 
 MARKER = "ckpttools_rebase"
 MARKER_FILE = "ckpt-rebase.json"  # where a folder has no file that could hold the note

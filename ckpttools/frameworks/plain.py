@@ -16,7 +16,8 @@ from ckpttools.formats.counters import DATASET, EPOCH, OPTIMIZER, SCHEDULER, STE
 from ckpttools.frameworks import parts
 from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.frameworks.rules import Rule
-from ckpttools.training import Key, OptimizerSettings, SavedSchedule, Training
+from ckpttools.training import OptimizerSettings, SavedSchedule, Training
+from ckpttools.tree import Key
 
 CODE = "your training code"
 
@@ -42,7 +43,7 @@ def _plain(file: TorchFile) -> Training:
         framework="plain",
         unit="update",
         count=counts[0].value if counts else None,
-        epoch=epoch,
+        epochs_done=epoch,
         size=next((n for key in DATASET if (n := parts.integer(file, key))), None),
         counters=(
             *counts,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from ckpttools import schedules
-from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.formats.format import Source
 from ckpttools.frameworks import read
@@ -27,7 +27,7 @@ class Progress:
     """`rates` are the learning rates of the optimizer's groups; `schedules` are in words."""
 
     unit: str
-    state: TrainState
+    state: Training
     count: int | None
     total: int | None
     epoch: float | None
@@ -65,27 +65,27 @@ class Progress:
 
 def progress(source: Source, checkpoint: Checkpoint) -> Progress:
     """Of any checkpoint: weights alone may say a step or a loss, too."""
-    state = checkpoint.train_state
+    state = checkpoint.training
     try:
         training = read(source, checkpoint)
     except CkptError as error:
         notes = (
             () if error.id == "weights-only" else (f"the training state is not understood: {error.message}",)
         )
-        nothing = Training(framework="", unit="update", said=state, count=state.step, notes=notes)
+        nothing = replace(state, count=state.step, notes=notes)
         found = _progress(checkpoint, nothing)
         return replace(found, framework=None, notes=notes)
     return _progress(checkpoint, training)
 
 
 def _progress(checkpoint: Checkpoint, training: Training) -> Progress:
-    state, batch = training.state, training.batch
+    batch = training.batch
     groups = training.optimizers[0].groups if training.optimizers else [g.hyper for g in checkpoint.groups]
     rates = [group.get("lr") for group in groups]
-    losses = {"train loss": state.train_loss, "val loss": state.val_loss} | dict(training.losses)
+    losses = {"train loss": training.train_loss, "val loss": training.val_loss} | dict(training.losses)
     return Progress(
         unit=UNITS[training.unit],
-        state=state,
+        state=training,
         count=training.count,
         total=training.total_count,
         epoch=_epoch(training, batch),
@@ -114,7 +114,7 @@ def _epoch(training: Training, batch: Known) -> float | None:
         length = Fraction(training.batches, batch.accumulation)
     if length and training.count is not None:
         return float(training.count / length)
-    said = training.state.epoch
+    said = training.epoch
     return None if said is None or (not said and training.count) else float(said)
 
 

@@ -47,7 +47,7 @@ def _read(file: TorchFile) -> Training:
         framework="ckpt train",
         unit="update",
         count=parts.integer(file, "iter"),
-        epoch=parts.integer(file, "epoch"),
+        epochs_done=parts.integer(file, "epoch"),
         size=size,
         updates=updates,
         epochs=epochs,

@@ -35,13 +35,13 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
     settings = checkpoint.settings
     if stage is not None and at(settings, "zero_optimization", "stage") is not None:
         settings = put(settings, ("zero_optimization", "stage"), stage)
-    state = checkpoint.train_state
+    state = checkpoint.training
     if old.zero_stage is None:
         if stage is not None:  # no number of ranks to keep the batch of
             old = replace(old, dp_degree=ranks)
         if state.scheduler:  # from there the engine loads whichever scheduler it was given
             state = replace(state, keys={**state.keys, "scheduler": LR_SCHEDULER})
-    made = replace(checkpoint, groups=groups, settings=settings, layout=old, train_state=state, template=None)
+    made = replace(checkpoint, groups=groups, settings=settings, layout=old, training=state, template=None)
     tag = f"global_step{state.step or 0}{'_universal' if stage is None else ''}"
     layout = Layout(
         format=to,

@@ -205,6 +205,7 @@ def _rank(changed: Changed) -> tuple[bool, float]:
 
 def _layout(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, object]]:
     """How each is stored, where it is not the same."""
+    of_a, of_b = a.training.saved_batch, b.training.saved_batch
     fields = {
         "format": (a.layout.format, b.layout.format),
         "ranks": (a.layout.dp_degree, b.layout.dp_degree),
@@ -212,8 +213,8 @@ def _layout(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, object]]:
         "writer": (a.layout.writer, b.layout.writer),
         "variant": (a.layout.variant, b.layout.variant),
         "tag": (a.layout.tag, b.layout.tag),
-        "micro-batch": (a.train_state.batch.get("micro"), b.train_state.batch.get("micro")),
-        "accumulation": (a.train_state.batch.get("accumulation"), b.train_state.batch.get("accumulation")),
+        "micro-batch": (of_a.get("micro"), of_b.get("micro")),
+        "accumulation": (of_a.get("accumulation"), of_b.get("accumulation")),
     }
     return {name: sides for name, sides in fields.items() if sides[0] != sides[1]}
 

@@ -113,7 +113,7 @@ def write(
     if not single:
         plan = with_config(plan, config, source.root)
     configured = any(file.path in HEADS for file in plan.files)
-    state = weights.train_state
+    state = weights.training
     counted = (state.step, state.epoch, state.train_loss, state.val_loss) != (None,) * 4
     kept = variant == "pt" and counted
     steps = advice.weights(dst, form, single=single, configured=configured, keyed=kept)

@@ -10,7 +10,7 @@ from ckpttools.operations.opened import Opened, open
 def inspect(path: str | Path, *, tag: str | None = None) -> Opened:
     """What a checkpoint holds, by its headers: `checkpoint` describes it, `source` says why this one.
 
-    >>> inspect("fixtures/hf-trainer/plain/checkpoint-2").checkpoint.train_state.step
+    >>> inspect("fixtures/hf-trainer/plain/checkpoint-2").checkpoint.training.step
     2
     """
     return open(path, tag)

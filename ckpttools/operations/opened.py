@@ -67,7 +67,7 @@ class Opened(Mapping[str, "Array"]):
         return torch.frombuffer(bytearray(self.array(ref).tobytes()), dtype=dtype).reshape(ref.shape)
 
     def _rows(self) -> Iterator[tuple[str, object]]:
-        layout, state = self.checkpoint.layout, self.checkpoint.train_state
+        layout, state = self.checkpoint.layout, self.checkpoint.training
         yield "path", self.source.root
         yield "format", layout.format
         yield "found", self.source.how
@@ -100,7 +100,7 @@ def open(path: str | Location, tag: str | None = None) -> Opened:
     """Open the one checkpoint at or below a path: headers only.
 
     >>> run = open("fixtures/trainer/z2_bf16_2")
-    >>> len(run), run.checkpoint.layout.format, run.checkpoint.train_state.step
+    >>> len(run), run.checkpoint.layout.format, run.checkpoint.training.step
     (..., 'zero2', 3)
     >>> name = next(iter(run))
     >>> run[name].dtype, run[name].shape == run.checkpoint.tensors[name].shape

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpttools.checkpoint import TrainState
 from ckpttools.compare.facts import RANDOM, Fact, differences, opaque, random_states
 from ckpttools.formats import Source
 from ckpttools.location import Location
@@ -16,6 +15,7 @@ from ckpttools.operations.source import tags_for
 from ckpttools.operations.writing import Bar
 from ckpttools.stores.files import entries, is_file, is_folder, named
 from ckpttools.stores.links import within
+from ckpttools.training import Training
 
 Verdict = Literal["same", "except", "different"]
 
@@ -51,7 +51,7 @@ class Proof:
     def uncounted(self) -> bool:
         """Whether neither says how far training is."""
         sides = (self.compared.left, self.compared.right)
-        return all(side.checkpoint.train_state == TrainState() for side in sides)
+        return all(side.checkpoint.training == Training() for side in sides)
 
 
 def prove(

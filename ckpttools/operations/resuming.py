@@ -26,7 +26,7 @@ def single_file(checkpoint: Checkpoint, dst: Location, weights: str, optimizer: 
     yield f"model.load_state_dict(saved[{weights!r}])"
     if checkpoint.groups:
         yield f"optimizer.load_state_dict(saved[{optimizer!r}])"
-    state = checkpoint.train_state
+    state = checkpoint.training
     if state.scheduler:
         key = state.keys.get("scheduler", ())
         at = key[0] if checkpoint.template is not None and len(key) == 1 else "scheduler_state_dict"
@@ -49,7 +49,7 @@ def engine(checkpoint: Checkpoint, layout: Layout, dst: Location) -> Iterator[st
             yield from _own_classes(checkpoint, file)
             load = f"torch.load({str(file)!r}, weights_only=True)['module']"
             yield f"model.load_state_dict({load}, strict=False)  # load_universal leaves out frozen, buffers"
-    options = "" if checkpoint.train_state.scheduler else ", load_lr_scheduler_states=False"
+    options = "" if checkpoint.training.scheduler else ", load_lr_scheduler_states=False"
     on = f"  # on {layout.dp_degree} ranks" if layout.zero_stage else ""
     yield f"path, client_state = engine.load_checkpoint({str(dst)!r}{options}){on}"
     if layout.zero_stage is None:
@@ -86,7 +86,7 @@ def _stage3(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _own_classes(checkpoint: Checkpoint, file: Location) -> Iterator[str]:
     """What to do first where weights_only=True refuses the client's values: no line loads without it."""
-    held = (checkpoint.client, checkpoint.extra_state, checkpoint.train_state.scheduler)
+    held = (checkpoint.client, checkpoint.extra_state, checkpoint.training.scheduler)
     if any(isinstance(leaf, Opaque) for value in held for _, leaf in leaves(value)):
         yield (
             "# it holds classes of your training code: "

@@ -148,7 +148,7 @@ def _driven(target: Target, run: NewRun, found: Forecast) -> Forecast:
         return replace(found, differences=tuple(differences), checks=tuple(checks))
     differences = [d for d in differences if d.about is not About.BATCH or d.refusal is not None]
     differences += [*trainers.batch(target.one, training, run), *trainers.settings(training, run)]
-    epoch = found.epoch if found.epoch is not None else training.state.epoch
+    epoch = found.epoch if found.epoch is not None else training.epoch
     own = target.saved.scheduler is not None or not training.schedules
     rule = framework_of(training).rule
     rates = found.rates

@@ -75,7 +75,7 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
     lr = rates(training)
     if not rule.saved and any(d.cls != SAFE and d.about in (About.BATCH, About.LENGTH) for d in differences):
         lr = replace(lr, next=None, note=ANEW)
-    state = training.state if training is not None else checkpoint.train_state
+    state = training if training is not None else checkpoint.training
     return Forecast(
         path=path,
         format=training.framework if training is not None else checkpoint.layout.format,
@@ -257,7 +257,7 @@ def _parts(source: Source, training: Training, framework: Framework) -> Iterator
             refusal=refusal if rule.needs_optimizer else None,
         )
     yield from unsaved_schedule(training)
-    if training.optimizers and training.count is None and training.state.epoch is None:
+    if training.optimizers and training.count is None and training.epoch is None:
         yield Difference(
             about=About.LENGTH,
             setting="counters",

@@ -56,7 +56,7 @@ class Known:
         if len(files) != len(shards):
             return None
         state = source.format.state(main)
-        return source, replace(self.checkpoint, path=path, train_state=state), (main, files)
+        return source, replace(self.checkpoint, path=path, training=state), (main, files)
 
     def _read(self, file: Alike, path: Location) -> TorchFile | None:
         at = file.file.path
@@ -105,7 +105,7 @@ def _learnt(path: Location, source: Source, checkpoint: Checkpoint) -> Known | N
     if source.format.state is None or (source.target, source.root) != (path, path):
         return None
     main, shards = source.format.torch_files(checkpoint)
-    if main is None or source.format.state(main) != checkpoint.train_state:
+    if main is None or source.format.state(main) != checkpoint.training:
         return None
     first = Alike.of(main, COUNTS)
     others = [Alike.of(file, COUNTS) for file in shards]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ckpttools import frameworks
-from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import FORMATS, Folder, locate, read
 from ckpttools.formats.locate import checkpoints, holds_one
@@ -26,7 +26,7 @@ from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
 from ckpttools.stores.files import entries, is_file, is_folder, stat
 from ckpttools.stores.links import within
-from ckpttools.training import Best
+from ckpttools.training import Best, Training
 
 MAX_DEPTH = 8
 COUNTERS = ("iteration", "step", "epoch")
@@ -49,7 +49,7 @@ class Entry:
     path: Location
     run: Location
     format: str | None
-    state: TrainState
+    state: Training
     resumes: bool | None
     time: int
     nbytes: int = 0
@@ -247,27 +247,25 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
             checkpoint = read(source)
             kinds.learn((path, run), source, checkpoint)
     except CkptError as error:
-        return make(format=None, state=TrainState(), resumes=None, problem=error)
+        return make(format=None, state=Training(), resumes=None, problem=error)
     resumes: bool | None
-    logged: Mapping[str, float] = {}
-    best: tuple[Best, ...] = ()
     problem: CkptError | None = None
-    layout, state = checkpoint.layout, checkpoint.train_state
+    layout, state = checkpoint.layout, checkpoint.training
     try:
         brief = frameworks.brief(source, checkpoint, files)
-        resumes, logged, state, best = brief.resumes, brief.metrics, brief.said, brief.best
+        resumes, state = brief.resumes, brief.training
     except Unsupported as reason:
         resumes = False if reason.id == "weights-only" else None
     except CkptError as error:
         resumes, problem = None, error if error.exit_code == 1 else None
-    losses = (("train_loss", state.train_loss), ("val_loss", state.val_loss), *logged.items())
+    losses = (("train_loss", state.train_loss), ("val_loss", state.val_loss), *state.losses)
     return make(
         format=layout.format,
         state=state,
         resumes=resumes,
         ranks=layout.dp_degree if layout.ranked else None,
         metrics={name: value for name, value in losses if value is not None},
-        best=best,
+        best=state.best,
         model=_model(checkpoint),
         problem=problem,
     )

@@ -70,7 +70,7 @@ def evaluate(config: Config, split: Split, data: Data, start: Start, output: Out
     output.say(f"{'checkpoint':{width}}  {heads}")
     for name, path in zip(names, (start.checkpoint, *start.others), strict=True):
         measured = of_checkpoint(config, split, data, path)
-        state = read(locate(path)).train_state
+        state = read(locate(path)).training
         saved = "?" if state.val_loss is None else f"{state.val_loss:.6f}"
         output.say(
             f"{name:{width}}  {_known(state.step):>8}  {_known(state.epoch):>6}"

@@ -125,7 +125,7 @@ class Saving:
         older, a new run folder none: it is written where this checkpoint is the best itself.
         """
         path = self.place / folders.BEST
-        stated = read(locate(path)).train_state.val_loss if path.exists() else None
+        stated = read(locate(path)).training.val_loss if path.exists() else None
         if best == stated:
             return best
         if loss is not None and loss == best and (stated is None or loss < stated):

@@ -66,7 +66,7 @@ def client_state(progress: Progress, config: Config, samples: Data) -> dict[str,
 def kept_state(checkpoint: Path) -> Mapping[str, Any]:
     """The same keys, read by ckpttools: whatever number of ranks saved it. Raises CkptError."""
     found = read(locate(checkpoint))
-    state = found.train_state
+    state = found.training
     ours = {"epoch": state.epoch, "train_loss": state.train_loss, "val_loss": state.val_loss}
     return {**ours, **found.client}
 

@@ -39,8 +39,8 @@ def like(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
     _refuse_untied(checkpoint, other)
     notes = list(_notes(checkpoint, other, names, left))
     groups = tuple(_group(checkpoint, group) for group in other.groups) if checkpoint.groups else ()
-    state = checkpoint.train_state
-    place = other.train_state.keys.get("scheduler")
+    state = checkpoint.training
+    place = other.training.keys.get("scheduler")
     if place is not None and state.scheduler:
         state = replace(state, keys={**state.keys, "scheduler": place})
     return replace(
@@ -54,7 +54,7 @@ def like(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
         left_out=other.left_out,
         settings=other.settings or checkpoint.settings,
         optimizer=other.optimizer or checkpoint.optimizer,
-        train_state=state,
+        training=state,
         notes=(*checkpoint.notes, *notes),
         template=None,
     )

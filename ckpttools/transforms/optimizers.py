@@ -167,7 +167,7 @@ def anew(checkpoint: Checkpoint) -> Checkpoint:
         first = {"lr": group.hyper["initial_lr"]} if "initial_lr" in group.hyper else {}
         return replace(group, state=masters, scalars={}, paths={}, hyper={**group.hyper, **first})
 
-    state = checkpoint.train_state
+    state = checkpoint.training
     # DeepSpeed's own schedulers, which ds_config names: it fails to load them without a state
     own = isinstance(state.scheduler, Mapping) and state.scheduler.keys() == BEFORE_THE_FIRST.keys()
     step, skipped = (0 if count is not None else None for count in (state.step, state.skipped_steps))
@@ -181,7 +181,7 @@ def anew(checkpoint: Checkpoint) -> Checkpoint:
         client={key: value for key, value in checkpoint.client.items() if key not in dropped},
         notes=(*checkpoint.notes, *([note] if dropped else [])),
         groups=tuple(fresh(group) for group in checkpoint.groups),
-        train_state=replace(
+        training=replace(
             state,
             scheduler=BEFORE_THE_FIRST if own else {},
             step=step,

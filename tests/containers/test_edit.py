@@ -19,7 +19,8 @@ from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
 from ckpttools.plan import Plan
-from ckpttools.training import ABSENT, Edit, Key, Place
+from ckpttools.training import ABSENT, Edit, Place
+from ckpttools.tree import Key
 
 FILES = sorted(
     p

@@ -43,18 +43,16 @@ def renamed(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def stepped(checkpoint: Checkpoint) -> Checkpoint:
-    return replace(checkpoint, train_state=replace(checkpoint.train_state, step=999))
+    return replace(checkpoint, training=replace(checkpoint.training, step=999))
 
 
 def sampled(checkpoint: Checkpoint) -> Checkpoint:
-    return replace(checkpoint, train_state=replace(checkpoint.train_state, samples=12_345, skipped_steps=3))
+    return replace(checkpoint, training=replace(checkpoint.training, samples=12_345, skipped_steps=3))
 
 
 def epoch(checkpoint: Checkpoint) -> Checkpoint:
-    keys = {**checkpoint.train_state.keys, "epoch": ("epoch",), "val_loss": ("val_loss",)}
-    return replace(
-        checkpoint, train_state=replace(checkpoint.train_state, epoch=41, val_loss=0.125, keys=keys)
-    )
+    keys = {**checkpoint.training.keys, "epoch": ("epoch",), "val_loss": ("val_loss",)}
+    return replace(checkpoint, training=replace(checkpoint.training, epoch=41, val_loss=0.125, keys=keys))
 
 
 def learning_rate(checkpoint: Checkpoint) -> Checkpoint:
@@ -106,9 +104,9 @@ def settings(checkpoint: Checkpoint) -> Checkpoint:
 
 def scheduler(checkpoint: Checkpoint) -> Checkpoint:
     """Another state of the scheduler, under DeepSpeed's own key."""
-    state = checkpoint.train_state
+    state = checkpoint.training
     keys = {**state.keys, "scheduler": ("lr_scheduler",)}
-    return replace(checkpoint, train_state=replace(state, scheduler={"last_batch_iteration": 77}, keys=keys))
+    return replace(checkpoint, training=replace(state, scheduler={"last_batch_iteration": 77}, keys=keys))
 
 
 def reordered(checkpoint: Checkpoint) -> Checkpoint:
@@ -135,11 +133,9 @@ def content_differences(a: Checkpoint, b: Checkpoint, *, but: tuple[str, ...] = 
     for field in VALUES:
         if field not in but:
             yield from _values(field, getattr(a, field), getattr(b, field))
-    for each in dataclasses.fields(a.train_state):
-        if each.name not in but and each.name != "batch":
-            yield from _values(
-                each.name, getattr(a.train_state, each.name), getattr(b.train_state, each.name)
-            )
+    for each in dataclasses.fields(a.training):
+        if each.name not in but and each.name != "saved_batch":
+            yield from _values(each.name, getattr(a.training, each.name), getattr(b.training, each.name))
     yield from _refs("tensors", a.tensors, b.tensors)
     if len(a.groups) != len(b.groups):
         yield f"{len(a.groups)} groups != {len(b.groups)}"

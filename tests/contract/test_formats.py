@@ -13,9 +13,10 @@ import pytest
 from changes import CHANGES, Change, content_differences
 from support import FIXTURES
 
-from ckpttools.checkpoint import Checkpoint, TrainState
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.execute import execute
 from ckpttools.formats import FORMATS, Format, counters, locate, open_checkpoint, read
+from ckpttools.training import Training
 from ckpttools.transforms.select import weights_only
 from ckpttools.tree import Value
 
@@ -42,7 +43,7 @@ CASES = [
     for source in SOURCES.get(format.name, ())
 ]
 
-# fields that a format has no place for, of the Checkpoint or of its TrainState, and a word by which the notes
+# fields that a format has no place for, of the Checkpoint or of its Training, and a word by which the notes
 # of its plan name each; where a value was found is no content
 SETTINGS = {"settings": "settings", "optimizer": "class", "loss_scaler": "loss scaler"}
 OTHERS = {
@@ -76,17 +77,17 @@ CLIENTS_OWN |= {*counters.TRAIN_LOSS, "skipped_steps", "train_state"}
 
 def held(format: Format, source: str, checkpoint: Checkpoint, notes: str | None = None) -> Checkpoint:
     """What of a Checkpoint the format has a place for; every other thing must be in the notes."""
-    nothing = TrainState()
+    nothing = Training()
     for field, word in (*DROPPED[format.name].items(), *DROPPED.get(source, {}).items()):
-        of = checkpoint if hasattr(checkpoint, field) else checkpoint.train_state
+        of = checkpoint if hasattr(checkpoint, field) else checkpoint.training
         if getattr(of, field) in (None, {}, frozenset()):
             continue
         assert notes is None or word in notes, f"{field} is dropped, and no note says so: {notes}"
         if of is checkpoint:
             checkpoint = replace(checkpoint, **{field: type(getattr(checkpoint, field))()})
         else:
-            state = replace(checkpoint.train_state, **{field: getattr(nothing, field)})
-            checkpoint = replace(checkpoint, train_state=state)
+            state = replace(checkpoint.training, **{field: getattr(nothing, field)})
+            checkpoint = replace(checkpoint, training=state)
     if format.name == "hf":
         return weights_only(checkpoint)
     if format.name == "dcp":

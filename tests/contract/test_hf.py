@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from support import FIXTURES, as_torch, differences, identical
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup, TrainState
+from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.errors import UsageError
 from ckpttools.execute import execute
 from ckpttools.formats import hf, open_checkpoint
 from ckpttools.plan import Plan
 from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, TensorRef
+from ckpttools.training import Training
 from ckpttools.transforms.cast import cast
 from ckpttools.transforms.rename import rename
 from ckpttools.transforms.select import select, weights_only
@@ -43,14 +44,12 @@ SAFETENSORS, BIN = Layout(format="hf"), Layout(format="hf", variant=hf.BIN)
 
 def held(checkpoint: Checkpoint, *, counters: bool) -> Checkpoint:
     """What of a Checkpoint the format has a place for."""
-    state = checkpoint.train_state
-    kept = TrainState(
-        step=state.step, epoch=state.epoch, train_loss=state.train_loss, val_loss=state.val_loss
-    )
+    state = checkpoint.training
+    kept = Training(step=state.step, epoch=state.epoch, train_loss=state.train_loss, val_loss=state.val_loss)
     return replace(
         weights_only(checkpoint),
         layout=Layout(format="hf", dtype=weights_only(checkpoint).layout.dtype, stem=checkpoint.layout.stem),
-        train_state=kept if counters else TrainState(),
+        training=kept if counters else Training(),
         frozen=frozenset(),
         buffers=frozenset(),
     )
@@ -91,8 +90,8 @@ def tied(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def counted(checkpoint: Checkpoint) -> Checkpoint:
-    state = TrainState(step=12_345, epoch=2.25, train_loss=math.nan, val_loss=1e-7)
-    return replace(checkpoint, train_state=state)
+    state = Training(step=12_345, epoch=2.25, train_loss=math.nan, val_loss=1e-7)
+    return replace(checkpoint, training=state)
 
 
 def as_it_is(checkpoint: Checkpoint) -> Checkpoint:
@@ -147,7 +146,7 @@ def test_everything_that_is_dropped_is_named() -> None:
         layout=Layout(format="pt"),
         tensors={"w": ref, "b": ref},
         groups=(group,),
-        train_state=TrainState(step=3, iteration=4, samples=5, scheduler={"last": 1}, batch={"micro": 2}),
+        training=Training(step=3, iteration=4, samples=5, scheduler={"last": 1}, saved_batch={"micro": 2}),
         frozen=frozenset({"b"}),
         buffers=frozenset({"b"}),
         optimizer="AdamW",
@@ -179,7 +178,7 @@ def test_everything_that_is_dropped_is_named() -> None:
 
 def _nothing() -> dict[str, object]:
     rest: dict[str, object] = {"settings": {}, "left_out": {}, "extra_state": {}}
-    empty: dict[str, object] = {"groups": (), "train_state": TrainState(), "optimizer": None}
+    empty: dict[str, object] = {"groups": (), "training": Training(), "optimizer": None}
     return empty | {"frozen": frozenset(), "buffers": frozenset(), "loss_scaler": {}, "client": {}, **rest}
 
 
@@ -192,7 +191,7 @@ def test_a_header_that_says_nonsense_says_nothing(metadata: dict[str, str], tmp_
 
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors", metadata)
     found = open_checkpoint(tmp_path)
-    assert found.train_state.step is None and set(found.tensors) == {"w"} and found.shared == {}
+    assert found.training.step is None and set(found.tensors) == {"w"} and found.shared == {}
 
 
 def test_a_tied_pair_that_safetensors_itself_saved(tmp_path: Path) -> None:

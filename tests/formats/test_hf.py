@@ -107,7 +107,7 @@ def test_checkpoint_of_the_trainer() -> None:
     folder = FIXTURES / "hf-trainer/plain/checkpoint-4"
     checkpoint = open_checkpoint(folder)
     stated = json.loads((folder / "trainer_state.json").read_text())
-    assert (checkpoint.train_state.step, checkpoint.train_state.epoch) == (4, stated["epoch"])
+    assert (checkpoint.training.step, checkpoint.training.epoch) == (4, stated["epoch"])
     assert tensor_differences(checkpoint.tensors, load_file(folder / "model.safetensors")) == []
     roles = {role.path.name: role.role for role in checkpoint.files}
     assert roles["optimizer.pt"] == "optimizer state"

@@ -167,7 +167,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(ZERO)
     assert locate(tmp_path / "run").target == tmp_path / "run/global_step3"
     (tmp_path / "last.pt").symlink_to(FIXTURES / "monolithic/full/epoch_2_step_40.pt")
-    assert open_checkpoint(tmp_path / "last.pt").train_state.step == 40
+    assert open_checkpoint(tmp_path / "last.pt").training.step == 40
     (tmp_path / "model").mkdir()
     for file in (FIXTURES / "hf/sharded").iterdir():
         (tmp_path / "model" / file.name).symlink_to(file)

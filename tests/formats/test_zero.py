@@ -75,7 +75,7 @@ def test_reads_what_the_engine_held(path: Path) -> None:
         assert set(names) == set(group.params)
     known = {*checkpoint.tensors, *truth["fp32"]}  # the owner may be left out, as a frozen parameter
     assert set(checkpoint.shared.items()) == {(a, o) for a, o in truth["shared"].items() if o in known}
-    layout, state = checkpoint.layout, checkpoint.train_state
+    layout, state = checkpoint.layout, checkpoint.training
     assert (state.step, state.samples) == (truth["global_steps"], truth["global_samples"])
     assert state.skipped_steps == truth["skipped_steps"]
     assert layout.dp_degree == truth["world_size"]
@@ -186,15 +186,15 @@ def test_there_and_back_is_bit_identical(path: Path, ranks: int, tmp_path: Path)
 
 def expected_batch(there: Checkpoint, checkpoint: Checkpoint) -> list[str]:
     """The one difference that resharding makes: micro batch and accumulation, for the same global batch."""
-    new, old = there.train_state, checkpoint.train_state
+    new, old = there.training, checkpoint.training
     if new == old:
         return []
-    assert new.batch.get("global") == old.batch.get("global")
-    total = old.batch.get(
-        "global", old.batch["micro"] * old.batch["accumulation"] * checkpoint.layout.dp_degree
+    assert new.saved_batch.get("global") == old.saved_batch.get("global")
+    total = old.saved_batch.get(
+        "global", old.saved_batch["micro"] * old.saved_batch["accumulation"] * checkpoint.layout.dp_degree
     )
-    assert total == new.batch["micro"] * new.batch["accumulation"] * there.layout.dp_degree
-    return [f"train_state: {new} != {old}"]
+    assert total == new.saved_batch["micro"] * new.saved_batch["accumulation"] * there.layout.dp_degree
+    return [f"training: {new} != {old}"]
 
 
 def is_batch_setting(difference: str) -> bool:

@@ -94,7 +94,7 @@ def test_rebase_moves_the_counter_that_the_others_name(name: str, tmp_path: Path
     )
     assert ran.code == 0, ran.out
     source = locate(FIXTURES / name)
-    state = frameworks.state(source, read(source))
+    state = frameworks.read(source, read(source))
     assert found["position"]["old"] == (state.iteration if found["unit"] == "micro" else state.step)
 
 

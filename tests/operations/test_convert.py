@@ -49,7 +49,7 @@ def content(checkpoint: Checkpoint) -> dict[Any, Any]:
             for kind, values in kinds.items():
                 if kind != "fp32":
                     out |= {(name, kind): seen(value) for name, value in values.items()}
-    state = checkpoint.train_state
+    state = checkpoint.training
     out["state"] = (state.step, state.epoch, state.train_loss, state.val_loss)
     out["scheduler"] = state.scheduler
     out["names"] = (checkpoint.frozen - shared.keys(), dict(shared))

@@ -148,7 +148,7 @@ def test_an_optimizer_that_starts_anew_is_no_lost_one(to: Any, tmp_path: Path) -
     made = convert(SAMPLES / "z2_bf16_ws2", tmp_path / "z", to=to, reset_optimizer=True)
     found = open_checkpoint(made.destination)
     assert all(group.state.keys() == {"fp32"} and not group.scalars for group in found.groups)
-    assert found.train_state.step == 0 and found.train_state.scheduler == {"last_batch_iteration": -1}
+    assert found.training.step == 0 and found.training.scheduler == {"last_batch_iteration": -1}
     assert [f.id for f in verify(made.destination).findings if f.severity == ERROR] == []
     assert any("start anew" in note for note in made.notes)
 
@@ -363,9 +363,9 @@ def test_an_order_that_is_not_known_is_refused_where_state_is_named(
 
 @pytest.mark.parametrize("to", ["zero2", "zero3", "universal"])
 def test_samples_that_are_not_known_are_not_0(to: Any, tmp_path: Path) -> None:
-    assert open_checkpoint(PT).train_state.samples is None
+    assert open_checkpoint(PT).training.samples is None
     made = convert(PT, tmp_path / "x", to=to).destination
-    assert open_checkpoint(made).train_state.samples is None
+    assert open_checkpoint(made).training.samples is None
     assert verify(made).ok
 
 

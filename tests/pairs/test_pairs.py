@@ -171,7 +171,7 @@ def test_a_pair(name: str, a: str, b: str, written: Any, tmp_path: Path) -> None
         assert {each for each in gone if each.removeprefix("no ") not in KINDS} <= {"weight complex128"}
         return
     assert gone == []
-    assert after.checkpoint.train_state.step == before.checkpoint.train_state.step
+    assert after.checkpoint.training.step == before.checkpoint.training.step
     assert settings_lost(before, after) == []
     if model.dtype is None:
         assert after.digests.state == before.digests.state

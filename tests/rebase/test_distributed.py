@@ -80,8 +80,8 @@ def test_counters_move_and_tensors_stay(name: str, tmp_path: Path) -> None:
     ran = run("rebase-schedule", FIXTURES / "dcp" / name, tmp_path / "new", *how)
     assert ran.code == 0, ran.err
     made = open_checkpoint(tmp_path / "new")
-    assert (source.train_state.step, made.train_state.step) == (3, 6)
-    assert made.train_state.epoch == source.train_state.epoch
+    assert (source.training.step, made.training.step) == (3, 6)
+    assert made.training.epoch == source.training.epoch
     assert run("digest", FIXTURES / "dcp" / name, "--compare", tmp_path / "new").out
     for before, after in zip(source.groups, made.groups, strict=True):
         assert dict(before.hyper) == dict(after.hyper) and before.params == after.params

@@ -40,7 +40,7 @@ def answer(ask: Any, path: Location, **options: Any) -> str:
 def inspected(path: Location) -> str:
     opened = ckpttools.inspect(path)
     checkpoint = replace(opened.checkpoint, template=None)
-    return f"{opened!r} {checkpoint.layout} {checkpoint.train_state} {list(checkpoint.tensors)} " + " ".join(
+    return f"{opened!r} {checkpoint.layout} {checkpoint.training} {list(checkpoint.tensors)} " + " ".join(
         f"{file.path}:{file.nbytes}:{file.role}" for file in checkpoint.files
     )
 

@@ -278,7 +278,7 @@ def test_the_best_loss_is_that_of_the_best_model_which_is_there(tmp_path: Path) 
     assert saving.known_best(first, 0.5, 0.5) == 0.5 and not told
     assert saving.known_best(third, 0.75, 0.25) == 0.5 and "0.5" in told[-1]  # ended before it was written
     assert saving.known_best(second, 0.25, 0.25) == 0.25
-    assert read(locate(run / folders.BEST)).train_state.val_loss == 0.25
+    assert read(locate(run / folders.BEST)).training.val_loss == 0.25
     new = Saving(run=tmp_path / "new", layout="iter", zero=True, verify="off", limit=None, say=told.append)
     new.place.mkdir()
     assert new.known_best(third, 0.75, 0.25) is None and "is not there" in told[-1]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckpttools.checkpoint import TrainState
 from ckpttools.formats import counters
 from ckpttools.tensors import TensorRef
+from ckpttools.training import Training
 from ckpttools.tree import Path as Keys
 from ckpttools.tree import Value, at, put
 
-# a field of TrainState, the names that it is saved under, the type of its values
+# a field of Training, the names that it is saved under, the type of its values
 _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "step": (counters.STEP, (int,)),
     "iteration": (counters.ITERATION, (int,)),
@@ -24,7 +24,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
 _PLACES: tuple[Keys, ...] = ((), ("train_state",), ("trainer_state",), ("meta",))  # train_state: torchtitan
 
 
-def train_state(client: Mapping[str, Value]) -> TrainState:
+def training(client: Mapping[str, Value]) -> Training:
     """What the client's values say about where training stood. Absent values are None."""
     found: dict[str, Any] = {}
     for name in _FIELDS:
@@ -32,10 +32,10 @@ def train_state(client: Mapping[str, Value]) -> TrainState:
         if value is not None:
             found[name] = value
     scheduler = next((key for key in counters.SCHEDULER if isinstance(client.get(key), Mapping)), None)
-    return TrainState(**found, scheduler=client[scheduler] if scheduler else {})
+    return Training(**found, scheduler=client[scheduler] if scheduler else {})
 
 
-def with_state(client: Mapping[str, Value], state: TrainState) -> dict[str, Value]:
+def with_state(client: Mapping[str, Value], state: Training) -> dict[str, Value]:
     """The client's values with the progress as `state` has it: in its place, or under its first name."""
     out: Value = dict(client)
     values: dict[str, Value] = {

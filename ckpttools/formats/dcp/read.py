@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.buffers import BUFFERS, untrained
-from ckpttools.formats.dcp.counters import train_state
+from ckpttools.formats.dcp.counters import training
 from ckpttools.formats.dcp.items import Data, Items, Wanted
 from ckpttools.formats.dcp.metadata import Item, Metadata, read_metadata
 from ckpttools.formats.dcp.names import DATA, MODEL_FOLDER, NAME, OPTIMIZER_FOLDER, has_shards, parts
@@ -143,7 +143,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
         ),
         tensors=tensors,
         groups=held.groups,
-        train_state=train_state(client),
+        training=training(client),
         shared=shared,
         frozen=frozen,
         buffers=buffers,

@@ -144,7 +144,7 @@ def _state(group: ParamGroup, name: str) -> Iterator[tuple[str, Value]]:
 
 
 def _client(checkpoint: Checkpoint, names: Names, notes: list[str]) -> Iterator[tuple[Keys, Value]]:
-    values = with_state(checkpoint.client, checkpoint.train_state)
+    values = with_state(checkpoint.client, checkpoint.training)
     if checkpoint.loss_scaler:
         values[LOSS_SCALER] = dict(checkpoint.loss_scaler)
     for key, value in values.items():
@@ -193,7 +193,7 @@ def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{len(checkpoint.left_out)} weights of the model are not in the source: their names are lost"
     if checkpoint.settings:
         yield "the run's settings have no place in the format"
-    if checkpoint.train_state.batch:
+    if checkpoint.training.saved_batch:
         yield "the batch sizes have no place in the format"
 
 

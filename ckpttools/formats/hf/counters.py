@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ckpttools.checkpoint import TrainState
 from ckpttools.tensors import TensorRef
+from ckpttools.training import Training
 
 KEYS = ("step", "epoch", "train_loss", "val_loss")
 WEIGHTS, TORCH_KEYS = "model_state_dict", ("global_step", *KEYS[1:])  # of torch files, as training code saves
@@ -24,22 +24,22 @@ class FreeText:
     keys: tuple[str, ...]
 
 
-def to_metadata(state: TrainState) -> dict[str, str]:
+def to_metadata(state: Training) -> dict[str, str]:
     """What of the training state has a place in the header, as strings that read back as they were."""
     values = (state.step, state.epoch, state.train_loss, state.val_loss)
     return {key: str(value) for key, value in zip(KEYS, values, strict=True) if value is not None}
 
 
-def to_values(state: TrainState) -> dict[str, int | float]:
+def to_values(state: Training) -> dict[str, int | float]:
     """The same for a torch file, under the keys that training code gives them."""
     values = (state.step, state.epoch, state.train_loss, state.val_loss)
     return {key: value for key, value in zip(TORCH_KEYS, values, strict=True) if value is not None}
 
 
-def from_metadata(metadata: Mapping[str, str]) -> TrainState:
+def from_metadata(metadata: Mapping[str, str]) -> Training:
     """The counters and losses that a header states; None for what is no number."""
     step, epoch, train, val = (_number(metadata.get(key)) for key in KEYS)
-    return TrainState(
+    return Training(
         step=step if isinstance(step, int) else None,
         epoch=epoch,
         train_loss=None if train is None else float(train),

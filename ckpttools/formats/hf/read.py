@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout, TrainState, common_dtype
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import fields, jsons
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
@@ -16,6 +16,7 @@ from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
 from ckpttools.stores.files import entries, exists, is_file, is_folder, plain_name, size_of, stat
 from ckpttools.tensors import TensorRef
+from ckpttools.training import Training
 
 
 def read(path: Location) -> Checkpoint:
@@ -73,7 +74,7 @@ def read(path: Location) -> Checkpoint:
         ),
         tensors=tensors,
         shared=tied(tensors) | ties,
-        train_state=_train_state(path, metadata),
+        training=_training(path, metadata),
         files=tuple(files),
         checks=tuple(checks),
         notes=tuple(notes),
@@ -165,14 +166,14 @@ def _other_files(folder: Location, known: set[str]) -> list[FileRole]:
     ]
 
 
-def _train_state(path: Location, metadata: Mapping[str, str]) -> TrainState:
+def _training(path: Location, metadata: Mapping[str, str]) -> Training:
     """What trainer_state.json says, or the weights' own `__metadata__`, where `ckpt extract` notes it."""
     state = path / "trainer_state.json"
     if not is_folder(path) or not is_file(state):
         return from_metadata(metadata)
     values = jsons.read(state, allow_nan=True)  # a loss may be NaN, and Python writes it so
     step, epoch = values.get("global_step"), values.get("epoch")
-    return TrainState(
+    return Training(
         step=step if type(step) is int else None,
         epoch=epoch if type(epoch) in (int, float) else None,  # type: ignore[arg-type]
     )

@@ -34,11 +34,11 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     """
     layout = layout or checkpoint.layout
     binary = layout.variant in (BIN, KEYED)
-    kept = to_values(checkpoint.train_state) if layout.variant == KEYED and layout.single else {}
+    kept = to_values(checkpoint.training) if layout.variant == KEYED and layout.single else {}
     tensors = checkpoint.best_copies()
     ties = {a: o for a, o in checkpoint.shared.items() if a in tensors and o in tensors}
     stored = tensors if binary else {name: ref for name, ref in tensors.items() if name not in ties}
-    about = {FORMAT: "pt", **to_metadata(checkpoint.train_state), **ties}
+    about = {FORMAT: "pt", **to_metadata(checkpoint.training), **ties}
 
     def file(path: str, names: Sequence[str]) -> OutputFile:
         mine = {name: stored[name] for name in names}
@@ -60,7 +60,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
 
 def _not_held(checkpoint: Checkpoint, *, uncounted: bool) -> Iterator[str]:
     """What the Checkpoint says and the files do not; `uncounted`: nor its counters."""
-    state = checkpoint.train_state
+    state = checkpoint.training
     lost: list[str] = []
     if checkpoint.groups:
         named = f" ({escape(checkpoint.optimizer)})" if checkpoint.optimizer else ""
@@ -73,7 +73,7 @@ def _not_held(checkpoint: Checkpoint, *, uncounted: bool) -> Iterator[str]:
         lost += [key.replace("_", " ") for key in to_metadata(state)]
     more = {"iteration": state.iteration, "samples": state.samples, "skipped steps": state.skipped_steps}
     lost += [what for what, value in more.items() if value is not None]
-    if state.batch:
+    if state.saved_batch:
         lost.append("the batch sizes")
     if checkpoint.frozen:
         lost.append(f"which weights are frozen ({len(checkpoint.frozen)})")

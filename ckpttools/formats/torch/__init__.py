@@ -18,7 +18,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict
 from ckpttools.containers.torch_file import TorchFile, is_torch_file
-from ckpttools.formats.counters import OPTIMIZER, train_state
+from ckpttools.formats.counters import OPTIMIZER, training
 from ckpttools.formats.format import Checked, Format, Found, Source
 from ckpttools.formats.torch.names import WEIGHTS, find_weights, strip
 from ckpttools.formats.torch.read import read
@@ -63,5 +63,5 @@ FORMAT = Format(
     targets=("pt",),
     keyed=True,
     torch_files=_files,
-    state=lambda file: train_state(file, fields.as_mapping(file.value) or Dict()),
+    state=lambda file: training(file, fields.as_mapping(file.value) or Dict()),
 )

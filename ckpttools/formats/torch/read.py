@@ -13,7 +13,7 @@ from ckpttools.containers.torch_file.modules import under
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import torch_optimizer as optimizer
 from ckpttools.formats.buffers import BUFFERS, untrained
-from ckpttools.formats.counters import train_state
+from ckpttools.formats.counters import training
 from ckpttools.formats.deepspeed import names_of
 from ckpttools.formats.ties import tied
 from ckpttools.formats.torch.names import find_weights, strip
@@ -44,7 +44,7 @@ def read(
             hint="name a checkpoint of a run with the same model and the same parameter groups",
         )
     groups = saved.groups if saved is not None else ()
-    state = train_state(file, root) if root is not None and key else train_state(file, Dict())
+    state = training(file, root) if root is not None and key else training(file, Dict())
     client: dict[str, Value] = {}
     if root is not None and key:
         beside = {key.partition(".")[0] if key not in root else key}
@@ -98,7 +98,7 @@ def read(
         frozen=frozen,
         buffers=buffers,
         roles_guessed=stated is None,
-        train_state=state,
+        training=state,
         extra_state=_extra_state(file, key, prefix),
         client=client,
         files=(FileRole(path=path, nbytes=file.size, role=held + also, dangers=file.dangers),),

@@ -25,7 +25,7 @@ from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves, put, same, tensors
 
-# fields of TrainState whose key is another than their name
+# fields of Training whose key is another than their name
 COUNTERS = {"scheduler": "scheduler_state_dict", "step": "global_step", "samples": "global_samples"}
 
 
@@ -213,7 +213,7 @@ def _rest(
     checkpoint: Checkpoint, template: Template | None, taken: Mapping[str, Node], notes: list[str]
 ) -> dict[str, Value]:
     """Counters and what training code saved, by key, in the order of the file that was read."""
-    state = checkpoint.train_state
+    state = checkpoint.training
     out: dict[str, Value] = dict(checkpoint.client)
     for key in taken.keys() & out.keys():
         if not _beside(checkpoint, key):

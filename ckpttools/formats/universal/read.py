@@ -192,7 +192,7 @@ def checkpoint(found: Universal) -> Checkpoint:
         ),
         tensors=tensors,
         groups=tuple(_group(found, g) for g in range(len(found.shapes))),
-        train_state=counters(model.file, model.root),
+        training=counters(model.file, model.root),
         shared={alias: owner for alias, owner in model.shared.items() if owner in tensors},
         frozen=_frozen(found, tensors),
         left_out={name: shape for name, shape in model.frozen.items() if name not in tensors},

@@ -201,7 +201,7 @@ def _ordered(pairs: Iterable[tuple[Node, Node]]) -> Object:
 
 
 def _notes(checkpoint: Checkpoint) -> Iterator[str]:
-    if checkpoint.train_state.step is None:
+    if checkpoint.training.step is None:
         yield "global_steps is not known: written as 0"
     every = {kind for group in checkpoint.groups for kind in group.scalars} - {STEP}
     for kind in sorted(every):

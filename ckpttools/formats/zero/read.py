@@ -62,7 +62,7 @@ def checkpoint(folder: ZeroFolder) -> Checkpoint:
         ),
         tensors=model.weights,
         groups=tuple(_param_group(folder, g) for g in range(len(folder.groups))),
-        train_state=counters(model.file, model.root),
+        training=counters(model.file, model.root),
         shared=model.shared,
         frozen=model.frozen,
         left_out={name: shape for name, shape in model.frozen_shapes.items() if name not in model.weights},

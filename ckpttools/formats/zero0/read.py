@@ -103,7 +103,7 @@ def read(folder: Location) -> Checkpoint:
         ),
         tensors=tensors,
         groups=groups,
-        train_state=counters(file, root),
+        training=counters(file, root),
         shared=shared,
         frozen=frozen,
         buffers=buffers & tensors.keys(),

@@ -70,7 +70,7 @@ def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
 
 
 def _notes(checkpoint: Checkpoint, layout: Layout, wrapped: bool) -> Iterator[str]:
-    if checkpoint.train_state.step is None:
+    if checkpoint.training.step is None:
         yield "global_steps is not known: written as 0"
     if wrapped and layout.variant != FLAT:
         yield (
@@ -133,7 +133,7 @@ def _masters(checkpoint: Checkpoint, group: ParamGroup) -> dict[str, TensorRef]:
 
 def _scale(checkpoint: Checkpoint, layout: Layout) -> dict[str, Node]:
     """The loss scale's fields as the wrapper has them; it fails to load without them."""
-    known, steps = checkpoint.loss_scaler, checkpoint.train_state.step or 0
+    known, steps = checkpoint.loss_scaler, checkpoint.training.step or 0
     if not known and layout.dtype != "fp16":
         known = {"dynamic": False, "cur_scale": 1.0}
     dynamic = known.get("dynamic") is not False

@@ -52,7 +52,7 @@ def checkpoint(folder: Zero3Folder) -> Checkpoint:
         ),
         tensors=tensors,
         groups=tuple(_group(folder, g, masters) for g in range(len(shard.groups))),
-        train_state=counters(model.file, model.root),
+        training=counters(model.file, model.root),
         shared={a: o for a, o in model.shared.items() if o in tensors},
         frozen=frozenset(model.frozen) & tensors.keys(),
         left_out={name: shape for name, shape in model.frozen.items() if name not in tensors},

@@ -115,7 +115,7 @@ def _buffers(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def _notes(to: Target) -> Iterator[str]:
-    if to.checkpoint.train_state.step is None:
+    if to.checkpoint.training.step is None:
         yield "global_steps is not known: written as 0"
     count = sum(map(len, to.cuts))
     if count > len(to.cuts):

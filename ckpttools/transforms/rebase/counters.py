@@ -54,8 +54,8 @@ def _counted(
             return steps.position(done) - counter.offset
         case "inside":
             start = 0
-            if steps.old.epoch is not None and training.epoch:
-                start = math.floor(training.epoch * steps.old.epoch)
+            if steps.old.epoch is not None and training.epochs_done:
+                start = math.floor(training.epochs_done * steps.old.epoch)
             return _moved(steps, start + done) - _moved(steps, start) - counter.offset
         case "total":
             return max(1, nearest(steps.length(done))) - counter.offset

@@ -10,9 +10,10 @@ from ckpttools import schedules
 from ckpttools.errors import UsageError
 from ckpttools.schedules import Program
 from ckpttools.schedules.lengths import Steps, Unit
-from ckpttools.training import Edit, Key, SavedSchedule, Training, equal
+from ckpttools.training import Edit, SavedSchedule, Training, equal
 from ckpttools.transforms.rebase.marks import noted_unit
 from ckpttools.transforms.rebase.timeline import Request, Timeline
+from ckpttools.tree import Key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +143,7 @@ def _unit(
     found: set[Unit | Literal["epoch"]] = {unit for count, unit in candidates if count == program.count}
     if "micro" in found and "update" in found:
         found.discard("micro")  # without accumulation they are the same
-    if training.epoch is not None and program.count in (training.epoch, training.epoch + 1):
+    if training.epochs_done is not None and program.count in (training.epochs_done, training.epochs_done + 1):
         found.add("epoch")
     if len(found) == 1:
         return found.pop()
@@ -153,7 +154,8 @@ def _unit(
         "schedule-unit",
         f"{', '.join(program.families)} was stepped {program.count} times: per epoch, update or batch?",
         where=saved.places[0].file,
-        why=f"the checkpoint counts {known}, epoch {training.epoch}: it does not say which one it follows",
+        why=f"the checkpoint counts {known}, epoch {training.epochs_done}: it does not say which one it "
+        "follows",
         hint="say it with --schedule-unit epoch, update or micro",
     )
 

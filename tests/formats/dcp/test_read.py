@@ -62,8 +62,8 @@ def test_columns_are_tiles_and_rows_are_ranges() -> None:
 
 def test_what_is_saved_beside_them() -> None:
     checkpoint = open_checkpoint(FIXTURES / "dcp/fsdp2_ws2")
-    assert (checkpoint.train_state.step, checkpoint.train_state.epoch) == (3, 1)
-    assert checkpoint.train_state.val_loss == 0.25
+    assert (checkpoint.training.step, checkpoint.training.epoch) == (3, 1)
+    assert checkpoint.training.val_loss == 0.25
     meta = checkpoint.client["meta"]
     assert (meta["name"], meta["sizes"], meta["list"]) == ("run", (1, 2), [1, "a"])
     assert identical(as_torch(meta["rng"]), torch.arange(5, dtype=torch.uint8))
@@ -89,8 +89,8 @@ def test_tied_and_frozen_weights_are_found_by_their_bytes_and_groups(tmp_path: P
 
 def test_torchtitan() -> None:
     checkpoint = open_checkpoint(FIXTURES / "dcp/step-3")
-    assert checkpoint.train_state.step == 3
-    assert checkpoint.train_state.scheduler == {"last_epoch": 3, "base_lrs": [0.01, 0.01]}
+    assert checkpoint.training.step == 3
+    assert checkpoint.training.scheduler == {"last_epoch": 3, "base_lrs": [0.01, 0.01]}
     assert set(checkpoint.client["dataloader"]) == {"dp_rank_0", "dp_rank_1"}
     assert len(checkpoint.groups) == 2 and "same settings make one" in checkpoint.notes[0]
 
@@ -204,7 +204,7 @@ def test_items_in_the_older_serialization(tmp_path: Path) -> None:
             out += buffer.getvalue()
     (path / "__0_0.distcp").write_bytes(out)
     found = open_checkpoint(path)
-    assert as_torch(found.tensors["w"]).equal(torch.arange(4.0)) and found.train_state.epoch == 2
+    assert as_torch(found.tensors["w"]).equal(torch.arange(4.0)) and found.training.epoch == 2
     assert found.checks == () and verify(path, workers=1).ok
 
 

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from support import FIXTURES, as_torch, differences, identical, name_of
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup, TrainState
+from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.checks import verify
 from ckpttools.errors import UsageError
 from ckpttools.execute import execute
@@ -24,6 +24,7 @@ from ckpttools.findings import INFO
 from ckpttools.formats import dcp as ours
 from ckpttools.formats import open_checkpoint
 from ckpttools.tensors import BFLOAT16, FLOAT32, TensorRef, Zeros
+from ckpttools.training import Training
 from ckpttools.tree import same
 
 from .compare import unlike
@@ -70,7 +71,7 @@ def test_every_layout_holds_the_same(style: str, ranks: int, tmp_path: Path) -> 
     assert again.layout.variant == style
     assert unlike(again, truth_of(path), groups=style in ("nested", "accelerate")) == []
     if style != "accelerate":
-        assert again.train_state == checkpoint.train_state
+        assert again.training == checkpoint.training
     assert verify(tmp_path / "out", workers=1).ok
 
 
@@ -106,7 +107,7 @@ def cast(c: Checkpoint) -> Checkpoint:
 
 def step(c: Checkpoint) -> Checkpoint:
     return dataclasses.replace(
-        c, train_state=dataclasses.replace(c.train_state, step=999, epoch=2.5, val_loss=0.5, samples=12)
+        c, training=dataclasses.replace(c.training, step=999, epoch=2.5, val_loss=0.5, samples=12)
     )
 
 
@@ -203,7 +204,7 @@ def test_what_the_format_cannot_hold_is_said() -> None:
             optimizer="SGD",
             frozen=frozenset({"frozen"}),
             client={**c.client, "model": 3, "nothing": {}},
-            train_state=dataclasses.replace(c.train_state, batch={"global": 8}),
+            training=dataclasses.replace(c.training, saved_batch={"global": 8}),
         )
     )
     notes = "\n".join(ours.plan(checkpoint).notes)
@@ -230,7 +231,7 @@ def test_from_a_zero_folder(name: str, tmp_path: Path) -> None:
         for kind, refs in two.state.items():
             assert [n for n in refs if not identical(as_torch(refs[n]), as_torch(one.state[kind][n]))] == []
         assert two.hyper.get("lr") == one.hyper.get("lr")
-    assert again.shared == source.shared and again.train_state.step == source.train_state.step
+    assert again.shared == source.shared and again.training.step == source.training.step
     assert verify(tmp_path / "out", workers=1).ok
 
 
@@ -244,7 +245,7 @@ def test_keys_that_would_be_the_same_are_refused() -> None:
         layout=Layout(format="pt"),
         tensors={"a": ref, "a.b": ref},
         groups=(group,),
-        train_state=TrainState(),
+        training=Training(),
     )
     with pytest.raises(UsageError) as caught:
         ours.plan(checkpoint)

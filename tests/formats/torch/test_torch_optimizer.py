@@ -272,7 +272,7 @@ def test_keys_that_are_no_text_are_named(tmp_path: Path) -> None:
     torch.save({"model_state_dict": {"w": torch.ones(2)}, 7: "seven", "epoch": 3}, tmp_path / "a.pt")
     found = open_checkpoint(tmp_path / "a.pt")
     assert any("no text (7)" in note for note in found.notes)
-    changed = replace(found, train_state=replace(found.train_state, epoch=4))
+    changed = replace(found, training=replace(found.training, epoch=4))
     made = torch.load(written(changed, tmp_path / "b.pt"), weights_only=True)
     assert made[7] == "seven" and made["epoch"] == 4
 
@@ -291,9 +291,9 @@ def test_zero_folders_become_a_file_that_holds_all_of_them(sample: Path, tmp_pat
     assert equal(held(again), expected)
     assert [dict(group.params) for group in again.groups] == [dict(group.params) for group in source.groups]
     assert [group.hyper for group in again.groups] == [group.hyper for group in source.groups]
-    assert (again.train_state.step, again.train_state.epoch) == (
-        source.train_state.step,
-        source.train_state.epoch,
+    assert (again.training.step, again.training.epoch) == (
+        source.training.step,
+        source.training.epoch,
     )
 
 

@@ -42,7 +42,7 @@ def test_weights_are_those_that_torch_loads(path: Path) -> None:
 
 
 def test_progress_and_losses() -> None:
-    state = open_checkpoint(MONOLITHIC / "full/epoch_2_step_40.pt").train_state
+    state = open_checkpoint(MONOLITHIC / "full/epoch_2_step_40.pt").training
     assert (state.epoch, state.step, state.train_loss, state.val_loss) == (2, 40, 1.25, 1.5)
     assert state.scheduler["T_max"] == 10
     assert state.scheduler["last_epoch"] == 3
@@ -63,12 +63,12 @@ def test_progress_and_losses() -> None:
 def test_counters_under_many_names(
     file: str, step: int | None, iteration: int | None, epoch: int | None
 ) -> None:
-    state = open_checkpoint(MONOLITHIC / file).train_state
+    state = open_checkpoint(MONOLITHIC / file).training
     assert (state.step, state.iteration, state.epoch) == (step, iteration, epoch)
 
 
 def test_lightning_counters() -> None:
-    state = open_checkpoint(LIGHTNING).train_state
+    state = open_checkpoint(LIGHTNING).training
     assert (state.step, state.epoch) == (3, 0)
     (scheduler,) = state.scheduler
     assert scheduler["T_max"] == 8
@@ -128,7 +128,7 @@ def test_every_customary_key(key: str, saved: Callable[[object], Path]) -> None:
     weights = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
     checkpoint = open_checkpoint(saved({"epoch": 1, key: weights}))
     assert tensor_differences(checkpoint.tensors, weights) == []
-    assert checkpoint.train_state.epoch == 1
+    assert checkpoint.training.epoch == 1
 
 
 def test_a_prefix_that_not_all_names_have_stays(saved: Callable[[object], Path]) -> None:
@@ -145,7 +145,7 @@ def test_a_name_that_is_only_the_prefix_stays(saved: Callable[[object], Path]) -
 def test_a_bare_state_dict_with_a_counter_among_the_weights(saved: Callable[[object], Path]) -> None:
     """A tensor called `step` is a weight, not progress."""
     checkpoint = open_checkpoint(saved({"w": torch.ones(2), "step": torch.tensor(7)}))
-    assert checkpoint.train_state.step is None
+    assert checkpoint.training.step is None
     assert set(checkpoint.tensors) == {"w", "step"}
 
 

@@ -46,7 +46,7 @@ def test_the_weights_and_counters_are_the_files(path: Path) -> None:
     assert found.layout.dp_degree == root["dp_world_size"] == 2
     assert found.tensors.keys() == root["module"].keys()
     assert all(identical(as_torch(found.tensors[name]), t) for name, t in root["module"].items())
-    state = found.train_state
+    state = found.training
     assert (state.step, state.samples, state.epoch) == (root["global_steps"], root["global_samples"], 1)
     assert verify(path).ok
 
@@ -105,7 +105,7 @@ def test_commands_that_read_take_it_and_reshard_says_that_nothing_is_to_do(tmp_p
     assert ran.code == 2 and "any number of ranks can load it as it is" in ran.err
     ran = run("rebase-schedule", path, tmp_path / "b", "--old-bs", 120, "--new-bs", 60)
     assert ran.code == 0, ran
-    assert open_checkpoint(tmp_path / "b").train_state.step == 6
+    assert open_checkpoint(tmp_path / "b").training.step == 6
 
 
 def test_the_flat_masters_of_fused_adam_are_cut(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_reads_what_the_engine_held(path: Path) -> None:
     assert names == [name for sub_group in truth["group_names"] for name in sub_group]
     for group, there in zip(checkpoint.groups, truth["param_groups"], strict=True):
         assert {key: group.hyper[key] for key in there} == there
-    layout, state = checkpoint.layout, checkpoint.train_state
+    layout, state = checkpoint.layout, checkpoint.training
     assert (layout.format, layout.zero_stage, layout.dtype) == ("zero3", 3, truth["dtype"])
     assert (layout.dp_degree, layout.tag) == (truth["world_size"], truth["tag"])
     assert (state.step, state.samples) == (truth["global_steps"], truth["global_samples"])

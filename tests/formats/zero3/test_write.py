@@ -29,7 +29,7 @@ cases = pytest.mark.parametrize("path", ZERO3_SAMPLES, ids=name_of)
 
 def unbatched(found: Checkpoint) -> Checkpoint:
     """Without micro batch and accumulation, which keep the global batch on other ranks."""
-    return replace(found, train_state=replace(found.train_state, batch={}))
+    return replace(found, training=replace(found.training, saved_batch={}))
 
 
 @cases
@@ -41,7 +41,7 @@ def test_reshard_keeps_everything(path: Path, ranks: int, tmp_path: Path) -> Non
     assert after.layout.dp_degree == ranks
     # another sub_group_size-d cut, and everything else as it was
     assert differences(unbatched(before), unbatched(after), but=("dp_degree",)) == []
-    assert before.train_state.batch.get("global") == after.train_state.batch.get("global")
+    assert before.training.saved_batch.get("global") == after.training.saved_batch.get("global")
     assert list(before.client) == list(after.client)
     assert plain(before.loss_scaler) == plain(after.loss_scaler)
     assert [f for f in verify(made).findings if f.severity != "info"] == []
