@@ -75,9 +75,11 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
-        if self.get_command(ctx, name) is None and Path(name).is_dir():
-            return super().resolve_command(ctx, ["ls", *args])
         if self.get_command(ctx, name) is None and not name.startswith("-"):
+            from ckpttools.stores.files import is_folder  # the commands themselves start without it
+
+            if is_folder(Path(name)):
+                return super().resolve_command(ctx, ["ls", *args])
             raise UsageError(
                 "bad-usage",
                 f"there is no command '{escape(name)}'",

@@ -196,11 +196,13 @@ def _json(result: Rebased, root: Location) -> dict[str, object]:
 def _check_plot(plot: Path, src: Path) -> None:
     """Find out before anything is written that the plot cannot be."""
     from ckpttools.operations.figures import check_picture
+    from ckpttools.stores.files import exists, is_folder
 
     check_picture(plot)
-    if not plot.parent.is_dir():
+    if not is_folder(plot.parent):
         raise UsageError("not-found", "there is no such folder", where=plot.parent, hint="make it first")
-    if plot.exists() and (plot.samefile(src) or src in plot.resolve().parents):
+    found = plot.resolve()
+    if exists(plot) and src.resolve() in (found, *found.parents):
         raise UsageError(
             "bad-usage", "the plot would overwrite the source", where=plot, hint="name another file"
         )

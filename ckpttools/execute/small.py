@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ckpttools.errors import UsageError, escape
@@ -42,6 +43,14 @@ def replace(dst: Path, data: bytes, *, unseen: bool = False) -> None:
     if times is not None:
         with suppress(OSError):  # in a folder of somebody else
             os.utime(dst.parent, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """One process at a time: the others wait. The file stays, for who locks next."""
+    with place.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _plan(data: bytes) -> Plan:

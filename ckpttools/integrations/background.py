@@ -6,7 +6,6 @@ error, or null; "notes": what was done}. RULES is [keep_last, per_kind, keep_bes
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -18,12 +17,12 @@ from typing import Any
 
 from ckpttools import runs
 from ckpttools.errors import CkptError
-from ckpttools.execute.small import replace
+from ckpttools.execute.small import locked, replace
 from ckpttools.integrations.guard import LAST_VERIFIED, damage, drop_manifests
 from ckpttools.operations.prune import carry_out, plan_of
 from ckpttools.runs import extent
 from ckpttools.runs.retain import Policy
-from ckpttools.stores.files import exists
+from ckpttools.stores.files import exists, small_text
 
 LOCK = ".ckpt-verifying"
 
@@ -32,8 +31,7 @@ def main(checkpoint: Path, keep_last: int | None, per_kind: bool, keep_best: str
     """Do all of it; what it says is for the guard that started it."""
     os.nice(19)
     folder = checkpoint.parent
-    with (folder / LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder / LOCK):
         if not exists(checkpoint):
             return _said(None, f"{checkpoint.name} went before it was read")
         before = extent(checkpoint)
@@ -70,8 +68,8 @@ def _again(checkpoint: Path) -> str:
 
 def _name(folder: Path, checkpoint: Path) -> None:
     """Only forward: of two that wait for the lock the later one may get it first."""
-    with suppress(OSError):
-        named = folder / (folder / LAST_VERIFIED).read_text("utf-8")
+    with suppress(OSError, CkptError):
+        named = folder / small_text(folder / LAST_VERIFIED, 4096)
         if extent(named)[0] > extent(checkpoint)[0]:
             return
     replace(folder / LAST_VERIFIED, checkpoint.name.encode())

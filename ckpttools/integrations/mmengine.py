@@ -17,8 +17,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import find_latest_checkpoint
 
+from ckpttools.errors import CkptError
 from ckpttools.integrations.guard import Guard, Rules, refuse_damaged
 from ckpttools.integrations.ranks import everywhere
+from ckpttools.stores.files import exists, small_text
 
 POINTER = "last_checkpoint"
 
@@ -40,7 +42,7 @@ class VerifySavesHook(Hook):  # type: ignore[misc]  # untyped base
             named = runner._load_from
             if runner._resume and named is None:
                 named = find_latest_checkpoint(runner.work_dir)
-            if named is not None and Path(named).exists():
+            if named is not None and exists(Path(named)):
                 refuse_damaged(Path(named))
 
         everywhere(look)
@@ -61,13 +63,13 @@ class VerifySavesHook(Hook):  # type: ignore[misc]  # untyped base
         if not is_main_process():
             return
         named = _named(runner)
-        if named is not None and named != self._seen and Path(named).exists():
+        if named is not None and named != self._seen and exists(Path(named)):
             self._seen = named
             self.guard.saved(Path(named))
 
 
 def _named(runner: Any) -> str | None:
     try:
-        return (Path(runner.work_dir) / POINTER).read_text("utf-8").strip()
-    except OSError:
+        return small_text(Path(runner.work_dir) / POINTER, 4096).strip()
+    except (OSError, CkptError):
         return None
