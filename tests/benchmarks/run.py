@@ -195,43 +195,62 @@ TARGETS = {
 }
 
 
+def _made(place: Place, to: str) -> Path:
+    """The checkpoint in another format, made when it is asked for first."""
+    if to == "zero2":
+        return place.checkpoint
+    path = place.folder / f"{to}-{place.size}{'.pt' if to == 'pt' else ''}"
+    if not path.exists():
+        command = [*CKPT, "convert", place.checkpoint, path, "--to", to, *TARGETS[to], "-q", "--no-digest"]
+        measure(command, ENVIRONMENT)
+    return path
+
+
+def _peer(source: str, to: str, path: Path, out: Path) -> Contender | None:
+    """A library's own converter for the pair."""
+    python = (sys.executable, "-c")
+    universal = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    match source, to:
+        case (("zero2" | "zero3"), "hf"):
+            weights = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", path, out]
+            return Contender("zero_to_fp32", weights)
+        case (("zero2" | "zero3"), "universal"):
+            folder = path / (path / "latest").read_text()
+            command = [*universal, "--input_folder", folder, "--output_folder", out]
+            return Contender("ds_to_universal", command)
+        case "pt", "dcp":
+            return Contender("torch_save_to_dcp", [*python, TORCH_TO_DCP, path, out])
+        case "dcp", "pt":
+            command = [*python, DCP_TO_TORCH, path / "optimizer_0", out]
+            return Contender("dcp_to_torch_save (optimizer)", command)
+        case "dcp", "hf":
+            return Contender("accelerate merge-weights", [*python, MERGE, path, out])
+    return None
+
+
 def convert(place: Place) -> None:
     """Every format into every other, each pair by itself; where a library has a converter, against it."""
-    python = (sys.executable, "-c")
-    zero = place.checkpoint
-    made = {"zero2": zero}
-    for to, options in TARGETS.items():
-        if to not in made:
-            made[to] = place.folder / f"{to}-{place.size}{'.pt' if to == 'pt' else ''}"
-        if not made[to].exists():
-            measure([*CKPT, "convert", zero, made[to], "--to", to, *options, "-q"], ENVIRONMENT)
-    universal = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    stage3 = made["zero3"] / (made["zero3"] / "latest").read_text()
-    weights = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32"]
-    peers = {
-        ("zero2", "hf"): Contender("zero_to_fp32", [*weights, zero, place.out]),
-        ("zero3", "hf"): Contender("zero_to_fp32", [*weights, made["zero3"], place.out]),
-        ("zero2", "universal"): Contender(
-            "ds_to_universal", [*universal, "--input_folder", place.tag, "--output_folder", place.out]
-        ),
-        ("zero3", "universal"): Contender(
-            "ds_to_universal", [*universal, "--input_folder", stage3, "--output_folder", place.out]
-        ),
-        ("pt", "dcp"): Contender("torch_save_to_dcp", [*python, TORCH_TO_DCP, made["pt"], place.out]),
-        ("dcp", "pt"): Contender(
-            "dcp_to_torch_save (optimizer)",
-            [*python, DCP_TO_TORCH, str(made["dcp"] / "optimizer_0"), place.out],
-        ),
-        ("dcp", "hf"): Contender("accelerate merge-weights", [*python, MERGE, made["dcp"], place.out]),
-    }
-    for source, path in made.items():
+    for source in TARGETS:
         for to in TARGETS:
             if source == "hf" and to in ("zero1", "zero2", "zero3", "universal"):
                 continue  # weights alone make no folder of DeepSpeed's
+            path = _made(place, source)
             ours = _ckpt("convert", path, place.out, "--to", to, "-q")
-            peer = peers.get((source, to))
+            peer = _peer(source, to, path, place.out)
             print(f"  {source} to {to}")
             compare(place, [ours, *([peer] if peer else [])], repeat=place.repeat if peer else 1)
+
+
+def peers(place: Place) -> None:
+    """The pairs for which a library has a converter, against it; each source is removed after its turn."""
+    for source in ("zero2", "zero3", "dcp", "pt"):
+        path = _made(place, source)
+        for to in TARGETS:
+            if (peer := _peer(source, to, path, place.out)) is not None:
+                print(f"  {source} to {to}, load {os.getloadavg()[0]:.1f}")
+                compare(place, [_ckpt("convert", path, place.out, "--to", to, "-q"), peer])
+        if source != "zero2":
+            _remove(path)
 
 
 def verify(place: Place) -> None:
@@ -295,7 +314,7 @@ def memory(place: Place) -> None:
 
 
 ALL: dict[str, Callable[[Place], None]] = {
-    f.__name__: f for f in (reshard, universal, extract, convert, verify, inspect, memory)
+    f.__name__: f for f in (reshard, universal, extract, convert, peers, verify, inspect, memory)
 }
 
 

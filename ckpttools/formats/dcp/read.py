@@ -117,7 +117,14 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
     root = tree(path, ((keys, value) for each in found for keys, value in _paths(each)))
     held = roles(path, root)
     trained = {name: bool(group.state) for group in held.groups for name in group.params}
-    shared = dict(_tied(found, held.tensors, trained))
+    ties = list(_tied(found, held.tensors, trained))
+    shared = {name: owner for name, owner, _ in ties}
+    alike = [
+        f"{escape(name)} is taken for another name of {escape(owner)}: the same bytes, and only one of them "
+        "is trained; a frozen copy that is one matrix alone looks the same"
+        for name, owner, sure in ties
+        if not sure
+    ]
     tensors = {name: held.tensors[shared.get(name, name)] for name in held.tensors}
     frozen, buffers = untrained(tensors, trained, shared)
     dtypes = {ref.dtype.short for ref in held.tensors.values() if ref.dtype.is_float}
@@ -156,7 +163,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
             for data in each.data.values()
             if isinstance(data, Data) and data.check
         ),
-        notes=held.notes,
+        notes=(*held.notes, *alike),
         loss_scaler=scaler if isinstance(scaler, Mapping) else {},
         client=client,
         template=Template(names=held.names, parts=found),
@@ -172,11 +179,13 @@ def _paths(each: Part) -> Iterable[tuple[Keys, Value]]:
 
 def _tied(
     found: tuple[Part, ...], tensors: Mapping[str, object], trained: Mapping[str, bool]
-) -> Iterator[tuple[str, str]]:
-    """Names whose pieces are the same items, as ckpt writes tied weights. torch writes the data for each name
-    and the optimizer's state for the first: a matrix that is in no group and has the checksums of one that
-    was trained (the value is whether it has state) is the other name of that one, unless it is part of a
-    network in which nothing is trained: a frozen copy of another (a target network, a reference model).
+) -> Iterator[tuple[str, str, bool]]:
+    """Alias, owner and whether it is sure: their pieces are the same items, as ckpt writes tied weights.
+
+    torch writes the data for each name and the optimizer's state for the first: a matrix that is in no group
+    and has the checksums of one that was trained (the value is whether it has state) is the other name of it,
+    unless it is part of a network in which nothing is trained: a frozen copy of another (a target network, a
+    reference model).
     """
     names = {id(ref): name for name, ref in tensors.items()}
     for each in found:
@@ -191,11 +200,12 @@ def _tied(
             if not any(piece.numel for piece in tensor.pieces):
                 continue
             owner = owners.setdefault((tensor.dtype.name, tensor.shape, *tensor.pieces), name)
-            if owner == name and name not in trained:
+            sure = owner != name
+            if not sure and name not in trained:
                 owner = alike.get(_checksums(each, key), name)
                 owner = name if _is_copy(name, owner, tensors, trained) else owner
             if owner != name:
-                yield name, owner
+                yield name, owner, sure
 
 
 def _is_copy(name: str, owner: str, tensors: Mapping[str, object], trained: Mapping[str, bool]) -> bool:

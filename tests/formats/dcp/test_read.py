@@ -15,6 +15,7 @@ from ckpttools.checks import verify
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import INFO
 from ckpttools.formats import locate, open_checkpoint
+from ckpttools.operations.convert import convert
 from ckpttools.tensors import TensorRef, Tiles
 
 from .compare import edited, unlike
@@ -220,3 +221,19 @@ def test_a_frozen_copy_of_a_network_is_no_tie(tmp_path: Path) -> None:
     dcp.save(made, checkpoint_id=tmp_path / "d", no_dist=True)
     found = open_checkpoint(tmp_path / "d")
     assert found.shared == {} and found.frozen == {"target.0.weight", "target.0.bias"}
+
+
+def test_a_tie_that_may_be_a_frozen_copy_is_said(tmp_path: Path) -> None:
+    """One matrix alone cannot be told from a tied one: nothing in the files is different."""
+    weight = torch.randn(4, 4)
+    model = {"online.weight": weight, "target.weight": weight.clone()}
+    optimizer = {
+        "state": {"online.weight": {"momentum_buffer": weight * 0}},
+        "param_groups": [{"lr": 0.1, "params": ["online.weight"]}],
+    }
+    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path / "d", no_dist=True)
+    found = open_checkpoint(tmp_path / "d")
+    assert found.shared == {"target.weight": "online.weight"}
+    assert any("target.weight is taken for another name of online.weight" in note for note in found.notes)
+    again = convert(tmp_path / "d", tmp_path / "e", to="dcp").destination
+    assert not [note for note in open_checkpoint(again).notes if "taken for" in note]  # there they are one
