@@ -19,11 +19,14 @@ def held(numel: int, ranks: int, rank: int) -> int:
 
 
 def sub_groups(numels: Mapping[str, int], ranks: int, limit: int) -> list[list[str]]:
-    """A parameter group in sub-groups: each is closed as soon as its parts reach `limit`.
+    """A parameter group in sub-groups: each is closed as soon as its parts reach `limit`. A group without
+    trained parameters has none.
 
     Source: DeepSpeedZeroOptimizer_Stage3._create_fp16_sub_groups.
     """
     names = list(numels)
+    if not names:
+        return []
     if limit >= sum(part_of(numel, ranks) for numel in numels.values()):
         return [names]
     made: list[list[str]] = [[]]

@@ -65,6 +65,20 @@ def written(source: Path, ranks: int, folder: Path) -> Path:
     return folder
 
 
+def test_a_group_of_which_every_parameter_is_frozen_stays_empty(tmp_path: Path) -> None:
+    """DeepSpeed keeps the group, for the scheduler's sake, and makes no sub-group of it."""
+    source = open_checkpoint(SAMPLES / "z3_groups_ws2")
+    first, *rest = source.groups
+    names = set(first.params)
+    empty = replace(first, params={}, state={kind: {} for kind in first.state}, scalars={})
+    found = replace(source, groups=(empty, *rest), frozen=source.frozen | names, template=None)
+    layout = replace(found.layout, dp_degree=3)
+    execute(zero3.plan(found, layout), tmp_path / "tag", source=SAMPLES / "z3_groups_ws2")
+    made = open_checkpoint(tmp_path / "tag")
+    assert [list(group.params) for group in made.groups] == [[], *(list(group.params) for group in rest)]
+    assert [f for f in verify(tmp_path / "tag").findings if "sub_group_size" in f.where] == []
+
+
 @pytest.mark.parametrize(
     "name", ["z2_bf16_ws4", "z2_rr_frozen_tied_groups_ws2", "z2_lora_ws2", "z1_fp16_ws2"]
 )
