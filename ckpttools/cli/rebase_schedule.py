@@ -112,7 +112,7 @@ def _text(result: Rebased, root: Location) -> Iterator[str]:
     yield f"batch     {line.shown(line.old)}  ->  {line.shown(line.new)}"
     if result.old_count is not None and result.samples is not None:
         old, new = result.samples
-        again = f", {old - new:,.0f} of them seen again" if old > new else ""
+        again = f", {old - new:,.0f} of them seen again" if old > new and not result.ahead else ""
         yield (
             f"position  {unit} {result.old_count}  ->  {result.new_count}, after {old:,.0f} samples{again}"
         )

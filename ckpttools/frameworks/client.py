@@ -30,6 +30,7 @@ INFO = "training_info.json"
 OWN = {"global_steps"}  # DeepSpeed's
 RANKS = "world_size"
 BATCH = "batch_size"  # of a rank or of an update: the number tells
+RATES = ("learning_rate", "lr")
 
 
 def of_model_file(own: Training, file: TorchFile) -> Training | None:
@@ -48,7 +49,12 @@ def of_bundle(own: Training, root: Location) -> Training | None:
     losses = {key: values.get(key) for key in (*TRAIN_LOSS, *VAL_LOSS)}
     found = _client(own, values, lambda key: Place(file=path, at=(key,)), f"{INFO}'s")
     said = tuple((key, float(v)) for key, v in losses.items() if isinstance(v, int | float))
-    return replace(found, losses=said) if found is not None else None
+    rates = [
+        f"{INFO}'s {key} is {values[key]}, that of the save: it is left as it is"
+        for key in RATES
+        if isinstance(values.get(key), int | float)
+    ]
+    return replace(found, losses=said, notes=(*found.notes, *rates)) if found is not None else None
 
 
 def restated(path: Location, name: str, saved: Checkpoint, to: Layout) -> tuple[OutputFile, list[str]]:

@@ -281,11 +281,10 @@ def _saved_again(name: str, change: Callable[[Any], Any], *, shown: bool) -> Non
             return None
         raw[place] = buffer.getvalue()
         path.write_bytes(raw)
-        return (
-            names_file(path, parts=(key.split(".state.")[-1].removeprefix("model."), key))
-            if shown
-            else only_by_manifest(path)
-        )
+        tensor_name = key.split(".state.")[-1].rpartition("model.")[2]
+        of, _, kind = tensor_name.rpartition(".")
+        named = (tensor_name, f"{of} ({kind})", key)
+        return names_file(path, parts=named) if shown else only_by_manifest(path)
 
     damage.__name__ = f"dcp_{name}"
     fault(LEVEL, DCP)(damage)

@@ -498,3 +498,13 @@ def test_one_table_of_keys(tmp_path: Path) -> None:
     sizes = ("--old-bs", 4, "--new-bs", 2, "--counters-only", "--dry-run", "--json")
     moved = json.loads(run("rebase-schedule", tmp_path / "a.pt", "x", *sizes).out)
     assert shown["step"] == moved["position"]["old"] == 9
+
+
+def test_what_stays_and_where_it_goes_on_is_said_once(tmp_path: Path) -> None:
+    """Our trainer goes on at the very next sample; a bundle's own note of the learning rate is not moved."""
+    ran = run("rebase-schedule", FIXTURES / "trainer/z2_bf16_2", "--new-bs", 4, "--dry-run")
+    assert "no sample is seen again" in ran.out + ran.err and "of them seen again" not in ran.out + ran.err
+    options = ("--old-bs", 8, "--new-bs", 16, "--counters-only", "--lr-scaling", "linear", "--dry-run")
+    ran = run("rebase-schedule", FIXTURES / "bundle/checkpoint-200", *options)
+    assert "8 of them seen again" in ran.out
+    assert "training_info.json's learning_rate is 0.01" in ran.out + ran.err

@@ -42,6 +42,7 @@ class Rebased:
     old_count: int | None
     new_count: int | None
     samples: tuple[float, float] | None  # seen by the old count, and by the new one
+    ahead: int  # samples after the new count's place, at which the run goes on all the same
     families: tuple[str, ...]
     lr: tuple[float, float] | None  # of the next update, before and after; None where it is not in the file
     edits: tuple[Edit, ...]
@@ -83,6 +84,7 @@ def rebase(training: Training, request: Request) -> Rebased:
         old_count=training.count,
         new_count=count,
         samples=_samples(training, line, count),
+        ahead=_ahead(training, line) if edits else 0,
         families=tuple(name for each in found for name in each.new.families),
         lr=_first_lr(training, edits.values()),
         edits=tuple(edits.values()),
@@ -91,6 +93,10 @@ def rebase(training: Training, request: Request) -> Rebased:
         notes=tuple(dict.fromkeys(_notes(training, request, line, found, factor, changed=bool(edits)))),
         moved=tuple((each.old, each.new, each.steps) for each in found if each.steps is not None),
     )
+
+
+def _ahead(training: Training, line: Timeline) -> int:
+    return (training.inside or 0) % line.new.total
 
 
 def _edits(
@@ -130,7 +136,7 @@ def _notes(
             yield f"{', '.join(each.new.families)} is stepped once per epoch: it stays as it is"
     if changed and any(optimizer.steps is not None for optimizer in training.optimizers):
         yield ADAM
-    over = (training.inside or 0) % line.new.total
+    over = _ahead(training, line)
     if changed and over:
         yield (
             f"the run goes on at the very next sample, {over} after the place that its counter stands for: "
