@@ -128,3 +128,15 @@ def test_no_module_is_longer_than_an_idea() -> None:
 NAMING = {
     "torch": {"operations/convert.py"},
 }
+
+
+def test_every_requirement_has_a_row_and_its_tests_are_there() -> None:
+    text = (ROOT / "docs/pages/trainer.md").read_text()
+    rows = re.findall(r"^\| R(\d+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$", text, re.MULTILINE)
+    assert sorted(int(number) for number, _ in rows) == list(range(1, 35))
+    for number, held in rows:
+        folder = ""
+        for name in re.findall(r"[\w/]+(?:\.py|/)", held):
+            folder = name.rpartition("/")[0] or folder
+            path = ROOT / "tests" / (name if "/" in name else f"{folder}/{name}")
+            assert path.exists(), f"R{number} names {name}"
