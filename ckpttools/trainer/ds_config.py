@@ -21,6 +21,13 @@ def ds_config(config: Config, split: Split, total_steps: int) -> dict[str, Any]:
                 why="two sources for one number could disagree",
                 hint="set batch.global_batch_size and batch.micro_batch_size instead",
             )
+    if (config.deepspeed.get("checkpoint") or {}).get("writer") is not None:
+        raise UsageError(
+            "train-config",
+            "deepspeed.checkpoint.writer: saves by a writer of DeepSpeed's are not supported",
+            why="in DeepSpeed 0.19.8 the first one fails, and a writing process that died is passed over",
+            hint="leave it out: each save is then flushed and verified before it gets its name",
+        )
     optimizer = config.optimizer
     ours: dict[str, Any] = {
         "train_batch_size": config.batch.global_batch_size,

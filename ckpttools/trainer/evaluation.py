@@ -63,6 +63,8 @@ def of_checkpoint(config: Config, split: Split, data: Data, checkpoint: Path) ->
 def evaluate(config: Config, split: Split, data: Data, start: Start, output: Output) -> None:
     """`--evaluate`: the checkpoints that `start` names, in one table."""
     assert start.checkpoint is not None
+    for note in start.notes:
+        output.say(note)
     names = [_name(path, start) for path in (start.checkpoint, *start.others)]
     width = max(map(len, [*names, "checkpoint"]))
     heads = f"{'step':>8}  {'epoch':>6}  {'val loss':>10}  {'accuracy':>8}  {'saved with it':>13}"

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from ckpttools import runs
 from ckpttools.errors import UsageError
 from ckpttools.formats import locate
-from ckpttools.formats.locate import Several
 from ckpttools.stores.files import local
 from ckpttools.trainer import folders, search
 from ckpttools.trainer.compared import warnings
@@ -96,17 +95,18 @@ def _check(config: Config, options: Options) -> None:
 
 
 def _evaluated(path: Path) -> Start:
-    """One checkpoint, or all of a run, newest first."""
+    """One checkpoint, or all of a run, newest first: also of one whose `latest` names a single one."""
     found: tuple[Path, ...] = (path,)
+    notes: list[str] = []
     if path.is_dir():
-        try:
-            found = (local(locate(path).root),)
-        except Several:
-            found = tuple(local(entry.path) for entry in runs.find(path) if entry.problem is None)
+        entries = runs.find(path)
+        found = tuple(local(entry.path) for entry in entries if entry.problem is None)
+        found = found or (local(locate(path).root),)  # which says what is wrong with it
+        notes = [f"Passed over {e.path}: {e.problem.message}" for e in entries if e.problem is not None]
     for each in found:
         search.check(each, weights_only=True)
     place = path if path.is_dir() else path.parent
-    return Start(run=place, checkpoint=found[0], mode="evaluate", others=found[1:])
+    return Start(run=place, checkpoint=found[0], mode="evaluate", notes=tuple(notes), others=found[1:])
 
 
 def hand_over(start: Start, folder: Path) -> None:

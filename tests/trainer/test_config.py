@@ -106,6 +106,11 @@ def test_deepspeed_section_is_merged() -> None:
     assert "gradient_clipping" not in merged
     with pytest.raises(UsageError, match=r"deepspeed\.train_batch_size"):
         ds_config(Config(deepspeed={"train_batch_size": 1}), split(config.batch, 2), total_steps=10)
+    for writer in ({"type": "python", "decoupled": True}, {"type": "fast"}):
+        with pytest.raises(UsageError, match=r"deepspeed\.checkpoint\.writer"):
+            ds_config(
+                Config(deepspeed={"checkpoint": {"writer": writer}}), split(config.batch, 2), total_steps=10
+            )
 
 
 def test_text_sources(tmp_path: Path) -> None:

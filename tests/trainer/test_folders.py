@@ -88,6 +88,26 @@ def test_a_run_with_one_checkpoint(tmp_path: Path) -> None:
     assert search.newest_first(tmp_path) == [only]
 
 
+def test_all_of_a_run_is_evaluated_whatever_latest_names(tmp_path: Path) -> None:
+    run, config = tmp_path / "run", like_sample(tmp_path)
+    for step in (3, 6, 9):
+        at(copied(run, f"iter_{step:06d}.pth"), step)
+    torn(at(copied(run, "iter_000012.pth"), 12))
+
+    def evaluated(path: Path) -> list[str]:
+        start = decide(config, Options(config=SAMPLE / "config.yaml", evaluate=path), world=2)
+        assert start.mode == "evaluate" and start.checkpoint is not None
+        passed_over = f"Passed over {run}/iter_000012.pth: "
+        assert [note.startswith(passed_over) for note in start.notes] == [True] * (path == run)
+        return [each.name for each in (start.checkpoint, *start.others)]
+
+    for latest in (None, "iter_000006.pth"):
+        if latest is not None:
+            (run / "latest").write_text(latest)
+        assert evaluated(run) == ["iter_000009.pth", "iter_000006.pth", "iter_000003.pth"]
+    assert evaluated(run / "iter_000003.pth") == ["iter_000003.pth"]
+
+
 def test_resolve(tmp_path: Path) -> None:
     tag = saved(tmp_path, "global_step5")
     assert folders.resolve(tag) == tag
