@@ -184,9 +184,11 @@ def test_killed_and_run_again(large: Path, tmp_path: Path) -> None:
 @pytest.mark.heavy
 def test_200_kills(large: Path, tmp_path: Path) -> None:
     want = one_process(("reshard", large, "--world-size", "3"), tmp_path / "one")
-    rng, kills = random.Random(), 0
+    kills = 0
     while kills < 200:
-        kills += kill_and_go_on(large, tmp_path, rng, want)
+        seed = random.randrange(2**32)
+        print(f"{kills} killed so far; next seed {seed}", flush=True)
+        kills += kill_and_go_on(large, tmp_path, random.Random(seed), want)
 
 
 def test_one_worker_cannot_write(large: Path, tmp_path: Path) -> None:
