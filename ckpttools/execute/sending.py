@@ -27,13 +27,13 @@ Version = dict[str, Any]  # of an object, as the store tells it: e_tag, version
 def bucket_of(place: Stored) -> Bucket:
     """Raises UsageError where nothing can be written."""
     store = place.store
-    if isinstance(store, Bucket) and not store.name.startswith("http"):
+    if isinstance(store, Bucket) and store.takes_objects:
         return store
     raise UsageError(
         "not-writable",
         "ckpt does not write there",
         where=place,
-        why="a server of files by http takes none",
+        why="a server of files by http takes none, and to the hub only huggingface_hub uploads",
         hint="name a folder of this machine, or a place in s3://, gs:// or az://",
     )
 

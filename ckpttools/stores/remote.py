@@ -1,4 +1,4 @@
-"""Object stores, by obstore (the `remote` extra): S3, Google, Azure, and single files by https.
+"""Object stores, by obstore (the `remote` extra): S3, Google, Azure, and single files by https; `hub` beside.
 
 Every request costs tens of milliseconds, so a header is fetched in few and large ones: the first bytes of a
 file with its size and ETag, its last bytes where it may be a zip, and whatever lies between in pieces of at
@@ -9,22 +9,24 @@ an error. Credentials are the store's own matter (environment, profile, role), a
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from errno import EEXIST, EIO, ENOENT, EOPNOTSUPP, ESTALE
+from contextlib import suppress
+from errno import EIO, ENOENT, ESTALE
 from pathlib import PurePosixPath
 from typing import Any
 
 from ckpttools.errors import UsageError
 from ckpttools.location import Entry, NotAFile, Stat, Stored
 from ckpttools.siblings import UNFINISHED
+from ckpttools.stores import hub
+from ckpttools.stores.clients import client, failed
 from ckpttools.stores.memory import Listed
 
-SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http")
+SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http", hub.SCHEME)
 HEAD = 256 * 1024  # of every file: most headers are shorter
 TAIL = 64 * 1024  # of a zip: the directory of a few hundred records
 AHEAD = 128 * 1024
@@ -36,7 +38,6 @@ BLOCKS = 32  # of them in memory
 KEPT = 512 * 1024 * 1024  # bytes of headers, of all files of a store
 RETRIES: dict[str, Any] = {}  # as obstore has them: ten, for up to three minutes
 ZIPS = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-_HTTP = re.compile(r"\b(4\d\d|5\d\d) [A-Z][A-Za-z ]+")
 
 
 class _Object:
@@ -58,47 +59,46 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         """Raises UsageError where the extra is not installed or the address makes no sense."""
-        try:
-            import obstore  # type: ignore[import-not-found, unused-ignore]
-        except ImportError:
-            raise UsageError(
-                "store-extra",
-                "object stores need obstore, which is not installed",
-                where=url,
-                hint="pip install 'ckpttools[remote]'",
-            ) from None
         self.name = url
         self.requests = self.nbytes = self.nbytes_sent = 0
-        self.api: Any = obstore
-        options: Any = {"client_options": {"allow_http": True}} if url.startswith("http:") else {}
-        try:
-            self._store = self.api.store.from_url(url, retry_config=RETRIES, **options)
-        except Exception as error:  # of many classes; their text may quote the configuration
-            raise UsageError(
-                "store-unknown",
-                f"the store cannot be used ({type(error).__name__})",
-                where=url,
-                hint="check the address and the store's settings in the environment (AWS_ENDPOINT_URL ...)",
-            ) from None
+        self.api, self._store = client(url, RETRIES)
         self._objects: OrderedDict[str, _Object] = OrderedDict()
         self._listed: dict[str, tuple[float, dict[str, Stat]]] = {}
+        self._seen: dict[str, tuple[float, Stat | None]] = {}  # where no listing says it
+        self._lists = True  # not a server of single files
         self._opened: dict[tuple[str, str], int] = {}  # folder and suffix -> how many files of it
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(AT_ONCE)
         self._blocks: OrderedDict[tuple[str, str | None, int], Future[bytes]] = OrderedDict()
+
+    @property
+    def takes_objects(self) -> bool:
+        """Whether ckpt writes there."""
+        return not self.name.startswith(("http", f"{hub.SCHEME}:"))
 
     def stat(self, key: str) -> Stat:
         if (inside := self._inside(str(PurePosixPath(key).parent))) is not None:
             if (known := inside.get(_name(key))) is not None:
                 return known
             raise FileNotFoundError(ENOENT, "there is no such key", key)
-        try:
+        at, found = self._seen.get(key, (-FRESH, None))
+        if time.monotonic() - at >= FRESH:
+            found = self._look(key)
+            self._seen[key] = (time.monotonic(), found)
+        if found is None:
+            raise FileNotFoundError(ENOENT, "there is no such key", key)
+        return found
+
+    def _look(self, key: str) -> Stat | None:
+        """Ask what is there; None for nothing."""
+        with suppress(FileNotFoundError):
             return _stat(self.ask(self.api.head, key))
-        except FileNotFoundError:
-            if _name(key) == UNFINISHED:
-                raise  # never a folder
-            self.list(key)  # raises where it is no folder either
+        if _name(key) == UNFINISHED or not self._lists:
+            return None  # never a folder
+        with suppress(FileNotFoundError):
+            self.list(key)
             return Stat("folder", 0, 0, key)
+        return None
 
     def list(self, key: str) -> Iterable[Entry]:
         inside = self._inside(key) or self._list(key)
@@ -117,6 +117,7 @@ class Bucket:
         except OSError:
             if not self.name.startswith("http"):
                 raise
+            self._lists = False
             raise FileNotFoundError(ENOENT, "a server of files has no listings", key) from None
         own = key.strip("/")  # some tools write an empty object for a folder
         inside = {_name(path): Stat("folder", 0, 0, path) for path in found["common_prefixes"]}
@@ -143,7 +144,7 @@ class Bucket:
         known = (self._inside(str(PurePosixPath(key).parent)) or {}).get(_name(key))
         if found is not None:
             meta = known or self.stat(key)
-            if (meta.size, meta.tag) == (found.size, found.etag):
+            if (meta.size, meta.tag) == (found.size, _tag(found.etag)):
                 found.at = now
                 return found
         if known is not None and known.kind == "folder":
@@ -160,6 +161,7 @@ class Bucket:
                 raise
             return self._keep(key, _Object(0, None, now))  # no range of it can be asked for
         object = _Object(got.meta["size"], got.meta["e_tag"], now)
+        self._seen[key] = (now, _stat(got.meta))
         object.parts.append((0, bytes(got.bytes())))
         return self._keep(key, object)
 
@@ -231,6 +233,7 @@ class Bucket:
         with self._lock:
             self._objects.pop(key, None)
             self._listed.clear()
+            self._seen.clear()
 
     def count(self, nbytes: int, requests: int = 0) -> None:
         """Of what is sent."""
@@ -247,7 +250,7 @@ class Bucket:
         except FileNotFoundError:
             raise FileNotFoundError(ENOENT, "there is no such key", key) from None
         except Exception as error:  # its text may quote what was sent
-            raise _failed(error, f"{self.name}{key}") from None
+            raise failed(error, f"{self.name}{key}") from None
 
 
 class RemoteFile:
@@ -314,22 +317,12 @@ def _name(path: str) -> str:
 
 def _stat(meta: Any) -> Stat:
     # a listing has milliseconds, an answer for one object has not
-    return Stat("file", meta["size"], int(meta["last_modified"].timestamp()) * 10**9, meta["e_tag"])
+    return Stat("file", meta["size"], int(meta["last_modified"].timestamp()) * 10**9, _tag(meta["e_tag"]))
 
 
-def _failed(error: Exception, where: str) -> OSError:
-    match type(error).__name__:
-        case "PreconditionError":
-            return OSError(ESTALE, "the object changed while it was read or written", where)
-        case "AlreadyExistsError":
-            return FileExistsError(EEXIST, "the object exists already", where)
-        case "PermissionDeniedError" | "UnauthenticatedError":
-            return OSError(EIO, "the store denies access: check its credentials in the environment", where)
-        case "NotSupportedError" | "NotImplementedError":
-            return OSError(EOPNOTSUPP, "the server does not answer such requests (for a range)", where)
-    status = _HTTP.search(str(error))
-    said = f" ({status[0].strip()})" if status else ""
-    return OSError(EIO, f"the store cannot be reached, or failed{said}", where)
+def _tag(etag: str | None) -> str | None:
+    """To be compared: Azure's listings leave the quotes out."""
+    return etag and etag.strip('"')
 
 
 _buckets: dict[str, Bucket] = {}
@@ -337,9 +330,13 @@ _buckets: dict[str, Bucket] = {}
 
 def place(scheme: str, text: str) -> Stored:
     """What an address such as s3://bucket/run/step_20 means. Raises UsageError."""
-    host, _, key = text.partition("://")[2].partition("/")
+    address = text.partition("://")[2]
+    host, _, key = address.partition("/")
+    if scheme == hub.SCHEME:
+        host, key = hub.split(address)
     scheme = "s3" if scheme == "s3a" else scheme
-    if not host or "@" in host or "?" in key:
+    named_by_at = scheme in (hub.SCHEME, "abfs", "abfss")  # a revision, an account
+    if not host or ("@" in host and (not named_by_at or ":" in host)) or "?" in key:
         raise UsageError(
             "store-unknown",
             "the address names no bucket, or holds a password or a signature",

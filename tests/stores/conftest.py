@@ -22,7 +22,7 @@ KEY, SECRET = "testkey", "testsecret"
 WEED = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One below 50,000: the server takes the port 10,000 above it, too."""
     while True:
         with socket.socket() as found:
@@ -41,7 +41,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     keys = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin", "Read", "Write"]}
     anonymous = {"name": "anonymous", "actions": ["Admin"]}  # makes the bucket without a signature
     (folder / "s3.json").write_text(json.dumps({"identities": [anonymous, {"name": "t"} | keys]}))
-    ports = {name: _free_port() for name in ("master", "volume", "filer", "s3")}
+    ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
     command = [WEED, "server", f"-dir={folder}", "-s3", f"-s3.config={folder / 's3.json'}", "-ip=127.0.0.1"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += ["-volume.max=64", *(f"-{name}.port={port}" for name, port in ports.items())]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
+import json
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 
 class Files(BaseHTTPRequestHandler):
@@ -108,6 +111,68 @@ class Proxy(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data[: len(data) // 2] if torn else data)
+        self.close_connection = torn
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One revision of org/name, model and data set, as huggingface_hub asks for it."""
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+    files: dict[str, bytes] = {}
+    faults: list[str] = []  # of the next answers with data
+    seen: list[str] = []
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = unquote(self.path).partition("?")[0]
+        self.seen.append(path)
+        for kind in ("models", "datasets"):
+            root = f"/api/{kind}/org/name"
+            if path in (root, f"{root}/revision/main", f"{root}/revision/{self.COMMIT}"):
+                told = {"id": "org/name", "sha": self.COMMIT, "lastModified": "2025-11-01T10:00:00.000Z"}
+                return self.reply(200, json.dumps({**told, "siblings": [], "tags": [], "private": False}))
+            if path.startswith(f"{root}/tree/{self.COMMIT}"):
+                return self.tree(path.removeprefix(f"{root}/tree/{self.COMMIT}").strip("/"))
+        for root in ("/org/name", "/datasets/org/name"):
+            name = path.removeprefix(f"{root}/resolve/{self.COMMIT}/")
+            if name in self.files:
+                return self.part(self.files[name])
+        return self.reply(404, "{}", code="EntryNotFound" if "/org/name" in path else "RepoNotFound")
+
+    def tree(self, folder: str) -> None:
+        inside = f"{folder}/" if folder else ""
+        found: dict[str, dict[str, object]] = {}
+        for name, data in self.files.items():
+            if name.startswith(inside):
+                first, _, more = name.removeprefix(inside).partition("/")
+                entry = {"path": inside + first, "oid": hashlib.sha1(data).hexdigest()}
+                found[first] = entry | (
+                    {"type": "directory", "size": 0} if more else {"type": "file", "size": len(data)}
+                )
+        if not found:
+            return self.reply(404, "{}", code="EntryNotFound")
+        return self.reply(200, json.dumps(list(found.values())))
+
+    def part(self, data: bytes) -> None:
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "busy":
+            return self.reply(503, "{}")
+        if fault == "whole":
+            return self.reply(200, data)
+        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        return self.reply(206, data[int(first) : int(last) + 1], torn=fault == "torn")
+
+    def reply(self, status: int, body: str | bytes, *, code: str = "", torn: bool = False) -> None:
+        data = body.encode() if isinstance(body, str) else body
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if torn else data)
         self.close_connection = torn
 
     def log_message(self, *args: object) -> None:
