@@ -83,6 +83,14 @@ class Ledger:
             )
         return name
 
+    def is_of_another(self, described: Mapping[str, Any]) -> bool:
+        """Whether what is there, if anything, was begun for another plan, or cannot be read."""
+        try:
+            there = self._load(_PLAN)
+        except (FileNotFoundError, UsageError):
+            return True
+        return bool(_difference({k: v for k, v in there.items() if k != _NAME}, described))
+
     def make(self) -> None:
         """The folder alone, for work that has no plan."""
         self.folder.mkdir(exist_ok=True)

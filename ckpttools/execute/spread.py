@@ -2,6 +2,7 @@
 
     DST.ckpt-spread/ledger/    what is finished (`ledger`); `done` while it gets its name
     DST.ckpt-spread/out-...    the staged file or folder, as the ledger calls it
+    DST.ckpt-spread/alone      locked by the only process that writes there, if it is one (`ckpt copy`)
 
 Every worker plans for itself: headers only, and the same plan everywhere, or it is refused. The work is
 pieces of up to 512 MiB of output, which do not depend on how many workers there are; piece k belongs to
@@ -14,6 +15,7 @@ same places.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
@@ -23,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ckpttools import __version__
 from ckpttools.errors import CkptError, UsageError, escape
@@ -48,6 +50,7 @@ _PIECES = 64  # of a small output
 _GAPS = 512  # reads of up to 1 MiB that make a piece
 _POLL = 0.2  # seconds
 _REMIND = 150  # polls
+_ALONE = "alone"
 _DONE = "done-"  # of the ledger that a committing worker took
 
 Is = Callable[[Path, str], bool]
@@ -56,11 +59,13 @@ Is = Callable[[Path, str], bool]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What this worker does for whom. `is_result` tells whether a destination is the result of the plan with
-    this digest: another worker may have committed already.
+    this digest: another worker may have committed already. `alone`: it is the only process of the job, so
+    that what an ended one left of another plan may go.
     """
 
     worker: Worker
     is_result: Is
+    alone: bool = False
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
 
 
@@ -106,6 +111,8 @@ def spread(
         judge(dst, force, replaces)
         if not share.ledger.folder.exists():
             preflight.need_space(plan, dst)
+        if job.alone:
+            notes += share.take(described)
         share.join(described)
     try:
         with terminating_signals():
@@ -115,7 +122,10 @@ def spread(
                 return share.result(None)
             report = share.commit(force, replaces, finish, tuple(notes))
     except CkptError as error:
-        share.tell(error)
+        if job.alone and not isinstance(error, UsageError):
+            share.clear()  # of a source that is damaged
+        else:
+            share.tell(error)
         raise
     except _Elsewhere:
         share.wait_for_commit()
@@ -147,6 +157,7 @@ class _Share:
         self.ledger, self.done = Ledger(self.folder / "ledger"), self.folder / _DONE
         self.out = self.folder
         self.commits = self.created = False
+        self.lock: BinaryIO | None = None  # held while it is open
         self.workers, self.progress = threads.count(workers), progress
         self.needed: list[str] = []  # the pieces of all workers, in order: piece k is of worker k % world
         self.pieces = 0
@@ -166,6 +177,32 @@ class _Share:
     def join(self, described: Mapping[str, Any]) -> None:
         name = self.ledger.join(described, self.dst)
         self.out, self.done = self.folder / name, self.folder / f"{_DONE}{name}"
+
+    def take(self, described: Mapping[str, Any]) -> list[str]:
+        """Be the only process that writes there; what an ended one left of another plan goes, and is said.
+        Raises UsageError where one is at it.
+        """
+        was_alone = (self.folder / _ALONE).exists()
+        self.folder.mkdir(exist_ok=True)
+        self.lock = (self.folder / _ALONE).open("ab")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                "destination-exists",
+                "another process is copying to it",
+                where=self.dst,
+                why="two that write the same place would be in each other's way",
+                hint="wait until it has ended, or choose another destination",
+            ) from None
+        except OSError:
+            return []  # a file system without locks: nobody can say whether one is at it
+        if not (was_alone and self.ledger.folder.exists() and self.ledger.is_of_another(described)):
+            return []
+        for path in self.folder.iterdir():
+            if path.name != _ALONE:
+                shutil.rmtree(path)
+        return [f"removed what an ended copy of something else left in {self.folder}"]
 
     def tell(self, error: CkptError) -> None:
         """Let the others know; they would wait."""
@@ -299,7 +336,12 @@ class _Share:
         """Check the whole and give it its name. Raises `_Elsewhere` where another worker does."""
 
         def last(path: Location, crcs: Mapping[Location, int]) -> Mapping[str, bytes]:
-            more = finish(self.digest)(path, crcs) if finish else {}
+            try:
+                more = finish(self.digest)(path, crcs) if finish else {}
+            except UsageError as error:
+                if error.id == "write-failed":
+                    self.clear()  # what is on record is not on disk
+                raise
             try:
                 self.ledger.folder.rename(self.done)  # one worker can: from here on all is its own
             except FileNotFoundError:

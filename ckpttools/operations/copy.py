@@ -68,7 +68,7 @@ def copy(
         else:
             from ckpttools.execute.spread import Job, spread
 
-            job = Job(worker=Worker(0, 1), is_result=lambda place, digest: False)
+            job = Job(worker=Worker(0, 1), is_result=lambda place, digest: False, alone=True)
             done = spread(plan, dst, job, finish=lambda digest: finish, **options).report
             assert done is not None  # the only worker commits
             report = done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from commands import run as ckpt
 from support import FIXTURES
 
 from ckpttools.siblings import MANIFEST, SPREAD
+from ckpttools.stores.files import named
 
+copying = importlib.import_module("ckpttools.operations.copy")
 ZERO2 = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
 SOURCES = {
     "run with latest": ZERO2,
@@ -70,7 +73,32 @@ def test_a_damaged_source_is_not_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "safe").exists()
     shard.write_bytes(data[:-100])
     assert ckpt("copy", tmp_path / "run", tmp_path / "safe").code == 1
-    assert not (tmp_path / "safe").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_an_ended_copy_of_something_else_left(tmp_path: Path) -> None:
+    """The source was written again since: the copy begins anew; not while another one is at it."""
+    shutil.copytree(ZERO2, tmp_path / "run")
+    source, dst = named(str(tmp_path / "run")), tmp_path / "safe"
+
+    def ended(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def meanwhile(*_: object) -> None:
+        shutil.copytree(ZERO2, tmp_path / "run", dirs_exist_ok=True, copy_function=shutil.copyfile)
+        ran = ckpt("copy", source, dst)
+        assert ran.code == 2 and "error[destination-exists]" in ran.err and "another process" in ran.err, ran
+        raise KeyboardInterrupt
+
+    for each in (ended, meanwhile):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(copying, "_read_back", each)
+            copying.copy(source, dst)
+        assert (tmp_path / f"safe{SPREAD}").exists() and not dst.exists()
+    ran = ckpt("copy", source, dst)
+    assert ran.code == 0 and "an ended copy of something else" in ran.err, ran
+    assert contents(dst) == contents(tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "safe"]
 
 
 def test_an_ended_copy_goes_on(tmp_path: Path) -> None:
@@ -86,14 +114,12 @@ def test_an_ended_copy_goes_on(tmp_path: Path) -> None:
     assert len(list(ledger.glob("piece-*"))) >= 5
     # what the ledger calls finished is not written again: a finished byte that is changed comes out so
     (out,) = (path for path in ledger.parent.iterdir() if path.name.startswith("out-"))
-    shutil.copytree(ledger.parent, tmp_path / "kept")
     first = min(path for path in out.rglob("*") if path.is_file())
     with first.open("r+b") as file:
         file.write(b"?")
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 2 and "error[write-failed]" in done.stderr
-    shutil.rmtree(ledger.parent)
-    (tmp_path / "kept").rename(ledger.parent)
+    assert not ledger.parent.exists(), "what is on record there is not true"
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "safe") == contents(tmp_path / "run")
