@@ -33,11 +33,17 @@ def read(folder: Location) -> Checkpoint:
 
 
 def alike(ranks: Iterator[Rank]) -> Iterator[Rank]:
-    """The same ranks: what every one of them lists for all parameters is kept once."""
+    """The same ranks: what each of them lists for all parameters is kept once, as read and decoded."""
     first: Rank | None = None
     for rank in ranks:
         first = first or rank
-        yield replace(rank, gaps=first.gaps) if rank.gaps == first.gaps else rank
+        if rank.gaps != first.gaps:
+            yield rank
+            continue
+        mine, kept = (each.state.get("param_alignment_paddings") for each in (rank, first))
+        if isinstance(mine, list) and isinstance(kept, list):
+            mine[:] = kept
+        yield replace(rank, gaps=first.gaps)
 
 
 def checkpoint(folder: ZeroFolder) -> Checkpoint:
