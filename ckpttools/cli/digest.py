@@ -120,6 +120,8 @@ def _json(found: Digested) -> dict[str, object]:
 
 def compared(result: Compared) -> list[str]:
     """What is equal, what differs and what only one side holds; of the names, the first."""
+    from ckpttools.compare.facts import client_tensors
+
     lines = [f"equal: {number} of {kind}" for kind, number in result.equal.items() if number]
     lines += [
         f"DIFFERENT: {each.kind} {escape(each.name, 300)}{_only(each.left, each.right)}"
@@ -130,6 +132,10 @@ def compared(result: Compared) -> list[str]:
     for kind, is_left in result.one_sided.items():
         side = result.left if is_left else result.right
         lines.append(f"NOT COMPARED: {kind}, which only {escape(side.path)} holds")
+    both = (result.left.checkpoint, result.right.checkpoint)
+    if keys := list(dict.fromkeys(key for side in both for key in client_tensors(side))):
+        shown = ", ".join(map(escape, keys[:SHOWN]))
+        lines.append(f"NOT COMPARED: tensors that training code keeps under {shown}; ckpt prove does")
     for what, same in (("hyper-parameters", result.settings), ("counters and schedule", result.counters)):
         lines.append(f"{what}: {'equal' if same else 'not the same; ckpt diff names them'}")
     lines.append(_verdict(result))

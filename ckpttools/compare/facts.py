@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.compare.content import hyper, inside, plain, progress
 from ckpttools.compare.digests import shown
+from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value, leaves
 from ckpttools.tree import dotted as dotted_path
 
@@ -112,6 +113,13 @@ def opaque(checkpoint: Checkpoint) -> list[str]:
     held = (checkpoint.client, checkpoint.training.scheduler, checkpoint.loss_scaler)
     found = ((path, leaf) for value in held for path, leaf in leaves(value))
     return [dotted_path(path) for path, leaf in found if isinstance(leaf, Opaque) and not inside(leaf)]
+
+
+def client_tensors(checkpoint: Checkpoint) -> list[str]:
+    """The keys of training code's own state with tensors in it: an average of the weights, for instance."""
+    held = checkpoint.client.items()
+    found = (key for key, value in held if any(isinstance(leaf, TensorRef) for _, leaf in leaves(value)))
+    return [key for key in found if not RANDOM.search(key)]
 
 
 def random_states(checkpoint: Checkpoint) -> list[str]:

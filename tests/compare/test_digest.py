@@ -230,3 +230,15 @@ def test_weights_of_another_save_are_content_of_their_own(tmp_path: Path) -> Non
 def test_reshard_holds_the_result_against_the_source(tmp_path: Path) -> None:
     ran = run("reshard", GROUPS, tmp_path / "three", "--world-size", "3", "--digest")
     assert ran.code == 0 and f"digest {of(GROUPS).state}" in ran.err
+
+
+def test_tensors_that_training_code_keeps_beside_are_said_not_to_be_compared(tmp_path: Path) -> None:
+    """An average of the weights, of which the digests know nothing."""
+    for name, factor in (("a.pt", 1.0), ("b.pt", 2.0)):
+        ema = {"w.weight": factor * torch.ones(2, 2)}
+        rng = {"torch": torch.get_rng_state()}
+        tree = {"model": {"w.weight": torch.ones(2, 2)}, "average": {"shadow": ema}, "rng_state": rng}
+        torch.save({**tree, "global_step": 1}, tmp_path / name)
+    ran = run("digest", tmp_path / "a.pt", "--compare", tmp_path / "b.pt")
+    assert ran.code == 0 and "NOT COMPARED: tensors that training code keeps under average;" in ran.out
+    assert run("prove", tmp_path / "a.pt", tmp_path / "b.pt").code == 1
