@@ -11,6 +11,9 @@ from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
 from ckpttools.tree import Key, Value
 
+FP32 = "fp32"  # the kind of master weights, whatever their dtype
+STEP = "step"  # what the usual optimizers count
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamGroup:
@@ -18,7 +21,7 @@ class ParamGroup:
 
     `params` maps each fully qualified name to its shape, in the group's canonical order (the order of the
     optimizer that training code made, before any permutation for a rank count). `state` holds the tensors of
-    the parameter's shape, per kind ("fp32" for master weights, else the optimizer's own key such as
+    the parameter's shape, per kind (FP32 for master weights, else the optimizer's own key such as
     "exp_avg") and name; `scalars` what else the optimizer keeps for a parameter: a step as an int or a 0-d
     tensor, a factored moment. A kind whose state is nested has its keys in `paths` (bitsandbytes); else its
     key is its name. `hyper` is lr, betas, weight_decay and so on as saved, without `params`.
@@ -103,7 +106,7 @@ class Checkpoint:
     @property
     def master(self) -> Mapping[str, TensorRef]:
         """The fp32 master weights by name, gathered anew at each call; empty where there are none."""
-        return {fqn: ref for group in self.groups for fqn, ref in group.state.get("fp32", {}).items()}
+        return {fqn: ref for group in self.groups for fqn, ref in group.state.get(FP32, {}).items()}
 
     @property
     def unnamed(self) -> tuple[str, ...]:

@@ -173,16 +173,14 @@ def _verify(
         path=path,
         format=found.layout.format if found else source.format.name,
         state=state,
-        findings=(*findings, *_rescue(source, checked, findings, quick=quick, workers=workers)),
+        findings=(*findings, *_rescue(checked, findings, quick=quick, workers=workers)),
         nbytes_read=nbytes,
         manifest=None if described is None else (manifest.place(source.target), contents),
         lacks=lacks(held),
     )
 
 
-def _rescue(
-    source: Source, checked: Checked, findings: list[Finding], *, quick: bool, workers: int
-) -> Iterator[Finding]:
+def _rescue(checked: Checked, findings: list[Finding], *, quick: bool, workers: int) -> Iterator[Finding]:
     """What is left where optimizer files are lost or damaged: the file of the weights, if it is whole."""
     bad = {f.file for f in findings if f.severity == ERROR and f.exit_code == 1}
     if not bad or checked.weights is None or str(checked.weights) in bad:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from ckpttools import frameworks
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import FP32, Checkpoint
 from ckpttools.checks.keys import SCHEDULERS
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, INFO, Finding
@@ -54,7 +54,7 @@ def holds(source: Source, found: Checkpoint) -> tuple[Held, Training, CkptError 
 
 def _has_optimizer(found: Checkpoint) -> bool:
     """Whether a format with a place for it has any of its state or settings, be it without names."""
-    known = any(group.hyper or group.scalars or group.state.keys() - {"fp32"} for group in found.groups)
+    known = any(group.hyper or group.scalars or group.state.keys() - {FP32} for group in found.groups)
     return known or any(_filled(found.client.get(key)) for key in OPTIMIZER)
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from itertools import islice
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import FP32, Checkpoint
 from ckpttools.errors import escape
 from ckpttools.findings import WARNING, Finding
 from ckpttools.formats import Source
@@ -153,7 +153,7 @@ def _lacks_state(found: Checkpoint) -> bool:
     done = (state.step or 0) - (state.skipped_steps or 0)
     if done < 1 or not any(group.params for group in found.groups):
         return False
-    held = any(refs for group in found.groups for kind, refs in group.state.items() if kind != "fp32")
+    held = any(refs for group in found.groups for kind, refs in group.state.items() if kind != FP32)
     if held or any(values for group in found.groups for values in group.scalars.values()):
         return False
     return any(group.hyper.get(key, none) != none for group in found.groups for key, none in KEEPS.items())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ckpttools.checkpoint import Checkpoint, ParamGroup
+from ckpttools.checkpoint import FP32, Checkpoint, ParamGroup
 from ckpttools.errors import CkptError, escape
 from ckpttools.findings import WARNING, Finding
 from ckpttools.location import Location
@@ -19,7 +19,6 @@ from ckpttools.passes.read import load
 from ckpttools.passes.tasks import Constant, Denormal, Pattern
 from ckpttools.tensors import TensorRef
 
-MASTER = "fp32"
 LEAST_NUMEL = 16  # fewer may be equal by chance
 LEAST_STEPS = 2  # a warmup may begin with a learning rate of zero
 FLOOD = 0.1  # the share of denormals above which they are no accident
@@ -38,7 +37,7 @@ def check_patterns(found: Checkpoint, seen: Sequence[Pattern]) -> Iterator[Findi
         for name, place in constant.items()
         if name in found.tensors and len(found.tensors[name].shape) > 1 and name in trained
     }
-    kinds = {kind for group in found.groups for kind in group.state} - {MASTER}
+    kinds = {kind for group in found.groups for kind in group.state} - {FP32}
     zeros = kinds and found.layout.zero_stage is None  # ZeRO's are looked at file by file
     if (suspects or zeros) and _steps(found) < LEAST_STEPS:
         suspects, zeros = {}, False
@@ -79,7 +78,7 @@ def _denormal(found: Checkpoint, seen: Sequence[Pattern]) -> dict[str, Location]
     counts: dict[str, int] = {}
     places: dict[str, Location] = {}
     for each in seen:
-        name = each.name.removesuffix(f" ({MASTER})")
+        name = each.name.removesuffix(f" ({FP32})")
         if isinstance(each, Denormal) and name in found.tensors:
             counts[name] = counts.get(name, 0) + each.count
             places.setdefault(name, each.path)
@@ -107,7 +106,7 @@ def _weights(
     bad: dict[str, Location] = {}
     for name, (path, _) in suspects.items():
         group = group_of[name]
-        moments = [group.state[kind][name] for kind in _kinds(group, name) if kind != MASTER]
+        moments = [group.state[kind][name] for kind in _kinds(group, name) if kind != FP32]
         if found.tensors[name].numel >= LEAST_NUMEL and any(map(_moved, moments)):
             bad[name] = path
     for path, names in _by_file(bad).items():
@@ -125,7 +124,7 @@ def _weights(
 
 def _moments(found: Checkpoint, constant: dict[str, tuple[Location, float]]) -> Iterator[Finding]:
     """A moment that is zero for every parameter."""
-    for kind in sorted({kind for group in found.groups for kind in group.state} - {MASTER}):
+    for kind in sorted({kind for group in found.groups for kind in group.state} - {FP32}):
         refs = {n: ref for group in found.groups for n, ref in group.state.get(kind, {}).items() if ref.numel}
         large = [f"{name} ({kind})" for name, ref in refs.items() if ref.numel >= RUN]
         small = [ref for ref in refs.values() if ref.numel < RUN]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import FP32, Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding
 from ckpttools.location import Location
@@ -20,7 +20,6 @@ from ckpttools.values import Array, is_rounded, is_zero
 LEAST_NUMEL = 8  # of a file: fewer elements may be so by chance
 LEAST_STEPS = 2  # a warmup may begin with a learning rate of zero
 FIRST_NBYTES = 64 * 1024
-MASTER = "fp32"
 _SHORT = {dtype.short: dtype for dtype in (BFLOAT16, FLOAT16)}
 
 Part = dict[Location, list[tuple[ByteRange, DType]]]  # by file: where its elements lie
@@ -39,8 +38,8 @@ def check_untouched(found: Checkpoint) -> Iterator[Finding]:
 
 
 def _check(found: Checkpoint, done: int, reader: Reader) -> Iterator[Finding]:
-    kinds = {kind for group in found.groups for kind in group.state} - {MASTER}
-    moments, masters = _parts(found, kinds), _parts(found, {MASTER})
+    kinds = {kind for group in found.groups for kind in group.state} - {FP32}
+    moments, masters = _parts(found, kinds), _parts(found, {FP32})
     zero = [path for path, part in moments.items() if _all(part, is_zero, reader)]
     for path in zero:
         others = "no rank has others" if len(zero) == len(moments) else "the other ranks' are not"
@@ -75,7 +74,7 @@ def _parts(found: Checkpoint, kinds: set[str]) -> Part:
     for group in found.groups:
         for kind in kinds & group.state.keys():
             for ref in group.state[kind].values():
-                if not ref.dtype.is_float or (kind == MASTER and ref.dtype is not FLOAT32):
+                if not ref.dtype.is_float or (kind == FP32 and ref.dtype is not FLOAT32):
                     continue
                 for chunk in ref.chunks:
                     if isinstance(chunk, ByteRange):

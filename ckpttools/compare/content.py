@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import FP32, Checkpoint
 from ckpttools.containers.pickles import Persistent, Reject, dumps, walk
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value
@@ -65,7 +65,7 @@ def content(checkpoint: Checkpoint) -> Content:
 
 def _kind(key: str) -> str:
     """As every layout names it: distributed checkpoints join the keys of lists by dots, too."""
-    if key == "fp32":
+    if key == FP32:
         return MASTER
     key = _INDEX.sub(r".\1", key)
     return f"optimizer.{key}" if key in (WEIGHT, MASTER) else key

@@ -7,7 +7,7 @@ and is written back as it was read.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping
 from ckpttools.containers.torch_file import Storage, TorchFile, new_storage, tensor_node
@@ -15,6 +15,13 @@ from ckpttools.tensors import TensorRef, join_chunks
 from ckpttools.tree import MAX_DEPTH, At, AtTuple, Key, Opaque, Value, same
 
 ORDERED = Global("collections", "OrderedDict")
+
+
+def ordered(pairs: Iterable[tuple[Node, Node]]) -> Object:
+    """An OrderedDict: what torch makes of a state dict, and DeepSpeed of shapes."""
+    node = Object("reduce", ORDERED, ())
+    node.pairs = list(pairs)
+    return node
 
 
 def decode(file: TorchFile, node: Node) -> Value:

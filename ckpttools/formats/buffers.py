@@ -9,13 +9,13 @@ from ckpttools.tensors import TensorRef
 
 BUFFERS = "buffer_names"  # ours, as DeepSpeed calls it: which of the weights no optimizer can have
 # of the buffers that torch's own modules register: torch/nn/modules/batchnorm.py
-NAMES = ("running_mean", "running_var", "num_batches_tracked")
+NORMS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def is_buffer(name: str, ref: TensorRef) -> bool:
     """Whether no optimizer can have it: by its type, or as torch's own modules name their buffers."""
     trainable = ref.dtype.is_float or ref.dtype.name.startswith("complex")
-    return not trainable or name.endswith(NAMES)
+    return not trainable or name.endswith(NORMS)
 
 
 def untrained(

@@ -10,6 +10,7 @@ from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.schedules.evidence import What
 from ckpttools.training import Training
+from ckpttools.tree import Path
 
 STEP = ("global_step", "step", "global_steps", "total_steps", "iteration", "iter", "it")
 ITERATION = ("iteration", "iter", "it")
@@ -25,6 +26,8 @@ SCHEDULER = (
     "param_schedulers",
     "sched",
 )
+# where training code keeps them within its values; train_state: torchtitan
+PLACES: tuple[Path, ...] = ((), ("train_state",), ("trainer_state",), ("meta",))
 OPTIMIZER = ("optimizer_state_dict", "optimizer", "optim", "optimizer_state", "optimizer_states")
 TRAIN_LOSS = ("train_loss", "loss")
 VAL_LOSS = ("val_loss", "valid_loss", "eval_loss")

@@ -24,6 +24,7 @@ from ckpttools.stores.files import entries, is_file, size_of
 OPTIM = re.compile(
     r"(?P<prefix>bf16_|fp16_)?zero_pp_rank_(?P<dp>\d{1,6})(_mp_rank_(?P<mp>\d{2,6}))?(?P<bar>_?)optim_states\.pt"
 )
+MODEL_NAME = "mp_rank_00_model_states.pt"
 MODEL = re.compile(r"mp_rank_(\d{2,6})_model_states\.pt")
 STAGE3_MODEL = re.compile(r"zero_pp_rank_(?P<dp>\d{1,6})_mp_rank_(?P<mp>\d{2,6})_model_states\.pt")
 EXPERT = re.compile(r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim.*")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckpttools.checkpoint import ParamGroup
+from ckpttools.checkpoint import FP32, STEP, ParamGroup
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode, encode
 from ckpttools.containers.pickles import Dict, Node
@@ -18,8 +18,6 @@ from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves, put
 from ckpttools.tree import Path as Keys
 
-FP32 = "fp32"  # the kind of master weights, which are no optimizer's state
-STEP = "step"  # never the parameter's shape, even where that is 0-d
 PREFIXES = ("module.", "_orig_mod.")  # that DDP and torch.compile put before names
 NAMES = "param_names"  # torch >= 2.6, of optimizers made from named parameters
 

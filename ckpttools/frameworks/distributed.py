@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint, ParamGroup
 from ckpttools.errors import Unsupported
-from ckpttools.formats.counters import DATASET, EPOCH, SCHEDULER, STEP, TOTAL
+from ckpttools.formats.counters import DATASET, EPOCH, PLACES, SCHEDULER, STEP, TOTAL
 from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.frameworks.parts import MARKER
 from ckpttools.frameworks.rules import Rule
@@ -27,7 +27,6 @@ from ckpttools.tree import Path as Keys
 from ckpttools.tree import Value, at, put
 
 CLIENT, GROUPS = "client", "groups"  # the first key of a place
-_WITHIN: tuple[Keys, ...] = ((), ("train_state",), ("trainer_state",), ("meta",))
 _FORMS = {"int64": "<q", "int32": "<i", "float64": "<d", "float32": "<f"}
 
 
@@ -70,7 +69,7 @@ def _place(held: Checkpoint, *keys: str | int) -> Place:
 
 def _whole(held: Checkpoint, names: Iterable[str]) -> Iterator[tuple[Keys, int]]:
     """The whole numbers under such names, and where they are."""
-    for within in _WITHIN:
+    for within in PLACES:
         for name in names:
             number = _plain(at(held.client, *within, name))
             if isinstance(number, int) and not isinstance(number, bool):

@@ -76,7 +76,7 @@ def _read(file: TorchFile, *, in_folder: bool) -> Training:
         drop_last=_entry(loader, "drop_last") == 1,
         counters=(*_counters(file), *_planned(iterations)),
         optimizers=() if in_folder else tuple(_optimizers(file)),
-        schedules=tuple(_schedules(file, batches, in_folder)),
+        schedules=tuple(_schedules(file, batches)),
         losses=tuple(_losses(file)),
         configuration=config,
         scheduled=bool(config.get("param_scheduler")),
@@ -169,7 +169,7 @@ def _with_base(file: TorchFile, found: OptimizerSettings, *keys: str) -> Optimiz
     return replace(found, base=place(file, *keys), base_group=plain)
 
 
-def _schedules(file: TorchFile, batches: int | None, in_folder: bool) -> Iterator[SavedSchedule]:
+def _schedules(file: TorchFile, batches: int | None) -> Iterator[SavedSchedule]:
     cfg = at(file.value, "meta", "cfg")
     about: dict[str, object] = {"units_per_epoch": batches}
     if isinstance(cfg, str):

@@ -49,7 +49,7 @@ def copy(
     told: list[str] = []
 
     def finish(staged: Location, crcs: Mapping[Location, int]) -> Mapping[str, bytes]:
-        told.extend(_read_back(staged, crcs, how.workers))
+        told.extend(_read_back(crcs, how.workers))
         return {}
 
     started = time.monotonic()
@@ -108,7 +108,7 @@ def _files(root: Location) -> Iterator[OutputFile]:
                 yield copy_file(path, below(path, root), size_of(path))
 
 
-def _read_back(staged: Location, crcs: Mapping[Location, int], workers: int) -> Iterator[str]:
+def _read_back(crcs: Mapping[Location, int], workers: int) -> Iterator[str]:
     """Read what was written once: its CRC-32s, and the digests of the manifests that came along."""
     from ckpttools.checks.manifests import entry_of, read_back
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
+from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
 from ckpttools.errors import escape
 from ckpttools.formats import PLANS
 from ckpttools.formats.deepspeed import LR_SCHEDULER
@@ -14,7 +14,6 @@ from ckpttools.tensors import FLOAT32, DType, TensorRef
 from ckpttools.transforms.cast import cast, castable
 from ckpttools.tree import at, put
 
-FP32 = "fp32"  # the kind of master weights
 UNIVERSAL = "universal"
 
 

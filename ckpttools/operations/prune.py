@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -218,13 +218,12 @@ def _tree(path: Path) -> Iterator[Path]:
 def carry_out(
     plan: Pruning,
     *,
-    said: Callable[[Path], None] = lambda path: None,
     workers: int = 0,
     bar: Bar | None = None,
 ) -> None:
-    """Remove what the plan says, its weights kept first where it says so; `said` hears of each when it is
-    gone. Raises CkptError where weights cannot be kept, UsageError where one of them is no longer what the
-    plan saw, or the system refuses; what was removed before stays removed.
+    """Remove what the plan says, its weights kept first where it says so. Raises CkptError where weights
+    cannot be kept, UsageError where one of them is no longer what the plan saw, or the system refuses; what
+    was removed before stays removed.
     """
     for path in plan.left:
         with _removing(path):
@@ -237,7 +236,6 @@ def carry_out(
                     _refuse_changed(decision.entry, run, plan.folder)
                     slimming.carry_out(local(decision.entry.path), kept, workers=workers, bar=bar)
                 _remove(decision.entry, run, plan.folder)
-                said(local(decision.entry.path))
 
 
 def _remove(entry: Entry, run: Path, folder: Path) -> None:

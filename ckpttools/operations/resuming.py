@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isfinite
 
-from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.checkpoint import STEP, Checkpoint, Layout
 from ckpttools.errors import escape
 from ckpttools.formats.deepspeed import sub_group_size
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value, leaves, same
-
-STEP = "step"
 
 
 def single_file(checkpoint: Checkpoint, dst: Location, weights: str, optimizer: str) -> Iterator[str]:

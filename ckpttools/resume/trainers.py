@@ -84,7 +84,7 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
         samples=state.samples,
         rates=lr,
         loads=tuple(_loads(checkpoint, training)),
-        checks=tuple(_checks(source, training, run, differences)),
+        checks=tuple(_checks(training, run, differences)),
         differences=tuple(differences),
         tensors=tensors,
         overridden=tuple(overridden(training, run)) if training is not None else (),
@@ -339,9 +339,7 @@ def _loads(checkpoint: Checkpoint, training: Training | None) -> Iterator[str]:
         yield f"counters: {', '.join(counter.name for counter in training.counters[:6])}"
 
 
-def _checks(
-    source: Source, training: Training | None, run: NewRun, differences: list[Difference]
-) -> Iterator[Check]:
+def _checks(training: Training | None, run: NewRun, differences: list[Difference]) -> Iterator[Check]:
     if training is None:
         for about in (About.BATCH, About.LENGTH, About.SCHEDULE, About.OPTIMIZER):
             yield Check(about=about, ok=None, text="no training state is saved")

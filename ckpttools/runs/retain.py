@@ -90,9 +90,7 @@ def decide(
         _keep_best(found, members, policy, is_good, reasons)
         for at in members:
             if at < limit and at not in taken:
-                reasons[at].append(
-                    _unproven(found[at], known.get(at)) if taken else "none of its series is good"
-                )
+                reasons[at].append(_unproven(known.get(at)) if taken else "none of its series is good")
             _keep_points(found[at], policy, now, reasons[at])
     for at, entry in enumerate(found):
         own = series(entry)
@@ -138,7 +136,7 @@ def _first(members: Iterable[int], count: int, good: Callable[[int], bool | None
     return taken
 
 
-def _unproven(entry: Entry, good: bool | None) -> str:
+def _unproven(good: bool | None) -> str:
     return "damaged: not counted, and left alone" if good is False else "whether it is good is not known"
 
 

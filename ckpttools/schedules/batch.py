@@ -12,6 +12,7 @@ from fractions import Fraction
 from ckpttools.schedules.lengths import Batch, Data
 
 MAX_RANKS = 4096
+MOST = 12  # ways that are shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ class Way:
     off: Fraction
 
 
-def ways(old: Batch, micro: int, gpus: int | None = None, limit: int = 12) -> list[Way]:
+def ways(old: Batch, micro: int, gpus: int | None = None) -> list[Way]:
     """Batches with `micro` samples per GPU that make the old effective batch: by accumulation, GPUs, or both.
 
     `gpus` fixes the number of GPUs. Exact ones come first, with the fewest GPUs changed; where there are
@@ -70,7 +71,7 @@ def ways(old: Batch, micro: int, gpus: int | None = None, limit: int = 12) -> li
     exact = list(_ways(old, micro, gpus, exact=True))
     found = exact or list(_ways(old, micro, gpus, exact=False))
     found.sort(key=lambda w: (abs(w.off), w.batch.ranks != old.ranks, _distance(w.batch.ranks, old.ranks)))
-    return found[:limit]
+    return found[:MOST]
 
 
 def _distance(a: int, b: int) -> Fraction:

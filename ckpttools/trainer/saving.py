@@ -63,7 +63,7 @@ class Saving:
         """A checkpoint under its name, on every rank. Raises CkptError or OSError, the old ones untouched."""
         staged = self.stage(engine, name, state)
         target = self.place / name
-        from_rank0(lambda: self._appear(staged, target, state))
+        from_rank0(lambda: self._appear(staged, target))
         return target
 
     def stage(self, engine: Engine, name: str, state: dict[str, Any]) -> Path:
@@ -98,7 +98,7 @@ class Saving:
                 hint="look for a full or failing disk, then go on with --resume",
             )
 
-    def _appear(self, staged: Path, target: Path, state: dict[str, Any]) -> None:
+    def _appear(self, staged: Path, target: Path) -> None:
         if os.path.lexists(target):
             refuse_pinned(target)
             # saved again by a run that went on from further back: at no moment is there none

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from ckpttools.checkpoint import Checkpoint, ParamGroup
+from ckpttools.checkpoint import STEP, Checkpoint, ParamGroup
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.tensors import TensorRef
-from ckpttools.transforms.optimizers import STEP, counted
+from ckpttools.transforms.optimizers import counted
 from ckpttools.transforms.rename import rename
 from ckpttools.tree import Value
 

@@ -11,13 +11,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
 
-from ckpttools.checkpoint import Checkpoint, ParamGroup
+from ckpttools.checkpoint import FP32, STEP, Checkpoint, ParamGroup
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.suggest import did_you_mean
 from ckpttools.tensors import FLOAT32, Literal, TensorRef
 from ckpttools.tree import Value
 
-FP32, STEP = "fp32", "step"
 BEFORE_THE_FIRST: Mapping[str, Value] = {"last_batch_iteration": -1}  # deepspeed/runtime/lr_schedules.py
 _TORCH: Mapping[str, Value] = {"maximize": False, "foreach": None, "differentiable": False}
 _FUSED: Mapping[str, Value] = {**_TORCH, "fused": None}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Literal, TypeVar
 
-from ckpttools.checkpoint import Checkpoint, ParamGroup, common_dtype
+from ckpttools.checkpoint import FP32, Checkpoint, ParamGroup, common_dtype
 from ckpttools.errors import UsageError, escape
 from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32
 
@@ -111,7 +111,7 @@ def weights_only(checkpoint: Checkpoint, source: Copy | None = None) -> Checkpoi
 
     Raises UsageError where master weights are asked for and there are none, or no weights at all.
     """
-    has_master = any("fp32" in group.state for group in checkpoint.groups)
+    has_master = any(FP32 in group.state for group in checkpoint.groups)
     if source == "master" and not has_master:
         raise UsageError(
             "no-master",

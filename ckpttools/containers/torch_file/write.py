@@ -15,16 +15,16 @@ from ckpttools.tensors import UINT8, DType, TensorRef, contiguous_strides
 _EMPTY_HOOKS = ("collections", "OrderedDict")
 
 
-def tensor_node(ref: TensorRef, storage: Storage | None = None, offset: int = 0) -> Object:
-    """A node for a contiguous tensor: a view of `storage` from `offset`, or of a storage of its own."""
+def tensor_node(ref: TensorRef, storage: Storage | None = None) -> Object:
+    """A node for a contiguous tensor: a view of `storage` from its start, or of one of its own."""
     if storage is None:
         storage = new_storage(ref.dtype, ref.numel, ref.chunks)
     strides = contiguous_strides(ref.shape)
     hooks = Object("reduce", Global(*_EMPTY_HOOKS), ())
     if ref.dtype.storage is None:
-        args = (storage, offset, ref.shape, strides, False, hooks, Global("torch", ref.dtype.name))
+        args = (storage, 0, ref.shape, strides, False, hooks, Global("torch", ref.dtype.name))
         return Object("reduce", Global("torch._utils", "_rebuild_tensor_v3"), args)
-    args6 = (storage, offset, ref.shape, strides, False, hooks)
+    args6 = (storage, 0, ref.shape, strides, False, hooks)
     return Object("reduce", Global("torch._utils", "_rebuild_tensor_v2"), args6)
 
 

@@ -21,7 +21,6 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "train_loss": (counters.TRAIN_LOSS, (int, float)),
     "val_loss": (counters.VAL_LOSS, (int, float)),
 }
-_PLACES: tuple[Keys, ...] = ((), ("train_state",), ("trainer_state",), ("meta",))  # train_state: torchtitan
 
 
 def training(client: Mapping[str, Value]) -> Training:
@@ -60,7 +59,7 @@ def with_state(client: Mapping[str, Value], state: Training) -> dict[str, Value]
 
 def _found(client: Mapping[str, Value], name: str) -> Iterator[tuple[Keys, Value]]:
     names, kinds = _FIELDS[name]
-    for place in _PLACES:
+    for place in counters.PLACES:
         for key in names:
             value = at(client, *place, key)
             value = scalar(value) if isinstance(value, TensorRef) else value

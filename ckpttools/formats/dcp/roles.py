@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ckpttools.checkpoint import ParamGroup
+from ckpttools.checkpoint import STEP, ParamGroup
 from ckpttools.containers.fields import bad_field
 from ckpttools.errors import escape
 from ckpttools.formats.dcp.names import NAME
@@ -28,7 +28,6 @@ STYLES = (NESTED, FLAT, TITAN, ACCELERATE)
 MODEL = ("model", "module", "model_state_dict", "state_dict", "model_state", "net", "weights")
 OPTIMIZER = ("optimizer", "optim", "optimizer_state_dict", "optimizer_state", "optim_state_dict")
 STATE, GROUPS, PARAMS = "state", "param_groups", "params"
-STEP = "step"  # of the optimizer: a scalar also where the parameter itself has no dimension
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
+from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats.buffers import BUFFERS, told
 from ckpttools.formats.dcp.counters import with_state
@@ -35,8 +35,6 @@ from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Path as Keys
 from ckpttools.tree import Value
-
-FP32 = "fp32"
 
 
 def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:

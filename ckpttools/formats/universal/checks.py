@@ -8,17 +8,20 @@ by the pass over the bytes, where there is a model file of stages 1 and 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
+from ckpttools.checkpoint import FP32, STEP
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import plain
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError, escape
-from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
+from ckpttools.findings import INFO, WARNING, Finding, of_error
 from ckpttools.formats.files import Attempts, archive_roots, check_files, dangers_at
 from ckpttools.formats.format import Checked
+from ckpttools.formats.found import found as _of
 from ckpttools.formats.universal.names import ZERO, find
-from ckpttools.formats.universal.read import FP32, ONE_SAVE, STEP, Universal, assemble, checkpoint
+from ckpttools.formats.universal.read import ONE_SAVE, Universal, assemble, checkpoint
 from ckpttools.location import Location
 from ckpttools.passes.read import load
 from ckpttools.tensors import TensorRef
@@ -26,6 +29,7 @@ from ckpttools.tree import Value
 
 T = TypeVar("T")
 Findings = Iterator[Finding]
+_found = partial(_of, hint=ONE_SAVE)
 COUNTERS = ("global_steps", "skipped_steps", "global_samples", "dp_world_size", "lr_scheduler", "ds_version")
 SHOWN = 20  # of stray folders
 
@@ -58,12 +62,6 @@ def check(path: Location) -> Checked:
     for each in CHECKS:
         attempts.findings += each(found)
     return Checked(attempts.findings, attempts(lambda: checkpoint(found)), read)
-
-
-def _found(
-    id: str, file: Location, where: str, message: str, *, severity: str = ERROR, hint: str = ONE_SAVE
-) -> Finding:
-    return Finding(id=id, severity=severity, file=str(file), where=where, message=message, hint=hint)
 
 
 def finished(found: Universal) -> Findings:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import tags
 from ckpttools.formats.format import Folder, Found, Inner
+from ckpttools.formats.rank_files import MODEL, MODEL_NAME, STAGE3_MODEL
 from ckpttools.location import Location
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import Entered, entries, is_file, is_folder, plain_name, small_text
@@ -18,9 +18,6 @@ ZERO = "zero"
 SETTINGS = "optimizer_state.pt"
 SUFFIX = ".pt"
 UNFINISHED = "tmp"  # of ds_to_universal, while it runs
-MODEL = re.compile(r"mp_rank_(\d{2,6})_model_states\.pt")
-STAGE3 = re.compile(r"zero_pp_rank_(?P<dp>\d{1,6})_mp_rank_(?P<mp>\d{2,6})_model_states\.pt")
-MODEL_NAME = "mp_rank_00_model_states.pt"
 STAGE3_NAME = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 MAX_DEPTH = 64  # of folders below zero/: a parameter's name may hold slashes
 
@@ -46,7 +43,9 @@ class UniversalFiles:
 
 def holds(folder: Folder) -> bool:
     """Whether the folder is a tag folder of this format."""
-    return ZERO in folder.folders and any(MODEL.fullmatch(n) or STAGE3.fullmatch(n) for n in folder.names)
+    return ZERO in folder.folders and any(
+        MODEL.fullmatch(n) or STAGE3_MODEL.fullmatch(n) for n in folder.names
+    )
 
 
 def recognise(folder: Folder) -> Found | Inner | None:
@@ -99,7 +98,7 @@ def find(folder: Location) -> UniversalFiles:
         if match := MODEL.fullmatch(entry.name):
             _plain(folder, match[1])
             model = path
-        elif match := STAGE3.fullmatch(entry.name):
+        elif match := STAGE3_MODEL.fullmatch(entry.name):
             _plain(folder, match["mp"])
             stage3[int(match["dp"])] = path
         elif is_folder(entry):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup
+from ckpttools.checkpoint import FP32, STEP, Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, escape
@@ -31,7 +31,6 @@ from ckpttools.tensors import FLOAT32, TensorRef, cat
 from ckpttools.tree import Value
 
 T = TypeVar("T")
-FP32, STEP = "fp32", "step"
 ONE_SAVE = "copy the whole folder again from where it was made, or convert the ZeRO folder anew"
 Report = Callable[[CkptError], None]
 

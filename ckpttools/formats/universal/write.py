@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
-from ckpttools.containers.nodes import ORDERED, encode, encode_tensor
+from ckpttools.checkpoint import FP32, STEP, Checkpoint, Layout, ParamGroup
+from ckpttools.containers.nodes import encode, encode_tensor, ordered
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, size_node, tensor_node, write_torch_file
 from ckpttools.errors import CkptError, Unsupported, escape
@@ -23,9 +23,9 @@ from ckpttools.formats.deepspeed import (
     scheduler_state,
     version_of,
 )
+from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.universal.decode import PARAM
-from ckpttools.formats.universal.names import MODEL_NAME, SETTINGS, STAGE3_NAME, SUFFIX, ZERO, folder_of
-from ckpttools.formats.universal.read import FP32, STEP
+from ckpttools.formats.universal.names import SETTINGS, STAGE3_NAME, SUFFIX, ZERO, folder_of
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.tensors import FLOAT32, TensorRef
 from ckpttools.tree import Value, same
@@ -167,14 +167,14 @@ def _model(checkpoint: Checkpoint, *, whole: bool) -> Dict:
         pairs.append((name, encode_tensor(ref if kept else TensorRef(ref.dtype, (0,), ()), storages)))
     pairs += [(name, encode(value, storages)) for name, value in checkpoint.extra_state.items()]
     values: dict[str, Node] = {
-        "module": _ordered(pairs),
+        "module": ordered(pairs),
         "buffer_names": [name for name in checkpoint.tensors if name in checkpoint.buffers],
         "optimizer": None,
         "param_shapes": [
-            _ordered((name, size_node(shape)) for name, shape in group.params.items())
+            ordered((name, size_node(shape)) for name, shape in group.params.items())
             for group in checkpoint.groups
         ],
-        "frozen_param_shapes": _ordered((n, size_node(s)) for n, s in shapes.items()),
+        "frozen_param_shapes": ordered((n, size_node(s)) for n, s in shapes.items()),
         "shared_params": encode(dict(checkpoint.shared)),
         "lr_scheduler": encode(scheduler_state(checkpoint)[0]),
         "data_sampler": None,
@@ -189,12 +189,6 @@ def _model(checkpoint: Checkpoint, *, whole: bool) -> Dict:
     }
     client = {key: encode(value, storages) for key, value in client_values(checkpoint).items()}
     return Dict.of({**values, **client}.items())
-
-
-def _ordered(pairs: Iterable[tuple[Node, Node]]) -> Object:
-    node = Object("reduce", ORDERED, ())
-    node.pairs = list(pairs)
-    return node
 
 
 # --- what it cannot hold, or its loader does not read ---------------------------------------------------

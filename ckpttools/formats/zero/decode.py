@@ -21,7 +21,6 @@ from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import stage_of
 from ckpttools.location import Location
 
-FP32 = "fp32"  # the kind of master weights, whatever their dtype
 Addresses = dict[str, tuple[int, int]]  # name -> (numel, start) within a rank's partition
 
 

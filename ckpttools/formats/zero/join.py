@@ -72,7 +72,7 @@ def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> Z
             why="the files do not belong to one save",
             hint="copy all files of the folder again from one save",
         )
-    groups = tuple(_group(files, shapes[g], g, ranks) for g in range(len(shapes)))
+    groups = tuple(_group(shapes[g], g, ranks) for g in range(len(shapes)))
     round_robin = _is_round_robin(model, ranks, groups)
     names = tuple(tuple(original(group.names, n)) if round_robin else group.names for group in groups)
     states = tuple(tuple(state_of(rank, g) for rank in ranks) for g in range(len(groups)))
@@ -157,9 +157,7 @@ def _old_shapes(rank: Rank) -> tuple[Mapping[str, tuple[int, ...]], ...]:
     return tuple(shapes_of(path, group, f"param_shapes[{g}]") for g, group in enumerate(groups))
 
 
-def _group(
-    files: ZeroFiles, shapes: Mapping[str, tuple[int, ...]], g: int, ranks: tuple[Rank, ...]
-) -> FlatGroup:
+def _group(shapes: Mapping[str, tuple[int, ...]], g: int, ranks: tuple[Rank, ...]) -> FlatGroup:
     n = len(ranks)
     names = tuple(shapes)
     numels = tuple(math.prod(shape) for shape in shapes.values())

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields
-from ckpttools.containers.nodes import ORDERED, decode, encode, encode_tensor, kept
+from ckpttools.containers.nodes import ORDERED, decode, encode, encode_tensor, kept, ordered
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, size, size_node, write_torch_file
 from ckpttools.formats.deepspeed import OWN_KEYS, client_values, counter_values, scheduler_state, version_of
 from ckpttools.formats.model_states import ModelStates
+from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.zero.target import Target
 from ckpttools.plan import OutputFile
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value, same
 
-NAME = "mp_rank_00_model_states.pt"
 # what DeepSpeed writes beside the rest and nothing models (engine.py, _common_checkpoint_state)
 EMPTY: Mapping[str, Node] = {"optimizer": None, "data_sampler": None, "random_ltd": None}
 
@@ -29,7 +29,7 @@ def output(to: Target, batch: Mapping[str, int]) -> OutputFile:
     config = configured(to, template.root if template is not None else Dict(), batch)
     if template is None:
         root: Dict | Object = Dict.of({**EMPTY, **values, **config}.items())
-        return write_torch_file(NAME, root)
+        return write_torch_file(MODEL_NAME, root)
     known = OWN_KEYS | set(values) | set(config)
     dropped = [key for key in template.root.names() if key not in known]
     return write_torch_file(template.file.path.name, template.root.replace(values | config, dropped))
@@ -103,19 +103,13 @@ def param_shapes(to: Target, old: Node) -> Node:
 def _frozen_shapes(checkpoint: Checkpoint) -> Node:
     frozen = (name for name in checkpoint.tensors if name in checkpoint.frozen)
     shapes = {name: checkpoint.tensors[name].shape for name in frozen} | dict(checkpoint.left_out)
-    return _ordered((name, size_node(shape)) for name, shape in shapes.items())
+    return ordered((name, size_node(shape)) for name, shape in shapes.items())
 
 
 def _fragments(checkpoint: Checkpoint, storages: dict[object, Storage]) -> Node:
     """DeepSpeed's second copy of the frozen parameters (the same storage as in module)."""
     names = [name for name in checkpoint.tensors if name in checkpoint.frozen]
-    return _ordered((name, encode_tensor(checkpoint.tensors[name], storages)) for name in names)
-
-
-def _ordered(pairs: Iterable[tuple[Node, Node]]) -> Object:
-    node = Object("reduce", ORDERED, ())
-    node.pairs = list(pairs)
-    return node
+    return ordered((name, encode_tensor(checkpoint.tensors[name], storages)) for name in names)
 
 
 def _client(

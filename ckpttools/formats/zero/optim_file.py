@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ckpttools.checkpoint import FP32
 from ckpttools.containers import fields
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import ORDERED, encode, kept, put_node
 from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.torch_file import new_storage, tensor_node, write_torch_file
 from ckpttools.formats.deepspeed import STAGE, new_scaler, version_of
-from ckpttools.formats.zero.decode import FP32, Rank
+from ckpttools.formats.zero.decode import Rank
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.formats.zero.model_file import configured, param_shapes
 from ckpttools.formats.zero.target import Target

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup
+from ckpttools.checkpoint import FP32, Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
@@ -14,7 +14,7 @@ from ckpttools.errors import escape
 from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
 from ckpttools.formats.model_states import ModelStates, read_model
 from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
-from ckpttools.formats.zero.decode import FP32, Rank, read_rank
+from ckpttools.formats.zero.decode import Rank, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble
 from ckpttools.formats.zero.names import find
 from ckpttools.location import Location

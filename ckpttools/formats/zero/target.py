@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
+from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import rank_local
 from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import reordered
-from ckpttools.formats.zero.decode import FP32
 from ckpttools.formats.zero.flat import FlatGroup, Slices, alignment_gaps
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.tensors import FLOAT32, Chunk, TensorRef, Zeros, join_chunks

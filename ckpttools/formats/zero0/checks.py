@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import FP32, Checkpoint
 from ckpttools.containers import fields
 from ckpttools.findings import ERROR, Finding
 from ckpttools.formats.engine import Engine, Shard, check_engine, number_of
 from ckpttools.formats.files import archive_roots, check_files
 from ckpttools.formats.format import Checked
 from ckpttools.formats.found import found
-from ckpttools.formats.zero0.read import FP32, INNER, MASTERS, OPTIMIZER, Stage0, read
+from ckpttools.formats.zero0.read import INNER, MASTERS, OPTIMIZER, Stage0, read
 from ckpttools.location import Location
 
 

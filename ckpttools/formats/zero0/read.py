@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup, common_dtype
+from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup, common_dtype
 from ckpttools.containers import fields
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode
@@ -38,7 +38,6 @@ from ckpttools.location import Location
 from ckpttools.tensors import Flat, TensorRef
 from ckpttools.tree import Value
 
-FP32 = "fp32"  # the kind of master weights
 OPTIMIZER, INNER = "optimizer", "optimizer_state_dict"
 SHAPES, FROZEN = "param_shapes", "frozen_param_shapes"
 MASTERS = ("fp32_groups", "fp32_groups_flat")  # tensors of each group, or one vector of each

@@ -10,21 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
-from ckpttools.containers.nodes import ORDERED, encode, encode_tensor
+from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
+from ckpttools.containers.nodes import encode, encode_tensor, ordered
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, size_node, write_torch_file
 from ckpttools.errors import escape
 from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import client_values, counter_values, scheduler_state, version_of
+from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.torch_optimizer import separate, state_of
-from ckpttools.formats.zero0.read import FP32, INNER, MASTERS
+from ckpttools.formats.zero0.read import INNER, MASTERS
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.tensors import DTYPES, FLOAT32, Chunk, TensorRef, join_chunks
 from ckpttools.tree import Value
 
-NAME = "mp_rank_00_model_states.pt"
 FLAT = "FusedAdam"  # the one class whose parameters the wrapper of 16 bits joins to a vector
 SIXTEEN = (DTYPES["bfloat16"], DTYPES["float16"])
 # fp16/loss_scaler.py: what DeepSpeed begins with
@@ -65,7 +65,7 @@ def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
         "ds_version": version_of(checkpoint),
         **{key: encode(value, storages) for key, value in client_values(checkpoint).items()},
     }
-    file: OutputFile = write_torch_file(NAME, Dict.of(values.items()))
+    file: OutputFile = write_torch_file(MODEL_NAME, Dict.of(values.items()))
     return Plan(files=(file,), notes=(*_notes(checkpoint, layout, wrapped), *notes), checks=checkpoint.checks)
 
 
@@ -88,7 +88,7 @@ def _module(checkpoint: Checkpoint, wrapped: bool, storages: dict[object, Storag
     """The weights: in 16 bits as they are, else the best copy that there is."""
     found = checkpoint.tensors if wrapped else checkpoint.best_copies()
     pairs: list[tuple[Node, Node]] = [(name, encode_tensor(ref, storages)) for name, ref in found.items()]
-    return _ordered((*pairs, *((n, encode(v, storages)) for n, v in checkpoint.extra_state.items())))
+    return ordered((*pairs, *((n, encode(v, storages)) for n, v in checkpoint.extra_state.items())))
 
 
 def _optimizer(checkpoint: Checkpoint) -> Dict:
@@ -169,10 +169,4 @@ def _join(refs: Iterable[TensorRef]) -> TensorRef:
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> Object:
-    return _ordered((name, size_node(shape)) for name, shape in shapes.items())
-
-
-def _ordered(pairs: Iterable[tuple[Node, Node]]) -> Object:
-    node = Object("reduce", ORDERED, ())
-    node.pairs = list(pairs)
-    return node
+    return ordered((name, size_node(shape)) for name, shape in shapes.items())

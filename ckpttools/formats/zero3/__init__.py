@@ -16,14 +16,12 @@ Source: deepspeed/runtime/zero/stage3.py, partition_parameters.py, engine.py.
 `write` a folder for any number of ranks.
 """
 
-from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.checkpoint import FP32, Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats import rank_local, tags
 from ckpttools.formats.format import Checked, Format, Source, no_file
 from ckpttools.formats.zero3.names import holds
 from ckpttools.plan import Plan
-
-FP32 = "fp32"  # the kind of master weights
 
 __all__ = ["FORMAT", "plan"]
 

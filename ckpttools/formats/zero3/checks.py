@@ -15,7 +15,7 @@ from ckpttools.containers.pickles import Node, plain
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
 from ckpttools.findings import WARNING, Finding
-from ckpttools.formats.deepspeed import settings_of, sub_group_size
+from ckpttools.formats.deepspeed import FLAT, settings_of, sub_group_size
 from ckpttools.formats.engine import Engine, check_engine, number_of
 from ckpttools.formats.engine import Shard as EngineShard
 from ckpttools.formats.files import Attempts, archive_roots, check_files
@@ -33,8 +33,6 @@ from ckpttools.tensors import TensorRef
 
 T = TypeVar("T")
 Findings = Iterator[Finding]
-# moments of torch's and DeepSpeed's optimizers, which are always as long as the rank's masters
-FLAT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "momentum_buffer"}
 MODEL_KEYS = (
     "global_steps", "skipped_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_version",
     "lr_scheduler", "buffer_names",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout, ParamGroup
+from ckpttools.checkpoint import FP32, Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
@@ -19,8 +19,6 @@ from ckpttools.formats.zero3.names import find
 from ckpttools.location import Location
 from ckpttools.tensors import DTYPES, FLOAT32, DType, TensorRef
 from ckpttools.tree import Key, Value
-
-FP32 = "fp32"  # the kind of master weights
 
 
 def read(folder: Location) -> Checkpoint:

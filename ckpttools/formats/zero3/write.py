@@ -8,15 +8,16 @@ converters need the rest. Sub-groups are cut for the new ranks, with the sub_gro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
-from ckpttools.containers.nodes import ORDERED, encode, encode_tensor, put_node
+from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
+from ckpttools.containers.nodes import encode, encode_tensor, ordered, put_node
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, new_storage, size_node, tensor_node, write_torch_file
 from ckpttools.errors import Unsupported, escape
 from ckpttools.formats.batch import kept_batch
+from ckpttools.formats.buffers import NORMS
 from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import (
     STAGE,
@@ -30,12 +31,9 @@ from ckpttools.formats.deepspeed import (
 from ckpttools.formats.rank_files import optim_name
 from ckpttools.formats.zero3.cuts import held, part_of, sub_groups
 from ckpttools.formats.zero3.names import model_name
-from ckpttools.formats.zero3.read import FP32
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.tensors import DTYPES, FLOAT32, Chunk, DType, TensorRef, Zeros, join_chunks
 from ckpttools.tree import Value
-
-NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +100,7 @@ def _buffers(checkpoint: Checkpoint) -> frozenset[str]:
     for name, ref in checkpoint.tensors.items():
         if name in known:
             continue
-        if ref.dtype.is_float and not name.endswith(NORM_BUFFERS):
+        if ref.dtype.is_float and not name.endswith(NORMS):
             raise Unsupported(
                 "tensor-unknown",
                 f"{escape(name)} is in no parameter group: a frozen parameter or a buffer?",
@@ -134,15 +132,13 @@ def _model(to: Target, rank: int) -> Dict:
         "buffer_names": [name for name in checkpoint.tensors if name in to.buffers],
         "optimizer": None,
         "param_shapes": [
-            _ordered((n, size_node(group.params[n])) for n in names)
+            ordered((n, size_node(group.params[n])) for n in names)
             for group, cut in zip(checkpoint.groups, to.cuts, strict=True)
             for names in cut
         ],
-        "frozen_param_shapes": _ordered((n, size_node(s)) for n, s in shapes.items()) if shapes else None,
+        "frozen_param_shapes": ordered((n, size_node(s)) for n, s in shapes.items()) if shapes else None,
         "shared_params": encode(dict(checkpoint.shared)) if rank == 0 else Dict(),
-        "frozen_param_fragments": _ordered(
-            (n, _part([checkpoint.tensors[n]], to.ranks, rank)) for n in frozen
-        )
+        "frozen_param_fragments": ordered((n, _part([checkpoint.tensors[n]], to.ranks, rank)) for n in frozen)
         if frozen
         else None,
         "lr_scheduler": encode(scheduler_state(checkpoint)[0]),
@@ -173,13 +169,7 @@ def _module(to: Target, storages: dict[object, Storage]) -> Object:
             dtype = ref.dtype if name in checkpoint.frozen else to.dtype
             pairs.append((name, encode_tensor(TensorRef(dtype, (0,), ()), storages)))
     pairs += [(name, encode(value, storages)) for name, value in checkpoint.extra_state.items()]
-    return _ordered(pairs)
-
-
-def _ordered(pairs: Iterable[tuple[Node, Node]]) -> Object:
-    node = Object("reduce", ORDERED, ())
-    node.pairs = list(pairs)
-    return node
+    return ordered(pairs)
 
 
 def _part(refs: Sequence[TensorRef], ranks: int, rank: int) -> Object:

@@ -52,9 +52,7 @@ RANKS: Question = (
 )  # fmt: skip
 
 
-def _stage(
-    when: Callable[[Case], object], moment: Moment, error: str, text: str, source: str, why: str = ""
-) -> Row:
+def _stage(when: Callable[[Case], object], moment: Moment, error: str, text: str, source: str) -> Row:
     return Row(
         about=About.ENGINE, setting="zero_optimization.stage", values=lambda c: (c.saved.stage, c.stage),
         when=lambda c: c.other_files and when(c), why="the state lies in other files, in another form",

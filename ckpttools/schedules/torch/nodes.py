@@ -113,11 +113,11 @@ def node_of(state: object, groups: Sequence[State], depth: int = 0, budget: list
             raise damaged(f"{kind} without schedulers")
         children = tuple(node_of(s, groups, depth + 1, budget) for s in inner)
     node = Node(kind, state, children)
-    _check(node, groups, depth)
+    _check(node, groups)
     return node
 
 
-def _check(node: Node, groups: Sequence[State], depth: int) -> None:
+def _check(node: Node, groups: Sequence[State]) -> None:
     s, kind = node.state, node.kind
     if kind == SEQUENTIAL:
         stones = s["_milestones"]

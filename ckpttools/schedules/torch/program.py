@@ -151,13 +151,12 @@ def recognise_torch(
     program = TorchProgram(saved_states=tuple(map(dict, states)), saved_groups=plain_groups, about=about)
     nodes = program.nodes
     counts = {_count(n) for n in nodes}
-    kinds = {n.kind for top in nodes for n in top.walk()}
     if len(counts) > 1:
         return replace(program, replays=False).with_notes(
             "the schedulers have made different numbers of steps: each counter is mapped by itself, and the "
             "learning rate is left as it is"
         )
-    program = _with_anneal(program, kinds)
+    program = _with_anneal(program)
     found = [group["lr"] for group in replayed(program, program.count, near=True).groups]
     if math.isnan(found[0]) or _by_metric(nodes):
         return replace(program, replays=False).with_notes(_unknown_note(program))
@@ -199,7 +198,7 @@ def _unknown_note(program: TorchProgram) -> str:
     )
 
 
-def _with_anneal(program: TorchProgram, kinds: set[str]) -> TorchProgram:
+def _with_anneal(program: TorchProgram) -> TorchProgram:
     """With the strategy that fits the saved rate, where an old version of torch did not name it."""
     states = [n.state for top in program.nodes for n in top.walk() if n.kind == "OneCycleLR"]
     unnamed = [s for s in states if "_anneal_func_type" not in s]

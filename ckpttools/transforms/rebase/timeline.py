@@ -253,7 +253,7 @@ def _data(
         if size > MAX_SIZE:
             raise CkptError("counter-wild", f"a dataset of {size} samples", why="no dataset is so large")
         data = Data(size=size, drop_last=drop)
-        _agrees(training, data, old, known_batches, known_updates, remainder)
+        _agrees(data, old, known_batches, known_updates, remainder)
         return data, remainder
     bounds = _bounds(known_batches, known_updates, old, remainder, drop=drop)
     if bounds is None:
@@ -301,7 +301,6 @@ def _bounds(
 
 
 def _agrees(
-    training: Training,
     data: Data,
     old: Batch,
     known_batches: int | None,

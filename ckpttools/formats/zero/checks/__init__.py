@@ -14,10 +14,10 @@ from ckpttools.formats.engine import Engine, Shard, check_engine
 from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked, Copy
 from ckpttools.formats.model_states import frozen_fragments, read_model
+from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.zero.checks import model, ranks
 from ckpttools.formats.zero.decode import Rank, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble, check_complete
-from ckpttools.formats.zero.model_file import NAME
 from ckpttools.formats.zero.names import find
 from ckpttools.formats.zero.read import checkpoint
 from ckpttools.location import Location
@@ -69,7 +69,7 @@ def check(path: Location) -> Checked:
     except CkptError as error:
         if error.exit_code != 1:
             raise
-        alone = path / NAME
+        alone = path / MODEL_NAME
         return Checked([of_error(error)], None, [], weights=alone if is_file(alone) else None)
     model = attempt(lambda: read_model(files.model))
     ranks: list[Rank] = []

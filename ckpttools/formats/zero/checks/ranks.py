@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from ckpttools.containers.pickles import plain
 from ckpttools.findings import ERROR, WARNING, Finding
+from ckpttools.formats.deepspeed import FLAT
 from ckpttools.formats.engine import number_of
 from ckpttools.formats.found import contradiction, found
 from ckpttools.formats.rank_local import State, finding
@@ -90,10 +91,6 @@ def masters(folder: ZeroFolder) -> Iterator[Finding]:
                 f"master weights of {dtype}, where the weights are {theirs}",
                 severity=ERROR,
             )
-
-
-# moments of torch's and DeepSpeed's optimizers, which are always as long as the partition
-FLAT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "momentum_buffer"}
 
 
 def moments(folder: ZeroFolder) -> Iterator[Finding]:
