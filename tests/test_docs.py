@@ -104,7 +104,7 @@ LONGEST = 400  # lines of a module
 
 # what is reached: these numbers may fall, not rise
 def test_touch_lists_do_not_grow() -> None:
-    named = {name: set(where) - NAMING.get(name, set()) for name, where in structure.naming_formats().items()}
+    named = structure.naming_formats()
     assert not any(named.values()), named
     assert all(len(where) == 1 for where in structure.spelling_frameworks().values())
 
@@ -122,12 +122,6 @@ def test_only_execute_writes_and_removes() -> None:
 def test_no_module_is_longer_than_an_idea() -> None:
     found = {path: count for path, count in structure.lengths().items() if count > LONGEST}
     assert not found, found
-
-
-# modules outside formats/ that name a format: the names that `convert --like` takes from a single file
-NAMING = {
-    "torch": {"operations/convert.py"},
-}
 
 
 def test_every_requirement_has_a_row_and_its_tests_are_there() -> None:

@@ -6,7 +6,7 @@ are asked in the order of the table, and the first that knows a folder has it: w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ckpttools.checkpoint import Checkpoint, Layout
@@ -147,7 +147,9 @@ class Format:
     tagged: bool = False  # lies in the tag folders of a save folder, one of which `--tag` names
     resumes: bool = True  # has a place for the optimizer's state in its own files
     weights_alone: bool = False  # reads no more, where the folder has an optimizer's state too
-    keyed: bool = False  # the weights lie under a key, which `--key` names
+    # of a file whose weights lie under a key, which `--key` names: the keys of weights and of the optimizer's
+    # state in the file that `plan` makes
+    keys: Callable[[Checkpoint], tuple[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +161,11 @@ class Source:
     root: Location
     how: str  # why this one, for people
     key: str | None = None  # under which the weights lie, where the user says so
+    # the names of each group's parameters, where an optimizer numbers them and another run tells them
+    order: Sequence[Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
-        if self.key is not None and not self.format.keyed:
+        if self.key is not None and self.format.keys is None:
             raise UsageError(
                 "bad-usage",
                 "--key says where the weights lie in a single file of torch.save",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckpttools.checkpoint import FP32, STEP, ParamGroup
+from ckpttools.checkpoint import FP32, STEP, Checkpoint, ParamGroup
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode, encode
 from ckpttools.containers.pickles import Dict, Node
@@ -45,6 +45,12 @@ def place_of(file: TorchFile) -> tuple[Key, ...] | None:
         if node is not None:
             return None
     return None
+
+
+def of(checkpoint: Checkpoint) -> Saved | None:
+    """What a single file says about its optimizer, None where it has none or is no such file."""
+    file = checkpoint.template
+    return read(file, checkpoint.tensors, checkpoint.shared) if isinstance(file, TorchFile) else None
 
 
 def read(

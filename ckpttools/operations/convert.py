@@ -11,10 +11,9 @@ from typing import Literal, get_args
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import Unsupported, UsageError, escape
-from ckpttools.formats import PLANS, Source, refuse_rank_local, torch
+from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
 from ckpttools.formats.configs import HEADS
 from ckpttools.formats.counters import OPTIMIZER
-from ckpttools.formats.torch import keys_of, optimizer_of
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
 from ckpttools.operations.deepspeed_folder import UNIVERSAL, moments, prepared
@@ -113,7 +112,7 @@ def convert(
         case "pt":
             checkpoint = _single(checkpoint, target)
             plan = PLANS[to](checkpoint, Layout(format="pt"))
-            lines = resuming.single_file(checkpoint, dst, *keys_of(checkpoint))
+            lines = resuming.single_file(checkpoint, dst, *_keys(to, checkpoint))
         case "dcp":
             layout = Layout(format="dcp", dp_degree=world_size or 1, mesh=sizes, variant=dcp_layout)
             if world_size is not None:
@@ -148,6 +147,12 @@ def convert(
     how = how or Writing()
     check = kept.check(source, checkpoint, how) if kept.asked(digest, source, dst, how) else None
     return carry_out(src, dst, plan, how, label="convert", next=next, check=check)
+
+
+def _keys(to: str, checkpoint: Checkpoint) -> tuple[str, str]:
+    """Those of the weights and of the optimizer's state in the file that is made."""
+    (keys,) = (format.keys for format in FORMATS if format.keys is not None and to in format.targets)
+    return keys(checkpoint)
 
 
 def _check_usage(
@@ -196,7 +201,7 @@ def _check_like(to: str, like: object, optimizer_class: str | None) -> None:
 
 def _order(checkpoint: Checkpoint) -> Iterator[str]:
     """How the optimizer's parameters got their names, where it does not name them itself."""
-    saved = optimizer_of(checkpoint)
+    saved = torch_optimizer.of(checkpoint)
     if saved is not None and saved.by_place and saved.groups:
         names = [name for group in saved.groups for name in group.params]
         yield (
@@ -209,7 +214,7 @@ def _needs_names(checkpoint: Checkpoint) -> None:
     """Refuse an optimizer without names where state is saved by name, before it is lost with a note."""
     if checkpoint.groups or not any(checkpoint.client.get(key) for key in OPTIMIZER):
         return
-    saved = optimizer_of(checkpoint)
+    saved = torch_optimizer.of(checkpoint)
     problem = saved.problem if saved is not None else None
     raise Unsupported(
         "no-groups",
@@ -239,11 +244,11 @@ def _like(
 ) -> tuple[Checkpoint, str | None]:
     """The checkpoint as the run of the one at `path` would have it, and the dtype of its weights."""
     other = check_before_use(find(path, None))
-    saved = optimizer_of(checkpoint)
+    saved = torch_optimizer.of(checkpoint)
     if saved is not None and (saved.by_place or not saved.groups) and other.groups:
         names = {new: old for old, new in matched_names(checkpoint, other).items()}
         order = [[names.get(name, name) for name in group.params] for group in other.groups]
-        known = torch.read(source.target, source.key, order)
+        known = read(replace(source, order=order))
         checkpoint = replace(checkpoint, groups=known.groups, client=known.client)
     return like_of(checkpoint, other), dtype or other.layout.dtype
 

@@ -22,15 +22,13 @@ from ckpttools.formats.counters import OPTIMIZER, training
 from ckpttools.formats.format import Checked, Format, Found, Source
 from ckpttools.formats.torch.names import WEIGHTS, find_weights, strip
 from ckpttools.formats.torch.read import read
-from ckpttools.formats.torch.write import keys_of, optimizer_of, plan
+from ckpttools.formats.torch.write import keys_of, plan
 from ckpttools.location import Location
 
 __all__ = [
     "FORMAT",
     "WEIGHTS",
     "find_weights",
-    "keys_of",
-    "optimizer_of",
     "plan",
     "read",
     "strip",
@@ -57,11 +55,11 @@ FORMAT = Format(
     names_it=lambda path: False,
     recognise=lambda folder: None,
     recognise_file=_recognise,
-    read=lambda source: read(source.target, source.key),
+    read=lambda source: read(source.target, source.key, source.order),
     check=_check,
     plan=plan,
     targets=("pt",),
-    keyed=True,
+    keys=keys_of,
     torch_files=_files,
     state=lambda file: training(file, fields.as_mapping(file.value) or Dict()),
 )

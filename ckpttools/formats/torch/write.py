@@ -20,7 +20,7 @@ from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats.buffers import BUFFERS, told
 from ckpttools.formats.torch.names import find_weights, strip
-from ckpttools.formats.torch_optimizer import NAMES, Saved, place_of, read, separate, state_of
+from ckpttools.formats.torch_optimizer import NAMES, place_of, separate, state_of
 from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves, put, same, tensors
@@ -70,12 +70,6 @@ def keys_of(checkpoint: Checkpoint) -> tuple[str, str]:
     found = _template(checkpoint)
     optimizer = str(found.optimizer[0]) if found is not None and found.optimizer else "optimizer_state_dict"
     return found.weights if found is not None else "model_state_dict", optimizer
-
-
-def optimizer_of(checkpoint: Checkpoint) -> Saved | None:
-    """What a file that was read says about its optimizer, None where it is no such file or has none."""
-    file = checkpoint.template
-    return read(file, checkpoint.tensors, checkpoint.shared) if isinstance(file, TorchFile) else None
 
 
 def _template(checkpoint: Checkpoint) -> Template | None:
