@@ -52,6 +52,7 @@ def worker(environment: Mapping[str, str] = os.environ) -> Worker:
     raise UsageError(
         "no-launcher",
         "--spread shares the work between processes that a launcher starts; none started this one",
+        why="alone it would wait for the others, or do the work of all of them",
         hint="torchrun --no-python --nproc-per-node 2 ckpt ..., or srun ckpt ...; or leave out --spread",
     )
 

@@ -76,7 +76,9 @@ def _look_up(path: Location) -> None:
         id, problem = "not-readable", f"the path cannot be looked up: {escape(error)}"
     if id != "no-permission" and path.name and is_link(path):
         id, problem = "not-found", "a symbolic link that leads nowhere"
-    raise UsageError(id, problem, where=path, hint="check the path, and who may enter its folders")
+    why = "there is nothing to read; a path that is not absolute starts at the current folder"
+    why = "" if id == "no-permission" else why
+    raise UsageError(id, problem, where=path, why=why, hint="check the path, and who may enter its folders")
 
 
 def _file(path: Location) -> Source:

@@ -216,9 +216,21 @@ def entries(folder: Location) -> list[Entry]:
             where=folder,
             hint="ask its owner for read and execute permission",
         ) from None
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
         raise UsageError(
-            "not-found", "there is no such folder", where=folder, hint="check the path"
+            "not-found",
+            "it is a file, or lies below one",
+            where=folder,
+            why="a folder is needed here: of checkpoints, or of runs",
+            hint="name the folder that it lies in; ckpt inspect and ckpt verify take single files",
+        ) from None
+    except FileNotFoundError:
+        raise UsageError(
+            "not-found",
+            "there is no such folder",
+            where=folder,
+            why="nothing can be listed there",
+            hint="check the path",
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -41,6 +41,10 @@ def select(
             where=checkpoint.path,
             hint="ckpt inspect --tensors lists the names; quote the patterns: --include '*.weight'",
         )
+    idle = [
+        f"{escape(pattern)} matches no tensor" for pattern in (*inside, *outside) if not _any(every, pattern)
+    ]
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *idle)) if idle else checkpoint
     if len(names) == len(every):
         return checkpoint
     left = len(every) - len(names)
@@ -62,6 +66,10 @@ def select(
 def _wanted(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
     inside = not include or any(fnmatchcase(name, pattern) for pattern in include)
     return inside and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def _any(names: Iterable[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def _only(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:

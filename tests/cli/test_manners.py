@@ -329,3 +329,16 @@ def test_one_folder_that_may_not_be_listed_does_not_hide_the_others(
                 assert "shut" in ran.stdout + ran.stderr, (command, ran)
     finally:
         (tmp_path / "tree/shut").chmod(0o755)
+
+
+def test_a_file_where_a_folder_is_needed_is_called_one() -> None:
+    file = FIXTURES / "monolithic/full/epoch_2_step_40.pt"
+    for command in ("latest", "ls", "runs", "prune"):
+        ran = run(command, file, *READERS[command])
+        assert ran.code == 2 and "it is a file" in ran.err and "hint: name the folder" in ran.err, ran.err
+
+
+def test_a_pattern_that_matches_nothing_is_said(tmp_path: Path) -> None:
+    options = ("--weights-only", "--exclude", "nothing*", "--dry-run")
+    ran = run("extract", GOOD, tmp_path / "out.safetensors", *options)
+    assert ran.code == 0 and "nothing* matches no tensor" in ran.out + ran.err
