@@ -8,6 +8,7 @@ in it. That the file is there is enough: one that cannot be read keeps its check
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
 
@@ -46,8 +47,13 @@ def of(path: Location) -> Pin | None:
     if isinstance(path, Stored) or not path.resolve().name:
         return None  # nothing is deleted there; nothing lies beside the root
     place = pin_place(path)
-    if not (exists(place) or is_link(place)):
-        return None
+    try:
+        if not (exists(place) or is_link(place)):
+            return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None  # no file can be called so
+        raise
     try:
         values = jsons.read(place)
     except CkptError:

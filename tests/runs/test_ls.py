@@ -90,6 +90,16 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "\x1b" not in out and "\u202e" not in out
 
 
+def test_a_name_too_long_for_a_pin_hides_no_other(tmp_path: Path) -> None:
+    """Beside it, a file with that name in its own may not be looked up."""
+    long = "x" * 250
+    for name in ("checkpoint-2", long):
+        shutil.copytree(FIXTURES / "hf-trainer/plain/checkpoint-2", tmp_path / name)
+    ran = run("ls", tmp_path)
+    assert ran.code == 0 and long in ran.out and "checkpoint-2" in ran.out, ran.err
+    assert run("prune", tmp_path, "--keep-last", 1, "--dry-run").code == 0
+
+
 def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte of a header at most some times, and nothing of the tensors."""
     import torch
