@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedules.batches import RATIOS, change
@@ -24,7 +25,7 @@ from schedules.torch_families import (
 )
 from torch.optim import lr_scheduler as lrs
 
-from ckpttools.errors import UsageError
+from ckpttools.errors import Unsupported, UsageError
 from ckpttools.schedules import Batch, Clock, Steps, recognise
 from ckpttools.schedules.torch.program import TorchProgram, replayed
 
@@ -321,6 +322,17 @@ def test_a_rate_of_a_later_group_that_was_set_by_hand_is_no_result_of_the_consta
     opt.param_groups[1]["lr"] *= 5  # not the scheduler's own
     (note,) = recognise("torch", [plain_state(scheduler)], plain_groups(opt)).notes
     assert "of group 1" in note
+
+
+def test_groups_that_were_added_later_are_no_damage() -> None:
+    """As a run does that unfreezes its layers one after another."""
+    opt = optimizer(1)
+    scheduler = lrs.StepLR(opt, 10, 0.5)
+    trace(scheduler, opt, 15)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.01})
+    trace(scheduler, opt, 15)
+    with pytest.raises(Unsupported, match="made for 1 of the 2 param_groups"):
+        recognise("torch", [plain_state(scheduler)], plain_groups(opt))
 
 
 # --- far away, and damaged ----------------------------------------------------------------------------

@@ -133,6 +133,15 @@ def _check(node: Node, groups: Sequence[State]) -> None:
                 "a SequentialLR that goes on to another composed scheduler",
                 why="torch itself cannot step such a one past its milestone",
             )
+    known = s.get("base_lrs")
+    if isinstance(known, list) and 0 < len(known) < len(groups):
+        raise Unsupported(
+            "schedule-unknown",
+            f"{kind} was made for {len(known)} of the {len(groups)} param_groups",
+            where=kind,
+            why="groups that were added to the optimizer later have rates that follow from nothing saved",
+            hint="--counters-only leaves it alone and moves the counters; then set the scheduler up anew",
+        )
     if "_step_count" in s:
         whole(s, "_step_count", where=kind)
     if "_last_lr" in s:
