@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 
@@ -45,3 +46,10 @@ def test_an_id_as_it_is_printed_is_understood() -> None:
 def test_the_file_is_part_of_the_package() -> None:
     settings = tomllib.loads((TEXT.parents[1] / "pyproject.toml").read_text())
     assert TEXT.name in settings["tool"]["setuptools"]["package-data"]["ckpttools"]
+
+
+def test_the_same_as_one_document() -> None:
+    every = json.loads(run("explain", "--json").out)["problems"]
+    assert [problem["id"] for problem in every] == sorted(EXPLANATIONS)
+    (one,) = json.loads(run("explain", "shard-missing", "--json").out)["problems"]
+    assert one in every and one["mend"] == EXPLANATIONS["shard-missing"].mend
