@@ -39,6 +39,8 @@ from ckpttools.operations.writing import Writing, carry_out
 from ckpttools.runs.retain import Policy
 from ckpttools.siblings import STAGING
 from ckpttools.trainer import folders
+from ckpttools.trainer.batch import split
+from ckpttools.trainer.config import Batch
 from ckpttools.trainer.engine import Engine, from_rank0, together
 from ckpttools.trainer.options import Verify
 from ckpttools.transforms.select import weights_only
@@ -187,12 +189,12 @@ def _flush(path: Path) -> None:
 
 def _info(state: dict[str, Any]) -> dict[str, Any]:
     """training_info.json, with the keys that guides give it."""
-    batch = state["config"]["batch"]
+    parts = split(Batch(**state["config"]["batch"]), dist.get_world_size())  # what the settings leave open
     return {
         "global_step": state["global_step"],
         "epoch": state["epoch"],
-        "batch_size": batch["micro_batch_size"],
-        "gradient_accumulation_steps": batch["gradient_accumulation_steps"],
+        "batch_size": parts.micro,
+        "gradient_accumulation_steps": parts.accumulation,
         "world_size": dist.get_world_size(),
         "learning_rate": state["learning_rate"],
         "train_loss": state["train_loss"],

@@ -1,8 +1,9 @@
 """Short runs of real trainers, each in its own environment: python libraries.py NAME FOLDER
 
 Trains a model of a few weights with the library's own saving and logging, and prints as JSON which checkpoint
-the library itself would go on from, {"latest": PATH}. `NAME-resume` goes on from there, with the library's
-automatic resume, and prints the count that it began with.
+the library itself would go on from, {"latest": PATH}. After a line of input a new trainer of the library goes
+on from there, with its automatic resume, and the count that it began with is printed. (Two runs in one
+process, since most of the time is the library's import.)
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def openpcdet(folder: Path, resume: bool) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    name, _, again = sys.argv[1].partition("-")
-    result = globals()[name](Path(sys.argv[2]), again == "resume")
-    print("\n" + json.dumps(result), flush=True)
+    _, name, place = sys.argv
+    print("\n" + json.dumps(globals()[name](Path(place), False)), flush=True)
+    if sys.stdin.readline():
+        print("\n" + json.dumps(globals()[name](Path(place), True)), flush=True)
     os._exit(0)

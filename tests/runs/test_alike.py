@@ -15,6 +15,7 @@ import torch
 from support import FIXTURES
 
 from ckpttools.containers.torch_file import read_torch_file
+from ckpttools.errors import CkptError
 from ckpttools.runs.alike import MANY, Kinds
 from ckpttools.runs.find import Entry, _entry
 
@@ -43,7 +44,10 @@ def copied(source: Path, to: Path) -> Path:
 
 def both(path: Path, kinds: Kinds) -> tuple[bool, Entry, Entry]:
     """Whether it is read by another one, what that gives, and what reading it whole does."""
-    used = kinds.other((path, path.parent)) is not None
+    try:
+        used = kinds.other((path, path.parent)) is not None
+    except CkptError:  # which the listing tells
+        used = False
     return used, _entry(path, path.parent, kinds), _entry(path, path.parent, Kinds(()))
 
 
@@ -188,7 +192,7 @@ def test_bytes_changed_at_random(tmp_path: Path) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("seed", range(2, 12))
 def test_many_bytes_changed_at_random(tmp_path: Path, seed: int) -> None:
-    check_mutations(tmp_path, 3000, seed)
+    check_mutations(tmp_path, 1000, seed)
 
 
 def test_other_counters_in_a_deepspeed_folder(tmp_path: Path) -> None:

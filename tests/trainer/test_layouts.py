@@ -40,6 +40,7 @@ def test_bundles_of_zero3_with_a_limit(launch: Launch, tmp_path: Path) -> None:
     assert {p.name for p in final.iterdir()} == {"deepspeed", "hf_model", "training_info.json"}
     info = json.loads((final / "training_info.json").read_text())
     assert (info["global_step"], info["epoch"], info["world_size"]) == (22, 2, 2)
+    assert (info["batch_size"], info["gradient_accumulation_steps"]) == (4, 2)  # derived, and said
     best = load(run / "best_model.pt")
     lowest = min((r["val_loss"], r["step"]) for r in records(run) if "val_loss" in r)
     assert (best["val_loss"], best["global_step"]) == lowest
