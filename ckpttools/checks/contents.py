@@ -92,7 +92,8 @@ def _scans(found: Checkpoint, checked: Checked, claims: Claims) -> Iterator[data
         dtype, squares = None if padding else ref.dtype, name.endswith(SQUARES)
         for chunk in ref.chunks:
             for span in spans(chunk) if isinstance(chunk, ByteRange | Tiles) else ():
-                yield data.Scan(source=span, dtype=dtype, name=name, squares=squares)
+                if not claims.covers(span):
+                    yield data.Scan(source=span, dtype=dtype, name=name, squares=squares)
 
 
 def _free_of(task: data.Task, free: Sequence[ByteRange]) -> Iterator[data.Scan]:

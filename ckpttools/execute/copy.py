@@ -17,7 +17,7 @@ from ckpttools.execute.units import StagedFile, Unit
 from ckpttools.execute.writer import Writer
 from ckpttools.passes.read import Reader, computed
 from ckpttools.passes.threads import in_threads
-from ckpttools.plan import Crc32, Literal, Part, Plan, reads
+from ckpttools.plan import Crc32, Literal, OutputFile, Part, Plan, reads
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange, Cast, Mean
 from ckpttools.values import BLOCK_NBYTES
@@ -47,20 +47,21 @@ def create(plan: Plan, staging: Path, dst: Path, workers: int, *, again: bool = 
         with write_errors(dst):
             staging.mkdir(exist_ok=again)
 
-    def make(files: Iterable[StagedFile]) -> None:
+    def make(files: Iterable[OutputFile]) -> None:
         for file in files:
-            with write_errors(dst / file.plan.path):
-                file.path.parent.mkdir(parents=True, exist_ok=True)
-                fd = os.open(file.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | exclusive, 0o666)
+            path = staging / file.path
+            with write_errors(dst / file.path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | exclusive, 0o666)
                 try:
-                    if again and os.fstat(fd).st_size == file.left:
+                    if again and os.fstat(fd).st_size == file.nbytes:
                         continue  # its times tell whoever reads it back that nobody writes
-                    if file.left and not system.fallocate(fd, file.left):
-                        os.ftruncate(fd, file.left)
+                    if file.nbytes and not system.fallocate(fd, file.nbytes):
+                        os.ftruncate(fd, file.nbytes)
                 finally:
                     os.close(fd)
 
-    in_threads(workers, make, [StagedFile(file, staging) for file in plan.files])
+    in_threads(workers, make, plan.files)
 
 
 class Copy:

@@ -13,9 +13,9 @@ from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.execute import system
 from ckpttools.execute.checks import Claim, SourceChecks
 from ckpttools.passes.ranges import Cutter
-from ckpttools.plan import Crc32, OutputFile, Part, Segment, reads
+from ckpttools.plan import Crc32, Literal, OutputFile, Part, Segment, reads
 from ckpttools.stores.direct import SMALLEST_FILE
-from ckpttools.tensors import Cast, Mean, Strided, Term, Tiles
+from ckpttools.tensors import ByteRange, Cast, Mean, Strided, Term, Tiles
 from ckpttools.values import BLOCK_NBYTES
 
 UNIT = 1024 * 1024  # the fastest of 256 KiB to 4 MiB: a buffer that is still in the cache for its CRC
@@ -118,16 +118,21 @@ def _units(file: StagedFile, checks: SourceChecks) -> Iterator[Unit]:
             if at // UNIT > start // UNIT:
                 yield Unit(file, start, at - start, pieces)
                 pieces, start = [], at
-            pieces.append(Piece(part, checks.claims(reads(part))))
+            claims = () if isinstance(part, Crc32 | Literal) else checks.claims(reads(part))
+            pieces.append(Piece(part, claims))
             at += part.nbytes
     yield Unit(file, start, at - start, pieces)
 
 
 def _parts(segment: Segment, at: int) -> Iterator[Segment]:
     """The segment, which begins at byte `at` of its file, cut at multiples of `UNIT`, but for views."""
+    done, nbytes = 0, segment.nbytes
+    if isinstance(segment, Crc32 | Literal | ByteRange) and at // UNIT == (at + nbytes - 1) // UNIT:
+        if nbytes:
+            yield segment
+        return
     cutter = Cutter(reads(segment))
     cutters = [Cutter(term.chunks) for term in segment.terms] if isinstance(segment, Mean) else []
-    done, nbytes = 0, segment.nbytes
     while done < nbytes:
         room = min(UNIT - (at + done) % UNIT, nbytes - done)
         match segment:

@@ -93,7 +93,7 @@ def _names(pickle: Pickle) -> Iterable[Judgement]:
 def _change(made: Object) -> Judgement | None:
     """Items or a state that no pickler gives to an object of its kind."""
     name = name_of(made.cls)
-    if is_known(name) and (made.pairs or made.items) and name not in FILLED:
+    if (made.pairs or made.items) and is_known(name) and name not in FILLED:
         return Judgement(Verdict.DANGEROUS, name, f"would set items of what {name} makes")
     if made.has_state and (name.startswith("torch._utils._rebuild_") or special(made.state)):
         return Judgement(Verdict.DANGEROUS, name, f"would set the class or state of what {name} makes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from functools import lru_cache
 
 from ckpttools.containers.pickles.known import (
     BY_ARGUMENTS,
@@ -37,10 +38,15 @@ class Verdict(StrEnum):
 def name_of(node: Node) -> str:
     """A callable's name, as Python 3 spells it, escaped."""
     if isinstance(node, Global):
-        return escape(f"{RENAMED.get(node.module, node.module)}.{node.name}", 120)
+        return _spelled(node.module, node.name)
     if isinstance(node, Object) and isinstance(node.cls, Global):
         return f"the result of {name_of(node.cls)}"
     return "something computed" if isinstance(node, Object) else "something that is no function"
+
+
+@lru_cache(maxsize=1024)  # a checkpoint calls few functions, some a hundred thousand times
+def _spelled(module: str, name: str) -> str:
+    return escape(f"{RENAMED.get(module, module)}.{name}", 120)
 
 
 def is_known(name: str) -> bool:

@@ -31,6 +31,9 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
+FEW = 4  # pairs among which one is found as fast without an index
+
+
 class Pairs:
     """Key and value pairs in file order. Only strings and ints can be looked up: the rest is carried.
 
@@ -44,6 +47,9 @@ class Pairs:
         self._index: dict[str, Node] | None = None
 
     def get(self, key: str | int, default: Node = None) -> Node:
+        if self._index is None and len(self.pairs) <= FEW:  # hundreds of thousands of small ones
+            kind = type(key)
+            return next((v for k, v in reversed(self.pairs) if type(k) is kind and k == key), default)
         if self._index is None:
             # ints are indexed by their text: Python hashes text with a secret, ints without one
             self._index = {

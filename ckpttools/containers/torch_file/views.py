@@ -180,9 +180,12 @@ def _ints(node: Node) -> tuple[int, ...]:
         node = node.args[0]
     if not isinstance(node, tuple | list):
         raise Reject("a shape is not a tuple")
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in node):
-        raise Reject("a shape holds something other than sizes")
-    return tuple(n for n in node if isinstance(n, int))
+    sizes: list[int] = []
+    for n in node:
+        if type(n) is not int or not 0 <= n < 2**63:  # True is none
+            raise Reject("a shape holds something other than sizes")
+        sizes.append(n)
+    return tuple(sizes)
 
 
 def labelled(file: TorchFile) -> Iterator[tuple[str, View]]:
