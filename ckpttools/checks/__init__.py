@@ -43,9 +43,11 @@ from ckpttools.training import Training
 if TYPE_CHECKING:
     from ckpttools.checks.contents import Passing
     from ckpttools.checks.subset import Subset
+    from ckpttools.passes.hashes import Sinks
     from ckpttools.passes.run import Digest
 
 Bar = Callable[[int], AbstractContextManager[Progress | None]]  # total bytes -> a progress bar
+SinksOf = Callable[[Checkpoint], "Sinks"]  # who wants the bytes of what was read from its headers
 
 __all__ = ["Finding", "Verdict", "check_before_use", "manifest_of_staged", "refused", "verify"]
 
@@ -63,13 +65,14 @@ def verify(
     key: str | None = None,
     crcs: Mapping[Location, int] | None = None,
     passing: Passing | None = None,
+    sinks: SinksOf | None = None,
 ) -> Verdict:
     """Check the one checkpoint that `path` means; `describe` it also for a manifest, from the same bytes.
 
     What of `require` (held.KEYS) it lacks is an error. `subset` is the part of the bytes that is read.
     `key` is where the weights of a single file lie, if under an unusual name. `crcs` are the CRC-32s of files
     that were just written: with them, what is read to `describe` is held against what was written; `passing`
-    reads the bytes.
+    reads the bytes. The bytes that are read to `describe` what was written are given to `sinks`, too.
 
     Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked, also where the
     files change meanwhile ("checkpoint-changing") or are not what was written ("write-failed"); damage is
@@ -78,7 +81,7 @@ def verify(
     watch = Watch(path)
     try:
         verdict = _verify(
-            path, tag, watch, quick, describe, require, key, subset, workers, bar, crcs, passing
+            path, tag, watch, quick, describe, require, key, subset, workers, bar, crcs, passing, sinks
         )
     except (CkptError, OSError) as error:
         raise watch.explain(error) from error
@@ -99,6 +102,7 @@ def _verify(
     bar: Bar | None,
     crcs: Mapping[Location, int] | None,
     passing: Passing | None,
+    sinks: SinksOf | None,
 ) -> Verdict:
     whole = True
     try:
@@ -146,7 +150,8 @@ def _verify(
         digests: Mapping[Location, Digest] = {}
         own = manifest.own_files(source.target, source.format.inner(source.target))
         if crcs is not None:
-            digests = read_back(ranges_of([*own, *crcs], found, checked.files), crcs, workers)
+            wanted = sinks(found) if sinks is not None and found is not None else None
+            digests = read_back(ranges_of([*own, *crcs], found, checked.files), crcs, workers, wanted)
         elif not quick or describe:
             from ckpttools.checks.contents import check_contents, tasks_of  # numpy: of no use to headers
             from ckpttools.checks.untouched import check_untouched
@@ -202,8 +207,11 @@ def _rescue(checked: Checked, findings: list[Finding], *, quick: bool, workers: 
         )
 
 
-def manifest_of_staged(staged: Location, name: str, *, workers: int = 0, crc: int | None = None) -> bytes:
-    """The manifest of a single file that is going to be called `name`, after its header checks.
+def manifest_of_staged(
+    staged: Location, name: str, *, workers: int = 0, crc: int | None = None, sinks: SinksOf | None = None
+) -> bytes:
+    """The manifest of a single file that is going to be called `name`, after its header checks; its bytes are
+    given to `sinks`, too.
 
     Raises CkptError where something is wrong with it, or where its CRC-32 is not `crc`.
     """
@@ -214,7 +222,8 @@ def manifest_of_staged(staged: Location, name: str, *, workers: int = 0, crc: in
         found = check_before_use(locate(staged))
         files = [found.template] if isinstance(found.template, TorchFile) else []
     crcs: dict[Location, int] = {} if crc is None else {staged: crc}
-    (entry,) = describe_files({staged: name}, found, files, workers, crcs).values()
+    wanted = sinks(found) if sinks is not None else None
+    (entry,) = describe_files({staged: name}, found, files, workers, crcs, wanted).values()
     return manifest.dump({name: entry}, output=True)
 
 

@@ -19,6 +19,7 @@ from ckpttools.stores.files import is_folder, size_of
 from ckpttools.tensors import ByteRange
 
 if TYPE_CHECKING:
+    from ckpttools.passes.hashes import Sinks
     from ckpttools.passes.run import Digest
 
 
@@ -92,27 +93,33 @@ def describe(
     files: list[TorchFile],
     workers: int,
     crcs: Mapping[Location, int] | None = None,
+    sinks: Sinks | None = None,
 ) -> dict[str, Entry]:
-    """The digests of the files and of the tensors in them, from one pass.
+    """The digests of the files and of the tensors in them, from one pass, whose bytes `sinks` are given.
 
     `crcs` are the CRC-32s of files as they were written. Raises CkptError, and UsageError "write-failed"
     where what is read is not what was written.
     """
-    digests = read_back(ranges_of([*own, *(crcs or {})], found, files), crcs or {}, workers)
+    digests = read_back(ranges_of([*own, *(crcs or {})], found, files), crcs or {}, workers, sinks)
     return {name: entry_of(path, digests) for path, name in own.items()}
 
 
 def read_back(
-    hashes: Mapping[Location, dict[str, tuple[int, int]]], crcs: Mapping[Location, int], workers: int
+    hashes: Mapping[Location, dict[str, tuple[int, int]]],
+    crcs: Mapping[Location, int],
+    workers: int,
+    sinks: Sinks | None = None,
 ) -> Mapping[Location, Digest]:
-    """The digests of files and of ranges in them, from one pass that also compares the CRC-32s of `crcs`."""
+    """The digests of files and of ranges in them, from one pass that also compares the CRC-32s of `crcs`, and
+    gives the bytes of these files to `sinks`.
+    """
     from ckpttools.passes.run import run  # numpy
     from ckpttools.passes.tasks import BadChecksum
 
     wanted = [
         SourceCheck(ByteRange(path, 0, size_of(path)), crc, "what was written") for path, crc in crcs.items()
     ]
-    passed = run((), wanted, hashes=hashes, workers=workers)
+    passed = run((), wanted, hashes=hashes, sinks=sinks, workers=workers)
     for result in passed.results:
         assert isinstance(result, BadChecksum)
         raise UsageError(

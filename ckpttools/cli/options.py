@@ -134,7 +134,7 @@ HF_CONFIG = click.option(
 DIGEST = click.option(
     "--digest/--no-digest",
     default=None,
-    help="Read source and result once more, print their digest and compare; by default on, but not from "
+    help="Print the digest of the result and hold it against the source's; by default on, but not from "
     "stores or with --spread.",
 )
 NO_PROGRESS = click.option("--no-progress", is_flag=True, help="No progress bar.")

@@ -18,7 +18,7 @@ batch, loss scale, class of the optimizer). xxh3 guards against accidents, not a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import xxhash
@@ -38,9 +38,9 @@ from ckpttools.compare.content import (
 from ckpttools.compare.stream import Stream, in_threads, place, refuse_links
 from ckpttools.passes.read import Reader, load
 from ckpttools.progress import Progress
-from ckpttools.tensors import DType, TensorRef
+from ckpttools.tensors import ByteRange, DType, TensorRef
 from ckpttools.tree import Value
-from ckpttools.values import Array, cast, comparable, nonfinite
+from ckpttools.values import Array, cast, comparable, nonfinite, numpy_array
 
 APART = "weight, apart"
 
@@ -65,7 +65,7 @@ class Digests:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """A tensor to be read once; `rounded` asks for the digest of its elements in another type too."""
 
     ref: TensorRef
@@ -73,24 +73,35 @@ class _Job:
     rounded: DType | None = None
 
 
-def nbytes_of(checkpoint: Checkpoint) -> int:
+Results = dict[Job, tuple[str, str]]  # the digest of a tensor, and of its rounded elements
+
+
+def nbytes_of(checkpoint: Checkpoint, known: Collection[Job] = ()) -> int:
     """How many bytes `digests` goes through, each tensor once."""
-    return sum(job.ref.nbytes for job in set(_jobs(content(checkpoint)).values()))
+    return sum(job.ref.nbytes for job in jobs_of(checkpoint) if job not in known)
 
 
-def digests(checkpoint: Checkpoint, *, workers: int = 0, bar: Progress | None = None) -> Digests:
-    """Read every tensor of a checkpoint once. To be called inside `within` its root.
+def jobs_of(checkpoint: Checkpoint) -> set[Job]:
+    """Every tensor, once."""
+    return set(_jobs(content(checkpoint)).values())
+
+
+def digests(
+    checkpoint: Checkpoint, *, workers: int = 0, bar: Progress | None = None, known: Results | None = None
+) -> Digests:
+    """Read every tensor of a checkpoint once, but for those in `known`, to which the others are added. To be
+    called inside `within` its root.
 
     Raises CkptError where a file ends too early or differs from a checksum that it states.
     """
     found = content(checkpoint)
     jobs = _jobs(found)
-    todo = sorted(set(jobs.values()), key=lambda job: place(job.ref))
+    results = known if known is not None else {}
+    todo = sorted(set(jobs.values()) - results.keys(), key=lambda job: place(job.ref))
     refuse_links(job.ref for job in todo)
     stream = Stream(checkpoint.checks)
-    results: dict[_Job, tuple[str, str]] = {}
 
-    def work(job: _Job, reader: Reader) -> int:
+    def work(job: Job, reader: Reader) -> int:
         results[job] = _digest(job, stream, reader)
         return job.ref.nbytes
 
@@ -135,17 +146,17 @@ def shown(ref: TensorRef) -> object:
     if is_number(ref):
         return _number(load(ref).reshape(-1), ref.dtype)
     with Reader() as reader:
-        return _digest(_Job(ref, number=False), Stream(()), reader)[0]
+        return _digest(Job(ref, number=False), Stream(()), reader)[0]
 
 
-def _jobs(found: Content) -> dict[tuple[str, str], _Job]:
+def _jobs(found: Content) -> dict[tuple[str, str], Job]:
     weights = found.held.get(WEIGHT, {})
     jobs = {}
     for kind, held in found.held.items():
         for name, value in held.items():
             if isinstance(value, TensorRef):
                 rounded = _rounds_to(value, weights.get(name)) if kind == MASTER else None
-                jobs[kind, name] = _Job(value, kind in found.counts and is_number(value), rounded)
+                jobs[kind, name] = Job(value, kind in found.counts and is_number(value), rounded)
     return jobs
 
 
@@ -155,18 +166,63 @@ def _rounds_to(master: TensorRef, weight: TensorRef | Value) -> DType | None:
     return weight.dtype if weight.dtype.is_float and master.dtype.is_float else None
 
 
-def _digest(job: _Job, stream: Stream, reader: Reader) -> tuple[str, str]:
+def _digest(job: Job, stream: Stream, reader: Reader) -> tuple[str, str]:
     """Of a tensor, and of the same elements rounded where that is asked for."""
-    ref = job.ref
-    if job.number:
-        return _line(_number(next(stream.blocks(ref, reader)), ref.dtype)), ""
-    own = xxhash.xxh3_128(_head(ref.dtype, ref.shape))
-    other = xxhash.xxh3_128(_head(job.rounded, ref.shape)) if job.rounded else None
-    for block in stream.blocks(ref, reader):
-        own.update(block.view("u1").data)
-        if other is not None and job.rounded is not None:
-            other.update(_rounded(block, ref.dtype, job.rounded).view("u1").data)
-    return own.hexdigest(), other.hexdigest() if other is not None else ""
+    running = _Running(job)
+    for block in stream.blocks(job.ref, reader):
+        running.add(block)
+    return running.result()
+
+
+class _Running:
+    """The digests of a tensor of which a part has been read."""
+
+    __slots__ = ("_job", "_number", "_other", "_own")
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._number = ""
+        self._own = xxhash.xxh3_128(_head(job.ref.dtype, job.ref.shape))
+        self._other = xxhash.xxh3_128(_head(job.rounded, job.ref.shape)) if job.rounded else None
+
+    def add(self, block: Array) -> None:
+        """The next elements."""
+        if self._job.number:
+            self._number = _line(_number(block, self._job.ref.dtype))
+            return
+        self._own.update(block.view("u1").data)
+        if self._other is not None and self._job.rounded is not None:
+            self._other.update(_rounded(block, self._job.ref.dtype, self._job.rounded).view("u1").data)
+
+    def result(self) -> tuple[str, str]:
+        if self._job.number:
+            return self._number, ""
+        return self._own.hexdigest(), self._other.hexdigest() if self._other is not None else ""
+
+
+class Passing:
+    """The digests of a tensor in one piece of a file, from its bytes as a pass comes by: a sink."""
+
+    __slots__ = ("_rest", "_running", "end", "job", "result", "start")
+
+    def __init__(self, job: Job, source: ByteRange) -> None:
+        self.job, self.start, self.end = job, source.start, source.end
+        self.result: tuple[str, str] | None = None  # until all of it came by
+        self._running: _Running | None = None  # while some of it has
+        self._rest = b""  # of an element that a block has cut
+
+    def update(self, block: memoryview, /) -> None:
+        if self._running is None:
+            self._running = _Running(self.job)
+        self.start += len(block)
+        dtype = self.job.ref.dtype
+        view = memoryview(self._rest + bytes(block)) if self._rest else block
+        whole = len(view) // dtype.itemsize * dtype.itemsize
+        self._rest = bytes(view[whole:])
+        if whole:
+            self._running.add(numpy_array(view[:whole], dtype))
+        if self.start == self.end:
+            self.result, self._running = self._running.result(), None
 
 
 def _head(dtype: DType, shape: tuple[int, ...]) -> bytes:

@@ -145,7 +145,7 @@ def convert(
     plan = replace(plan, notes=(*made, *plan.notes, *notes))
     next = (advice.verify(dst), *lines)
     how = how or Writing()
-    check = kept.check(source, checkpoint, how) if kept.asked(digest, source, dst, how) else None
+    check = kept.check(source, checkpoint, plan, how) if kept.asked(digest, source, dst, how) else None
     return carry_out(src, dst, plan, how, label="convert", next=next, check=check)
 
 

@@ -1,4 +1,10 @@
-"""That what was written holds what was to be written: both are read, and their digests compared.
+"""That what was written holds what was to be written: their digests are compared.
+
+Those of the result are taken from the bytes that are read back in any case; only tensors that lie in several
+pieces, as ZeRO cuts them at the end of a rank's share, are read once more. A tensor that was made from the
+very bytes of one of the source, as the plan and the result's own headers say, has its digest: what was copied
+was held against the source's checksums, and what was read back against what was written. Whatever is not
+copied so is read from the source, and compared.
 
 The digests are those of the Checkpoint that the plan was made from, so a change that was asked for is in
 them. Named are kinds of state that the target has no place for, and 16-bit weights that are not their rounded
@@ -8,33 +14,77 @@ masters, where it keeps the master alone.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.checkpoint import Checkpoint
+from ckpttools.checks import check_before_use
 from ckpttools.compare.content import MASTER, WEIGHT
-from ckpttools.compare.digests import digests, nbytes_of
+from ckpttools.compare.digests import Job, Passing, Results, digests, jobs_of, nbytes_of
 from ckpttools.errors import escape
 from ckpttools.formats import Source
 from ckpttools.location import Location
-from ckpttools.operations.digest import Difference, Digested, compare, digest
+from ckpttools.operations.digest import Difference, Digested, compare
+from ckpttools.operations.origins import Origins
 from ckpttools.operations.sidecar import written_wrong
+from ckpttools.operations.source import find
 from ckpttools.operations.stated import described
 from ckpttools.operations.writing import Check, Writing
+from ckpttools.passes.hashes import Sinks
+from ckpttools.plan import Plan
 from ckpttools.stores.links import within
+from ckpttools.tensors import ByteRange, join_chunks
 
 
-def check(source: Source, checkpoint: Checkpoint, how: Writing, *, whole: bool = False) -> Check:
-    """A check for `carry_out`: that the files hold what `checkpoint`, made from `source`, does.
+def check(source: Source, checkpoint: Checkpoint, plan: Plan, how: Writing, *, whole: bool = False) -> Check:
+    """A check for `carry_out`: that the files of `plan` hold what `checkpoint`, made from `source`, does.
 
     `whole`: they have a place for settings and counters. It raises CkptError "written-wrong" where they do
     not hold it, a defect of ckpttools; the manifest gets the digests.
     """
+    return _Kept(source, checkpoint, plan, how, whole)
 
-    def kept(staged: Location, contents: bytes, place: Location) -> tuple[str, bytes]:
-        told, made = _compared(_wanted(source, checkpoint, how), staged, how, whole=whole)
-        return told, described(contents, place, made.checkpoint, made.digests)
 
-    return kept
+class _Kept:
+    """`sinks` are called with the headers of what was written, before its bytes are read back."""
+
+    def __init__(self, source: Source, checkpoint: Checkpoint, plan: Plan, how: Writing, whole: bool) -> None:
+        self.source, self.checkpoint, self.plan, self.how, self.whole = source, checkpoint, plan, how, whole
+        self.made: Checkpoint | None = None
+        self.same: dict[Job, Job] = {}  # a tensor to be written -> that of the result with the same bytes
+        self.passing: list[Passing] = []
+
+    def sinks(self, staged: Location, made: Checkpoint) -> Sinks:
+        self.made = made
+        jobs = jobs_of(made)
+        self.same = _same(jobs_of(self.checkpoint), jobs, Origins(self.plan, staged))
+        rounded = {job: wanted.rounded for wanted, job in self.same.items() if wanted.rounded}
+        out: dict[Location, list[Passing]] = {}
+        for job in jobs:
+            match job.ref.chunks:
+                case (ByteRange() as source,):
+                    also = job if job.rounded else replace(job, rounded=rounded.get(job))
+                    sink = Passing(also, source)
+                    out.setdefault(source.path, []).append(sink)
+                    self.passing.append(sink)
+        return out
+
+    def __call__(self, staged: Location, contents: bytes, place: Location) -> tuple[str, bytes]:
+        source = find(staged, None)
+        made = self.made or check_before_use(source)
+        known: Results = {}
+        for sink in self.passing:
+            if sink.result is not None:
+                known[sink.job] = known[replace(sink.job, rounded=None)] = sink.result
+        # what was read back was held against what was written
+        result = _digested(source, replace(made, checks=()), self.how, known)
+        taken = {
+            wanted: known[job]
+            for wanted, other in self.same.items()
+            if (job := replace(other, rounded=wanted.rounded)) in known
+        }
+        wanted = _digested(self.source, self.checkpoint, self.how, taken)
+        return _compared(wanted, result, whole=self.whole), described(contents, place, made, result.digests)
 
 
 def asked(asked: bool | None, source: Source, dst: Location, how: Writing) -> bool:
@@ -44,17 +94,33 @@ def asked(asked: bool | None, source: Source, dst: Location, how: Writing) -> bo
     return isinstance(source.target, Path) and isinstance(dst, Path) and how.spread is None
 
 
-def _wanted(source: Source, checkpoint: Checkpoint, how: Writing) -> Digested:
-    """The digests of what is to be written. Reads each tensor once."""
+def _same(wanted: set[Job], made: set[Job], origins: Origins) -> dict[Job, Job]:
+    """The tensors that are to be written, and those of the result that were made from the same bytes."""
+    of = {
+        (job.ref.dtype, job.ref.shape, chunks): job
+        for job in made
+        if not job.number and (chunks := origins.of(job.ref)) is not None
+    }
+    found = {
+        job: of.get((job.ref.dtype, job.ref.shape, join_chunks(job.ref.chunks)))
+        for job in wanted
+        if not job.number
+    }
+    return {job: other for job, other in found.items() if other is not None}
+
+
+def _digested(source: Source, checkpoint: Checkpoint, how: Writing, known: Results) -> Digested:
+    """The digests of a checkpoint; what is `known` is not read."""
     with within(source.root):
-        bar = how.bar(nbytes_of(checkpoint), "digest") if how.bar is not None else nullcontext()
+        left = nbytes_of(checkpoint, known)
+        bar = how.bar(left, "digest") if how.bar is not None and left else nullcontext()
         with bar as progress:
-            found = digests(checkpoint, workers=how.workers, bar=progress)
+            found = digests(checkpoint, workers=how.workers, bar=progress, known=known)
     return Digested(path=source.target, source=source, checkpoint=checkpoint, digests=found)
 
 
-def _compared(wanted: Digested, staged: Location, how: Writing, *, whole: bool) -> tuple[str, Digested]:
-    made = digest(staged, workers=how.workers, bar=how.bar)
+def _compared(wanted: Digested, made: Digested, *, whole: bool) -> str:
+    """What to tell. Raises CkptError "written-wrong"."""
     found = compare(wanted, made)
     lost = [each for each in found.different if _is_lost(wanted, made, each)]
     wrong = [each for each in found.different if each not in lost]
@@ -69,12 +135,12 @@ def _compared(wanted: Digested, staged: Location, how: Writing, *, whole: bool) 
     elif whole and not (found.settings and found.counters):
         problem = "its settings or counters are others"
     if problem:
-        raise written_wrong(staged, problem, "digest", str(staged))
+        raise written_wrong(made.path, problem, "digest", str(made.path))
     told = f"digest {made.digests.state}, of what was to be written and of what was"
     if lost or left:
         weights = [f"{len(lost)} 16-bit weights that are not their rounded masters"] if lost else []
         told += f"; left out: {', '.join([*weights, *map(escape, left)])}"
-    return told, made
+    return told
 
 
 def _is_lost(wanted: Digested, made: Digested, each: Difference) -> bool:

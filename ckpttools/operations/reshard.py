@@ -30,9 +30,10 @@ def reshard(
     """Move a ZeRO or a distributed checkpoint to `world_size` ranks: weights, optimizer state, counters kept.
 
     `mesh` ("2x4") are data-parallel times tensor-parallel ranks: for distributed checkpoints, which any ranks
-    can load, but each finds what it needs in one file. With `digest`, source and result are read once more
-    before it gets its name, it must hold what the source holds (`ckpttools.digest`), and the digest is in the
-    notes and in the manifest: by default unless the source is in a store, or many processes write.
+    can load, but each finds what it needs in one file. With `digest`, the result must hold what the source
+    holds (`ckpttools.digest`) before it gets its name, and the digest is in the notes and in the manifest: by
+    default unless the source is in a store, or many processes write. It is taken as the result is read back;
+    what lies in several pieces there is read once more, and what is not copied from the source is read there.
 
     >>> made = reshard("fixtures/trainer/z2_bf16_2", out / "four", world_size=4)
     >>> made.destination.name, len([file for file in made.plan.files if "optim" in file.path])
@@ -56,5 +57,9 @@ def reshard(
     dst = named(dst) if dst is not None else default_dst(src, f"ws{ranks}")
     steps = advice.resume(source, checkpoint, dst, ranks)
     how = how or Writing()
-    check = kept.check(source, checkpoint, how, whole=True) if kept.asked(digest, source, dst, how) else None
+    check = (
+        kept.check(source, checkpoint, plan, how, whole=True)
+        if kept.asked(digest, source, dst, how)
+        else None
+    )
     return carry_out(src, dst, plan, how, label="reshard", next=steps, check=check)

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.location import Location, Stored
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import local
+
+if TYPE_CHECKING:
+    from ckpttools.checks import SinksOf
 
 
 class Sidecar:
@@ -32,9 +36,14 @@ class Sidecar:
             clear_stale(self.place)  # of a run that was killed between the two
 
     def finish(
-        self, staged: Location, crcs: Mapping[Location, int], more: Callable[[bytes, Location], bytes]
+        self,
+        staged: Location,
+        crcs: Mapping[Location, int],
+        more: Callable[[bytes, Location], bytes],
+        sinks: SinksOf | None = None,
     ) -> Mapping[str, bytes]:
-        """Check the staged file by its headers, and make the manifest, to which `more` adds.
+        """Check the staged file by its headers, and make the manifest, to which `more` adds. The bytes that
+        are read back are given to `sinks`.
 
         Raises CkptError: an error here is a defect of ckpttools. For a file in a store, returns the manifest.
         """
@@ -44,7 +53,9 @@ class Sidecar:
         from ckpttools.execute.system import write_errors
 
         try:
-            self.contents = manifest_of_staged(staged, self.dst.name, workers=self.workers, crc=crcs[staged])
+            self.contents = manifest_of_staged(
+                staged, self.dst.name, workers=self.workers, crc=crcs[staged], sinks=sinks
+            )
         except CkptError as error:
             # what says that it cannot be used, rather than read, says that it is not what was meant
             if isinstance(error, UsageError) and error.id != "not-a-checkpoint":

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from ckpttools import manifest
 from ckpttools.errors import UsageError
@@ -20,14 +20,25 @@ from ckpttools.progress import Progress
 from ckpttools.siblings import MANIFEST
 
 if TYPE_CHECKING:
+    from ckpttools.checkpoint import Checkpoint
+    from ckpttools.checks import SinksOf
     from ckpttools.execute.spread import Spread
+    from ckpttools.passes.hashes import Sinks
 
 __all__ = ["Bar", "Writing", "Written", "carry_out", "worker"]
 
 # total bytes and a label -> a progress bar
 Bar = Callable[[int, str], AbstractContextManager[Progress | None]]
-# what was written and has no name yet, a manifest of it and that one's place -> what to tell, the manifest
-Check = Callable[[Location, bytes, Location], tuple[str, bytes]]
+
+
+class Check(Protocol):
+    """Looks at what was written and has no name yet."""
+
+    def sinks(self, staged: Location, made: Checkpoint) -> Sinks:
+        """Who wants the bytes that are read back of what is at `staged`; `made` is how its headers read."""
+
+    def __call__(self, staged: Location, contents: bytes, place: Location) -> tuple[str, bytes]:
+        """After that: of a manifest and its place, what to tell, and the manifest. May raise CkptError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +111,10 @@ def carry_out(
                 told.append(text)
             return manifest.with_plan(contents, digest) if digest else contents
 
+        sinks = partial(check.sinks, staged) if check is not None else None
         if single:
-            return single.finish(staged, crcs, more)
-        return _finish(staged, crcs, how.workers, more)
+            return single.finish(staged, crcs, more, sinks)
+        return _finish(staged, crcs, how.workers, more, sinks)
 
     if isinstance(dst, Stored):
         refuse_spread(dst, how)
@@ -178,7 +190,11 @@ def is_last(name: str) -> bool:
 
 
 def _finish(
-    staged: Location, crcs: Mapping[Location, int], workers: int, more: Callable[[bytes, Location], bytes]
+    staged: Location,
+    crcs: Mapping[Location, int],
+    workers: int,
+    more: Callable[[bytes, Location], bytes],
+    sinks: SinksOf | None,
 ) -> dict[str, bytes]:
     """Read back what is about to appear, and give it a manifest, to which `more` adds.
 
@@ -186,7 +202,7 @@ def _finish(
     """
     from ckpttools.checks import verify
 
-    verdict = verify(staged, quick=True, describe=True, workers=workers, crcs=crcs)
+    verdict = verify(staged, quick=True, describe=True, workers=workers, crcs=crcs, sinks=sinks)
     for finding in verdict.findings:
         if finding.severity == "error":
             raise written_wrong(staged, finding.message, finding.id, finding.file)

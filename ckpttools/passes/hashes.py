@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from typing import Any, Protocol
 
 import xxhash
 
+from ckpttools.location import Location
+
 Ranges = Mapping[str, tuple[int, int]]  # tensor -> (start, nbytes) within its file
+
+
+class Sink(Protocol):
+    """Wants the bytes `start` to `end` of a file, in order."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    def update(self, block: memoryview, /) -> object: ...
+
+
+Sinks = Mapping[Location, Sequence[Sink]]
 
 
 class FileHash:
     """One file's digests: the bytes are given from the first to the last."""
 
-    def __init__(self, size: int, ranges: Ranges) -> None:
+    def __init__(self, size: int, ranges: Ranges, sinks: Sequence[Sink] = ()) -> None:
         self.size, self.at = size, 0
         self._whole = xxhash.xxh3_128()
         self._parts = {name: xxhash.xxh3_128() for name in ranges}
-        spans = ((start, start + nbytes, name) for name, (start, nbytes) in ranges.items())
-        self._waiting = sorted(spans, reverse=True)
-        self._active: list[tuple[int, int, str]] = []
+        spans: list[tuple[int, int, Any]] = [
+            (start, start + nbytes, self._parts[name]) for name, (start, nbytes) in ranges.items()
+        ]
+        spans += [(sink.start, sink.end, sink) for sink in sinks]
+        self._waiting = sorted(spans, key=itemgetter(0), reverse=True)
+        self._active: list[tuple[int, int, Any]] = []
 
     def update(self, block: memoryview) -> None:
         """The next bytes."""
@@ -26,8 +46,8 @@ class FileHash:
         self._whole.update(block)
         while self._waiting and self._waiting[-1][0] < end:
             self._active.append(self._waiting.pop())
-        for start, last, name in self._active:
-            self._parts[name].update(block[max(start - at, 0) : last - at])
+        for start, last, sink in self._active:
+            sink.update(block[max(start - at, 0) : last - at])
         self._active = [span for span in self._active if span[1] > end]
         self.at = end
 

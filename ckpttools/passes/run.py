@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.location import Location
 from ckpttools.passes import threads
-from ckpttools.passes.hashes import FileHash, Ranges
+from ckpttools.passes.hashes import FileHash, Ranges, Sink, Sinks
 from ckpttools.passes.looks import Look, Meetings, Side, look, side_by_side
 from ckpttools.passes.read import Reader
 from ckpttools.passes.tasks import (
@@ -68,17 +68,18 @@ def run(
     checks: Iterable[SourceCheck] = (),
     *,
     hashes: Mapping[Location, Ranges] | None = None,
+    sinks: Sinks | None = None,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> Passed:
     """Carry out the tasks, hold what is read against `checks` (all of whose bytes are read), and take the
-    digests of the files in `hashes` and of ranges in them.
+    digests of the files in `hashes` and of ranges in them, whose bytes `sinks` are given, too.
 
     The ranges of all tasks but twins that are not `apart` must be disjoint; each byte is read once, those of
     the others and of blocks that differ from their partners once more. Raises CkptError where a file cannot
     be read to its end, or leads out of the checkpoint.
     """
-    return _Pass(list(tasks), list(checks), hashes or {}, progress).run(threads.count(workers))
+    return _Pass(list(tasks), list(checks), hashes or {}, progress, sinks or {}).run(threads.count(workers))
 
 
 class _Unit(NamedTuple):
@@ -98,8 +99,8 @@ class _Span(NamedTuple):
 class _Turns:
     """A file whose digests are taken: its units come one after the other."""
 
-    def __init__(self, path: Location, ranges: Ranges) -> None:
-        self.hash = FileHash(size_of(path), ranges)
+    def __init__(self, path: Location, ranges: Ranges, sinks: Sequence[Sink]) -> None:
+        self.hash = FileHash(size_of(path), ranges, sinks)
         self.changed = threading.Condition()
 
 
@@ -110,6 +111,7 @@ class _Pass:
         checks: list[SourceCheck],
         hashes: Mapping[Location, Ranges],
         progress: Progress | None,
+        sinks: Sinks,
     ) -> None:
         self.progress = progress
         self.lock = threading.Lock()
@@ -132,7 +134,7 @@ class _Pass:
                 spans.setdefault(span.source.path, []).append(span)
         for path in spans:
             refuse_outside(path)
-        self.turns = {path: _Turns(path, ranges) for path, ranges in hashes.items()}
+        self.turns = {path: _Turns(path, ranges, sinks.get(path, ())) for path, ranges in hashes.items()}
         self.spans = spans
 
     def run(self, workers: int) -> Passed:
@@ -141,7 +143,7 @@ class _Pass:
         self.results += self.bad_checksums()
         if self.odd:
             one_by_one: list[Task] = [task for joined in self.odd.values() for task in joined.tasks]
-            self.results += _Pass(one_by_one, [], {}, None).run(workers).results
+            self.results += _Pass(one_by_one, [], {}, None, {}).run(workers).results
         digests = {path: Digest(t.hash.size, *t.hash.digests()) for path, t in self.turns.items()}
         return Passed(results=self.results, digests=digests)
 

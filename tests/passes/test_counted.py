@@ -13,6 +13,10 @@ from benchmarks.synthetic import write_random
 from commands import run as ckpt
 from support import FIXTURES
 
+import ckpttools
+from ckpttools.compare.content import content
+from ckpttools.tensors import TensorRef
+
 HEADERS = 1.02  # headers and pickles are read for themselves
 
 
@@ -111,16 +115,27 @@ def test_writing_reads_the_source_once_writes_once_and_reads_back_once(
     assert 0.98 * total < traffic.below(traffic.written, tmp_path) < HEADERS * total
 
 
-def test_the_digest_reads_source_and_result_once_more(traffic: Traffic, big: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    for words in (["reshard", big, out, "--world-size", "3"], ["digest", out]):
-        traffic.clear()
-        ran = ckpt(*words)
-        assert ran.code == 0, ran
-        source, back = traffic.below(traffic.read, big), traffic.below(traffic.read, tmp_path)
-        times = 2 if words[0] == "reshard" else 1  # and for the manifest, which the digest is taken from
-        assert 0.98 * times * size(out) < back < HEADERS * times * size(out) + 100_000, words
-        assert words[0] == "digest" or 1.7 * size(out) < source < HEADERS * 2 * size(big)
+@pytest.mark.parametrize("to", ["ws3", "pt"])
+def test_the_digest_reads_the_source_once_too(traffic: Traffic, big: Path, tmp_path: Path, to: str) -> None:
+    """Each source byte once, copied or not; of the result, what lies in several pieces is read once more."""
+    out = tmp_path / ("out" if to == "ws3" else "out.pt")
+    made = ["reshard", big, out, "--world-size", "3"] if to == "ws3" else ["convert", big, out, "--to", "pt"]
+    ran = ckpt(*made)
+    assert ran.code == 0 and "note: digest" in ran.err, ran
+    source, back = traffic.below(traffic.read, big), traffic.below(traffic.read, tmp_path)
+    total, state = size(tmp_path), ckpttools.digest(big).digests.state
+    cut = [
+        ref.nbytes
+        for held in content(ckpttools.open(out).checkpoint).held.values()
+        for ref in held.values()
+        if isinstance(ref, TensorRef) and len(ref.chunks) > 1
+    ]
+    assert f"digest {state}" in ran.err and 0.98 * size(big) < source < HEADERS * size(big)
+    assert 0.98 * total < back < HEADERS * total + sum(cut) + 100_000
+    assert sum(cut) < 0.6 * total and (to == "ws3") == bool(cut)
+    traffic.clear()
+    assert ckpt("digest", out).code == 0  # taken from the manifest
+    assert 0.98 * total < traffic.below(traffic.read, tmp_path) < HEADERS * total + 100_000
 
 
 @pytest.mark.parametrize("name", ["out", "out.safetensors", "out.pt"])
