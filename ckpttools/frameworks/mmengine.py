@@ -26,7 +26,6 @@ from ckpttools.frameworks.framework import Framework, Saved, damage, shown
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, SAFE, About, AutoResume, Rule, Setting
 from ckpttools.location import Location
 from ckpttools.schedules.evidence import Fact, What, stated
-from ckpttools.schedules.mmengine.config import settings
 from ckpttools.stores.files import entries, exists, is_folder, small_text
 from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Training
 
@@ -52,6 +51,8 @@ def read(saved: Saved) -> Training:
 
 def _read(file: TorchFile, *, in_folder: bool) -> Training:
     """`in_folder`: the model file of a DeepSpeed folder, whose shards hold the optimizer's settings."""
+    from ckpttools.schedules.mmengine.config import settings  # of use to these checkpoints alone
+
     config = settings(at(file.value, "meta", "cfg"))
     loader = config.get("train_dataloader")
     loop = config.get("train_cfg")

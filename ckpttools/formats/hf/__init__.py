@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.findings import Finding
 from ckpttools.formats.format import Checked, Format, Source
 from ckpttools.formats.hf import names
-from ckpttools.formats.hf.names import holds
+from ckpttools.formats.hf.names import BIN, holds
 from ckpttools.formats.hf.read import read
-from ckpttools.formats.hf.write import BIN, plan
 from ckpttools.location import Location
+from ckpttools.plan import Plan
 
 __all__ = [
     "BIN",
@@ -29,6 +30,12 @@ __all__ = [
     "plan",
     "read",
 ]
+
+
+def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
+    from ckpttools.formats.hf.write import plan  # of no use to headers
+
+    return plan(checkpoint, layout)
 
 
 def _check(source: Source) -> Checked:

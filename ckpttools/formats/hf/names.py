@@ -24,6 +24,7 @@ WEIGHTS = (
 )
 SINGLE = tuple(name for name in WEIGHTS if not name.endswith(".json"))
 ADAPTER = "adapter_model"
+BIN = "bin"  # the layout's variant for torch files instead of safetensors
 SHARD = re.compile(r"(model|pytorch_model|adapter_model)-\d{5}-of-\d{5}\.(safetensors|bin)")
 INDEX = tuple(name for name in WEIGHTS if name.endswith(".json"))
 ROLES = {

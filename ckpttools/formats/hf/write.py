@@ -12,11 +12,10 @@ from ckpttools.containers.safetensors import safetensors_file
 from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
 from ckpttools.errors import escape
 from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, to_metadata, to_values
-from ckpttools.formats.hf.names import shard_names
+from ckpttools.formats.hf.names import BIN, shard_names
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 
-BIN = "bin"  # the layout's variant for torch files instead of safetensors
 KEYED = "pt"  # that for one torch file with the keys of training code
 NO_LIMIT = 1 << 62
 Tensors = Mapping[str, TensorRef]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict
 from ckpttools.containers.torch_file import TorchFile, is_torch_file
@@ -22,8 +22,8 @@ from ckpttools.formats.counters import OPTIMIZER, training
 from ckpttools.formats.format import Checked, Format, Found, Source
 from ckpttools.formats.torch.names import WEIGHTS, find_weights, strip
 from ckpttools.formats.torch.read import read
-from ckpttools.formats.torch.write import keys_of, plan
 from ckpttools.location import Location
+from ckpttools.plan import Plan
 
 __all__ = [
     "FORMAT",
@@ -33,6 +33,18 @@ __all__ = [
     "read",
     "strip",
 ]
+
+
+def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
+    from ckpttools.formats.torch.write import plan  # of no use to headers
+
+    return plan(checkpoint, layout)
+
+
+def _keys(checkpoint: Checkpoint) -> tuple[str, str]:
+    from ckpttools.formats.torch.write import keys_of
+
+    return keys_of(checkpoint)
 
 
 def _recognise(path: Location) -> Found | None:
@@ -59,7 +71,7 @@ FORMAT = Format(
     check=_check,
     plan=plan,
     targets=("pt",),
-    keys=keys_of,
+    keys=_keys,
     torch_files=_files,
     state=lambda file: training(file, fields.as_mapping(file.value) or Dict()),
 )
