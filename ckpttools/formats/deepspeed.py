@@ -108,14 +108,8 @@ def client_values(checkpoint: Checkpoint) -> dict[str, Value]:
     """The client's values, with losses and the like under the keys where they were found."""
     state = checkpoint.training
     values: dict[str, Value] = dict(checkpoint.client)
-    found: dict[str, Value] = {
-        "iteration": state.iteration,
-        "epoch": state.epoch,
-        "train_loss": state.train_loss,
-        "val_loss": state.val_loss,
-        "scheduler": state.scheduler,
-    }
-    for field, value in found.items():
+    for field in ("iteration", "epoch", "train_loss", "val_loss", "scheduler"):
+        value = getattr(state, field)
         path = _scheduler_key(state) if field == "scheduler" else state.keys.get(field, (field,))
         if value not in (None, {}, []) and path[0] not in OWN_KEYS:
             values = put(values, path, value)

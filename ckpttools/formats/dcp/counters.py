@@ -37,17 +37,8 @@ def training(client: Mapping[str, Value]) -> Training:
 def with_state(client: Mapping[str, Value], state: Training) -> dict[str, Value]:
     """The client's values with the progress as `state` has it: in its place, or under its first name."""
     out: Value = dict(client)
-    values: dict[str, Value] = {
-        "step": state.step,
-        "iteration": state.iteration,
-        "epoch": state.epoch,
-        "samples": state.samples,
-        "skipped_steps": state.skipped_steps,
-        "train_loss": state.train_loss,
-        "val_loss": state.val_loss,
-    }
     for name, (names, _) in _FIELDS.items():
-        value = values[name]
+        value = getattr(state, name)
         held = list(_found(out, name))
         if value is not None and (not held or held[0][1] != value):
             out = put(out, held[0][0] if held else names[:1], value)
