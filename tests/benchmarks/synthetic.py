@@ -18,6 +18,7 @@ from ckpttools.checksums import crc32, crc32_combine
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.torch_file import (
+    Storage,
     new_storage,
     read_torch_file,
     size_node,
@@ -83,6 +84,13 @@ def _group(names: Sequence[str], shapes: Sequence[tuple[int, ...]], ranks: int) 
     )
 
 
+def _view(ref: TensorRef, storage: Storage, offset: int) -> Object:
+    """A tensor that begins at element `offset` of a storage that others share."""
+    node = tensor_node(ref, storage)
+    node.args = (storage, offset, *node.args[2:])
+    return node
+
+
 def _files(group: FlatGroup, shapes: Sequence[tuple[int, ...]], fill: Fill) -> list[OutputFile]:
     tag = SAMPLE.name
     model = fields.mapping(SAMPLE, read_torch_file(SAMPLE / "mp_rank_00_model_states.pt").value, "model")
@@ -93,7 +101,7 @@ def _files(group: FlatGroup, shapes: Sequence[tuple[int, ...]], fill: Fill) -> l
     storage = new_storage(BFLOAT16, group.total, (rounded,))
     starts = group.starts()
     weights = [
-        (name, tensor_node(TensorRef(BFLOAT16, shape, ()), storage, starts[name]))
+        (name, _view(TensorRef(BFLOAT16, shape, ()), storage, starts[name]))
         for name, shape in zip(group.names, shapes, strict=True)
     ]
     sizes = [(name, size_node(shape)) for name, shape in zip(group.names, shapes, strict=True)]
