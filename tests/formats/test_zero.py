@@ -41,10 +41,8 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, open_checkpoint, zero
 from ckpttools.formats.deepspeed import original, reordered
-from ckpttools.formats.zero.decode import read_rank
 from ckpttools.formats.zero.flat import FlatGroup, alignment_gaps
-from ckpttools.formats.zero.names import find as zero_files
-from ckpttools.formats.zero.read import alike
+from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.transforms.reshard import reshard
 
 NEWEST = FIXTURES / "deepspeed-0.19.8"
@@ -659,6 +657,7 @@ def test_a_resharded_checkpoint_is_as_complete(path: str, dropped: set[str], tmp
 def test_what_each_rank_lists_for_all_parameters_is_held_once() -> None:
     """On 1,024 ranks of 41,000 parameters it would be 42 million numbers."""
     path = NEWEST / "z2_bf16_ws2/global_step3"
-    ranks = list(alike(read_rank(file, rank) for rank, file in zero_files(path).optim.items()))
-    (one,), (other,) = (rank.state.get("param_alignment_paddings") for rank in ranks)
-    assert one is other and len(one) == len(ranks[0].gaps[0]) > 0
+    for found in (zero.FORMAT.read(locate(path)), zero.FORMAT.check(locate(path)).checkpoint):
+        assert found is not None and isinstance(found.template, ZeroFolder)
+        (one,), (other,) = (rank.state.get("param_alignment_paddings") for rank in found.template.ranks)
+        assert one is other and len(one) == len(found.template.ranks[0].gaps[0]) > 0

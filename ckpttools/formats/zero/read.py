@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckpttools.checkpoint import FP32, Checkpoint, FileRole, Layout, ParamGroup
@@ -28,22 +28,21 @@ def read(folder: Location) -> Checkpoint:
     """Read a tag folder. Raises CkptError where a file is missing, damaged or contradicts the others."""
     files = find(folder)
     model = read_model(files.model)
-    ranks = tuple(alike(read_rank(path, rank) for rank, path in files.optim.items()))
-    return checkpoint(assemble(files, model, ranks))
+    ranks: list[Rank] = []
+    for number, path in files.optim.items():
+        ranks.append(alike(read_rank(path, number), ranks))
+    return checkpoint(assemble(files, model, tuple(ranks)))
 
 
-def alike(ranks: Iterator[Rank]) -> Iterator[Rank]:
-    """The same ranks: what each of them lists for all parameters is kept once, as read and decoded."""
-    first: Rank | None = None
-    for rank in ranks:
-        first = first or rank
-        if rank.gaps != first.gaps:
-            yield rank
-            continue
-        mine, kept = (each.state.get("param_alignment_paddings") for each in (rank, first))
-        if isinstance(mine, list) and isinstance(kept, list):
-            mine[:] = kept
-        yield replace(rank, gaps=first.gaps)
+def alike(rank: Rank, ranks: Sequence[Rank]) -> Rank:
+    """The same rank, without a copy of what each one lists for all parameters: the first has it."""
+    first = ranks[0] if ranks else rank
+    if rank.gaps != first.gaps:
+        return rank
+    mine, kept = (each.state.get("param_alignment_paddings") for each in (rank, first))
+    if isinstance(mine, list) and isinstance(kept, list):
+        mine[:] = kept
+    return replace(rank, gaps=first.gaps)
 
 
 def checkpoint(folder: ZeroFolder) -> Checkpoint:

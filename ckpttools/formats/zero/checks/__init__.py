@@ -19,7 +19,7 @@ from ckpttools.formats.zero.checks import model, ranks
 from ckpttools.formats.zero.decode import Rank, read_rank
 from ckpttools.formats.zero.join import ZeroFolder, assemble, check_complete
 from ckpttools.formats.zero.names import find
-from ckpttools.formats.zero.read import checkpoint
+from ckpttools.formats.zero.read import alike, checkpoint
 from ckpttools.location import Location
 from ckpttools.stores.files import is_file
 
@@ -76,7 +76,7 @@ def check(path: Location) -> Checked:
     for number, each in files.optim.items():
         rank = attempt(lambda each=each, number=number: read_rank(each, number))  # type: ignore[misc]
         if rank is not None:
-            ranks.append(rank)
+            ranks.append(alike(rank, ranks))
     torch_files = [model.file] if model is not None else []
     torch_files += [rank.file for rank in ranks]
     attempt.findings += check_files(torch_files)
