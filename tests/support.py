@@ -69,9 +69,10 @@ def resharded(source: Path, ranks: int, destination: Path) -> Path:
     """What `ckpt reshard source destination --world-size ranks` does, without the command line."""
     found = formats.locate(source)
     checkpoint = formats.read(found)
-    plan = zero.plan(checkpoint, reshard(checkpoint, ranks))
-    change = ranks != checkpoint.layout.dp_degree
-    execute(with_surroundings(found, plan, ranks_change=change), destination, source=source)
+    layout = reshard(checkpoint, ranks)
+    plan = zero.plan(checkpoint, layout)
+    changed = (checkpoint, layout) if ranks != checkpoint.layout.dp_degree else None
+    execute(with_surroundings(found, plan, ranks=changed), destination, source=source)
     return destination
 
 
