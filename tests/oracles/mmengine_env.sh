@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MMEngine in a virtual environment of its own, with the DeepSpeed that its DeepSpeedStrategy can import, and with what
-# the hook of ckpttools imports there (numpy, isal).
+# MMEngine in a virtual environment of its own, with the DeepSpeed that its DeepSpeedStrategy can import, and with
+# what ckpttools itself requires: its hook runs there.
 #
 #   mmengine_env.sh DIR         build DIR/bin/python, unless it is there
 #
@@ -12,7 +12,7 @@ set -euo pipefail
 venv=${1:?usage: mmengine_env.sh DIR}
 [ -e "$venv/ready" ] && exit
 "${PYTHON:-python3.11}" -m venv --clear "$venv"
-"$venv/bin/pip" install -q torch==2.13.0 numpy isal 'setuptools<80' wheel ninja
+"$venv/bin/pip" install -q torch==2.13.0 click isal ml_dtypes numpy tqdm xxhash 'setuptools<80' wheel ninja
 DS_ACCELERATOR=cpu DS_BUILD_OPS=0 "$venv/bin/pip" install -q --no-build-isolation \
     mmengine==0.10.7 deepspeed==0.15.4
 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES='' "$venv/bin/python" -c \
