@@ -26,7 +26,8 @@ from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
 from ckpttools.location import Location, below
 from ckpttools.siblings import MANIFEST, is_ours
-from ckpttools.stores.files import entries, is_file, is_folder, plain_name
+from ckpttools.stores.files import entries, is_file, is_folder
+from ckpttools.stores.links import plain_name
 
 FORMAT, VERSION = "ckpttools-manifest", 1
 

@@ -27,7 +27,7 @@ from ckpttools.execute import system
 from ckpttools.execute.preflight import Fingerprint
 from ckpttools.location import Location
 from ckpttools.plan import Plan
-from ckpttools.stores.files import plain_name
+from ckpttools.stores.links import plain_name
 
 _PLAN, _NAME = "plan.json", "out"
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)

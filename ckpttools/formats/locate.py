@@ -16,8 +16,16 @@ from ckpttools.formats.table import FORMATS
 from ckpttools.formats.tags import LATEST, by_number, is_bundle, is_rest, named_tags, tags
 from ckpttools.location import Location, Stored
 from ckpttools.siblings import UNFINISHED, is_copy, is_ours
-from ckpttools.stores.files import entries, exists, is_file, is_folder, is_link, opened, plain_name, stat
-from ckpttools.stores.links import refuse_outside, within
+from ckpttools.stores.files import (
+    entries,
+    exists,
+    is_file,
+    is_folder,
+    is_link,
+    opened,
+    stat,
+)
+from ckpttools.stores.links import plain_name, refuse_outside, within
 from ckpttools.suggest import did_you_mean
 
 SHOWN = 10  # of several checkpoints

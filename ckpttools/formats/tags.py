@@ -13,7 +13,8 @@ from collections.abc import Callable
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.format import Folder, Found, Inner
 from ckpttools.location import Location
-from ckpttools.stores.files import plain_name, small_text
+from ckpttools.stores.files import small_text
+from ckpttools.stores.links import plain_name
 
 LATEST = "latest"
 BUNDLE, BUNDLED = "deepspeed", ("hf_model", "training_info.json")

@@ -335,23 +335,6 @@ def small_text(path: Location, limit: int) -> str:
         raise CkptError("text-damaged", "the file is not UTF-8 text", where=path) from None
 
 
-def plain_name(name: str, where: Location) -> str:
-    """A file name that came out of a file: a plain base name, or CkptError."""
-    if (
-        not name
-        or name in (".", "..")
-        or len(name) > 255
-        or any(c in "/\\" or not c.isprintable() for c in name)
-    ):
-        raise CkptError(
-            "name-unsafe",
-            f"'{escape(name)}' is not a plain file name",
-            where=where,
-            why="a name inside a checkpoint must not lead out of its folder",
-        )
-    return name
-
-
 def is_link(path: Location) -> bool:
     """Whether a path is itself a symbolic link, wherever it leads."""
     try:

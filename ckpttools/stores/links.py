@@ -105,3 +105,20 @@ def _is_blob(path: Path, real: str) -> bool:
     folder = _real(path.parent) or ""
     cache, snapshots, _ = folder.rpartition("/snapshots/")
     return bool(snapshots) and real.rpartition("/")[0] == f"{cache}/blobs"
+
+
+def plain_name(name: str, where: Location) -> str:
+    """A file name that came out of a file: a plain base name, or CkptError."""
+    if (
+        not name
+        or name in (".", "..")
+        or len(name) > 255
+        or any(c in "/\\" or not c.isprintable() for c in name)
+    ):
+        raise CkptError(
+            "name-unsafe",
+            f"'{escape(name)}' is not a plain file name",
+            where=where,
+            why="a name inside a checkpoint must not lead out of its folder",
+        )
+    return name

@@ -26,7 +26,8 @@ from ckpttools.containers.torch_file import size, size_node
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.dcp.names import NAME
 from ckpttools.location import Location
-from ckpttools.stores.files import opened, plain_name
+from ckpttools.stores.files import opened
+from ckpttools.stores.links import plain_name
 from ckpttools.tensors import DTYPES, DType
 from ckpttools.tree import MAX_DEPTH
 from ckpttools.tree import Path as Keys

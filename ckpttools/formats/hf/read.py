@@ -14,7 +14,15 @@ from ckpttools.formats.hf.names import ADAPTER, ROLES, not_read, weight_files
 from ckpttools.formats.ties import tied
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
-from ckpttools.stores.files import entries, exists, is_file, is_folder, plain_name, size_of, stat
+from ckpttools.stores.files import (
+    entries,
+    exists,
+    is_file,
+    is_folder,
+    size_of,
+    stat,
+)
+from ckpttools.stores.links import plain_name
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
 

@@ -11,7 +11,8 @@ from ckpttools.formats.format import Folder, Found, Inner
 from ckpttools.formats.rank_files import MODEL, MODEL_NAME, STAGE3_MODEL
 from ckpttools.location import Location
 from ckpttools.siblings import MANIFEST
-from ckpttools.stores.files import Entered, entries, is_file, is_folder, plain_name, small_text
+from ckpttools.stores.files import Entered, entries, is_file, is_folder, small_text
+from ckpttools.stores.links import plain_name
 
 LATEST = "latest_universal"
 ZERO = "zero"
