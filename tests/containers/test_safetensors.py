@@ -24,6 +24,7 @@ from ckpttools.execute import execute
 from ckpttools.passes.read import load
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.stores import files
+from ckpttools.stores.links import plain_name
 from ckpttools.tensors import BFLOAT16, BY_SAFETENSORS, DTYPES, FLOAT32, TensorRef, Zeros
 
 
@@ -251,7 +252,7 @@ def test_reads_stay_within_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", "a\0", "a\n", "\u202e", "a" * 256])
 def test_names_that_lead_elsewhere(name: str) -> None:
     with pytest.raises(CkptError) as caught:
-        files.plain_name(name, Path("index"))
+        plain_name(name, Path("index"))
     assert str(caught.value).isprintable()
 
 
