@@ -224,6 +224,21 @@ class Training:
         return Training(**{name: getattr(self, name) for name in kept})
 
     @property
+    def stated(self) -> dict[str, Value]:
+        """What files have keys of their own for, by field, in the order in which it is written."""
+        names = (
+            "scheduler",
+            "epoch",
+            "step",
+            "iteration",
+            "samples",
+            "skipped_steps",
+            "train_loss",
+            "val_loss",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def batch(self) -> Known:
         """The batch that all evidence makes, the counters' included."""
         counted = _counted(self.counters, self.remainder)

@@ -4,8 +4,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e '.[test]'
+command -v "${CXX:-c++}" >/dev/null || { echo "the tests start DeepSpeed, which compiles: install a C++ compiler (g++)"; exit 2; }
+# torch writes the paths of its libraries into compiler commands without quotes: below an odd name .venv is elsewhere.
+venv=$PWD/.venv
+case $PWD in
+*[!A-Za-z0-9/._+-]*) venv=${XDG_CACHE_HOME:-$HOME/.cache}/ckpttools-venv-$(printf %s "$PWD" | cksum | cut -d' ' -f1) ;;
+esac
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e '.[test]'
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
 # DeepSpeed compiles a small extension at its first launch; a killed launch can leave a lock in that folder.
@@ -13,7 +19,7 @@ export HF_HUB_OFFLINE=1
 extensions=$(mktemp -d /tmp/ckpttools-extensions.XXXXXX)
 trap 'rm -rf "$extensions"' EXIT
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$extensions}
-.venv/bin/python -m ruff check .
-.venv/bin/python -m ruff format --check .
-.venv/bin/python -m mypy
-.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+"$venv/bin/python" -m ruff check .
+"$venv/bin/python" -m ruff format --check .
+"$venv/bin/python" -m mypy
+"$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"

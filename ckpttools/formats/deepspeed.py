@@ -109,7 +109,7 @@ def client_values(checkpoint: Checkpoint) -> dict[str, Value]:
     state = checkpoint.training
     values: dict[str, Value] = dict(checkpoint.client)
     for field in ("iteration", "epoch", "train_loss", "val_loss", "scheduler"):
-        value = getattr(state, field)
+        value = state.stated[field]
         path = _scheduler_key(state) if field == "scheduler" else state.keys.get(field, (field,))
         if value not in (None, {}, []) and path[0] not in OWN_KEYS:
             values = put(values, path, value)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -10,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
 
 from ckpttools.errors import CkptError
 from ckpttools.trainer import folders, model
@@ -54,9 +58,26 @@ def connect(local_rank: int) -> None:
     if accelerator.device_name() == "cpu":
         # DeepSpeed means fast fp16; torch computes it on every CPU, fast or not.
         accelerator.is_fp16_supported = lambda: True
+        if not _kernels_can_be_built():
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo takes its place
     else:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name())
+
+
+def _kernels_can_be_built() -> bool:
+    """Whether DeepSpeed can compile its all-reduce for ranks of one machine, which it tries without asking.
+
+    It needs a compiler and ninja, and torch (`utils/cpp_extension.py`) writes the paths of its libraries and
+    of the build folder into commands and build files without quotes.
+    """
+    build = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    plain = all(re.fullmatch(r"[\w/.+~-]+", path) for path in (torch.__file__, build))
+    return (
+        plain
+        and cpp_extension.is_ninja_available()
+        and shutil.which(cpp_extension.get_cxx_compiler()) is not None
+    )
 
 
 def together() -> None:

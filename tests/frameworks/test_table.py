@@ -35,7 +35,8 @@ CASES = [(framework, name) for framework, names in WRITTEN.items() for name in n
 def claimed(path: Path) -> list[str]:
     source = formats.locate(path)
     with within(source.root):
-        saved = _saved(source, formats.read(source))
+        checkpoint = formats.read(source)
+        saved = _saved(source, checkpoint, source.format.torch_files(checkpoint))
         return [each.name for each in FRAMEWORKS if each.recognise(saved)]
 
 

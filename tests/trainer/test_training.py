@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from trainer.launched import Launch
 
 CKPT = [sys.executable, "-c", "from ckpttools.cli import main; main()"]
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -67,6 +68,16 @@ def test_learns_and_saves_both_kinds_side_by_side(whole: Path) -> None:
     assert (whole / "last_checkpoint").read_text() == (whole / "latest").read_text() == "epoch_002.pth"
     assert {p.name for p in (whole / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
     assert not list(whole.glob(".last_checkpoint*"))
+
+
+def test_no_compiler_is_needed(config: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """DeepSpeed's own all-reduce wants one, and a build folder without spaces: gloo takes its place."""
+    without = environment | {
+        "CXX": str(tmp_path / "none"),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "with a space"),
+    }
+    done = Launch(config, without).train(tmp_path, "--set", "epochs=1", "--set", "data.max_bytes=4000")
+    assert "done at step" in done
 
 
 def test_what_a_checkpoint_says(whole: Path) -> None:

@@ -37,8 +37,9 @@ def training(client: Mapping[str, Value]) -> Training:
 def with_state(client: Mapping[str, Value], state: Training) -> dict[str, Value]:
     """The client's values with the progress as `state` has it: in its place, or under its first name."""
     out: Value = dict(client)
+    values = state.stated
     for name, (names, _) in _FIELDS.items():
-        value = getattr(state, name)
+        value = values[name]
         held = list(_found(out, name))
         if value is not None and (not held or held[0][1] != value):
             out = put(out, held[0][0] if held else names[:1], value)

@@ -25,8 +25,7 @@ from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves, put, same, tensors
 
-# fields of Training that a file has a key for, in their order there, and those whose key is another
-STATED = ("scheduler", "epoch", "step", "iteration", "samples", "skipped_steps", "train_loss", "val_loss")
+# fields of Training whose key is another than their name
 COUNTERS = {"scheduler": "scheduler_state_dict", "step": "global_step", "samples": "global_samples"}
 
 
@@ -214,8 +213,8 @@ def _rest(
         if not _beside(checkpoint, key):
             notes.append(f"'{escape(key)}' among the client's values is not written: the name is taken")
         del out[key]
-    for field in STATED:
-        value, usual = getattr(state, field), COUNTERS.get(field, field)
+    for field, value in state.stated.items():
+        usual = COUNTERS.get(field, field)
         if value not in (None, {}, []):
             path = state.keys.get(field, (usual,))
             out = put(out, path if template is not None or len(path) > 1 else (usual,), value)
