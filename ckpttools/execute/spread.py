@@ -33,6 +33,7 @@ from ckpttools.execute import Finish, Replaces, Report, Staged, commit, copy, ju
 from ckpttools.execute.copy import Copy, Written
 from ckpttools.execute.ledger import Ledger, describe, digest
 from ckpttools.execute.preflight import Fingerprint
+from ckpttools.execute.removing import delete
 from ckpttools.execute.signals import terminating_signals
 from ckpttools.execute.staging import clear_stale
 from ckpttools.execute.system import write_errors
@@ -180,10 +181,12 @@ class _Share:
 
     def take(self, described: Mapping[str, Any]) -> list[str]:
         """Be the only process that writes there; what an ended one left of another plan goes, and is said.
-        Raises UsageError where one is at it.
+        Workers of a spread job, who hold no lock, are left alone. Raises UsageError where one is at it.
         """
-        was_alone = (self.folder / _ALONE).exists()
         self.folder.mkdir(exist_ok=True)
+        there = {path.name for path in self.folder.iterdir()}
+        if there and _ALONE not in there:
+            return []
         self.lock = (self.folder / _ALONE).open("ab")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,11 +200,11 @@ class _Share:
             ) from None
         except OSError:
             return []  # a file system without locks: nobody can say whether one is at it
-        if not (was_alone and self.ledger.folder.exists() and self.ledger.is_of_another(described)):
+        if not (there and self.ledger.folder.exists() and self.ledger.is_of_another(described)):
             return []
         for path in self.folder.iterdir():
             if path.name != _ALONE:
-                shutil.rmtree(path)
+                delete(path)
         return [f"removed what an ended copy of something else left in {self.folder}"]
 
     def tell(self, error: CkptError) -> None:

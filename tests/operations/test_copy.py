@@ -15,6 +15,9 @@ from benchmarks.synthetic import write_random
 from commands import run as ckpt
 from support import FIXTURES
 
+from ckpttools.launch import Worker
+from ckpttools.operations.convert import convert
+from ckpttools.operations.writing import Writing
 from ckpttools.siblings import MANIFEST, SPREAD
 from ckpttools.stores.files import named
 
@@ -99,6 +102,35 @@ def test_what_an_ended_copy_of_something_else_left(tmp_path: Path) -> None:
     assert ran.code == 0 and "an ended copy of something else" in ran.err, ran
     assert contents(dst) == contents(tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "safe"]
+
+
+def test_what_an_ended_copy_of_another_file_left(tmp_path: Path) -> None:
+    """A staged file goes as well as a staged folder."""
+    one, other = FIXTURES / "monolithic/model/step_30.pt", FIXTURES / "monolithic/full/epoch_2_step_40.pt"
+    dst = tmp_path / "safe.pt"
+
+    def ended(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(copying, "_read_back", ended)
+        copying.copy(one, dst)
+    ran = ckpt("copy", other, dst)
+    assert ran.code == 0 and "an ended copy of something else" in ran.err, ran
+    assert dst.read_bytes() == other.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["safe.pt"]
+
+
+def test_a_copy_leaves_the_work_of_a_spread_job_alone(tmp_path: Path) -> None:
+    """Workers of another command may be at it, on any machine: refused, and the second time, too."""
+    how = Writing(spread=Worker(0, 2, waits=False))
+    convert(ZERO2, tmp_path / "safe", to="zero1", world_size=2, how=how)
+    before = contents(tmp_path / f"safe{SPREAD}")
+    assert before and not (tmp_path / "safe").exists()
+    for _ in range(2):
+        ran = ckpt("copy", ZERO2, tmp_path / "safe")
+        assert ran.code == 2 and "error[other-plan]" in ran.err, ran
+        assert contents(tmp_path / f"safe{SPREAD}") == before
 
 
 def test_an_ended_copy_goes_on(tmp_path: Path) -> None:

@@ -135,6 +135,15 @@ def test_universal_folders_are_a_series(tmp_path: Path, own: bool) -> None:
     assert gone == {"global_step2_universal"} | (set() if own else {"global_step1_universal"})
 
 
+def test_what_lies_in_somebodys_folder_called_zero_is_not_the_checkpoints(tmp_path: Path) -> None:
+    """Only the zero/ of a universal checkpoint holds parameters' state, not one that the run lies in."""
+    folder = shutil.copytree(TRAINER, tmp_path / "zero")
+    assert ckpttools.prune(folder, keep_last=1, dry_run=True).removed
+    for name in ("fp32.pt", "notes.pt"):
+        (folder / "checkpoint-2" / name).write_text("mine")
+    assert not ckpttools.prune(folder, keep_last=1, dry_run=True).removed
+
+
 @pytest.mark.parametrize("verified", [False, True])
 def test_a_truncated_newest_does_not_cost_the_good_ones(tmp_path: Path, verified: bool) -> None:
     folder = make(tmp_path, 1, 2, 3, 5, 12, torn=(12,))

@@ -80,10 +80,11 @@ def _is_zero(folder: Folder) -> bool:
 
 
 def names_it(path: Location) -> bool:
-    """Whether it is a model file, or in zero/ where a parameter's state lies."""
+    """Whether it is a model file, or in the zero/ beside one where a parameter's state lies."""
     if tags.is_states(path.name):
         return True
-    if not path.name.endswith(SUFFIX) or all(folder.name != ZERO for folder in path.parents):
+    zeros = (folder for folder in path.parents if folder.name == ZERO)
+    if not path.name.endswith(SUFFIX) or not any(holds(Folder.of(zero.parent)) for zero in zeros):
         return False
     return (path.parent.name, path.name) == (ZERO, SETTINGS) or is_file(path.with_name(f"fp32{SUFFIX}"))
 
