@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -648,6 +649,9 @@ def test_a_resharded_checkpoint_is_as_complete(path: str, dropped: set[str], tmp
         assert set(before) - set(after) <= {"hf_config/config.json"}
     else:
         assert set(before) - set(after) == dropped
+    if (stated := "training_info.json") in before:  # restated for the ranks there are, at the same batch
+        was, now = json.loads(before.pop(stated)), json.loads(after.pop(stated))
+        assert was | {"world_size": 4, "gradient_accumulation_steps": 1} == now
     assert after.items() <= before.items()
     assert len(list((made / inner.relative_to(source)).glob("*optim_states.pt"))) == 4
     same = resharded(source, 2, tmp_path / "same")

@@ -266,7 +266,7 @@ LEFT_OUT: Question = (
     ),
     Row(
         about=About.MODEL, setting="load_module_strict", values=lambda c: (None, c.run.strict), cls=CAREFUL,
-        when=lambda c: c.left_out, source=f"{_ENGINE}, load_module_state_dict",
+        when=lambda c: c.left_out,
         why=_EXCLUDED + ". DeepSpeed's own default, a strict load, ends in RuntimeError: Missing key(s) in "
         "state_dict; with load_module_strict=False it keeps the new model's values",
         hint="pass load_module_strict=False (here: --no-strict), and load what was frozen as at first",

@@ -258,7 +258,7 @@ def test_parts_and_sub_groups() -> None:
     assert sub_groups(sizes, 2, 250) == [["emb"], ["a", "b", "conv"], ["up", "down"]]
     assert sub_groups(sizes, 1, 250) == [["emb"], ["a", "b"], ["conv"], ["up", "down"]]
     assert sub_groups(sizes, 2, 780) == [list(sizes)]
-    assert sub_groups({"a": 4}, 2, 1) == [["a"]] and sub_groups({}, 2, 1) == [[]]
+    assert sub_groups({"a": 4}, 2, 1) == [["a"]] and sub_groups({}, 2, 1) == []
 
 
 SGD = FIXTURES / "deepspeed-0.19.8/z3_sgd_ws2"
