@@ -76,6 +76,16 @@ def test_frozen_weights_that_were_left_out_are_no_safe_resume(name: str) -> None
     assert {row["class"] for row in peft["differences"]} <= {"safe"}
 
 
+def test_what_ckpt_writes_for_stage_3_says_whether_frozen_weights_were_left_out(tmp_path: Path) -> None:
+    """As DeepSpeed does: nothing frozen is an empty mapping, and left out is none at all."""
+    ds = FIXTURES / "deepspeed-0.19.8"
+    assert run("convert", ds / "z1_bf16_ws2", tmp_path / "three", "--to", "zero3").code == 0
+    assert said(tmp_path / "three", "--world-size", "2")[1]["verdict"] == "safe"
+    assert run("reshard", ds / "z3_exclude_frozen_ws2", tmp_path / "less", "--world-size", "1").code == 0
+    rows = said(tmp_path / "less", "--world-size", "1")[1]["differences"]
+    assert any("exclude_frozen_parameters" in row["why"] for row in rows)
+
+
 @pytest.mark.parametrize("path", READABLE, ids=name_of)
 def test_its_own_configuration_and_weights_are_no_change(path: Path, tmp_path: Path) -> None:
     config = written(tmp_path, saved_config(path))

@@ -30,6 +30,7 @@ from ckpttools.formats.deepspeed import (
 )
 from ckpttools.formats.rank_files import optim_name
 from ckpttools.formats.zero3.cuts import held, part_of, sub_groups
+from ckpttools.formats.zero3.join import Zero3Folder
 from ckpttools.formats.zero3.names import model_name
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.tensors import DTYPES, FLOAT32, Chunk, DType, TensorRef, Zeros, join_chunks
@@ -127,6 +128,7 @@ def _model(to: Target, rank: int) -> Dict:
     checkpoint, storages = to.checkpoint, dict[object, Storage]()
     frozen = [name for name in checkpoint.tensors if name in checkpoint.frozen]
     shapes = {name: checkpoint.tensors[name].shape for name in frozen} | dict(checkpoint.left_out)
+    said = bool(shapes) or not _excludes_frozen(checkpoint)
     values: dict[str, Node] = {
         "module": _module(to, storages),
         "buffer_names": [name for name in checkpoint.tensors if name in to.buffers],
@@ -136,10 +138,10 @@ def _model(to: Target, rank: int) -> Dict:
             for group, cut in zip(checkpoint.groups, to.cuts, strict=True)
             for names in cut
         ],
-        "frozen_param_shapes": ordered((n, size_node(s)) for n, s in shapes.items()) if shapes else None,
+        "frozen_param_shapes": ordered((n, size_node(s)) for n, s in shapes.items()) if said else None,
         "shared_params": encode(dict(checkpoint.shared)) if rank == 0 else Dict(),
         "frozen_param_fragments": ordered((n, _part([checkpoint.tensors[n]], to.ranks, rank)) for n in frozen)
-        if frozen
+        if frozen or not (checkpoint.left_out or _excludes_frozen(checkpoint))
         else None,
         "lr_scheduler": encode(scheduler_state(checkpoint)[0]),
         "data_sampler": None,
@@ -152,6 +154,12 @@ def _model(to: Target, rank: int) -> Dict:
     }
     client = {key: encode(value, storages) for key, value in client_values(checkpoint).items()}
     return Dict.of({**values, **_about(to), **client}.items())
+
+
+def _excludes_frozen(checkpoint: Checkpoint) -> bool:
+    """Whether DeepSpeed left out what is frozen: then it says nothing of it, else what there is."""
+    held = checkpoint.template
+    return isinstance(held, Zero3Folder) and held.models[0].root.get("frozen_param_fragments") is None
 
 
 def _about(to: Target) -> dict[str, Node]:
