@@ -62,6 +62,7 @@ def _of_click(problem: click.ClickException) -> CkptError:
         message, hint = f"there is no option {problem.option_name}", did_you_mean(problem.option_name, known)
     else:
         message, hint = problem.format_message().rstrip("."), _range(problem)
+        message = message.partition(" is not in the range ")[0] if hint else message
     if context is None:
         return UsageError("bad-usage", message, hint=hint)
     usage = " ".join(context.get_usage().split()).removeprefix("Usage: ")

@@ -32,7 +32,25 @@ def _within(context: click.Context, param: click.Parameter, text: str | None) ->
     return float(match[1]) * _SECONDS[match[2]]
 
 
-@click.command("prune")
+class _Prune(click.Command):
+    """As click has it, but for a metric that may be left out: the word after it may have been DIR."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter:
+            metric = ctx.params.get("keep_best")
+            if not metric:
+                raise
+            raise UsageError(
+                "bad-usage",
+                f"--keep-best took {escape(metric)} for the metric, and DIR is missing",
+                where=ctx.command_path,
+                hint="name DIR first: ckpt prune DIR --keep-best",
+            ) from None
+
+
+@click.command("prune", cls=_Prune)
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="The newest N good ones.")
 @click.option("--per-kind", is_flag=True, help="Count step and epoch checkpoints apart.")

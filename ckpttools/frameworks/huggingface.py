@@ -125,6 +125,8 @@ def _epochs(stated: int | None, arguments: Mapping[str, object]) -> int | float 
 
 def _updates(total: int, epochs: float, accumulation: int | None, log: list[dict[str, object]]) -> int | None:
     """The updates of an epoch of which ceil(epochs x updates) are `total`; None where several are."""
+    if not math.isfinite(total / epochs):
+        return None
     least, most = math.floor((total - 1) / epochs), math.ceil(total / epochs)
     if most - least > MAX_ACCUMULATION:
         return None

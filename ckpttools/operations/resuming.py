@@ -48,7 +48,8 @@ def engine(checkpoint: Checkpoint, layout: Layout, dst: Location) -> Iterator[st
             load = f"torch.load({str(file)!r}, weights_only=True)['module']"
             yield f"model.load_state_dict({load}, strict=False)  # load_universal leaves out frozen, buffers"
     options = "" if checkpoint.training.scheduler else ", load_lr_scheduler_states=False"
-    on = f"  # on {layout.dp_degree} ranks" if layout.zero_stage else ""
+    ranks = f"{layout.dp_degree} rank{'s' * (layout.dp_degree > 1)}"
+    on = f"  # on {ranks}" if layout.zero_stage else ""
     yield f"path, client_state = engine.load_checkpoint({str(dst)!r}{options}){on}"
     if layout.zero_stage is None:
         yield from _stage3(checkpoint)

@@ -41,7 +41,8 @@ class Policy:
             )
         for name, value in (("last", self.last), ("every", self.every), ("within", self.within)):
             if value is not None and not value > 0:
-                raise UsageError("bad-usage", f"--keep-{name} {value} keeps nothing", hint="give 1 or more")
+                more = "a span such as 7d" if name == "within" else "1 or more"
+                raise UsageError("bad-usage", f"--keep-{name} {value} keeps nothing", hint=f"give {more}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

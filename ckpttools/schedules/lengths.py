@@ -48,7 +48,8 @@ class Batch:
         return self.step * self.accumulation
 
     def __str__(self) -> str:
-        return f"{self.total} = {self.micro} x {self.ranks} ranks x {self.accumulation} accumulated"
+        ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+        return f"{self.total} = {self.micro} x {ranks} x {self.accumulation} accumulated"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

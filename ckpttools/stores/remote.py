@@ -336,7 +336,7 @@ def place(scheme: str, text: str) -> Stored:
         host, key = hub.split(address)
     scheme = "s3" if scheme == "s3a" else scheme
     named_by_at = scheme in (hub.SCHEME, "abfs", "abfss")  # a revision, an account
-    if not host or ("@" in host and (not named_by_at or ":" in host)) or "?" in key:
+    if not host or ("@" in host and (not named_by_at or ":" in host)) or "?" in address:
         raise UsageError(
             "store-unknown",
             "the address names no bucket, or holds a password or a signature",

@@ -21,7 +21,8 @@ def ds_config(config: Config, split: Split, total_steps: int) -> dict[str, Any]:
                 why="two sources for one number could disagree",
                 hint="set batch.global_batch_size and batch.micro_batch_size instead",
             )
-    if (config.deepspeed.get("checkpoint") or {}).get("writer") is not None:
+    saves = config.deepspeed.get("checkpoint")
+    if isinstance(saves, dict) and saves.get("writer") is not None:
         raise UsageError(
             "train-config",
             "deepspeed.checkpoint.writer: saves by a writer of DeepSpeed's are not supported",

@@ -164,7 +164,8 @@ def test_lengths_come_from_where_mmengine_keeps_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "updates", "known"), [(1.5, 4, 4), (2.0, 4, 4), (2.5, 5, 5), (0.7, 40, 40), (0.01, 40, 40)]
+    ("asked", "updates", "known"),
+    [(1.5, 4, 4), (2.0, 4, 4), (2.5, 5, 5), (0.7, 40, 40), (0.01, 40, 40), (1e-310, 40, None)],
 )
 def test_the_trainers_part_of_an_epoch_is_no_whole_one(
     asked: float, updates: int, known: int | None, tmp_path: Path

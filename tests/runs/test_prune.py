@@ -198,6 +198,10 @@ def test_nobody_to_ask_means_exit_2_and_nothing_done(tmp_path: Path) -> None:
         ["--keep-last", "1", "--keep-best", "acc"],
     ):
         assert run("prune", folder, *bad, "-y").code == 2, bad
+    ran = run("prune", "--keep-best", folder)
+    assert ran.code == 2 and f"--keep-best took {folder} for the metric" in ran.err, ran.err
+    ran = run("prune", folder, "--keep-last", 0)
+    assert "x>=1" not in ran.err and "give 1 or more" in ran.err
     assert run("prune", folder, "--keep-last", 1, "--dry-run").code == 0
     assert snapshot(folder) == before
 

@@ -35,7 +35,13 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "place",
-    ["foo://bucket/x", "s3://", "https://me:password@host/x", "https://host/x?sig=abc"],
+    [
+        "foo://bucket/x",
+        "s3://",
+        "https://me:password@host/x",
+        "https://host/x?sig=abc",
+        "https://host?sig=abc",
+    ],
 )
 def test_what_is_no_place_is_said(place: str) -> None:
     ran = run("inspect", place)

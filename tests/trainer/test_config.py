@@ -111,6 +111,8 @@ def test_deepspeed_section_is_merged() -> None:
             ds_config(
                 Config(deepspeed={"checkpoint": {"writer": writer}}), split(config.batch, 2), total_steps=10
             )
+    odd = Config(deepspeed={"checkpoint": "sync"})  # what DeepSpeed says of it is the answer
+    assert ds_config(odd, split(config.batch, 2), total_steps=10)["checkpoint"] == "sync"
 
 
 def test_text_sources(tmp_path: Path) -> None:

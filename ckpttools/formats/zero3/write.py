@@ -119,7 +119,8 @@ def _notes(to: Target) -> Iterator[str]:
     count = sum(map(len, to.cuts))
     if count > len(to.cuts):
         limit = sub_group_size(to.settings)
-        yield f"{count} sub-groups, as a sub_group_size of {limit} makes them on {to.ranks} ranks"
+        ranks = f"{to.ranks} rank{'s' * (to.ranks > 1)}"
+        yield f"{count} sub-groups, as a sub_group_size of {limit} makes them on {ranks}"
     if to.checkpoint.layout.zero_stage == 3 and to.checkpoint.layout.dp_degree > 1:
         yield "buffers and the client's values are those of rank 0, on every rank"
 

@@ -102,7 +102,7 @@ def _loads(saved: Saved) -> Iterator[str]:
     if saved.stage:
         yield (
             f"fp32 master weights and optimizer state of {len(saved.trainable)} parameters, "
-            f"{saved.ranks} ranks"
+            f"{saved.ranks} rank{'s' * (saved.ranks > 1)}"
         )
     elif saved.whole:
         yield "the optimizer's state, from the model file"
@@ -118,7 +118,8 @@ def _checks(case: Case, differences: list[Difference]) -> Iterator[Check]:
     saved, total = case.saved, case.was.total
     stated = f"{total} samples per update" if total is not None else "the checkpoint does not state it"
     yield check(About.BATCH, stated, differences, known=total is not None)
-    yield check(About.ENGINE, f"{saved.ranks} ranks, stage {saved.stage}, {saved.dtype}", differences)
+    ranks = f"{saved.ranks} rank{'s' * (saved.ranks > 1)}"
+    yield check(About.ENGINE, f"{ranks}, stage {saved.stage}, {saved.dtype}", differences)
     kept = saved.scheduler is not None
     yield check(About.SCHEDULE, "as saved" if kept else "none is saved", differences, known=kept)
     given = case.run.model is not None
