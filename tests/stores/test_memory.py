@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,7 +35,8 @@ def answer(ask: Any, path: Location, **options: Any) -> str:
         found = ask(path, **options)
     except CkptError as error:
         return error.problem.shown()
-    return str(found)
+    place = r"Stored\(store=<[^>]*>, key=PurePosixPath\(('[^']*')\)\)|PosixPath\(('[^']*')\)"
+    return re.sub(place, lambda match: match[1] or match[2], str(found))
 
 
 def inspected(path: Location) -> str:

@@ -270,10 +270,10 @@ def test_a_save_replaces_nothing_that_is_pinned(tmp_path: Path) -> None:
     pin(target)
     inode = target.stat().st_ino
     with pytest.raises(UsageError) as caught:
-        saving._appear(staged, target, {})
+        saving._appear(staged, target)
     assert caught.value.id == "pinned" and target.stat().st_ino == inode
     unpin(target)
-    saving._appear(staged, target, {})
+    saving._appear(staged, target)
     assert target.stat().st_ino != inode
 
 
