@@ -19,9 +19,13 @@ _KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
 def split(address: str) -> tuple[str, str]:
-    """The repository and the key in it: of `org/name@main/a/b` they are `org/name@main` and `a/b`."""
+    """The repository and the key in it: of `org/name@main/a/b` they are `org/name@main` and `a/b`. The only
+    revisions with slashes are the hub's own: refs/pr/1, refs/convert/parquet.
+    """
     parts = address.split("/")
     depth = 3 if parts[0] in _KINDS else 2
+    if parts[depth - 1 : depth] and parts[depth - 1].endswith("@refs"):
+        depth += 2
     if len(parts) < depth or not all(parts[:depth]) or parts[0] == "buckets":
         raise UsageError(
             "store-unknown",

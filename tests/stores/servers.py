@@ -131,7 +131,8 @@ class Hub(BaseHTTPRequestHandler):
         self.seen.append(path)
         for kind in ("models", "datasets"):
             root = f"/api/{kind}/org/name"
-            if path in (root, f"{root}/revision/main", f"{root}/revision/{self.COMMIT}"):
+            named = ("main", "refs/pr/1", self.COMMIT)
+            if path in (root, *(f"{root}/revision/{name}" for name in named)):
                 told = {"id": "org/name", "sha": self.COMMIT, "lastModified": "2025-11-01T10:00:00.000Z"}
                 return self.reply(200, json.dumps({**told, "siblings": [], "tags": [], "private": False}))
             if path.startswith(f"{root}/tree/{self.COMMIT}"):

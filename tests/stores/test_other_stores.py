@@ -33,6 +33,7 @@ import ckpttools
 from ckpttools.errors import UsageError
 from ckpttools.siblings import MANIFEST, UNFINISHED
 from ckpttools.stores import remote
+from ckpttools.stores.hub import split
 
 ZERO = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
 SINGLE = FIXTURES / "hf/single/model.safetensors"
@@ -326,6 +327,7 @@ def test_a_repository_of_the_hub(hub: type[Hub], tmp_path: Path) -> None:
     for there in ("hf://org/name/runs", "hf://org/name@main/runs", "hf://datasets/org/name/runs"):
         as_on_a_disk(there)
     assert run("reshard", "hf://org/name/runs", tmp_path / "three", "--world-size", 3, "-q").code == 0
+    assert run("inspect", "hf://org/name@refs/pr/1/runs").code == 0
     assert "error[not-found]" in run("inspect", "hf://org/name/none").err
     assert "error[not-found]" in run("inspect", "hf://org/other/none").err
     assert "error[not-writable]" in run("copy", ZERO, "hf://org/name/new").err
@@ -352,8 +354,15 @@ def test_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran.code == 2 and "error[store-extra]" in ran.err and "pip install huggingface_hub" in ran.err, ran
 
 
+def test_a_revision_of_the_hubs_own_has_slashes() -> None:
+    assert split("org/name@refs/pr/1/run/x.pt") == ("org/name@refs/pr/1", "run/x.pt")
+    assert split("datasets/org/name@refs/convert/parquet") == ("datasets/org/name@refs/convert/parquet", "")
+    assert split("org/name@main/refs/pr/1") == ("org/name@main", "refs/pr/1")
+
+
 @pytest.mark.parametrize(
-    "place", ["hf://", "hf://name", "hf://org//x", "hf://datasets/org", "hf://buckets/a/b"]
+    "place",
+    ["hf://", "hf://name", "hf://org/name@refs/pr", "hf://org//x", "hf://datasets/org", "hf://buckets/a/b"],
 )
 def test_what_is_no_repository(place: str) -> None:
     ran = run("inspect", place)
