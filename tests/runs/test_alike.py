@@ -137,6 +137,17 @@ def test_a_counter_that_is_a_tensor_is_read_from_its_own_file(tmp_path: Path) ->
     assert used and said(fast) == said(whole)
 
 
+def test_numbers_in_what_lies_in_several_places(tmp_path: Path) -> None:
+    """One dict under two keys: the pickle holds it once, and who asks under the second key gets its own."""
+    for n in (12, 13):
+        progress = {"iter": n, "epoch": n // 2, "loss": 1.0 / n}
+        saved = {"model_state_dict": {"w.weight": torch.ones(2, 2)}, "resume": progress, "meta": progress}
+        torch.save({**saved, "deep": [[progress]], "val_loss": 2.0 / n}, tmp_path / f"iter_{n}.pth")
+    kinds = learnt(tmp_path / "iter_12.pth")
+    _, fast, whole = both(tmp_path / "iter_13.pth", kinds)
+    assert said(fast) == said(whole) and fast.state.iteration == 13
+
+
 def with_crc(data: bytearray, record: tuple[int, int, int], at: int, value: int) -> bytes:
     """The file with another byte in its pickle, and every checksum as if it had been saved so."""
     start, nbytes, crc = record

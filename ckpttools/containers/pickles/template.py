@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Set
+from collections.abc import Set as Keys
 from dataclasses import dataclass
 
 from ckpttools.containers.pickles.cursor import unpack_u16
 from ckpttools.containers.pickles.machine import Machine
-from ckpttools.containers.pickles.nodes import Dict, Node, Object, Pairs, Persistent, Reject
+from ckpttools.containers.pickles.nodes import Dict, Node, Object, Pairs, Persistent, Reject, Set
 from ckpttools.containers.pickles.opcodes import STOP, TABLE
 
 _NUMBERS = b"KMJG\x8a"  # BININT1, BININT2, BININT, BINFLOAT, LONG1
@@ -30,13 +30,14 @@ class Template:
     trail: Trail
 
     @classmethod
-    def of(cls, data: bytes, counts: Set[str]) -> Template:
+    def of(cls, data: bytes, counts: Keys[str]) -> Template:
         """The template of a pickle that was read before: every float that is an item or a value is a number
         of it, of the integers those under the keys `counts`. None of them is where a shape or a name of
-        something could depend on it.
+        something could depend on it, or in a list or dict that is in several places.
         """
         found: list[tuple[_Spot, list[int | None]]] = []
-        _find(_spotted(data), [], found, counts, set())
+        value = _spotted(data)
+        _find(value, [], found, counts, _shared(value))
         found = [each for each in found if data[each[0].end] not in _KEEPS]
         found.sort(key=lambda each: each[0].at)
         trail: Trail = {}
@@ -72,7 +73,7 @@ class Template:
 
     def filled(self, value: Node, numbers: list[Node]) -> Node:
         """A copy of the template's own value with other numbers; all else in it is shared."""
-        return _filled(value, self.trail, numbers, {})
+        return _filled(value, self.trail, numbers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,17 +100,43 @@ def _spotted(data: bytes) -> Node:
             machine.stack[-1] = _Spot(at, machine.pos, data[at] != 0x47)
 
 
+def _shared(value: Node) -> set[int]:
+    """The identities of the nodes that lie in several places: a new number must be in all of them."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    waiting = [value]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, list | tuple | Pairs | Persistent | Set):
+            continue
+        if id(node) in seen:
+            shared.add(id(node))
+            continue
+        seen.add(id(node))
+        match node:
+            case Persistent():
+                waiting.append(node.pid)
+            case Set():
+                waiting += node.members
+            case Pairs():
+                waiting += (each for pair in node.pairs for each in pair)
+                if isinstance(node, Object):
+                    waiting += (*node.args, node.kwargs, *node.items, node.state)
+            case _:
+                waiting += node
+    return shared
+
+
 def _find(
     node: Node,
     steps: list[int | None],
     out: list[tuple[_Spot, list[int | None]]],
-    counts: Set[str],
-    seen: set[int],
+    counts: Keys[str],
+    shared: set[int],
 ) -> None:
-    """Depth first; arguments of calls, keys and what lies too deep are passed over: they must not differ."""
-    if id(node) in seen or len(steps) > 40:
+    """Depth first; arguments of calls, keys, what is `shared` or lies too deep: they must not differ."""
+    if id(node) in shared or len(steps) > 40:
         return
-    seen.add(id(node))
     items: list[tuple[int | None, Node, bool]] = []
     if isinstance(node, list | tuple):
         items = [(i, item, False) for i, item in enumerate(node)]
@@ -121,7 +148,7 @@ def _find(
             items.append((None, node.state, False))
     for step, item, counted in items:
         if not isinstance(item, _Spot):
-            _find(item, [*steps, step], out, counts, seen)
+            _find(item, [*steps, step], out, counts, shared)
         elif counted or not item.whole:
             out.append((item, [*steps, step]))
 
@@ -142,15 +169,13 @@ def _number(data: bytes, at: int) -> tuple[Node, int] | None:
     return None
 
 
-def _filled(node: Node, trail: Trail, numbers: list[Node], made: dict[int, Node]) -> Node:
-    if id(node) in made:  # what the pickle holds once
-        return made[id(node)]
+def _filled(node: Node, trail: Trail, numbers: list[Node]) -> Node:
     into = {i: value for i, value in trail.items() if i is not None}
     out: Node
     if isinstance(node, list | tuple):
         items = list(node)
         for i, inner in into.items():
-            items[i] = numbers[inner] if isinstance(inner, int) else _filled(items[i], inner, numbers, made)
+            items[i] = numbers[inner] if isinstance(inner, int) else _filled(items[i], inner, numbers)
         out = items if isinstance(node, list) else tuple(items)
     else:
         assert isinstance(node, Dict | Object)
@@ -159,7 +184,7 @@ def _filled(node: Node, trail: Trail, numbers: list[Node], made: dict[int, Node]
             copy.items, copy.state = node.items, node.state
             state = trail.get(None)
             if isinstance(state, dict):
-                copy.state = _filled(node.state, state, numbers, made)
+                copy.state = _filled(node.state, state, numbers)
         else:
             out = Dict()
         assert isinstance(out, Pairs)
@@ -168,7 +193,6 @@ def _filled(node: Node, trail: Trail, numbers: list[Node], made: dict[int, Node]
             key, value = out.pairs[i]
             out.pairs[i] = (
                 key,
-                numbers[inner] if isinstance(inner, int) else _filled(value, inner, numbers, made),
+                numbers[inner] if isinstance(inner, int) else _filled(value, inner, numbers),
             )
-    made[id(node)] = out
     return out
