@@ -1,10 +1,11 @@
 """That what was written holds what was to be written: their digests are compared.
 
 Those of the result are taken from the bytes that are read back in any case; only tensors that lie in several
-pieces, as ZeRO cuts them at the end of a rank's share, are read once more. A tensor that was made from the
-very bytes of one of the source, as the plan and the result's own headers say, has its digest: what was copied
-was held against the source's checksums, and what was read back against what was written. Whatever is not
-copied so is read from the source, and compared.
+pieces, as ZeRO cuts them at the end of a rank's share, are read once more. A tensor that is a copy of the
+very bytes of one of the source, as the plan and the result's own headers say, has its digest, where these
+bytes were held against a checksum of the source as they were copied; what was read back was held against what
+was written. Whatever is not copied so (what is cast, views, sources without checksums) is read from the
+source, and compared.
 
 The digests are those of the Checkpoint that the plan was made from, so a change that was asked for is in
 them. Named are kinds of state that the target has no place for, and 16-bit weights that are not their rounded

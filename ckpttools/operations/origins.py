@@ -3,16 +3,23 @@
 The plan says of each byte of a file what it is copied or made from. Who reads the headers of the result, and
 not the plan, knows where its tensors lie: where such a tensor was made from exactly the bytes of one of the
 source, in their order, both have one value, and one digest.
+
+That is so of bytes that were proved as they were copied: the source states a checksum of them (safetensors
+have none), and they were read once alone, which is when they are held against it. Whatever else is made, by a
+cast or from a view, is not traced.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from itertools import accumulate
 
 from ckpttools.location import Location
-from ckpttools.plan import Crc32, Plan, Segment
-from ckpttools.tensors import ByteRange, Cast, Chunk, Mean, Strided, TensorRef, Tiles, join_chunks
+from ckpttools.plan import Plan, reads
+from ckpttools.tensors import ByteRange, Chunk, TensorRef, join_chunks, spans
+
+Ranges = dict[Location, list[tuple[int, int]]]  # disjoint, in order
 
 
 class Origins:
@@ -24,10 +31,15 @@ class Origins:
             path: list(accumulate((segment.nbytes for segment in file.segments), initial=0))
             for path, file in self._files.items()
         }
+        self._checked, _ = _merged(check.source for check in plan.checks)
+        segments = (segment for file in plan.files for segment in file.segments)
+        _, self._again = _merged(
+            span for segment in segments for chunk in reads(segment) for span in spans(chunk)
+        )
 
     def of(self, ref: TensorRef) -> tuple[Chunk, ...] | None:
-        """What a tensor of the result was made from; None where the plan alone does not tell."""
-        out: list[Chunk] = []
+        """The proved bytes that a tensor of the result is a copy of; None where it is more, or other."""
+        out: list[ByteRange] = []
         for chunk in ref.chunks:
             if not isinstance(chunk, ByteRange) or chunk.path not in self._files:
                 return None
@@ -35,23 +47,52 @@ class Origins:
             i = bisect_right(starts, chunk.start) - 1
             while i < len(segments) and starts[i] < chunk.end:
                 low, high = max(chunk.start, starts[i]) - starts[i], min(chunk.end, starts[i + 1]) - starts[i]
-                part = _cut(segments[i], low, high)
-                if part is None:
+                segment = segments[i]
+                if not isinstance(segment, ByteRange):
+                    return None
+                part = segment.cut(low, high - low)
+                if part.nbytes and not self._proved(part):
                     return None
                 out.append(part)
                 i += 1
         return join_chunks(out)
 
+    def _proved(self, part: ByteRange) -> bool:
+        held = _first(self._checked, part)
+        again = _first(self._again, part)
+        return held is not None and held[0] <= part.start and part.end <= held[1] and again is None
 
-def _cut(segment: Segment, low: int, high: int) -> Chunk | None:
-    """Bytes `low` to `high` of a segment; None for a checksum, and where an element would be cut."""
-    match segment:
-        case Crc32():
-            return None
-        case Cast(target=dtype) | Mean(target=dtype):
-            item = dtype.itemsize
-        case Strided(itemsize=item) | Tiles(itemsize=item):
-            pass
-        case _:
-            item = 1
-    return None if low % item or high % item else segment.cut(low, high - low)
+
+def _merged(ranges: Iterable[ByteRange]) -> tuple[Ranges, Ranges]:
+    """All of them, and what more than one of them holds."""
+    by_path: Ranges = {}
+    for each in ranges:
+        by_path.setdefault(each.path, []).append((each.start, each.end))
+    once: Ranges = {}
+    again: Ranges = {}
+    for path, found in by_path.items():
+        for start, end in sorted(found):
+            held = once.setdefault(path, [])
+            if held and start < held[-1][1]:
+                _add(again.setdefault(path, []), start, min(end, held[-1][1]))
+            _add(held, start, end)
+    return once, again
+
+
+def _add(held: list[tuple[int, int]], start: int, end: int) -> None:
+    """A range that begins in the last one, at its end or later."""
+    if held and start <= held[-1][1]:
+        held[-1] = (held[-1][0], max(held[-1][1], end))
+    elif start < end:
+        held.append((start, end))
+
+
+def _first(ranges: Ranges, part: ByteRange) -> tuple[int, int] | None:
+    """The first of them that overlaps a part."""
+    held = ranges.get(part.path, [])
+    i = bisect_right(held, part.start, key=_end)
+    return held[i] if i < len(held) and held[i][0] < part.end else None
+
+
+def _end(each: tuple[int, int]) -> int:
+    return each[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from support import FIXTURES
 import ckpttools
 from ckpttools.compare import digests as compared
 from ckpttools.errors import CkptError
+from ckpttools.execute import copy
 from ckpttools.formats import PLANS
 from ckpttools.operations import digest as digesting
 from ckpttools.operations import kept, stated
 from ckpttools.operations.writing import Writing
-from ckpttools.plan import Plan
+from ckpttools.passes.read import Reader, computed
+from ckpttools.plan import Plan, Source
 
 SAMPLES = FIXTURES / "deepspeed-0.19.8"
 GROUPS = SAMPLES / "z2_groups_ws2"
@@ -76,6 +79,35 @@ def test_a_writer_that_loses_a_value_is_caught(
     made = tmp_path / "made.pt" if to == "pt" else tmp_path / "made"
     ran = run("convert", GROUPS, made, "--to", to)
     assert ran.code == 1 and "error[written-wrong]" in ran.err and not list(tmp_path.iterdir()), ran
+
+
+@pytest.mark.parametrize("to", ["pt", "hf"])
+def test_a_byte_of_an_unchecked_source_that_is_read_wrong_is_caught(
+    to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Safetensors state no checksums: what was read wrong was written so, and read back so."""
+    changed: list[int] = []
+
+    class Wrong(Reader):
+        def fill(self, view: memoryview, chunks: Iterable[Source]) -> None:
+            super().fill(view, chunks)
+            if len(view) > 64 and not changed:
+                changed.append(len(view))
+                view[9] ^= 4
+
+    monkeypatch.setattr(copy, "Reader", Wrong)
+    made = tmp_path / "made.pt" if to == "pt" else tmp_path / "made"
+    ran = run("convert", FIXTURES / "hf/single", made, "--to", to, "--reset-optimizer")
+    assert changed and ran.code == 1 and "error[written-wrong]" in ran.err, ran
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_that_is_cast_wrong_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cast is right where it was read, whatever became of it."""
+    monkeypatch.setattr(copy, "computed", lambda segment, source: computed(segment, source).view("u1") ^ 1)
+    ran = run("convert", GROUPS, tmp_path / "made.pt", "--to", "pt", "--dtype", "fp16")
+    assert ran.code == 1 and "error[written-wrong]" in ran.err, ran
+    assert not list(tmp_path.iterdir())
 
 
 def test_sixteen_bit_weights_of_their_own_are_named(tmp_path: Path) -> None:
