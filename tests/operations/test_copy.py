@@ -15,6 +15,7 @@ from benchmarks.synthetic import write_random
 from commands import run as ckpt
 from support import FIXTURES
 
+from ckpttools.errors import UsageError
 from ckpttools.launch import Worker
 from ckpttools.operations.convert import convert
 from ckpttools.operations.writing import Writing
@@ -131,6 +132,20 @@ def test_a_copy_leaves_the_work_of_a_spread_job_alone(tmp_path: Path) -> None:
         ran = ckpt("copy", ZERO2, tmp_path / "safe")
         assert ran.code == 2 and "error[other-plan]" in ran.err, ran
         assert contents(tmp_path / f"safe{SPREAD}") == before
+
+
+def test_a_copy_that_failed_is_over(tmp_path: Path) -> None:
+    """Also while its error is looked at, in the same process."""
+
+    def failed(*_: object) -> None:
+        raise UsageError("disk-full", "no space left")
+
+    source, dst = FIXTURES / "torch-writers/2.8.0/weights.pt", tmp_path / "safe.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying, "_read_back", failed)
+        with pytest.raises(UsageError) as error:
+            copying.copy(source, dst)
+    assert copying.copy(source, dst).destination == dst and error.value.id == "disk-full"
 
 
 def test_an_ended_copy_goes_on(tmp_path: Path) -> None:
