@@ -101,20 +101,6 @@ def spread(
     before = preflight.fingerprints(ends)
     described = describe(plan, before, __version__)
     share = _Share(plan, dst, job, digest(described), before, workers, progress)
-    try:
-        return _carry_out(share, described, force, replaces, finish)
-    finally:
-        share.let_go()
-
-
-def _carry_out(
-    share: _Share,
-    described: Mapping[str, Any],
-    force: bool,
-    replaces: Replaces | None,
-    finish: Callable[[str], Finish] | None,
-) -> Spread:
-    plan, dst, job = share.plan, share.dst, share.job
     if share.is_committed():
         if job.worker.rank == 0:
             share.clear()
@@ -141,6 +127,8 @@ def _carry_out(
             share.clear()  # of a source that is damaged
         else:
             share.tell(error)
+        if share.lock is not None:
+            share.lock.close()  # whoever keeps the error keeps all of this
         raise
     except _Elsewhere:
         share.wait_for_commit()
@@ -220,11 +208,6 @@ class _Share:
             if path.name != _ALONE:
                 delete(path)
         return [f"removed what an ended copy of something else left in {self.folder}"]
-
-    def let_go(self) -> None:
-        """At the end: an error that is kept keeps all of this, and the lock."""
-        if self.lock is not None:
-            self.lock.close()
 
     def tell(self, error: CkptError) -> None:
         """Let the others know; they would wait."""
