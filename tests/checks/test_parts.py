@@ -31,8 +31,8 @@ def universal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("universal") / "out"
     source = ZERO / "z2_bf16_ws2"
     tag = (source / "latest").read_text()
-    options = f"--inject_missing_state --input_folder {source / tag} --output_folder {out}"
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options.split()]
+    options = ["--inject_missing_state", "--input_folder", str(source / tag), "--output_folder", str(out)]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options]
     subprocess.run(command, check=True, capture_output=True)
     return out
 
