@@ -68,7 +68,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str
     ("new", "tag", "expected"),
     [
         # 20 updates of 16 are 9 in the second epoch, 144 samples: 4 of 32, after the 5 of an epoch
-        (32, "iter_000020.pth", 5 + 4),
+        pytest.param(32, "iter_000020.pth", 5 + 4, marks=pytest.mark.heavy),
         pytest.param(32, "epoch_001.pth", 5, marks=pytest.mark.heavy),
         pytest.param(32, "iter_000004.pth", 2, marks=pytest.mark.heavy),
         pytest.param(8, "iter_000004.pth", 8, marks=pytest.mark.heavy),
