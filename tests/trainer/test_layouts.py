@@ -24,6 +24,7 @@ def sets(**settings: object) -> list[str]:
     return [f"--set={name.replace('__', '.')}={value}" for name, value in settings.items()]
 
 
+@pytest.mark.heavy
 def test_bundles_of_zero3_with_a_limit(launch: Launch, tmp_path: Path) -> None:
     options = sets(zero__stage=3, save__layout="bundle", training__save_total_limit=2)
     options += ["--set=training.best_model_tracking.enabled=true", "--work-dir=run"]
