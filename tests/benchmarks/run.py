@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed_checkpoint
+import scale
 import synthetic
 from measure import Cost, measure
 
@@ -313,8 +314,49 @@ def memory(place: Place) -> None:
         )
 
 
+def direct(place: Place) -> None:
+    """What goes past the page cache: reshard against a flushed cp, verify against dd and cat."""
+    flushed = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
+    dd = 'for file; do dd if="$file" of=/dev/null bs=4M iflag=direct status=none; done'
+    read = [
+        _ckpt("verify", place.checkpoint, "-q"),
+        Contender("dd iflag=direct bs=4M", ["sh", "-c", dd, "sh", *place.inputs]),
+        Contender("cat > /dev/null", ["cat", *place.inputs]),
+    ]
+    print("  verify, from the page cache")
+    compare(place, read)
+    print("  verify, from disk")
+    compare(place, read, cold=True)
+    print("  reshard, to disk, flushed")
+    cp = Contender("cp -r, then sync each file", ["sh", "-c", flushed, "sh", place.checkpoint, place.out])
+    compare(place, [_ckpt("reshard", place.checkpoint, place.out, "--world-size", "4", "-q"), cp])
+
+
+def growth(place: Place) -> None:
+    """0.3 to 20 GB (with --size 5GB; else 0.3 GB alone): time is linear, memory flat."""
+    scale.grow(place.folder, CKPT, ENVIRONMENT, 20e9 if place.size == "5GB" else SIZES[place.size])
+
+
+def remote(place: Place) -> None:
+    """Requests, bytes and seconds of each command where every request takes 30 ms more."""
+    scale.far(place.folder, CKPT, ENVIRONMENT)
+
+
+def spread(place: Place) -> None:
+    """One reshard shared by 1, 2 and 4 processes of this machine."""
+    words = ["reshard", place.checkpoint, place.out, "--world-size", "4", "-q"]
+    contenders = [_ckpt(*words)]
+    for world in (1, 2, 4):
+        contenders.append(Contender(f"--spread, {world} workers", scale.among(world, words, CKPT)))
+    compare(place, contenders)
+
+
 ALL: dict[str, Callable[[Place], None]] = {
-    f.__name__: f for f in (reshard, universal, extract, convert, peers, verify, inspect, memory)
+    f.__name__: f
+    for f in (
+        *(reshard, universal, extract, convert, peers, verify, inspect, memory),
+        *(direct, growth, remote, spread),
+    )
 }
 
 

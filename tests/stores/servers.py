@@ -5,13 +5,65 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+KEY, SECRET = "testkey", "testsecret"
+WEED = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
+
+
+def free_port() -> int:
+    """One below 50,000: the server takes the port 10,000 above it, too."""
+    while True:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = int(found.getsockname()[1])
+        if port < 50_000:
+            return port
+
+
+@contextmanager
+def seaweed(folder: Path) -> Iterator[str]:
+    """SeaweedFS in a folder, with one bucket, `runs`: its address."""
+    assert WEED is not None
+    keys = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin", "Read", "Write"]}
+    anonymous = {"name": "anonymous", "actions": ["Admin"]}  # makes the bucket without a signature
+    (folder / "s3.json").write_text(json.dumps({"identities": [anonymous, {"name": "t"} | keys]}))
+    ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+    command = [WEED, "server", f"-dir={folder}", "-s3", f"-s3.config={folder / 's3.json'}", "-ip=127.0.0.1"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += ["-volume.max=64", *(f"-{name}.port={port}" for name, port in ports.items())]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        url = f"http://127.0.0.1:{ports['s3']}"
+        while not _has_bucket(url):
+            assert time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
+            time.sleep(0.3)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _has_bucket(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/runs", method="PUT"), timeout=10):
+            return True
+    except OSError:
+        return False
 
 
 class Files(BaseHTTPRequestHandler):

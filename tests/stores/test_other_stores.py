@@ -25,8 +25,7 @@ from urllib.parse import quote
 
 import pytest
 from commands import run
-from stores.conftest import free_port
-from stores.servers import Hub
+from stores.servers import Hub, free_port
 from support import FIXTURES
 
 import ckpttools
