@@ -12,6 +12,7 @@ from ckpttools.training import Training
 from ckpttools.tree import Key, Value
 
 FP32 = "fp32"  # the kind of master weights, whatever their dtype
+EXCLUDES_FROZEN = "exclude_frozen_parameters"  # ours, the key where no other place of a file tells it
 STEP = "step"  # what the usual optimizers count
 
 
@@ -73,8 +74,9 @@ class Checkpoint:
 
     `tensors` are the model's weights and buffers as saved, by name; tied names share their chunks.
     `shared` maps an alias to its owner, `frozen` and `buffers` name entries of `tensors`,
-    `left_out` parameters that the model has and the files do not (name -> shape). `roles_guessed`: nothing
-    in the files tells buffers from frozen weights, so that `frozen` may name buffers. `extra_state` is what
+    `left_out` parameters that the model has and the files do not (name -> shape). `excludes_frozen`: frozen
+    ones were left out, and no file names them. `roles_guessed`: nothing in the files tells buffers from
+    frozen weights, so that `frozen` may name buffers. `extra_state` is what
     the model's state holds beside tensors.
     `optimizer` is the class of the optimizer where the files name it ("AdamW"). `loss_scaler` is its state
     as plain values. `client` is what training code saved beside all that, by key; `settings` the run's
@@ -93,6 +95,7 @@ class Checkpoint:
     buffers: frozenset[str] = frozenset()
     roles_guessed: bool = False
     left_out: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    excludes_frozen: bool = False
     extra_state: Mapping[str, Value] = field(default_factory=dict)
     files: tuple[FileRole, ...] = ()
     checks: tuple[SourceCheck, ...] = ()  # checksums that the files state for their parts

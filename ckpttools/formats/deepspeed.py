@@ -7,9 +7,9 @@ Source: deepspeed/runtime/engine.py (_save_checkpoint, _common_checkpoint_state)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode, encode
 from ckpttools.containers.pickles import Global, Node, Object
@@ -68,6 +68,29 @@ def module_of(file: TorchFile, root: fields.Mapping) -> tuple[dict[str, TensorRe
         else:
             extra[name] = decode(file, node)
     return tensors, extra
+
+
+def excludes_frozen(root: fields.Mapping, tensors: Collection[str], stage: int) -> bool:
+    """Whether save_checkpoint left out what is frozen, which no file names then, as far as they tell it: what
+    ckpt writes says it.
+
+    Stages 2 and 3 hold its fragments, none of them as an empty dict. The others never do: there a tied weight
+    without its owner tells, and adapters without what they adapt.
+    """
+    if root.get(EXCLUDES_FROZEN) is True:
+        return True
+    if stage >= 2:
+        return root.get("frozen_param_fragments", 0) is None
+    shared = fields.as_mapping(root.get("shared_params"))
+    owners = {owner for _, owner in shared.named()} if shared is not None else set()
+    adapted = {name.partition(".lora_A")[0] for name in tensors if ".lora_A" in name}
+    bases = (name for name in tensors if ".lora_" not in name) if adapted else ()
+    return bool(owners - set(tensors) or (adapted and not any(_parents(name) & adapted for name in bases)))
+
+
+def _parents(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}
 
 
 def settings_of(file: TorchFile, root: fields.Mapping) -> Mapping[str, Value]:

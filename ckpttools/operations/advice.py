@@ -51,14 +51,18 @@ def weights(
     return (verify(dst), load)
 
 
-def distributed(variant: str | None, dst: Location) -> str:
-    """The code that loads a distributed checkpoint, by the layout of its state (formats.dcp.roles)."""
+def distributed(variant: str | None, dst: Location, *, partial: bool = False) -> str:
+    """The code that loads a distributed checkpoint, by the layout of its state (formats.dcp.roles), `partial`
+    where what is frozen is not in it.
+    """
     path = repr(str(dst))
     if variant == "accelerate":
         return f"accelerator.load_state({path}); Trainer: the folder is what checkpoint-N holds of FSDP"
     if variant == "titan":
         return f"torchtitan: its checkpoint.folder takes {path} under the name step-N"
-    options = ", options=StateDictOptions(flatten_optimizer_state_dict=True)" if variant == "flat" else ""
+    asked = {"flatten_optimizer_state_dict": variant == "flat", "ignore_frozen_params": partial}
+    wanted = [f"{key}=True" for key, value in asked.items() if value] + ["strict=False"] * partial
+    options = f", options=StateDictOptions({', '.join(wanted)})" if wanted else ""
     return (
         f"model_state, optim_state = get_state_dict(model, optimizer{options}); "
         f"torch.distributed.checkpoint.load({{'model': model_state, 'optimizer': optim_state}}, "

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import Unsupported, UsageError, escape
 from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
@@ -98,6 +98,8 @@ def convert(
         notes.append(f"optimizer and schedule are left out, as asked for{anew_from}")
     if like is not None:
         checkpoint, dtype = _like(checkpoint, source, Path(like), dtype)
+    if checkpoint.excludes_frozen and to != "hf":
+        checkpoint = replace(checkpoint, client={**checkpoint.client, EXCLUDES_FROZEN: True})
     if to != "hf" and list(checkpoint.tensors) != names:
         _refuse_unnamed(checkpoint)
     if to not in ("pt", "hf") and not reset_optimizer:
@@ -122,7 +124,8 @@ def convert(
                 checkpoint = replace(checkpoint, template=None)
             checkpoint = _single(checkpoint, target)
             plan = PLANS[to](checkpoint, layout)
-            lines = iter([advice.distributed(dcp_layout, dst)])
+            partial = bool(checkpoint.left_out) or checkpoint.excludes_frozen
+            lines = iter([advice.distributed(dcp_layout, dst, partial=partial)])
         case "hf":
             checkpoint = weights_only(checkpoint)
             checkpoint = cast(checkpoint, target) if target is not None else checkpoint

@@ -21,7 +21,8 @@ def single_file(checkpoint: Checkpoint, dst: Location, weights: str, optimizer: 
     """torch.load and load_state_dict. `weights` and `optimizer` are the keys of the state dicts."""
     yield from _own_classes(checkpoint, dst)
     yield f"saved = torch.load({str(dst)!r}, weights_only=True)"
-    yield f"model.load_state_dict(saved[{weights!r}])"
+    loose = ", strict=False" if checkpoint.excludes_frozen or checkpoint.left_out else ""
+    yield f"model.load_state_dict(saved[{weights!r}]{loose})"
     if checkpoint.groups:
         yield f"optimizer.load_state_dict(saved[{optimizer!r}])"
     state = checkpoint.training
@@ -48,6 +49,8 @@ def engine(checkpoint: Checkpoint, layout: Layout, dst: Location) -> Iterator[st
             load = f"torch.load({str(file)!r}, weights_only=True)['module']"
             yield f"model.load_state_dict({load}, strict=False)  # load_universal leaves out frozen, buffers"
     options = "" if checkpoint.training.scheduler else ", load_lr_scheduler_states=False"
+    if checkpoint.excludes_frozen or checkpoint.left_out:
+        options += ", load_module_strict=False"
     ranks = f"{layout.dp_degree} rank{'s' * (layout.dp_degree > 1)}"
     on = f"  # on {ranks}" if layout.zero_stage else ""
     yield f"path, client_state = engine.load_checkpoint({str(dst)!r}{options}){on}"

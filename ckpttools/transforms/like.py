@@ -52,6 +52,7 @@ def like(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
         buffers=other.buffers,
         roles_guessed=other.roles_guessed,
         left_out=other.left_out,
+        excludes_frozen=other.excludes_frozen,
         settings=other.settings or checkpoint.settings,
         optimizer=other.optimizer or checkpoint.optimizer,
         training=state,

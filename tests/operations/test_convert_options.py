@@ -562,3 +562,36 @@ def test_a_count_that_some_parameters_lack_is_refused(tmp_path: Path) -> None:
     torch.save(state, source)
     refused = run("convert", source, tmp_path / "u", "--to", "universal")
     assert refused.code == 2 and "error[state-incomplete]" in refused.err and "'step'" in refused.err
+
+
+# --- exclude_frozen_parameters --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "src",
+    [SAMPLES / "z1_tied_frozen_exclude_ws2", SAMPLES / "z3_exclude_frozen_ws2", FIXTURES / "hf-trainer/peft"],
+    ids=lambda path: path.name,
+)
+def test_what_was_frozen_and_left_out_stays_known_through_every_format(src: Path, tmp_path: Path) -> None:
+    """Each way loads into a model that has the frozen weights already, and not strictly."""
+    src = src / "checkpoint-2" if src.name == "peft" else src
+    assert any("not in the source" in note for note in convert(src, tmp_path / "w", to="hf").notes)
+    for to in (target for target in TARGETS if target != "hf"):
+        made = convert(src, tmp_path / to, to=to, digest=False)
+        assert any("frozen weights are not in the source" in note for note in made.notes)
+        assert any("strict=False" in line for line in made.next)
+        src = made.destination
+        assert open_checkpoint(src).excludes_frozen
+        assert verify(src).ok
+    whole = convert(SAMPLES / "z2_lora_ws2", tmp_path / "whole", to="zero1", digest=False)
+    assert not any("not in the source" in note or "strict=False" in note for note in whole.notes + whole.next)
+
+
+def test_an_adapter_without_its_base_was_left_out_at_every_stage(tmp_path: Path) -> None:
+    convert(SAMPLES / "z2_lora_exclude_ws2", tmp_path / "one", to="zero1", digest=False)
+    file = tmp_path / "one/global_step3/mp_rank_00_model_states.pt"
+    saved = torch.load(file, weights_only=False)
+    del saved["exclude_frozen_parameters"]
+    torch.save({**saved, "frozen_param_fragments": None}, file)  # as DeepSpeed has it at stage 1
+    assert open_checkpoint(tmp_path / "one").excludes_frozen
+    assert not open_checkpoint(SAMPLES / "z1_frozen_ws2").excludes_frozen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout
+from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.dcp.counters import training
@@ -154,6 +154,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
         shared=shared,
         frozen=frozen,
         buffers=buffers,
+        excludes_frozen=client.get(EXCLUDES_FROZEN) is True,
         roles_guessed=not isinstance(stated, list),
         extra_state=held.extra,
         files=tuple(role for each in found for role in _files(each)),

@@ -31,6 +31,7 @@ from ckpttools.formats.dcp.roles import (
     TITAN,
     Names,
 )
+from ckpttools.formats.left_out import left_out
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Path as Keys
@@ -187,8 +188,7 @@ def _terminal(value: Value) -> bool:
 def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.optimizer:
         yield f"the optimizer's class ({escape(checkpoint.optimizer)}) has no place in the format"
-    if checkpoint.left_out:
-        yield f"{len(checkpoint.left_out)} weights of the model are not in the source: their names are lost"
+    yield from left_out(checkpoint)
     if checkpoint.settings:
         yield "the run's settings have no place in the format"
     if checkpoint.training.saved_batch:

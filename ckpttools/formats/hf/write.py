@@ -13,6 +13,7 @@ from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, w
 from ckpttools.errors import escape
 from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, to_metadata, to_values
 from ckpttools.formats.hf.names import BIN, shard_names
+from ckpttools.formats.left_out import left_out
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 
@@ -82,14 +83,13 @@ def _not_held(checkpoint: Checkpoint, *, uncounted: bool) -> Iterator[str]:
         lost.append("the run's settings")
     if checkpoint.extra_state:
         lost.append(f"what the model's state holds beside tensors ({len(checkpoint.extra_state)})")
-    if checkpoint.left_out:
-        lost.append(f"parameters that the source has left out ({_some(checkpoint.left_out)})")
     client = [key for key in checkpoint.client if key not in to_metadata(state)]
     if client:
         lost.append(f"the training code's {_some(client)}")
     held = checkpoint.template if isinstance(checkpoint.template, tuple) else ()
     if keys := [key for each in held if isinstance(each, FreeText) for key in each.keys]:
         yield f"not carried, as it may hold for the source alone: the text of its header under {_some(keys)}"
+    yield from left_out(checkpoint)
     if lost:
         yield f"not carried, as a model's files have no place for it: {', '.join(lost)}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout, common_dtype
+from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Dict, plain
@@ -98,6 +98,7 @@ def read(
         frozen=frozen,
         buffers=buffers,
         roles_guessed=stated is None,
+        excludes_frozen=client.get(EXCLUDES_FROZEN) is True,
         training=state,
         extra_state=_extra_state(file, key, prefix),
         client=client,

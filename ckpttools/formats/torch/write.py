@@ -19,6 +19,7 @@ from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats.buffers import BUFFERS, told
+from ckpttools.formats.left_out import left_out
 from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.formats.torch_optimizer import NAMES, place_of, separate, state_of
 from ckpttools.plan import Plan
@@ -236,8 +237,6 @@ def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"not kept: the loss scaler ({escape(checkpoint.loss_scaler.get('class', 'of no class'))})"
     if checkpoint.settings:
         yield f"not kept: the run's settings ({', '.join(map(escape, list(checkpoint.settings)[:8]))})"
-    if checkpoint.left_out:
-        name = escape(next(iter(checkpoint.left_out)))
-        yield f"{len(checkpoint.left_out)} parameters are not in the source, the first {name}"
+    yield from left_out(checkpoint)
     if layout.dp_degree > 1:
         yield f"not kept: the layout for {layout.dp_degree} ranks; any number of ranks loads the file"

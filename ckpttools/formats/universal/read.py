@@ -15,7 +15,14 @@ from ckpttools.checkpoint import FP32, STEP, Checkpoint, FileRole, Layout, Param
 from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, escape
-from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
+from ckpttools.formats.deepspeed import (
+    client,
+    counters,
+    excludes_frozen,
+    loss_scaler,
+    optimizer_class,
+    settings_of,
+)
 from ckpttools.formats.universal.decode import (
     Model,
     Settings,
@@ -195,6 +202,7 @@ def checkpoint(found: Universal) -> Checkpoint:
         shared={alias: owner for alias, owner in model.shared.items() if owner in tensors},
         frozen=_frozen(found, tensors),
         left_out={name: shape for name, shape in model.frozen.items() if name not in tensors},
+        excludes_frozen=excludes_frozen(model.root, tensors, settings.stage or 2),
         extra_state=model.extra_state,
         buffers=model.buffers,
         files=tuple(_roles(found)),

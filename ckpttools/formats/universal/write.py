@@ -23,6 +23,7 @@ from ckpttools.formats.deepspeed import (
     scheduler_state,
     version_of,
 )
+from ckpttools.formats.left_out import left_out
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.universal.decode import PARAM
 from ckpttools.formats.universal.names import SETTINGS, STAGE3_NAME, SUFFIX, ZERO, folder_of
@@ -195,6 +196,7 @@ def _model(checkpoint: Checkpoint, *, whole: bool) -> Dict:
 
 
 def _notes(checkpoint: Checkpoint) -> Iterator[str]:
+    yield from left_out(checkpoint)
     if checkpoint.training.step is None:
         yield "global_steps is not known: written as 0"
     every = {kind for group in checkpoint.groups for kind in group.scalars} - {STEP}

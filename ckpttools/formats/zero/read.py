@@ -11,7 +11,14 @@ from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
-from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
+from ckpttools.formats.deepspeed import (
+    client,
+    counters,
+    excludes_frozen,
+    loss_scaler,
+    optimizer_class,
+    settings_of,
+)
 from ckpttools.formats.model_states import ModelStates, read_model
 from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
 from ckpttools.formats.zero.decode import Rank, read_rank
@@ -71,6 +78,7 @@ def checkpoint(folder: ZeroFolder) -> Checkpoint:
         shared=model.shared,
         frozen=model.frozen,
         left_out={name: shape for name, shape in model.frozen_shapes.items() if name not in model.weights},
+        excludes_frozen=excludes_frozen(model.root, model.weights, stage or 1),
         extra_state=model.extra_state,
         buffers=model.buffers,
         files=tuple(_roles(folder)),

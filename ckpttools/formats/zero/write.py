@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.formats.batch import kept_batch
+from ckpttools.formats.left_out import left_out
 from ckpttools.formats.zero import model_file, optim_file
 from ckpttools.formats.zero.target import target
 from ckpttools.plan import Plan, copy_file
@@ -25,4 +26,4 @@ def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
     files = [model_file.output(to, settings), *optim_file.outputs(to, settings)]
     if to.template is not None:
         files += [copy_file(path, path.name, size_of(path)) for path in to.template.files.others]
-    return Plan(files=tuple(files), notes=tuple(notes), checks=checkpoint.checks)
+    return Plan(files=tuple(files), notes=(*notes, *left_out(checkpoint)), checks=checkpoint.checks)

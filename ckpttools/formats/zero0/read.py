@@ -17,6 +17,7 @@ from ckpttools.formats.buffers import untrained
 from ckpttools.formats.deepspeed import (
     client,
     counters,
+    excludes_frozen,
     module_of,
     names_of,
     optimizer_class,
@@ -107,6 +108,7 @@ def read(folder: Location) -> Checkpoint:
         frozen=frozen,
         buffers=buffers & tensors.keys(),
         left_out={name: shape for name, shape in stated.items() if name not in tensors},
+        excludes_frozen=excludes_frozen(root, tensors, 0),
         extra_state=extra,
         files=(
             role_of(file, "weights, the whole optimizer, counters, client state"),

@@ -18,6 +18,7 @@ from ckpttools.errors import escape
 from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import client_values, counter_values, scheduler_state, version_of
+from ckpttools.formats.left_out import left_out
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.torch_optimizer import separate, state_of
 from ckpttools.formats.zero0.read import INNER, MASTERS
@@ -70,6 +71,7 @@ def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
 
 
 def _notes(checkpoint: Checkpoint, layout: Layout, wrapped: bool) -> Iterator[str]:
+    yield from left_out(checkpoint)
     if checkpoint.training.step is None:
         yield "global_steps is not known: written as 0"
     if wrapped and layout.variant != FLAT:

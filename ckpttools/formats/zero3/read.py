@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from ckpttools.checkpoint import FP32, Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats.deepspeed import client, counters, loss_scaler, optimizer_class, settings_of
+from ckpttools.formats.deepspeed import (
+    client,
+    counters,
+    excludes_frozen,
+    loss_scaler,
+    optimizer_class,
+    settings_of,
+)
 from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
 from ckpttools.formats.zero3.decode import read_model, read_shard
 from ckpttools.formats.zero3.join import Zero3Folder, assemble, frozen_weights, gathered
@@ -54,6 +61,7 @@ def checkpoint(folder: Zero3Folder) -> Checkpoint:
         shared={a: o for a, o in model.shared.items() if o in tensors},
         frozen=frozenset(model.frozen) & tensors.keys(),
         left_out={name: shape for name, shape in model.frozen.items() if name not in tensors},
+        excludes_frozen=excludes_frozen(model.root, tensors, 3),
         extra_state=model.extra_state,
         buffers=model.buffers,
         files=tuple(_roles(folder)),

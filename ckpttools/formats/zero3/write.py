@@ -28,9 +28,9 @@ from ckpttools.formats.deepspeed import (
     sub_group_size,
     version_of,
 )
+from ckpttools.formats.left_out import left_out
 from ckpttools.formats.rank_files import optim_name
 from ckpttools.formats.zero3.cuts import held, part_of, sub_groups
-from ckpttools.formats.zero3.join import Zero3Folder
 from ckpttools.formats.zero3.names import model_name
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.tensors import DTYPES, FLOAT32, Chunk, DType, TensorRef, Zeros, join_chunks
@@ -114,6 +114,7 @@ def _buffers(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def _notes(to: Target) -> Iterator[str]:
+    yield from left_out(to.checkpoint)
     if to.checkpoint.training.step is None:
         yield "global_steps is not known: written as 0"
     count = sum(map(len, to.cuts))
@@ -129,7 +130,7 @@ def _model(to: Target, rank: int) -> Dict:
     checkpoint, storages = to.checkpoint, dict[object, Storage]()
     frozen = [name for name in checkpoint.tensors if name in checkpoint.frozen]
     shapes = {name: checkpoint.tensors[name].shape for name in frozen} | dict(checkpoint.left_out)
-    said = bool(shapes) or not _excludes_frozen(checkpoint)
+    said = bool(shapes) or not checkpoint.excludes_frozen
     values: dict[str, Node] = {
         "module": _module(to, storages),
         "buffer_names": [name for name in checkpoint.tensors if name in to.buffers],
@@ -142,7 +143,7 @@ def _model(to: Target, rank: int) -> Dict:
         "frozen_param_shapes": ordered((n, size_node(s)) for n, s in shapes.items()) if said else None,
         "shared_params": encode(dict(checkpoint.shared)) if rank == 0 else Dict(),
         "frozen_param_fragments": ordered((n, _part([checkpoint.tensors[n]], to.ranks, rank)) for n in frozen)
-        if frozen or not (checkpoint.left_out or _excludes_frozen(checkpoint))
+        if frozen or not (checkpoint.left_out or checkpoint.excludes_frozen)
         else None,
         "lr_scheduler": encode(scheduler_state(checkpoint)[0]),
         "data_sampler": None,
@@ -155,12 +156,6 @@ def _model(to: Target, rank: int) -> Dict:
     }
     client = {key: encode(value, storages) for key, value in client_values(checkpoint).items()}
     return Dict.of({**values, **_about(to), **client}.items())
-
-
-def _excludes_frozen(checkpoint: Checkpoint) -> bool:
-    """Whether DeepSpeed left out what is frozen: then it says nothing of it, else what there is."""
-    held = checkpoint.template
-    return isinstance(held, Zero3Folder) and held.models[0].root.get("frozen_param_fragments") is None
 
 
 def _about(to: Target) -> dict[str, Node]:

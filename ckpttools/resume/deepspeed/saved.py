@@ -15,7 +15,7 @@ from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError, Unsupported
-from ckpttools.formats.deepspeed import stage_of
+from ckpttools.formats.deepspeed import excludes_frozen, stage_of
 from ckpttools.formats.model_states import read_model
 from ckpttools.formats.rank_files import (
     MODEL,
@@ -174,7 +174,7 @@ def _left_out(root: fields.Mapping, stage: int, tensors: Mapping[str, Tensor]) -
     shared = fields.as_mapping(root.get("shared_params"))
     owners = [owner for _, owner in shared.named() if isinstance(owner, str)] if shared is not None else []
     missing = tuple(dict.fromkeys(owner for owner in owners if owner not in tensors))
-    return missing if missing or (stage >= 2 and root.get("frozen_param_fragments", 0) is None) else None
+    return missing if missing or excludes_frozen(root, tensors, stage) else None
 
 
 def _plain(node: object) -> dict[str, object]:
