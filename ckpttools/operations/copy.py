@@ -66,7 +66,8 @@ def copy(
 
             report = upload(plan, dst, finish=finish, is_last=is_last, **options)
         else:
-            from ckpttools.execute.spread import Job, spread
+            from ckpttools.execute.others import Job
+            from ckpttools.execute.spread import spread
 
             job = Job(worker=Worker(0, 1), is_result=lambda place, digest: False, alone=True)
             done = spread(plan, dst, job, finish=lambda digest: finish, **options).report

@@ -132,7 +132,8 @@ def carry_out(
 
             report = upload(plan, dst, finish=finish, is_last=is_last, **options)
         elif how.spread:
-            from ckpttools.execute.spread import Job, spread
+            from ckpttools.execute.others import Job
+            from ckpttools.execute.spread import spread
 
             job = Job(worker=how.spread, is_result=manifest.is_result)
             share = spread(plan, dst, job, finish=lambda digest: partial(finish, digest=digest), **options)

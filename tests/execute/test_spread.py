@@ -20,9 +20,10 @@ from benchmarks.synthetic import write_random
 from support import FIXTURES
 
 from ckpttools.errors import UsageError
-from ckpttools.execute import Finish, staging
+from ckpttools.execute import Finish, others, staging
 from ckpttools.execute import spread as spreading
-from ckpttools.execute.spread import Job, spread
+from ckpttools.execute.others import Job, Others
+from ckpttools.execute.spread import spread
 from ckpttools.launch import Worker, worker
 from ckpttools.manifest import is_result
 from ckpttools.plan import Literal, OutputFile, Plan
@@ -219,8 +220,8 @@ def test_who_plans_something_else_is_refused(large: Path, tmp_path: Path) -> Non
 
 
 def test_a_worker_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spreading, "_POLL", 0.01)
-    monkeypatch.setattr(spreading, "_REMIND", 3)
+    monkeypatch.setattr(others, "_POLL", 0.01)
+    monkeypatch.setattr(others, "_REMIND", 3)
     source = tmp_path / "a"
     source.write_bytes(random.Random(0).randbytes(3_000_000))
     plan = Plan(files=(OutputFile(path="", segments=(ByteRange(source, 0, 3_000_000),)),))
@@ -346,9 +347,9 @@ def test_of_two_that_commit_one_does_and_the_other_touches_nothing(
 
     results: dict[int, Any] = {}
     gate = threading.Barrier(2)
-    ready, waits = spreading._Share.is_to_commit, spreading._Share.wait_for_commit
+    ready, waits = Others.leave_to_me, spreading._Share.wait_for_commit
     monkeypatch.setattr(staging, "commit", slow)
-    monkeypatch.setattr(spreading._Share, "is_to_commit", lambda share: (gate.wait(60), ready(share))[1])
+    monkeypatch.setattr(Others, "leave_to_me", lambda them, needed: (gate.wait(60), ready(them, needed))[1])
     monkeypatch.setattr(spreading._Share, "wait_for_commit", lambda share: (is_late.set(), waits(share))[1])
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
