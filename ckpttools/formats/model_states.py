@@ -1,38 +1,66 @@
-"""DeepSpeed's mp_rank_00_model_states.pt, decoded, whatever the stage that wrote it."""
+"""DeepSpeed's *_model_states.pt, decoded, whatever the stage that wrote it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ckpttools.containers import fields
+from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import module_of, names_of, shapes_of
 from ckpttools.location import Location
-from ckpttools.tensors import TensorRef
+from ckpttools.tensors import TensorRef, cat
 from ckpttools.tree import Value
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStates:
-    """mp_rank_00_model_states.pt, decoded. `shapes` is per group, in flat order."""
+    """A model file, decoded: of the whole, or of a rank of stage 3, where `weights` holds parameters as
+    tensors without elements, whole buffers, and `fragments` the rank's parts of what is frozen.
+    """
 
+    dp_rank: int = 0
     file: TorchFile
     root: fields.Mapping
     weights: Mapping[str, TensorRef]
-    buffers: frozenset[str]
-    frozen: frozenset[str]
-    frozen_shapes: Mapping[str, tuple[int, ...]]  # as stated: also of those that the file leaves out
-    shared: Mapping[str, str]
     extra_state: Mapping[str, Value]  # what module holds beside tensors
-    shapes: tuple[Mapping[str, tuple[int, ...]], ...] | None  # None: in the optimizer files (<= 0.5.10)
+    buffers: frozenset[str]
+    shapes: tuple[Shapes, ...]  # per group, of stage 3 per sub-group, in flat order
+    frozen: frozenset[str]
+    frozen_shapes: Shapes  # as stated: also of those that the file leaves out
+    fragments: Mapping[str, TensorRef]  # of the frozen ones: a second copy, or a rank's part
+    shared: Mapping[str, str]
     dp_world_size: int | None
     ds_version: str | None
 
 
+def read_stated(path: Location, dp_rank: int = 0) -> ModelStates:
+    """Decode the model file of a rank of stage 3, or of a universal checkpoint: as it says."""
+    model = _read(path, dp_rank)
+    fields.sequence(path, model.root.get("param_shapes"), "param_shapes")
+    return model
+
+
 def read_model(path: Location) -> ModelStates:
-    """Decode the model file."""
+    """Decode a model file of any age, which may leave things to be concluded; before 0.5.11 `shapes` is ():
+    they are in the optimizer files.
+    """
+    model = _read(path, 0)
+    trainable = {name for group in model.shapes for name in group}
+    shared = _shared(model, trainable)
+    frozen, root = model.frozen, model.root
+    if root.get("frozen_param_shapes") is None and root.get("param_shapes") is not None:
+        # stage 1 records no frozen parameters: whatever module holds beside the rest is frozen
+        frozen = frozenset(model.weights) - trainable - model.buffers - frozenset(shared)
+    return replace(model, shared=shared, frozen=frozen)
+
+
+def _read(path: Location, dp_rank: int) -> ModelStates:
     file = read_torch_file(path)
     root = fields.mapping(path, file.value, "the file's value")
     module = root.get("module")
@@ -44,54 +72,63 @@ def read_model(path: Location) -> ModelStates:
             layout="pipeline",
         )
     weights, extra = module_of(file, root)
-    shapes = None
-    if root.get("param_shapes") is not None:
-        groups = fields.sequence(path, root.get("param_shapes"), "param_shapes")
-        shapes = tuple(shapes_of(path, node, f"param_shapes[{g}]") for g, node in enumerate(groups))
-    frozen = root.get("frozen_param_shapes")
-    trainable = {name for group in shapes or () for name in group}
-    shared = _shared(root, weights, trainable)
-    buffers = names_of(root.get("buffer_names"))
-    frozen_shapes: Mapping[str, tuple[int, ...]] = {}
-    if frozen is not None:
-        frozen_shapes = shapes_of(path, frozen, "frozen_param_shapes")
-        frozen_names = frozenset(frozen_shapes)
-    elif shapes is not None:
-        # stage 1 records no frozen parameters: whatever module holds beside the rest is frozen
-        frozen_names = frozenset(weights) - trainable - buffers - frozenset(shared)
-    else:
-        frozen_names = frozenset()
+    stated, frozen = root.get("param_shapes"), root.get("frozen_param_shapes")
+    groups = fields.sequence(path, stated, "param_shapes") if stated is not None else []
+    frozen_shapes = shapes_of(path, frozen, "frozen_param_shapes") if frozen is not None else {}
     version = root.get("ds_version")
     return ModelStates(
+        dp_rank=dp_rank,
         file=file,
         root=root,
         weights=weights,
-        buffers=buffers,
-        frozen=frozen_names,
-        frozen_shapes=frozen_shapes,
         extra_state=extra,
-        shared=shared,
-        shapes=shapes,
+        buffers=names_of(root.get("buffer_names")),
+        shapes=tuple(shapes_of(path, node, f"param_shapes[{g}]") for g, node in enumerate(groups)),
+        frozen=frozenset(frozen_shapes),
+        frozen_shapes=frozen_shapes,
+        fragments={
+            name: view.ref
+            for name, node in _named(root, "frozen_param_fragments")
+            if (view := file.view(node))
+        },
+        shared={a: o for a, o in _named(root, "shared_params") if isinstance(o, str)},
         dp_world_size=fields.integer(root.get("dp_world_size")),
         ds_version=version if isinstance(version, str) else None,
     )
 
 
-def frozen_fragments(model: ModelStates) -> dict[str, TensorRef]:
-    """DeepSpeed's second copy of the frozen parameters, by name; {} where there is none."""
-    pairs = fields.as_mapping(model.root.get("frozen_param_fragments"))
-    views = ((name, model.file.view(node)) for name, node in (pairs.named() if pairs is not None else ()))
-    return {name: view.ref for name, view in views if view is not None}
+def _named(root: fields.Mapping, key: str) -> Iterable[tuple[str, Node]]:
+    pairs = fields.as_mapping(root.get(key))
+    return pairs.named() if pairs is not None else ()
 
 
-def _shared(root: fields.Mapping, weights: Mapping[str, TensorRef], trainable: set[str]) -> dict[str, str]:
+def frozen_weights(models: Sequence[ModelStates]) -> dict[str, TensorRef]:
+    """The frozen parameters of stage 3, put together from the parts of all ranks, in their order; the last
+    ones are padded. Raises CkptError where a part has another size than the shape makes it.
+    """
+    out: dict[str, TensorRef] = {}
+    for name, shape in models[0].frozen_shapes.items():
+        numel = math.prod(shape)
+        wanted = -(-numel // len(models))
+        parts: list[TensorRef] = []
+        for model in models:
+            part, field = model.fragments.get(name), f"frozen_param_fragments.{name}"
+            if part is None or part.shape != (wanted,):
+                problem = "is missing" if part is None else f"is {list(part.shape)}, not {wanted} elements"
+                raise fields.bad_field(model.file.path, field, problem)
+            if parts and part.dtype is not parts[0].dtype:
+                raise fields.bad_field(model.file.path, field, f"is {part.dtype}, unlike rank 0's")
+            parts.append(part)
+        out[name] = cat(parts, parts[0].dtype).flat(0, numel).view(shape)
+    return out
+
+
+def _shared(model: ModelStates, trainable: set[str]) -> dict[str, str]:
     """Alias -> owner, where the file has the owner. Before DeepSpeed 0.9.2 only a shared storage says so."""
-    stated = root.get("shared_params")
-    if stated is not None:
-        pairs = fields.as_mapping(stated)
-        found = {a: o for a, o in pairs.named() if isinstance(o, str)} if pairs is not None else {}
+    weights = model.weights
+    if model.root.get("shared_params") is not None:
         # exclude_frozen_parameters leaves out the owner alone: its alias is then a weight like any other
-        found = {a: o for a, o in found.items() if o in weights or o in trainable}
+        found = {a: o for a, o in model.shared.items() if o in weights or o in trainable}
         # parameters without elements have no address: DeepSpeed takes them all for one
         return {a: o for a, o in found.items() if a not in weights or weights[a].numel or a not in trainable}
     owner: dict[object, str] = {}

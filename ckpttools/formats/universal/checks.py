@@ -148,7 +148,7 @@ def module(found: Universal) -> Findings:
     model = found.models[0]
     for params in found.shapes:
         for name, shape in params.items():
-            ref = model.module.get(name)
+            ref = model.weights.get(name)
             if ref is None:
                 message = f"{escape(name)} is not in module"
                 yield _found("tensor-missing", model.file.path, name, message, severity=WARNING)
@@ -168,7 +168,7 @@ def strays(found: Universal) -> Findings:
     """ds_to_universal copies frozen parameters, buffers and aliases; what else is there is a leftover."""
     model, zero = found.models[0], found.files.folder / ZERO
     trained = {name for params in found.shapes for name in params}
-    known = model.module.keys() | model.frozen.keys() | model.shared.keys()
+    known = model.weights.keys() | model.frozen | model.shared.keys()
     others = [name for name in found.files.params if name not in trained]
     stray = [name for name in others if name not in known]
     for name in stray[:SHOWN]:

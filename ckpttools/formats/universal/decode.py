@@ -1,4 +1,4 @@
-"""One file of a universal checkpoint, decoded: a model file, the settings, or one tensor of one parameter."""
+"""One file of a universal checkpoint, decoded: the settings, or one tensor of one parameter."""
 
 from __future__ import annotations
 
@@ -7,37 +7,15 @@ from dataclasses import dataclass
 
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
-from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import Unsupported
-from ckpttools.formats.deepspeed import names_of, shapes_of, stage_of
+from ckpttools.formats.deepspeed import stage_of
 from ckpttools.location import Location
-from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value
 
 PARAM = "param"  # the key of the tensor in a parameter's file
 # what tensor and expert parallelism leave beside it, which says how the tensor is cut
 PARALLEL = ("is_expert_param", "ep_num_experts", "vocab_tensor", "param_n_sub_params", "sub_param_shape")
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A model file, of ZeRO-1 and 2 or of a rank of ZeRO-3, where `module` holds parameters without elements
-    and `fragments` this rank's parts of frozen ones. `shapes` is per group, there per sub-group.
-    """
-
-    file: TorchFile
-    root: fields.Mapping
-    module: Mapping[str, TensorRef]
-    extra_state: Mapping[str, Value]
-    buffers: frozenset[str]
-    shapes: tuple[Shapes, ...]
-    frozen: Shapes
-    fragments: Mapping[str, TensorRef]
-    shared: Mapping[str, str]
-    dp_world_size: int
-    ds_version: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,45 +38,6 @@ class State:
 
     file: TorchFile
     value: Value
-
-
-def read_model(path: Location) -> Model:
-    """Decode a model file."""
-    file = read_torch_file(path)
-    root = fields.mapping(path, file.value, "the file's value")
-    module: dict[str, TensorRef] = {}
-    extra: dict[str, Value] = {}
-    held = root.get("module")
-    for name, node in fields.mapping(path, held, "module").named() if held is not None else ():
-        if view := file.view(node):
-            module[name] = view.ref
-        else:
-            extra[name] = decode(file, node)
-    shapes = fields.sequence(path, root.get("param_shapes"), "param_shapes")
-    frozen, fragments = root.get("frozen_param_shapes"), root.get("frozen_param_fragments")
-    shared = fields.as_mapping(root.get("shared_params"))
-    ranks, version = fields.integer(root.get("dp_world_size")), root.get("ds_version")
-    return Model(
-        file=file,
-        root=root,
-        module=module,
-        extra_state=extra,
-        buffers=names_of(root.get("buffer_names")),
-        shapes=tuple(shapes_of(path, node, f"param_shapes[{g}]") for g, node in enumerate(shapes)),
-        frozen=shapes_of(path, frozen, "frozen_param_shapes") if frozen is not None else {},
-        fragments=_tensors(file, fragments, "frozen_param_fragments"),
-        shared={a: o for a, o in shared.named() if isinstance(o, str)} if shared is not None else {},
-        dp_world_size=ranks if ranks is not None and ranks > 0 else 1,
-        ds_version=version if isinstance(version, str) else None,
-    )
-
-
-def _tensors(file: TorchFile, node: Node, field: str) -> dict[str, TensorRef]:
-    if node is None:
-        return {}
-    pairs = fields.mapping(file.path, node, field)
-    views = {name: file.view(inner) for name, inner in pairs.named()}
-    return {name: view.ref for name, view in views.items() if view is not None}
 
 
 def read_settings(path: Location) -> Settings:

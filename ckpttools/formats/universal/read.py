@@ -23,18 +23,17 @@ from ckpttools.formats.deepspeed import (
     optimizer_class,
     settings_of,
 )
+from ckpttools.formats.model_states import ModelStates, Shapes, frozen_weights, read_stated
 from ckpttools.formats.universal.decode import (
-    Model,
     Settings,
     State,
-    read_model,
     read_settings,
     read_state,
 )
 from ckpttools.formats.universal.names import SETTINGS, ZERO, UniversalFiles, find
 from ckpttools.location import Location
 from ckpttools.stores.files import size_of
-from ckpttools.tensors import FLOAT32, TensorRef, cat
+from ckpttools.tensors import FLOAT32, TensorRef
 from ckpttools.tree import Value
 
 T = TypeVar("T")
@@ -53,9 +52,9 @@ class Universal:
     """
 
     files: UniversalFiles
-    models: tuple[Model, ...]
+    models: tuple[ModelStates, ...]
     settings: Settings
-    shapes: tuple[Mapping[str, tuple[int, ...]], ...]  # per parameter group
+    shapes: tuple[Shapes, ...]  # per parameter group
     members: tuple[tuple[int, ...], ...] | None  # per parameter group: its sub-groups of ZeRO-3
     states: Mapping[str, Mapping[str, State]]
 
@@ -84,7 +83,7 @@ def assemble(files: UniversalFiles, attempt: Attempt, report: Report) -> Univers
     `report` returns from leaves a hole.
     """
     paths = [*([files.model] if files.model is not None else []), *files.stage3.values()]
-    read_models = [attempt(p, lambda p=p: read_model(p)) for p in paths]  # type: ignore[misc]
+    read_models = [attempt(p, lambda p=p: read_stated(p)) for p in paths]  # type: ignore[misc]
     models = tuple(model for model in read_models if model is not None)
     if files.settings is None:
         report(_no_settings(files))
@@ -118,8 +117,8 @@ def assemble(files: UniversalFiles, attempt: Attempt, report: Report) -> Univers
 
 
 def _grouped(
-    model: Model, settings: Settings
-) -> tuple[tuple[Mapping[str, tuple[int, ...]], ...], tuple[tuple[int, ...], ...] | None]:
+    model: ModelStates, settings: Settings
+) -> tuple[tuple[Shapes, ...], tuple[tuple[int, ...], ...] | None]:
     """The parameters of each group, from the sub-groups of ZeRO-3 where the model file lists those."""
     members = settings.members
     if members is not None:
@@ -191,7 +190,7 @@ def checkpoint(found: Universal) -> Checkpoint:
         layout=Layout(
             format="universal",
             zero_stage=settings.stage,
-            dp_degree=model.dp_world_size,
+            dp_degree=model.dp_world_size or 1,
             tag=found.files.folder.name,
             dtype=dtypes.pop() if len(dtypes) == 1 else None,
             writer=f"DeepSpeed {model.ds_version or '(version not recorded)'}",
@@ -201,7 +200,7 @@ def checkpoint(found: Universal) -> Checkpoint:
         training=counters(model.file, model.root),
         shared={alias: owner for alias, owner in model.shared.items() if owner in tensors},
         frozen=_frozen(found, tensors),
-        left_out={name: shape for name, shape in model.frozen.items() if name not in tensors},
+        left_out={name: shape for name, shape in model.frozen_shapes.items() if name not in tensors},
         excludes_frozen=excludes_frozen(model.root, tensors, settings.stage or 2),
         extra_state=model.extra_state,
         buffers=model.buffers,
@@ -219,8 +218,8 @@ def checkpoint(found: Universal) -> Checkpoint:
 def _frozen(found: Universal, tensors: Mapping[str, TensorRef]) -> frozenset[str]:
     """As stated; stage 1 states none: whatever module holds beside the rest."""
     model = found.models[0]
-    if model.frozen or model.root.get("frozen_param_shapes") is not None:
-        return frozenset(model.frozen) & tensors.keys()
+    if model.root.get("frozen_param_shapes") is not None:
+        return model.frozen & tensors.keys()
     trained = {name for group in found.shapes for name in group}
     return frozenset(tensors.keys() - trained - model.buffers - model.shared.keys())
 
@@ -229,41 +228,25 @@ def _tensors(found: Universal) -> dict[str, TensorRef]:
     """Every name of module in its order, then trained parameters that it lacks."""
     model = found.models[0]
     if found.files.model is not None:
-        return dict(model.module)
+        return dict(model.weights)
     masters = {
         name: _whole(found, name, FP32, shape)
         for group in found.shapes
         for name, shape in group.items()
         if FP32 in found.states[name]
     }
-    frozen = _gathered(found)
-    dtype = next((model.module[name].dtype for name in masters if name in model.module), FLOAT32)
+    # from the ranks' parts, where the files of all ranks are there
+    everyone = list(found.files.stage3) == list(range(model.dp_world_size or 1))
+    frozen = frozen_weights(found.models) if everyone else {}
+    dtype = next((model.weights[name].dtype for name in masters if name in model.weights), FLOAT32)
     out: dict[str, TensorRef] = {}
-    for name, ref in model.module.items():
+    for name, ref in model.weights.items():
         owner = model.shared.get(name, name)
         if owner in masters:
             out[name] = masters[owner].cast(ref.dtype)
         elif owner in frozen or owner in model.buffers or owner not in model.frozen:
             out[name] = frozen.get(owner, ref)
     return out | {name: ref.cast(dtype) for name, ref in masters.items() if name not in out}
-
-
-def _gathered(found: Universal) -> dict[str, TensorRef]:
-    """Frozen parameters from the ranks' parts, where the files of all ranks are there."""
-    first, ranks = found.models[0], found.models[0].dp_world_size
-    if list(found.files.stage3) != list(range(ranks)):
-        return {}
-    out: dict[str, TensorRef] = {}
-    for name, shape in first.frozen.items():
-        parts = [model.fragments.get(name) for model in found.models]
-        numel = math.prod(shape)
-        whole = [part for part in parts if part is not None and part.numel == -(-numel // ranks)]
-        if len(whole) < ranks or len({part.dtype for part in whole}) > 1:
-            raise fields.bad_field(
-                first.file.path, f"frozen_param_fragments.{name}", "is not whole on all ranks"
-            )
-        out[name] = cat(whole, whole[0].dtype).flat(0, numel).view(shape)
-    return out
 
 
 def _group(found: Universal, g: int) -> ParamGroup:
@@ -310,7 +293,7 @@ def _notes(found: Universal) -> Iterator[str]:
     if without:
         yield f"{len(without)} files have no checksums, the first {escape(without[0])}"
     model = found.models[0]
-    lost = [name for name in (*model.frozen, *sorted(model.buffers)) if not name.startswith("_")]
+    lost = [name for name in (*model.frozen_shapes, *sorted(model.buffers)) if not name.startswith("_")]
     if lost:
         yield (
             f"load_universal restores neither frozen parameters nor buffers: {len(lost)} of them, the first "

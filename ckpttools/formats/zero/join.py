@@ -59,7 +59,7 @@ def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> Z
     """Fit the ranks together. Raises CkptError where a parameter's bytes cannot be located for certain."""
     n = check_complete(files, model, ranks)
     shapes = model.shapes
-    if shapes is None:
+    if model.root.get("param_shapes") is None:
         if version_numbers(model.ds_version or ranks[0].ds_version) >= (0, 6):
             raise fields.bad_field(files.model, "param_shapes", "is missing")
         shapes = _old_shapes(ranks[0])

@@ -21,10 +21,11 @@ from ckpttools.formats.engine import Shard as EngineShard
 from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked
 from ckpttools.formats.found import found
+from ckpttools.formats.model_states import read_stated
 from ckpttools.formats.rank_files import PADDED
 from ckpttools.formats.rank_local import finding
 from ckpttools.formats.zero3.cuts import sub_groups
-from ckpttools.formats.zero3.decode import Shard, read_model, read_shard
+from ckpttools.formats.zero3.decode import Shard, read_shard
 from ckpttools.formats.zero3.join import Zero3Folder, assemble
 from ckpttools.formats.zero3.names import find
 from ckpttools.formats.zero3.read import checkpoint
@@ -43,7 +44,7 @@ SHARD_KEYS = ("zero_stage", "loss_scaler", "dynamic_loss_scale", "overflow", "pa
 def check(path: Location) -> Checked:
     """Each file by itself, then all together. Raises CkptError where the names of the files do not fit."""
     attempt, files = Attempts(), find(path)
-    models = [attempt(lambda p=p, r=r: read_model(p, r)) for r, p in files.model.items()]  # type: ignore[misc]
+    models = [attempt(lambda p=p, r=r: read_stated(p, r)) for r, p in files.model.items()]  # type: ignore[misc]
     shards = [attempt(lambda p=p, r=r: read_shard(p, r)) for r, p in files.optim.items()]  # type: ignore[misc]
     whole_models = [model for model in models if model is not None]
     whole_shards = [shard for shard in shards if shard is not None]
@@ -65,8 +66,8 @@ def same_on_all_ranks(folder: Zero3Folder) -> Findings:
     for model in folder.models[1:]:
         for key in MODEL_KEYS:
             yield from _differ(model.file, model.dp_rank, key, model.root.get(key), first.root.get(key))
-        if list(model.module) != list(first.module):
-            other = sorted(set(model.module) ^ set(first.module))[:1] or ["their order"]
+        if list(model.weights) != list(first.weights):
+            other = sorted(set(model.weights) ^ set(first.weights))[:1] or ["their order"]
             yield found("ranks-differ", model.file.path, "module", f"has other names than rank 0: {other[0]}")
     for shard in folder.shards[1:]:
         for key in SHARD_KEYS:
@@ -148,25 +149,25 @@ def names(folder: Zero3Folder) -> Findings:
     """What module names: parameters without elements, and buffers. DeepSpeed loads it strictly."""
     first = folder.models[0]
     for name in folder.trainable:
-        if name not in first.module:
+        if name not in first.weights:
             message = "a trainable parameter is not in module: DeepSpeed cannot load it"
             yield found("tensor-missing", first.file.path, name, message)
-    params = folder.trainable.keys() | first.frozen.keys() | first.shared.keys()
+    params = folder.trainable.keys() | first.frozen | first.shared.keys()
     for model in folder.models:
-        for name in params & model.module.keys():
-            if model.module[name].numel:
-                message = f"{list(model.module[name].shape)} in module, where ZeRO-3 keeps no element"
+        for name in params & model.weights.keys():
+            if model.weights[name].numel:
+                message = f"{list(model.weights[name].shape)} in module, where ZeRO-3 keeps no element"
                 yield found("shape-mismatch", model.file.path, name, message)
-        for name in sorted(model.buffers - model.module.keys()):
+        for name in sorted(model.buffers - model.weights.keys()):
             message = "listed as a buffer, and not in module"
             yield found("buffer-missing", model.file.path, name, message, severity=WARNING, hint="")
     known = params | first.buffers
-    stray = [n for n in first.module if n not in known and not n.endswith("_extra_state")]
+    stray = [n for n in first.weights if n not in known and not n.endswith("_extra_state")]
     if stray:
         message = f"{len(stray)} tensors of module are neither trainable, frozen, shared nor buffers"
         yield found("tensor-unknown", first.file.path, stray[0], message, severity=WARNING, hint="")
     for alias, owner in first.shared.items():
-        if owner not in folder.trainable and owner not in first.module:
+        if owner not in folder.trainable and owner not in first.weights:
             yield found("tied-mismatch", first.file.path, alias, f"tied to {owner}, which does not exist")
 
 

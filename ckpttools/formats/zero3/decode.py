@@ -1,8 +1,7 @@
-"""One rank's two files of a ZeRO-3 folder, decoded."""
+"""A rank's optimizer file of a ZeRO-3 folder, decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckpttools.containers import fields
@@ -10,31 +9,11 @@ from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import Unsupported
-from ckpttools.formats.deepspeed import module_of, names_of, shapes_of, stage_of
+from ckpttools.formats.deepspeed import stage_of
 from ckpttools.formats.rank_local import Leaf, State
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Value, dotted, leaves
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A rank's model file. `module` holds parameters as tensors without elements, and whole buffers."""
-
-    dp_rank: int
-    file: TorchFile
-    root: fields.Mapping
-    module: Mapping[str, TensorRef]
-    extra_state: Mapping[str, Value]
-    buffers: frozenset[str]
-    shapes: tuple[Shapes, ...]  # per sub-group, in flat order
-    frozen: Shapes
-    fragments: Mapping[str, TensorRef]  # this rank's parts of frozen parameters
-    shared: Mapping[str, str]  # filled on rank 0 only
-    dp_world_size: int | None
-    ds_version: str | None
+from ckpttools.tree import dotted, leaves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,40 +32,6 @@ class Shard:
     members: tuple[tuple[int, ...], ...]  # the sub-groups of each
     partition_count: int | None
     ds_version: str | None
-
-
-def read_model(path: Location, dp_rank: int) -> Model:
-    """Decode a rank's model file."""
-    file = read_torch_file(path)
-    root = fields.mapping(path, file.value, "the file's value")
-    module, extra = module_of(file, root)
-    frozen, fragments = root.get("frozen_param_shapes"), root.get("frozen_param_fragments")
-    shared = fields.as_mapping(root.get("shared_params"))
-    version = root.get("ds_version")
-    return Model(
-        dp_rank=dp_rank,
-        file=file,
-        root=root,
-        module=module,
-        extra_state=extra,
-        buffers=names_of(root.get("buffer_names")),
-        shapes=tuple(
-            shapes_of(path, node, f"param_shapes[{s}]")
-            for s, node in enumerate(fields.sequence(path, root.get("param_shapes"), "param_shapes"))
-        ),
-        frozen=shapes_of(path, frozen, "frozen_param_shapes") if frozen is not None else {},
-        fragments=_tensors(file, fragments, "frozen_param_fragments") if fragments is not None else {},
-        shared={a: o for a, o in shared.named() if isinstance(o, str)} if shared is not None else {},
-        dp_world_size=fields.integer(root.get("dp_world_size")),
-        ds_version=version if isinstance(version, str) else None,
-    )
-
-
-def _tensors(file: TorchFile, node: Node, field: str) -> dict[str, TensorRef]:
-    return {
-        name: _vector(file, inner, f"{field}.{name}")
-        for name, inner in fields.mapping(file.path, node, field).named()
-    }
 
 
 def _vector(file: TorchFile, node: Node, field: str) -> TensorRef:

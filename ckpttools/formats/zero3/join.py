@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from ckpttools.containers import fields
 from ckpttools.errors import CkptError
 from ckpttools.formats.found import ONE_SAVE
+from ckpttools.formats.model_states import ModelStates, Shapes
 from ckpttools.formats.rank_files import optim_name
 from ckpttools.formats.rank_local import Leaf, Unaccounted, unaccounted
 from ckpttools.formats.zero3.cuts import held, starts
-from ckpttools.formats.zero3.decode import Model, Shapes, Shard
+from ckpttools.formats.zero3.decode import Shard
 from ckpttools.formats.zero3.names import Zero3Files, model_name
 from ckpttools.location import Location
-from ckpttools.tensors import TensorRef, cat, join_chunks
+from ckpttools.tensors import TensorRef, join_chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class Zero3Folder:
     """A whole tag folder, decoded."""
 
     files: Zero3Files
-    models: tuple[Model, ...]
+    models: tuple[ModelStates, ...]
     shards: tuple[Shard, ...]
     shapes: tuple[Shapes, ...]  # per sub-group
     cut: tuple[tuple[str, ...], ...]  # per sub-group: the kinds of state that are cut over the ranks
@@ -46,7 +47,7 @@ class Zero3Folder:
         return {name: shape for shapes in self.shapes for name, shape in shapes.items()}
 
 
-def check_complete(files: Zero3Files, models: Sequence[Model], shards: Sequence[Shard]) -> int:
+def check_complete(files: Zero3Files, models: Sequence[ModelStates], shards: Sequence[Shard]) -> int:
     """How many ranks there are: every one from 0 on, as many as the files say. Raises CkptError otherwise."""
     stated = {each.dp_world_size for each in models} | {each.partition_count for each in shards}
     known = {n for n in stated if n is not None}
@@ -84,7 +85,7 @@ def check_complete(files: Zero3Files, models: Sequence[Model], shards: Sequence[
     return count
 
 
-def assemble(files: Zero3Files, models: Sequence[Model], shards: Sequence[Shard]) -> Zero3Folder:
+def assemble(files: Zero3Files, models: Sequence[ModelStates], shards: Sequence[Shard]) -> Zero3Folder:
     """Fit the ranks together. Raises CkptError where a parameter's bytes cannot be located for certain."""
     count = check_complete(files, models, shards)
     shapes = models[0].shapes
@@ -164,26 +165,3 @@ def gathered(folder: Zero3Folder, s: int, kind: str | None = None) -> dict[str, 
 def _tensor(leaf: Leaf) -> TensorRef:
     assert isinstance(leaf.value, TensorRef)  # a kind that is cut is a tensor on every rank
     return leaf.value
-
-
-def frozen_weights(folder: Zero3Folder) -> dict[str, TensorRef]:
-    """The frozen parameters, put together from the ranks' parts. Raises CkptError where one has another size
-    than its shape makes it.
-    """
-    out: dict[str, TensorRef] = {}
-    for name, shape in folder.models[0].frozen.items():
-        numel = math.prod(shape)
-        parts: list[TensorRef] = []
-        for rank, model in enumerate(folder.models):
-            part = model.fragments.get(name)
-            wanted = starts([numel], folder.ranks)[-1]
-            if part is None or part.numel != wanted:
-                problem = "is missing" if part is None else f"has {part.numel} elements, not {wanted}"
-                raise fields.bad_field(model.file.path, f"frozen_param_fragments.{name}", problem)
-            if parts and part.dtype is not parts[0].dtype:
-                raise fields.bad_field(
-                    model.file.path, f"frozen_param_fragments.{name}", f"is {part.dtype}, unlike rank 0's"
-                )
-            parts.append(part.flat(0, held(numel, folder.ranks, rank)))
-        out[name] = cat(parts, parts[0].dtype).view(shape)
-    return out

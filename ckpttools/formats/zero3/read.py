@@ -19,9 +19,10 @@ from ckpttools.formats.deepspeed import (
     optimizer_class,
     settings_of,
 )
+from ckpttools.formats.model_states import frozen_weights, read_stated
 from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
-from ckpttools.formats.zero3.decode import read_model, read_shard
-from ckpttools.formats.zero3.join import Zero3Folder, assemble, frozen_weights, gathered
+from ckpttools.formats.zero3.decode import read_shard
+from ckpttools.formats.zero3.join import Zero3Folder, assemble, gathered
 from ckpttools.formats.zero3.names import find
 from ckpttools.location import Location
 from ckpttools.tensors import DTYPES, FLOAT32, DType, TensorRef
@@ -31,7 +32,7 @@ from ckpttools.tree import Key, Value
 def read(folder: Location) -> Checkpoint:
     """Read a tag folder. Raises CkptError where a file is missing, damaged or contradicts the others."""
     files = find(folder)
-    models = [read_model(path, rank) for rank, path in files.model.items()]
+    models = [read_stated(path, rank) for rank, path in files.model.items()]
     shards = [read_shard(path, rank) for rank, path in files.optim.items()]
     return checkpoint(assemble(files, models, shards))
 
@@ -59,8 +60,8 @@ def checkpoint(folder: Zero3Folder) -> Checkpoint:
         groups=tuple(_group(folder, g, masters) for g in range(len(shard.groups))),
         training=counters(model.file, model.root),
         shared={a: o for a, o in model.shared.items() if o in tensors},
-        frozen=frozenset(model.frozen) & tensors.keys(),
-        left_out={name: shape for name, shape in model.frozen.items() if name not in tensors},
+        frozen=model.frozen & tensors.keys(),
+        left_out={name: shape for name, shape in model.frozen_shapes.items() if name not in tensors},
         excludes_frozen=excludes_frozen(model.root, tensors, 3),
         extra_state=model.extra_state,
         buffers=model.buffers,
@@ -82,21 +83,21 @@ def torch_files(folder: Zero3Folder) -> Iterator[TorchFile]:
 
 def _dtype(folder: Zero3Folder) -> DType | None:
     """The engine's, as module's placeholders have it; else what the prefix of the files says."""
-    module = folder.models[0].module
+    module = folder.models[0].weights
     found = next((module[name].dtype for name in folder.trainable if name in module), None)
     return found or (DTYPES["bfloat16"] if folder.files.prefix == "bf16_" else None)
 
 
 def _tensors(folder: Zero3Folder, masters: dict[str, TensorRef], dtype: DType | None) -> dict[str, TensorRef]:
     """Every name of module in its order, then trained parameters that it lacks."""
-    model, frozen = folder.models[0], frozen_weights(folder)
+    model, frozen = folder.models[0], frozen_weights(folder.models)
 
     def weight(name: str) -> TensorRef:
-        have = model.module.get(name)
+        have = model.weights.get(name)
         return masters[name].cast(have.dtype if have is not None else dtype or FLOAT32)
 
     out: dict[str, TensorRef] = {}
-    for name, ref in model.module.items():
+    for name, ref in model.weights.items():
         owner = model.shared.get(name, name)
         if owner in masters:
             out[name] = weight(owner)

@@ -117,10 +117,9 @@ def read_saved(folder: Location) -> Saved:
             whole = "torch" if "param_groups" in pairs else "scaled"
             optimizer = pairs.get("optimizer_state_dict") if whole == "scaled" else optimizer
             state = pairs if whole == "scaled" else None
-    shapes = model.shapes or ()
     tensors = {n: Tensor(shape=r.shape, dtype=r.dtype.short) for n, r in model.weights.items()}
     if stage == 3:  # module holds empty tensors: the shapes are beside them
-        wanted = {n: s for group in shapes for n, s in group.items()} | _shapes(
+        wanted = {n: s for group in model.shapes for n, s in group.items()} | _shapes(
             root.get("frozen_param_shapes")
         )
         tensors |= {n: Tensor(shape=wanted[n], dtype=t.dtype) for n, t in tensors.items() if n in wanted}
@@ -139,10 +138,10 @@ def read_saved(folder: Location) -> Saved:
         fragments=frozenset(fragments.names()) if fragments is not None else None,
         left_out=_left_out(root, stage, tensors),
         shared=model.shared,
-        groups=shapes,
+        groups=model.shapes,
         ranks=model.dp_world_size or max(1, sum(1 for n in names if OPTIM.fullmatch(n))),
         stage=stage,
-        dtype=_dtype(config, tensors, [n for group in shapes for n in group]),
+        dtype=_dtype(config, tensors, [n for group in model.shapes for n in group]),
         prefix=prefix,
         whole=whole,
         variant=_variant(optimizer, state, stage),

@@ -13,7 +13,7 @@ from ckpttools.findings import Finding, of_error
 from ckpttools.formats.engine import Engine, Shard, check_engine
 from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked, Copy
-from ckpttools.formats.model_states import frozen_fragments, read_model
+from ckpttools.formats.model_states import read_model
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.zero.checks import model, ranks
 from ckpttools.formats.zero.decode import Rank, read_rank
@@ -97,7 +97,7 @@ def check(path: Location) -> Checked:
 
 def _second(found: Checkpoint, folder: ZeroFolder) -> Iterator[Copy]:
     """DeepSpeed's second copy of the frozen parameters."""
-    for name, ref in frozen_fragments(folder.model).items():
+    for name, ref in folder.model.fragments.items():
         if name in found.tensors:
             twin = f"frozen_param_fragments.{name}"
             yield Copy(name=name, tensor=found.tensors[name], twin=twin, copy=ref)
