@@ -12,7 +12,9 @@ The id is stable: `ckpt explain ID` tells more about it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 
 from ckpttools.location import Location
 
@@ -102,3 +104,13 @@ def escape(text: object, limit: int = 200) -> str:
     if cut.isprintable():
         return cut
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
+
+def some(items: Collection[object], most: int = 8) -> str:
+    """The first of them, escaped, and how many more there are: for a message.
+
+    >>> some(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    shown = ", ".join(escape(item) for item in islice(items, most))
+    return shown + (f" and {len(items) - most} more" if len(items) > most else "")

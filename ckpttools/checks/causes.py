@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from ckpttools.errors import some
 from ckpttools.findings import ERROR, Finding
 from ckpttools.formats import Checked
 
@@ -18,7 +19,6 @@ CAUSES = ("rank-misplaced", "file-renamed", "step-mismatch")
 TENSORS = ("master-mismatch", "moments-disagree", "negative-square", "copies-differ")
 CONSEQUENCES = (*TENSORS, "mapping-mismatch", "partition-size", "padding-mismatch")
 ALIKE = 3  # tensors of one file that are named one by one; more are one finding
-NAMED = 8
 
 
 def by_cause(findings: Iterable[Finding], checked: Checked | None = None) -> list[Finding]:
@@ -51,8 +51,7 @@ def _foreign_model(findings: list[Finding], model: str, shards: set[str]) -> lis
     names = list(dict.fromkeys(f.where for f in differ))
     counts = [f for f in findings if f.id == "counter-mismatch" and f.file == model]
     said = f"; {counts[0].message}" if counts else ""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    shown = f"{', '.join(names[:NAMED])}{more}"
+    shown = some(names)
     tensors = f"{len(names)} tensors of module ({shown}) are" if len(names) > 1 else f"{shown} in module is"
     lead = replace(
         differ[0],
@@ -76,7 +75,6 @@ def _alike(findings: list[Finding]) -> list[Finding]:
         if len(group) <= ALIKE or finding not in group:
             out.append(finding)
         elif finding is group[0]:
-            names = ", ".join(f.where for f in group[:NAMED])
-            more = f" and {len(group) - NAMED} more" if len(group) > NAMED else ""
-            out.append(replace(finding, message=f"{len(group)} tensors ({names}{more}); {finding.message}"))
+            names = some([f.where for f in group])
+            out.append(replace(finding, message=f"{len(group)} tensors ({names}); {finding.message}"))
     return out

@@ -11,7 +11,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks.causes import TENSORS
 from ckpttools.checks.patterns import check_patterns
 from ckpttools.containers.torch_file import TorchFile, labelled
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, some
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.format import Checked, Copy
 from ckpttools.location import Location
@@ -25,7 +25,6 @@ from ckpttools.tensors import ByteRange, TensorRef, Tiles, spans
 
 # optimizer state that is a running mean (or sum) of squares
 SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
-NAMED = 8  # tensors of one damaged record
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
 
 
@@ -186,8 +185,7 @@ def _data_findings(found: Checkpoint, checked: Checked, results: list[data.Probl
             continue
         finding = _of_result(found, checked, result)
         if isinstance(result, data.BadChecksum) and (names := within[result.check.source]):
-            rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            message = f"{finding.message}; tensors in them: {', '.join(names[:NAMED])}{rest}"
+            message = f"{finding.message}; tensors in them: {some(names)}"
             finding = replace(finding, message=message)
         findings.setdefault((finding.id, finding.file, finding.where), finding)
     kept: list[Finding] = []

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Set
 from itertools import islice
 
 from ckpttools.checkpoint import FP32, Checkpoint
-from ckpttools.errors import escape
+from ckpttools.errors import some
 from ckpttools.findings import WARNING, Finding
 from ckpttools.formats import Source
 from ckpttools.frameworks import FRAMEWORKS
@@ -26,7 +26,6 @@ from ckpttools.stores.files import entries, is_file, is_folder
 EXPERT = re.compile(r"(?P<layer>(?:.*\.)?(?:deepspeed_)?experts?)\.(?P<index>\d{1,9})\.(?P<rest>.+)")
 ROUTER = ("gate", "router", "router.classifier", "gate.wg", "router.layer")
 LORA = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
-SHOWN = 6
 # whose optimizers keep a tensor for each parameter, by their settings
 KEEPS = {"betas": None, "momentum": 0, "lr_decay": None, "alpha": None}
 
@@ -53,7 +52,7 @@ def check_incidents(source: Source, found: Checkpoint, said: Set[str] = frozense
             severity=WARNING,
             file=path,
             where=empty[0],
-            message=f"{_some(empty)}: adapters without a single element",
+            message=f"{some(empty)}: adapters without a single element",
             why="under ZeRO-3 a parameter that was not gathered looks like this: its values are not here",
             hint="extract the weights from the ZeRO folder: ckpt extract",
         )
@@ -86,7 +85,7 @@ def check_incidents(source: Source, found: Checkpoint, said: Set[str] = frozense
             file=str(source.root / stale[0]),
             where="",
             message=f"random states of other ranks than the {found.layout.dp_degree} that saved the "
-            f"optimizer: {_some(stale)}",
+            f"optimizer: {some(stale)}",
             why="they are left over from a save of another world size into the same folder",
             hint="move them away; look whether other files are older than the rest, too",
         )
@@ -117,11 +116,11 @@ def _experts(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]
         whole = max(experts.values(), key=len)
         parts = [f"{i}.{rest}" for i, held in sorted(experts.items()) for rest in sorted(whole - held)]
         if gone:
-            first = islice((i for i in range(number) if i not in experts), SHOWN)
-            shown = ", ".join(map(str, first)) + (" ..." if gone > SHOWN else "")
+            first = islice((i for i in range(number) if i not in experts), 6)
+            shown = ", ".join(map(str, first)) + (" ..." if gone > 6 else "")
             yield layer, f"{gone} of {number} experts are not there: {shown}"
         elif parts:
-            yield layer, f"{len(parts)} tensors of experts are not there: {_some(parts)}"
+            yield layer, f"{len(parts)} tensors of experts are not there: {some(parts)}"
 
 
 def _router(layer: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -157,8 +156,3 @@ def _lacks_state(found: Checkpoint) -> bool:
     if held or any(values for group in found.groups for values in group.scalars.values()):
         return False
     return any(group.hyper.get(key, none) != none for group in found.groups for key, none in KEEPS.items())
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(escape(name) for name in names[:SHOWN]) + more

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import TorchFile, labelled
-from ckpttools.errors import CkptError, UsageError
+from ckpttools.errors import CkptError, UsageError, some
 from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.location import Location
 from ckpttools.manifest import Entry
@@ -160,14 +160,13 @@ def _tensor_ranges(
 def _changed(place: Location, stated: dict[str, Entry], now: dict[str, Entry]) -> Iterator[Finding]:
     for difference in manifest.differences(stated, now):
         tensors = difference.tensors
-        what = f"; changed: {', '.join(tensors[:8])}" if tensors else ""
-        more = f" and {len(tensors) - 8} more tensors" if len(tensors) > 8 else ""
+        what = f"; changed: {some(tensors)}" if tensors else ""
         yield Finding(
             id="manifest-mismatch",
             severity=ERROR,
             file=str(place.parent / difference.name),
             where=tensors[0] if tensors else "",
-            message=f"the file {difference.problem} since the manifest was written{what}{more}",
+            message=f"the file {difference.problem} since the manifest was written{what}",
             hint=f"restore the file from a copy; if the change was meant, delete {place.name} and "
             "write it anew with ckpt verify --write-manifest",
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ckpttools.checkpoint import FP32, Checkpoint, ParamGroup
-from ckpttools.errors import CkptError, escape
+from ckpttools.errors import CkptError, escape, some
 from ckpttools.findings import WARNING, Finding
 from ckpttools.location import Location
 from ckpttools.passes.looks import RUN
@@ -23,7 +23,6 @@ LEAST_NUMEL = 16  # fewer may be equal by chance
 LEAST_STEPS = 2  # a warmup may begin with a learning rate of zero
 FLOOD = 0.1  # the share of denormals above which they are no accident
 LOOKED = 1 << 16  # elements of a moment
-SHOWN = 6
 
 
 def check_patterns(found: Checkpoint, seen: Sequence[Pattern]) -> Iterator[Finding]:
@@ -50,7 +49,7 @@ def check_patterns(found: Checkpoint, seen: Sequence[Pattern]) -> Iterator[Findi
             severity=WARNING,
             file=str(path),
             where=names[0],
-            message=f"{_some(names)}: a tenth of the elements or more are denormals, around 1e-40",
+            message=f"{some(names)}: a tenth of the elements or more are denormals, around 1e-40",
             why="weights that were trained are not that small: memory that was never filled, or bytes read "
             "as another type, looks like this",
             hint="compare with an older checkpoint: ckpt diff",
@@ -116,7 +115,7 @@ def _weights(
             severity=WARNING,
             file=str(path),
             where=names[0],
-            message=f"{_some(names)}: every element is {value:g}, though the moments say that gradients came",
+            message=f"{some(names)}: every element is {value:g}, though the moments say that gradients came",
             why="a weight that was updated is not constant: it was overwritten, or never gathered",
             hint="use an older checkpoint, or another copy of this one",
         )
@@ -175,8 +174,3 @@ def _by_file(names: dict[str, Location]) -> dict[Location, list[str]]:
     for name, path in names.items():
         out.setdefault(path, []).append(name)
     return out
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(escape(name) for name in names[:SHOWN]) + more

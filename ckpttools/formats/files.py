@@ -11,7 +11,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.archive import SERIALIZATION_ID, belong_together, unexplained
 from ckpttools.containers.pickles.judge import judge
 from ckpttools.containers.torch_file import TorchFile, dangers_in
-from ckpttools.errors import CkptError, Unsupported
+from ckpttools.errors import CkptError, Unsupported, some
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.format import Checked
 from ckpttools.location import Location
@@ -20,7 +20,6 @@ from ckpttools.stores.files import opened
 T = TypeVar("T")
 DANGEROUS = "pickle-dangerous"
 DEPTH = 3  # folders in a checkpoint's folder that are looked into
-SHOWN = 6  # classes that are named
 HEAD_NBYTES = 1 << 16  # of each storage, to see whether anything was written there
 
 
@@ -172,8 +171,7 @@ def _callables(file: TorchFile) -> Iterator[Finding]:
             yield dangerous(file.path, judgement.name, judgement.what)
     unknown = list(dict.fromkeys(j.name for j in judgements if j.verdict == "unknown"))
     if unknown:
-        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-        several = f"{len(unknown)} unknown classes ({', '.join(unknown[:SHOWN])}{more})"
+        several = f"{len(unknown)} unknown classes ({some(unknown)})"
         yield Finding(
             id="class-unknown",
             severity=INFO,

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ckpttools.errors import some
+
 Shape = tuple[int, ...]
 
 
@@ -87,5 +89,4 @@ def _several(groups: Sequence[Sequence[Shape | None]], model: Mapping[str, Shape
 
 
 def _shown(shapes: Mapping[Shape, None]) -> str:
-    shown = [str(list(shape)) for shape in shapes]
-    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
+    return some([list(shape) for shape in shapes])

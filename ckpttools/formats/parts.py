@@ -17,7 +17,7 @@ from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict
 from ckpttools.containers.torch_file import TorchFile, labelled, read_torch_file
-from ckpttools.errors import CkptError, Unsupported
+from ckpttools.errors import CkptError, Unsupported, some
 from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.formats.counters import training
 from ckpttools.formats.files import archive_roots, check_files, dangers_at
@@ -184,14 +184,13 @@ def _experts(folder: Location, files: list[TorchFile]) -> Iterator[Finding]:
         experts = held.get(layer, set())
         missing = [n for n in range(min(said or fullest, MOST)) if n not in experts]
         if missing:
-            shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
             yield Finding(
                 id="experts-missing",
                 severity=ERROR,
                 file=str(folder),
                 where=f"layer_{layer}_expert_{missing[0]}_*",
                 message=f"{len(missing)} of {said or fullest} experts of MoE layer {layer} are in no file: "
-                f"{shown}",
+                f"{some(missing)}",
                 hint="copy the missing files from the expert-parallel ranks that wrote them",
             )
 

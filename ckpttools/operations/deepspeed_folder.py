@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
+from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup, common_dtype
 from ckpttools.errors import escape
 from ckpttools.formats import PLANS
 from ckpttools.formats.deepspeed import LR_SCHEDULER
@@ -29,7 +29,6 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
         checkpoint = _cast(checkpoint, dtype, trained)
     if to in ("zero0", "zero3"):
         checkpoint = _of_one_dtype(checkpoint, trained)
-    dtypes = {ref.dtype.short for name, ref in checkpoint.tensors.items() if name in trained}
     stage = None if to == UNIVERSAL else int(to.removeprefix("zero"))
     settings = checkpoint.settings
     if stage is not None and at(settings, "zero_optimization", "stage") is not None:
@@ -47,7 +46,7 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
         zero_stage=stage,
         dp_degree=ranks,
         tag=tag,
-        dtype=dtypes.pop() if len(dtypes) == 1 else None,
+        dtype=common_dtype({n: ref for n, ref in checkpoint.tensors.items() if n in trained}),
         writer=old.writer,
     )
     return made, layout

@@ -19,7 +19,7 @@ from pathlib import Path
 from ckpttools import manifest
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import read_torch_file
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import CkptError, UsageError, escape, some
 from ckpttools.formats import FORMATS, locate, read
 from ckpttools.formats.locate import SIDE_FILES
 from ckpttools.frameworks import POINTERS, STATED
@@ -31,7 +31,6 @@ from ckpttools.stores.disk import look
 from ckpttools.stores.files import entries, is_file, is_folder, local, size_of, walk
 from ckpttools.stores.links import within
 
-SHOWN = 3  # files of somebody's own
 # by DeepSpeed, the HF Trainer, accelerate, MMEngine and bundles, beside what a format reads
 BESIDE = {*POINTERS, "zero_to_fp32.py", "zero_to_torch.py", *STATED}
 
@@ -101,9 +100,8 @@ def _folder(dst: Location, plan: Plan) -> str:
         _reads(dst)
     own = _own(files, listed | {dst / file.path for file in plan.files})
     if own:
-        names = ", ".join(escape(below(path, dst)) for path in own[:SHOWN])
-        more = f" and {len(own) - SHOWN} more" if len(own) > SHOWN else ""
-        raise _refused(dst, f"it holds what no checkpoint needs: {names}{more}")
+        names = some([below(path, dst) for path in own], 3)
+        raise _refused(dst, f"it holds what no checkpoint needs: {names}")
     nbytes = sum(_size(path) for path, _ in files)
     return f"{escape(dst)}, a folder with {len(files)} files, {nbytes} bytes"
 

@@ -26,7 +26,7 @@ import xxhash
 
 from ckpttools import __version__
 from ckpttools.checks.verdict import Delivered
-from ckpttools.errors import CkptError, UsageError
+from ckpttools.errors import CkptError, UsageError, some
 from ckpttools.execute.ledger import Ledger
 from ckpttools.execute.system import write_errors
 from ckpttools.launch import Worker
@@ -126,7 +126,7 @@ class Shared:
         names = {rank: f"part-{rank}-{number}" for rank in range(1, self.worker.world)}
         polls = 0
         while missing := [rank for rank, name in names.items() if name not in ledger.names()]:
-            self._wait(polls := polls + 1, f"worker {', '.join(map(str, missing[:8]))}")
+            self._wait(polls := polls + 1, f"worker {some(missing)}")
         try:
             for name in names.values():
                 found = ledger.get(name)

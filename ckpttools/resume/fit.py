@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ckpttools.errors import some
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, About
 from ckpttools.resume.model import Model, Tensor
 from ckpttools.resume.report import Difference, Mismatch, Moment, Problem, Refusal
@@ -86,7 +87,7 @@ def module(found: Fit, *, strict: bool, empty: bool = False) -> Iterator[Differe
                 about=About.MODEL,
                 setting=f"model: tensors {what}",
                 old=None,
-                new=f"{len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}",
+                new=f"{len(names)}: {some(names, 4)}",
                 cls=IMPOSSIBLE if strict else CAREFUL,
                 why="load_state_dict compares names strictly"
                 if strict

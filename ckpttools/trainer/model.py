@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from ckpttools import formats
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import CkptError, UsageError, some
 from ckpttools.passes.read import load
 from ckpttools.stores.links import within
 from ckpttools.tensors import TensorRef
@@ -113,7 +113,7 @@ def fill(model: torch.nn.Module, checkpoint: Path) -> None:
     if wrong:
         raise CkptError(
             "resume-failed",
-            f"{len(wrong)} tensors are not those of the model: {', '.join(map(escape, wrong[:3]))} ...",
+            f"{len(wrong)} tensors are not those of the model: {some(wrong, 3)}",
             where=checkpoint,
             why="weights of another model would be missing, or of another shape",
             hint="set the model section as the run had it that saved them",

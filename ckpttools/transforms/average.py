@@ -8,7 +8,7 @@ from itertools import pairwise
 from math import isfinite
 
 from ckpttools.checkpoint import Checkpoint, common_dtype
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import CkptError, UsageError, escape, some
 from ckpttools.tensors import EXACT, FLOAT32, Cast, DType, Mean, Source, TensorRef, Term
 from ckpttools.transforms.cast import castable
 from ckpttools.transforms.select import weights_only
@@ -117,8 +117,7 @@ def _unlike(one: Checkpoint, last: Checkpoint) -> Iterator[str]:
     for here, there, said in ((one, last, "only here"), (last, one, "missing here")):
         missing = sorted(here.tensors.keys() - there.tensors.keys())
         if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            yield f"{escape(missing[0])}{more}: {said}"
+            yield f"{some(missing, 1)}: {said}"
     for name, ref in last.tensors.items():
         other = one.tensors[name]
         if other.shape != ref.shape:

@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ckpttools.checkpoint import STEP, Checkpoint, ParamGroup
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import CkptError, UsageError, escape, some
 from ckpttools.tensors import TensorRef
 from ckpttools.transforms.optimizers import counted
 from ckpttools.transforms.rename import rename
 from ckpttools.tree import Value
 
 Shape = tuple[int, ...]
-SHOWN = 3
 BLOCK = 1 << 22  # elements
 
 
@@ -105,7 +104,8 @@ def matched_names(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, str]:
                 "names-ambiguous",
                 f"which tensor is {escape(names[0])} of {escape(other.path.name)}? {count}, by their shape",
                 where=checkpoint.path,
-                why=f"of the shape {list(shape)} there are {_some(found)} here and {_some(names)} there",
+                why=f"of the shape {list(shape)} there are {some(found, 3) or 'none'} here and "
+                f"{some(names, 3) or 'none'} there",
                 hint=r"give their names: --rename 'PATTERN=REPLACEMENT' (repeatable)",
             )
         made[found[0]] = names[0]
@@ -125,11 +125,6 @@ def _by_shape(tensors: Mapping[str, TensorRef]) -> dict[Shape, list[str]]:
     for name, ref in tensors.items():
         out.setdefault(ref.shape, []).append(name)
     return out
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(map(escape, names[:SHOWN]))
-    return (shown or "none") + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _apart(checkpoint: Checkpoint, other: Checkpoint, problem: str) -> CkptError:
@@ -181,13 +176,13 @@ def _notes(
         old, new = map(escape, changed[0])
         yield f"{len(changed)} names are those of {there}: the first, {old}, is {new} there"
     if left:
-        yield f"not carried: {_some(left)}, which {there} does not have"
+        yield f"not carried: {some(left)}, which {there} does not have"
     if checkpoint.groups and other.groups:
         trained = {name for group in checkpoint.groups for name in group.params}
         wanted = {name for group in other.groups for name in group.params}
         dropped, fresh = sorted(trained - wanted), sorted(wanted - trained)
         if dropped:
-            yield f"not carried: the optimizer's state of {_some(dropped)}, which that run does not train"
+            yield f"not carried: the optimizer's state of {some(dropped)}, which that run does not train"
         if fresh:
-            yield f"without optimizer state: {_some(fresh)}, which that run trains and this one did not"
+            yield f"without optimizer state: {some(fresh)}, which that run trains and this one did not"
         yield f"{len(other.groups)} parameter groups and their settings are those of {there}"

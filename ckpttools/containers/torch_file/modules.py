@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ckpttools.containers.pickles import Node, Object, Pairs, Set, as_mapping
 from ckpttools.containers.torch_file.views import TorchFile, View
-from ckpttools.errors import CkptError, escape
+from ckpttools.errors import CkptError, escape, some
 
 MAX_DEPTH = 200  # modules within modules
 MAX_NAMES = 1_000_000
@@ -120,7 +120,7 @@ def what_it_is(file: TorchFile) -> str:
         if isinstance(node, Object):
             return "one tensor" if file.view(node) is not None else f"an object of class {escape(node.cls)}"
         return f"a list of {len(node)} values" if isinstance(node, list | tuple) else "a single value"
-    return state_of(pairs) or f"a dict whose keys are {', '.join(map(escape, pairs.names()[:12])) or 'none'}"
+    return state_of(pairs) or f"a dict whose keys are {some(pairs.names(), 12) or 'none'}"
 
 
 def state_of(pairs: Pairs) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout
+from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.dcp.counters import training
@@ -127,7 +127,6 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
     ]
     tensors = {name: held.tensors[shared.get(name, name)] for name in held.tensors}
     frozen, buffers = untrained(tensors, trained, shared)
-    dtypes = {ref.dtype.short for ref in held.tensors.values() if ref.dtype.is_float}
     shards = [sum(p.numel > 0 for p in t.pieces) for each in found for t in each.metadata.tensors.values()]
     client = dict(held.client)
     stated = client.get(BUFFERS)
@@ -144,7 +143,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
             format="dcp",
             ranked=True,
             dp_degree=max(shards, default=1) or 1,
-            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            dtype=common_dtype(held.tensors),
             writer="torch.distributed.checkpoint",
             variant=ACCELERATE if any(p.folder.name == OPTIMIZER_FOLDER for p in found) else held.style,
         ),

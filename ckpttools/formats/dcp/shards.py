@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout
+from ckpttools.checkpoint import Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import jsons
 from ckpttools.containers.safetensors import SafetensorsFile, read_safetensors
 from ckpttools.errors import CkptError, escape
@@ -72,13 +72,12 @@ def read_shards(folder: Location) -> Checkpoint:
         data = {piece.item: Data(ref.chunks[0], None) for piece, ref in held.values() if ref.chunks}  # type: ignore[arg-type]
         tensors[name] = assembled(name, tensor, {item: d for item, d in data.items() if item is not None})
         shards = max(shards, sum(piece.numel > 0 for piece in parts))
-    dtypes = {ref.dtype.short for ref in tensors.values() if ref.dtype.is_float}
     return Checkpoint(
         path=folder,
         layout=Layout(
             format="dcp",
             dp_degree=shards,
-            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            dtype=common_dtype(tensors),
             writer="torch.distributed.checkpoint.HuggingFaceStorageWriter",
             variant=VARIANT,
         ),

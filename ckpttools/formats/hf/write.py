@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.safetensors import safetensors_file
 from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
-from ckpttools.errors import escape
+from ckpttools.errors import escape, some
 from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, to_metadata, to_values
 from ckpttools.formats.hf.names import BIN, shard_names
 from ckpttools.formats.left_out import left_out
@@ -85,18 +84,13 @@ def _not_held(checkpoint: Checkpoint, *, uncounted: bool) -> Iterator[str]:
         lost.append(f"what the model's state holds beside tensors ({len(checkpoint.extra_state)})")
     client = [key for key in checkpoint.client if key not in to_metadata(state)]
     if client:
-        lost.append(f"the training code's {_some(client)}")
+        lost.append(f"the training code's {some(client, 12)}")
     held = checkpoint.template if isinstance(checkpoint.template, tuple) else ()
     if keys := [key for each in held if isinstance(each, FreeText) for key in each.keys]:
-        yield f"not carried, as it may hold for the source alone: the text of its header under {_some(keys)}"
+        yield f"not carried, as it may hold for the source alone: the text of its header under {some(keys)}"
     yield from left_out(checkpoint)
     if lost:
         yield f"not carried, as a model's files have no place for it: {', '.join(lost)}"
-
-
-def _some(names: Collection[str]) -> str:
-    more = ", ..." if len(names) > 12 else ""
-    return ", ".join(escape(name) for name in islice(names, 12)) + more
 
 
 def _folder(

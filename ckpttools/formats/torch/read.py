@@ -10,7 +10,7 @@ from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Dict, plain
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.containers.torch_file.modules import under
-from ckpttools.errors import UsageError, escape
+from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats import torch_optimizer as optimizer
 from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.counters import training
@@ -58,8 +58,8 @@ def read(
         [name for name, _ in root.pairs if not isinstance(name, str)] if root is not None and key else []
     )
     if unnamed:
-        some = ", ".join(escape(plain(k)) for k in unnamed[:8])
-        notes.append(f"keys of the file that are no text ({some}) are kept by a change of this file alone")
+        rest = some([plain(k) for k in unnamed])
+        notes.append(f"keys of the file that are no text ({rest}) are kept by a change of this file alone")
     if saved is not None and groups:
         if saved.rest:
             client = dict(put(client, (saved.path[0],), dict(saved.rest)))
@@ -76,7 +76,7 @@ def read(
         if root is not None
         else "weights by name"
     )
-    also = f", with {', '.join(map(escape, keys[:12]))}" if keys else ""
+    also = f", with {some(keys, 12)}" if keys else ""
     # where there is no optimizer with names, what was trained is not known
     trained = {name for group in groups for name in group.params}
     frozen, buffers = untrained(tensors, trained, shared)

@@ -17,7 +17,7 @@ from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import ORDERED, decode, encode, kept, put_node
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
-from ckpttools.errors import UsageError, escape
+from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
 from ckpttools.formats.left_out import left_out
 from ckpttools.formats.torch.names import find_weights, strip
@@ -236,7 +236,7 @@ def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.loss_scaler and checkpoint.loss_scaler.get("dynamic") is not False:
         yield f"not kept: the loss scaler ({escape(checkpoint.loss_scaler.get('class', 'of no class'))})"
     if checkpoint.settings:
-        yield f"not kept: the run's settings ({', '.join(map(escape, list(checkpoint.settings)[:8]))})"
+        yield f"not kept: the run's settings ({some(checkpoint.settings)})"
     yield from left_out(checkpoint)
     if layout.dp_degree > 1:
         yield f"not kept: the layout for {layout.dp_degree} ranks; any number of ranks loads the file"

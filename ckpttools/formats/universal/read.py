@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from ckpttools.checkpoint import FP32, STEP, Checkpoint, FileRole, Layout, ParamGroup
+from ckpttools.checkpoint import FP32, STEP, Checkpoint, FileRole, Layout, ParamGroup, common_dtype
 from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, escape
@@ -184,7 +184,6 @@ def checkpoint(found: Universal) -> Checkpoint:
     model, settings = found.models[0], found.settings
     config = settings_of(model.file, model.root)
     tensors = _tensors(found)
-    dtypes = {tensors[n].dtype.short for group in found.shapes for n in group if n in tensors}
     return Checkpoint(
         path=found.files.folder,
         layout=Layout(
@@ -192,7 +191,7 @@ def checkpoint(found: Universal) -> Checkpoint:
             zero_stage=settings.stage,
             dp_degree=model.dp_world_size or 1,
             tag=found.files.folder.name,
-            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            dtype=common_dtype({n: tensors[n] for group in found.shapes for n in group if n in tensors}),
             writer=f"DeepSpeed {model.ds_version or '(version not recorded)'}",
         ),
         tensors=tensors,

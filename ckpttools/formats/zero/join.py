@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Node, Object
-from ckpttools.errors import CkptError, Unsupported
+from ckpttools.errors import CkptError, Unsupported, some
 from ckpttools.formats.deepspeed import original, shapes_of
 from ckpttools.formats.model_states import ModelStates
 from ckpttools.formats.rank_local import State, Unaccounted, unaccounted
@@ -102,7 +102,7 @@ def check_complete(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]
     if extra:
         raise CkptError(
             "shard-extra",
-            f"optimizer files of dp ranks {_some(extra)} where the model file says {expected} ranks",
+            f"optimizer files of dp ranks {some(extra)} where the model file says {expected} ranks",
             where=files.folder,
             why="they are left over from another save; DeepSpeed and its converters trip over them",
             hint="move the extra files out of the folder",
@@ -122,17 +122,13 @@ def missing_shards(files: ZeroFiles, missing: list[int], expected: int) -> CkptE
     one = len(missing) == 1
     return CkptError(
         "shard-missing",
-        f"no optimizer states for dp rank{'' if one else 's'} {_some(missing)} of {expected}",
+        f"no optimizer states for dp rank{'' if one else 's'} {some(missing)} of {expected}",
         where=files.folder,
         why=f"without {'it' if one else 'them'} the parameters that "
         f"{'this rank' if one else 'these ranks'} owned cannot be restored",
         hint=f"copy {files.optim_name(missing[0])}{'' if one else ' and the others'} "
         f"from the node that ran rank {missing[0]}",
     )
-
-
-def _some(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
 def _old_shapes(rank: Rank) -> tuple[Mapping[str, tuple[int, ...]], ...]:

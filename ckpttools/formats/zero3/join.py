@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ckpttools.containers import fields
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, some
 from ckpttools.formats.found import ONE_SAVE
 from ckpttools.formats.model_states import ModelStates, Shapes
 from ckpttools.formats.rank_files import optim_name
@@ -68,7 +68,7 @@ def check_complete(files: Zero3Files, models: Sequence[ModelStates], shards: Seq
             raise CkptError(
                 "shard-missing",
                 f"no {'model' if have is files.model else 'optimizer'} file of dp rank "
-                f"{', '.join(map(str, missing[:8]))} of {count}",
+                f"{some(missing)} of {count}",
                 where=files.folder,
                 why="without it the parts of every parameter that the rank held cannot be restored",
                 hint=f"copy {name(missing[0])} from the node that ran rank {missing[0]}",
@@ -77,7 +77,7 @@ def check_complete(files: Zero3Files, models: Sequence[ModelStates], shards: Seq
         if extra:
             raise CkptError(
                 "shard-extra",
-                f"files of dp rank {', '.join(map(str, extra[:8]))} where the files say {count} ranks",
+                f"files of dp rank {some(extra)} where the files say {count} ranks",
                 where=files.folder,
                 why="they are left over from another save; DeepSpeed's converters trip over them",
                 hint="move the extra files out of the folder",

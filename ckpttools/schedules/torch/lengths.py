@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from ckpttools.errors import some
 from ckpttools.schedules.lengths import Steps, nearest
 from ckpttools.schedules.program import State, damaged, rescaled, rounding
 from ckpttools.schedules.torch.nodes import PLATEAU, UNKNOWN, Node
@@ -92,8 +93,7 @@ def _rescale(node: Node, to: Rescaling, start: tuple[int, int], until: tuple[int
             left = [k for k, v in s.items() if type(v) is int and k not in ("last_epoch", "_step_count")]
             if left:
                 to.notes.append(
-                    f"a scheduler of an unknown class: {', '.join(map(str, left[:8]))} may count steps and "
-                    "were left as they are"
+                    f"a scheduler of an unknown class: {some(left)} may count steps and were left as they are"
                 )
 
 
