@@ -120,10 +120,6 @@ class Stored:
     def absolute(self) -> Stored:
         return self
 
-    def resolve(self) -> Stored:
-        """A store has no links."""
-        return self
-
 
 Location = Path | Stored
 

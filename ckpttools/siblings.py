@@ -17,10 +17,6 @@ what lies in `ckpt/` or `checkpoints/` gets its copy beside that folder.
 from __future__ import annotations
 
 import re
-from pathlib import Path
-
-from ckpttools.errors import UsageError
-from ckpttools.location import Location, Stored
 
 MANIFEST = "ckpt-manifest.json"  # describes the files beside it: never carried to files that differ
 UNFINISHED = "ckpt-unfinished.json"  # in a folder of a store: what else is in it is not all of it
@@ -50,33 +46,3 @@ def is_ours(name: str) -> bool:
         or REPLACED in name
         or GONE.fullmatch(name) is not None
     )
-
-
-def pin_place(path: Path) -> Path:
-    """Where the note lies that keeps a checkpoint: beside it, or beside a framework's own folder."""
-    whole = path.resolve()
-    if whole.parent.name in THEIRS:
-        return whole.parent.with_name(f"{PIN}{whole.parent.name}-{whole.name}.json")
-    return whole.with_name(f"{PIN}{whole.name}.json")
-
-
-def default_dst(src: Location, kind: str, suffix: str | None = None) -> Path:
-    """Where a copy of SRC goes that has no DST; `kind` is "ws4", "bs64" or "weights".
-
-    An older copy's own kind is replaced: `ws4-of-a` becomes `ws2-of-a`. `suffix` takes the place of SRC's,
-    where what is written is no file of its kind; "" makes a folder of it.
-    """
-    if isinstance(src, Stored):
-        raise UsageError("bad-usage", "nothing is written beside what is in a store", hint="name a DST")
-    whole = src.resolve()
-    if not whole.name:
-        raise UsageError("bad-usage", "there is no place beside the root folder", hint="name a DST")
-    same = re.match(r"[a-z]+", kind)
-    assert same is not None
-    name = re.sub(rf"^{same[0]}\d*-of-|\.{same[0]}\d*$", "", whole.name)
-    if suffix is not None:
-        name = re.sub(r"(\.(pt|pth|bin|ckpt|tar|safetensors))+$", "", name) + suffix
-    parent = src.parent if src.name not in ("", ".", "..") else whole.parent
-    if whole.parent.name in THEIRS:
-        parent = parent.parent if parent.name in THEIRS else whole.parent.parent
-    return parent / f"{kind}-of-{name}"

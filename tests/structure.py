@@ -29,14 +29,15 @@ OPENING = {
     "glob",
     "rglob",
 }
-OPENING |= {"is_symlink", "samefile", "readlink"}
+OPENING |= {"is_symlink", "samefile", "readlink", "resolve", "cwd", "home", "expanduser"}
 # the places that may change the file system; the demo has a folder of its own
 WRITERS = ("execute", "trainer")
 DEMO = Path("cli/demo.py")
 CHANGING = {"unlink", "rmdir", "rename", "mkdir", "touch", "chmod", "write_text", "write_bytes", "utime"}
 CHANGING_OS = {"replace", "remove", "makedirs", "link", "symlink"}
 CHANGING |= {"symlink_to", "hardlink_to", "rmtree", "move", "remove_dir", "truncate"}
-SYSTEM = {"open", "stat", "lstat", "listdir", "scandir", "walk", "access", "readlink"}  # of os
+# of os
+SYSTEM = {"open", "stat", "lstat", "listdir", "scandir", "walk", "access", "readlink", "getcwd", "statvfs"}
 
 
 def modules() -> dict[Path, ast.Module]:
@@ -145,12 +146,12 @@ def opening() -> list[str]:
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call) or ast.unparse(node.func) in own:
                 continue
-            if _opens(ast.unparse(node.func)) and "os.devnull" not in map(ast.unparse, node.args):
+            if opens(ast.unparse(node.func)) and "os.devnull" not in map(ast.unparse, node.args):
                 out.append(f"{path.as_posix()}:{node.lineno} {ast.unparse(node.func)}")
     return out
 
 
-def _opens(called: str) -> bool:
+def opens(called: str) -> bool:
     """`open` itself, os.stat ..., path.is_file ...; what an entry of a listing knows was looked up before."""
     before, _, name = called.rpartition(".")
     if before in ("", "os", "os.path"):

@@ -197,12 +197,13 @@ def _check_plot(plot: Path, src: Path) -> None:
     """Find out before anything is written that the plot cannot be."""
     from ckpttools.operations.figures import check_picture
     from ckpttools.stores.files import exists, is_folder
+    from ckpttools.stores.links import resolved
 
     check_picture(plot)
     if not is_folder(plot.parent):
         raise UsageError("not-found", "there is no such folder", where=plot.parent, hint="make it first")
-    found = plot.resolve()
-    if exists(plot) and src.resolve() in (found, *found.parents):
+    found = resolved(plot)
+    if exists(plot) and resolved(src) in (found, *found.parents):
         raise UsageError(
             "bad-usage", "the plot would overwrite the source", where=plot, hint="name another file"
         )

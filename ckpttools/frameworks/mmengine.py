@@ -27,6 +27,7 @@ from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, SAFE, About, AutoRes
 from ckpttools.location import Location
 from ckpttools.schedules.evidence import Fact, What, stated
 from ckpttools.stores.files import entries, exists, is_folder, small_text
+from ckpttools.stores.links import resolved
 from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Training
 
 CONFIG = "the MMEngine config"
@@ -211,7 +212,7 @@ def takes(folder: Location) -> Iterator[AutoResume]:
         problem = "it is not there: loading fails" + (
             f"; {escape(named.name)} lies beside the pointer, which was written elsewhere" if beside else ""
         )
-    elif named.resolve().parent != folder.resolve():
+    elif resolved(named).parent != resolved(folder):
         problem = "it is in another folder: the run was copied or moved, and would go on from the original"
     yield AutoResume(
         framework="MMEngine",

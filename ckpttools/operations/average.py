@@ -14,6 +14,7 @@ from ckpttools.operations.source import find, tags_for
 from ckpttools.operations.writing import Writing, Written
 from ckpttools.runs.kinds import series
 from ckpttools.stores.files import local
+from ckpttools.stores.links import resolved
 from ckpttools.transforms.average import average as mean_of
 from ckpttools.transforms.cast import cast, dtype_named
 
@@ -46,7 +47,7 @@ def average(
     given = [Path(path) for path in paths]
     chosen, told = (given, []) if last is None else _newest(given, last)
     sources = [find(path, tag) for path, tag in zip(chosen, tags_for(chosen, tags), strict=True)]
-    if len({source.target.resolve() for source in sources}) < len(sources):
+    if len({resolved(source.target) for source in sources}) < len(sources):
         raise UsageError(
             "bad-usage",
             "the same checkpoint is named twice",

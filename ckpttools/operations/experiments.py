@@ -19,6 +19,7 @@ from ckpttools.runs.logs import Log, Series
 from ckpttools.runs.retain import VAL
 from ckpttools.siblings import THEIRS
 from ckpttools.stores.files import entries, is_file, local, named
+from ckpttools.stores.links import resolved
 from ckpttools.suggest import did_you_mean
 from ckpttools.training import Training
 
@@ -172,7 +173,7 @@ def _experiment(entries: list[Entry], top: Location, places: list[Location]) -> 
     )
     return Experiment(
         path=home,
-        tag=below(home, top) if home != top and top in home.parents else home.resolve().name,
+        tag=below(home, top) if home != top and top in home.parents else resolved(home).name,
         framework=training.framework if training is not None else None,
         checkpoints=tuple(entries),
         unit=unit,

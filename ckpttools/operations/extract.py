@@ -14,10 +14,10 @@ from ckpttools.formats import PLANS, Source
 from ckpttools.formats.configs import HEADS, config_files
 from ckpttools.location import Location
 from ckpttools.operations import advice
+from ckpttools.operations.destination import default_dst
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.plan import Plan
-from ckpttools.siblings import default_dst
 from ckpttools.stores.files import is_file, named
 from ckpttools.stores.links import refuse_outside, within
 from ckpttools.transforms.cast import cast, dtype_named

@@ -17,6 +17,7 @@ from ckpttools.runs.find import Entry
 from ckpttools.runs.kinds import Kind, kind
 from ckpttools.runs.retain import best_of
 from ckpttools.stores.files import named
+from ckpttools.stores.links import resolved
 
 LATEST, BEST, PINNED, WEIGHTS = "latest", "best", "pinned", "weights only"
 DAMAGED, BAD, GOOD, UNKNOWN = "damaged (headers)", "damaged", "verified", "not checked"
@@ -97,11 +98,11 @@ def _run(
         notes.append(f"{error.message} [{error.id}]")
     named = needs.stated_best(found)
     best = None if named else best_of(found)
-    latest = chosen.path.resolve() if chosen is not None else None
+    latest = resolved(chosen.path) if chosen is not None else None
     listed: list[Listed] = []
     for entry in _sorted(found, sort):
         marks, why = [], []
-        if latest is not None and latest == entry.path.resolve():
+        if latest is not None and latest == resolved(entry.path):
             marks.append(LATEST)
         if kind(entry) == "best" or entry is best or any(needs.names(name, entry.path) for name in named):
             marks.append(BEST)

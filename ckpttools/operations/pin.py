@@ -10,7 +10,6 @@ from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import locate
 from ckpttools.runs import pins
 from ckpttools.runs.pins import Pin
-from ckpttools.siblings import pin_place
 
 
 def pin(path: str | Path, reason: str | None = None) -> Pin:
@@ -37,7 +36,7 @@ def pin(path: str | Path, reason: str | None = None) -> Pin:
     except CkptError:
         pass  # a damaged one may be worth keeping, too
     made = Pin(path=path, who=_who(), when=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason)
-    replace(pin_place(path), pins.dump(made))
+    replace(pins.place(path), pins.dump(made))
     return made
 
 
@@ -58,10 +57,10 @@ def unpin(path: str | Path) -> Pin:
             "not-pinned", "the checkpoint is not pinned", where=path, hint="ckpt ls shows what is"
         )
     try:
-        remove_file(pin_place(path))
+        remove_file(pins.place(path))
     except OSError as error:
         raise UsageError(
-            "no-permission", f"the pin cannot be removed: {escape(error.strerror)}", where=pin_place(path)
+            "no-permission", f"the pin cannot be removed: {escape(error.strerror)}", where=pins.place(path)
         ) from None
     return found
 

@@ -27,6 +27,7 @@ from ckpttools.runs import needs, pins
 from ckpttools.runs.find import Entry
 from ckpttools.runs.retain import Decision, Policy, decide, require_best
 from ckpttools.stores.files import is_file, is_folder, is_link, local, walk
+from ckpttools.stores.links import resolved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,11 +179,11 @@ def _held(
 ) -> Iterator[str]:
     """Why it may not go, whatever the policy says."""
     path = local(entry.path)
-    real = path.resolve()
+    whole = resolved(path)
     pin = pins.above(path, folder)
     if pin is not None:
         yield str(pin)
-    elif any(place == real or real in place.parents for place in map(Path.resolve, around.pinned)):
+    elif any(place == whole or whole in place.parents for place in map(resolved, around.pinned)):
         yield "pinned: something in it"
     try:
         for place, text in needs.pointers(run, folder):
@@ -193,7 +194,7 @@ def _held(
     why = needs.needed(path, around)
     if why is not None:
         yield why
-    if path.resolve() == folder.resolve() or any(path in other.parents for other in everything):
+    if resolved(path) == resolved(folder) or any(path in other.parents for other in everything):
         yield "other checkpoints are in it, or it is the folder itself"
     if is_folder(path) and not is_link(path):
         try:

@@ -11,10 +11,10 @@ from ckpttools.formats import Source
 from ckpttools.frameworks.write import plan as plan_of
 from ckpttools.location import Location
 from ckpttools.operations import advice
+from ckpttools.operations.destination import default_dst
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.plan import Plan
-from ckpttools.siblings import default_dst
 from ckpttools.stores.files import named
 from ckpttools.transforms.rebase import Rebased, Request
 from ckpttools.transforms.rebase import rebase as rebased

@@ -9,9 +9,9 @@ from ckpttools.errors import UsageError
 from ckpttools.frameworks.surroundings import with_surroundings
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept
+from ckpttools.operations.destination import default_dst
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
-from ckpttools.siblings import default_dst
 from ckpttools.stores.files import named
 from ckpttools.transforms.reshard import ranks_of, without_positions
 from ckpttools.transforms.reshard import reshard as resharded

@@ -14,11 +14,11 @@ from ckpttools import checks
 from ckpttools.checks import check_before_use
 from ckpttools.compare.digests import digests
 from ckpttools.errors import CkptError, UsageError
+from ckpttools.operations.destination import default_dst
 from ckpttools.operations.digest import Digested, compare
 from ckpttools.operations.extract import extract
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Bar, Writing
-from ckpttools.siblings import default_dst
 from ckpttools.stores.files import exists
 from ckpttools.stores.links import within
 from ckpttools.transforms.select import weights_only

@@ -61,7 +61,7 @@ class Shared:
                 "verify --spread puts together what all workers find, and those of an array may never meet",
                 hint="start them with torchrun or srun; in an array: --subset N/T",
             )
-        self.worker, self.folder, self.told = worker, folder or Path.cwd(), told
+        self.worker, self.folder, self.told = worker, (folder or Path()).absolute(), told
 
     def __call__(
         self,

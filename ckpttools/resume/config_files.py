@@ -19,7 +19,7 @@ from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.resume.new_run import NewRun, Stated, leaves, real, section, whole
 from ckpttools.schedules.mmengine.config import TEXT, settings
 from ckpttools.stores.files import is_file, is_folder, small_text
-from ckpttools.stores.links import within
+from ckpttools.stores.links import resolved, within
 
 # keys of which at least one is in every ds_config, and in no file of Hugging Face's TrainingArguments
 DEEPSPEED_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization", "optimizer")
@@ -94,7 +94,7 @@ def _unusable(path: Path, message: str) -> UsageError:
 
 def _mmengine(path: Path) -> NewRun:
     unread: list[str] = []
-    values = _inherited(path, _root(path), unread, (path.resolve(),))
+    values = _inherited(path, _root(path), unread, (resolved(path),))
     loader, wrapper = section(values, "train_dataloader"), section(values, "optim_wrapper")
     loop, strategy = section(values, "train_cfg"), section(values, "strategy")
     if not any((loader, wrapper, loop)):
@@ -123,7 +123,7 @@ def _mmengine(path: Path) -> NewRun:
 
 def _root(path: Path) -> Path:
     """The folder that `_base_` files may lie in: that of configs/_base_, else the file's own."""
-    own = path.resolve().parent
+    own = resolved(path).parent
     return next((folder for folder in (own, *own.parents) if is_folder(folder / "_base_")), own)
 
 
@@ -141,7 +141,7 @@ def _inherited(path: Path, root: Path, unread: list[str], seen: tuple[Path, ...]
     bases = own.pop("_base_", [])
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        where = (path.parent / base).resolve() if isinstance(base, str) else None
+        where = resolved(path.parent / base) if isinstance(base, str) else None
         inside = where is not None and not Path(base).is_absolute() and where.is_relative_to(root)
         if where is None or not inside or where in seen or len(seen) > DEPTH or not is_file(where):
             unread.append(escape(base))

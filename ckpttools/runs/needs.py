@@ -23,6 +23,7 @@ from ckpttools.location import Location
 from ckpttools.runs.find import Entry
 from ckpttools.siblings import GONE, PIN
 from ckpttools.stores.files import entries, is_file, local, small_text, walk
+from ckpttools.stores.links import resolved
 
 NAMING = (*POINTERS, "latest_universal")
 ADAPTER = "adapter_config.json"
@@ -55,7 +56,7 @@ def around(folder: Path) -> Around:
             pinned.append(path.parent)
         if entry.name == ADAPTER and (base := _stated(path, "base_model_name_or_path")):
             bases.append((path, base))
-    beside = folder.resolve().parent
+    beside = resolved(folder).parent
     with suppress(CkptError):  # links from where nobody may look
         links += [link for entry in entries(beside) for link in _link(beside / entry.name, entry)]
     return Around(links=tuple(links), bases=tuple(bases), pinned=tuple(pinned), left=tuple(left))
@@ -64,7 +65,7 @@ def around(folder: Path) -> Around:
 def _link(path: Path, entry: StoreEntry) -> Iterator[tuple[Path, Path]]:
     if entry.is_symlink():
         try:
-            yield path, path.resolve()
+            yield path, resolved(path)
         except (OSError, RuntimeError):  # a link in circles
             return
 
@@ -95,13 +96,14 @@ def stated_best(run: Sequence[Entry]) -> dict[str, str]:
 
 def needed(path: Path, found: Around) -> str | None:
     """Why a checkpoint may not go, None where nothing around needs it."""
-    real = path.resolve()
+    whole = resolved(path)
     for link, target in found.links:
-        inside = real in link.parent.resolve().parents or real == link.parent.resolve()
-        if not inside and (target == real or real in target.parents):
+        home = resolved(link.parent)
+        inside = whole in (home, *home.parents)
+        if not inside and (whole in (target, *target.parents)):
             return f"{escape(link.name)} is a link to it"
     for file, base in found.bases:
-        if names(base, path) and file.parent.resolve() != real:
+        if names(base, path) and resolved(file.parent) != whole:
             return f"the adapter in {escape(file.parent.name)} needs it"
     return None
 
@@ -113,7 +115,7 @@ def names(stated: str, path: Location) -> bool:
 
 def pointers(run: Path, folder: Path) -> Iterator[tuple[Path, str]]:
     """What each pointer names that may speak of this run. Raises CkptError where one cannot be read."""
-    run, folder = run.resolve(), folder.resolve()
+    run, folder = resolved(run), resolved(folder)
     places = [
         place for place in (run, *run.parents) if place in (folder, folder.parent) or folder in place.parents
     ]

@@ -11,12 +11,14 @@ from __future__ import annotations
 import errno
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
 from ckpttools.location import Location, Stored
-from ckpttools.siblings import pin_place
+from ckpttools.siblings import PIN, THEIRS
 from ckpttools.stores.files import exists, is_link
+from ckpttools.stores.links import resolved
 
 FORMAT, VERSION = "ckpttools-pin", 1
 
@@ -38,24 +40,32 @@ class Pin:
 
 def dump(pin: Pin) -> bytes:
     """The file's contents."""
-    values = {"name": pin.path.resolve().name, "who": pin.who, "when": pin.when, "reason": pin.reason}
+    values = {"name": resolved(pin.path).name, "who": pin.who, "when": pin.when, "reason": pin.reason}
     return json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=1).encode() + b"\n"
+
+
+def place(path: Path) -> Path:
+    """Where the note lies that keeps a checkpoint: beside it, or beside a framework's own folder."""
+    whole = resolved(path)
+    if whole.parent.name in THEIRS:
+        return whole.parent.with_name(f"{PIN}{whole.parent.name}-{whole.name}.json")
+    return whole.with_name(f"{PIN}{whole.name}.json")
 
 
 def of(path: Location) -> Pin | None:
     """The pin on exactly this path."""
-    if isinstance(path, Stored) or not path.resolve().name:
+    if isinstance(path, Stored) or not resolved(path).name:
         return None  # nothing is deleted there; nothing lies beside the root
-    place = pin_place(path)
+    note = place(path)
     try:
-        if not (exists(place) or is_link(place)):
+        if not (exists(note) or is_link(note)):
             return None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return None  # no file can be called so
         raise
     try:
-        values = jsons.read(place)
+        values = jsons.read(note)
     except CkptError:
         return Pin(path=path)
     said = {key: found for key in ("who", "when", "reason") if isinstance(found := values.get(key), str)}
@@ -64,9 +74,9 @@ def of(path: Location) -> Pin | None:
 
 def above(path: Location, top: Location) -> Pin | None:
     """The pin on a path, or on a folder that it lies in, up to `top`."""
-    path, top = path.resolve(), top.resolve()
-    for place in (path, *path.parents):
-        found = of(place)
-        if found is not None or place == top or top not in place.parents:
+    path, top = resolved(path), resolved(top)
+    for folder in (path, *path.parents):
+        found = of(folder)
+        if found is not None or folder == top or top not in folder.parents:
             return found
     return None

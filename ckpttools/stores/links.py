@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import TypeVar
 
 from ckpttools.errors import CkptError, escape
 from ckpttools.location import Location, Stored
 
 _places: ContextVar[tuple[str, ...] | None] = ContextVar("places", default=None)
+Place = TypeVar("Place", Path, Stored, Location)
 _follow: ContextVar[bool] = ContextVar("follow", default=False)
 
 
@@ -89,9 +91,14 @@ def refuse_outside(path: Location) -> None:
         )
 
 
+def resolved(path: Place) -> Place:
+    """Where a place really is, every link followed. Raises OSError or RuntimeError for links in circles."""
+    return path if isinstance(path, Stored) else path.resolve()
+
+
 def _real(path: Path) -> str | None:
     try:
-        return str(path.resolve())
+        return str(resolved(path))
     except (OSError, RuntimeError, ValueError):  # also for links in circles
         return None
 

@@ -11,7 +11,8 @@ import pytest
 from commands import run
 from support import FIXTURES
 
-from ckpttools.siblings import default_dst, is_copy, is_ours
+from ckpttools.operations.destination import default_dst
+from ckpttools.siblings import is_copy, is_ours
 
 TRAINER = FIXTURES / "hf-trainer" / "deepspeed"
 GLOBS = (

@@ -18,6 +18,7 @@ from support import FIXTURES
 
 import ckpttools
 from ckpttools import siblings
+from ckpttools.runs import pins
 
 TRAINER = FIXTURES / "hf-trainer" / "plain"
 
@@ -492,7 +493,7 @@ def test_a_pin_keeps_and_is_no_part_of_the_checkpoint(tmp_path: Path) -> None:
 def test_no_framework_takes_a_pin_for_its_own(tmp_path: Path) -> None:
     for theirs in ("ckpt", "checkpoints"):
         path = tmp_path / theirs / "checkpoint_3"
-        assert siblings.pin_place(path).parent == tmp_path
+        assert pins.place(path).parent == tmp_path
     utils = pytest.importorskip("transformers.trainer_utils")
     folder = tmp_path / "out"
     shutil.copytree(TRAINER, folder)
@@ -504,7 +505,7 @@ def test_no_framework_takes_a_pin_for_its_own(tmp_path: Path) -> None:
 
 def test_a_pin_on_a_run_keeps_all_of_it(tmp_path: Path) -> None:
     folder = make(tmp_path, 1, 2, 12)
-    siblings.pin_place(folder).write_text("damaged")
+    pins.place(folder).write_text("damaged")
     assert not ckpttools.prune(tmp_path, keep_last=1).removed
     assert not ckpttools.prune(folder, keep_last=1).removed
 
@@ -514,11 +515,11 @@ def test_nothing_that_is_pinned_is_replaced(tmp_path: Path, pinned: str) -> None
     folder = Folder(tuple(One("", "hf", step) for step in (2, 4))).make(tmp_path)
     dst = folder / "checkpoint-2"
     kept = {"it": dst, "its folder": folder, "something in it": dst / "model.safetensors"}[pinned]
-    siblings.pin_place(kept).write_text("{}")
+    pins.place(kept).write_text("{}")
     before = snapshot(folder)
     for options in (["--force"], ["--force", "-q"], ["--force", "--dry-run"]):
         ran = run("extract", FIXTURES / "trainer" / "z2_bf16_2", dst, *options)
         assert ran.code == 2 and "error[pinned]" in ran.err and "ckpt unpin" in ran.err, (ran.out, ran.err)
     assert snapshot(folder) == before
-    siblings.pin_place(kept).unlink()
+    pins.place(kept).unlink()
     assert run("extract", FIXTURES / "trainer" / "z2_bf16_2", dst, "--force", "-q").code == 0
