@@ -110,9 +110,7 @@ def test_touch_lists_do_not_grow() -> None:
 
 
 def test_only_stores_open_list_and_look_up_paths() -> None:
-    assert all(
-        map(structure.opens, ("open", "path.resolve", "os.path.exists", "os.scandir", "here.stat"))
-    )
+    assert all(map(structure.opens, ("open", "path.resolve", "os.path.exists", "os.scandir", "here.stat")))
     found = structure.opening()
     assert not found, found
 
