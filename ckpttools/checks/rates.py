@@ -14,7 +14,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats import Source
-from ckpttools.schedules.program import advance
+from ckpttools.schedules.program import Machine, Program, advance
 from ckpttools.training import OptimizerSettings, SavedSchedule
 
 MAX_STEPS = 100_000  # replayed one by one: a second
@@ -61,6 +61,20 @@ def _compare(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Fin
             where=f"param_groups[{g}].lr",
             message=f"is {have:g}, where {kind} gives {want:g} after {program.count} steps",
             why="the first update after a resume uses the optimizer's",
-            hint="use another copy; a rate that was set by hand lasts until the schedule's next step",
+            hint=f"use another copy; if it was set by hand, {_after(program, machine, g)}",
         )
         return
+
+
+def _after(program: Program, replayed: Machine, g: int) -> str:
+    """What the next step makes of a rate that is not the schedule's: a product goes on from it, no formula."""
+    try:
+        loaded = program.machine(fresh=False)
+        advance(loaded, 1)
+        advance(replayed, 1)
+    except CkptError:
+        return "what the schedule's next step makes of it is not known"
+    after, own = loaded.groups[g]["lr"], replayed.groups[g]["lr"]
+    if math.isclose(after, own, rel_tol=WITHIN):
+        return f"it lasts until the schedule's next step, which gives {own:g}"
+    return f"the schedule goes on from it: its next step gives {after:g}, not {own:g}"

@@ -78,7 +78,7 @@ def _rates(rates: Any) -> str:
         return f"not forecast: {rates.note}"
     first = _list(rates.first)
     if rates.next is None:
-        return f"{first} for the first update; then {rates.note or 'not forecast'}"
+        return f"{first} for the first update; then ? ({rates.note or 'not forecast'})"
     return f"{first} for the first update, {_list(rates.next)} for the next" + (
         f" ({rates.note})" if rates.note else ""
     )

@@ -8,6 +8,7 @@ from ckpttools import schedules
 from ckpttools.errors import CkptError
 from ckpttools.resume.new_run import real
 from ckpttools.resume.report import Rates
+from ckpttools.schedules import Program
 from ckpttools.training import SavedSchedule, Training
 
 
@@ -45,6 +46,8 @@ def rates(training: Training | None, *, engine: bool = False) -> Rates:
         program = schedules.recognise(own[0].framework, own[0].states, optimizer.groups, own[0].about)
         if not program.known:
             return Rates(first=first, note="not forecast: the schedule's function is not in the checkpoint")
+        if not program.explained:
+            return Rates(first=first, note=f"not forecast: {unexplained(program)}")
         machine = program.machine(fresh=False)
         skipped = ahead(training, own[0], engine=engine)
         if skipped is None:
@@ -64,6 +67,14 @@ def rates(training: Training | None, *, engine: bool = False) -> Rates:
     if any(map(math.isnan, following)):
         return Rates(first=first, note="not forecast: the schedule's function is not in the checkpoint")
     return Rates(first=first, next=following, note=note)
+
+
+def unexplained(program: Program) -> str:
+    """Why nothing is foretold by a schedule that does not give the rate that is saved."""
+    return (
+        f"{', '.join(program.families)} with the saved constants does not give the saved learning rate after "
+        f"{program.count} steps"
+    )
 
 
 def _is_last(training: Training, skipped: int) -> bool:

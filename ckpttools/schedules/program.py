@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -63,6 +63,7 @@ class Program(ABC):
     about: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = ()
+    explained: bool = True  # whether a replay gives the saved learning rates
     contradiction: tuple[float, float] | None = None  # the scheduler's own rate, and the replayed one
 
     @property
@@ -129,20 +130,31 @@ class Program(ABC):
         """The learning rate of group 0 in the next n units, when this state is loaded and stepped on."""
         return list(rates(self.machine(fresh=False), n))
 
-    def contradicted(self, replayed: float, key: str, at: int = 0) -> Self:
-        """The replay does not give the saved rate of group `at`. Where the state's own `key` does not have it
-        either, somebody else changed it, which is noted; else the scheduler is not what it was taken for.
+    def compared(
+        self, replayed: Sequence[State], key: str = "", *, by: str = "the saved constants give"
+    ) -> Self:
+        """With what is to be said where the replayed groups have other rates than the saved ones.
+
+        Where the list `key` of a state has such a rate, too, the scheduler is not what it was taken for; else
+        somebody else changed it, which is noted.
         """
-        saved = self.saved_groups[at]["lr"]
-        lists = (s[key] for s in self.saved_states if isinstance(s.get(key), list | tuple))
-        own = [each[at] for each in lists if len(each) > at]
-        if any(isinstance(each, int | float) and math.isclose(each, saved, rel_tol=1e-6) for each in own):
-            return replace(self, contradiction=(saved, replayed))
-        of = f" of group {at}" if at else ""
-        return self.with_notes(
-            f"the saved learning rate{of} is {saved:.6g}, where the saved constants give {replayed:.6g} "
-            f"after {self.count} steps: something else changed it, and the rebased one follows the constants"
-        )
+        found = self
+        for at, (old, new) in enumerate(zip(self.saved_groups, replayed, strict=True)):
+            saved, given = old["lr"], new["lr"]
+            first = old.get("initial_lr")
+            floor = 1e-9 * abs(first) if isinstance(first, int | float) else 0
+            if math.isclose(given, saved, rel_tol=1e-6, abs_tol=1e-15 + floor):
+                continue
+            lists = (s[key] for s in self.saved_states if isinstance(s.get(key), list | tuple))
+            own = [each[at] for each in lists if len(each) > at]
+            if any(isinstance(each, int | float) and math.isclose(each, saved, rel_tol=1e-6) for each in own):
+                return replace(found, explained=False, contradiction=(saved, given))
+            of = f" of group {at}" if at else ""
+            found = replace(found, explained=False).with_notes(
+                f"the saved learning rate{of} is {saved:.6g}, where {by} {given:.6g} after {self.count} "
+                "steps: something else changed it, or these are another run's; a rebased one follows them"
+            )
+        return found
 
     def with_notes(self, *notes: str) -> Self:
         """Also these notes, each once."""

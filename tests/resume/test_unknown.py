@@ -290,3 +290,66 @@ def test_no_step_anywhere_is_not_safe() -> None:
     code, found = said(FIXTURES / "dcp/app_ws2")
     assert (code, found["verdict"], found["step"]) == (0, "careful", None)
     assert line(found, "length")["ok"] is False and line(found, "effective batch")["ok"] is None
+
+
+def decayed(path: Path) -> Path:
+    """A plain loop's file with a class of its own that has PolynomialLR's fields."""
+
+    class Decay(torch.optim.lr_scheduler.PolynomialLR):
+        def get_lr(self) -> list[float]:  # type: ignore[override]
+            return [base / (1 + self.last_epoch) for base in self.base_lrs]
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    schedule = Decay(optimizer, total_iters=100)
+    for _ in range(7):
+        optimizer.step()
+        schedule.step()
+    tree = {"global_step": 7, "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
+    torch.save(tree | {"model": {"w": torch.zeros(2)}}, path)
+    return path
+
+
+def by_hand(folder: Path, name: str, factor: float) -> Path:
+    """A DeepSpeed folder whose learning rate is not the one that its schedule gives."""
+    shutil.copytree(FIXTURES / "deepspeed-0.19.8" / name, folder)
+
+    def change(value: Any) -> None:
+        for group in value["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]:
+            group["lr"] *= factor
+
+    for path in folder.glob("*/*optim_states.pt"):
+        edited(path, path, change)
+    return folder
+
+
+def test_a_schedule_that_does_not_give_the_saved_rate_foretells_no_next_one(tmp_path: Path) -> None:
+    for path, families in (
+        (decayed(tmp_path / "a.pt"), "PolynomialLR"),
+        (by_hand(tmp_path / "own", "z2_bf16_ws2", 1.5), "WarmupDecayLR"),
+    ):
+        rates = said(path)[1]["lr"]
+        assert rates["first"] is not None and rates["next"] is None, (path, rates)
+        assert families in rates["note"] and "does not give the saved learning rate" in rates["note"]
+        shown = run("resume-check", path).out
+        assert "for the first update; then ? (not forecast" in shown, shown
+
+
+def test_what_becomes_of_a_rate_that_was_set_by_hand_is_computed(tmp_path: Path) -> None:
+    """A formula writes over it; a product goes on from it."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    for name, schedule, words in (
+        ("formula", torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n)), None),
+        ("product", torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "goes on from it"),
+    ):
+        optimizer.step()
+        schedule.step()
+        optimizer.param_groups[0]["lr"] = 0.3
+        tree = {"global_step": 1, "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
+        torch.save(tree | {"model": {"w": torch.zeros(2)}}, tmp_path / f"{name}.pt")
+        found = json.loads(run("verify", tmp_path / f"{name}.pt", "--json").out)["checkpoints"][0]["findings"]
+        hints = [f["hint"] for f in found if f["id"] == "rate-unexpected"]
+        assert hints == [] if words is None else words in hints[0] and "0.15" in hints[0]
+    folder = by_hand(tmp_path / "own", "z2_bf16_ws2", 1.5)
+    found = json.loads(run("verify", folder, "--json").out)["checkpoints"][0]["findings"]
+    (hint,) = {f["hint"] for f in found if f["id"] == "rate-unexpected"}
+    assert "lasts until the schedule's next step" in hint

@@ -324,6 +324,40 @@ def test_a_rate_of_a_later_group_that_was_set_by_hand_is_no_result_of_the_consta
     assert "of group 1" in note
 
 
+STEPS_7 = {"last_batch_iteration": 6}
+LINEAR = {
+    "type": "WarmupLR",
+    "params": {"warmup_num_steps": 10, "warmup_max_lr": 0.1, "warmup_type": "linear"},
+}
+COSINE = {"lr_scheduler_type": "cosine", "max_steps": 20, "warmup_steps": 0}
+LINEAR_MM = {
+    "param_name": "lr", "begin": 0, "end": 10, "total_iters": 9, "start_factor": 0.1, "end_factor": 1.0,
+    "by_epoch": False, "base_values": [0.1, 0.1], "last_step": 5, "_global_step": 5, "verbose": False,
+    "_last_value": [0.06, 0.06],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("framework", "state", "about", "right"),
+    [
+        ("deepspeed", STEPS_7, LINEAR, 0.06),
+        ("transformers", {"last_epoch": 10, "_step_count": 11, "base_lrs": [0.1, 0.1], "_last_lr": [0.05, 0.05],
+                          "lr_lambdas": [None, None]}, COSINE, 0.05),
+        ("mmengine", LINEAR_MM, {}, 0.06),
+    ],
+)  # fmt: skip
+def test_every_group_is_held_against_the_constants(
+    framework: str, state: dict[str, Any], about: dict[str, Any], right: float
+) -> None:
+    """Not group 0 alone: a rate that was set by hand in a later one would be replayed away in silence."""
+    groups = [{"lr": right, "initial_lr": 0.1}, {"lr": right, "initial_lr": 0.1}]
+    assert recognise(framework, [state], groups, about).explained
+    groups[1]["lr"] *= 3
+    found = recognise(framework, [state], groups, about)
+    assert not found.explained and found.known
+    assert any("of group 1" in note for note in found.notes)
+
+
 def test_groups_that_were_added_later_are_no_damage() -> None:
     """As a run does that unfreezes its layers one after another."""
     opt = optimizer(1)

@@ -14,10 +14,11 @@ from ckpttools.errors import CkptError
 from ckpttools.resume.deepspeed import schedulers
 from ckpttools.resume.deepspeed.case import Case
 from ckpttools.resume.deepspeed.saved import Saved
+from ckpttools.resume.rates import unexplained
 from ckpttools.resume.new_run import real, section, whole
 from ckpttools.resume.report import Rates
 from ckpttools.schedules.deepspeed.formulas import rule_of
-from ckpttools.schedules.deepspeed.program import recognise_deepspeed
+from ckpttools.schedules.deepspeed.program import DeepSpeedProgram, recognise_deepspeed
 from ckpttools.schedules.torch.program import recognise_torch
 
 
@@ -48,6 +49,8 @@ def _following(case: Case, first: tuple[float, ...]) -> tuple[tuple[float, ...] 
         params = {k: v for k, v in params.items() if v is not None}
         rule = rule_of(name, params, [dict(group) for group in saved.hyper], _bases(saved, config))
         found = tuple(float(lr) for lr in rule(count + 1).lrs)
+        if not case.configured and not _told(saved).explained:
+            return None, f"not forecast: {unexplained(_told(saved))}"
         if any(map(math.isnan, found)):
             return (
                 None,
@@ -60,12 +63,21 @@ def _following(case: Case, first: tuple[float, ...]) -> tuple[tuple[float, ...] 
     if case.run.scheduler is not None and not schedulers.same_class(saved.scheduler, name):
         return None, f"not forecast: the constants of {name} are in the code"
     program = recognise_torch([saved.scheduler], [dict(group) for group in saved.hyper], {})
+    if not program.explained:
+        return None, f"not forecast: {unexplained(program)}"
     machine = program.machine(fresh=False)
     machine.step()
     found = tuple(float(group["lr"]) for group in machine.groups)
     if any(map(math.isnan, found)):
         return None, "not forecast: the function that computes the learning rate is in the code"
     return found, ""
+
+
+def _told(saved: Saved) -> DeepSpeedProgram:
+    """What the saved run's own configuration makes of the saved schedule."""
+    lr = real(section(saved.config, "optimizer", "params").get("lr"))
+    about = {**section(saved.config, "scheduler"), "lr": lr}
+    return recognise_deepspeed([dict(saved.scheduler or {})], list(saved.hyper), about)
 
 
 def _bases(saved: Saved, config: Mapping[str, object]) -> list[float]:
@@ -76,10 +88,7 @@ def _bases(saved: Saved, config: Mapping[str, object]) -> list[float]:
     old = real(section(saved.config, "optimizer", "params").get("lr"))
     new = real(section(config, "optimizer", "params").get("lr"))
     new = old if new is None else new
-    program = recognise_deepspeed(
-        [dict(saved.scheduler or {})], list(saved.hyper), {**section(saved.config, "scheduler"), "lr": old}
-    )
-    inferred = program.bases
+    inferred = _told(saved).bases
     if schedulers.type_of(saved.config) not in ("WarmupCosineLR",) and not (
         schedulers.type_of(saved.config) == "WarmupLR"
         and "warmup_max_lr" not in section(saved.config, "scheduler", "params")

@@ -238,12 +238,10 @@ def recognise_mmengine(
             program = program.with_notes(EITHER)
         else:
             program = replace(program, anneal="linear" if off["linear"] < off["cos"] else "cos")
-    lr, saved = replayed(program, program.count).groups[0]["lr"], plain[0]["lr"]
-    if math.isnan(lr):
+    after = replayed(program, program.count).groups
+    if math.isnan(after[0]["lr"]):
         return replace(program, replays=False).with_notes(_unknown(program))
-    if not math.isclose(lr, saved, rel_tol=1e-6, abs_tol=1e-12 * abs(plain[0]["initial_lr"])):
-        program = program.contradicted(lr, "_last_value")
-    return program
+    return program.compared(after, "_last_value")
 
 
 def replayed(program: MMEngineProgram, count: int) -> MMEngineMachine:

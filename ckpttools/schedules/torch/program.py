@@ -157,15 +157,10 @@ def recognise_torch(
             "learning rate is left as it is"
         )
     program = _with_anneal(program)
-    found = [group["lr"] for group in replayed(program, program.count, near=True).groups]
-    if math.isnan(found[0]) or _by_metric(nodes):
+    found = replayed(program, program.count, near=True).groups
+    if math.isnan(found[0]["lr"]) or _by_metric(nodes):
         return replace(program, replays=False).with_notes(_unknown_note(program))
-    for at, (lr, group) in enumerate(zip(found, plain_groups, strict=True)):
-        if not math.isclose(lr, group["lr"], rel_tol=SAME, abs_tol=1e-12 * abs(group["initial_lr"])):
-            program = program.contradicted(lr, "_last_lr", at)
-            if program.contradiction is not None:
-                break
-    return program
+    return program.compared(found, "_last_lr")
 
 
 def _by_metric(nodes: Sequence[Node]) -> bool:

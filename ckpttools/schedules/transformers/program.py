@@ -209,13 +209,7 @@ def recognise_trainer(
     program = TrainerProgram(saved_states=(dict(state),), saved_groups=tuple(map(dict, groups)), about=about)
     if not program.total and name not in ("constant", "constant_with_warmup", "inverse_sqrt"):
         return recognise_torch(states, groups, about)
-    lr, saved = program._at(program.count).groups[0]["lr"], groups[0]["lr"]
-    if not math.isclose(lr, saved, rel_tol=1e-6, abs_tol=1e-9 * abs(state["base_lrs"][0])):
-        program = program.with_notes(
-            f"the saved learning rate is {saved:.6g}, where {name} gives {lr:.6g} after {program.count} of "
-            f"{program.total} updates: the arguments are not those of this run, or something else changed it"
-        )
-    return program
+    return program.compared(program._at(program.count).groups, by=f"{name} of {program.total} updates gives")
 
 
 def warmup_of(about: Mapping[str, Any], total: int) -> int:
