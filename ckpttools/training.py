@@ -202,6 +202,7 @@ class Training:
     # what the new run's configuration calls the parts of its batch: part, setting, whose
     batch_names: tuple[tuple[What, str, str], ...] = ()
     outside: tuple[str, ...] = ()  # what the user must set in the new run, in words
+    stays: tuple[str, ...] = ()  # what speaks of the old run in every copy that is written
     notes: tuple[str, ...] = ()
 
     def over(self, stated: Training) -> Training:

@@ -67,7 +67,7 @@ def _compare(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Fin
 
 
 def _after(program: Program, replayed: Machine, g: int) -> str:
-    """What the next step makes of a rate that is not the schedule's: a product goes on from it, no formula."""
+    """What the next step makes of a rate that is not the schedule's: only a product goes on from it."""
     try:
         loaded = program.machine(fresh=False)
         advance(loaded, 1)

@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 
 from ckpttools.cli import render
+from ckpttools.cli.options import JSON, QUIET
 from ckpttools.errors import CkptError, UsageError
 
 SAVED = "iter_000012.pth"  # demo.yaml saves every 12 updates; an epoch is 23
@@ -48,20 +49,38 @@ TOLERANCE = 5e-4
 @click.command("demo")
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--keep", is_flag=True, help="Keep the temporary folder; a DIR that you name is always kept.")
-def command(folder: Path | None, keep: bool) -> int:
+@JSON
+@QUIET
+def command(folder: Path | None, keep: bool, as_json: bool, quiet: bool) -> int:
     """Train on two ranks, verify, extract, reshard to four, resume there; halve the batch, resume again.
 
     Losses and learning rates are compared with those of the run that was never interrupted.
 
     Everything happens in DIR (new or empty), or in a temporary folder. Takes a few minutes on two CPU cores.
     """
-    with _place(folder, keep) as place:
+    with _speaking(as_json=as_json, quiet=quiet), _place(folder, keep) as place:
         config = resources.files("ckpttools.trainer").joinpath(CONFIG).read_text("utf-8")
         (place / CONFIG).write_text(config, "utf-8")
         click.echo(f"$ cd {shlex.quote(str(place))}")
         for line in COMMANDS:
             _run(line, place)
-        return max(_compare_losses(place), _compare_rates(place))
+        ok = not max(_compare_losses(place), _compare_rates(place))
+    if as_json:
+        kept = folder is not None or keep
+        render.document({"ok": ok, "folder": str(place) if kept else None, "commands": list(COMMANDS)})
+    return 0 if ok else 1
+
+
+@contextlib.contextmanager
+def _speaking(*, as_json: bool, quiet: bool) -> Iterator[None]:
+    """stdout may be the document's alone: what is shown then goes to stderr, or nowhere."""
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        elif as_json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
 
 
 @contextlib.contextmanager
@@ -99,7 +118,10 @@ def _run(line: str, place: Path) -> None:
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(place / "extensions")),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "ckpttools.cli", *shlex.split(line)], cwd=place, env=environment
+        [sys.executable, "-m", "ckpttools.cli", *shlex.split(line)],
+        cwd=place,
+        env=environment,
+        stdout=sys.stdout.fileno(),
     )
     try:
         code = process.wait()

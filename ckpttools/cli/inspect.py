@@ -10,7 +10,7 @@ import click
 
 from ckpttools import tree
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, KEY, SRC, STATS, TAG
+from ckpttools.cli.options import FOLLOW, JSON, KEY, QUIET, SRC, STATS, TAG
 from ckpttools.errors import escape
 from ckpttools.location import Location
 
@@ -28,7 +28,10 @@ STATE_FILES = 24  # files listed before the rest is only counted
 @TAG
 @KEY
 @JSON
-def command(src: Location, tensors: bool, tag: str | None, key: str | None, as_json: bool) -> int:
+@QUIET
+def command(
+    src: Location, tensors: bool, tag: str | None, key: str | None, as_json: bool, quiet: bool
+) -> int:
     """What SRC is: format, tag, step, epoch, losses, ranks, dtypes, settings, and what each file is for.
 
     Only headers are read: it takes the same fraction of a second for 1 MB and for 1 TB.
@@ -44,6 +47,8 @@ def command(src: Location, tensors: bool, tag: str | None, key: str | None, as_j
         return 1 if dangers else 0
     for path, what in dangers:
         click.echo(click.style(warning(path, what), fg="red", bold=True))
+    if quiet:
+        return 1 if dangers else 0
     from ckpttools.frameworks.progress import progress
 
     training = progress(source, checkpoint)

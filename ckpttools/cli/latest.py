@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS
 from ckpttools.errors import escape
 from ckpttools.location import Location
 
@@ -13,6 +13,7 @@ from ckpttools.location import Location
 @click.command("latest")
 @click.argument("folder", metavar="DIR", type=PLACE)
 @click.option("--verified", is_flag=True, help="The newest that passes every check of ckpt verify.")
+@FOLLOW
 @STATS
 @JSON
 @QUIET

@@ -96,6 +96,8 @@ def _iteration(each: Listed) -> dict[str, int]:
 
 def _text(found: tuple[Run, ...], folder: Location, tree: bool) -> Iterator[str]:
     shown: tuple[str, ...] = ()
+    if tree:
+        yield f"{escape(folder, 4000)}/"
     for number, run in enumerate(found):
         name = PurePath(below(run.path, folder) if folder in run.path.parents else str(run.path))
         if tree:
@@ -104,8 +106,6 @@ def _text(found: tuple[Run, ...], folder: Location, tree: bool) -> Iterator[str]
                 if parts[: depth + 1] != shown[: depth + 1]:
                     yield f"{'  ' * (depth + 1)}{escape(part)}/"
             shown, indent = parts, "  " * (len(parts) + 1)
-            if not number:
-                yield f"{escape(folder)}/" if not parts else ""
         else:
             yield from ([""] if number else [])
             yield escape(run.path, 4000)

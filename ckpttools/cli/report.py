@@ -41,12 +41,12 @@ def command(
     quiet: bool,
     workers: int,
     no_progress: bool,
-) -> None:
+) -> int:
     """Write one HTML file about a run, runs side by side, or two checkpoints, to send to a colleague.
 
     Checkpoints on a line of samples with their state, loss and learning rate, sizes, settings that differ,
     findings with what they mean; of two checkpoints how far apart each layer is. The page needs no network
-    and no script. Nothing but the page is written.
+    and no script. Nothing but the page is written. Exit code 1: a damaged checkpoint is in it.
 
         ckpt report run -o run.html
     """
@@ -64,8 +64,9 @@ def command(
         bar=bar,
     )
     if as_json:
-        about = {"ok": True, "destination": str(made.destination), "nbytes": made.nbytes}
+        about = {"ok": not made.damaged, "destination": str(made.destination), "nbytes": made.nbytes}
         render.document(about | {"damaged": made.damaged})
-        return
-    render.say(f"{render.size(made.nbytes)}; {made.damaged} damaged checkpoints are in it", quiet=quiet)
-    click.echo(escape(made.destination, 4000))
+    else:
+        render.say(f"{render.size(made.nbytes)}; {made.damaged} damaged checkpoints are in it", quiet=quiet)
+        click.echo(escape(made.destination, 4000))
+    return 1 if made.damaged else 0

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, SRC, TAG, WORKERS, number
+from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PATH, QUIET, SRC, STATS, TAG, WORKERS, number
 from ckpttools.cli.resume_report import document, show
 from ckpttools.errors import CkptError
 from ckpttools.stores.files import is_file, is_folder
@@ -36,6 +36,8 @@ from ckpttools.stores.files import is_file, is_folder
 @click.option("--optimizer", metavar="CLASS", help="An optimizer that the code passes: AdamW ...")
 @click.option("--no-strict", is_flag=True, help="The code loads with load_module_strict=False.")
 @click.option("--full", is_flag=True, help="Also read every byte, as ckpt verify does.")
+@FOLLOW
+@STATS
 @TAG
 @JSON
 @QUIET

@@ -50,12 +50,13 @@ def command(
     force: bool,
     as_json: bool,
     quiet: bool,
-) -> None:
+) -> int:
     """The runs below DIR side by side: batch, progress, losses, time, and the settings that differ.
 
     They are read from the newest good checkpoint of each, its configuration, and what lies beside it: YAML,
     trainer_state.json, train_log.jsonl, MMEngine's vis_data, metrics.csv, TensorBoard's event files.
     A ? is what nothing says. --plot draws over samples, so that runs with other batches can be compared.
+    Exit code 1: a checkpoint of one is damaged, as far as its headers tell.
 
         ckpt runs work_dirs --plot runs.svg --log experiments.md
     """
@@ -80,6 +81,9 @@ def command(
         click.echo("".join(_csv(found)), nl=False)
     elif not quiet:
         click.echo("\n".join(_text(found, top)))
+    damaged = [entry for each in found.runs for entry in each.checkpoints if entry.damaged]
+    for entry in damaged:
+        render.say(f"note: {escape(entry.path)} is damaged: {escape(entry.problem, 1000)}", quiet=quiet)
     for path in found.closed:
         render.say(f"note: {escape(path)} may not be read, and is left out", quiet=quiet)
     for each in found.runs:
@@ -92,6 +96,7 @@ def command(
 
         rows = append(log, found.runs, parent)
         render.say(f"{len(rows)} rows were added to {escape(log)}", quiet=quiet)
+    return 1 if damaged else 0
 
 
 def _plot(found: Experiments, plot: Path, *, force: bool, quiet: bool) -> None:
@@ -134,8 +139,13 @@ def _row(each: Experiment) -> tuple[object, ...]:
         *_loss(train),
         *_loss(val),
         age(each.seconds) if each.seconds is not None else "?",
-        len(each.checkpoints),
+        _kept(each),
     )
+
+
+def _kept(each: Experiment) -> str:
+    bad = sum(entry.damaged for entry in each.checkpoints)
+    return f"{len(each.checkpoints)}" + (f", {bad} damaged" if bad else "")
 
 
 def losses(each: Experiment) -> tuple[Best | None, Best | None]:
@@ -156,7 +166,7 @@ def _or(value: object) -> object:
 
 def _json(found: Experiments) -> dict[str, object]:
     return {
-        "ok": True,
+        "ok": not any(entry.damaged for each in found.runs for entry in each.checkpoints),
         "runs": [_run(each) for each in found.runs],
         "differing": {name: list(values) for name, values in found.differing.items()},
     }

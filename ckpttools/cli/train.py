@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
 import click
+
+from ckpttools.cli import render
+from ckpttools.cli.options import JSON, QUIET
+from ckpttools.errors import escape
 
 
 @click.command("train")
@@ -42,6 +48,8 @@ import click
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: zero.stage=1."
 )
 @click.option("--full-log", is_flag=True, help="Show everything that DeepSpeed and the ranks print.")
+@JSON
+@QUIET
 def command(
     config: Path,
     nproc: int | None,
@@ -55,6 +63,8 @@ def command(
     max_steps: int | None,
     overrides: tuple[str, ...],
     full_log: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> int:
     """Train a small model with DeepSpeed ZeRO, or with plain torch (zero.stage: 0), as CONFIG (YAML) says.
 
@@ -88,8 +98,16 @@ def command(
         main(options.arguments())
     from ckpttools.trainer.launch import launch
 
+    # stdout is the document's: the ranks speak on stderr
+    console = subprocess.DEVNULL if quiet else sys.stderr.fileno() if as_json else None
     try:
-        return launch(options, nproc)
+        code, run = launch(options, nproc, console=console)
+        if as_json:
+            run_folder = None if run is None else str(run)
+            render.document({"ok": code == 0, "exit_code": code, "run": run_folder})
+        elif quiet and run is not None:
+            click.echo(escape(run, 4000))
+        return code
     except KeyboardInterrupt:
         click.echo("interrupted: the checkpoints saved so far are complete and can be resumed from", err=True)
         return 130

@@ -32,6 +32,10 @@ from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Traini
 
 CONFIG = "the MMEngine config"
 OUTSIDE = "val_interval, and the intervals of hooks that count iterations"
+STAYS = (
+    "meta.cfg (the old run's configuration, as text) and the histories in message_hub.log_scalars stay as "
+    "they were: on a resume MMEngine goes by the new run's configuration"
+)
 RUNTIME = ("message_hub", "runtime_info")
 POINTER = "last_checkpoint"
 
@@ -84,6 +88,7 @@ def _read(file: TorchFile, *, in_folder: bool) -> Training:
         scheduled=bool(config.get("param_scheduler")),
         batch_names=tuple(_names(config)),
         outside=() if by_epoch else (OUTSIDE,),
+        stays=(STAYS,) if config else (),
         **parts.marked(file),
     )
 

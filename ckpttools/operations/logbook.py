@@ -40,14 +40,25 @@ def append(path: Path, found: Sequence[Experiment], parent: str | None = None) -
     new = [row for row in rows if write(row).strip() not in lines]
     if not new:
         return []
-    head = "" if text else write(COLUMNS) + ("| --- | --- | --- | --- | --- |\n" if form == ".md" else "")
-    if text and not text.endswith("\n"):
-        head = "\n"
+    head = "" if not text or text.endswith("\n") else "\n"
+    if not _has_table(text, form):
+        below = "| --- | --- | --- | --- | --- |\n"  # a table of Markdown begins after an empty line
+        head += (
+            ("\n" * bool(text.strip()) if form == ".md" else "") + write(COLUMNS) + below * (form == ".md")
+        )
     from ckpttools.execute.small import replace
 
     # what was there stays: it is the beginning of the text
     replace(path, (text + head + "".join(map(write, new))).encode())
     return new
+
+
+def _has_table(text: str, form: str) -> bool:
+    """Whether what is added goes on a table: the one that ends the text, or whose columns CSV names."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if form == ".md":
+        return bool(lines) and lines[-1].lstrip().startswith("|")
+    return any(line.startswith(_csv(COLUMNS).strip()) for line in lines)
 
 
 def _text(path: Path) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from ckpttools.checks import check_before_use
-from ckpttools.errors import UsageError
+from ckpttools.errors import CkptError, UsageError
+from ckpttools.frameworks import read
 from ckpttools.frameworks.surroundings import with_surroundings
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept
@@ -53,6 +55,9 @@ def reshard(
     plan = source.format.plan(checkpoint, layout)
     own = () if source.format.tagged else {role.path for role in checkpoint.files}
     plan = with_surroundings(source, plan, ranks=(checkpoint, layout) if changed else None, own=own)
+    if changed:
+        with suppress(CkptError):  # of a framework's own counters and settings nothing is written
+            notes = (*notes, *read(source, checkpoint).stays)
     plan = replace(plan, notes=(*plan.notes, *notes))
     dst = named(dst) if dst is not None else default_dst(src, f"ws{ranks}")
     steps = advice.resume(source, checkpoint, dst, ranks)

@@ -16,6 +16,7 @@ from functools import partial
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError, Unsupported
+from ckpttools.findings import ERROR, raised
 from ckpttools.formats import FORMATS, Folder, locate, read
 from ckpttools.formats.locate import checkpoints, holds_one
 from ckpttools.formats.tags import is_tag
@@ -63,6 +64,11 @@ class Entry:
         """One of COUNTERS."""
         values = {"iteration": self.state.iteration, "step": self.state.step, "epoch": self.state.epoch}
         return values[counter]
+
+    @property
+    def damaged(self) -> bool:
+        """As far as was looked."""
+        return self.problem is not None and self.problem.exit_code == 1
 
     @property
     def at(self) -> str:
@@ -247,7 +253,7 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
             checkpoint = read(source)
             kinds.learn((path, run), source, checkpoint)
     except CkptError as error:
-        return make(format=None, state=Training(), resumes=None, problem=error)
+        return make(format=None, state=Training(), resumes=None, problem=_in_parts(path, error))
     resumes: bool | None
     problem: CkptError | None = None
     layout, state = checkpoint.layout, checkpoint.training
@@ -269,6 +275,19 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
         model=_model(checkpoint),
         problem=problem,
     )
+
+
+def _in_parts(path: Location, reason: CkptError) -> CkptError:
+    """Why a checkpoint is not read: what its files show by themselves, where its layout is not read."""
+    if not isinstance(reason, Unsupported):
+        return reason
+    from ckpttools.checks import verify
+
+    try:
+        bad = next((f for f in verify(path, quick=True).findings if f.severity == ERROR), None)
+    except CkptError:
+        return reason
+    return reason if bad is None else raised(bad)
 
 
 def _model(checkpoint: Checkpoint) -> int | None:

@@ -20,10 +20,11 @@ from ckpttools.trainer.worker import EXCHANGE, LAUNCHED
 GRACE = 45  # seconds; torchrun gives its ranks 30 before it kills them
 
 
-def launch(options: Options, nproc: int | None) -> int:
-    """Train on `nproc` ranks: default one per GPU, or two on a machine without GPUs; returns the exit code.
+def launch(options: Options, nproc: int | None, *, console: int | None = None) -> tuple[int, Path | None]:
+    """Train on `nproc` ranks (one per GPU, or two on a machine without GPUs); returns the exit code and
+    the run folder. What the ranks say goes to `console`, a file descriptor or subprocess.DEVNULL.
 
-    It is 0, or 128 and the number of the signal that asked the run to save and stop. Raises CkptError.
+    The code is 0, or 128 and the number of the signal that asked the run to save and stop. Raises CkptError.
     """
     _require("yaml", "msgspec", "torch", "deepspeed", "transformers")
     config = load(options.config, options.overrides)  # a mistake shows before anything starts
@@ -38,13 +39,22 @@ def launch(options: Options, nproc: int | None) -> int:
             environment.setdefault("DS_ACCELERATOR", "cpu")
             environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, for a single rank too
         with signals.forwarded(folder) as asked:
-            code = _torchrun(ranks, options, environment, folder / "torchrun.log", held)
+            code = _torchrun(ranks, options, environment, folder / "torchrun.log", held, console)
         if code != 0:
             raise failures.read(folder) or _silent(folder, code)
-        return 0 if asked.number is None else 128 + asked.number
+        run = folder / LAUNCHED
+        place = Path(run.read_text("utf-8")) if run.exists() else None
+        return (0 if asked.number is None else 128 + asked.number), place
 
 
-def _torchrun(ranks: int, options: Options, environment: dict[str, str], messages: Path, held: int) -> int:
+def _torchrun(
+    ranks: int,
+    options: Options,
+    environment: dict[str, str],
+    messages: Path,
+    held: int,
+    console: int | None,
+) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [f"--log-dir={messages.parent}"]  # else torchrun leaves a folder among the temporary files
     command += ["-m", "ckpttools.trainer", *options.arguments()]
@@ -53,6 +63,7 @@ def _torchrun(ranks: int, options: Options, environment: dict[str, str], message
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
+            stdout=console,
             stderr=None if options.full_log else file,
             pass_fds=(held,),
             start_new_session=True,  # Ctrl-C reaches only us; torchrun is asked to end its ranks

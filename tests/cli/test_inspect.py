@@ -76,3 +76,12 @@ def test_a_training_state_that_is_damaged_is_a_note(tmp_path: Path, ckpt: Ckpt) 
     torch.save(tree, tmp_path / "a.pt")
     ran = ckpt("inspect", tmp_path / "a.pt")
     assert ran.code == 0 and "global_step is -7" in ran.out
+
+
+def test_quiet_says_nothing_but_what_is_dangerous(ckpt: Ckpt, tmp_path: Path) -> None:
+    source = FIXTURES / "hf-trainer/plain/checkpoint-4"
+    ran = ckpt("inspect", source, "-q")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    (tmp_path / "a.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    ran = ckpt("inspect", tmp_path / "a.pt", "-q")
+    assert ran.code == 1 and "system" in ran.out + ran.err

@@ -88,6 +88,15 @@ def test_the_experiment_log_grows_by_what_is_new(tmp_path: Path, suffix: str) ->
     assert ran.code == 0 and "1 rows were added" in ran.err
     text = log.read_text()
     assert text.startswith("# my experiments, no newline at the end\n") and "loss 5.5569" in text
+    lines = text.splitlines()
+    if suffix == ".md":  # what makes a table of the rows
+        assert lines[1:4] == [
+            "",
+            "| date | run | against | changed | result |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+    else:
+        assert lines[1] == "date,run,against,changed,result"
     assert "0 rows" in run("runs", folder, "--log", log).err and log.read_text() == text
     shutil.copytree(TRAINER / "z2_bf16_4", folder / "second|<b>")
     assert "1 rows" in run("runs", folder, "--log", log).err

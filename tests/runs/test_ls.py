@@ -147,3 +147,38 @@ def test_a_damaged_optimizer_is_seen_in_the_headers(tmp_path: Path) -> None:
     assert ran.code == 1 and "damaged (headers)" in ran.out
     newest, older = listed(folder)
     assert newest["marks"] == ["damaged (headers)"] and newest["step"] == 4 and older["marks"] == ["latest"]
+
+
+def test_a_tree_begins_with_its_root_and_has_no_empty_line(tmp_path: Path) -> None:
+    for name in ("a/one", "a/two", "b"):
+        shutil.copytree(FIXTURES / "hf-trainer" / "plain", tmp_path / "top" / name)
+    lines = run("ls", tmp_path / "top", "--tree").out.splitlines()
+    assert lines[0] == f"{tmp_path / 'top'}/" and all(lines)
+    assert [line for line in lines if line.endswith("/")] == [
+        lines[0],
+        "  a/",
+        "    one/",
+        "    two/",
+        "  b/",
+    ]
+    alone = run("ls", tmp_path / "top/b", "--tree").out.splitlines()
+    assert alone[0] == f"{tmp_path / 'top/b'}/" and alone[1].startswith("  name")
+
+
+def test_what_lost_all_optimizer_files_is_damaged_in_every_listing(tmp_path: Path) -> None:
+    """Stage 0 has none of them either: which one it is, the file of the model says."""
+    folder = tmp_path / "run"
+    shutil.copytree(FIXTURES / "trainer" / "z2_bf16_2", folder)
+    (tag,) = folder.glob("*.pth")
+    whole = folder / "iter_000001.pth"
+    shutil.copytree(tag, whole)
+    for path in tag.glob("*optim_states.pt"):
+        path.unlink()
+    assert run("verify", tag, "--quick").code == 1
+    (lost,) = (each for each in listed(folder) if each["path"] == str(tag))
+    assert lost["marks"] == ["latest", "damaged (headers)"] or lost["marks"] == ["damaged (headers)"]
+    for words in (("ls", folder), ("runs", folder), ("report", folder, "-o", tmp_path / "a.html")):
+        assert run(*words).code == 1, words
+        ran = run(*words, "--json", *(["--force"] if words[0] == "report" else []))
+        assert ran.code == 1 and json.loads(ran.out)["ok"] is False, words
+    assert f"{tag} is damaged" in run("runs", folder).err

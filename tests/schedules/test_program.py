@@ -341,7 +341,7 @@ LINEAR_MM = {
     ("framework", "state", "about", "right"),
     [
         ("deepspeed", STEPS_7, LINEAR, 0.06),
-        ("transformers", {"last_epoch": 10, "_step_count": 11, "base_lrs": [0.1, 0.1], "_last_lr": [0.05, 0.05],
+        ("transformers", {"last_epoch": 10, "_step_count": 11, "base_lrs": [0.1] * 2, "_last_lr": [0.05] * 2,
                           "lr_lambdas": [None, None]}, COSINE, 0.05),
         ("mmengine", LINEAR_MM, {}, 0.06),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import signal
@@ -55,7 +56,10 @@ def test_a_signal_saves_and_stops(
 
 def test_a_save_that_fails_leaves_what_was_there(launch: Launch, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launch.train(tmp_path, "--work-dir=run", "--max-steps=6")
+    config = launch.config
+    told = launch.ckpt(tmp_path, "train", config, "--nproc=2", "--work-dir=run", "--max-steps=6", "--json")
+    assert json.loads(told.stdout) == {"ok": True, "exit_code": 0, "run": "run"}, told.stderr
+    assert "saved run/iter_000006.pth" in told.stderr
     size = max(p.stat().st_size for p in (run / "iter_000006.pth").iterdir())
 
     def full() -> None:  # the file system takes no file of that size any more
@@ -71,7 +75,7 @@ def test_a_save_that_fails_leaves_what_was_there(launch: Launch, whole: Path, tm
     assert "Traceback" not in failed.stderr
     assert [p.name for p in run.glob("*.pth")] == ["iter_000006.pth"]
     assert (run / "last_checkpoint").read_text() == (run / "latest").read_text() == "iter_000006.pth"
-    launch.train(tmp_path, "--work-dir=run", "--resume")
+    assert launch.train(tmp_path, "--work-dir=run", "--resume", "-q") == "run\n"
     assert losses(run) == losses(whole)
     assert not list(run.glob(".*ckpt-tmp*"))
 

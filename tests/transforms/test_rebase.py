@@ -435,7 +435,9 @@ def test_the_batch_just_written_is_accepted(tmp_path: Path) -> None:
     again = ("--old-bs", 4, "--new-bs", 8, "--batch-is", "auto")
     ran = run("rebase-schedule", tmp_path / "a", tmp_path / "b", *again, "--force")
     assert ran.code == 2 and "rebased-already" in ran.err and "--again" in ran.err
+    assert "meta.cfg" in run("reshard", source, tmp_path / "c", "--world-size", 4).err
     document = rebased(tmp_path / "a", tmp_path / "b", *again, "--again")
+    assert any("meta.cfg" in note and "log_scalars" in note for note in document["rebase_notes"])
     assert document["batch"]["old"]["total"] == 4 and document["batch"]["new"]["total"] == 8
     assert document["position"] == {"old": 100, "new": 50}
 

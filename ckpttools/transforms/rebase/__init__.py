@@ -134,6 +134,8 @@ def _notes(
         yield from each.new.notes
         if each.steps is None:
             yield f"{', '.join(each.new.families)} is stepped once per epoch: it stays as it is"
+    if changed:
+        yield from training.stays
     if changed and any(optimizer.steps is not None for optimizer in training.optimizers):
         yield ADAM
     over = _ahead(training, line)
