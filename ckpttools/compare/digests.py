@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii
 
 import xxhash
 
@@ -27,7 +28,6 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.compare.content import (
     MASTER,
     WEIGHT,
-    Content,
     content,
     hyper,
     is_number,
@@ -64,38 +64,70 @@ class Digests:
     checked: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """A tensor to be read once; `rounded` asks for the digest of its elements in another type too."""
+    """A tensor to be read once; `rounded` asks for the digest of its elements in another type too.
+
+    Known by its identity: to hash what it says of each of many small tensors costs more than to read them.
+    """
 
     ref: TensorRef
     number: bool
     rounded: DType | None = None
 
+    def rounding_to(self, dtype: DType | None) -> Job:
+        """The same tensor, with the digest in another type."""
+        return self if dtype is self.rounded else Job(self.ref, self.number, dtype)
 
+
+Jobs = Mapping[tuple[str, str], Job]  # by kind and name
 Results = dict[Job, tuple[str, str]]  # the digest of a tensor, and of its rounded elements
 
 
-def nbytes_of(checkpoint: Checkpoint, known: Collection[Job] = ()) -> int:
+def nbytes_of(jobs: Jobs, known: Collection[Job] = ()) -> int:
     """How many bytes `digests` goes through, each tensor once."""
-    return sum(job.ref.nbytes for job in jobs_of(checkpoint) if job not in known)
+    return sum(job.ref.nbytes for job in set(jobs.values()) if job not in known)
 
 
-def jobs_of(checkpoint: Checkpoint) -> set[Job]:
-    """Every tensor, once."""
-    return set(_jobs(content(checkpoint)).values())
+def jobs_of(checkpoint: Checkpoint) -> Jobs:
+    """For every tensor its job, one for all names of the same bytes."""
+    found = content(checkpoint)
+    weights = found.held.get(WEIGHT, {})
+    once: dict[object, Job] = {}
+    jobs = {}
+    for kind, held in found.held.items():
+        counts = kind in found.counts
+        for name, ref in held.items():
+            if isinstance(ref, TensorRef):
+                rounded = _rounds_to(ref, weights.get(name)) if kind == MASTER else None
+                job = Job(ref, counts and is_number(ref), rounded)
+                key = (_bytes(ref), ref.dtype, ref.shape, job.number, rounded)
+                jobs[kind, name] = once.setdefault(key, job)
+    return jobs
+
+
+def _bytes(ref: TensorRef) -> object:
+    """What two refs of the same bytes have in common; a path is one object in all refs of a file."""
+    if len(ref.chunks) == 1 and isinstance(chunk := ref.chunks[0], ByteRange):
+        return id(chunk.path), chunk.start, chunk.nbytes
+    return ref.chunks
 
 
 def digests(
-    checkpoint: Checkpoint, *, workers: int = 0, bar: Progress | None = None, known: Results | None = None
+    checkpoint: Checkpoint,
+    *,
+    workers: int = 0,
+    bar: Progress | None = None,
+    jobs: Jobs | None = None,
+    known: Results | None = None,
 ) -> Digests:
     """Read every tensor of a checkpoint once, but for those in `known`, to which the others are added. To be
-    called inside `within` its root.
+    called inside `within` its root; `jobs` are those of the checkpoint, where the caller has them.
 
     Raises CkptError where a file ends too early or differs from a checksum that it states.
     """
     found = content(checkpoint)
-    jobs = _jobs(found)
+    jobs = jobs_of(checkpoint) if jobs is None else jobs
     results = known if known is not None else {}
     todo = sorted(set(jobs.values()) - results.keys(), key=lambda job: place(job.ref))
     refuse_links(job.ref for job in todo)
@@ -147,17 +179,6 @@ def shown(ref: TensorRef) -> object:
         return _number(load(ref).reshape(-1), ref.dtype)
     with Reader() as reader:
         return _digest(Job(ref, number=False), Stream(()), reader)[0]
-
-
-def _jobs(found: Content) -> dict[tuple[str, str], Job]:
-    weights = found.held.get(WEIGHT, {})
-    jobs = {}
-    for kind, held in found.held.items():
-        for name, value in held.items():
-            if isinstance(value, TensorRef):
-                rounded = _rounds_to(value, weights.get(name)) if kind == MASTER else None
-                jobs[kind, name] = Job(value, kind in found.counts and is_number(value), rounded)
-    return jobs
 
 
 def _rounds_to(master: TensorRef, weight: TensorRef | Value) -> DType | None:
@@ -251,7 +272,8 @@ def _state(tensors: Mapping[str, Mapping[str, str]], apart: Iterable[str]) -> st
 
 
 def _lines(kind: str, named: Mapping[str, str]) -> list[str]:
-    return [_line([kind, name, named[name]]) for name in sorted(named)]
+    text = encode_basestring_ascii  # three texts are written at once, as json.dumps writes them
+    return [f"[{text(kind)}, {text(name)}, {text(named[name])}]" for name in sorted(named)]
 
 
 def _line(value: object) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import check_before_use
 from ckpttools.compare.content import Content, content
-from ckpttools.compare.digests import Digests, digests, nbytes_of
+from ckpttools.compare.digests import Digests, digests, jobs_of, nbytes_of
 from ckpttools.compare.pairs import Pair, pairs
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import Source
@@ -108,9 +108,10 @@ def digested(
     with within(source.root):
         found = stated(source, checkpoint, workers=workers, bar=bar)
         if found is None:
-            shown = bar(nbytes_of(checkpoint), "digest") if bar is not None else nullcontext()
+            jobs = jobs_of(checkpoint)
+            shown = bar(nbytes_of(jobs), "digest") if bar is not None else nullcontext()
             with shown as progress:
-                found = digests(checkpoint, workers=workers, bar=progress)
+                found = digests(checkpoint, workers=workers, bar=progress, jobs=jobs)
     return Digested(path=named(path), source=source, checkpoint=checkpoint, digests=found)
 
 

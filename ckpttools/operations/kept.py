@@ -21,7 +21,7 @@ from pathlib import Path
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import check_before_use
 from ckpttools.compare.content import MASTER, WEIGHT
-from ckpttools.compare.digests import Job, Passing, Results, digests, jobs_of, nbytes_of
+from ckpttools.compare.digests import Job, Jobs, Passing, Results, digests, jobs_of, nbytes_of
 from ckpttools.errors import escape
 from ckpttools.formats import Source
 from ckpttools.location import Location
@@ -34,7 +34,7 @@ from ckpttools.operations.writing import Check, Writing
 from ckpttools.passes.hashes import Sinks
 from ckpttools.plan import Plan
 from ckpttools.stores.links import within
-from ckpttools.tensors import ByteRange, join_chunks
+from ckpttools.tensors import ByteRange, DType, join_chunks
 
 
 def check(source: Source, checkpoint: Checkpoint, plan: Plan, how: Writing, *, whole: bool = False) -> Check:
@@ -52,40 +52,42 @@ class _Kept:
     def __init__(self, source: Source, checkpoint: Checkpoint, plan: Plan, how: Writing, whole: bool) -> None:
         self.source, self.checkpoint, self.plan, self.how, self.whole = source, checkpoint, plan, how, whole
         self.made: Checkpoint | None = None
+        self.jobs: Jobs | None = None  # of the result
+        self.wanted = jobs_of(checkpoint)
         self.same: dict[Job, Job] = {}  # a tensor to be written -> that of the result with the same bytes
-        self.passing: list[Passing] = []
+        self.passing: dict[Job, Passing] = {}
 
     def sinks(self, staged: Location, made: Checkpoint) -> Sinks:
-        self.made = made
-        jobs = jobs_of(made)
-        self.same = _same(jobs_of(self.checkpoint), jobs, Origins(self.plan, staged))
+        self.made, self.jobs = made, jobs_of(made)
+        self.same = _same(self.wanted, self.jobs, Origins(self.plan, staged))
         rounded = {job: wanted.rounded for wanted, job in self.same.items() if wanted.rounded}
         out: dict[Location, list[Passing]] = {}
-        for job in jobs:
+        for job in dict.fromkeys(self.jobs.values()):
             match job.ref.chunks:
                 case (ByteRange() as source,):
-                    also = job if job.rounded else replace(job, rounded=rounded.get(job))
-                    sink = Passing(also, source)
+                    sink = Passing(job.rounding_to(job.rounded or rounded.get(job)), source)
                     out.setdefault(source.path, []).append(sink)
-                    self.passing.append(sink)
+                    self.passing[job] = sink
         return out
 
     def __call__(self, staged: Location, contents: bytes, place: Location) -> tuple[str, bytes]:
         source = find(staged, None)
         made = self.made or check_before_use(source)
-        known: Results = {}
-        for sink in self.passing:
-            if sink.result is not None:
-                known[sink.job] = known[replace(sink.job, rounded=None)] = sink.result
+        jobs = self.jobs if self.jobs is not None else jobs_of(made)
+        known = {job: sink.result for job, sink in self.passing.items() if sink.result is not None}
         # what was read back was held against what was written
-        result = _digested(source, replace(made, checks=()), self.how, known)
+        result = _digested(source, replace(made, checks=()), self.how, jobs, known)
         taken = {
             wanted: known[job]
-            for wanted, other in self.same.items()
-            if (job := replace(other, rounded=wanted.rounded)) in known
+            for wanted, job in self.same.items()
+            if job in known and wanted.rounded in (None, self._rounded(job))
         }
-        wanted = _digested(self.source, self.checkpoint, self.how, taken)
+        wanted = _digested(self.source, self.checkpoint, self.how, self.wanted, taken)
         return _compared(wanted, result, whole=self.whole), described(contents, place, made, result.digests)
+
+    def _rounded(self, job: Job) -> DType | None:
+        """The other type that the digest of a tensor of the result was taken in."""
+        return (self.passing[job].job if job in self.passing else job).rounded
 
 
 def asked(asked: bool | None, source: Source, dst: Location, how: Writing) -> bool:
@@ -95,28 +97,28 @@ def asked(asked: bool | None, source: Source, dst: Location, how: Writing) -> bo
     return isinstance(source.target, Path) and isinstance(dst, Path) and how.spread is None
 
 
-def _same(wanted: set[Job], made: set[Job], origins: Origins) -> dict[Job, Job]:
+def _same(wanted: Jobs, made: Jobs, origins: Origins) -> dict[Job, Job]:
     """The tensors that are to be written, and those of the result that were made from the same bytes."""
     of = {
         (job.ref.dtype, job.ref.shape, chunks): job
-        for job in made
+        for job in dict.fromkeys(made.values())
         if not job.number and (chunks := origins.of(job.ref)) is not None
     }
     found = {
         job: of.get((job.ref.dtype, job.ref.shape, join_chunks(job.ref.chunks)))
-        for job in wanted
+        for job in dict.fromkeys(wanted.values())
         if not job.number
     }
     return {job: other for job, other in found.items() if other is not None}
 
 
-def _digested(source: Source, checkpoint: Checkpoint, how: Writing, known: Results) -> Digested:
+def _digested(source: Source, checkpoint: Checkpoint, how: Writing, jobs: Jobs, known: Results) -> Digested:
     """The digests of a checkpoint; what is `known` is not read."""
     with within(source.root):
-        left = nbytes_of(checkpoint, known)
+        left = nbytes_of(jobs, known) if how.bar is not None else 0
         bar = how.bar(left, "digest") if how.bar is not None and left else nullcontext()
         with bar as progress:
-            found = digests(checkpoint, workers=how.workers, bar=progress, known=known)
+            found = digests(checkpoint, workers=how.workers, bar=progress, jobs=jobs, known=known)
     return Digested(path=source.target, source=source, checkpoint=checkpoint, digests=found)
 
 

@@ -237,6 +237,9 @@ def cut_chunks(chunks: Iterable[C], start: int, nbytes: int) -> tuple[C, ...]:
 
 def join_chunks(chunks: Iterable[C]) -> tuple[C, ...]:
     """The same bytes in as few chunks as possible; empty ones dropped."""
+    chunks = tuple(chunks)
+    if len(chunks) == 1 and isinstance(chunks[0], ByteRange) and chunks[0].nbytes:
+        return chunks  # almost every tensor
     out: list[Any] = []
     for dtypes, run in groupby((chunk for chunk in chunks if chunk.nbytes), key=_dtypes):
         if dtypes is not None:

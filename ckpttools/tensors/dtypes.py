@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DType:
-    """An element type. `name` is torch's (`bfloat16`), `short` the command line's (`bf16`)."""
+    """An element type. `name` is torch's (`bfloat16`), `short` the command line's (`bf16`).
+
+    There is one of each, known by its identity: refs are compared and hashed by the hundred thousand.
+    """
 
     name: str
     short: str
@@ -18,6 +21,9 @@ class DType:
     @property
     def is_float(self) -> bool:
         return self.name.startswith(("float", "bfloat"))
+
+    def __deepcopy__(self, memo: object) -> DType:
+        return self
 
     def __str__(self) -> str:
         return self.name
