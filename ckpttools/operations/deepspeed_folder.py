@@ -23,7 +23,11 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
     groups = tuple(
         replace(group, state={FP32: {n: _master(best[n]) for n in group.params}, **moments(group)})
         for group in checkpoint.groups
+        if group.params  # DeepSpeed leaves out groups without any, and loads as many as are left
     )
+    if empty := len(checkpoint.groups) - len(groups):
+        note = f"{empty} parameter groups without parameters are left out, as DeepSpeed does"
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     trained = {name for group in groups for name in group.params}
     if dtype is not None:
         checkpoint = _cast(checkpoint, dtype, trained)

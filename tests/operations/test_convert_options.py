@@ -16,7 +16,7 @@ from torch import nn
 
 from ckpttools.checks import verify
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.findings import ERROR
+from ckpttools.findings import ERROR, WARNING
 from ckpttools.formats import open_checkpoint
 from ckpttools.operations.convert import TARGETS, convert
 from ckpttools.operations.digest import digest
@@ -237,9 +237,9 @@ def test_one_count_of_updates_and_iterations_starts_anew(key: str, tmp_path: Pat
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
     "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
-    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
     "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
@@ -258,7 +258,8 @@ def test_every_optimizer_there_and_back(name: str, to: Any, tmp_path: Path) -> N
     optimizer = OPTIMIZERS[name](list(model.parameters()))
     trained(optimizer, model)
     source = saved(tmp_path / "a.pt", model, optimizer)
-    if name in WHOLE and to != "dcp":
+    # load_universal has no place for NAdam's mu_product, without which its first step ends in KeyError
+    if (name in WHOLE and to != "dcp") or (name in WITH_SCALARS and to == "universal"):
         with pytest.raises(CkptError) as caught:
             convert(source, tmp_path / "z", to=to)
         assert caught.value.id in ("state-not-flat", "state-incomplete")
@@ -266,9 +267,7 @@ def test_every_optimizer_there_and_back(name: str, to: Any, tmp_path: Path) -> N
         return
     ranks = {"world_size": 3} if to.startswith("zero") else {}
     there = convert(source, tmp_path / "z", to=to, **ranks)
-    if name in WITH_SCALARS and to == "universal":
-        assert any("not kept: 'mu_product'" in note for note in there.notes)
-        return
+    assert not any(finding.severity in (ERROR, WARNING) for finding in verify(there.destination).findings)
     back = convert(there.destination, tmp_path / "b.pt", to="pt")
     expected = trained(optimizer, model)
     again = net(bias=name != "Muon")
@@ -277,6 +276,18 @@ def test_every_optimizer_there_and_back(name: str, to: Any, tmp_path: Path) -> N
     for line in back.next[1:]:
         exec(line, names)
     assert trained(fresh, again) == expected
+
+
+@pytest.mark.parametrize("to", FOLDERS)
+def test_groups_without_parameters_are_not_deepspeeds(to: Any, tmp_path: Path) -> None:
+    """DeepSpeed leaves them out of its optimizer and refuses a folder that has one group more."""
+    model = net()
+    optimizer = torch.optim.AdamW([{"params": [], "lr": 0.5}, {"params": list(model.parameters())}])
+    trained(optimizer, model)
+    made = convert(saved(tmp_path / "a.pt", model, optimizer), tmp_path / "z", to=to, digest=False)
+    assert any("1 parameter groups without parameters are left out" in note for note in made.notes)
+    (group,) = open_checkpoint(made.destination).groups
+    assert len(group.params) == 8 and group.hyper["lr"] == 0.001
 
 
 def test_adagrad_is_called_otherwise_by_deepspeed(tmp_path: Path) -> None:

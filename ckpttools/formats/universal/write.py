@@ -65,6 +65,8 @@ def _group(checkpoint: Checkpoint, group: ParamGroup) -> Iterator[OutputFile]:
     for kind in group.state.keys() | group.scalars.keys():
         if group.paths.get(kind, (kind,)) != (kind,):
             raise _unfit(checkpoint, kind, "is nested, and load_universal sets it by a single name")
+        if kind in group.scalars and kind != STEP:  # the optimizer would stop without it
+            raise _unfit(checkpoint, kind, "is no tensor of its parameter's shape")
         folder_of(kind, checkpoint.path)
     steps = group.scalars.get(STEP, {})
     first = next(iter(steps.values()), None)
@@ -199,9 +201,6 @@ def _notes(checkpoint: Checkpoint) -> Iterator[str]:
     yield from left_out(checkpoint)
     if checkpoint.training.step is None:
         yield "global_steps is not known: written as 0"
-    every = {kind for group in checkpoint.groups for kind in group.scalars} - {STEP}
-    for kind in sorted(every):
-        yield f"not kept: '{escape(kind)}', which is no tensor of its parameter's shape"
     kinds = {kind for group in checkpoint.groups for kind in group.state} - {FP32}
     if kinds != ADAM:
         held = ", ".join(map(escape, sorted(kinds))) or "none"

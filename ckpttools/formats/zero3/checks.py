@@ -114,12 +114,12 @@ def of_single_ranks(folder: Zero3Folder) -> Findings:
 
 
 def second_moment(folder: Zero3Folder) -> Findings:
-    """Adam keeps exp_avg_sq wherever it keeps exp_avg."""
+    """Adam keeps exp_avg_sq (Adamax: exp_inf) wherever it keeps exp_avg."""
     shard = folder.shards[0]
     for g, members in enumerate(shard.members):
         for s in members:
             adam = "eps" in shard.groups[g] and "exp_avg" in shard.states[s]
-            if adam and "exp_avg_sq" not in shard.states[s]:
+            if adam and not {"exp_avg_sq", "exp_inf"} & shard.states[s].keys():
                 where, message = f"sub-group {s}", "has no exp_avg_sq"
                 yield found("moment-missing", shard.file.path, where, message, severity=WARNING)
 
