@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import DIGEST, HF_CONFIG, PATH, PLACE, SRC, how, writing
+from ckpttools.cli.options import DIGEST, HF_CONFIG, KEY, PATH, PLACE, SRC, how, writing
 from ckpttools.errors import UsageError, escape
 from ckpttools.location import Location
 
@@ -58,6 +58,7 @@ from ckpttools.location import Location
     help="How a distributed checkpoint names its state; nested by default.",
 )
 @HF_CONFIG
+@KEY
 @DIGEST
 @writing
 def command(
@@ -75,6 +76,7 @@ def command(
     like: Path | None,
     dcp_layout: str | None,
     hf_config: Path | None,
+    key: str | None,
     digest: bool | None,
     tag: str | None,
     **options: Any,
@@ -102,6 +104,7 @@ def command(
         dcp_layout=dcp_layout,
         hf_config=hf_config,
         tag=tag,
+        key=key,
         digest=digest,
         how=how(options),
     )

@@ -52,6 +52,7 @@ def convert(
     dcp_layout: str | None = None,
     hf_config: str | Path | None = None,
     tag: str | None = None,
+    key: str | None = None,
     digest: bool | None = None,
     how: Writing | None = None,
 ) -> Written:
@@ -63,8 +64,8 @@ def convert(
     expressions and replacements.
     `optimizer_class` is the class that will load the groups; `like` a checkpoint of the run that will, whose
     names, groups, settings and dtype are taken. `dcp_layout` is one of formats.dcp's. `hf_config` is the
-    folder that "hf" copies configuration and tokenizer from, where they are not beside the source. `digest`
-    as for `reshard`: the result must hold what was to be written.
+    folder that "hf" copies configuration and tokenizer from, where they are not beside the source. `key` as
+    for `extract`, `digest` as for `reshard`: the result must hold what was to be written.
 
     >>> made = convert("fixtures/trainer/z2_bf16_2", out / "run.pt", to="pt")
     >>> made.destination.name, made.plan.is_single_file
@@ -74,7 +75,7 @@ def convert(
     _check_usage(to, dtype, world_size, mesh, dcp_layout, hf_config)
     _check_like(to, like, optimizer_class)
     world_size, sizes = ranks_of(world_size, mesh)
-    source = find(src, tag)
+    source = replace(find(src, tag), key=key)
     checkpoint = check_before_use(source)
     if source.format.weights_alone and to != "hf" and not reset_optimizer:
         raise Unsupported(

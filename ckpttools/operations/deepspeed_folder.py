@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup, common_dtype
-from ckpttools.errors import escape
+from ckpttools.errors import Unsupported, escape
 from ckpttools.formats import PLANS
 from ckpttools.formats.deepspeed import LR_SCHEDULER
 from ckpttools.plan import Literal, OutputFile, Plan
@@ -19,7 +19,17 @@ UNIVERSAL = "universal"
 
 def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -> tuple[Checkpoint, Layout]:
     """What the folder's format is to write, and how: masters from the best copy, weights in `dtype`."""
+    checkpoint = _of_32_bits(checkpoint)
     best, old = checkpoint.best_copies(), checkpoint.layout
+    odd = (n for group in checkpoint.groups for n in group.params if not castable(best[n].dtype))
+    if to != "zero0" and (name := next(odd, None)) is not None:
+        raise Unsupported(
+            "dtype-odd",
+            f"{escape(name)}, which is trained, is {best[name].dtype}",
+            where=checkpoint.path,
+            why="DeepSpeed trains floating point numbers of 16 or 32 bits, with masters of 32",
+            hint="pt and dcp keep it as it is; --exclude leaves it out",
+        )
     groups = tuple(
         replace(group, state={FP32: {n: _master(best[n]) for n in group.params}, **moments(group)})
         for group in checkpoint.groups
@@ -54,6 +64,21 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
         writer=old.writer,
     )
     return made, layout
+
+
+def _of_32_bits(checkpoint: Checkpoint) -> Checkpoint:
+    """Masters have 32 bits at most: weights of 64 that are trained become as wide."""
+    trained = {name for group in checkpoint.groups for name in group.params}
+    wide = {
+        name: ref.cast(FLOAT32)
+        for name, ref in checkpoint.tensors.items()
+        if ref.dtype.name == "float64" and checkpoint.shared.get(name, name) in trained
+    }
+    if not wide:
+        return checkpoint
+    note = f"{len(wide)} weights of 64 bits become fp32, as masters are: the first {escape(next(iter(wide)))}"
+    tensors = {**checkpoint.tensors, **wide}
+    return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
 
 
 def _cast(checkpoint: Checkpoint, dtype: DType, trained: Collection[str]) -> Checkpoint:

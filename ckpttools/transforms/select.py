@@ -48,6 +48,8 @@ def select(
     if len(names) == len(every):
         return checkpoint
     left = len(every) - len(names)
+    kept = {name for group in checkpoint.groups for refs in group.state.values() for name in refs} - names
+    state = f", and the optimizer's state of {len(kept)} of them" if kept else ""
     shared = _ties(checkpoint.shared, names)
     heirs = _heirs(checkpoint, names, shared)
     return replace(
@@ -59,7 +61,7 @@ def select(
         buffers=checkpoint.buffers & names,
         left_out={n: shape for n, shape in checkpoint.left_out.items() if _wanted(n, inside, outside)},
         extra_state={n: value for n, value in checkpoint.extra_state.items() if _wanted(n, inside, outside)},
-        notes=(*checkpoint.notes, f"{left} of {len(every)} tensors are left out, as asked for"),
+        notes=(*checkpoint.notes, f"{left} of {len(every)} tensors are left out, as asked for{state}"),
     )
 
 

@@ -290,6 +290,38 @@ def test_groups_without_parameters_are_not_deepspeeds(to: Any, tmp_path: Path) -
     assert len(group.params) == 8 and group.hyper["lr"] == 0.001
 
 
+@pytest.mark.parametrize("to", FOLDERS)
+def test_weights_of_64_and_of_8_bits_are_not_deepspeeds(to: Any, tmp_path: Path) -> None:
+    model = net().double()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 4).double()).sum().backward()
+    optimizer.step()
+    made = convert(saved(tmp_path / "a.pt", model, optimizer), tmp_path / "z", to=to)
+    assert any("8 weights of 64 bits become fp32" in note for note in made.notes)
+    assert {ref.dtype.short for ref in open_checkpoint(made.destination).best_copies().values()} == {"fp32"}
+    held = torch.load(tmp_path / "a.pt", weights_only=True)
+    held["model_state_dict"] = {n: t.to(torch.float8_e5m2) for n, t in held["model_state_dict"].items()}
+    torch.save(held, tmp_path / "b.pt")
+    if to != "zero0":  # where the engine's optimizer is torch's own
+        with pytest.raises(CkptError, match=r"0\.weight, which is trained, is float8_e5m2"):
+            convert(tmp_path / "b.pt", tmp_path / "y", to=to)
+
+
+def test_one_model_of_several_is_named_by_its_key(tmp_path: Path) -> None:
+    model, other = net(), net()
+    optimizer = torch.optim.Adam(model.parameters())
+    trained(optimizer, model)
+    values = {"net_G": model.state_dict(), "net_D": other.state_dict(), "optimizer_G": optimizer.state_dict()}
+    torch.save(values, tmp_path / "gan.pt")
+    with pytest.raises(CkptError, match="lie under no name") as caught:
+        convert(tmp_path / "gan.pt", tmp_path / "z.pt", to="pt")
+    assert "--key net_G" in str(caught.value.hint)
+    made = run("convert", tmp_path / "gan.pt", tmp_path / "z.pt", "--to", "pt", "--key", "net_G")
+    assert made.code == 0 and "optimizer_G, whose parameters have no names" in made.out + made.err
+    written = torch.load(tmp_path / "z.pt", weights_only=True)["model_state_dict"]
+    assert all(torch.equal(written[name], value) for name, value in model.state_dict().items())
+
+
 def test_adagrad_is_called_otherwise_by_deepspeed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = net()
