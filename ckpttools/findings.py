@@ -34,7 +34,6 @@ def of_error(error: CkptError) -> Finding:
         id=error.id,
         severity=ERROR,
         file=error.where,
-        where="",
         message=error.message,
         why=error.why,
         hint=error.hint,

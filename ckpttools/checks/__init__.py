@@ -201,7 +201,6 @@ def _rescue(checked: Checked, findings: list[Finding], *, quick: bool, workers: 
             id="rescue",
             severity=INFO,
             file=str(checked.weights),
-            where="",
             message=f"the weights{' (their headers)' if quick else ''} are whole: "
             f"ckpt extract {escape(checked.weights, 1000)} --weights-only",
         )

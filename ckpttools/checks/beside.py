@@ -99,7 +99,6 @@ def _stale(folder: Location, tag: str) -> Iterator[Finding]:
             id="pointer-stale",
             severity=WARNING,
             file=str(pointer),
-            where="",
             message=f"names {tag}, and {newest} is here too: DeepSpeed resumes from the older one",
             hint=f"if the save of {newest} was finished, write {newest} into the file latest",
         )
@@ -127,7 +126,6 @@ def _last_checkpoint(path: Location, pointer: Location) -> Iterator[Finding]:
             id="pointer-dangling",
             severity=WARNING,
             file=str(pointer),
-            where="",
             message=f"names {name or 'nothing'}, which is not beside it: an automatic resume would fail",
             hint="ckpt latest --verified names the newest good checkpoint",
         )

@@ -26,6 +26,27 @@ from ckpttools.tensors import ByteRange, TensorRef, Tiles, spans
 # optimizer state that is a running mean (or sum) of squares
 SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
+# of data.Odd: id, severity, what its elements are, hint
+ODD = {
+    "wild": (
+        "wild-value",
+        WARNING,
+        "are larger than 1e10",
+        "no network trains with such values: damage, or a run that diverged",
+    ),
+    "negative": (
+        "negative-square",
+        ERROR,
+        "of a mean of squares are below zero",
+        "the optimizer state was damaged or exchanged: use another copy",
+    ),
+    "hole": (
+        "moments-disagree",
+        WARNING,
+        "are 0 where exp_avg is not: no gradients give that",
+        "a block of zeros lies in the file, or the optimizer state was edited",
+    ),
+}
 
 
 class Passing(Protocol):
@@ -254,23 +275,17 @@ def _of_result(found: Checkpoint, checked: Checked, result: data.Problem) -> Fin
                 f"is not the weight in {result.model.name}: files of different saves, or changed ones",
                 hint="copy all files of the folder again from one save",
             )
-        case data.Wild():
+        case data.Odd():
+            id, severity, what, hint = ODD[result.what]
+            if result.what == "wild" and not _is_state(found, checked, result.name):
+                severity = INFO
             return Finding(
-                id="wild-value",
-                severity=WARNING if _is_state(found, checked, result.name) else INFO,
+                id=id,
+                severity=severity,
                 file=str(result.path),
                 where=result.name,
-                message=f"{result.count} elements are larger than 1e10",
-                hint="no network trains with such values: damage, or a run that diverged",
-            )
-        case data.Hole():
-            return Finding(
-                id="moments-disagree",
-                severity=WARNING,
-                file=str(result.path),
-                where=result.name,
-                message=f"{result.count} elements are 0 where exp_avg is not: no gradients give that",
-                hint="a block of zeros lies in the file, or the optimizer state was edited",
+                message=f"{result.count} elements {what}",
+                hint=hint,
             )
         case data.Unlike():
             return Finding(
@@ -280,15 +295,6 @@ def _of_result(found: Checkpoint, checked: Checked, result: data.Problem) -> Fin
                 where=result.name,
                 message=f"differs from its copy {result.twin}",
                 hint="it was edited, or put together from two saves: use another copy",
-            )
-        case data.Negative():
-            return Finding(
-                id="negative-square",
-                severity=ERROR,
-                file=str(result.path),
-                where=result.name,
-                message=f"{result.count} elements of a mean of squares are below zero",
-                hint="the optimizer state was damaged or exchanged: use another copy",
             )
         case data.NonFinite():
             severity = _severity(found, checked, result)

@@ -89,7 +89,6 @@ def check_held(found: Checkpoint, held: Held, require: Collection[str]) -> Itera
             id="training-lacks",
             severity=INFO,
             file=str(found.path),
-            where="",
             message=f"a training checkpoint without {' and '.join(missing)}: a resume begins "
             f"{'it' if len(missing) == 1 else 'them'} anew",
         )

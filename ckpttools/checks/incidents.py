@@ -71,7 +71,6 @@ def check_incidents(source: Source, found: Checkpoint, said: Set[str] = frozense
             id="optimizer-empty",
             severity=WARNING,
             file=path,
-            where="",
             message=f"{len(found.groups)} parameter groups with settings after {found.training.step} "
             "steps, and no state of any parameter",
             why="a resume begins the optimizer anew, and the loss jumps",
@@ -83,7 +82,6 @@ def check_incidents(source: Source, found: Checkpoint, said: Set[str] = frozense
             id="rank-files-stale",
             severity=WARNING,
             file=str(source.root / stale[0]),
-            where="",
             message=f"random states of other ranks than the {found.layout.dp_degree} that saved the "
             f"optimizer: {some(stale)}",
             why="they are left over from a save of another world size into the same folder",

@@ -48,7 +48,6 @@ def check_keys(found: Checkpoint) -> Iterator[Finding]:
             id="training-keys",
             severity=INFO,
             file=path,
-            where="",
             message=f"for a resume it holds {', '.join(have) or 'nothing'}"
             + (f"; not {', '.join(lack)}" if lack else ""),
         )

@@ -178,6 +178,5 @@ def _unlisted(place: Location, stated: dict[str, Entry], now: dict[str, Entry]) 
             id="manifest-unlisted",
             severity=INFO,
             file=str(place.parent / name),
-            where="",
             message="the file is not in the manifest: it was added later",
         )

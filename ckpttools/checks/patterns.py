@@ -135,7 +135,6 @@ def _moments(found: Checkpoint, constant: dict[str, tuple[Location, float]]) -> 
                 id="moments-zero",
                 severity=WARNING,
                 file=str(constant[large[0]][0]),
-                where="",
                 message=f"all of its {escape(kind)} are zero after {_steps(found)} steps",
                 hint="a resume begins the moments anew there: use another copy, unless they were reset",
             )

@@ -47,7 +47,6 @@ def _check(found: Checkpoint, done: int, reader: Reader) -> Iterator[Finding]:
             id="moments-zero",
             severity=WARNING,
             file=str(path),
-            where="",
             message=f"all of its {', '.join(sorted(kinds))} are zero after {done} steps, and {others}",
             hint="a resume begins the moments anew there: use another copy, unless they were reset",
         )
@@ -61,7 +60,6 @@ def _check(found: Checkpoint, done: int, reader: Reader) -> Iterator[Finding]:
             id="masters-rounded",
             severity=WARNING,
             file=str(path),
-            where="",
             message=f"every master weight is exactly a {dtype.short} number, which {done} steps do not make",
             hint="they were made from the 16-bit weights, and their digits are lost: use another copy",
         )

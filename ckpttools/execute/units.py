@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, islice
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.execute import system
 from ckpttools.execute.checks import Claim, SourceChecks
 from ckpttools.passes.ranges import Cutter
+from ckpttools.passes.threads import by_turns
 from ckpttools.plan import Crc32, Literal, OutputFile, Part, Segment, reads
 from ckpttools.stores.direct import SMALLEST_FILE
 from ckpttools.tensors import ByteRange, Cast, Mean, Strided, Term, Tiles
@@ -22,7 +22,6 @@ UNIT = 1024 * 1024  # the fastest of 256 KiB to 4 MiB: a buffer that is still in
 _GATHER = 4 * UNIT  # views are copied in larger parts: the runs that they read get longer with the part
 _SLACK = 64  # bytes: an element or a checksum may reach over the end of a unit
 LONGEST = UNIT + _GATHER + _SLACK
-_WIDTH = 8  # files by turns; the same for every writer, so that all of them see the same order
 
 
 class StagedFile:
@@ -81,7 +80,7 @@ def of_part(files: Sequence[StagedFile], checks: SourceChecks, part: Part) -> It
     that all agree on who claims a source byte for its checksum.
     """
     starts = dict(zip(files, accumulate((file.plan.nbytes for file in files), initial=0), strict=False))
-    for unit in _interleaved(files, checks):
+    for unit in by_turns(_units(file, checks) for file in files):
         if part.start <= starts[unit.file] + unit.start < part.end:
             yield unit
 
@@ -93,20 +92,6 @@ def in_order(files: Sequence[StagedFile], checks: SourceChecks, nbytes: int) -> 
         for unit in _units(file, checks):
             yield (at + unit.start) // nbytes, unit
         at += file.plan.nbytes
-
-
-def _interleaved(files: Iterable[StagedFile], checks: SourceChecks) -> Iterator[Unit]:
-    """Units of a few files by turns: the kernel lets one thread at a time write to a file."""
-    waiting = (_units(file, checks) for file in files)
-    active = deque(islice(waiting, _WIDTH))
-    while active:
-        units = active.popleft()
-        unit = next(units, None)
-        if unit is None:
-            active.extend(islice(waiting, 1))
-        else:
-            active.append(units)
-            yield unit
 
 
 def _units(file: StagedFile, checks: SourceChecks) -> Iterator[Unit]:

@@ -105,7 +105,6 @@ def _structure(file: TorchFile) -> Iterator[Finding]:
             id="zip-other-writer",
             severity=INFO,
             file=str(file.path),
-            where="",
             message="not written by torch.save itself: its headers are checked by the general rules only",
         )
     for problem in problems or ():

@@ -61,7 +61,6 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
             id=IN_PARTS,
             severity=INFO,
             file=str(folder),
-            where="",
             message=f"{reason.message}: its files are checked one by one, and that none is missing",
         )
     ]

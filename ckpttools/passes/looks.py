@@ -17,17 +17,15 @@ from ckpttools.passes.tasks import (
     Compare,
     Constant,
     Denormal,
-    Hole,
     Mismatch,
     Moments,
-    Negative,
     NonFinite,
+    Odd,
     Pair,
     Result,
     Scan,
     Twins,
     Unlike,
-    Wild,
     itemsizes,
     sides,
 )
@@ -80,14 +78,14 @@ def odd_values(
         return []
     found: list[Result] = []
     if count := wild(values, dtype):
-        found.append(Wild(path=source.path, name=name, count=count))
+        found.append(Odd(what="wild", path=source.path, name=name, count=count))
     nan, inf = nonfinite(values, dtype)
     if nan or inf:
         first = next(i for i in range(len(values)) if any(nonfinite(values[i : i + 1], dtype)))
         byte = source.start + first * dtype.itemsize
         found.append(NonFinite(path=source.path, byte=byte, name=name, nan=nan, inf=inf))
     if squares and (count := negatives(values)):
-        found.append(Negative(path=source.path, name=name, count=count))
+        found.append(Odd(what="negative", path=source.path, name=name, count=count))
     return found
 
 
@@ -167,7 +165,8 @@ class Meetings:
             case Moments() as pair, Places(), Places():
                 self._kept -= other.nbytes
                 if count := meet(left, other):
-                    yield Hole(path=pair.square.path, name=f"{pair.name} (exp_avg_sq)", count=count)
+                    at, name = pair.square.path, f"{pair.name} (exp_avg_sq)"
+                    yield Odd(what="hole", path=at, name=name, count=count)
             case pair, _, _ if other is None or left != other:
                 yield piece(pair, side.first, numel)
 
@@ -206,4 +205,4 @@ def side_by_side(pair: Pair, reader: Reader, buffer: memoryview) -> Iterator[Res
                     yield Mismatch(master=one.path, model=other.path, name=name, element=element, dtype=dtype)
             case Moments(dtype=dtype, name=name):
                 if count := holes(numpy_array(here, dtype), numpy_array(there, dtype)):
-                    yield Hole(path=other.path, name=f"{name} (exp_avg_sq)", count=count)
+                    yield Odd(what="hole", path=other.path, name=f"{name} (exp_avg_sq)", count=count)

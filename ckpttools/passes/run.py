@@ -8,10 +8,8 @@ digests of files and tensors (`hashes`), which take the units of a file in order
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import NamedTuple
 
 from ckpttools.checksums import RangeCrcs, crc32
@@ -42,7 +40,6 @@ from ckpttools.stores.links import refuse_outside
 from ckpttools.tensors import ByteRange
 from ckpttools.values import BLOCK_NBYTES
 
-_WIDTH = 8  # files that are read by turns
 _ALIGN = 64
 _GAP = 4096  # bytes between two ranges that are read with them: the headers of small records
 
@@ -138,7 +135,8 @@ class _Pass:
         self.spans = spans
 
     def run(self, workers: int) -> Passed:
-        threads.in_threads(workers, self.work, self.units())
+        units = threads.by_turns(self.units_of(path) for path in list(self.spans))
+        threads.in_threads(workers, self.work, units)
         threads.in_threads(workers, self.look_again, self.again)
         self.results += self.bad_checksums()
         if self.odd:
@@ -146,19 +144,6 @@ class _Pass:
             self.results += _Pass(one_by_one, [], {}, None, {}).run(workers).results
         digests = {path: Digest(t.hash.size, *t.hash.digests()) for path, t in self.turns.items()}
         return Passed(results=self.results, digests=digests)
-
-    def units(self) -> Iterator[_Unit]:
-        """A few files by turns."""
-        waiting = (self.units_of(path) for path in list(self.spans))
-        active = deque(islice(waiting, _WIDTH))
-        while active:
-            units = active.popleft()
-            unit = next(units, None)
-            if unit is None:
-                active.extend(islice(waiting, 1))
-            else:
-                active.append(units)
-                yield unit
 
     def units_of(self, path: Location) -> Iterator[_Unit]:
         """Bytes of one file that lie together or nearly so, at most a block of them."""

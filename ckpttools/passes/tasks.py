@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
@@ -150,30 +151,15 @@ class NonFinite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Negative:
-    """Squares below zero."""
+class Odd:
+    """Elements that training does not make. `what`: "wild" are finite and beyond any sense, "negative" are
+    squares below zero, a "hole" is zeros in a mean of squares where the mean itself is not zero.
+    """
 
     path: Location
     name: str
     count: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wild:
-    """Finite values beyond any sense."""
-
-    path: Location
-    name: str
-    count: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hole:
-    """Zeros in a mean of squares where the mean itself is not zero."""
-
-    path: Location
-    name: str
-    count: int
+    what: Literal["wild", "negative", "hole"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +206,7 @@ class Denormal:
     count: int
 
 
-Problem = NonFinite | Wild | Negative | Hole | Mismatch | Unlike | BadChecksum
+Problem = NonFinite | Odd | Mismatch | Unlike | BadChecksum
 Pattern = Constant | Denormal  # of a block: the whole tensor tells whether it means anything
 Result = Problem | Pattern
 

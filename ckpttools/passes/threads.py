@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import copy_context
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
+WIDTH = 8  # files by turns; the same for every writer, so that all of them see the same order
 
 
 def count(workers: int) -> int:
     """How many threads: what was asked for, or, for 0, one per processor and at most 8."""
     return workers or min(os.cpu_count() or 1, 8)
+
+
+def by_turns(files: Iterable[Iterator[T]]) -> Iterator[T]:
+    """One of each of a few files, again and again: the kernel lets one thread at a time write to a file."""
+    waiting = iter(files)
+    active = deque(islice(waiting, WIDTH))
+    while active:
+        units = active.popleft()
+        unit = next(units, None)
+        if unit is None:
+            active.extend(islice(waiting, 1))
+        else:
+            active.append(units)
+            yield unit
 
 
 def in_threads(count: int, work: Callable[[Iterable[T]], None], items: Iterable[T]) -> None:

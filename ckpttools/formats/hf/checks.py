@@ -63,7 +63,6 @@ def _without(config: Location, what: str, library: str) -> Finding:
         id="config-mismatch",
         severity=WARNING,
         file=str(config),
-        where="",
         message=f"{what} without its {config.name}, which {library} needs to load it",
         hint=f"copy it from where the {what.split()[-1]} was saved",
     )
@@ -146,7 +145,6 @@ def leftovers(folder: Location, names: list[str]) -> Iterator[Finding]:
                 id="shard-unused",
                 severity=WARNING,
                 file=str(folder / index),
-                where="",
                 message=f"an index lies beside {single}, which is what transformers loads",
                 hint="move away the one that is left over from another save",
             )
@@ -156,7 +154,6 @@ def leftovers(folder: Location, names: list[str]) -> Iterator[Finding]:
                     id="shard-unused",
                     severity=WARNING,
                     file=str(folder / name),
-                    where="",
                     message=f"looks like a shard of the model, and {index} does not name it",
                     hint="move it away if it is left over from another save",
                 )
