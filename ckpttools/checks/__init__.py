@@ -32,7 +32,7 @@ from ckpttools.findings import ERROR, INFO, Finding, of_error, raised
 from ckpttools.formats import Checked, Source, locate
 from ckpttools.formats.files import dangers_at
 from ckpttools.formats.format import Copy
-from ckpttools.formats.parts import IN_PARTS, in_parts
+from ckpttools.formats.unjoined import IN_PARTS, in_parts
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress

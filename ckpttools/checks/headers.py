@@ -6,7 +6,7 @@ from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import INFO, Finding, of_error
 from ckpttools.formats import Checked, Source
 from ckpttools.formats.files import DANGEROUS, dangers_at
-from ckpttools.formats.parts import check_parts
+from ckpttools.formats.unjoined import check_parts
 from ckpttools.stores.links import within
 
 

@@ -9,7 +9,7 @@ from ckpttools.containers.torch_file import dangers_in, dangers_of
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import Source, read
 from ckpttools.formats.files import DANGEROUS, DEPTH
-from ckpttools.formats.parts import check_parts, in_parts
+from ckpttools.formats.unjoined import check_parts, in_parts
 from ckpttools.location import Location
 from ckpttools.operations.source import find
 from ckpttools.stores.files import is_folder

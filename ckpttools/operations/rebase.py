@@ -8,7 +8,7 @@ from ckpttools import frameworks
 from ckpttools.checks import check_before_use
 from ckpttools.errors import Unsupported
 from ckpttools.formats import Source
-from ckpttools.frameworks.write import plan as plan_of
+from ckpttools.frameworks.edited import plan as plan_of
 from ckpttools.location import Location
 from ckpttools.operations import advice
 from ckpttools.operations.destination import default_dst

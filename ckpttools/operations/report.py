@@ -13,7 +13,7 @@ from ckpttools.execute.small import check_place, put
 from ckpttools.location import Location
 from ckpttools.operations import report_pair, report_runs
 from ckpttools.operations.writing import Bar
-from ckpttools.pages.parts import Section
+from ckpttools.pages.sections import Section
 from ckpttools.stores.files import named
 
 OURS = (pages.SIGNATURE.encode(),)

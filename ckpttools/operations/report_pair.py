@@ -9,7 +9,7 @@ from ckpttools.compare.facts import UNKNOWN
 from ckpttools.location import Location
 from ckpttools.operations.diff import Changed, Diff, diff
 from ckpttools.operations.writing import Bar
-from ckpttools.pages.parts import Cell, Gathered, Section, Table
+from ckpttools.pages.sections import Cell, Gathered, Section, Table
 
 SHOWN = 300  # tensors, and facts
 _LAYER = re.compile(r"(.*?\.\d+)(\.|$)")

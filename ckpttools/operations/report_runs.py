@@ -18,7 +18,7 @@ from ckpttools.operations.ls import BAD, DAMAGED, GOOD, PINNED, UNKNOWN, Listed,
 from ckpttools.operations.prune import Pruning, plan_of
 from ckpttools.operations.writing import Bar
 from ckpttools.pages import duration, size
-from ckpttools.pages.parts import Figure, Gathered, Section, Table, Told, state, told
+from ckpttools.pages.sections import Figure, Gathered, Section, Table, Told, state, told
 from ckpttools.runs.retain import Policy
 from ckpttools.stores.files import local
 

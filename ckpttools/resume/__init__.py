@@ -11,9 +11,9 @@ its tensors.
 from __future__ import annotations
 
 from ckpttools.resume.config_files import read_config, read_yaml
+from ckpttools.resume.forecast import Forecast
 from ckpttools.resume.model import read_model
 from ckpttools.resume.new_run import NewRun
-from ckpttools.resume.report import Forecast
 from ckpttools.resume.target import Target, foretell, unreadable, with_verdict
 
 __all__ = [

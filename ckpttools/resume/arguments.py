@@ -7,8 +7,8 @@ from typing import Any
 
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, SAFE, About
 from ckpttools.resume.deepspeed import Saved
+from ckpttools.resume.forecast import Difference, Moment, Refusal
 from ckpttools.resume.new_run import NewRun, leaves, section
-from ckpttools.resume.report import Difference, Moment, Refusal
 
 # what transformers fills in for "auto" (integrations/deepspeed.py)
 ARGUMENTS = {

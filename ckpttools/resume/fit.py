@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ckpttools.errors import some
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, About
+from ckpttools.resume.forecast import Difference, Mismatch, Moment, Problem, Refusal
 from ckpttools.resume.model import Model, Tensor
-from ckpttools.resume.report import Difference, Mismatch, Moment, Problem, Refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

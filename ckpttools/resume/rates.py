@@ -6,8 +6,8 @@ import math
 
 from ckpttools import schedules
 from ckpttools.errors import CkptError
+from ckpttools.resume.forecast import Rates
 from ckpttools.resume.new_run import real
-from ckpttools.resume.report import Rates
 from ckpttools.schedules import Program
 from ckpttools.training import SavedSchedule, Training
 

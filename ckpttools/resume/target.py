@@ -15,10 +15,10 @@ from ckpttools.frameworks import framework_of
 from ckpttools.frameworks.rules import CAREFUL, SAFE, About, AutoResume
 from ckpttools.location import Location
 from ckpttools.resume import arguments, deepspeed, trainers
+from ckpttools.resume.forecast import Check, Difference, Forecast, check
 from ckpttools.resume.new_run import NewRun
 from ckpttools.resume.rates import ahead
 from ckpttools.resume.rates import rates as rates_of
-from ckpttools.resume.report import Check, Difference, Forecast, check
 from ckpttools.stores.files import is_file, is_folder
 
 

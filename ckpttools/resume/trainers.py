@@ -21,10 +21,7 @@ from ckpttools.frameworks.framework import Framework
 from ckpttools.frameworks.rules import CAREFUL, CLASSES, IMPOSSIBLE, SAFE, About, Setting
 from ckpttools.location import Location
 from ckpttools.resume.fit import fit, module
-from ckpttools.resume.model import prefix_of, tensors_of
-from ckpttools.resume.new_run import NewRun, leaves
-from ckpttools.resume.rates import rates
-from ckpttools.resume.report import (
+from ckpttools.resume.forecast import (
     Check,
     Difference,
     Forecast,
@@ -34,6 +31,9 @@ from ckpttools.resume.report import (
     Refusal,
     check,
 )
+from ckpttools.resume.model import prefix_of, tensors_of
+from ckpttools.resume.new_run import NewRun, leaves
+from ckpttools.resume.rates import rates
 from ckpttools.stores.files import entries, is_folder
 from ckpttools.training import Training
 

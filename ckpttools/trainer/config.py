@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ckpttools.errors import UsageError
-from ckpttools.trainer.decode import Meta, assign, bad, decode, unaliased
+from ckpttools.trainer.typed import Meta, assign, bad, decode, unaliased
 
 Positive = Annotated[int, Meta(ge=1, description="a whole number above 0")]
 Updates = Annotated[int, Meta(ge=0, description="a number of updates, or 0 for none")]

@@ -24,8 +24,8 @@ from ckpttools.resume.deepspeed.rates import rates
 from ckpttools.resume.deepspeed.rows import ask
 from ckpttools.resume.deepspeed.saved import Saved, is_engine, read_saved
 from ckpttools.resume.fit import module
+from ckpttools.resume.forecast import Check, Difference, Forecast, Moment, check
 from ckpttools.resume.new_run import NewRun
-from ckpttools.resume.report import Check, Difference, Forecast, Moment, check
 
 __all__ = ["KNOWN", "OUTSIDE", "Saved", "forecast", "is_engine", "read_saved"]
 OUTSIDE = "a scheduler that the code keeps outside DeepSpeed is not forecast"

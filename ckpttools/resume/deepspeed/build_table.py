@@ -11,8 +11,8 @@ from ckpttools.frameworks.rules import CAREFUL, SAFE, About
 from ckpttools.resume.deepspeed import optimizers, schedulers
 from ckpttools.resume.deepspeed.case import Case
 from ckpttools.resume.deepspeed.rows import Question, Row
+from ckpttools.resume.forecast import Moment
 from ckpttools.resume.new_run import section
-from ckpttools.resume.report import Moment
 
 _ENGINE = "runtime/engine.py"
 

@@ -11,7 +11,7 @@ from ckpttools.frameworks.rules import CAREFUL, SAFE, About
 from ckpttools.resume.deepspeed import schedulers
 from ckpttools.resume.deepspeed.case import Case
 from ckpttools.resume.deepspeed.rows import Question, Row
-from ckpttools.resume.report import Moment
+from ckpttools.resume.forecast import Moment
 
 _NO_WEIGHTS = "to start from the weights alone: ckpt extract {c.place} --weights-only"
 _LAYOUT = (

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, SAFE, Class
+from ckpttools.resume.forecast import Moment, Refusal
 from ckpttools.resume.new_run import section
-from ckpttools.resume.report import Moment, Refusal
 
 # `optimizer.type` values that DeepSpeed builds itself, compared in lower case; others are torch's
 DEEPSPEED = ("adam", "adamw", "lamb", "onebitadam", "onebitlamb", "zerooneadam", "lion", "adagrad", "muadam",

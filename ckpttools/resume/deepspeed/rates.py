@@ -14,9 +14,9 @@ from ckpttools.errors import CkptError
 from ckpttools.resume.deepspeed import schedulers
 from ckpttools.resume.deepspeed.case import Case
 from ckpttools.resume.deepspeed.saved import Saved
+from ckpttools.resume.forecast import Rates
 from ckpttools.resume.new_run import real, section, whole
 from ckpttools.resume.rates import unexplained
-from ckpttools.resume.report import Rates
 from ckpttools.schedules.deepspeed.formulas import rule_of
 from ckpttools.schedules.deepspeed.program import DeepSpeedProgram, recognise_deepspeed
 from ckpttools.schedules.torch.program import recognise_torch

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ckpttools.frameworks.rules import IMPOSSIBLE, About, Class
 from ckpttools.resume.deepspeed.case import Case
-from ckpttools.resume.report import Difference, Moment, Refusal
+from ckpttools.resume.forecast import Difference, Moment, Refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

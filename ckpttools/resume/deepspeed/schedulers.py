@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 
 from ckpttools.frameworks.rules import CAREFUL, SAFE, About
 from ckpttools.resume.deepspeed.saved import Saved
+from ckpttools.resume.forecast import Difference
 from ckpttools.resume.new_run import NewRun, section, whole
-from ckpttools.resume.report import Difference
 
 OWN = "last_batch_iteration"
 # constructor arguments, the required ones first; a scheduler's state is the counter alone

@@ -8,8 +8,8 @@ from typing import Any
 
 from ckpttools.frameworks.rules import CAREFUL, SAFE, About
 from ckpttools.resume.deepspeed.case import Case
+from ckpttools.resume.forecast import Difference, Overridden
 from ckpttools.resume.new_run import leaves, section
-from ckpttools.resume.report import Difference, Overridden
 
 # looked at by rows of their own
 JUDGED = re.compile(

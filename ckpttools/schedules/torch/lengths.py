@@ -14,7 +14,7 @@ from fractions import Fraction
 from ckpttools.errors import some
 from ckpttools.schedules.lengths import Steps, nearest
 from ckpttools.schedules.program import State, damaged, rescaled, rounding
-from ckpttools.schedules.torch.nodes import PLATEAU, UNKNOWN, Node
+from ckpttools.schedules.torch.states import PLATEAU, UNKNOWN, Node
 
 
 @dataclass(slots=True)

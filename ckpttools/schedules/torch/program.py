@@ -25,8 +25,8 @@ from ckpttools.schedules.program import (
     too_long,
 )
 from ckpttools.schedules.torch.lengths import Rescaling, rescale
-from ckpttools.schedules.torch.nodes import LAMBDA, PLATEAU, UNKNOWN, Node, node_of
 from ckpttools.schedules.torch.rates import EITHER, annealing
+from ckpttools.schedules.torch.states import LAMBDA, PLATEAU, UNKNOWN, Node, node_of
 from ckpttools.schedules.torch.steps import can_jump, construct, jump, step
 
 # a replayed learning rate may differ from the saved one by what versions of torch and of libm differ by

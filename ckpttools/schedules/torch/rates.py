@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 
 from ckpttools.schedules.program import State
-from ckpttools.schedules.torch.nodes import LAMBDA, PLATEAU, UNKNOWN
+from ckpttools.schedules.torch.states import LAMBDA, PLATEAU, UNKNOWN
 
 NAN = math.nan
 

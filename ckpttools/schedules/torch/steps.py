@@ -12,8 +12,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from ckpttools.schedules.program import State
-from ckpttools.schedules.torch.nodes import CHAINED, PLATEAU, SEQUENTIAL, Node
 from ckpttools.schedules.torch.rates import CLOSED, OPEN, set_momentum
+from ckpttools.schedules.torch.states import CHAINED, PLATEAU, SEQUENTIAL, Node
 
 
 def construct(node: Node, groups: list[State]) -> None:

@@ -27,8 +27,8 @@ from ckpttools.schedules.program import (
     scaled_group,
     whole,
 )
-from ckpttools.schedules.torch.nodes import LAMBDA, kind_of
 from ckpttools.schedules.torch.program import TorchProgram, recognise_torch
+from ckpttools.schedules.torch.states import LAMBDA, kind_of
 from ckpttools.schedules.transformers.formulas import (
     ARGS,
     NAMES,

@@ -8,7 +8,7 @@ correction must go on from there.
 
     timeline     the two runs: batches, lengths of epochs, how counts map
     scheduled    saved schedules before and after
-    counters, optimizers   what else changes
+    counters, groups   what else changes
     marks        the note that a checkpoint was rebased
     curves       the learning rate over samples
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from ckpttools.errors import UsageError
 from ckpttools.schedules import Setting
 from ckpttools.training import Edit, Training
-from ckpttools.transforms.rebase import counters, marks, optimizers
+from ckpttools.transforms.rebase import counters, groups, marks
 from ckpttools.transforms.rebase.curves import Curve, Moved, curves
 from ckpttools.transforms.rebase.scheduled import Scheduled, config_edits, scheduled, state_edits
 from ckpttools.transforms.rebase.timeline import Request, Timeline, timeline
@@ -65,7 +65,7 @@ def rebase(training: Training, request: Request) -> Rebased:
     _refuse_finished(training, line)
     _refuse_unscheduled(training, request)
     saved = () if request.counters_only else training.schedules
-    factor = optimizers.factor_of(request, line.ratio)
+    factor = groups.factor_of(request, line.ratio)
     found = [scheduled(training, line, each, request) for each in saved]
     if factor != 1:
         found = [replace(each, new=each.new.scaled(factor)) for each in found]
@@ -111,9 +111,9 @@ def _edits(
         yield from config_edits(each)
     for i, optimizer in enumerate(training.optimizers):
         own = [each for each in found if each.saved.optimizer == i]
-        yield from optimizers.optimizer_edits(optimizer, own, factor)
+        yield from groups.optimizer_edits(optimizer, own, factor)
         if request.lr_scaling == "adam-sde":
-            yield from optimizers.adam_sde_edits(optimizer, own, line.ratio)
+            yield from groups.adam_sde_edits(optimizer, own, line.ratio)
     for field in training.batch_fields:
         yield from counters.batch_edits(field, line.new)
 
@@ -144,7 +144,7 @@ def _notes(
             f"the run goes on at the very next sample, {over} after the place that its counter stands for: "
             "no sample is seen again, and the epoch may come to one update less"
         )
-    yield from optimizers.notes_of_scaling(request, line, factor)
+    yield from groups.notes_of_scaling(request, line, factor)
     yield from _of_ranks(training, line)
 
 
