@@ -58,7 +58,6 @@ class Report:
 
     dst: Location
     files: tuple[WrittenFile, ...]
-    nbytes_written: int
     nbytes_read: int
     checked: int  # source checksums that were compared and found right
     notes: tuple[str, ...]
@@ -138,7 +137,6 @@ def commit(
             WrittenFile(path=file.path, nbytes=file.nbytes, crc32=crc)
             for file, crc in zip(staged.plan.files, crcs, strict=True)
         ),
-        nbytes_written=staged.plan.nbytes,
         nbytes_read=sum(part.nbytes_read for part in written),
         checked=checked,
         notes=(*staged.notes, *([f"replaced {removed}"] if removed else [])),

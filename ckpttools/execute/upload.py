@@ -90,7 +90,6 @@ def upload(
         files=tuple(
             WrittenFile(path=file.path, nbytes=file.nbytes, crc32=work.crc(file.path)) for file in plan.files
         ),
-        nbytes_written=plan.nbytes,
         nbytes_read=work.nbytes_read,
         checked=checked,
         notes=work.notes,

@@ -36,7 +36,7 @@ def append(path: Path, found: Sequence[Experiment], parent: str | None = None) -
     ordered = sorted(found, key=lambda each: each.span)
     rows = [_row(each, _parent(each, ordered, parent)) for each in ordered]
     lines = {line.strip() for line in text.splitlines()}
-    write = _markdown if form == ".md" else _csv
+    write = _markdown if form == ".md" else csv_line
     new = [row for row in rows if write(row).strip() not in lines]
     if not new:
         return []
@@ -58,7 +58,7 @@ def _has_table(text: str, form: str) -> bool:
     lines = [line for line in text.splitlines() if line.strip()]
     if form == ".md":
         return bool(lines) and lines[-1].lstrip().startswith("|")
-    return any(line.startswith(_csv(COLUMNS).strip()) for line in lines)
+    return any(line.startswith(csv_line(COLUMNS).strip()) for line in lines)
 
 
 def _text(path: Path) -> str:
@@ -116,10 +116,6 @@ def _markdown(row: Sequence[str]) -> str:
         escape(cell, 4000).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for cell in row
     )
     return "| " + " | ".join(cells) + " |\n"
-
-
-def _csv(row: Sequence[str]) -> str:
-    return csv_line(row)
 
 
 def csv_line(row: Sequence[object]) -> str:

@@ -29,8 +29,6 @@ NAMES = {
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
 }
-# entries of lr_scheduler_kwargs that count steps
-COUNTED = ("num_stable_steps", "num_decay_steps", "timescale")
 NO_TIMESCALE = 10_000  # inverse_sqrt without a warmup
 
 
