@@ -61,10 +61,24 @@ def number_of(value: Value | Node) -> float | None:
 
 def check_engine(engine: Engine) -> Iterator[Finding]:
     """Every check that holds for all stages."""
+    yield from _whole(engine)
     yield from _state_kept(engine)
     yield from _counters(engine)
     yield from _scheduler(engine)
     yield from _plausible_settings(engine)
+
+
+def _whole(engine: Engine) -> Iterator[Finding]:
+    """The files of all model-parallel ranks: without the others' these look like a smaller model's."""
+    ranks = fields.integer(engine.root.get("mp_world_size"))
+    if ranks is not None and ranks != 1:
+        yield found(
+            "shard-missing",
+            engine.model.path,
+            "mp_world_size",
+            f"the model lies on {ranks} model-parallel ranks, and the slices of one are here",
+            hint="copy the files of every mp_rank from the nodes that wrote them",
+        )
 
 
 def _state_kept(engine: Engine) -> Iterator[Finding]:

@@ -31,6 +31,9 @@ NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\
 EXPERT = re.compile(
     r"(layer_(?P<layer>\d{1,6})_)?expert_(?P<expert>\d{1,6})_mp_rank_\d{2,6}_model_states\.pt"
 )
+AXIS = re.compile(r"(pp_rank|rank|layer|expert|model)_#")
+RANKS = {"pp_rank": "dp_world_size", "rank": "mp_world_size"}  # by the word before the number: who counts it
+MODEL_STATES = "_model_states.pt"
 IN_PARTS = "layout-in-parts"
 MOST = 65_536  # experts or layers that are counted
 COUNTERS = ("global_steps", "dp_world_size", "mp_world_size", "ds_version")
@@ -75,14 +78,16 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
     findings += [each for each in dangers_at(folder) if each.file not in known]
     findings += check_files(files)
     findings += archive_roots([file for file in files if ANY.fullmatch(file.path.name)])
-    findings += _gaps(folder, [path for path in paths if path.parent == folder])
+    roots = [fields.as_mapping(f.value) for f in files if f.path.name.endswith("model_states.pt")]
+    first = next((root for root in roots if root is not None and "global_steps" in root), None)
+    here = [path for path in paths if path.parent == folder]
+    findings += _gaps(folder, here, first)
+    findings += _layers(folder, here, roots)
     findings += _counters(files)
     findings += _experts(folder, files)
     findings += _no_module(folder, files)
-    if reason.id == "no-optimizer-shards":
+    if not any(path.name.endswith("optim_states.pt") for path in here):
         findings += _no_optimizer(files)
-    roots = [fields.as_mapping(f.value) for f in files if f.path.name.endswith("model_states.pt")]
-    first = next((root for root in roots if root is not None and "global_steps" in root), None)
     found = Checkpoint(
         path=folder,
         layout=Layout(format=reason.layout or "deepspeed", dp_degree=_ranks(first)),
@@ -129,15 +134,24 @@ def _torch_paths(folder: Location, depth: int = 6) -> Iterator[Location]:
             yield from _torch_paths(path, depth - 1)
 
 
-def _gaps(folder: Location, paths: Iterable[Location]) -> Iterator[Finding]:
-    """Files of one kind are numbered from 0 without gaps, along each of their numbers."""
+def _gaps(folder: Location, paths: Iterable[Location], model: fields.Mapping | None) -> Iterator[Finding]:
+    """Files of one kind are numbered from 0 without gaps, along each of their numbers, as far as the model
+    file states.
+    """
+    stated = {
+        axis: (fields.integer(model.get(key)) if model is not None else None) or 1
+        for axis, key in RANKS.items()
+    }
     kinds: dict[str, set[tuple[int, ...]]] = {}
     for path in paths:
         if ANY.fullmatch(path.name):
             kind = NUMBERS.sub("#", path.name)
             kinds.setdefault(kind, set()).add(tuple(int(n) for n in NUMBERS.findall(path.name)))
     for kind, found in kinds.items():
-        sizes = [1 + max(numbers[axis] for numbers in found) for axis in range(len(next(iter(found))))]
+        axes = AXIS.findall(kind)
+        sizes = [
+            max(1 + max(numbers[i] for numbers in found), stated.get(axis, 1)) for i, axis in enumerate(axes)
+        ]
         wanted = list(islice(product(*(range(min(n, 65_536)) for n in sizes)), 1_000_000))
         missing = [numbers for numbers in wanted if numbers not in found]
         if missing and not kind.startswith("layer_"):  # not every layer has weights
@@ -160,6 +174,32 @@ def _gaps(folder: Location, paths: Iterable[Location]) -> Iterator[Finding]:
             where="zero_pp_rank_*",
             message=f"every rank writes them, and there are {' and '.join(map(str, sorted(ranks)))}",
             hint="copy the missing files from the nodes that wrote them",
+        )
+
+
+def _layers(
+    folder: Location, paths: Iterable[Location], roots: list[fields.Mapping | None]
+) -> Iterator[Finding]:
+    """Each layer of a pipeline that has parameters has files, and as many slices as the others."""
+    held: dict[int, set[tuple[int, ...]]] = {}
+    for path in paths:
+        if LAYER.fullmatch(path.name):
+            layer, *part = map(int, NUMBERS.findall(path.name))
+            held.setdefault(layer, set()).add(tuple(part))
+    shapes = (root.get("param_shapes") for root in roots if root is not None)
+    groups = (fields.as_mapping(group) for each in shapes if isinstance(each, list) for group in each)
+    names = (name.partition(".")[0] for group in groups if group is not None for name in group.names())
+    wanted = {int(name) for name in names if name.isdecimal() and len(name) < 6} if held else set()
+    parts = {part for each in held.values() for part in each}
+    missing = [layer for layer in sorted(wanted | held.keys()) if parts - held.get(layer, set())]
+    if missing:
+        yield Finding(
+            id="shard-missing",
+            severity=ERROR,
+            file=str(folder),
+            where=f"layer_{missing[0]:02d}-*",
+            message=f"{len(missing)} of {len(wanted | held.keys())} pipeline layers: {some(missing)}",
+            hint="copy the missing files from the pipeline stages that wrote them",
         )
 
 
@@ -211,7 +251,19 @@ def _no_optimizer(files: list[TorchFile]) -> Iterator[Finding]:
 
 def _no_module(folder: Location, files: list[TorchFile]) -> Iterator[Finding]:
     """A pipeline's model file has no module: each layer's weights are in a file of their own."""
-    layers = any(entry.name.startswith("layer_") for entry in entries(folder))
+    names = [entry.name for entry in entries(folder)]
+    if any(map(ANY.fullmatch, names)) and not any(
+        "rank_" in n and MODEL_STATES in n and "expert_" not in n for n in names
+    ):
+        yield Finding(
+            id="shard-missing",
+            severity=ERROR,
+            file=str(folder),
+            where="mp_rank_*_model_states.pt",
+            message="no model file is here: the counters, and what is in no file of its own, are missing",
+            hint="copy it from the nodes that wrote it",
+        )
+    layers = any(name.startswith("layer_") for name in names)
     for file in files:
         root = fields.as_mapping(file.value)
         if root is not None and "module" in root and root.get("module") is None and not layers:

@@ -346,7 +346,7 @@ def version_of_the_model_file_changed(copy: Copy, rng: Random) -> Expectation:
 def mp_world_size_changed(copy: Copy, rng: Random) -> Expectation | None:
     if "mp_world_size" not in load(copy.model):
         return None
-    return _in_model(copy, lambda root: root.update(mp_world_size=2), "mp_world_size", warning=True)
+    return _in_model(copy, lambda root: root.update(mp_world_size=2), "mp_world_size")
 
 
 @fault(MODEL, ZERO)

@@ -100,8 +100,6 @@ def required_fields(folder: ZeroFolder) -> Iterator[Finding]:
                     severity=WARNING,
                     hint="",
                 )
-    if fields.integer(model.root.get("mp_world_size")) not in (None, 1):
-        yield contradiction(path, "mp_world_size", "says that there are several model-parallel files")
     for rank in folder.ranks:
         if rank.ds_version and model.ds_version and rank.ds_version != model.ds_version:
             where = f"saved by DeepSpeed {rank.ds_version}, the model file by {model.ds_version}"
