@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import tomllib
+from collections.abc import Iterable, Iterator
 
 import pytest
+import structure
 from commands import run
 
 from ckpttools.explain import EXPLANATIONS, TEXT
@@ -19,6 +22,23 @@ def test_the_file_is_in_its_form() -> None:
     for id, found in EXPLANATIONS.items():
         assert re.fullmatch(r"[a-z]+(-[a-z0-9]+)*", id) and found.kind and found.meaning and found.mend
         assert len(found.line) <= 160, f"{id}: the first sentence is its line in the list"
+
+
+RAISES = ("CkptError", "UsageError", "Unsupported", "Problem", "Finding", "found")
+
+
+def test_every_id_that_is_printed_has_a_section_and_no_other() -> None:
+    nodes = [node for tree in structure.modules().values() for node in ast.walk(tree)]
+    calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "id", "") in RAISES]
+    given = [call.args[0] for call in calls if call.args]
+    given += [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "id"]
+    ids = {text for each in given for text in texts(ast.walk(each)) if "-" in text and text.islower()}
+    assert len(ids) > 150 and ids <= EXPLANATIONS.keys(), ids - EXPLANATIONS.keys()
+    assert EXPLANATIONS.keys() <= set(texts(nodes)), "a section of an id that nothing prints"
+
+
+def texts(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    return (n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
 
 
 def test_each_has_a_line_of_meaning() -> None:
