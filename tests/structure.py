@@ -10,6 +10,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ckpttools"
@@ -40,6 +41,7 @@ CHANGING |= {"symlink_to", "hardlink_to", "rmtree", "move", "remove_dir", "trunc
 SYSTEM = {"open", "stat", "lstat", "listdir", "scandir", "walk", "access", "readlink", "getcwd", "statvfs"}
 
 
+@cache
 def modules() -> dict[Path, ast.Module]:
     return {p.relative_to(PACKAGE): ast.parse(p.read_text()) for p in sorted(PACKAGE.rglob("*.py"))}
 

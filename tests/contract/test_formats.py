@@ -15,7 +15,8 @@ from support import FIXTURES
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.execute import execute
-from ckpttools.formats import FORMATS, Format, counters, locate, open_checkpoint, read
+from ckpttools.formats import FORMATS, PLANS, Format, counters, locate, open_checkpoint, read
+from ckpttools.operations.convert import TARGETS
 from ckpttools.training import Training
 from ckpttools.transforms.select import weights_only
 from ckpttools.tree import Value
@@ -148,3 +149,4 @@ def test_every_format_that_is_written_is_held_to_it() -> None:
     assert set(SOURCES) == set(DROPPED) - set(SOURCES["dcp"]) == {format.name for format in FORMATS_WRITTEN}
     for format in FORMATS_WRITTEN:
         assert {locate(FIXTURES / source).format for source in SOURCES[format.name]} == {format}
+    assert sorted(PLANS) == sorted(TARGETS)  # of `convert --to`, which asks for options of each
