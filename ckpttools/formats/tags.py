@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.format import Folder, Found, Inner
+from ckpttools.formats.rank_files import EXPERT, LAYER, MODEL, OPTIM, PART, STAGE3_MODEL
 from ckpttools.location import Location
 from ckpttools.stores.files import small_text
 from ckpttools.stores.links import plain_name
@@ -26,6 +27,11 @@ ANY = re.compile(r".*_(model|optim)_states\.pt(-\d+\.\d+)?|.*[0-9]optim_states\.
 def is_states(name: str) -> bool:
     """Whether a file is one of DeepSpeed's, of whatever stage."""
     return ANY.fullmatch(name) is not None
+
+
+def names_it(path: Location) -> bool:
+    """Whether DeepSpeed itself gives a file that name."""
+    return any(name.fullmatch(path.name) for name in (OPTIM, MODEL, STAGE3_MODEL, EXPERT, LAYER, PART))
 
 
 def holds_states(folder: Folder) -> bool:

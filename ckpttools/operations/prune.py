@@ -18,7 +18,7 @@ from ckpttools import checks, manifest, runs
 from ckpttools.checks import Verdict
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.execute.removing import delete, freed, remove_file, remove_whole
-from ckpttools.location import below
+from ckpttools.location import Location, below
 from ckpttools.operations import slim as slimming
 from ckpttools.operations.replacing import somebodys
 from ckpttools.operations.slim import Slim
@@ -26,8 +26,10 @@ from ckpttools.operations.writing import Bar
 from ckpttools.runs import needs, pins
 from ckpttools.runs.find import Entry
 from ckpttools.runs.retain import Decision, Policy, decide, require_best
-from ckpttools.stores.files import is_file, is_folder, is_link, local, walk
+from ckpttools.stores.files import is_file, is_folder, is_link, local, size_of, small_text, walk
 from ckpttools.stores.links import resolved
+
+CARD, CARD_NBYTES = "README.md", 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +121,7 @@ def plan_of(
         best = needs.stated_best(run)
 
         def held(entry: Entry, run: list[Entry] = run, best: dict[str, str] = best) -> Iterator[str]:
-            yield from _held(entry, local(run[0].run), folder, around, everything)
+            yield from _held(entry, local(run[0].run), folder, around, everything, local(run[0].path))
             for path, metric in best.items():
                 if needs.names(path, entry.path):
                     yield f"its framework names it as the best by {escape(metric)}"
@@ -175,9 +177,9 @@ def _good(entry: Entry, *, verified: bool, workers: int, bar: Bar | None) -> boo
 
 
 def _held(
-    entry: Entry, run: Path, folder: Path, around: needs.Around, everything: list[Path]
+    entry: Entry, run: Path, folder: Path, around: needs.Around, everything: list[Path], newest: Path
 ) -> Iterator[str]:
-    """Why it may not go, whatever the policy says."""
+    """Why it may not go, whatever the policy says. `newest` of its run always stays."""
     path = local(entry.path)
     whole = resolved(path)
     pin = pins.above(path, folder)
@@ -198,12 +200,19 @@ def _held(
         yield "other checkpoints are in it, or it is the folder itself"
     if is_folder(path) and not is_link(path):
         try:
-            own = somebodys(path)
+            own = [each for each in somebodys(path) if not _is_card(each, newest / below(each, path))]
         except CkptError as error:
             yield error.message
         else:
             if own:
                 yield f"it holds what is somebody's own: {escape(below(own[0], path))}"
+
+
+def _is_card(path: Location, newest: Path) -> bool:
+    """Whether it is a model card as PEFT writes it into each save: the newest one has the same."""
+    if path.name != CARD or path == newest or not is_file(newest) or size_of(path) != size_of(newest):
+        return False
+    return small_text(path, CARD_NBYTES) == small_text(newest, CARD_NBYTES)
 
 
 def _tree(path: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ what lies in a pinned folder, and a folder with a pin in it.
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError, UsageError, escape, some
 from ckpttools.formats import FORMATS, locate, read
+from ckpttools.formats.configs import CONFIG_FILES
 from ckpttools.formats.locate import SIDE_FILES
 from ckpttools.frameworks import POINTERS, STATED
 from ckpttools.location import Location, Stored, below
@@ -33,6 +35,9 @@ from ckpttools.stores.links import within
 
 # by DeepSpeed, the HF Trainer, accelerate, MMEngine and bundles, beside what a format reads
 BESIDE = {*POINTERS, "zero_to_fp32.py", "zero_to_torch.py", *STATED}
+# with a configuration or a tokenizer and no weights: verl's, and the modules of sentence-transformers
+CONFIG_FOLDERS = re.compile(r"huggingface|\d+_[A-Z]\w*")
+TOKENIZERS = {"tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model"}
 
 
 def replaceable(dst: Location, plan: Plan) -> str:
@@ -98,7 +103,7 @@ def _folder(dst: Location, plan: Plan) -> str:
     listed = _listed(files)
     if not listed:
         _reads(dst)
-    own = _own(files, listed | {dst / file.path for file in plan.files})
+    own = _own(dst, files, listed | {dst / file.path for file in plan.files})
     if own:
         names = some([below(path, dst) for path in own], 3)
         raise _refused(dst, f"it holds what no checkpoint needs: {names}")
@@ -109,11 +114,23 @@ def _folder(dst: Location, plan: Plan) -> str:
 def somebodys(folder: Location) -> list[Location]:
     """What lies in a checkpoint's folder that no framework would write again."""
     files = list(_files(folder))
-    return _own(files, _listed(files))
+    return _own(folder, files, _listed(files))
 
 
-def _own(files: list[tuple[Location, bool]], known: set[Location]) -> list[Location]:
-    return [path for path, is_plain in files if not is_plain or (path not in known and not _is_beside(path))]
+def _own(folder: Location, files: list[tuple[Location, bool]], known: set[Location]) -> list[Location]:
+    weights = [path for path, _ in files if any(format.is_weights(path.name) for format in FORMATS)]
+    # frameworks write beside weights, above them, and in few folders else; a name alone says less elsewhere
+    places = {folder, *(place for path in weights for place in path.parents)}
+
+    def is_theirs(path: Location) -> bool:
+        there = path.parent in places or CONFIG_FOLDERS.fullmatch(path.parent.name) is not None
+        return is_ours(path.name) or _is_part(path) or (there and _is_beside(path.name))
+
+    return [path for path, is_plain in files if not is_plain or (path not in known and not is_theirs(path))]
+
+
+def _is_part(path: Location) -> bool:
+    return any(format.names_it(path) for format in FORMATS)
 
 
 def _files(folder: Location) -> Iterator[tuple[Location, bool]]:
@@ -152,15 +169,10 @@ def _size(path: Location) -> int:
     return size_of(path) if isinstance(path, Stored) else look(path).st_size
 
 
-def _is_beside(path: Location) -> bool:
-    """Whether a framework gives such a name to what it writes there."""
-    name = path.name
-    return (
-        name in BESIDE
-        or is_ours(name)
-        or SIDE_FILES.fullmatch(name) is not None
-        or any(format.names_it(path) for format in FORMATS)
-    )
+def _is_beside(name: str) -> bool:
+    """Whether a framework gives such a name to what it writes beside weights."""
+    known = any(names.fullmatch(name) for names in (SIDE_FILES, CONFIG_FILES))
+    return name in BESIDE or (known and (not name.endswith(".model") or name in TOKENIZERS))
 
 
 def _refused(dst: Location, what: str) -> UsageError:

@@ -18,6 +18,7 @@ from support import FIXTURES
 
 import ckpttools
 from ckpttools import siblings
+from ckpttools.operations.replacing import somebodys
 from ckpttools.runs import pins
 
 TRAINER = FIXTURES / "hf-trainer" / "plain"
@@ -57,7 +58,7 @@ def check(folder: Folder, last: int, root: Path) -> None:
     assert not again.removed and snapshot(root) == after
 
 
-@settings(max_examples=200, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
+@settings(max_examples=160, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
 @given(folder=FOLDERS, last=st.integers(1, 3))
 def test_every_rule_in_random_folders(
     folder: Folder, last: int, tmp_path_factory: pytest.TempPathFactory
@@ -143,6 +144,73 @@ def test_what_lies_in_somebodys_folder_called_zero_is_not_the_checkpoints(tmp_pa
     for name in ("fp32.pt", "notes.pt"):
         (folder / "checkpoint-2" / name).write_text("mine")
     assert not ckpttools.prune(folder, keep_last=1, dry_run=True).removed
+
+
+OF_FRAMEWORKS = {  # a checkpoint of each layout that is a folder, and a name of the run's series for it
+    "tag": ("deepspeed-0.19.8/z2_bf16_ws2/global_step3", "global_step{}"),
+    "zero3": ("deepspeed-0.19.8/z3_fp32_ws2/global_step3", "global_step{}"),
+    "universal": ("universal/z2_groups/global_step3_universal", "global_step{}_universal"),
+    "dcp": ("dcp/fsdp2_ws2", "step-{}"),
+    "accelerate": ("dcp/accelerate_ws2", "checkpoint-{}"),
+    "trainer": ("hf-trainer/plain/checkpoint-2", "checkpoint-{}"),
+    "trainer with DeepSpeed": ("hf-trainer/deepspeed/checkpoint-2", "checkpoint-{}"),
+    "peft": ("hf-trainer/peft/checkpoint-2", "checkpoint-{}"),
+    "bundle": ("bundle/checkpoint-200", "checkpoint-{}"),
+    "verl": ("verl/actor_ws2", "step_{}"),
+}
+STEMS = (
+    "notes",
+    "my",
+    "fp32 copy",
+    "results",
+    "exp_avg_sq_old",
+    "eval_model_states",
+    "mine_optim_states",
+    "best",
+)
+SUFFIXES = (".pt", ".pth", ".txt", ".json", ".bin", ".distcp", ".safetensors", ".model", ".py", ".npz", "")
+
+
+@settings(max_examples=100, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_what_is_somebodys_own_is_seen_wherever_it_lies(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source = FIXTURES / OF_FRAMEWORKS[data.draw(st.sampled_from(sorted(OF_FRAMEWORKS)))][0]
+    checkpoint = Path(shutil.copytree(source, tmp_path_factory.mktemp("own") / source.name))
+    assert somebodys(checkpoint) == []
+    folders = [checkpoint, *sorted(path for path in checkpoint.rglob("*") if path.is_dir())]
+    folder = data.draw(st.sampled_from([*folders, checkpoint / "mine", folders[-1] / "mine"]))
+    name = data.draw(st.sampled_from(STEMS)) + data.draw(st.sampled_from(SUFFIXES))
+    if folder.name == "mine":  # nor is a folder of one's own the framework's for the names in it
+        name = data.draw(st.sampled_from([name, "config.json", "optimizer.pt", "trainer_state.json"]))
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    assert somebodys(checkpoint) == [folder / name]
+    shutil.rmtree(checkpoint.parent)
+
+
+@pytest.mark.parametrize("kind", sorted(OF_FRAMEWORKS))
+def test_no_file_of_somebodys_goes_with_a_checkpoint(tmp_path: Path, kind: str) -> None:
+    source, form = OF_FRAMEWORKS[kind]
+    copies = [shutil.copytree(FIXTURES / source, tmp_path / form.format(step)) for step in (1, 2, 3)]
+    inside = max((path for path in Path(copies[0]).rglob("*") if path.is_file()), key=lambda p: len(p.parts))
+    (inside.parent / "notes.pt").write_text("mine")
+    before = snapshot(Path(copies[0]))
+    plan = ckpttools.prune(tmp_path, keep_last=1)
+    assert Path(copies[0]) not in {entry.path for entry in plan.removed}
+    assert snapshot(Path(copies[0])) == before
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_the_card_that_peft_writes_into_every_save_is_not_somebodys(tmp_path: Path, mine: bool) -> None:
+    folder = make(tmp_path, 1, 2, 3, kind="hf")
+    for saved_one in folder.iterdir():
+        (saved_one / "README.md").write_text("---\nlibrary_name: peft\n---\n# Model Card for Model ID\n")
+    if mine:
+        (folder / "checkpoint-1/README.md").write_text("what I found out")
+    ckpttools.prune(folder, keep_last=1)
+    assert left(folder) == {"checkpoint-3"} | ({"checkpoint-1"} if mine else set())
 
 
 @pytest.mark.parametrize("verified", [False, True])

@@ -44,7 +44,7 @@ def _check(source: Source) -> Checked:
 FORMAT = Format(
     name="dcp",
     holds=names.holds,
-    names_it=lambda path: names.is_dcp_file(path.name),
+    names_it=lambda path: names.names_it(path.name),
     recognise=names.recognise,
     recognise_file=names.recognise_file,
     read=_read,

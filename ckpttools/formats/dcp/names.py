@@ -25,6 +25,11 @@ def is_dcp_file(name: str) -> bool:
     return name == NAME or name.endswith(SUFFIX)
 
 
+def names_it(name: str) -> bool:
+    """Whether torch or accelerate itself gives a file that name."""
+    return name == NAME or any(known.fullmatch(name) for known in (DATA, SHARD, RANK_FILE))
+
+
 def holds(folder: Folder) -> bool:
     """Whether a folder holds a distributed checkpoint, the two that accelerate makes of one, or its files of
     single ranks.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 from ckpttools.errors import CkptError
-from ckpttools.formats.configs import CONFIG_FILES, HEADS
+from ckpttools.formats.configs import HEADS
 from ckpttools.formats.format import Folder, Found
 from ckpttools.location import Location
 
@@ -51,9 +51,8 @@ def not_read(names: Collection[str]) -> list[str]:
 
 
 def names_it(name: str) -> bool:
-    """Whether a file of that name belongs to a model folder."""
-    known = name in (*SINGLE, *INDEX, *ROLES)
-    return known or SHARD.fullmatch(name) is not None or CONFIG_FILES.fullmatch(name) is not None
+    """Whether a file of that name holds a model's weights, or says in which files they are."""
+    return name in INDEX or is_weights(name)
 
 
 def is_shard(name: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import tags
+from ckpttools.formats.deepspeed import FLAT
 from ckpttools.formats.format import Folder, Found, Inner
 from ckpttools.formats.rank_files import MODEL, MODEL_NAME, STAGE3_MODEL
 from ckpttools.location import Location
@@ -18,6 +19,7 @@ LATEST = "latest_universal"
 ZERO = "zero"
 SETTINGS = "optimizer_state.pt"
 SUFFIX = ".pt"
+KINDS = {"fp32", "step", *FLAT}
 UNFINISHED = "tmp"  # of ds_to_universal, while it runs
 STAGE3_NAME = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 MAX_DEPTH = 64  # of folders below zero/: a parameter's name may hold slashes
@@ -80,13 +82,19 @@ def _is_zero(folder: Folder) -> bool:
 
 
 def names_it(path: Location) -> bool:
-    """Whether it is a model file, or in the zero/ beside one where a parameter's state lies."""
-    if tags.is_states(path.name):
+    """Whether it is a model file, or in the zero/ beside one, of a kind of state that optimizers are known to
+    have or that another parameter has as well."""
+    if tags.names_it(path):
         return True
     zeros = (folder for folder in path.parents if folder.name == ZERO)
     if not path.name.endswith(SUFFIX) or not any(holds(Folder.of(zero.parent)) for zero in zeros):
         return False
-    return (path.parent.name, path.name) == (ZERO, SETTINGS) or is_file(path.with_name(f"fp32{SUFFIX}"))
+    if (path.parent.name, path.name) == (ZERO, SETTINGS):
+        return True
+    if path.name.removesuffix(SUFFIX) in KINDS:
+        return is_file(path.with_name(f"fp32{SUFFIX}"))
+    others = (entry.name for entry in entries(path.parent.parent) if entry.name != path.parent.name)
+    return any(is_file(path.parent.parent / name / path.name) for name in others)
 
 
 def find(folder: Location) -> UniversalFiles:

@@ -31,7 +31,7 @@ def _check(source: Source) -> Checked:
 FORMAT = Format(
     name="verl",
     holds=holds,
-    names_it=lambda path: NAME.fullmatch(path.name) is not None,
+    names_it=lambda path: path.name == "fsdp_config.json" or NAME.fullmatch(path.name) is not None,
     is_part=lambda name: NAME.fullmatch(name) is not None,
     recognise=_recognise,
     recognise_file=no_file,

@@ -52,7 +52,7 @@ def _refuse_rank_local(checkpoint: Checkpoint) -> None:
 FORMAT = Format(
     name="zero",
     holds=tags.holds_states,
-    names_it=lambda path: tags.is_states(path.name),
+    names_it=tags.names_it,
     is_weights=tags.is_states,
     recognise=names.recognise,
     recognise_file=names.recognise_file,

@@ -40,7 +40,7 @@ def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, .
 FORMAT = Format(
     name="zero0",
     holds=holds,
-    names_it=lambda path: tags.is_states(path.name),
+    names_it=tags.names_it,
     is_weights=tags.is_states,
     recognise=lambda folder: tags.recognise(folder, holds),
     recognise_file=no_file,

@@ -72,7 +72,7 @@ def _refuse_rank_local(checkpoint: Checkpoint) -> None:
 FORMAT = Format(
     name="zero3",
     holds=holds,
-    names_it=lambda path: tags.is_states(path.name),
+    names_it=tags.names_it,
     is_weights=tags.is_states,
     recognise=lambda folder: tags.recognise(folder, holds),
     recognise_file=no_file,
