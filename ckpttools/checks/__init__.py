@@ -234,11 +234,15 @@ def check_before_use(source: Source, *, beside: bool = False) -> Checkpoint:
     checked = check_headers(source)
     findings = checked.findings
     checks: list[SourceCheck] = []
+    around = ""
     if beside and not any(finding.severity == ERROR for finding in findings):
         with within(source.root):
             findings, checks = check_beside(source, checked.files)
+            around = f"\nor leave out what lies around its tensors: give {escape(source.target, 1000)} alone"
     for finding in findings:
         if finding.severity == ERROR:
-            raise raised(finding)
+            error = raised(finding)
+            error.hint = (error.hint + (around if source.inner else "")).strip()
+            raise error
     assert checked.checkpoint is not None
     return replace(checked.checkpoint, checks=(*checked.checkpoint.checks, *checks))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, UsageError
 from ckpttools.trainer import config as settings
 from ckpttools.trainer import failures, folders, startup
 from ckpttools.trainer.batch import Split, split
@@ -26,11 +26,21 @@ if TYPE_CHECKING:
 
 EXCHANGE = "CKPTTOOLS_TRAIN_EXCHANGE"  # a folder of the launcher, for an error and the run's path
 LAUNCHED = "launched"
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run this rank under torchrun and exit: 0 done, 1 a checkpoint or the training failed, 2 bad usage."""
     options = parse(arguments)
+    if missing := [name for name in LAUNCHERS if name not in os.environ]:
+        error = UsageError(
+            "train-launch",
+            f"this is one rank of a run, and nothing says which: {', '.join(missing)} not set",
+            where=options.config,
+            hint=f"ckpt train {options.config}, or torchrun --nproc-per-node N -m ckpttools.trainer",
+        )
+        sys.stderr.write(f"{error.problem.shown()}\n")
+        _leave(error.exit_code)
     output = Output(int(os.environ["RANK"]), options.full_log)
     try:
         _run(options, output)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +159,10 @@ def test_options_survive_the_command_line() -> None:
     )
     assert parse(options.arguments()) == options
     assert parse(Options(config=Path("c")).arguments()) == Options(config=Path("c"))
+
+
+def test_a_rank_that_nobody_launched_says_how_to_start_a_run() -> None:
+    without = {name: value for name, value in os.environ.items() if name != "RANK"}
+    command = [sys.executable, "-m", "ckpttools.trainer", str(DEMO)]
+    done = subprocess.run(command, env=without, capture_output=True, text=True)
+    assert done.returncode == 2 and "hint: ckpt train" in done.stderr and "Traceback" not in done.stderr

@@ -390,6 +390,15 @@ def test_a_clients_number_of_ranks_follows_a_reshard(
     assert "gradient_accumulation_steps 1 -> 2" in made.err
 
 
+def test_a_torn_training_info_ends_in_the_command_that_goes_without_it(tmp_path: Path) -> None:
+    bundle = shutil.copytree(FIXTURES / "bundle/checkpoint-200", tmp_path / "checkpoint-200")
+    (bundle / "training_info.json").write_text('{"global_step": 3,')
+    tag = bundle / "deepspeed/global_step3"
+    refused = run("reshard", bundle, tmp_path / "out", "--world-size", 4)
+    assert refused.code == 1 and f"give {tag} alone" in refused.err and not (tmp_path / "out").exists()
+    assert run("reshard", tag, tmp_path / "out", "--world-size", 4).code == 0
+
+
 def test_a_bundle_of_the_reference_trainer_follows(tmp_path: Path) -> None:
     run_folder = FIXTURES / "trainer/z2_bf16_2"
     source = run_folder / Path((run_folder / "last_checkpoint").read_text().strip()).name
