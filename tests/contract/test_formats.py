@@ -89,7 +89,7 @@ def held(format: Format, source: str, checkpoint: Checkpoint, notes: str | None 
         else:
             state = replace(checkpoint.training, **{field: getattr(nothing, field)})
             checkpoint = replace(checkpoint, training=state)
-    if format.name == "hf":
+    if not format.resumes:
         return weights_only(checkpoint)
     if format.name == "dcp":
         own = {key: value for key, value in checkpoint.client.items() if key not in CLIENTS_OWN}
