@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -44,18 +44,30 @@ def seaweed(folder: Path) -> Iterator[str]:
     command = [WEED, "server", f"-dir={folder}", "-s3", f"-s3.config={folder / 's3.json'}", "-ip=127.0.0.1"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += ["-volume.max=64", *(f"-{name}.port={port}" for name, port in ports.items())]
+    url = f"http://127.0.0.1:{ports['s3']}"
+    with serving(command, folder, lambda: _has_bucket(url)):
+        yield url
+
+
+@contextmanager
+def serving(command: Sequence[object], folder: Path, ready: Callable[[], bool]) -> Iterator[None]:
+    """A server, from when it is ready to the end of the tests."""
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+        server = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
-        url = f"http://127.0.0.1:{ports['s3']}"
-        while not _has_bucket(url):
-            assert time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
-            time.sleep(0.3)
-        yield url
+        while not ready():
+            alive = server.poll() is None and time.monotonic() < deadline
+            assert alive, (folder / "log").read_text()[-2000:]
+            time.sleep(0.1)
+        yield
     finally:
-        server.kill()
-        server.wait()
+        server.terminate()  # a killed nginx would leave its workers
+        try:
+            server.wait(5)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 def _has_bucket(url: str) -> bool:

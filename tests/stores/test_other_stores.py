@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +25,7 @@ from urllib.parse import quote
 
 import pytest
 from commands import run
-from stores.servers import Hub, free_port
+from stores.servers import Hub, free_port, serving
 from support import FIXTURES
 
 import ckpttools
@@ -50,21 +50,6 @@ def installed(name: str) -> str:
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_buckets", {})
-
-
-def serving(command: Sequence[object], port: int, folder: Path) -> Iterator[int]:
-    """The server, from when it answers to the end of the tests."""
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 60
-        while not answers(port):
-            assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.1)
-        yield port
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def answers(port: int) -> bool:
@@ -110,7 +95,7 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """With one container, `runs`."""
     folder, port = tmp_path_factory.mktemp("azurite"), free_port()
     command = [installed("azurite-blob"), "--blobPort", port, "--location", folder, "--skipApiVersionCheck"]
-    for _ in serving([*command, "--silent", "--disableTelemetry"], port, folder):
+    with serving([*command, "--silent", "--disableTelemetry"], folder, lambda: answers(port)):
         date = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
         what = f"x-ms-date:{date}\nx-ms-version:2021-08-06\n/{ACCOUNT}/{ACCOUNT}/runs\nrestype:container"
         digest = hmac.new(base64.b64decode(KEY), b"PUT" + b"\n" * 12 + what.encode(), hashlib.sha256).digest()
@@ -199,7 +184,7 @@ def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     port = free_port()
     command = [installed("fake-gcs-server"), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1"]
     host = f"127.0.0.1:{port}"
-    for _ in serving([*command, "-port", port, "-public-host", host], port, tmp_path):
+    with serving([*command, "-port", port, "-public-host", host], tmp_path, lambda: answers(port)):
         account = {"gcs_base_url": f"http://{host}", "disable_oauth": True}
         account |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
         (tmp_path / "account.json").write_text(json.dumps(account))
@@ -262,7 +247,7 @@ def nginx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str
             line.split('"')[1] for line in (tmp_path / "asked").read_text().splitlines() if "store" in line
         ]
 
-    for _ in serving([program, "-p", tmp_path, "-c", tmp_path / "conf"], port, tmp_path):
+    with serving([program, "-p", tmp_path, "-c", tmp_path / "conf"], tmp_path, lambda: answers(port)):
         yield f"https://127.0.0.1:{port}", lines
 
 
