@@ -26,10 +26,11 @@ from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
 from ckpttools.location import Location, below
 from ckpttools.siblings import MANIFEST, is_ours
-from ckpttools.stores.files import entries, is_file, is_folder
+from ckpttools.stores.files import entries, is_file, is_folder, size_of
 from ckpttools.stores.links import plain_name
 
 FORMAT, VERSION = "ckpttools-manifest", 1
+UNUSABLE = "manifest-unusable"  # it says nothing of the files, neither good nor bad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,9 +142,13 @@ def outputs(path: Location) -> set[str]:
 
 
 def load(path: Location) -> dict[str, Entry]:
-    """Read a manifest. Raises CkptError where it is damaged or of another version."""
+    """Read a manifest. Raises CkptError where it is damaged, UNUSABLE where it is empty or too new."""
+    if size_of(path) == 0:
+        raise _unusable(path, "it is empty")
     value = jsons.read(path)
-    files = value.get("files")
+    files, version = value.get("files"), value.get("version")
+    if value.get("format") == FORMAT and type(version) is int and version > VERSION:
+        raise _unusable(path, f"a later ckpttools wrote it (version {version}; this one reads {VERSION})")
     if value.get("format") != FORMAT or value.get("version") != VERSION or not isinstance(files, dict):
         raise CkptError(
             "manifest-damaged",
@@ -153,6 +158,16 @@ def load(path: Location) -> dict[str, Entry]:
             hint="write it anew with ckpt verify --write-manifest, once the checkpoint is known to be good",
         )
     return {_inner_name(name, path): _entry(path, entry) for name, entry in files.items()}
+
+
+def _unusable(path: Location, why: str) -> CkptError:
+    return CkptError(
+        UNUSABLE,
+        f"the manifest cannot be used, because {why}",
+        where=path,
+        why="the files are judged by themselves: what only a manifest shows is not seen",
+        hint="write it anew with ckpt verify --write-manifest, once the checkpoint is known to be good",
+    )
 
 
 def _inner_name(name: str, path: Location) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ckpttools import manifest
@@ -44,7 +44,8 @@ def stated(target: Location) -> Stated:
             try:
                 entries = _about(target, place, manifest.load(place))
             except CkptError as error:
-                out.findings.append(of_error(error))
+                note = error.id == manifest.UNUSABLE
+                out.findings.append(replace(of_error(error), severity=INFO) if note else of_error(error))
                 continue
             if entries is not None:
                 out.manifests.append((place, entries))

@@ -118,7 +118,13 @@ def _read_back(crcs: Mapping[Location, int], workers: int) -> Iterator[str]:
     for place in crcs:
         if place.name != MANIFEST:
             continue
-        stated = manifest.load(place)
+        try:
+            stated = manifest.load(place)
+        except CkptError as error:
+            if error.id != manifest.UNUSABLE:
+                raise
+            yield f"{error.message}; it was copied as it is"
+            continue
         near = [path for path in crcs if place.parent in path.parents]
         now = {below(path, place.parent): entry_of(path, digests) for path in near}
         for difference in manifest.differences(stated, now):

@@ -90,6 +90,26 @@ def test_files_against_the_manifest(edit: str, ckpt: Ckpt, tmp_path: Path) -> No
         assert ran.code == (0 if edit == "unlisted" else 1)
 
 
+@pytest.mark.parametrize("contents", ["", '{"format": "ckpttools-manifest", "version": 2, "files": []}'])
+def test_a_manifest_that_says_nothing_condemns_no_checkpoint(
+    contents: str, ckpt: Ckpt, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(FIXTURES / "trainer/z2_bf16_2/iter_000003.pth", tmp_path / "iter_000003.pth")
+    (folder / NAME).write_text(contents)
+    for words in (["verify", folder], ["verify", folder, "--quick"], ["resume-check", folder]):
+        ran = ckpt(*words)
+        assert ran.code == 0, (words, ran.out)
+    assert "note[manifest-unusable]" in ckpt("verify", folder).out
+    assert "cannot be used, because" in ckpt("verify", folder).out
+    copied = ckpt("copy", folder, tmp_path / "copy")
+    assert copied.code == 0 and "cannot be used" in copied.err, copied.err
+    shard = next(folder.glob("*rank_1*"))
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    assert ckpt("verify", folder).code == 1
+    assert ckpt("verify", tmp_path / "copy", "--write-manifest").code == 0
+    assert "cannot be used" not in ckpt("verify", tmp_path / "copy").out
+
+
 def test_a_single_file_has_its_own_manifest(ckpt: Ckpt, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(FIXTURES / "monolithic" / "run", run)
