@@ -101,3 +101,26 @@ def test_the_trainer_resumes_what_was_resharded(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         found[ranks] = json.loads((tmp_path / f"{ranks}.json").read_text())
     assert found[2] == found[3] and found[3]["step"] == 2 and found[3]["end"] == 4
+
+
+def test_what_was_frozen_after_the_engine_was_built_is_not_lost(tmp_path: Path) -> None:
+    """The optimizer still holds it, module does not. DeepSpeed's strict load fails, and with
+    load_module_strict=False it restores the weight from the master, as does extract.
+    """
+    folder = shutil.copytree(NEWEST / "z2_exclude_frozen_ws2", tmp_path / "run")
+    (path,) = folder.glob("*/mp_rank_00_model_states.pt")
+    root = torch.load(path, weights_only=False)
+    name = next(iter(root["param_shapes"][0]))
+    del root["module"][name]
+    torch.save(root, path)
+    (warning,) = [f for f in verify(folder).findings if f.severity == "warning"]
+    assert (warning.id, warning.where) == ("frozen-excluded", name)
+    assert run("resume-check", folder).code == 0 and run("resume-check", folder, "--no-strict").code == 0
+    ran = run("extract", folder, tmp_path / "w.pt", "--weights-only")
+    assert ran.code == 0, ran.err
+    assert name in torch.load(tmp_path / "w.pt", weights_only=True)["model_state_dict"]
+    assert run("verify", tmp_path / "w.pt").code == 0
+    # under another name it is no frozen parameter: something was renamed
+    root["module"]["another"] = torch.zeros(3)
+    torch.save(root, path)
+    assert run("verify", folder).code == 1

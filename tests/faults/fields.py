@@ -164,7 +164,9 @@ def weight_missing(copy: Copy, rng: Random) -> Expectation | None:
     name = pick(rng, names)
     if name is None:
         return None
-    return _in_model(copy, lambda root: root["module"].pop(name), name)
+    # after exclude_frozen_parameters it may have been frozen later, and its master is there
+    later = root.get("frozen_param_fragments", 0) is None
+    return _in_model(copy, lambda root: root["module"].pop(name), name, warning=later)
 
 
 @fault(MODEL, ZERO)

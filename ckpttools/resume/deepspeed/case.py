@@ -216,7 +216,10 @@ class Case:
     def trained(self) -> Trained | None:
         """Which parameters are trained, then and now; None where no difference can be seen."""
         saved, run, found = self.saved, self.run, self.fit
-        shared, names = dict(saved.shared), list(saved.tensors)
+        shared = dict(saved.shared)
+        names = list(saved.tensors)
+        if saved.left_out is not None:  # module may lack what was frozen after the optimizer was built
+            names += [name for name in saved.trainable if name not in saved.tensors]
         if run.model is not None and found is not None:
             if saved.stage != 3 and (found.reshaped or (run.strict and (found.missing or found.unexpected))):
                 return None  # it is refused before
@@ -235,7 +238,7 @@ class Case:
             and name not in shared
         ]
         if run.freeze is None and not run.strict:  # nobody said whether what is new is trained
-            names = [name for name in names if name in saved.tensors]
+            names = [name for name in names if name in saved.tensors or name in saved.trainable]
         buffers = {name for name in names if name in saved.buffers or matches(name, run.buffers)}
         now = [name for name in names if name not in shared and name not in buffers and name not in frozen]
         if saved.stage == 0 and saved.hyper:

@@ -9,18 +9,41 @@ from fnmatch import fnmatchcase
 from ckpttools.containers import fields
 from ckpttools.containers.torch_file import size
 from ckpttools.findings import ERROR, INFO, WARNING, Finding
+from ckpttools.formats.deepspeed import excludes_frozen
 from ckpttools.formats.found import contradiction, found
+from ckpttools.formats.model_states import ModelStates
 from ckpttools.formats.zero.decode import version_numbers
 from ckpttools.formats.zero.join import ZeroFolder
 from ckpttools.tensors import TensorRef
 
 
 def shapes(folder: ZeroFolder) -> Iterator[Finding]:
-    """Every trainable parameter is in module, with the shape that the optimizer knows."""
+    """Every trainable parameter is in module, with the shape that the optimizer knows.
+
+    One that was frozen after the engine was built is still the optimizer's, with its master, while
+    exclude_frozen_parameters leaves it out of module.
+    """
     model = folder.model
+    stage = next((rank.stage for rank in folder.ranks if rank.stage is not None), 1)
+    # stage 1 does not say so; and a name that is new there is the missing one's
+    excluded = stage > 1 and excludes_frozen(model.root, model.weights, stage) and not _stray(model, folder)
+    later = [name for group in folder.shapes for name in group if name not in model.weights and excluded]
+    if later:
+        yield found(
+            "frozen-excluded",
+            model.file.path,
+            later[0],
+            f"{len(later)} parameters that the optimizer holds are not in module: they were frozen after the "
+            "engine was built and left out (exclude_frozen_parameters)",
+            severity=WARNING,
+            hint="their fp32 masters are here: DeepSpeed restores them with load_module_strict=False, and "
+            "ckpt extract writes them",
+        )
     for g, group in enumerate(folder.shapes):
         for name, shape in group.items():
             if name not in model.weights:
+                if excluded:
+                    continue
                 yield found(
                     "tensor-missing",
                     model.file.path,
@@ -118,9 +141,7 @@ def required_fields(folder: ZeroFolder) -> Iterator[Finding]:
 def module_names(folder: ZeroFolder) -> Iterator[Finding]:
     """Whatever module holds is trainable, frozen, shared or a buffer."""
     model = folder.model
-    known = {name for group in folder.shapes for name in group}
-    known |= model.frozen | model.buffers | set(model.shared)
-    stray = [name for name in model.weights if name not in known and not name.endswith("_extra_state")]
+    stray = _stray(model, folder)
     if stray:
         yield found(
             "tensor-unknown",
@@ -156,6 +177,12 @@ def module_names(folder: ZeroFolder) -> Iterator[Finding]:
             severity=WARNING,
             hint="",
         )
+
+
+def _stray(model: ModelStates, folder: ZeroFolder) -> list[str]:
+    known = {name for group in folder.shapes for name in group}
+    known |= model.frozen | model.buffers | set(model.shared)
+    return [name for name in model.weights if name not in known and not name.endswith("_extra_state")]
 
 
 def tied_weights(folder: ZeroFolder) -> Iterator[Finding]:
