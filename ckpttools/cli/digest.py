@@ -138,6 +138,8 @@ def compared(result: Compared) -> list[str]:
         lines.append(f"NOT COMPARED: tensors that training code keeps under {shown}; ckpt prove does")
     for what, same in (("hyper-parameters", result.settings), ("counters and schedule", result.counters)):
         lines.append(f"{what}: {'equal' if same else 'not the same; ckpt diff names them'}")
+    if not any(value not in (None, {}, []) for side in both for value in side.training.stated.values()):
+        lines[-1] = "counters and schedule: neither holds any"
     lines.append(_verdict(result))
     return lines
 

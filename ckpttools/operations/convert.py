@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from ckpttools import frameworks
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, Layout
 from ckpttools.checks import check_before_use
-from ckpttools.errors import Unsupported, UsageError, escape
+from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
 from ckpttools.formats.configs import HEADS
 from ckpttools.formats.counters import OPTIMIZER
@@ -87,6 +88,8 @@ def convert(
         )
     read = checkpoint.notes
     notes = list(_order(checkpoint))
+    checkpoint, counted = _counted(checkpoint, source)
+    notes += counted
     names = list(checkpoint.tensors)
     checkpoint = select(checkpoint, include=include, exclude=exclude)
     for pattern, replacement in rename:
@@ -151,6 +154,21 @@ def convert(
     how = how or Writing()
     check = kept.check(source, checkpoint, plan, how) if kept.asked(digest, source, dst, how) else None
     return carry_out(src, dst, plan, how, label="convert", next=next, check=check)
+
+
+def _counted(checkpoint: Checkpoint, source: Source) -> tuple[Checkpoint, list[str]]:
+    """With the step and the epoch of the files beside it, where it has none (the Trainer with FSDP)."""
+    if checkpoint.training.step is not None:
+        return checkpoint, []
+    try:
+        found = frameworks.read(source, checkpoint)
+    except CkptError:
+        return checkpoint, []
+    if found.step is None:
+        return checkpoint, []
+    epoch = found.epoch if checkpoint.training.epoch is None else checkpoint.training.epoch
+    note = f"step {found.step} is that of the files beside it, whose schedule and random states stay behind"
+    return replace(checkpoint, training=replace(checkpoint.training, step=found.step, epoch=epoch)), [note]
 
 
 def _keys(to: str, checkpoint: Checkpoint) -> tuple[str, str]:

@@ -638,3 +638,16 @@ def test_an_adapter_without_its_base_was_left_out_at_every_stage(tmp_path: Path)
     torch.save({**saved, "frozen_param_fragments": None}, file)  # as DeepSpeed has it at stage 1
     assert open_checkpoint(tmp_path / "one").excludes_frozen
     assert not open_checkpoint(SAMPLES / "z1_frozen_ws2").excludes_frozen
+
+
+def test_the_step_of_the_files_beside_it_is_carried(tmp_path: Path) -> None:
+    """The Trainer's FSDP folders have it in trainer_state.json alone."""
+    source = shutil.copytree(FIXTURES / "dcp/accelerate_ws2", tmp_path / "checkpoint-3")
+    (source / "trainer_state.json").write_text('{"global_step": 3, "epoch": 0.5, "log_history": []}')
+    made = convert(source, tmp_path / "z", to="zero2", digest=False)
+    assert any("step 3 is that of the files beside it" in note for note in made.notes)
+    training = open_checkpoint(made.destination).training
+    assert (training.step, training.epoch) == (3, 0.5)
+    assert (made.destination / "global_step3").is_dir()
+    ran = run("digest", source, "--compare", source)
+    assert "counters and schedule: neither holds any" in ran.out

@@ -121,6 +121,26 @@ def test_accelerate_goes_on(through: str, tmp_path: Path) -> None:
     assert losses[0].read_text() == losses[1].read_text()
 
 
+@pytest.mark.distributed
+@pytest.mark.heavy
+def test_the_trainer_goes_on_with_fsdp(tmp_path: Path) -> None:
+    """Its folder of FSDP2 through a file and DeepSpeed's stage 3, and back into checkpoint-3."""
+    run, losses = tmp_path / "run", [tmp_path / "one.json", tmp_path / "two.json"]
+    launched(2, "trainer_fsdp.py", run, losses[0])
+    source = run / "checkpoint-3"
+    file = written(source, tmp_path / "file", "pt")
+    assert torch.load(file, weights_only=True)["global_step"] == 3  # trainer_state.json has it
+    between = written(file, tmp_path / "between", "zero3", world_size=3)
+    made = written(between, tmp_path / "out", "dcp", dcp_layout="accelerate")
+    again = shutil.copytree(source, tmp_path / "again/checkpoint-3")
+    for part in made.iterdir():
+        if part.is_dir():
+            shutil.rmtree(again / part.name)
+            shutil.copytree(part, again / part.name)
+    launched(2, "trainer_fsdp.py", tmp_path / "more", losses[1], again)
+    assert losses[0].read_text() == losses[1].read_text()
+
+
 # --- transformers -------------------------------------------------------------------------------------
 
 
