@@ -26,7 +26,11 @@ def shapes(folder: ZeroFolder) -> Iterator[Finding]:
     model = folder.model
     stage = next((rank.stage for rank in folder.ranks if rank.stage is not None), 1)
     # stage 1 does not say so; and a name that is new there is the missing one's
-    excluded = stage > 1 and excludes_frozen(model.root, model.weights, stage) and not _stray(model, folder)
+    excluded = (
+        stage > 1
+        and excludes_frozen(model.root, model.weights, stage)
+        and not _stray(model, folder, frozenset())
+    )
     later = [name for group in folder.shapes for name in group if name not in model.weights and excluded]
     if later:
         yield found(
@@ -141,7 +145,7 @@ def required_fields(folder: ZeroFolder) -> Iterator[Finding]:
 def module_names(folder: ZeroFolder) -> Iterator[Finding]:
     """Whatever module holds is trainable, frozen, shared or a buffer."""
     model = folder.model
-    stray = _stray(model, folder)
+    stray = _stray(model, folder, model.frozen)
     if stray:
         yield found(
             "tensor-unknown",
@@ -179,9 +183,9 @@ def module_names(folder: ZeroFolder) -> Iterator[Finding]:
         )
 
 
-def _stray(model: ModelStates, folder: ZeroFolder) -> list[str]:
+def _stray(model: ModelStates, folder: ZeroFolder, frozen: frozenset[str]) -> list[str]:
     known = {name for group in folder.shapes for name in group}
-    known |= model.frozen | model.buffers | set(model.shared)
+    known |= frozen | model.buffers | set(model.shared)
     return [name for name in model.weights if name not in known and not name.endswith("_extra_state")]
 
 
