@@ -12,7 +12,7 @@ The id is stable: `ckpt explain ID` tells more about it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -71,6 +71,20 @@ class UsageError(CkptError):
     """The command could not run (bad usage, not a checkpoint, no permission, no space): exit code 2."""
 
     exit_code = 2
+
+
+class NotAsWritten(UsageError):
+    """What was read back is not what was written, at `places`."""
+
+    def __init__(self, places: Sequence[Location]) -> None:
+        super().__init__(
+            "write-failed",
+            "what was read back is not what was written",
+            where=places[0],
+            why="bytes changed on their way to the disk; the destination is as it was",
+            hint="check the disk and the memory of this machine, or choose another file system",
+        )
+        self.places = places
 
 
 class Unsupported(UsageError):

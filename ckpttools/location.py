@@ -74,7 +74,7 @@ class Store(Protocol):
         """Raise as `open` does, without opening."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Stored:
     """A key in a store; keys are absolute, `/run/model.pt`."""
 
@@ -83,6 +83,10 @@ class Stored:
 
     def __str__(self) -> str:
         return f"{self.store.name}{self.key}"
+
+    def __repr__(self) -> str:
+        """The same in every process: plans are compared by it."""
+        return f"Stored({str(self)!r})"
 
     def __lt__(self, other: Stored) -> bool:
         return (self.store.name, self.key) < (other.store.name, other.key)

@@ -151,7 +151,9 @@ def _verify(
         own = manifest.own_files(source.target, source.format.inner(source.target))
         if crcs is not None:
             wanted = sinks(found) if sinks is not None and found is not None else None
-            digests = read_back(ranges_of([*own, *crcs], found, checked.files), crcs, workers, wanted)
+            digests = read_back(
+                ranges_of([*own, *crcs], found, checked.files), crcs, workers, wanted, passing
+            )
         elif not quick or describe:
             from ckpttools.checks.contents import check_contents, tasks_of  # numpy: of no use to headers
             from ckpttools.checks.untouched import check_untouched

@@ -1,36 +1,32 @@
-"""What many workers have finished, in a folder that all of them see: one small file for each piece of work.
+"""What many workers have finished, in a folder or a place of a store that all of them see: one small file for
+each piece of work.
 
     plan.json          what is being written: a worker that has planned anything else is refused
     NAME.json          a finished piece; it is there when its bytes are on disk
     failed-RANK.json   what a worker died of
 
-A file gets its name when it is complete, so a reader sees all of it or nothing. No clock, lock or socket: any
-file system on which a rename is atomic will do.
+A file gets its name when it is complete, so a reader sees all of it or nothing (`shelves`). No clock, lock or
+socket: any file system on which a rename is atomic will do, and any store that knows conditional puts.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import secrets
-import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from ckpttools.errors import UsageError, escape
-from ckpttools.execute import system
 from ckpttools.execute.preflight import Fingerprint
+from ckpttools.execute.shelves import shelf
 from ckpttools.location import Location
 from ckpttools.plan import Plan
 from ckpttools.stores.links import plain_name
 
-_PLAN, _NAME = "plan.json", "out"
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_PLAN, _NAME, _SUFFIX = "plan", "out", ".json"
 
 
 def describe(plan: Plan, before: Mapping[Location, Fingerprint], version: str) -> dict[str, Any]:
@@ -59,89 +55,71 @@ def digest(described: Mapping[str, Any]) -> str:
 
 
 class Ledger:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    """Every method raises OSError; `get` also UsageError "ledger-damaged"."""
 
-    def join(self, described: Mapping[str, Any], dst: Path) -> str:
+    def __init__(self, folder: Location) -> None:
+        self.folder, self._shelf = folder, shelf(folder)
+        self.pause = self._shelf.pause  # seconds from one look to the next, of those who wait
+        self.make, self.remove = self._shelf.make, self._shelf.remove
+
+    def join(self, described: Mapping[str, Any], dst: Location) -> str:
         """Begin, or go on with, this plan: under which name. Each new ledger has a name of its own.
 
         Raises UsageError "other-plan" where another one is being written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / _PLAN).exists():
+        self.make()
+        if not self.is_begun():
             self._put(_PLAN, {**described, _NAME: f"out-{secrets.token_hex(8)}"}, replace=False)
-        there = self._load(_PLAN)
+        there = self.get(_PLAN)
         name = plain_name(str(there.pop(_NAME, "")), self.folder)
         if difference := _difference(there, described):
+            here = self.folder.parent
+            tidy = f"rm -r {here}" if isinstance(here, Path) else f"remove what lies below {here}"
             raise UsageError(
                 "other-plan",
                 f"this worker and those before it do not write the same: {difference}",
                 where=dst,
-                why=f"what is in {self.folder.parent.name} would be mixed with something else",
+                why=f"what is in {here.name} would be mixed with something else",
                 hint=f"use the same command and the same ckpttools on every machine; or, if no job writes "
-                f"this any more: rm -r {self.folder.parent}",
+                f"this any more: {tidy}",
             )
         return name
+
+    def is_begun(self) -> bool:
+        return _PLAN in self.names()
 
     def is_of_another(self, described: Mapping[str, Any]) -> bool:
         """Whether what is there, if anything, was begun for another plan, or cannot be read."""
         try:
-            there = self._load(_PLAN)
+            there = self.get(_PLAN)
         except (FileNotFoundError, UsageError):
             return True
         return bool(_difference({k: v for k, v in there.items() if k != _NAME}, described))
 
-    def make(self) -> None:
-        """The folder alone, for work that has no plan."""
-        self.folder.mkdir(exist_ok=True)
-
-    def remove(self) -> None:
-        """With all that is in it, as far as it can be removed."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def names(self) -> set[str]:
         """Of all pieces that are finished, and of failures. Empty where the ledger is gone."""
-        with suppress(FileNotFoundError):
-            return {path.stem for path in self.folder.iterdir() if path.name[0] != "."}
-        return set()
+        return {name.removesuffix(_SUFFIX) for name in self._shelf.names()}
 
     def put(self, name: str, record: Mapping[str, Any]) -> None:
         """Say that a piece is finished: its bytes must be on disk."""
-        self._put(f"{name}.json", record, replace=True)
-
-    def get(self, name: str) -> dict[str, Any]:
-        return self._load(f"{name}.json")
+        self._put(name, record, replace=True)
 
     def forget(self, name: str) -> None:
-        (self.folder / f"{name}.json").unlink(missing_ok=True)
+        self._shelf.delete(name + _SUFFIX)
 
     def _put(self, name: str, record: Mapping[str, Any], *, replace: bool) -> None:
-        new = self.folder / f".{secrets.token_hex(8)}"
-        with new.open("xb") as file:
-            file.write(json.dumps(record).encode())
-            file.flush()
-            system.fsync(file.fileno())
-        try:
-            if not replace:
-                with suppress(FileExistsError):
-                    os.link(new, self.folder / name)
-                new.unlink()
-                return
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-        new.replace(self.folder / name)
+        self._shelf.put(name + _SUFFIX, json.dumps(record).encode(), replace=replace)
 
-    def _load(self, name: str) -> dict[str, Any]:
+    def get(self, name: str) -> dict[str, Any]:
         try:
-            value = json.loads((self.folder / name).read_bytes())
+            value = json.loads(self._shelf.get(name + _SUFFIX))
         except ValueError:
             value = None
         if not isinstance(value, dict):
             raise UsageError(
                 "ledger-damaged",
                 "the record of what is finished cannot be read",
-                where=self.folder / name,
+                where=self.folder / (name + _SUFFIX),
                 why="a disk that lost a finished file may have lost others",
                 hint=f"if no job writes this any more: rm -r {self.folder.parent}; then run it again",
             )

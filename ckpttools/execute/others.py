@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.execute import Finish
 from ckpttools.execute.ledger import Ledger
 from ckpttools.launch import Worker
 from ckpttools.location import Location
 
-_POLL = 0.2  # seconds
 _REMIND = 150  # polls
 
-Is = Callable[[Path, str], bool]
+_WRITTEN = "written"
+
+Is = Callable[[Location, str], bool]
+# of the digest of the plan, and of what those who wait for others call, which may raise
+Finishes = Callable[[str, Callable[[], None]], Finish]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What this worker does for whom. `is_result` tells whether a destination is the result of the plan with
     this digest: another worker may have committed already. `alone`: it is the only process of the job, so
-    that what an ended one left of another plan may go.
+    that what an ended one left of another plan may go. `reads`: all workers read back together what was
+    written.
     """
 
     worker: Worker
     is_result: Is
     alone: bool = False
+    reads: bool = False
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
 
 
@@ -57,11 +62,15 @@ class Others:
         self.ledger.forget(f"failed-{self.rank}")
         self._failed.discard(f"failed-{self.rank}")
 
-    def leave_to_me(self, needed: Sequence[str]) -> bool:
-        """Wait for them; whether this worker is to commit, when every piece is finished. Raises `Elsewhere`
-        where the ledger is gone, UsageError "worker-failed".
+    def leave_to_me(
+        self, needed: Sequence[str], read: Callable[[Sequence[int]], object] = lambda crcs: None
+    ) -> bool:
+        """Wait for them; whether this worker is to commit, when every piece is finished. `read` is called
+        where all are to read back what was written, with the CRC-32 of each file.
+
+        Raises `Elsewhere` where the ledger is gone, UsageError "worker-failed".
         """
-        quiet, before = 0, -1
+        quiet, before, has_read = 0, -1, False
         while True:
             done = self.ledger.names()
             self.missing = tuple(name for name in needed if name not in done)
@@ -73,17 +82,40 @@ class Others:
             if not self.job.worker.waits:
                 return False
             self._refuse_failed(done)
+            if self.job.reads and _WRITTEN in done and not has_read:
+                with suppress(FileNotFoundError):
+                    crcs = self.ledger.get(_WRITTEN)["crcs"]
+                    read(crcs)
+                    has_read = True
+                continue
             quiet = quiet + 1 if len(done) == before else 0
             before = len(done)
             if quiet % _REMIND == _REMIND - 1:
                 self.job.say(self._reminder(needed))
-            time.sleep(_POLL)
+            time.sleep(self.ledger.pause)
+
+    def let_read(self, crcs: Iterable[int]) -> None:
+        """Every file is written: all are to read it back."""
+        if self.job.reads:
+            self.ledger.put(_WRITTEN, {"crcs": list(crcs)})
+
+    def read_in_vain(self) -> None:
+        """What was written has to be written again."""
+        if self.job.reads:
+            self.ledger.forget(_WRITTEN)
+
+    def look(self) -> None:
+        """Raises UsageError "worker-failed" where one of them has failed."""
+        self._refuse_failed(self.ledger.names())
 
     def _refuse_failed(self, done: set[str]) -> None:
         """What was there when this worker came may be of another job, unless the launcher names it."""
         for name in sorted(done):
             if name.startswith("failed-"):
-                said = self.ledger.get(name)
+                try:
+                    said = self.ledger.get(name)
+                except FileNotFoundError:
+                    continue
                 if name in self._failed and not (said["job"] and said["job"] == self.job.worker.job):
                     continue
                 raise UsageError(

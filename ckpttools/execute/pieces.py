@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
+from ckpttools.checksums import crc32
 from ckpttools.execute import copy, preflight, units
 from ckpttools.execute.copy import Copy, Written
 from ckpttools.execute.ledger import Ledger
 from ckpttools.execute.preflight import Fingerprint
 from ckpttools.execute.system import write_errors
+from ckpttools.execute.units import Unit
 from ckpttools.launch import Worker
 from ckpttools.location import Location
 from ckpttools.passes import threads
-from ckpttools.plan import Plan
+from ckpttools.passes.read import Reader
+from ckpttools.plan import Crc32, Plan
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange
 
@@ -37,13 +40,11 @@ class Pieces:
 
     def write(self, before: Mapping[Location, Fingerprint], workers: int, progress: Progress | None) -> None:
         """Write this worker's pieces, but for those that are in the ledger. `before`: of the sources."""
-        nbytes = max(min(-(-self.plan.nbytes // _PIECES), LONGEST_PIECE), _SHORTEST_PIECE)
         work = Copy(self.plan, self.out, self.dst, progress, finishes=False)
         width = threads.count(workers)
         done = self.ledger.names()
         # Of the pieces of others the units are made, too: what a unit claims depends on those before it.
-        for number, group in groupby(units.in_order(work.files, work.checks, nbytes), lambda pair: pair[0]):
-            todo = [unit for _, unit in group]
+        for number, todo in self._in_order(work):
             if self._is_mine(f"piece-{number}", done):
                 self._make_room(width)
                 work.copy(todo, max(min(width, len(todo)), 1))
@@ -57,6 +58,11 @@ class Pieces:
                 work.read(gaps, max(min(width, len(gaps)), 1))
                 preflight.unchanged(before)
                 self._record(work, {})
+
+    def _in_order(self, work: Copy) -> Iterator[tuple[int, list[Unit]]]:
+        nbytes = max(min(-(-self.plan.nbytes // _PIECES), LONGEST_PIECE), _SHORTEST_PIECE)
+        for number, group in groupby(units.in_order(work.files, work.checks, nbytes), lambda pair: pair[0]):
+            yield number, [unit for _, unit in group]
 
     def _make_room(self, width: int) -> None:
         """All files, before the first piece of this worker: who has none to write leaves them alone, since
@@ -101,6 +107,40 @@ class Pieces:
             checks=checks,
             nbytes_read=nbytes_read,
         )
+
+    def forget(self, places: Collection[Location]) -> None:
+        """These files are not what was written: forget the pieces that are wrong, or, where none shows to be,
+        all that lie in them.
+        """
+        work = Copy(self.plan, self.out, self.dst, None, finishes=False)
+        suspect = {k for k, file in enumerate(work.files) if file.path in places}
+        inside, wrong = [], []
+        with Reader() as reader:
+            for number, todo in self._in_order(work):
+                files = {k for unit in todo if (k := work.files.index(unit.file)) in suspect}
+                if not files:
+                    continue
+                for unit in (unit for unit in todo if work.files.index(unit.file) in suspect):
+                    _add_what_is_there(unit, reader)
+                there = {k: {r: list(share) for r, share in work.files[k].crcs.take().items()} for k in files}
+                said = self.ledger.get(f"piece-{number}")["files"]
+                inside.append(number)
+                if any(there[k] != {int(r): share for r, share in said[str(k)].items()} for k in files):
+                    wrong.append(number)
+        for number in wrong or inside:
+            self.ledger.forget(f"piece-{number}")
+
+
+def _add_what_is_there(unit: Unit, reader: Reader) -> None:
+    """To the CRC-32s of its file, but for checksums, which come when all else is there."""
+    view = memoryview(bytearray(unit.nbytes))
+    reader.read(view, unit.file.path, unit.start)
+    at = 0
+    for segment, _ in unit.pieces:
+        if not isinstance(segment, Crc32):
+            end = at + segment.nbytes
+            unit.file.crcs.add(unit.start + at, unit.start + end, crc32(view[at:end]))
+        at += segment.nbytes
 
 
 def _batches(gaps: Iterator[ByteRange]) -> Iterator[tuple[int, list[ByteRange]]]:

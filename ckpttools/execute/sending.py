@@ -7,12 +7,12 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from errno import ENOTSUP
+from contextlib import contextmanager, suppress
+from errno import EEXIST, ENOTSUP, ESTALE
 from types import TracebackType
 from typing import Any, Self
 
-from ckpttools.errors import UsageError
+from ckpttools.errors import UsageError, escape
 from ckpttools.location import Handle, Stat, Stored
 from ckpttools.stores.remote import Bucket
 
@@ -20,6 +20,7 @@ PART = 8 * 1024 * 1024  # bytes; every store wants at least 5 MiB in all parts b
 _MOST_PARTS = 9_000  # S3 takes 10,000 of one object
 _AT_ONCE = 3  # parts of one object on their way
 _WAIT = 0.2  # seconds
+_TRIES = 5  # of several that put the same
 
 Version = dict[str, Any]  # of an object, as the store tells it: e_tag, version
 
@@ -73,6 +74,17 @@ def put(place: Stored, data: bytes, *, over: Version | None = None) -> Version:
     return _version(done)
 
 
+def put_over(place: Stored, data: bytes) -> Version:
+    """A small object in place of whatever is there: several may put the same at the same time."""
+    for _ in range(_TRIES):
+        try:
+            return put(place, data, over=version_of(place))
+        except OSError as error:
+            if error.errno not in (EEXIST, ESTALE):
+                raise
+    return put(place, data, over=version_of(place))
+
+
 def delete(place: Stored) -> None:
     """Raises OSError; not where there is nothing."""
     bucket = bucket_of(place)
@@ -102,6 +114,63 @@ def is_taken(place: Stored) -> bool:
 def part_of(nbytes: int) -> int:
     """The length of the parts of an object."""
     return max(PART, -(-nbytes // _MOST_PARTS))
+
+
+class StoreFailed(UsageError):
+    """What was sent is good, and can be gone on with."""
+
+
+@contextmanager
+def store_errors(dst: Stored) -> Iterator[None]:
+    """An `OSError` of the store as a `UsageError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (EEXIST, ESTALE):
+            message, hint = "another program wrote there meanwhile", "see what it was; then run this again"
+        else:
+            message = f"cannot write: {escape(error.strerror or type(error).__name__)}"
+            hint = "check the store; the same command goes on: finished files are not sent again"
+        raise StoreFailed(
+            "write-failed",
+            message,
+            where=error.filename if isinstance(error.filename, str) else dst,
+            why="what is there is not all of it, and no command takes it for a checkpoint",
+            hint=hint,
+        ) from None
+
+
+class StoredShelf:
+    """What a ledger needs (`shelves.Shelf`), below a key."""
+
+    pause = 1.0
+
+    def __init__(self, folder: Stored) -> None:
+        self._folder = folder
+
+    def make(self) -> None:
+        """A folder is only what the keys say."""
+
+    def remove(self) -> None:
+        with suppress(OSError):
+            for place in below(self._folder):
+                delete(place)
+
+    def names(self) -> set[str]:
+        return {place.name for place in below(self._folder)}
+
+    def get(self, name: str) -> bytes:
+        return get(self._folder / name)[0]
+
+    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+        if replace:
+            put_over(self._folder / name, data)
+            return
+        with suppress(FileExistsError):
+            put(self._folder / name, data)
+
+    def delete(self, name: str) -> None:
+        delete(self._folder / name)
 
 
 class _Stopped(Exception):

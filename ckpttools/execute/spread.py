@@ -19,17 +19,18 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ckpttools import __version__
-from ckpttools.errors import CkptError, UsageError, escape
-from ckpttools.execute import Finish, Replaces, Report, Staged, commit, judge, place, preflight
+from ckpttools.errors import CkptError, NotAsWritten, UsageError, escape
+from ckpttools.execute import Replaces, Report, Staged, commit, judge, place, preflight
 from ckpttools.execute.ledger import Ledger, describe, digest
-from ckpttools.execute.others import Elsewhere, Job, Others
+from ckpttools.execute.others import Elsewhere, Finishes, Job, Others
 from ckpttools.execute.pieces import Pieces
 from ckpttools.execute.preflight import Fingerprint
 from ckpttools.execute.removing import delete
@@ -66,11 +67,11 @@ def spread(
     replaces: Replaces | None = None,
     workers: int = 0,
     progress: Progress | None = None,
-    finish: Callable[[str], Finish] | None = None,
+    finish: Finishes | None = None,
 ) -> Spread:
     """This worker's share of `execute(plan, dst)`: returns when `dst` is there, whole and on disk.
 
-    `finish` is given the digest of the plan, and makes what `commit` takes. Options and errors as for
+    `finish` makes what `commit` takes; where `job.reads` all workers call it. Options and errors as for
     `execute`; also UsageError "other-plan", and "worker-failed" where another one has failed.
     """
     dst, ends = place(plan, dst, source)
@@ -86,7 +87,7 @@ def spread(
     with write_errors(dst):
         notes = clear_stale(dst) if job.worker.rank == 0 else []
         judge(dst, force, replaces)
-        if not share.ledger.folder.exists():
+        if not share.ledger.is_begun():
             preflight.need_space(plan, dst)
         if job.alone:
             notes += share.take(described)
@@ -96,7 +97,7 @@ def spread(
             with write_errors(dst):
                 share.others.forget_failure()
             share.pieces.write(before, workers, progress)
-            if not share.others.leave_to_me(share.pieces.needed):
+            if not share.others.leave_to_me(share.pieces.needed, partial(share.read, finish)):
                 return share.result(None)
             report = share.commit(force, replaces, finish, tuple(notes))
     except CkptError as error:
@@ -122,7 +123,8 @@ class _Share:
     ) -> None:
         self.plan, self.dst, self.job, self.digest, self.before = plan, dst, job, digest, before
         self.folder = dst.with_name(dst.name + SPREAD)
-        self.ledger, self.done = Ledger(self.folder / "ledger"), self.folder / _DONE
+        self.records, self.done = self.folder / "ledger", self.folder / _DONE
+        self.ledger = Ledger(self.records)
         self.others = Others(self.ledger, dst, job)
         self.pieces = Pieces(plan, dst, self.folder, self.ledger, job.worker)
         self.commits = False
@@ -166,7 +168,7 @@ class _Share:
             ) from None
         except OSError:
             return []  # a file system without locks: nobody can say whether one is at it
-        if not (there and self.ledger.folder.exists() and self.ledger.is_of_another(described)):
+        if not (there and self.records.exists() and self.ledger.is_of_another(described)):
             return []
         for path in self.folder.iterdir():
             if path.name != _ALONE:
@@ -175,7 +177,7 @@ class _Share:
 
     def wait_for_commit(self) -> None:
         """The ledger is gone: another worker gives the destination its name."""
-        while self.done.exists() and not self.ledger.folder.exists():
+        while self.done.exists() and not self.records.exists():
             time.sleep(_POLL)
         if not self.is_committed():
             raise UsageError(
@@ -186,24 +188,32 @@ class _Share:
                 hint="look at what the other workers said, then run the same command again",
             )
 
+    def read(self, finish: Finishes | None, crcs: Sequence[int]) -> None:
+        """This worker's part of reading back what all have written."""
+        if finish:
+            files = [self.pieces.out / file.path for file in self.plan.files]
+            finish(self.digest, self.others.look)(self.pieces.out, dict(zip(files, crcs, strict=True)))
+
     def commit(
         self,
         force: bool,
         replaces: Replaces | None,
-        finish: Callable[[str], Finish] | None,
+        finish: Finishes | None,
         notes: tuple[str, ...],
     ) -> Report:
         """Check the whole and give it its name. Raises `Elsewhere` where another worker does."""
 
         def last(path: Location, crcs: Mapping[Location, int]) -> Mapping[str, bytes]:
+            self.others.let_read(crcs.values())
             try:
-                more = finish(self.digest)(path, crcs) if finish else {}
-            except UsageError as error:
-                if error.id == "write-failed":
-                    self.clear()  # what is on record is not on disk
+                more = finish(self.digest, self.others.look)(path, crcs) if finish else {}
+            except CkptError as error:
+                self.others.read_in_vain()
+                if isinstance(error, NotAsWritten):
+                    self.pieces.forget(error.places)
                 raise
             try:
-                self.ledger.folder.rename(self.done)  # one worker can: from here on all is its own
+                self.records.rename(self.done)  # one worker can: from here on all is its own
             except FileNotFoundError:
                 raise Elsewhere from None
             self.commits = True
@@ -219,5 +229,5 @@ class _Share:
         except CkptError:
             if self.commits:
                 with suppress(OSError):
-                    self.done.rename(self.ledger.folder)
+                    self.done.rename(self.records)
             raise

@@ -70,7 +70,7 @@ def copy(
             from ckpttools.execute.spread import spread
 
             job = Job(worker=Worker(0, 1), is_result=lambda place, digest: False, alone=True)
-            done = spread(plan, dst, job, finish=lambda digest: finish, **options).report
+            done = spread(plan, dst, job, finish=lambda digest, look: finish, **options).report
             assert done is not None  # the only worker commits
             report = done
     return Written(

@@ -28,7 +28,7 @@ from ckpttools import __version__
 from ckpttools.checks.verdict import Delivered
 from ckpttools.errors import CkptError, UsageError, some
 from ckpttools.execute.ledger import Ledger
-from ckpttools.execute.system import write_errors
+from ckpttools.execute.shelves import errors_at
 from ckpttools.launch import Worker
 from ckpttools.location import Location
 from ckpttools.passes import tasks as data
@@ -41,7 +41,6 @@ from ckpttools.progress import Progress
 from ckpttools.siblings import SPREAD
 from ckpttools.tensors import DTYPES, ByteRange, DType
 
-_POLL = 0.1  # seconds
 _REMIND = 300  # polls
 _KINDS = {kind.__name__: kind for union in (data.Problem, data.Pattern) for kind in get_args(union)}
 
@@ -53,15 +52,24 @@ def say(line: str) -> None:
 class Shared:
     """`passes.run` for one of many workers: worker 0 gets what all have found, the others end with it."""
 
-    def __init__(self, worker: Worker, folder: Path | None = None, told: Callable[[str], None] = say) -> None:
-        """Raises UsageError for workers that do not run at the same time."""
+    def __init__(
+        self,
+        worker: Worker,
+        folder: Location | None = None,
+        told: Callable[[str], None] = say,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`look` is called by those who wait, and may raise. Raises UsageError for workers that do not run at
+        the same time.
+        """
         if not worker.waits:
             raise UsageError(
                 "no-launcher",
                 "verify --spread puts together what all workers find, and those of an array may never meet",
                 hint="start them with torchrun or srun; in an array: --subset N/T",
             )
-        self.worker, self.folder, self.told = worker, (folder or Path()).absolute(), told
+        self.worker, self.folder, self.told = worker, folder or Path().absolute(), told
+        self.look = look
 
     def __call__(
         self,
@@ -74,7 +82,7 @@ class Shared:
     ) -> Passed:
         """Raises Delivered in all workers but the first."""
         ledger = Ledger(self.folder / f"ckpt-verify-{_key(self.worker.world, tasks, checks, hashes)}{SPREAD}")
-        with write_errors(ledger.folder):
+        with errors_at(ledger.folder):
             number = self._begin(ledger)
         try:
             mine = share(tasks, checks, hashes, self.worker.rank, self.worker.world)
@@ -87,7 +95,7 @@ class Shared:
             if self.worker.rank == 0:
                 return self._joined(ledger, number, passed, tasks, checks)
             found = _encoded(passed, checks)
-        with write_errors(ledger.folder):
+        with errors_at(ledger.folder):
             self._deliver(ledger, number, found)
         raise Delivered
 
@@ -99,7 +107,7 @@ class Shared:
             return number
         polls = 0
         while "begin" not in ledger.names():
-            self._wait(polls := polls + 1, "worker 0 to begin")
+            self._wait(ledger, polls := polls + 1, "worker 0 to begin")
         return str(ledger.get("begin")["number"])
 
     def _deliver(self, ledger: Ledger, number: str, found: Mapping[str, Any]) -> None:
@@ -114,7 +122,7 @@ class Shared:
                     number = now
             except FileNotFoundError:
                 return
-            self._wait(polls := polls + 1, "worker 0 to put the parts together")
+            self._wait(ledger, polls := polls + 1, "worker 0 to put the parts together")
 
     def _joined(
         self, ledger: Ledger, number: str, own: Passed, tasks: Iterable[Task], checks: Sequence[SourceCheck]
@@ -126,7 +134,7 @@ class Shared:
         names = {rank: f"part-{rank}-{number}" for rank in range(1, self.worker.world)}
         polls = 0
         while missing := [rank for rank, name in names.items() if name not in ledger.names()]:
-            self._wait(polls := polls + 1, f"worker {some(missing)}")
+            self._wait(ledger, polls := polls + 1, f"worker {some(missing)}")
         try:
             for name in names.values():
                 found = ledger.get(name)
@@ -139,12 +147,13 @@ class Shared:
             ledger.remove()
         return Passed(results=results, digests=digests)
 
-    def _wait(self, polls: int, what: str) -> None:
+    def _wait(self, ledger: Ledger, polls: int, what: str) -> None:
         if polls % _REMIND == 0:
             self.told(
                 f"worker {self.worker.rank} waits for {what}: each needs the same command in the same folder"
             )
-        time.sleep(_POLL)
+        self.look()
+        time.sleep(ledger.pause)
 
 
 def share(
@@ -165,29 +174,40 @@ def share(
         ends.append(check.source.end)
         found.append(check)
     mine: list[Task] = []
+    loads = [0] * world
     for task in order:
         owner = min(at * world // max(total, 1), world - 1)
         first = sources(task)[0].path
         if first in hashes:
             owner = whole.setdefault(first, owner)
         at += task.nbytes
+        loads[owner] += task.nbytes
         for source in sources(task):
             for check in _meeting(inside.get(source.path, ([], [])), source):
                 counts = most[check]
                 counts[owner] = counts.get(owner, 0) + _common(check.source, source)
         if owner == rank:
             mine.append(task)
-    chosen = [
-        check for k, check in enumerate(checks)
-        if max(most[check], key=lambda r: (most[check][r], -r), default=k % world) == rank
-    ]  # fmt: skip
+    for path in sorted(hashes.keys() - whole.keys(), key=lambda p: (-_nbytes(inside.get(p)), str(p))):
+        whole[path] = owner = loads.index(min(loads))  # of which no task reads a byte
+        loads[owner] += _nbytes(inside.get(path))
+    chosen = []
+    for k, check in enumerate(checks):
+        owner = whole.get(check.source.path, k % world)
+        if max(most[check], key=lambda r: (most[check][r], -r), default=owner) == rank:
+            chosen.append(check)
     claims = Claims()
     for task in mine:
         claims.claim_all(list(sources(task)))
     for check in chosen:
         mine += [data.Scan(source=part, dtype=None, name="") for part in claims.claim(check.source)]
-    files = {p: ranges for k, (p, ranges) in enumerate(hashes.items()) if whole.get(p, k % world) == rank}
+    files = {path: ranges for path, ranges in hashes.items() if whole[path] == rank}
     return mine, chosen, files
+
+
+def _nbytes(found: tuple[list[int], list[SourceCheck]] | None) -> int:
+    """Of the checks of a file; 1 where there are none."""
+    return sum(check.source.nbytes for check in found[1]) if found else 1
 
 
 def _meeting(inside: tuple[list[int], list[SourceCheck]], source: ByteRange) -> Iterator[SourceCheck]:

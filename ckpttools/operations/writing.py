@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from ckpttools import manifest
-from ckpttools.errors import UsageError
 from ckpttools.launch import Worker, worker
 from ckpttools.location import Location, Stored, below
 from ckpttools.operations.sidecar import Sidecar, written_wrong
 from ckpttools.plan import Plan
 from ckpttools.progress import Progress
-from ckpttools.siblings import MANIFEST
+from ckpttools.siblings import MANIFEST, SPREAD
 
 if TYPE_CHECKING:
     from ckpttools.checkpoint import Checkpoint
     from ckpttools.checks import SinksOf
+    from ckpttools.checks.contents import Passing
+    from ckpttools.execute import Finish, Report
     from ckpttools.execute.spread import Spread
     from ckpttools.passes.hashes import Sinks
 
@@ -98,13 +99,20 @@ def carry_out(
     if how.dry_run:
         refuse(plan, dst, src, how)
         return Written(source=src, destination=dst, plan=plan, notes=plan.notes, next=next)
-    from ckpttools.execute import execute
     from ckpttools.operations.replacing import replaceable
 
     told: list[str] = []
     single = Sidecar(dst, how.workers) if plan.is_single_file else None
 
-    def finish(staged: Location, crcs: Mapping[Location, int], digest: str = "") -> Mapping[str, bytes]:
+    who = how.spread if check is None and single is None else None
+    reads = who is not None and who.waits and who.world > 1
+
+    def finish(
+        staged: Location,
+        crcs: Mapping[Location, int],
+        digest: str = "",
+        look: Callable[[], None] = lambda: None,
+    ) -> Mapping[str, bytes]:
         def more(contents: bytes, place: Location) -> bytes:
             if check is not None:
                 text, contents = check(staged, contents, place)
@@ -114,10 +122,13 @@ def carry_out(
         sinks = partial(check.sinks, staged) if check is not None else None
         if single:
             return single.finish(staged, crcs, more, sinks)
-        return _finish(staged, crcs, how.workers, more, sinks)
+        passing = None
+        if who is not None and reads:
+            from ckpttools.operations.verify_spread import Shared
 
-    if isinstance(dst, Stored):
-        refuse_spread(dst, how)
+            passing = Shared(who, dst.with_name(dst.name + SPREAD), look=look)
+        return _finish(staged, crcs, how.workers, more, sinks, passing)
+
     started = time.monotonic()
     with how.bar(plan.nbytes, label) if how.bar else nullcontext() as progress:
         options: Options = {
@@ -127,21 +138,13 @@ def carry_out(
             "progress": progress,
             "replaces": partial(replaceable, dst, plan),
         }
-        if isinstance(dst, Stored):
-            from ckpttools.execute.upload import upload
-
-            report = upload(plan, dst, finish=finish, is_last=is_last, **options)
-        elif how.spread:
-            from ckpttools.execute.others import Job
-            from ckpttools.execute.spread import spread
-
-            job = Job(worker=how.spread, is_result=manifest.is_result)
-            share = spread(plan, dst, job, finish=lambda digest: partial(finish, digest=digest), **options)
+        if how.spread is None:
+            report = _alone(plan, dst, options, finish)
+        else:
+            share = _shared(plan, dst, how.spread, options, finish, reads)
             if share.report is None:
                 return Written(source=src, destination=dst, plan=plan, notes=plan.notes, share=share)
             report = share.report
-        else:
-            report = execute(plan, dst, finish=finish, **options)
     after = single.write() if single and isinstance(dst, Path) else ()
     return Written(
         source=src,
@@ -162,7 +165,6 @@ def refuse(plan: Plan, dst: Location, src: Location, how: Writing) -> None:
     if isinstance(dst, Stored):
         from ckpttools.execute import upload
 
-        refuse_spread(dst, how)
         upload.refuse(plan, dst, source=src, force=how.force, replaces=replaces)
     else:
         from ckpttools import execute
@@ -170,16 +172,38 @@ def refuse(plan: Plan, dst: Location, src: Location, how: Writing) -> None:
         execute.refuse(plan, dst, source=src, force=how.force, replaces=replaces)
 
 
-def refuse_spread(dst: Stored, how: Writing) -> None:
-    """Raises UsageError: the workers tell each other what is finished in a folder that all of them see."""
-    if how.spread:
-        raise UsageError(
-            "not-local",
-            "--spread does not write to stores",
-            where=dst,
-            why="the workers tell each other what is finished by files beside the destination",
-            hint="write to a file system that all of them see, then ckpt copy it to the store",
-        )
+def _alone(plan: Plan, dst: Location, options: Options, finish: Finish) -> Report:
+    if isinstance(dst, Stored):
+        from ckpttools.execute.upload import upload
+
+        return upload(plan, dst, finish=finish, is_last=is_last, **options)
+    from ckpttools.execute import execute
+
+    return execute(plan, dst, finish=finish, **options)
+
+
+def _shared(
+    plan: Plan,
+    dst: Location,
+    who: Worker,
+    options: Options,
+    finish: Callable[..., Mapping[str, bytes]],
+    reads: bool,
+) -> Spread:
+    """This worker's share; `finish` is also given what `others.Finishes` is."""
+    from ckpttools.execute.others import Job
+
+    def of(digest: str, look: Callable[[], None]) -> Finish:
+        return partial(finish, digest=digest, look=look)
+
+    job = Job(worker=who, is_result=manifest.is_result, reads=reads)
+    if isinstance(dst, Stored):
+        from ckpttools.execute.spread_upload import spread_upload
+
+        return spread_upload(plan, dst, job, finish=of, is_last=is_last, **options)
+    from ckpttools.execute.spread import spread
+
+    return spread(plan, dst, job, finish=of, **options)
 
 
 def is_last(name: str) -> bool:
@@ -196,14 +220,22 @@ def _finish(
     workers: int,
     more: Callable[[bytes, Location], bytes],
     sinks: SinksOf | None,
+    passing: Passing | None,
 ) -> dict[str, bytes]:
-    """Read back what is about to appear, and give it a manifest, to which `more` adds.
+    """Read back what is about to appear, by `passing`, and give it a manifest, to which `more` adds; nothing
+    where another worker does that.
 
     The headers are checked, every byte is held against its file's CRC-32: an error is a defect of ckpttools.
     """
     from ckpttools.checks import verify
+    from ckpttools.checks.verdict import Delivered
 
-    verdict = verify(staged, quick=True, describe=True, workers=workers, crcs=crcs, sinks=sinks)
+    try:
+        verdict = verify(
+            staged, quick=True, describe=True, workers=workers, crcs=crcs, sinks=sinks, passing=passing
+        )
+    except Delivered:
+        return {}
     for finding in verdict.findings:
         if finding.severity == "error":
             raise written_wrong(staged, finding.message, finding.id, finding.file)

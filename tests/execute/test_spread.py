@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from benchmarks.synthetic import write_random
 from support import FIXTURES
 
 from ckpttools.errors import UsageError
-from ckpttools.execute import Finish, others, staging
+from ckpttools.execute import Finish, others, shelves, staging
 from ckpttools.execute import spread as spreading
 from ckpttools.execute.others import Job, Others
 from ckpttools.execute.spread import spread
@@ -207,6 +207,28 @@ def test_one_worker_cannot_write(large: Path, tmp_path: Path) -> None:
     assert [code for code, _, _ in ended([start(arguments, rank, 2) for rank in range(2)])] == [0, 0]
 
 
+def test_what_is_written_wrong_is_written_again_and_nothing_else(large: Path, tmp_path: Path) -> None:
+    arguments = ["reshard", large, tmp_path / "many", "--world-size", "3"]
+    array = {"SLURM_ARRAY_TASK_COUNT": "2"}
+    assert [c for c, _, _ in ended([start(arguments, 1, 2, **array, SLURM_ARRAY_TASK_ID="1")])] == [0]
+    spread = tmp_path / f"many{SPREAD}"
+    shard = max(spread.glob("out-*/*/*optim_states.pt"), key=lambda path: path.stat().st_size)
+    data = shard.read_bytes()
+    at = next(k for k in range(len(data) // 2, len(data)) if data[k])  # of a piece that is written
+    with shard.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes([data[at] ^ 1]))
+    before = {path.name for path in (spread / "ledger").glob("piece-*.json")}
+    ((code, _, err),) = ended([start(arguments, 0, 2, **array, SLURM_ARRAY_TASK_ID="0")])
+    assert code == 2 and "error[write-failed]: what was read back is not what was written" in err, err
+    after = {path.name for path in (spread / "ledger").glob("piece-*.json")}
+    assert len(before - after) == 1 and len(after) > len(before)
+    assert [code for code, _, _ in ended([start(arguments, rank, 2) for rank in range(2)])] == [0, 0]
+    assert files_of(tmp_path / "many") == one_process(
+        ("reshard", large, "--world-size", "3"), tmp_path / "one"
+    )
+
+
 def test_who_plans_something_else_is_refused(large: Path, tmp_path: Path) -> None:
     array = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
     first = ["reshard", large, tmp_path / "many", "--world-size", "3"]
@@ -220,7 +242,7 @@ def test_who_plans_something_else_is_refused(large: Path, tmp_path: Path) -> Non
 
 
 def test_a_worker_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(others, "_POLL", 0.01)
+    monkeypatch.setattr(shelves._OnDisk, "pause", 0.01)
     monkeypatch.setattr(others, "_REMIND", 3)
     source = tmp_path / "a"
     source.write_bytes(random.Random(0).randbytes(3_000_000))
@@ -333,7 +355,7 @@ def test_of_two_that_commit_one_does_and_the_other_touches_nothing(
         return commit(*arguments)
 
     def run(rank: int) -> None:
-        def finish(digest: str) -> Finish:
+        def finish(digest: str, look: Callable[[], None]) -> Finish:
             def more(staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
                 both.wait(60)
                 if rank == 1:
@@ -349,7 +371,9 @@ def test_of_two_that_commit_one_does_and_the_other_touches_nothing(
     gate = threading.Barrier(2)
     ready, waits = Others.leave_to_me, spreading._Share.wait_for_commit
     monkeypatch.setattr(staging, "commit", slow)
-    monkeypatch.setattr(Others, "leave_to_me", lambda them, needed: (gate.wait(60), ready(them, needed))[1])
+    monkeypatch.setattr(
+        Others, "leave_to_me", lambda them, needed, read: (gate.wait(60), ready(them, needed))[1]
+    )
     monkeypatch.setattr(spreading._Share, "wait_for_commit", lambda share: (is_late.set(), waits(share))[1])
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:

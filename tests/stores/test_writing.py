@@ -261,3 +261,19 @@ def test_a_source_that_is_damaged(here: Objects, tmp_path: Path, large: Path) ->
     ran = run("reshard", tmp_path / "run", here / "x", "--world-size", 3)
     assert ran.code == 1 and "error[checksum]" in ran.err, ran
     assert not here.meta()
+
+
+def test_force_that_was_ended_goes_on_to_replace(
+    large: Path, here: Objects, proxy: type[Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckpttools.stores import remote
+
+    monkeypatch.setattr(remote, "RETRIES", {"max_retries": 0})
+    assert run("reshard", large, here / "x", "--world-size", 4, "-q").code == 0
+    words = ("reshard", large, here / "x", "--world-size", 2, "--force", "-q")
+    proxy.fault = staticmethod(fail_at("rank_1_mp_rank"))
+    assert run(*words).code == 2
+    proxy.fault = staticmethod(lambda method, path, n: "")
+    assert run(*words).code == 0
+    assert sum("optim" in name for name in here.meta()) == 2
+    assert run("verify", here / "x").code == 0
