@@ -132,6 +132,9 @@ def test_a_pointer_beats_numbers_everywhere(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("iter_1500.pth", "iter_3000.pth"):
         shutil.copytree(FIXTURES / "mmengine/run/iter_1500.pth", folder / name)
+    for path in (folder / name, *(folder / name).iterdir()):  # the later one, without the pointer
+        os.utime(path)
+    assert Path(shown("latest", folder)[0]["path"]).name == "iter_3000.pth"
     (folder / "last_checkpoint").write_text(os.fspath(folder / "iter_1500.pth"))
     latest, _ = shown("latest", folder)
     resume, _ = shown("resume-check", folder)
