@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ckpttools"
@@ -93,6 +94,21 @@ def layers(edges: dict[str, set[str]]) -> list[list[str]]:
         out.append(layer)
         done |= set(layer)
     return out
+
+
+def circle() -> list[str]:
+    """Modules that import each other in a circle, [] where none do; imports within functions count."""
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in modules()}
+    edges: dict[str, set[str]] = {}
+    for own, path in names.items():
+        parts = [name.split(".") for name in imported(modules()[path])]
+        ends = [[".".join(each[:n]) for n in range(len(each), 0, -1)] for each in parts]
+        edges[own] = {found for each in ends if (found := next(filter(names.get, each), own)) != own}
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def svg() -> str:

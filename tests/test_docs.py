@@ -99,6 +99,10 @@ def test_the_drawing_has_no_circle_and_no_arrow_that_points_up() -> None:
         structure.layers({"a": {"b"}, "b": {"a"}})
 
 
+def test_no_modules_import_each_other() -> None:
+    assert structure.circle() == []
+
+
 LONGEST = 400  # lines of a module
 
 

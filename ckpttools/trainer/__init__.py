@@ -3,14 +3,14 @@
 It exists to produce checkpoints as training teams have them, and to prove that a resharded or edited
 checkpoint trains on exactly where the original would have. One file per idea:
 
-    decode, config     YAML -> frozen dataclasses, by msgspec; an error carries the path into the data
+    typed, config      YAML -> frozen dataclasses, by msgspec; an error carries the path into the data
     batch, order       who computes which sample of which update: pure arithmetic
     text, model        bytes of real text as tokens; Llama or GPT-2 from a config
     ds_config          our config -> DeepSpeed's
     folders, search, startup   run folders, tags, which checkpoint a launch continues from
     compared           what is different from the run that saved it, in the words of resume-check
     state              what a checkpoint says about progress: written and read side by side
-    engine, loop       the DeepSpeed engine and the training loop
+    engine, engines, plain, loop   DeepSpeed's engine or plain torch's, and the training loop
     output, failures   a terse console, a full log, and errors that cross processes
     options, launch, exchange, worker    the command line, torchrun, the folder between them, and one rank
 

@@ -108,6 +108,7 @@ def _train(
     output: Output,
 ) -> None:
     from ckpttools.trainer import engine as ds
+    from ckpttools.trainer.engines import make
     from ckpttools.trainer.loop import Training
     from ckpttools.trainer.monitor import Monitor
     from ckpttools.trainer.saving import Saving, clean
@@ -122,7 +123,7 @@ def _train(
         clean(folders.place(start.run, layout))
         _announce(config, start, (*start.notes, *plans.notes), output)
     weights = start.checkpoint if start.mode in ("reset", "weights") else None
-    engine = ds.make(config, ds_config(config, batch, config.schedule.total_steps or updates), weights)
+    engine = make(config, ds_config(config, batch, config.schedule.total_steps or updates), weights)
     progress = Progress()
     if start.checkpoint is not None and start.mode != "weights":
         if start.mode == "reset":
