@@ -76,6 +76,16 @@ def test_the_places_that_are_named_exist(page: str) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_the_readme_in_chinese_has_as_many_points_rows_and_commands() -> None:
+    one, other = (ROOT / "README.md").read_text(), (ROOT / "docs/pages/zh/readme.md").read_text()
+    for pattern in (r"^\* ", r"^\| .*", r"^[^#\n]*(?:ckpt demo|tests/run\.sh)$", r"^\$ ckpt .*"):
+        here, there = (re.findall(pattern, text, re.MULTILINE) for text in (one, other))
+        assert len(here) == len(there) > 0, pattern
+    assert re.findall(r"`(?:convert|extract) --[^`]+`", one.split("## Limits")[0].split("## What")[1]) == (
+        re.findall(r"`(?:convert|extract) --[^`]+`", other.split("## 限制")[0].split("## 读什么")[1])
+    )
+
+
 def test_what_the_worked_examples_name_is_there() -> None:
     """A check, a format and a framework: the names in CONTRIBUTING are those of the code."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
