@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckpttools import checks, runs
 from ckpttools.checks import Verdict, refused
+from ckpttools.checks.changing import changing
 from ckpttools.checks.held import KEYS
 from ckpttools.checks.verdict import Delivered
 from ckpttools.errors import CkptError, UsageError
@@ -18,7 +19,7 @@ from ckpttools.location import Location
 from ckpttools.operations.writing import Bar
 from ckpttools.runs.find import paths
 from ckpttools.runs.order import numbers, shape
-from ckpttools.stores.files import entries, is_folder, named
+from ckpttools.stores.files import entries, exists, is_folder, is_link, named
 
 if TYPE_CHECKING:
     from ckpttools.checks.contents import Passing
@@ -137,7 +138,8 @@ def verify_all(
         except CkptError as error:
             if len(paths) == 1:
                 raise
-            yield refused(each, error)
+            gone = error.id == "not-found" and not is_link(each) and not exists(each)
+            yield refused(each, changing(each) if gone else error)
     if len(paths) > 1:
         yield from _pointers(named(path))
 

@@ -15,6 +15,8 @@ import pytest
 from commands import ckpt_process, run
 from support import FIXTURES
 
+from ckpttools.operations.verify import verify_all
+
 ZERO = FIXTURES / "deepspeed-0.19.8" / "z2_groups_ws2"
 TAG = "global_step3"
 SHARD = f"{TAG}/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -133,3 +135,14 @@ def test_a_file_that_is_about_to_be_written(tmp_path: Path, monkeypatch: pytest.
         os.utime(path, (1, 1))
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it is old: there is nothing to wait for"))
     assert run("verify", folder).code == 1
+
+
+def test_a_checkpoint_that_a_clean_up_took_since_the_folder_was_listed(tmp_path: Path) -> None:
+    for step in (1, 2):
+        shutil.copytree(FIXTURES / "hf-trainer/plain/checkpoint-2", tmp_path / f"checkpoint-{step}")
+    verdicts = verify_all(tmp_path)
+    assert next(verdicts).ok
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path)
+    (finding,) = next(verdicts).findings
+    assert finding.id == "checkpoint-changing"
