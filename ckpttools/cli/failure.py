@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from contextlib import suppress
+from errno import ENAMETOOLONG
 
 import click
 
@@ -37,6 +38,22 @@ def _other(problem: Exception) -> CkptError:
                 where=str(problem.filename or ""),
                 why="nothing was read or written there",
                 hint="ask the owner for permission on it and on the folders above it",
+            )
+        case OSError() if problem.errno == ENAMETOOLONG:
+            return UsageError(
+                "system",
+                "the name is too long for the file system",
+                where=str(problem.filename or ""),
+                why="while ckpt writes a longer name stands beside it; nothing was written",
+                hint="name a DST of at most 200 bytes",
+            )
+        case OSError() if problem.strerror and "://" in str(problem.filename):
+            return UsageError(
+                "system",
+                problem.strerror,
+                where=str(problem.filename),
+                why="the store did not give what was asked for; nothing was changed",
+                hint="check the address, the network and the credentials, then run it again",
             )
         case OSError() if problem.strerror:
             return UsageError(

@@ -24,6 +24,7 @@ def client(url: str, retries: Mapping[str, Any]) -> tuple[Any, Any]:
             "store-extra",
             "object stores need obstore, which is not installed",
             where=url,
+            why="what only reads and writes disks does without",
             hint="pip install 'ckpttools[remote]'",
         ) from None
     from_url: Any = obstore.store.from_url
@@ -35,6 +36,7 @@ def client(url: str, retries: Mapping[str, Any]) -> tuple[Any, Any]:
             "store-unknown",
             f"the store cannot be used ({type(error).__name__})",
             where=url,
+            why="its client refuses the address or its settings",
             hint="check the address and the store's settings in the environment (AWS_ENDPOINT_URL, "
             "AZURE_STORAGE_ACCOUNT_NAME, GOOGLE_SERVICE_ACCOUNT ...)",
         ) from None

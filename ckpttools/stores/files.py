@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from errno import EBADF, ELOOP, ENOENT, ENOTDIR
+from errno import EBADF, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR
 from pathlib import Path, PurePath
 
 from ckpttools.errors import CkptError, UsageError, escape
@@ -289,7 +289,7 @@ def _kind(path: Location) -> str | None:
     except ValueError:
         return None
     except OSError as error:
-        if error.errno in (ENOENT, ENOTDIR, EBADF, ELOOP):
+        if error.errno in (ENOENT, ENOTDIR, EBADF, ELOOP, ENAMETOOLONG):
             return None
         raise
 

@@ -31,6 +31,7 @@ def split(address: str) -> tuple[str, str]:
             "store-unknown",
             "the address names no repository of the hub",
             where=f"{SCHEME}://",
+            why="which part is the repository, and which the path in it, is told by their order",
             hint="write it as hf://ORG/NAME/PATH, hf://ORG/NAME@REVISION/PATH or hf://datasets/ORG/NAME/PATH",
         )
     return "/".join(parts[:depth]), "/".join(parts[depth:])

@@ -341,6 +341,7 @@ def place(scheme: str, text: str) -> Stored:
             "store-unknown",
             "the address names no bucket, or holds a password or a signature",
             where=f"{scheme}://",
+            why="an address is shown in messages and kept by shells: it names the place alone",
             hint="write it as s3://BUCKET/PATH; credentials belong into the environment",
         )
     url = f"{scheme}://{host}"

@@ -127,7 +127,13 @@ def _unlike(one: Checkpoint, last: Checkpoint) -> Iterator[str]:
 
 
 def _mean(refs: Sequence[TensorRef], weights: Sequence[float], target: DType) -> TensorRef:
-    """Cut wherever the type in which one of them is stored changes: a `Term` has one type."""
+    """Cut wherever the type in which one is stored changes: a `Term` has one type. What counts nothing
+    is not looked at (0 times NaN is NaN), and the mean of one is that one.
+    """
+    refs = [ref for ref, weight in zip(refs, weights, strict=True) if weight]
+    weights = [weight for weight in weights if weight]
+    if len(refs) == 1 and refs[0].dtype == target:
+        return refs[0]
     edges = sorted({0, refs[0].numel, *(edge for ref in refs for edge in _edges(ref))})
     chunks = []
     for first, end in pairwise(edges):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -41,3 +42,18 @@ def test_the_epoch_of_a_trainer_without_its_arguments(
     (listed,) = json.loads(run("ls", tmp_path, "--json").out)["runs"]
     assert [each["epoch"] for each in listed["checkpoints"]] == [shown]
     assert f"(epoch {shown}" in run("inspect", path).out
+
+
+def test_epoch_0_of_a_run_that_counts_iterations_is_left_out(tmp_path: Path) -> None:
+    """It says 0 to its end: no answer shows it beside the step, and the document keeps what is saved."""
+    source = FIXTURES / "mmengine-deepspeed/iter_50.pth"
+    for words in (["verify"], ["verify", "--quick"], ["resume-check"], ["inspect"]):
+        ran = run(*words, source)
+        assert ran.code == 0 and not re.search(r"epoch 0\b", ran.out), ran.out
+    path = tmp_path / "a.pt"  # at the very start 0 is what a run of epochs says, too
+    torch.save({"model": {"w": torch.zeros(2)}, "epoch": 0, "global_step": 0}, path)
+    assert "epoch 0" in run("verify", path).out
+    torch.save({"model": {"w": torch.zeros(2)}, "epoch": 0, "global_step": 7}, path)
+    assert "epoch 0" not in run("verify", path).out
+    (found,) = json.loads(run("verify", path, "--json").out)["checkpoints"]
+    assert (found["step"], found["epoch"]) == (7, 0)

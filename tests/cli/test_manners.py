@@ -342,3 +342,21 @@ def test_a_pattern_that_matches_nothing_is_said(tmp_path: Path) -> None:
     options = ("--weights-only", "--exclude", "nothing*", "--dry-run")
     ran = run("extract", GOOD, tmp_path / "out.safetensors", *options)
     assert ran.code == 0 and "nothing* matches no tensor" in ran.out + ran.err
+
+
+def test_names_that_leave_no_room_for_a_longer_one_beside_them(tmp_path: Path) -> None:
+    source = tmp_path / ("x" * 247 + ".pt")
+    shutil.copy(FIXTURES / "torch-writers/2.8.0/weights.pt", source)
+    assert run("verify", source).code == 0
+    for words in (["extract", source, tmp_path / ("y" * 300)], ["extract", source]):
+        ran = run(*words)
+        assert ran.code == 2 and "the name is too long" in ran.err, ran.err
+        assert "hint: name a DST" in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+@pytest.mark.parametrize("address", ["hf://", "hf://one", "s3://", "s3://a:b@c/d"])
+def test_an_address_that_is_none_is_refused_in_four_parts(address: str) -> None:
+    lines = run("inspect", address).err.splitlines()
+    assert lines[0].startswith("error[store-unknown]") and lines[1].startswith("  in ")
+    assert lines[2].startswith("  ") and lines[-1].startswith("hint: ") and len(lines) == 4, lines

@@ -263,7 +263,7 @@ def test_a_worker_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 
     waits = threading.Thread(target=run)
     waits.start()
-    assert told.wait(60)
+    assert told.wait(300)
     (tmp_path / f"out{SPREAD}").rename(tmp_path / "removed")
     waits.join()
     assert said[0].startswith("worker 0 waits for worker 1 (")
@@ -351,15 +351,15 @@ def test_of_two_that_commit_one_does_and_the_other_touches_nothing(
 
     def slow(*arguments: Any) -> Any:  # the first has made its files and is about to give the name
         slow_made.set()
-        assert is_late.wait(60)
+        assert is_late.wait(300)
         return commit(*arguments)
 
     def run(rank: int) -> None:
         def finish(digest: str, look: Callable[[], None]) -> Finish:
             def more(staged: Path, crcs: Mapping[Path, int]) -> Mapping[str, bytes]:
-                both.wait(60)
+                both.wait(300)
                 if rank == 1:
-                    assert slow_made.wait(60)
+                    assert slow_made.wait(300)
                 return {"manifest": digest.encode()}
 
             return more
@@ -372,7 +372,7 @@ def test_of_two_that_commit_one_does_and_the_other_touches_nothing(
     ready, waits = Others.leave_to_me, spreading._Share.wait_for_commit
     monkeypatch.setattr(staging, "commit", slow)
     monkeypatch.setattr(
-        Others, "leave_to_me", lambda them, needed, read: (gate.wait(60), ready(them, needed))[1]
+        Others, "leave_to_me", lambda them, needed, read: (gate.wait(300), ready(them, needed))[1]
     )
     monkeypatch.setattr(spreading._Share, "wait_for_commit", lambda share: (is_late.set(), waits(share))[1])
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]

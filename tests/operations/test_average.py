@@ -223,3 +223,19 @@ def test_a_damaged_newest_is_named_not_passed_over_in_silence(tmp_path: Path) ->
     ran = run("average", tmp_path / "run", "--last", 2, "-o", tmp_path / "mean")
     assert ran.code == 0 and "passed over: checkpoint-6: " in ran.err, ran.err
     assert "the mean of checkpoint-4, checkpoint-2" in ran.err
+
+
+def test_what_counts_nothing_changes_nothing(tmp_path: Path) -> None:
+    """0 times NaN is NaN; and the mean of one is that one, to the sign of its zeros."""
+    one = torch.tensor([1.5, -0.0, 3.0])
+    save_file({"a.weight": one}, tmp_path / "a.safetensors")
+    save_file({"a.weight": torch.tensor([float("nan")] * 3)}, tmp_path / "b.safetensors")
+    save_file({"a.weight": -one}, tmp_path / "c.safetensors")
+    names = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    ran = run("average", *names, "--weights", "2,0,0", "-o", tmp_path / "one.safetensors")
+    assert ran.code == 0, ran.err
+    assert same(load_file(tmp_path / "one.safetensors")["a.weight"], one)
+    ran = run("average", *names, "--weights", "1,0,2", "-o", tmp_path / "two.safetensors")
+    assert ran.code == 0, ran.err
+    expected = numpy_mean([one, -one], [1, 2])
+    assert same(load_file(tmp_path / "two.safetensors")["a.weight"], expected)

@@ -117,7 +117,7 @@ def oracle() -> Iterator[Oracle]:
     yield made
     assert made.process.stdin is not None
     made.process.stdin.close()
-    made.process.wait(60)
+    made.process.wait(300)
 
 
 def config_text(entries: Entries) -> str:

@@ -37,7 +37,7 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     ):
         monkeypatch.setenv(name, value)
     store = obstore.store.from_url("s3://runs")
-    for _ in range(30):  # the server answers before it takes anything
+    for _ in range(300):  # the server answers before it takes anything
         try:
             obstore.put(store, "ready", b"1")
             break

@@ -72,7 +72,7 @@ def serving(command: Sequence[object], folder: Path, ready: Callable[[], bool]) 
 
 def _has_bucket(url: str) -> bool:
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/runs", method="PUT"), timeout=10):
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/runs", method="PUT"), timeout=60):
             return True
     except OSError:
         return False

@@ -72,7 +72,7 @@ def here(bucket: Any, request: pytest.FixtureRequest) -> Objects:
 def uploads(endpoint: str, here: Objects) -> int:
     """How many uploads in parts are begun and not ended."""
     url = f"{endpoint}/runs?uploads"
-    with urllib.request.urlopen(url, timeout=30) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         return str(answer.read()).count(f"<Key>{here.name}")
 
 

@@ -41,7 +41,7 @@ def test_a_signal_saves_and_stops(
         text=True,
     ) as process:
         assert process.stdout and process.stderr
-        next(line for line in process.stdout if line.startswith("step "))
+        next(process.stdout)  # before the first update: on a busy machine the last may be near when one shows
         process.send_signal(number)
         said, wrong = process.communicate()
     assert (process.returncode, wrong) == (128 + number, "")
