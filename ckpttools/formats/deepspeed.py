@@ -18,7 +18,7 @@ from ckpttools.formats.counters import training
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
-from ckpttools.tree import Value, put
+from ckpttools.tree import Opaque, Value, put
 
 # what a model file holds beside the client's own keys
 OWN_KEYS = frozenset(
@@ -36,6 +36,22 @@ STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
 # moments of torch's and DeepSpeed's optimizers, which are always as long as a rank's masters
 FLAT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "momentum_buffer"}
 SCALER = "deepspeed.runtime.fp16.loss_scaler"
+# the scaler that an engine of fp16 begins with by default
+NEW_SCALER: Mapping[str, Value] = {
+    "class": "DynamicLossScaler",
+    "cur_scale": 65536.0,
+    "dynamic": True,
+    "cur_iter": 0,
+    "last_overflow_iter": -1,
+    "scale_factor": 2.0,
+    "scale_window": 1000,
+    "min_scale": 1,
+    "delayed_shift": 2,
+    "cur_hysteresis": 2,
+    "consecutive_hysteresis": False,
+    "raise_error_at_min_scale": True,
+    "dtype": Opaque(Global("torch", "float16"), "torch.float16"),
+}
 
 
 def shapes_of(path: Location, node: Node, field: str) -> dict[str, tuple[int, ...]]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup, common_dtype
 from ckpttools.errors import Unsupported, escape
 from ckpttools.formats import PLANS
-from ckpttools.formats.deepspeed import LR_SCHEDULER
+from ckpttools.formats.deepspeed import LR_SCHEDULER, NEW_SCALER
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import FLOAT32, DType, TensorRef
 from ckpttools.transforms.cast import cast, castable
-from ckpttools.tree import at, put
+from ckpttools.tree import Value, at, put
 
 UNIVERSAL = "universal"
 
@@ -53,6 +53,8 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
             old = replace(old, dp_degree=ranks)
         if state.scheduler:  # from there the engine loads whichever scheduler it was given
             state = replace(state, keys={**state.keys, "scheduler": LR_SCHEDULER})
+    engine = common_dtype({n: ref for n, ref in checkpoint.tensors.items() if n in trained})
+    checkpoint = _scaled(checkpoint, to, old.dtype, engine)
     made = replace(checkpoint, groups=groups, settings=settings, layout=old, training=state, template=None)
     tag = f"global_step{state.step or 0}{'_universal' if stage is None else ''}"
     layout = Layout(
@@ -60,10 +62,26 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
         zero_stage=stage,
         dp_degree=ranks,
         tag=tag,
-        dtype=common_dtype({n: ref for n, ref in checkpoint.tensors.items() if n in trained}),
+        dtype=engine,
         writer=old.writer,
     )
     return made, layout
+
+
+def _scaled(checkpoint: Checkpoint, to: str, before: str | None, dtype: str | None) -> Checkpoint:
+    """With the loss scaler of an engine of the dtype: it takes the file's, whatever its configuration says,
+    and one that does not scale lets the gradients of fp16 vanish.
+    """
+    known = checkpoint.loss_scaler
+    dynamic = known.get("dynamic") is True
+    if dtype == "fp16" and (not known or (before != "fp16" and not dynamic)):
+        made: Mapping[str, Value] = {} if to == "zero0" else NEW_SCALER  # it fills in the same
+        note = "the loss scale begins at 65536, DeepSpeed's default: a load takes it over ds_config's"
+    elif dtype in ("bf16", "fp32") and dynamic:
+        made, note = {}, "not kept: the loss scale, which DeepSpeed has in fp16 alone"
+    else:
+        return checkpoint
+    return replace(checkpoint, loss_scaler=made, notes=(*checkpoint.notes, note))
 
 
 def _of_32_bits(checkpoint: Checkpoint) -> Checkpoint:

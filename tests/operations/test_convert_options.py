@@ -291,6 +291,26 @@ def test_groups_without_parameters_are_not_deepspeeds(to: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("to", FOLDERS)
+def test_an_engine_of_fp16_scales_its_loss_and_no_other_does(to: Any, tmp_path: Path) -> None:
+    """DeepSpeed loads the file's scaler over its own: a static 1 would let gradients of 16 bits vanish."""
+    made = convert(SAMPLES / "z2_bf16_ws2", tmp_path / "a", to=to, dtype="fp16", digest=False)
+    assert any("loss scale begins at 65536" in note for note in made.notes)
+    made = convert(SAMPLES / "z2_fp16_ws2", tmp_path / "b", to=to, dtype="bf16", digest=False)
+    assert any("not kept: the loss scale" in note for note in made.notes)
+    scales = {}
+    for name in "ab":
+        file = next((tmp_path / name).rglob("optimizer_state.pt" if to == "universal" else "*_states.pt"))
+        if to in ("zero1", "zero2", "zero3"):
+            file = next((tmp_path / name).rglob("*_optim_states.pt"))
+        saved = torch.load(file, weights_only=False)
+        saved = saved[{"zero0": "optimizer"}.get(to, "optimizer_state_dict")] if to != "universal" else saved
+        scaler = SimpleNamespace(**saved) if to == "zero0" else saved["loss_scaler"]
+        scales[name] = (saved["dynamic_loss_scale"], scaler.cur_scale)
+        assert to == "zero0" or name == "b" or scaler.dtype is torch.float16
+    assert scales == {"a": (True, 65536.0), "b": (False, 1.0)}
+
+
+@pytest.mark.parametrize("to", FOLDERS)
 def test_weights_of_64_and_of_8_bits_are_not_deepspeeds(to: Any, tmp_path: Path) -> None:
     model = net().double()
     optimizer = torch.optim.Adam(model.parameters())
