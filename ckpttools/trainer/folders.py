@@ -138,7 +138,8 @@ def resumable(entry: Entry) -> Path | None:
     path = local(entry.path)
     if path.is_dir():
         return path if (path / BUNDLE).is_dir() else tag_of(path)
-    return path if entry.resumes and kind(entry) in ("step", "epoch") else None
+    # of a damaged file it is not known: the search looks at it and says so
+    return path if entry.resumes is not False and kind(entry) in ("step", "epoch") else None
 
 
 def inner(checkpoint: Path) -> Path:

@@ -52,15 +52,20 @@ def search(folder: Path) -> Found:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The trainer's checkpoints below a folder: what a resume takes, then the others, newest first."""
+    """The trainer's checkpoints below a folder: what a resume takes, then the others, newest first. Damaged
+    ones that are newer than that stand in front, for the search to pass over."""
     if not folder.is_dir():
         return []
-    found = [path for entry in runs.find(folder) if (path := folders.resumable(entry)) is not None]
+    entries = [(entry, path) for entry in runs.find(folder) if (path := folders.resumable(entry)) is not None]
+    found = [path for _, path in entries]
     try:
         taken = local(runs.newest(folder).path)
     except CkptError:  # a pointer that leads nowhere, or nothing at all: what is there counts
         return list(dict.fromkeys(found))
-    return list(dict.fromkeys(path for path in (folders.tag_of(taken) or taken, *found) if path in found))
+    taken = folders.tag_of(taken) or taken
+    newer = entries[: found.index(taken)] if taken in found else []
+    lost = [path for entry, path in newer if entry.problem is not None]
+    return list(dict.fromkeys(path for path in (*lost, taken, *found) if path in found))
 
 
 def check(checkpoint: Path, *, weights_only: bool) -> None:

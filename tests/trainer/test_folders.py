@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import run_folders
 import torch
 from support import FIXTURES
 
@@ -168,6 +169,24 @@ def test_damaged_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:
         decide(config, resume(config), world=2)
     assert (caught.value.id, caught.value.exit_code) == ("none-verified", 1)
     assert f"Passed over {older}: " in caught.value.why
+
+
+@pytest.mark.parametrize("form", ["epoch_1_step_{}.pt", "iter_{:06d}.pth", "ckpt/checkpoint_epoch_{}.pth"])
+def test_damaged_single_files_are_passed_over_by_name(tmp_path: Path, form: str) -> None:
+    files = [tmp_path / form.format(step) for step in (1, 2, 3)]
+    files[0].parent.mkdir(exist_ok=True)
+    for step, path in enumerate(files, 1):
+        path.write_bytes(run_folders.saved(step))
+        os.utime(path, (1e9 + step, 1e9 + step))
+    os.truncate(files[2], 500)
+    found = search.search(tmp_path)
+    assert found.path == files[1]
+    assert any(note.startswith(f"Passed over {files[2]}: ") for note in found.notes), found.notes
+    for path in files:
+        os.truncate(path, 500)
+    with pytest.raises(CkptError) as caught:  # never a fresh start beside a run that was lost
+        search.search(tmp_path)
+    assert caught.value.id == "none-verified"
 
 
 def test_a_named_checkpoint_is_refused_when_it_is_damaged(tmp_path: Path) -> None:
