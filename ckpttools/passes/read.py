@@ -16,8 +16,20 @@ from ckpttools.passes.gather import GATHER_NBYTES, gather
 from ckpttools.passes.ranges import Cutter
 from ckpttools.plan import reads
 from ckpttools.stores.files import handle
-from ckpttools.tensors import ByteRange, Cast, DType, Literal, Mean, Source, Strided, TensorRef, Tiles, Zeros
-from ckpttools.values import BLOCK_NBYTES, Array, cast, mean, numpy_array, numpy_dtype
+from ckpttools.tensors import (
+    ByteRange,
+    Cast,
+    DType,
+    Literal,
+    Mean,
+    Source,
+    Strided,
+    TensorRef,
+    Term,
+    Tiles,
+    Zeros,
+)
+from ckpttools.values import BLOCK_NBYTES, Array, cast, mean, nonfinite, numpy_array, numpy_dtype
 
 _OPEN_FILES = 32
 P = TypeVar("P")
@@ -138,7 +150,10 @@ def blocks(
 
 
 def computed(chunk: Cast | Mean, source: memoryview) -> Array:
-    """The elements of a chunk that are not copied, from the bytes of all that it reads, one after another."""
+    """The elements of a chunk that are not copied, from the bytes of all that it reads, one after another.
+
+    Raises CkptError for a mean that some of its terms would make NaN or infinite.
+    """
     if isinstance(chunk, Cast):
         return cast(numpy_array(source, chunk.source), chunk.source, chunk.target)
     blocks, at = [], 0
@@ -146,7 +161,25 @@ def computed(chunk: Cast | Mean, source: memoryview) -> Array:
         nbytes = sum(part.nbytes for part in term.chunks)
         blocks.append(numpy_array(source[at : at + nbytes], term.dtype))
         at += nbytes
+    for term, block in zip(chunk.terms, blocks, strict=True):
+        if any(nonfinite(block, term.dtype)):
+            _refuse_lost(term, block, blocks)
     return mean(blocks, [term.weight for term in chunk.terms], chunk.target)
+
+
+def _refuse_lost(term: Term, block: Array, blocks: list[Array]) -> None:
+    """Raises CkptError where a mean would be NaN or infinite and not all terms are the same, as in a mask."""
+    values = block.astype(np.float64)
+    lost = ~np.isfinite(values)
+    others = (other.astype(np.float64)[lost] for other in blocks)
+    if not all(np.array_equal(values[lost], other, equal_nan=True) for other in others):
+        raise CkptError(
+            "nonfinite",
+            f"{np.count_nonzero(lost)} elements are NaN or infinite, and so would be the mean",
+            where=next((part.path for part in term.chunks if isinstance(part, ByteRange)), ""),
+            why="a model with such weights computes nothing else",
+            hint="ckpt verify names the tensors; leave that checkpoint out",
+        )
 
 
 def load(ref: TensorRef) -> Array:

@@ -47,6 +47,23 @@ def test_the_mean_of_two_is_torchs(tmp_path: Path, name: str) -> None:
     assert any(not same(found[key], one[key]) for key in one)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_that_has_diverged_is_named_and_nothing_is_written(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    mask = torch.tensor([0.0, float("-inf")], dtype=dtype)  # infinite in all: its mean is
+    for name, lost in (("a", 1.0), ("b", value), ("c", 2.0)):
+        weight = torch.tensor([1.0, lost], dtype=dtype)
+        save_file({"weight": weight, "mask": mask}, tmp_path / f"{name}.safetensors")
+    a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
+    refused = run("average", a, b, c, "-o", tmp_path / "mean.safetensors")
+    assert refused.code == 1 and "error[nonfinite]" in refused.err and f"in {b}" in refused.err
+    assert not (tmp_path / "mean.safetensors").exists()
+    assert run("average", a, c, "-o", tmp_path / "mean.safetensors").code == 0
+    assert load_file(tmp_path / "mean.safetensors")["mask"].equal(mask)
+
+
 def test_across_layouts_masters_are_taken_and_the_model_loads(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     zero = TRAINER / "deepspeed/checkpoint-2"
@@ -78,6 +95,8 @@ def test_any_floats_are_averaged_as_numpy_does(
     for i in range(count):
         powers = 10.0 ** torch.randint(-9, 9, (7, 11), generator=draw)
         wide = torch.randn(7, 11, generator=draw, dtype=torch.float64) * powers
+        limit = torch.finfo(getattr(torch, dtype)).max
+        wide.clamp_(-limit, limit)  # what one of them alone has as infinite is refused
         if special:
             wide[0, :5] = torch.tensor([float("nan"), float("inf"), -0.0, 1e300, 5e-324])
         sides.append(wide.to(getattr(torch, dtype)))
