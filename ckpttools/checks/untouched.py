@@ -18,7 +18,10 @@ from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, DType
 from ckpttools.values import Array, is_rounded, is_zero
 
 LEAST_NUMEL = 8  # of a file: fewer elements may be so by chance
-LEAST_STEPS = 2  # a warmup may begin with a learning rate of zero
+LEAST_STEPS = 2
+# DeepSpeed's warmups make two updates with a learning rate of zero: the one before the schedule's first step,
+# and the one after it (log(1) and 0 / N)
+WARMED = 3
 FIRST_NBYTES = 64 * 1024
 _SHORT = {dtype.short: dtype for dtype in (BFLOAT16, FLOAT16)}
 
@@ -51,7 +54,7 @@ def _check(found: Checkpoint, done: int, reader: Reader) -> Iterator[Finding]:
             hint="a resume begins the moments anew there: use another copy, unless they were reset",
         )
     dtype = _SHORT.get(found.layout.dtype or "")
-    if dtype is None:
+    if dtype is None or done < WARMED:
         return
     for path, part in masters.items():
         if path in zero or not _all(part, partial(is_rounded, dtype=dtype), reader):

@@ -226,3 +226,13 @@ def test_masters_of_a_type_that_deepspeed_never_keeps(dtype: torch.dtype, tmp_pa
     found = [f for f in verify(tmp_path / "copy").findings if f.severity == ERROR]
     assert [(f.id, f.file) for f in found] == [("dtype-odd", str(shard))]
     assert found[0].where == "optimizer_state_dict.single_partition_of_fp32_groups[0]"
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_warmup_from_zero_leaves_masters_as_they_were_made(steps: int, tmp_path: Path) -> None:
+    """DeepSpeed's schedulers make their first two updates with a learning rate of zero."""
+    shutil.copytree(SAMPLE, tmp_path / "copy")
+    edit(tmp_path / "copy/global_step3" / MODEL, lambda root: root.update(global_steps=steps))
+    on(RANKS, rounded)(tmp_path / "copy/global_step3")
+    found = {f.id for f in verify(tmp_path / "copy").findings}
+    assert ("masters-rounded" in found) is (steps == 3)
