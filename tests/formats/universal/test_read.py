@@ -200,6 +200,15 @@ def test_cuts_of_tensor_parallelism_are_refused(key: str, tmp_path: Path) -> Non
     assert caught.value.id == "layout-unsupported" and key in caught.value.message
 
 
+def test_a_model_file_of_a_pipeline_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(UNIVERSAL / "z2_groups", tmp_path / "u")
+    (model,) = folder.rglob("mp_rank_00_model_states.pt")
+    torch.save({**torch.load(model, weights_only=False), "module": None}, model)
+    with pytest.raises(Unsupported) as caught:
+        open_checkpoint(folder)
+    assert caught.value.layout == "pipeline"
+
+
 def test_a_pointer_that_leads_nowhere(tmp_path: Path) -> None:
     folder = shutil.copytree(UNIVERSAL / "z2_groups", tmp_path / "u")
     (folder / "latest_universal").write_text("global_step9")
