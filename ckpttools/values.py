@@ -137,12 +137,17 @@ def constant(block: Array, dtype: DType) -> bool:
     return bool((bits == bits[0]).all())
 
 
-def repeats(block: Array, dtype: DType) -> int:
-    """How many elements have the same bits as the one before them."""
-    if block.size < 2 or dtype.itemsize not in UNSIGNED:
-        return 0
+def repeats(block: Array, dtype: DType) -> bool:
+    """Whether eight elements in a row have the same bits; of 16 bits, many neighbours have by chance."""
+    if dtype.itemsize not in UNSIGNED:
+        return False
     bits = block.view(UNSIGNED[dtype.itemsize])
-    return int(np.count_nonzero(bits[1:] == bits[:-1]))
+    same = bits[1:] == bits[:-1]
+    if np.count_nonzero(same) < 7:
+        return False
+    three = same[2:] & same[1:-1] & same[:-2]  # and four, and seven
+    four = three[1:] & three[:-1]
+    return bool((four[3:] & four[:-3]).any())
 
 
 # The bits of the smallest number with all of its digits: of types in which no weight is that small.

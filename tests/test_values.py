@@ -31,7 +31,7 @@ from ckpttools.tensors import (
     TensorRef,
     Zeros,
 )
-from ckpttools.values import cast, nonfinite, numpy_dtype, same_after_cast
+from ckpttools.values import cast, nonfinite, numpy_dtype, repeats, same_after_cast
 
 FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_float]
 TARGETS = [dtype for dtype in FLOATS if dtype.name != "float8_e8m0fnu"]
@@ -281,3 +281,17 @@ def test_ordinary_is_when_nothing_else_is_found(name: str, squares: bool) -> Non
         assert found or not i % 2, block
         ordinary += found
     assert 200 < ordinary < 400
+
+
+@pytest.mark.parametrize("code", ["f2", "f4", "f8"])
+def test_eight_equal_elements_in_a_row_are_found_and_seven_are_not(code: str) -> None:
+    """Wherever they lie; equal neighbours that come and go, as 16-bit weights have by chance, are none."""
+    dtype = {"f2": FLOAT16, "f4": FLOAT32, "f8": FLOAT64}[code]
+    for length in (8, 9, 15, 40):
+        for run in range(1, length + 1):
+            for start in range(length - run + 1):
+                block = np.arange(length).astype(code)
+                block[start : start + run] = start
+                assert repeats(block, dtype) == (run >= 8), (length, run, start)
+    pairs = np.arange(1000).repeat(7).astype(code)
+    assert not repeats(pairs, dtype) and not repeats(pairs[:0], dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from ckpttools.passes import tasks as data
 from ckpttools.passes.hashes import Ranges
 from ckpttools.passes.ranges import Claims
 from ckpttools.passes.run import Digest, Passed, run
-from ckpttools.plan import SourceCheck
+from ckpttools.plan import Segment, SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange, TensorRef, Tiles, spans
 
@@ -106,9 +106,9 @@ def _pairs(found: Checkpoint) -> Iterator[data.Pair]:
 def _scans(found: Checkpoint, checked: Checked, claims: Claims) -> Iterator[data.Scan]:
     """Every tensor of floats; what is left of files by their labels."""
     for name, ref in _tensors(found, checked.files, claims):
-        padding = name.startswith(checked.padded)
         if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
             continue
+        padding = name.startswith(checked.padded)
         dtype, squares = None if padding else ref.dtype, name.endswith(SQUARES)
         for chunk in ref.chunks:
             for span in spans(chunk) if isinstance(chunk, ByteRange | Tiles) else ():
@@ -145,18 +145,22 @@ def _twins(found: Checkpoint, copies: Sequence[Copy]) -> Iterator[data.Twins]:
 def _tensors(
     found: Checkpoint, files: list[TorchFile], claims: Claims | None = None
 ) -> Iterator[tuple[str, TensorRef]]:
-    """Every tensor under the name that says most about it; later ones may lie in the same bytes."""
+    """Every tensor under the name that says most about it; later ones may lie in the same bytes. With
+    `claims`, those of which some bytes may not be claimed yet.
+    """
+
+    def is_read(chunks: Iterable[Segment]) -> bool:
+        return claims is not None and all(isinstance(c, ByteRange) and claims.covers(c) for c in chunks)
+
     for group in found.groups:
         for kind, refs in group.state.items():
             for name, ref in refs.items():
-                yield f"{name} ({kind})", ref
-    yield from found.tensors.items()
+                if not is_read(ref.chunks):
+                    yield f"{name} ({kind})", ref
+    yield from ((name, ref) for name, ref in found.tensors.items() if not is_read(ref.chunks))
     for file in files:
-        stored = (chunk for storage in file.storages.values() for chunk in storage.chunks)
-        if claims is not None and all(isinstance(c, ByteRange) and claims.covers(c) for c in stored):
-            continue
-        for label, view in labelled(file):
-            yield label, view.ref
+        if not is_read(chunk for storage in file.storages.values() for chunk in storage.chunks):
+            yield from ((label, view.ref) for label, view in labelled(file))
 
 
 def _records(found: Checkpoint) -> Iterator[ByteRange]:

@@ -50,7 +50,7 @@ from ckpttools.values import (
     zeros,
 )
 
-RUN = 8  # equal neighbours, or denormals, that a small tensor may have by chance
+RUN = 8  # elements: as many may be equal, or denormals, by chance; what `repeats` looks for
 SAMPLED = 64  # elements of a block that are looked at before all of them are
 MAX_KEPT = 64 << 20  # bytes of the places that wait for their partner
 
@@ -99,7 +99,7 @@ def patterns(
         return []
     some = values if many else values[:: max(1, len(values) // SAMPLED)]
     found: list[Result] = []
-    if repeats(values, dtype) >= RUN if many else constant(some, dtype) and constant(values, dtype):
+    if repeats(values, dtype) if many else constant(some, dtype) and constant(values, dtype):
         value = float(values[0])
         found.append(Constant(path=source.path, name=name, count=len(values), value=value))
     few = RUN if many else len(some) // 20

@@ -39,6 +39,7 @@ class Claims:
 
     def __init__(self) -> None:
         self._spans: dict[Location, list[tuple[int, int]]] = {}  # disjoint, sorted
+        self._last: tuple[Location | None, list[tuple[int, int]]] = None, []  # that `covers` looked at
 
     def claim(self, whole: ByteRange) -> list[ByteRange]:
         """The parts of a range that nobody has claimed, claimed from now on."""
@@ -63,11 +64,12 @@ class Claims:
 
     def covers(self, whole: ByteRange) -> bool:
         """Whether every byte of a range has been claimed."""
-        spans = self._spans.get(whole.path, [])
-        i = _first(spans, whole.start)
-        return not whole.nbytes or (
-            i < len(spans) and spans[i][0] <= whole.start and whole.end <= spans[i][1]
-        )
+        path, start, nbytes = whole
+        if path is not self._last[0]:  # it takes longer to hash a path than to find a range
+            self._last = path, self._spans.setdefault(path, [])
+        spans = self._last[1]
+        i = _first(spans, start)
+        return not nbytes or (i < len(spans) and spans[i][0] <= start and start + nbytes <= spans[i][1])
 
     def claim_all(self, ranges: list[ByteRange]) -> bool:
         """Claim all of these ranges if every one is free, of each other too."""

@@ -6,15 +6,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ckpttools.location import Location
 from ckpttools.tensors.dtypes import DType
 
 
-@dataclass(frozen=True, slots=True)
-class ByteRange:
-    """`nbytes` bytes of the file at `path`, from `start`."""
+class ByteRange(NamedTuple):
+    """`nbytes` bytes of the file at `path`, from `start`. Hundreds of thousands are made, and hashed."""
 
     path: Location
     start: int

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-from ckpttools.tensors.chunks import Cast, Chunk, Mean, Source, cut_chunks, join_chunks
+from ckpttools.tensors.chunks import ByteRange, Cast, Chunk, Mean, Source, cut_chunks, join_chunks
 from ckpttools.tensors.dtypes import EXACT, DType
 
 
@@ -104,6 +104,11 @@ class Flat:
         item = self.dtype.itemsize
         first = max(bisect_right(self._starts, start * item) - 1, 0)
         offset = self._starts[first] if self._chunks else 0
+        if first < len(self._chunks) and isinstance(chunk := self._chunks[first], ByteRange):
+            low, nbytes = start * item - offset, numel * item
+            if 0 < nbytes <= chunk.nbytes - low:  # almost every one lies in one piece
+                part = ByteRange(chunk.path, chunk.start + low, nbytes)
+                return TensorRef(self.dtype, (numel,) if shape is None else shape, (part,))
         rest = (self._chunks[i] for i in range(first, len(self._chunks)))  # no copy of a long tail
         chunks = cut_chunks(rest, start * item - offset, numel * item)
         return TensorRef(self.dtype, (numel,) if shape is None else shape, chunks)

@@ -13,7 +13,7 @@ MAX_TEXT = 1 << 20  # bytes of a protocol 0 string
 _DECIMAL = re.compile(rb"[+-]?[0-9]{1,1240}")
 _FLOAT = re.compile(rb"[+-]?(?:[0-9.eE+-]{1,64}|inf|nan)")
 unpack_u16 = struct.Struct("<H").unpack_from
-_unpack_i32 = struct.Struct("<i").unpack_from
+unpack_i32 = struct.Struct("<i").unpack_from
 unpack_u32 = struct.Struct("<I").unpack_from
 _unpack_u64 = struct.Struct("<Q").unpack_from
 _unpack_f64 = struct.Struct(">d").unpack_from
@@ -52,7 +52,7 @@ class Cursor:
 
     def i32(self) -> int:
         self.pos += 4
-        return int(_unpack_i32(self.data, self.pos - 4)[0])
+        return int(unpack_i32(self.data, self.pos - 4)[0])
 
     def u32(self) -> int:
         self.pos += 4

@@ -48,8 +48,10 @@ class Pairs:
 
     def get(self, key: str | int, default: Node = None) -> Node:
         if self._index is None and len(self.pairs) <= FEW:  # hundreds of thousands of small ones
-            kind = type(key)
-            return next((v for k, v in reversed(self.pairs) if type(k) is kind and k == key), default)
+            for k, value in reversed(self.pairs):
+                if type(k) is type(key) and k == key:
+                    return value
+            return default
         if self._index is None:
             # ints are indexed by their text: Python hashes text with a secret, ints without one
             self._index = {

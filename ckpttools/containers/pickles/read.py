@@ -7,15 +7,15 @@ import struct
 from collections.abc import Callable
 
 from ckpttools.containers.pickles import machine as limited
-from ckpttools.containers.pickles.cursor import unpack_u16, unpack_u32
+from ckpttools.containers.pickles.cursor import unpack_i32, unpack_u16, unpack_u32
 from ckpttools.containers.pickles.machine import Machine
-from ckpttools.containers.pickles.nodes import Node, Persistent, Pickle, Reject
+from ckpttools.containers.pickles.nodes import Node, Object, Persistent, Pickle, Reject
 from ckpttools.containers.pickles.opcodes import STOP, TABLE
 
 MAX_BYTES = 256 << 20
 # 400,000 tensors or 20 million logged numbers: the rest of the work is bounded with them
 MAX_OPCODES = 20_000_000
-_FREQUENT = b"rhKX(t\x86M)\x89j"
+_FREQUENT = b"rhRKX(t\x86M)\x89j\x85J"
 _INTEGERS = re.compile(rb"(?:K.)+", re.DOTALL)
 
 
@@ -52,6 +52,7 @@ def _carry_out(machine: Machine) -> None:
     """
     data, end, table = machine.data, machine.end, TABLE
     memo, far, memo_limit = machine.memo, machine.far, machine.limits * limited.MAX_MEMO
+    called, most_calls = machine.called, machine.limits * limited.MAX_CALLS
     room, marks, most = limited.MAX_STACK, machine.marks, limited.MAX_MARKS
     pos, before, frame_end, stack = machine.pos, machine.pos, machine.frame_end, machine.stack
     for _ in range(machine.limits * MAX_OPCODES):
@@ -73,6 +74,18 @@ def _carry_out(machine: Machine) -> None:
                 if i < len(memo):
                     stack.append(memo[i])
                     pos += 2
+                    continue
+            elif opcode == 0x52:  # REDUCE, of a name whose first call tells all
+                if (
+                    len(stack) > 1
+                    and machine.ncalls < most_calls
+                    and isinstance(args := stack[-1], tuple)
+                    and id(stack[-2]) in called
+                ):
+                    stack.pop()
+                    stack[-1] = Object("reduce", stack[-1], args)
+                    machine.ncalls += 1
+                    pos += 1
                     continue
             elif opcode == 0x4B:  # BININT1
                 if data[pos + 2 : pos + 3] == b"K":  # many: a list of small numbers
@@ -121,6 +134,15 @@ def _carry_out(machine: Machine) -> None:
             elif opcode == 0x89:  # NEWFALSE
                 stack.append(False)
                 pos += 1
+                continue
+            elif opcode == 0x85:  # TUPLE1
+                if stack:
+                    stack[-1] = (stack[-1],)
+                    pos += 1
+                    continue
+            elif opcode == 0x4A:  # BININT
+                stack.append(unpack_i32(data, pos + 1)[0])
+                pos += 5
                 continue
             elif opcode == 0x6A:  # LONG_BINGET
                 i = unpack_u32(data, pos + 1)[0]

@@ -20,6 +20,9 @@ def dumps(value: Node, persistent_id: Callable[[Node], Node] | None = None) -> b
     return _Writer(persistent_id).run(value)
 
 
+_TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
+_LEAVES = {str, int, bool, type(None), Global}
+_WIDE, _DEEP = 8, 4  # items of a tuple, and tuples and calls within each other, that are written at once
 _SUMMED = 1000  # pieces that are written between two looks at how much it is
 
 
@@ -87,6 +90,8 @@ class _Writer:
                 self.out.append(b"\x88" if node else b"\x89")
             case int():
                 self.out.append(_int(node))
+            case tuple() | Object() if self.is_short(node, _DEEP):
+                self.write_short(node)
             case tuple():
                 self.write_tuple(node, todo)
             case Object():
@@ -135,6 +140,64 @@ class _Writer:
                 self.kept.append(pid)  # memo entries go by identity: nothing may be freed meanwhile
                 todo += [_Raw(b"Q", node), pid]
 
+    def is_short(self, node: Node, depth: int) -> bool:
+        """Whether it is a tensor, or of the kind: calls of a few names and numbers, and storages."""
+        kind = type(node)
+        if kind in _LEAVES or id(node) in self.memo:
+            return True
+        if not depth:
+            return False
+        if kind is tuple:
+            parts: tuple[Node, ...] = node  # type: ignore[assignment]
+            if len(parts) > _WIDE:
+                return False
+        elif isinstance(node, Object):
+            if node.how != "reduce" or node.pairs or node.items or node.has_state:
+                return False
+            parts = (node.cls, node.args)
+        elif self.persistent_id is None or kind in (list, Dict, Set, Persistent, bytes, bytearray, float):
+            return False
+        else:
+            parts = (self.persistent_id(node) or [],)
+        for part in parts:  # noqa: SIM110  called for every tensor of a file
+            if type(part) not in _LEAVES and not self.is_short(part, depth - 1):
+                return False
+        return True
+
+    def write_short(self, node: Node) -> None:
+        """What `is_short` at once, in the order that `todo` would give."""
+        out = self.out
+        if isinstance(node, str):
+            self.write_text(node)
+        elif node is None or isinstance(node, bool):
+            out.append(b"N" if node is None else b"\x88" if node else b"\x89")
+        elif isinstance(node, int):
+            out.append(_int(node))
+        elif isinstance(node, Global):
+            self.write_name(node)
+        elif (known := self.memo.get(id(node))) is not None:
+            self.get(known)
+        elif node == ():
+            out.append(b")")
+        else:
+            if isinstance(node, tuple):
+                if len(node) > 3:
+                    out.append(b"(")
+                for part in node:
+                    self.write_short(part)
+                out.append(_TUPLES.get(len(node), b"t"))
+            elif isinstance(node, Object):
+                self.write_short(node.cls)
+                self.write_short(node.args)
+                out.append(b"R")
+            else:
+                assert self.persistent_id is not None
+                pid = self.persistent_id(node)
+                self.kept.append(pid)
+                self.write_short(pid)
+                out.append(b"Q")
+            self.memo[id(node)] = self.put()
+
     def write_text(self, text: str) -> None:
         if (known := self.texts.get(text)) is not None:
             self.get(known)
@@ -162,7 +225,7 @@ class _Writer:
             raise Reject("a tuple contains itself")
         self.open.add(id(node))
         n = len(node)
-        todo.append(_Raw({1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(n, b"t"), node))
+        todo.append(_Raw(_TUPLES.get(n, b"t"), node))
         todo.extend(reversed(node))
         if n > 3:
             self.out.append(b"(")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 
 from ckpttools.containers.pickles import Global, Node, Reject
@@ -52,7 +51,7 @@ class Storage:
 
     def moved(self, path: Location) -> Storage:
         """The same bytes of another file."""
-        chunks = tuple(replace(chunk, path=path) for chunk in self.chunks if isinstance(chunk, ByteRange))
+        chunks = tuple(chunk._replace(path=path) for chunk in self.chunks if isinstance(chunk, ByteRange))
         return Storage(self.kind, self.dtype, self.numel, chunks, self.location, self.record)
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from ckpttools.containers.archive import Archive, Record
 from ckpttools.containers.pickles import Dict, Global, Node, Object, Pickle, Reject
 from ckpttools.containers.pickles.judge import dangers, judge
-from ckpttools.containers.torch_file.storages import Storage, located
+from ckpttools.containers.torch_file.storages import Storage
 from ckpttools.errors import escape
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
@@ -112,11 +112,15 @@ class TorchFile:
 
         Raises CkptError for a tensor that reaches outside its storage.
         """
-        if not isinstance(node, Object):
+        if not isinstance(node, Object) or node.how != "reduce":
             return None
         known = self._views.get(id(node))
         if known is None:
-            known = located(self.path, lambda: _rebuilt(node))
+            try:
+                known = _rebuilt(node)
+            except Reject as error:
+                error.where = error.where or str(self.path)
+                raise
             if known is not None:
                 if self.borrowed:
                     known = replace(known, storage=known.storage.moved(self.path))
@@ -130,7 +134,7 @@ def _rebuilt(node: Object, depth: int = 0) -> View | None:
         raise Reject("a tensor is wrapped too often")
     if not isinstance(cls, Global) or node.how != "reduce":
         return None
-    if cls == Global("torch._tensor", "_rebuild_from_type_v2") and len(node.args) == 4:
+    if cls.module == "torch._tensor" and cls.name == "_rebuild_from_type_v2" and len(node.args) == 4:
         func, _, args, _ = node.args  # ZeRO-3 tensors: (function, type, its arguments, attributes)
         return _rebuilt(Object("reduce", func, args), depth + 1) if isinstance(args, tuple) else None
     if cls.module != "torch._utils":
@@ -194,7 +198,7 @@ def labelled(file: TorchFile) -> Iterator[tuple[str, View]]:
     todo: list[tuple[str, Node]] = [("", file.value)]
     while todo:
         label, node = todo.pop()
-        if not isinstance(node, list | tuple | Dict | Object) or id(node) in seen:
+        if id(node) in seen:
             continue
         seen.add(id(node))
         if isinstance(node, Object) and (view := file.view(node)) is not None:
@@ -204,15 +208,21 @@ def labelled(file: TorchFile) -> Iterator[tuple[str, View]]:
             label = "…"
         inside: list[tuple[str, Node]] = []
         if isinstance(node, list | tuple):
-            inside = [(f"{label}[{i}]", value) for i, value in enumerate(node)]
-        else:
+            inside = [(f"{label}[{i}]", value) for i, value in enumerate(node) if _holds(value)]
+        elif isinstance(node, Dict | Object):
             for key, value in node.pairs:
+                if not _holds(value):
+                    continue
                 step = key if isinstance(key, str) else f"[{key}]" if isinstance(key, int) else "[...]"
                 inside.append((f"{label}.{step}" if label and isinstance(key, str) else label + step, value))
             if isinstance(node, Object):
-                inside += [(label, node.args), (label, node.items)]
-                inside += [(label, node.state)] if node.has_state else []
+                inside += [(label, part) for part in (node.args, node.items, node.state) if _holds(part)]
         todo.extend(reversed(inside))
+
+
+def _holds(node: Node) -> bool:
+    """Whether there may be tensors in it: most of what a file holds are numbers and names."""
+    return isinstance(node, Dict | Object) or (isinstance(node, list | tuple) and len(node) > 0)
 
 
 _SCALARS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "float16": "<e"}
