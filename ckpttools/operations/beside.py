@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint, ParamGroup
@@ -32,11 +33,15 @@ def both(one: Opened, two: Opened) -> tuple[Checkpoint, Checkpoint, tuple[str, .
 
     Raises CkptError where such a file is damaged.
     """
-    found = [list(_places(*side)) for side in (one, two)]
+    known = [list(_places(*side)) for side in (one, two)]
+    sides = zip((one, two), known, strict=True)
+    found = [[place for place in places if place.file != side[0].target] for side, places in sides]
     if all(found):
         a, b = (_with(side, places) for side, places in zip((one, two), found, strict=True))
         return a, b, ()
-    alone = (f"{place.file.name} (its parameters have no names)" for places in found for place in places)
+    alone = (f"{place.file.name} (its parameters have no names)" for places in known for place in places)
+    if not one[1].groups and not two[1].groups:  # in the files themselves they are values like others
+        alone = (said for said, place in zip(alone, chain(*known), strict=True) if place in chain(*found))
     return one[1], two[1], tuple(dict.fromkeys(alone))
 
 
@@ -48,7 +53,7 @@ def _places(source: Source, checkpoint: Checkpoint) -> Iterator[Place]:
         known = frameworks.read(source, checkpoint).optimizers
     except CkptError:
         return  # weights alone, or its framework's files say nothing
-    yield from (each.places[0] for each in known if each.places[0].file != source.target)
+    yield from (each.places[0] for each in known)
 
 
 def _with(side: Opened, places: list[Place]) -> Checkpoint:

@@ -218,3 +218,15 @@ def test_objects_are_compared_by_what_they_hold(tmp_path: Path) -> None:
         one, same = (saved(f"{key}{i}.pt", **{key: {"thing": Thing(torch.ones(2))}}) for i in (3, 4))  # type: ignore[arg-type]
         ran = run("prove", one, same)
         assert ran.code == 1 and "objects that are not compared" in ran.out  # nobody has looked into them
+
+
+def test_an_optimizer_whose_parameters_have_no_names_is_said_and_not_only_removed(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    adam = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    adam.step()
+    weights = model.state_dict()
+    for name, kept in (("a.pt", weights), ("b.pt", {k: weights[k] for k in list(weights)[:3]})):
+        torch.save({"model_state_dict": kept, "optimizer_state_dict": adam.state_dict()}, tmp_path / name)
+    ran = run("diff", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert ran.code == 1 and "not compared: b.pt (its parameters have no names)" in ran.out, ran.out
