@@ -136,6 +136,9 @@ def compared(result: Compared) -> list[str]:
     if keys := list(dict.fromkeys(key for side in both for key in client_tensors(side))):
         shown = ", ".join(map(escape, keys[:SHOWN]))
         lines.append(f"NOT COMPARED: tensors that training code keeps under {shown}; ckpt prove does")
+    if keys := list(dict.fromkeys(key for side in both for key in side.extra_state)):
+        shown = ", ".join(map(escape, keys[:SHOWN]))
+        lines.append(f"NOT COMPARED: what the model's state holds beside tensors: {shown}; ckpt prove does")
     for what, same in (("hyper-parameters", result.settings), ("counters and schedule", result.counters)):
         lines.append(f"{what}: {'equal' if same else 'not the same; ckpt diff names them'}")
     if not any(value not in (None, {}, []) for side in both for value in side.training.stated.values()):

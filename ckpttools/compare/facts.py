@@ -85,7 +85,9 @@ def _same(a: object, b: object) -> bool:
 
 
 def _client(checkpoint: Checkpoint) -> Iterator[tuple[str, object]]:
-    """What training code saved, but for what the counters say already."""
+    """What training code saved, and the model beside tensors, but for what the counters say already."""
+    for key, value in checkpoint.extra_state.items():
+        yield key, plain(_known(value), shown)
     said = set(_names(checkpoint))
     for key, value in checkpoint.client.items():
         if key not in said:
@@ -110,7 +112,12 @@ def _known(value: Value) -> Value:
 
 def opaque(checkpoint: Checkpoint) -> list[str]:
     """Where objects lie that cannot be compared."""
-    held = (checkpoint.client, checkpoint.training.scheduler, checkpoint.loss_scaler)
+    held = (
+        checkpoint.extra_state,
+        checkpoint.client,
+        checkpoint.training.scheduler,
+        checkpoint.loss_scaler,
+    )
     found = ((path, leaf) for value in held for path, leaf in leaves(value))
     return [dotted_path(path) for path, leaf in found if isinstance(leaf, Opaque) and not inside(leaf)]
 

@@ -242,3 +242,15 @@ def test_tensors_that_training_code_keeps_beside_are_said_not_to_be_compared(tmp
     ran = run("digest", tmp_path / "a.pt", "--compare", tmp_path / "b.pt")
     assert ran.code == 0 and "NOT COMPARED: tensors that training code keeps under average;" in ran.out
     assert run("prove", tmp_path / "a.pt", tmp_path / "b.pt").code == 1
+
+
+def test_what_the_models_state_holds_beside_tensors_is_compared_or_said_not_to_be(tmp_path: Path) -> None:
+    """TransformerEngine keeps the scales of its float8 there."""
+    for name, scale in (("a.pt", 1.0), ("b.pt", 2.0)):
+        model = {"w.weight": torch.ones(2, 2), "w._extra_state": {"scale": scale}}
+        torch.save({"model_state_dict": model}, tmp_path / name)
+    ran = run("digest", tmp_path / "a.pt", "--compare", tmp_path / "b.pt")
+    assert "NOT COMPARED: what the model's state holds beside tensors: w._extra_state;" in ran.out
+    ran = run("prove", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert ran.code == 1 and "w._extra_state.scale  1  2" in ran.out
+    assert run("diff", tmp_path / "a.pt", tmp_path / "b.pt").code == 1
