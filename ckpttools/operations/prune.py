@@ -278,6 +278,14 @@ def _refuse_changed(entry: Entry, run: Path, folder: Path) -> None:
 def _removing(path: Path) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError:
+        raise UsageError(
+            "prune-changed",
+            "the checkpoint went while it was to be removed",
+            where=path,
+            why="something else removes here as well; what was removed before stays removed",
+            hint="run ckpt prune again",
+        ) from None
     except OSError as error:
         raise UsageError(
             "not-removed",

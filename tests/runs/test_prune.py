@@ -372,6 +372,23 @@ def test_a_pin_that_comes_after_the_plan_is_seen(tmp_path: Path) -> None:
     assert (folder / "iter_1.pth").exists()
 
 
+def test_two_prunes_at_once_do_not_speak_of_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckpttools.operations import prune
+
+    folder, remove = make(tmp_path, 1, 2, 12), prune.remove_whole
+
+    def after_another(path: Path) -> None:
+        path.unlink()
+        remove(path)
+
+    monkeypatch.setattr(prune, "remove_whole", after_another)
+    with pytest.raises(ckpttools.UsageError, match="prune-changed"):
+        ckpttools.prune(folder, keep_last=1)
+    assert (folder / "iter_12.pth").exists()
+
+
 def test_killed_at_any_moment_no_half_checkpoint_is_left(tmp_path: Path) -> None:
     """A child is killed right before its n-th rename or deletion, for every n."""
     content = Folder(
