@@ -16,7 +16,7 @@ from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
 from ckpttools.checks.causes import TENSORS, by_cause
 from ckpttools.checks.changing import Watch
-from ckpttools.checks.copies import check_copies, missing_state
+from ckpttools.checks.copies import check_copies, check_rounded, missing_state
 from ckpttools.checks.headers import check_headers
 from ckpttools.checks.held import KEYS, Held, check_held, holds, lacks
 from ckpttools.checks.incidents import check_incidents
@@ -172,6 +172,7 @@ def _verify(
             findings += more
             if found is not None and not quick:
                 findings += check_untouched(found)
+                findings += check_rounded(copies) if subset is None else ()
         findings += check_manifest(source.target, own, said, digests)
         described = {n: entry_of(p, digests) for p, n in own.items() if p in digests} if describe else None
         contents = b"" if described is None else manifest.dump(described, output=crcs is not None)

@@ -11,8 +11,9 @@ The copies are compared bit by bit by the pass over the bytes, which reads them 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from typing import cast
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ from ckpttools.formats.format import Copy
 from ckpttools.frameworks import STATED
 from ckpttools.location import Location
 from ckpttools.stores.files import is_file, is_folder
+from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange
 
 BUNDLE, MODEL = "deepspeed", "hf_model"
 STEPS = ("global_step", "step", "iteration", "iter")
@@ -82,14 +84,48 @@ def _weights(found: Checkpoint, folder: Location, other: Checkpoint) -> tuple[li
         if tensor.shape != copy.shape:
             message = f"is {list(copy.shape)}, and {list(tensor.shape)} in DeepSpeed's module"
             findings.append(_differs(place, name, message))
-        elif tensor.dtype is copy.dtype:
+        elif tensor.dtype is copy.dtype or tensor.dtype.itemsize != copy.dtype.itemsize:
             pairs.append(Copy(name=name, tensor=copy, twin=f"{own} of DeepSpeed's module", copy=tensor))
     if not pairs and not findings and other.tensors:
         if any(_plain(name) in names for name in other.tensors):
-            return [], []  # in another dtype: nothing to compare bit by bit
+            return [], []  # fp16 beside bf16: neither holds what the other does
         message = f"none of its {len(other.tensors)} tensors is in DeepSpeed's module: of another model"
         findings.append(_differs(place, next(iter(other.tensors)), message))
     return findings, pairs
+
+
+def check_rounded(copies: Iterable[Copy]) -> Iterator[Finding]:
+    """Copies of another type, which the pass does not compare: fp32, rounded, is its copy of 16 bits.
+
+    Both are read once more. Nothing where a file cannot be read: the pass says so.
+    """
+    from ckpttools.passes.read import Reader, blocks  # numpy: of no use to headers
+    from ckpttools.values import BLOCK_NBYTES, same_after_cast
+
+    differ: list[Copy] = []
+    compared = 0
+    try:
+        with Reader() as reader:
+            for copy in copies:
+                narrow, wide = sorted((copy.tensor, copy.copy), key=lambda ref: ref.dtype.itemsize)
+                plain = all(isinstance(chunk, ByteRange) for ref in (narrow, wide) for chunk in ref.chunks)
+                if not plain or wide.dtype is not FLOAT32 or narrow.dtype not in (BFLOAT16, FLOAT16):
+                    continue
+                compared += 1
+                long = blocks(cast(tuple[ByteRange, ...], wide.chunks), FLOAT32, BLOCK_NBYTES, reader)
+                short = blocks(
+                    cast(tuple[ByteRange, ...], narrow.chunks), narrow.dtype, BLOCK_NBYTES // 2, reader
+                )
+                pairs = zip(long, short, strict=True)
+                if any(same_after_cast(a, b, narrow.dtype) is not None for a, b in pairs):
+                    differ.append(copy)
+    except CkptError:
+        return
+    if differ:
+        chunk = differ[0].tensor.chunks[0]
+        assert isinstance(chunk, ByteRange)
+        what = f"{len(differ)} of {compared} tensors are, rounded, not their copies in DeepSpeed's module"
+        yield _differs(str(chunk.path), differ[0].name, what)
 
 
 def _plain(name: str) -> str:

@@ -76,10 +76,23 @@ def test_a_foreign_model(tmp_path: Path) -> None:
     assert (ERROR, "copies-differ", "model.safetensors") in said(path)
 
 
-def test_weights_in_another_dtype_are_not_compared(tmp_path: Path) -> None:
+def test_weights_in_fp32_are_compared_rounded(tmp_path: Path) -> None:
+    """As they are saved from the 16-bit weights or from the masters: both round to module's."""
     path = copied(BUNDLE, tmp_path)
     file = path / "hf_model/model.safetensors"
-    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file)
+    weights = {name: tensor.float() for name, tensor in load_file(file).items()}
+    save_file(weights, file)
+    assert said(path) == []
+    masters = {name: tensor * (1 + 2**-12) for name, tensor in weights.items()}  # below half a bf16 step
+    save_file(masters, file)
+    assert said(path) == []
+    assert run("verify", path, "--quick").code == 0
+    weights["model.norm.weight"][3] += 0.1
+    save_file(weights, file)
+    (found,) = [f for f in verify(path).findings if f.severity == ERROR]
+    assert (found.id, Path(found.file).name, found.where) == ("copies-differ", file.name, "model.norm.weight")
+    assert found.message.startswith("1 of ")
+    save_file({name: tensor.half() for name, tensor in masters.items()}, file)  # neither holds the other's
     assert said(path) == []
 
 
