@@ -14,6 +14,7 @@ from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PATH, QUIET, SRC, STATS, TAG, WORKERS, number
 from ckpttools.cli.resume_report import document, show
 from ckpttools.errors import CkptError
+from ckpttools.location import Location
 from ckpttools.stores.files import is_file, is_folder
 
 
@@ -132,12 +133,12 @@ def _installed() -> dict[str, str]:
     return found
 
 
-def _auto_resume(src: Path) -> Iterator[Any]:
-    """The rule of `ckpt train --resume`."""
+def _auto_resume(src: Location) -> Iterator[Any]:
+    """The rule of `ckpt train --resume`, which runs where its checkpoints are."""
     from ckpttools.frameworks.rules import AutoResume
     from ckpttools.trainer import folders, search
 
-    if is_folder(src) and (found := folders.tags(src)):
+    if isinstance(src, Path) and is_folder(src) and (found := folders.tags(src)):
         taken = next(iter(search.newest_first(src)), None)
         pointer = is_file(src / folders.POINTER)
         yield AutoResume(

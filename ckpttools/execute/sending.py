@@ -97,17 +97,30 @@ def below(place: Stored) -> list[Stored]:
     """Every object below a folder. Raises OSError."""
     bucket = bucket_of(place)
     prefix = str(place.key).strip("/") + "/"
-    found = bucket.ask(bucket.api.list, prefix).collect()
+    found = _listed(bucket, prefix)
     return [
         Stored(bucket, type(place.key)("/", meta["path"])) for meta in found if meta["path"] + "/" != prefix
     ]
+
+
+def _listed(bucket: Bucket, prefix: str, most: int | None = None) -> list[Any]:
+    """What lies below a prefix, or the first of it. Raises OSError."""
+
+    def pages(store: Any, key: str) -> list[Any]:  # the store is asked while its pages are taken
+        below = f"{key}/" if key else None
+        if most is None:
+            return list(bucket.api.list(store, below).collect())
+        return list(next(iter(bucket.api.list(store, below, chunk_size=most)), ()))
+
+    found: list[Any] = bucket.ask(pages, prefix)
+    return found
 
 
 def is_taken(place: Stored) -> bool:
     """Whether there is an object, or one below. Raises OSError."""
     prefix = str(place.key).strip("/") + "/"
     bucket = bucket_of(place)
-    found = next(iter(bucket.ask(bucket.api.list, prefix, chunk_size=2)), ())
+    found = _listed(bucket, prefix, most=2)
     return version_of(place) is not None or any(meta["path"] + "/" != prefix for meta in found)
 
 

@@ -125,7 +125,7 @@ class _Share:
     def end(self, made: Report | None) -> Spread:
         """It is committed: nothing else is left of it."""
         self.others.missing = ()
-        self.ledger.remove()
+        Ledger(self.ledger.folder.parent).remove()  # and what those who read back together have told
         if self.marker is not None:
             self.marker.delete()
         return self.result(made)

@@ -21,7 +21,7 @@ from typing import Any
 
 from ckpttools.errors import UsageError
 from ckpttools.location import Entry, NotAFile, Stat, Stored
-from ckpttools.siblings import UNFINISHED
+from ckpttools.siblings import MANIFEST, UNFINISHED
 from ckpttools.stores import hub
 from ckpttools.stores.clients import client, failed
 from ckpttools.stores.memory import Listed
@@ -91,9 +91,14 @@ class Bucket:
 
     def _look(self, key: str) -> Stat | None:
         """Ask what is there; None for nothing."""
+        if not key.strip("/"):
+            self.list(key)
+            return Stat("folder", 0, 0, key)
+        if str(PurePosixPath(key).parent) in self._objects:
+            return None  # below a file
         with suppress(FileNotFoundError):
             return _stat(self.ask(self.api.head, key))
-        if _name(key) == UNFINISHED or not self._lists:
+        if _name(key).endswith((UNFINISHED, MANIFEST)) or not self._lists:
             return None  # never a folder
         with suppress(FileNotFoundError):
             self.list(key)
@@ -343,6 +348,10 @@ def place(scheme: str, text: str) -> Stored:
             where=f"{scheme}://",
             why="an address is shown in messages and kept by shells: it names the place alone",
             hint="write it as s3://BUCKET/PATH; credentials belong into the environment",
+        )
+    if ".." in key.split("/"):
+        raise UsageError(
+            "store-unknown", "a key has no ..", where=text, hint="write the whole path below the bucket"
         )
     url = f"{scheme}://{host}"
     if url not in _buckets:

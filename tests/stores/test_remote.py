@@ -109,6 +109,16 @@ def test_a_header_takes_four_requests(bucket: Any, tmp_path: Path) -> None:
     assert "requests" in ran.err
 
 
+def test_what_cannot_be_is_not_asked_for(bucket: Any, proxy: type[Proxy], tmp_path: Path) -> None:
+    """Nothing lies below a file, and a manifest is no folder."""
+    torch.save({f"layer{i}.weight": torch.randn(100, 60) for i in range(300)}, tmp_path / "many.pt")
+    bucket("one/many.pt", (tmp_path / "many.pt").read_bytes())
+    assert run("verify", "s3://runs/one/many.pt", "--quick").code == 0
+    asked = [path for _, path in proxy.seen]
+    assert not any("many.pt/" in path or "many.pt%2F" in path for path in asked), asked
+    assert sum("manifest" in path for path in asked) == 2
+
+
 def test_every_byte_once(bucket: Any, tmp_path: Path) -> None:
     from ckpttools.stores import remote
 
@@ -216,3 +226,25 @@ def test_a_file_that_is_not_there(web: str) -> None:
     with pytest.raises(UsageError) as caught:
         ckpttools.inspect(f"{web}/none.pt")
     assert caught.value.id == "not-found"
+
+
+def test_what_a_store_says_is_in_no_message(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing is asked for page by page: what fails there is told as everything else is."""
+    for words in (("copy", ZERO, "s3://nobucket/x"), ("inspect", "s3://nobucket/x"), ("ls", "s3://nobucket")):
+        ran = run(*words)
+        assert ran.code == 2 and ("404 Not Found" in ran.err or "no such" in ran.err), ran
+        assert "error[internal]" not in ran.err and "127.0.0.1" not in ran.err and "<Error>" not in ran.err
+    ran = run("copy", ZERO, "s3://runs/../x")
+    assert ran.code == 2 and "error[store-unknown]" in ran.err, ran
+
+
+def test_resume_check_of_what_lies_in_a_store(bucket: Any) -> None:
+    there = upload(bucket, ZERO, "resumed")
+    here, far = (run("resume-check", place) for place in (ZERO, there))
+    assert here.code == far.code and "error[" not in far.err, far
+
+
+def test_a_bucket_is_a_folder(bucket: Any) -> None:
+    bucket("some/notes.txt", b"mine")
+    ran = run("inspect", "s3://runs")
+    assert ran.code == 2 and "error[file-empty]" not in ran.err, ran

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -74,8 +75,11 @@ def kill_and_go_on(large: Path, here: Objects, rng: random.Random, want: dict[st
     """Kill some workers, run again with another number; what was there after the kill."""
     dst = here / f"run{n}/x"
     words: list[object] = ["reshard", large, dst, "--world-size", 5, "-q"]
+    ledger = f"run{n}/x{SPREAD}/ledger/"
     workers = [start(words, rank, 3) for rank in range(3)]
-    while not here.meta() and any(each.poll() is None for each in workers):
+    while all(each.poll() is None for each in workers) and not any(
+        name.startswith(f"run{n}/") for name in here.meta()
+    ):
         time.sleep(0.02)
     time.sleep(rng.uniform(0, 4.0))
     victims = workers if rng.random() < 0.5 else [rng.choice(workers)]
@@ -93,16 +97,19 @@ def kill_and_go_on(large: Path, here: Objects, rng: random.Random, want: dict[st
     else:
         state = "whole" if f"run{n}/x/latest" in found else "nothing"
         assert ran.code == (0 if state == "whole" else 2), ran
-    before = {name: meta["last_modified"] for name, meta in here.meta().items()}
-    ledger = f"run{n}/x{SPREAD}/ledger/"
-    finished = [name for name in before if name.startswith(f"{ledger}file-")]
+    finished = here.meta()
+    plan = json.loads(bytes(here.get(f"{ledger}plan.json"))) if f"{ledger}plan.json" in finished else {}
+    there = {
+        f"run{n}/x/{name}": finished[f"run{n}/x/{name}"]["last_modified"]
+        for k, (name, *_) in enumerate(plan.get("files", ()))
+        if f"{ledger}file-{k}.json" in finished
+    }
     found = together(words, rng.randint(1, 3))
     assert {code for code, _, _ in found} == {0}, found
     assert here.files(f"run{n}/x/") == want
     assert not any(SPREAD in name or UNFINISHED in name for name in here.meta())
     now = {name: meta["last_modified"] for name, meta in here.meta().items()}
-    again = sum(now[name] != before[name] for name in now if name in before and "optim" in name)
-    assert again <= len([name for name in now if "optim" in name and name in before]) - len(finished) + 1
+    assert there.items() <= now.items(), "a finished file was sent again"
     return state
 
 
@@ -117,9 +124,10 @@ def test_30_kills(large: Path, here: Objects, tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
-    states = [kill_and_go_on(large, here, rng, want, n) for n in range(30)]
+    kills = int(os.environ.get("CKPT_KILLS", "30"))
+    states = [kill_and_go_on(large, here, rng, want, n) for n in range(kills)]
     print({state: states.count(state) for state in set(states)})
-    assert states.count("unfinished") > 8
+    assert states.count("unfinished") > kills // 5
 
 
 def test_from_store_to_store(bucket: Any, here: Objects, tmp_path: Path) -> None:
@@ -139,8 +147,10 @@ def test_from_store_to_store(bucket: Any, here: Objects, tmp_path: Path) -> None
     (newer,) = ended([start(words, 0, 2)])
     assert newer[0] == 2 and "error[other-plan]" in newer[2] and "ckpttools 9." in newer[2], newer
     here.put(f"x{SPREAD}/ledger/plan.json", bytes(plan))
+    here.put(f"x{SPREAD}/ckpt-verify-0{SPREAD}/begin.json", b"{}")  # of a job that was killed as it read back
     (last,) = ended([start(words, 0, 2, **array, SLURM_ARRAY_TASK_ID="0")])
     assert last[0] == 0 and last[1] == f"{here / 'x'}\n", last
     assert here.files("x/") == local(("reshard", ZERO, "--world-size", 3), tmp_path / "x")
+    assert not any(name.startswith(f"x{SPREAD}") for name in here.meta())
     verified = ended([start(["verify", here / "x"], rank, 2) for rank in range(2)])
     assert [code for code, _, _ in verified] == [0, 0] and "good" in verified[0][1], verified
