@@ -83,6 +83,8 @@ class Commands(click.Group):
             raise UsageError(
                 "bad-usage",
                 f"there is no command '{escape(name)}'",
+                where="ckpt",
+                why="usage: ckpt COMMAND ..., or ckpt DIR for the checkpoints in a folder",
                 hint=did_you_mean(name, [*COMMANDS, *ALIASES]) or f"the commands are {', '.join(COMMANDS)}",
             )
         return super().resolve_command(ctx, args)

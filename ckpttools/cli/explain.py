@@ -29,6 +29,8 @@ def command(id: str | None, as_json: bool) -> None:
         raise UsageError(
             "bad-usage",
             f"there is no check or error named '{escape(id)}'",
+            where="ckpt explain",
+            why="an ID stands in brackets after error, warning or note",
             hint=did_you_mean(id, EXPLANATIONS) or "ckpt explain lists them all",
         )
     if as_json:

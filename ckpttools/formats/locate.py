@@ -106,7 +106,13 @@ def _tagged(folder: Folder, tag: str) -> Source:
     name = plain_name(tag, folder.path)
     if name not in folder.folders:
         hint = did_you_mean(tag, tags(folder)) or named_tags(folder)
-        raise UsageError("tag-missing", f"there is no tag {escape(tag)}", where=folder.path, hint=hint)
+        raise UsageError(
+            "tag-missing",
+            f"there is no tag {escape(tag)}",
+            where=folder.path,
+            why="a tag is a folder in it, as save_checkpoint named it",
+            hint=hint,
+        )
     inner, formats = folder.inside(name), [format for format in FORMATS if format.tagged]
     # what is of none of them is read as the most general one, which says what is missing
     format = next((format for format in formats if format.holds(inner)), formats[-1])

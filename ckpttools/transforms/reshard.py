@@ -49,6 +49,7 @@ def check_ranks(ranks: int, where: str | Location = "") -> None:
             "bad-usage",
             f"a world size of {ranks} makes no sense",
             where=where,
+            why="it is the number of processes that will load the result",
             hint=f"give a whole number from 1 to {MAX_RANKS:,}",
         )
 

@@ -360,3 +360,21 @@ def test_an_address_that_is_none_is_refused_in_four_parts(address: str) -> None:
     lines = run("inspect", address).err.splitlines()
     assert lines[0].startswith("error[store-unknown]") and lines[1].startswith("  in ")
     assert lines[2].startswith("  ") and lines[-1].startswith("hint: ") and len(lines) == 4, lines
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["verfy", "x"],
+        ["verify", "--quik", "x"],
+        ["explain", "shard-misssing"],
+        ["inspect", FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2", "-t", "global_step33"],
+        ["reshard", FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2", "--world-size", "70000"],
+    ],
+    ids=lambda words: " ".join(str(word) for word in words[:2])[:12],
+)
+def test_a_slip_of_the_pen_has_all_four_parts(words: list[object]) -> None:
+    ran = run(*words)
+    lines = ran.err.splitlines()
+    assert ran.code == 2 and lines[0].startswith("error[") and lines[1].startswith("  in "), lines
+    assert lines[2].startswith("  ") and lines[-1].startswith("hint: "), lines
