@@ -77,6 +77,8 @@ def _rates(rates: Any) -> str:
     if not rates.first:
         return f"not forecast: {rates.note}"
     first = _list(rates.first)
+    if rates.next is None and rates.last:
+        return f"{first} for the first update; then {rates.note}"
     if rates.next is None:
         return f"{first} for the first update; then ? ({rates.note or 'not forecast'})"
     return f"{first} for the first update, {_list(rates.next)} for the next" + (

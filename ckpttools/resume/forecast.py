@@ -132,6 +132,7 @@ class Rates:
     first: tuple[float, ...] = ()
     next: tuple[float, ...] | None = None
     note: str = ""
+    last: bool = False  # the run ends with the first update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,7 +58,7 @@ def rates(training: Training | None, *, engine: bool = False) -> Rates:
         if skipped:
             first = tuple(float(group["lr"]) for group in machine.groups)
         if skipped and _is_last(training, skipped):
-            return Rates(first=first, note="none: the run ends with that update")
+            return Rates(first=first, last=True, note="none: the run ends with that update")
         for _ in range(parts):
             machine.step()
         following = tuple(float(group["lr"]) for group in machine.groups)

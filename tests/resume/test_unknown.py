@@ -334,6 +334,11 @@ def test_a_schedule_that_does_not_give_the_saved_rate_foretells_no_next_one(tmp_
         assert "for the first update; then ? (not forecast" in shown, shown
 
 
+def test_a_run_that_ends_with_its_first_update_has_no_next_rate() -> None:
+    shown = run("resume-check", FIXTURES / "mmengine-deepspeed/iter_50.pth").out
+    assert "for the first update; then none: the run ends with that update" in shown
+
+
 def test_what_becomes_of_a_rate_that_was_set_by_hand_is_computed(tmp_path: Path) -> None:
     """A formula writes over it; a product goes on from it."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
