@@ -38,8 +38,8 @@ CONTRACT: dict[str, tuple[str, str]] = {
     ),
     "convert": (
         "SRC DST",
-        f"{WRITING} {STORES} {MANY} --to --world-size --mesh --like --dtype --rename --include --exclude "
-        "--reset-optimizer --optimizer-class --dcp-layout --hf-config --digest --no-digest",
+        f"{WRITING} {STORES} {MANY} --key --to --world-size --mesh --like --dtype --rename --include "
+        "--exclude --reset-optimizer --optimizer-class --dcp-layout --hf-config --digest --no-digest",
     ),
     "reshard": ("SRC [DST]", f"{WRITING} {STORES} {MANY} --world-size --mesh --digest --no-digest"),
     "rebase-schedule": (
