@@ -155,11 +155,23 @@ def _only(left: str, right: str) -> str:
 
 def _verdict(result: Compared) -> str:
     if result.same:
-        return "the same weights and optimizer state"
+        return _same(result)
     if result.different or not result.equal:
         return "different"
     kinds = " ".join(f"--kind {kind}" for kind in result.equal)
     return f"equal in what both hold; {kinds} compares that alone"
+
+
+def _same(result: Compared) -> str:
+    """In words of what was compared: not of what was not asked for, or what neither side has."""
+    from ckpttools.compare.content import MASTER, WEIGHT
+
+    known = dict.fromkeys((*result.left.content.kinds, *result.right.content.kinds))
+    if others := [kind for kind in known if kind not in result.equal]:
+        return f"the same in {', '.join(result.equal)}; not asked for: {', '.join(others)}"
+    if known.keys() <= {WEIGHT, MASTER}:
+        return "the same weights; neither holds any optimizer state"
+    return "the same weights and optimizer state"
 
 
 def _compared_json(result: Compared) -> dict[str, object]:
