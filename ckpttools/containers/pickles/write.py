@@ -145,7 +145,7 @@ class _Writer:
         kind = type(node)
         if kind in _LEAVES or id(node) in self.memo:
             return True
-        if not depth:
+        if not depth or id(node) in self.open:  # what is an argument of itself is refused by the long way
             return False
         if kind is tuple:
             parts: tuple[Node, ...] = node  # type: ignore[assignment]
