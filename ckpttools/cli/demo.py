@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import JSON, QUIET
+from ckpttools.cli.options import FOLDER, JSON, QUIET
 from ckpttools.errors import CkptError, UsageError
 
 SAVED = "iter_000012.pth"  # demo.yaml saves every 12 updates; an epoch is 23
@@ -47,7 +47,7 @@ TOLERANCE = 5e-4
 
 
 @click.command("demo")
-@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(file_okay=False, path_type=Path))
+@click.argument("folder", metavar="[DIR]", required=False, type=FOLDER)
 @click.option("--keep", is_flag=True, help="Keep the temporary folder; a DIR that you name is always kept.")
 @JSON
 @QUIET

@@ -50,6 +50,7 @@ class _Place(click.Path):
 
 # readable=False: whether a path can be read is found out, and explained, by reading it
 PATH = _Local(path_type=Path, readable=False)
+FOLDER = _Local(path_type=Path, readable=False, file_okay=False)
 PLACE = _Place(path_type=Path, readable=False)
 SRC = click.argument("src", type=PLACE)
 DST = click.argument("dst", type=PLACE, required=False)

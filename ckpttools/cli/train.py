@@ -11,7 +11,7 @@ from typing import Literal
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import JSON, QUIET
+from ckpttools.cli.options import FOLDER, JSON, PATH, QUIET
 from ckpttools.errors import escape
 
 
@@ -21,7 +21,7 @@ from ckpttools.errors import escape
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of the experiment.")
 @click.option(
     "--resume-from",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="With --resume: continue from this checkpoint. Alone: load its weights only.",
 )
 @click.option("--reset-optimizer", is_flag=True, help="Keep weights and position alone.")
@@ -40,7 +40,7 @@ from ckpttools.errors import escape
 )
 @click.option(
     "--work-dir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     help="The run folder. Default: work_dirs/EXPERIMENT/TIMESTAMP.",
 )
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop at this step; the schedule is unchanged.")

@@ -21,6 +21,7 @@ from ckpttools.errors import CkptError, UsageError
 from ckpttools.stores.files import named, opened, stat
 
 ZERO = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
+CONFIG = Path(ckpttools.__file__).parent / "trainer/demo.yaml"
 needs_obstore = pytest.mark.skipif(
     importlib.util.find_spec("obstore") is None, reason="obstore is not installed"
 )
@@ -50,7 +51,14 @@ def test_what_is_no_place_is_said(place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("prune", "s3://b/x", "--keep-last", 1), ("average", ZERO, ZERO, "-o", "s3://b/x")]
+    "words",
+    [
+        ("prune", "s3://b/x", "--keep-last", 1),
+        ("average", ZERO, ZERO, "-o", "s3://b/x"),
+        ("demo", "s3://b/x"),
+        ("train", CONFIG, "--work-dir", "s3://b/x"),
+        ("train", CONFIG, "--resume-from", "s3://b/x"),
+    ],
 )
 def test_what_is_only_done_on_this_machine(words: tuple[object, ...]) -> None:
     ran = run(*words)
