@@ -31,7 +31,7 @@ NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\
 EXPERT = re.compile(
     r"(layer_(?P<layer>\d{1,6})_)?expert_(?P<expert>\d{1,6})_mp_rank_\d{2,6}_model_states\.pt"
 )
-AXIS = re.compile(r"(pp_rank|rank|layer|expert|model)_#")
+AXIS = re.compile(r"(expp_rank|pp_rank|rank|layer|expert|model)_#")  # expp: as many as hold other experts
 RANKS = {"pp_rank": "dp_world_size", "rank": "mp_world_size"}  # by the word before the number: who counts it
 MODEL_STATES = "_model_states.pt"
 IN_PARTS = "layout-in-parts"

@@ -150,6 +150,19 @@ def test_experts_of_a_whole_layer_are_missed_by_what_the_model_file_states(tmp_p
     assert "experts-missing" not in ids(folder)
 
 
+def test_expert_parallel_optimizers_are_fewer_than_the_ranks(tmp_path: Path) -> None:
+    """Without ZeRO there is one for each part of the experts, whatever the number of data-parallel ranks."""
+    folder = shutil.copytree(ZERO / "moe_ws2", tmp_path / "run")
+    for path in sorted(folder.glob("*/*zero_pp_rank_*")):
+        path.unlink()
+    model = next(folder.glob("*/mp_rank_00_model_states.pt"))
+    assert torch.load(model, weights_only=False)["dp_world_size"] == 2
+    torch.save({"optimizer": {"state": {}}}, model.with_name("expp_rank_0_mp_rank_00_optim_states.pt"))
+    assert "shard-missing" not in ids(folder)
+    torch.save({"optimizer": {"state": {}}}, model.with_name("expp_rank_2_mp_rank_00_optim_states.pt"))
+    assert "shard-missing" in ids(folder)
+
+
 def test_model_files_of_different_steps(tmp_path: Path) -> None:
     folder = shutil.copytree(ZERO / "z3_bf16_ws2", tmp_path / "run")
     path = next(folder.glob("*/zero_pp_rank_1_mp_rank_00_model_states.pt"))
