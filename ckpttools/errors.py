@@ -81,8 +81,8 @@ class NotAsWritten(UsageError):
             "write-failed",
             "what was read back is not what was written",
             where=places[0],
-            why="bytes changed on their way to the disk; the destination is as it was",
-            hint="check the disk and the memory of this machine, or choose another file system",
+            why="bytes changed on their way; what was written is not taken for a checkpoint",
+            hint="check this machine's memory, and the disk or network; or choose another destination",
         )
         self.places = places
 

@@ -41,22 +41,42 @@ class Marker:
         self.found, names = True, list[str]()
         try:
             said = json.loads(data)
-            if said["plan"] == self.digest and bool(said.get("shared")) == self.shared:
+            if self._is_of_this(said):
                 self.finished, self.is_ours = dict(said["finished"]), True
-                self.old = [str(name) for name in said.get("replaces", ())]
+                self.old = _inside(said.get("replaces", ()))
                 return
-            names = [str(name) for name in (*said["files"], *said.get("replaces", ()))]
+            names = _inside((*said["files"], *said.get("replaces", ())))
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
         if not force:
-            raise UsageError(
-                "destination-exists",
-                "an upload of something else, or by another number of programs, was not finished there",
-                where=self.dst,
-                why="another program may still be writing it",
-                hint="choose another destination; or, if nothing writes it any more, --force replaces it",
-            )
+            raise self._another()
         self.old = names
+
+    def is_there(self) -> bool | None:
+        """Whether the marker of this plan is there now; None for none at all. Raises OSError."""
+        try:
+            return self._is_of_this(json.loads(sending.get(self.place)[0]))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+
+    def refuse_another(self) -> None:
+        """Raises UsageError where something else has taken the place meanwhile, OSError."""
+        if self.is_there() is False:
+            raise self._another()
+
+    def _is_of_this(self, said: Any) -> bool:
+        return bool(said["plan"] == self.digest and bool(said.get("shared")) == self.shared)
+
+    def _another(self) -> UsageError:
+        return UsageError(
+            "destination-exists",
+            "an upload of something else, or by another number of programs, was not finished there",
+            where=self.dst,
+            why="another program may still be writing it",
+            hint="choose another destination; or, if nothing writes it any more, --force replaces it",
+        )
 
     def replaces(self, old: Iterable[Stored]) -> None:
         """These objects, below DST, are to be replaced, too."""
@@ -85,3 +105,8 @@ class Marker:
 
     def delete(self) -> None:
         sending.delete(self.place)
+
+
+def _inside(names: Iterable[Any]) -> list[str]:
+    """Those that lie below DST: what anybody has put there is not believed."""
+    return [name for name in map(str, names) if name[:1] not in ("", "/") and ".." not in name.split("/")]

@@ -13,7 +13,7 @@ from ckpttools.execute.system import write_errors
 from ckpttools.location import Location, Stat
 from ckpttools.passes.read import truncated
 from ckpttools.plan import Crc32, OutputFile, Plan, reads
-from ckpttools.stores.files import stat
+from ckpttools.stores.files import entries, stat
 from ckpttools.tensors import spans
 
 Fingerprint = Stat
@@ -146,6 +146,18 @@ def fingerprints(ends: Mapping[Location, int]) -> dict[Location, Fingerprint]:
         if prints[path].size < end:
             raise truncated(path, end, prints[path].size)
     return prints
+
+
+def is_there(plan: Plan, dst: Location) -> bool:
+    """Whether every file of a plan is at its destination, by its size."""
+    places = {dst / file.path if file.path else dst: file.nbytes for file in plan.files}
+    try:
+        if not plan.is_single_file:
+            for folder in {place.parent for place in places}:
+                entries(folder)  # one request of a store, instead of one for each file
+        return all(stat(place).size == nbytes for place, nbytes in places.items())
+    except OSError:
+        return False
 
 
 def unchanged(before: Mapping[Location, Fingerprint]) -> None:

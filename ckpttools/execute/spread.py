@@ -136,7 +136,7 @@ class _Share:
         )
 
     def is_committed(self) -> bool:
-        return os.path.lexists(self.dst) and self.job.is_result(self.dst, self.digest)
+        return self.job.is_result(self.dst, self.digest) and preflight.is_there(self.plan, self.dst)
 
     def clear(self) -> None:
         """Remove the staging, and the destination that was replaced, if any."""

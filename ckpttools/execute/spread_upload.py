@@ -10,7 +10,7 @@ work. Each file appears whole; then it is in the ledger. Worker 0 (in an array, 
 finished) sends what is left, has everything read back, puts the manifest, which names the plan, then removes
 ledger and marker. All that is put is the same whoever puts it, so two that commit do each other no harm, and
 whatever ends a job, the same command goes on: files that are in the ledger, and are still that version, are
-not sent again.
+not sent again. A single file that is there and not in the ledger may be anybody's: only --force replaces it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ckpttools.execute.marker import Marker
 from ckpttools.execute.objects import File, Objects, Record, checks_of
 from ckpttools.execute.others import Elsewhere, Finishes, Job, Others
 from ckpttools.execute.preflight import Fingerprint
-from ckpttools.execute.sending import store_errors
+from ckpttools.execute.sending import Version, store_errors
 from ckpttools.execute.signals import terminating_signals
 from ckpttools.execute.spread import Spread
-from ckpttools.execute.upload import IsLast, refuse, report, seen
+from ckpttools.execute.upload import IsLast, manifests, refuse, report, seen
 from ckpttools.location import Location, Stored
 from ckpttools.passes.threads import count
 from ckpttools.plan import Plan
@@ -65,17 +65,21 @@ def spread_upload(
     before = preflight.fingerprints(preflight.source_ends(plan))
     described = describe(plan, before, __version__)
     with terminating_signals(), store_errors(dst):
-        share = _Share(plan, dst, job, digest(described), before, progress, is_last)
+        share = _Share(plan, dst, job, digest(described), before, progress, is_last, force=force)
         if share.is_committed():
             return share.end(None)
-        begun = plan.is_single_file and not share.ledger.is_of_another(described)
         old = sending.below(dst) if force and not plan.is_single_file else []  # judged by `refuse`
-        try:
-            refuse(plan, dst, source=source, force=force, replaces=replaces, begun=begun)
-        except UsageError:
-            if share.is_committed():
-                return share.end(None)
-            raise
+        for look in range(_LOOKS):
+            try:
+                begun = share.is_begun(described)
+                refuse(plan, dst, source=source, force=force, replaces=replaces, begun=begun)
+                break
+            except UsageError:
+                if share.is_committed():
+                    return share.end(None)
+                if look == _LOOKS - 1 or share.ledger.is_of_another(described):
+                    raise
+            time.sleep(share.ledger.pause)  # another worker of this plan may have put it right now
         share.begin(described, old, force)
         if share.is_committed():  # while this worker began
             return share.end(None)
@@ -106,9 +110,11 @@ class _Share:
         before: Mapping[Location, Fingerprint],
         progress: Progress | None,
         is_last: IsLast,
+        *,
+        force: bool,
     ) -> None:
         self.plan, self.dst, self.job, self.digest, self.before = plan, dst, job, digest, before
-        self.is_last = is_last
+        self.is_last, self.force = is_last, force
         self.ledger = Ledger(dst.with_name(dst.name + SPREAD) / "ledger")
         self.others = Others(self.ledger, dst, job)
         self.objects = Objects(plan, dst, progress)
@@ -126,16 +132,27 @@ class _Share:
         """It is committed: nothing else is left of it."""
         self.others.missing = ()
         Ledger(self.ledger.folder.parent).remove()  # and what those who read back together have told
-        if self.marker is not None:
+        if self.marker is not None and self.marker.is_there():
             self.marker.delete()
         return self.result(made)
 
+    def is_begun(self, described: Mapping[str, Any]) -> bool:
+        """Whether what is there was put by this plan: its marker is, or the ledger has the only file."""
+        if self.marker is not None:
+            return bool(self.marker.is_there())
+        is_sent = not self.ledger.is_of_another(described) and self.needed[0] in self.ledger.names()
+        return is_sent and self._is_there(self.needed[0])
+
     def is_committed(self) -> bool:
-        """Whether the manifest, which comes when all was read back, is there and names this plan."""
+        """Whether the manifest, which comes when all was read back, is there and names this plan, all files
+        are there, and nothing else has begun to replace them.
+        """
+        if self.marker is not None and self.marker.is_there() is False:
+            return False
         bucket = sending.bucket_of(self.dst)
         bucket.forget(str((self.dst / MANIFEST).key))
         bucket.forget(str(self.dst.with_name(f"{self.dst.name}.{MANIFEST}").key))
-        return self.job.is_result(self.dst, self.digest)
+        return self.job.is_result(self.dst, self.digest) and preflight.is_there(self.plan, self.dst)
 
     def begin(self, described: Mapping[str, Any], old: list[Stored], force: bool) -> None:
         """Join the others, or be the first. Raises UsageError, OSError."""
@@ -146,6 +163,9 @@ class _Share:
             return
         if not self.marker.found:
             self.marker.replaces(old)
+        else:  # else one of this plan, from before, would say that it is committed
+            for place in manifests(old):
+                sending.delete(place)
         try:
             self.marker.put({})
         except OSError as error:
@@ -160,6 +180,8 @@ class _Share:
             name for k, name in enumerate(self.needed) if k % self.job.worker.world == self.job.worker.rank
         }
         todo = {name for name in mine if name not in done or not self._is_there(name)}
+        for name in todo & done:
+            self.ledger.forget(name)
 
         def now() -> Iterator[File]:
             # The files of others are gone through, too: what a unit claims depends on those before it.
@@ -172,7 +194,7 @@ class _Share:
         numbers = {file.path: k for k, file in enumerate(self.plan.files)}
 
         def send(file: File) -> None:
-            record = self.objects.send(file, sending.put_over, self._make_room)
+            record = self.objects.send(file, self._put, self._make_room)
             preflight.unchanged(self.before)
             with store_errors(self.dst):
                 self.ledger.put(f"file-{numbers[file[0].plan.path]}", record)
@@ -186,9 +208,19 @@ class _Share:
             self.ledger.put(_GAPS, {"checks": gaps})
 
     def _make_room(self, place: Stored) -> None:
-        """Of a single file: the manifest of what it replaces goes before it appears."""
-        if self.marker is None:
-            sending.delete(place.with_name(f"{place.name}.{MANIFEST}"))
+        """Raises UsageError where something else has taken the place. Of a single file: the manifest of what
+        it replaces goes before it appears.
+        """
+        if self.marker is not None:
+            self.marker.refuse_another()
+            return
+        if not self.force and sending.version_of(place) is not None:
+            raise preflight.exists(place)
+        sending.delete(place.with_name(f"{place.name}.{MANIFEST}"))
+
+    def _put(self, place: Stored, data: bytes) -> Version:
+        is_free = self.marker is None and not self.force
+        return sending.put(place, data) if is_free else sending.put_over(place, data)
 
     def _is_there(self, name: str) -> bool:
         """Whether what the ledger says of a file is so, still."""
@@ -214,12 +246,15 @@ class _Share:
     def commit(self, finish: Finishes | None) -> Report:
         """All files are there: what makes them a checkpoint comes, everything is read back, the manifest."""
         records: dict[str, Record] = {}
-        gaps = {int(k): (crc, n) for k, (crc, n) in self.ledger.get(_GAPS)["checks"].items()}
-        for name in self.needed[:-1]:
-            path = self.plan.files[int(name.removeprefix("file-"))].path
-            records[path] = self.ledger.get(name)
+        try:
+            gaps = {int(k): (crc, n) for k, (crc, n) in self.ledger.get(_GAPS)["checks"].items()}
+            for name in self.needed[:-1]:
+                path = self.plan.files[int(name.removeprefix("file-"))].path
+                records[path] = self.ledger.get(name)
+        except FileNotFoundError:
+            raise Elsewhere from None
         for last in self.last:
-            records[last[0].plan.path] = self.objects.send(last, sending.put_over)
+            records[last[0].plan.path] = self.objects.send(last, self._put, self._make_room)
         try:
             checked = compare(self.plan.checks, [checks_of(records.values(), gaps)])
             preflight.unchanged(self.before)
@@ -229,6 +264,8 @@ class _Share:
             crcs = self.objects.crcs(records, there)
             self.others.let_read(crcs.values())
             more = finish(self.digest, self.others.look)(there, crcs) if finish else {}
+            if self.marker is not None:
+                self.marker.refuse_another()
         except CkptError as error:
             self.others.read_in_vain()
             self.drop(error.places if isinstance(error, NotAsWritten) else ())
@@ -246,8 +283,10 @@ class _Share:
 
     def drop(self, wrong: Collection[Location]) -> None:
         """What is not what was written is sent again the next time; a single file, which nothing marks as
-        unfinished, goes in any case.
+        unfinished, goes in any case, but for one that another worker has found to be right.
         """
+        if self.marker is None and self.is_committed():
+            return
         for k, file in enumerate(self.plan.files):
             if self.marker is None or seen(self.dst, self.plan) / file.path in wrong:
                 self.ledger.forget(f"file-{k}")

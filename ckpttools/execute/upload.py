@@ -15,7 +15,7 @@ A part is made in memory from the units of the plan, with a CRC-32 of every byte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -72,9 +72,13 @@ def upload(
             more = finish(work.seen, work.objects.crcs(work.finished, work.seen)) if finish else {}
         except BaseException as error:
             with suppress(OSError):
-                work.undo() if isinstance(error, CkptError) and not isinstance(
-                    error, StoreFailed
-                ) else work.leave()
+                if isinstance(error, CkptError) and not isinstance(error, StoreFailed):
+                    if work.undo():
+                        error.hint += (
+                            f"\n{escape(dst)} is no checkpoint now: --force replaces what is left there"
+                        )
+                else:
+                    work.leave()
             raise
         work.commit(more)
     return report(plan, dst, work.finished, work.objects.nbytes_read, checked, work.notes)
@@ -150,6 +154,7 @@ class _Upload:
         self.gaps: dict[int, tuple[int, int]] = {}
         self.notes: tuple[str, ...] = ()
         self._saved = 0.0
+        self._appeared = False  # the first object, maybe
 
     def begin(self, old: list[Stored]) -> None:
         """Take the place of what is `old` there. Raises UsageError."""
@@ -165,6 +170,8 @@ class _Upload:
             self.marker.replaces(old)
             if old:
                 self.notes = (f"replaced {escape(self.dst)}, {len(old)} objects",)
+        else:
+            self.marker.replaces(manifests(old))
         self._save(self.marker)
 
     def _save(self, marker: Marker) -> None:
@@ -202,6 +209,7 @@ class _Upload:
 
     def _make_room(self, place: Stored) -> None:
         """Of a single file, which is about to appear: nothing is there by now, or it and its manifest go."""
+        self._appeared = True
         if self.marker is None and self.force:
             sending.delete(place.with_name(f"{place.name}.{MANIFEST}"))
         elif self.marker is None and sending.version_of(place) is not None:
@@ -214,19 +222,30 @@ class _Upload:
 
     def leave(self) -> None:
         """What is finished is on record; nothing is left of an upload that never began."""
-        if self.marker is not None and self.finished:
+        if self.marker is None:
+            return
+        if self._appeared or self.marker.found:
             self._save(self.marker)
-        elif self.marker is not None:
+        else:
             self.marker.delete()
 
-    def undo(self) -> None:
-        """Remove what was sent, unless another program has put something else there."""
+    def undo(self) -> bool:
+        """Remove what was sent, unless another program has put something else there. Where that leaves the
+        rest of what was to be replaced, or of an ended upload, the marker stays, and True is returned.
+        """
         for name, record in self.finished.items():
             place = self.objects.place(name)
             if sending.version_of(place) == record["version"]:
                 sending.delete(place)
-        if self.marker is not None:
-            self.marker.delete()
+        if self.marker is None:
+            return False
+        is_less = self.marker.found or (self.marker.old and self._appeared)
+        if is_less and any(place != self.marker.place for place in sending.below(self.dst)):
+            self.finished.clear()
+            self._save(self.marker)
+            return True
+        self.marker.delete()
+        return False
 
     def commit(self, more: Mapping[str, bytes]) -> None:
         """Put the small files that were made of the whole; at last the marker goes."""
@@ -235,6 +254,11 @@ class _Upload:
         if self.marker is not None:
             self._save(self.marker)  # whoever has taken the place meanwhile shows here
             self.marker.delete()
+
+
+def manifests(places: Iterable[Stored]) -> list[Stored]:
+    """Of what is replaced: they name a plan whose files another one has replaced since."""
+    return [place for place in places if place.name.endswith(MANIFEST)]
 
 
 def seen(dst: Stored, plan: Plan) -> Stored:
