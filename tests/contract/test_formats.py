@@ -16,6 +16,7 @@ from support import FIXTURES
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.execute import execute
 from ckpttools.formats import FORMATS, PLANS, Format, counters, locate, open_checkpoint, read
+from ckpttools.formats.deepspeed import NEW_SCALER
 from ckpttools.operations.convert import TARGETS
 from ckpttools.training import Training
 from ckpttools.transforms.select import weights_only
@@ -23,7 +24,7 @@ from ckpttools.tree import Value
 
 SOURCES = {
     "zero": ("deepspeed-0.19.8/z2_groups_ws2",),  # more in test_zero.py
-    "zero0": tuple(f"deepspeed-0.19.8/z0_{name}_ws2" for name in ("bf16", "fp32")),
+    "zero0": tuple(f"deepspeed-0.19.8/z0_{name}_ws2" for name in ("bf16", "fp16", "fp32")),
     "zero3": tuple(f"deepspeed-0.19.8/z3_{name}_ws2" for name in ("groups", "lora", "fp16", "nostep", "sgd")),
     "universal": ("universal/z2_groups", "universal/z2_frozen", "universal/z3_groups"),
     "pt": (
@@ -91,6 +92,9 @@ def held(format: Format, source: str, checkpoint: Checkpoint, notes: str | None 
             checkpoint = replace(checkpoint, training=state)
     if not format.resumes:
         return weights_only(checkpoint)
+    if format.name == "zero0" and checkpoint.layout.dtype == "fp16" and not checkpoint.loss_scaler:
+        begun = {**NEW_SCALER, "cur_iter": checkpoint.training.step}  # its wrapper does not load without one
+        return replace(checkpoint, loss_scaler=begun)
     if format.name == "dcp":
         own = {key: value for key, value in checkpoint.client.items() if key not in CLIENTS_OWN}
         if _in_text(own) != own:

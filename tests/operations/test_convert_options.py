@@ -310,6 +310,22 @@ def test_an_engine_of_fp16_scales_its_loss_and_no_other_does(to: Any, tmp_path: 
     assert scales == {"a": (True, 65536.0), "b": (False, 1.0)}
 
 
+def test_the_loss_scale_of_stage_0_goes_on(tmp_path: Path) -> None:
+    """Its wrapper keeps what changes while a run goes on, the other stages the whole scaler."""
+    source = SAMPLES / "z0_fp16_ws2"
+    saved = torch.load(next(source.rglob("mp_rank_00_*")), weights_only=False)["optimizer"]
+    made = convert(source, tmp_path / "a", to="zero2", world_size=1, digest=False)
+    assert not any("loss scale" in note for note in made.notes)
+    file = next(made.destination.rglob("*_optim_states.pt"))
+    scaler = torch.load(file, weights_only=False)["optimizer_state_dict"]["loss_scaler"]
+    assert (scaler.dynamic, scaler.cur_scale, scaler.scale_window) == (True, 512.0, 2)
+    back = convert(made.destination, tmp_path / "b", to="zero0", digest=False)
+    again = torch.load(next(back.destination.rglob("mp_rank_00_*")), weights_only=False)["optimizer"]
+    assert {key: again[key] for key in saved if "scale" in key} == {
+        key: saved[key] for key in saved if "scale" in key
+    }
+
+
 @pytest.mark.parametrize("to", FOLDERS)
 def test_weights_of_64_and_of_8_bits_are_not_deepspeeds(to: Any, tmp_path: Path) -> None:
     model = net().double()

@@ -10,11 +10,13 @@ from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup, common_dt
 from ckpttools.containers import fields
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode
+from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import torch_optimizer
 from ckpttools.formats.buffers import untrained
 from ckpttools.formats.deepspeed import (
+    NEW_SCALER,
     client,
     counters,
     excludes_frozen,
@@ -42,7 +44,10 @@ from ckpttools.tree import Value
 OPTIMIZER, INNER = "optimizer", "optimizer_state_dict"
 SHAPES, FROZEN = "param_shapes", "frozen_param_shapes"
 MASTERS = ("fp32_groups", "fp32_groups_flat")  # tensors of each group, or one vector of each
-SCALE = ("cur_scale", "dynamic_loss_scale")  # of the wrapper in fp16 and bf16
+# of the wrapper in fp16 and bf16, whose names for them are the scaler's
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
+DYNAMIC = "dynamic_loss_scale"
+CONFIGURED = {"min_scale": "min_loss_scale", "delayed_shift": "hysteresis", "cur_hysteresis": "hysteresis"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +85,11 @@ def read(folder: Location) -> Checkpoint:
     stated = shapes_of(file.path, root.get(FROZEN), FROZEN) if root.get(FROZEN) is not None else {}
     frozen = frozenset(stated) & params.keys() if order else untrained(params, trained, shared)[0]
     settings = settings_of(file, root)
-    scale = [at(root.get(OPTIMIZER), key) for key in SCALE]
     notes = list(unchecked([file]))
     values = client(file, root)
     if problem is not None:
         notes.append(f"the optimizer's state has no names: {problem}; --to pt alone carries it, as it is")
         values |= {OPTIMIZER: decode(file, root.get(OPTIMIZER))}
-    if scale[1] is True:
-        notes.append(
-            f"the loss scale, {scale[0]}, stays in this format: elsewhere the engine begins with its own"
-        )
     version = root.get("ds_version")
     return Checkpoint(
         path=folder,
@@ -117,10 +117,24 @@ def read(folder: Location) -> Checkpoint:
         checks=tuple(file.checks()),
         notes=tuple(notes),
         optimizer=optimizer_class(settings),
+        loss_scaler=_loss_scaler(file, root.get(OPTIMIZER), settings.get("fp16")),
         client=values,
         settings=settings,
         template=Stage0(file, root),
     )
+
+
+def _loss_scaler(file: TorchFile, wrapper: Node, config: Value) -> Mapping[str, Value]:
+    """The scaler that the other stages have for the same: what the wrapper keeps of it, the rest as ds_config
+    has it, or as DeepSpeed begins.
+    """
+    known = {key: decode(file, value) for key in SCALE if (value := at(wrapper, key)) is not None}
+    if at(wrapper, DYNAMIC) is True:
+        stated = config if isinstance(config, Mapping) else {}
+        asked = {key: stated[name] for key, name in CONFIGURED.items() if isinstance(stated.get(name), int)}
+        return {**NEW_SCALER, **asked, **known}
+    scale = known.get("cur_scale", 1)
+    return {"class": "LossScaler", "cur_scale": scale, "dynamic": False} if scale != 1 else {}
 
 
 def _no_optimizer(folder: Location, where: Location) -> CkptError:

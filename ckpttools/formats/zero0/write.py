@@ -17,7 +17,13 @@ from ckpttools.containers.torch_file import Storage, size_node, write_torch_file
 from ckpttools.errors import escape
 from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.cutting import equal, no_groups, not_flat
-from ckpttools.formats.deepspeed import client_values, counter_values, scheduler_state, version_of
+from ckpttools.formats.deepspeed import (
+    NEW_SCALER,
+    client_values,
+    counter_values,
+    scheduler_state,
+    version_of,
+)
 from ckpttools.formats.left_out import left_out
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.torch_optimizer import separate, state_of
@@ -80,7 +86,8 @@ def _notes(checkpoint: Checkpoint, layout: Layout, wrapped: bool) -> Iterator[st
             "--optimizer-class FusedAdam joins them to a vector for each group"
         )
     kept = {"class", "dtype", "dynamic", "cur_scale", "cur_iter", "scale_window", *SCALE}
-    if wrapped and (lost := checkpoint.loss_scaler.keys() - kept):
+    other = {key for key, value in checkpoint.loss_scaler.items() if value != NEW_SCALER.get(key)}
+    if wrapped and (lost := other - kept):
         yield f"not kept of the loss scaler: {', '.join(map(escape, sorted(lost)))}"
     if checkpoint.loss_scaler and not wrapped and checkpoint.loss_scaler.get("dynamic") is not False:
         yield "not kept: the loss scaler, which stage 0 has in 16 bits alone"
