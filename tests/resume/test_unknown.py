@@ -334,6 +334,13 @@ def test_a_schedule_that_does_not_give_the_saved_rate_foretells_no_next_one(tmp_
         assert "for the first update; then ? (not forecast" in shown, shown
 
 
+def test_the_next_rate_of_an_engine_that_has_made_no_step() -> None:
+    """Older DeepSpeed has the optimizer's own rate for the first update, newer the schedule's."""
+    for version, first in (("0.14.5", 0.02), ("0.19.8", 0.002)):
+        rates = said(FIXTURES / f"deepspeed-{version}/z2_nostep_ws2")[1]["lr"]
+        assert (rates["first"], rates["next"]) == (first, 0.002)
+
+
 def test_a_run_that_ends_with_its_first_update_has_no_next_rate() -> None:
     shown = run("resume-check", FIXTURES / "mmengine-deepspeed/iter_50.pth").out
     assert "for the first update; then none: the run ends with that update" in shown
