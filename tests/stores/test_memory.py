@@ -35,8 +35,7 @@ def answer(ask: Any, path: Location, **options: Any) -> str:
         found = ask(path, **options)
     except CkptError as error:
         return error.problem.shown()
-    place = r"Stored\(store=<[^>]*>, key=PurePosixPath\(('[^']*')\)\)|PosixPath\(('[^']*')\)"
-    return re.sub(place, lambda match: match[1] or match[2], str(found))
+    return re.sub(r"(?:Stored|PosixPath)\(('[^']*')\)", lambda match: match[1], str(found))
 
 
 def inspected(path: Location) -> str:
