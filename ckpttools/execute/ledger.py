@@ -73,17 +73,19 @@ class Ledger:
         there = self.get(_PLAN)
         name = plain_name(str(there.pop(_NAME, "")), self.folder)
         if difference := _difference(there, described):
-            here = self.folder.parent
-            tidy = f"rm -r {here}" if isinstance(here, Path) else f"remove what lies below {here}"
             raise UsageError(
                 "other-plan",
                 f"this worker and those before it do not write the same: {difference}",
                 where=dst,
-                why=f"what is in {here.name} would be mixed with something else",
+                why=f"what is in {self.folder.parent.name} would be mixed with something else",
                 hint=f"use the same command and the same ckpttools on every machine; or, if no job writes "
-                f"this any more: {tidy}",
+                f"this any more: {self._tidy()}",
             )
         return name
+
+    def _tidy(self) -> str:
+        here = self.folder.parent
+        return f"rm -r {here}" if isinstance(here, Path) else f"remove what lies below {here}"
 
     def is_begun(self) -> bool:
         return _PLAN in self.names()
@@ -95,6 +97,10 @@ class Ledger:
         except (FileNotFoundError, UsageError):
             return True
         return bool(_difference({k: v for k, v in there.items() if k != _NAME}, described))
+
+    def is_foreign(self, described: Mapping[str, Any]) -> bool:
+        """Whether another plan has begun, of which nothing is to be removed."""
+        return self.is_begun() and self.is_of_another(described)
 
     def names(self) -> set[str]:
         """Of all pieces that are finished, and of failures. Empty where the ledger is gone."""
@@ -121,7 +127,7 @@ class Ledger:
                 "the record of what is finished cannot be read",
                 where=self.folder / (name + _SUFFIX),
                 why="a disk that lost a finished file may have lost others",
-                hint=f"if no job writes this any more: rm -r {self.folder.parent}; then run it again",
+                hint=f"if no job writes this any more: {self._tidy()}; then run it again",
             )
         return value
 

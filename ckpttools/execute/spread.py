@@ -79,7 +79,7 @@ def spread(
     described = describe(plan, before, __version__)
     share = _Share(plan, dst, job, digest(described), before)
     if share.is_committed():
-        if job.worker.rank == 0:
+        if job.worker.rank == 0 and not share.is_replaced(described):
             share.clear()
         return share.result(None)
     if job.worker.rank == 0 and os.path.lexists(dst) and any(share.folder.glob(f"{_DONE}*")):
@@ -137,6 +137,11 @@ class _Share:
 
     def is_committed(self) -> bool:
         return self.job.is_result(self.dst, self.digest) and preflight.is_there(self.plan, self.dst)
+
+    def is_replaced(self, described: Mapping[str, Any]) -> bool:
+        """Whether workers of another plan are at it."""
+        ledgers = (self.records, *self.folder.glob(f"{_DONE}*"))
+        return any(Ledger(place).is_foreign(described) for place in ledgers)
 
     def clear(self) -> None:
         """Remove the staging, and the destination that was replaced, if any."""

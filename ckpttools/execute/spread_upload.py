@@ -64,23 +64,30 @@ def spread_upload(
     preflight.validate(plan)
     before = preflight.fingerprints(preflight.source_ends(plan))
     described = describe(plan, before, __version__)
+    if not dst.name:
+        raise UsageError(
+            "bad-usage",
+            "many processes need a place of their own beside what they write",
+            where=dst,
+            hint=f"name a folder or a file below {dst}",
+        )
     with terminating_signals(), store_errors(dst):
-        share = _Share(plan, dst, job, digest(described), before, progress, is_last, force=force)
+        share = _Share(plan, dst, job, described, before, progress, is_last, force=force)
         if share.is_committed():
             return share.end(None)
         old = sending.below(dst) if force and not plan.is_single_file else []  # judged by `refuse`
         for look in range(_LOOKS):
             try:
-                begun = share.is_begun(described)
+                begun = share.is_begun()
                 refuse(plan, dst, source=source, force=force, replaces=replaces, begun=begun)
                 break
             except UsageError:
                 if share.is_committed():
                     return share.end(None)
-                if look == _LOOKS - 1 or share.ledger.is_of_another(described):
+                if look == _LOOKS - 1 or share.ledger.is_of_another(share.described):
                     raise
             time.sleep(share.ledger.pause)  # another worker of this plan may have put it right now
-        share.begin(described, old, force)
+        share.begin(old)
         if share.is_committed():  # while this worker began
             return share.end(None)
         try:
@@ -106,19 +113,20 @@ class _Share:
         plan: Plan,
         dst: Stored,
         job: Job,
-        digest: str,
+        described: Mapping[str, Any],
         before: Mapping[Location, Fingerprint],
         progress: Progress | None,
         is_last: IsLast,
         *,
         force: bool,
     ) -> None:
-        self.plan, self.dst, self.job, self.digest, self.before = plan, dst, job, digest, before
+        self.plan, self.dst, self.job, self.before = plan, dst, job, before
+        self.described, self.digest = described, digest(described)
         self.is_last, self.force = is_last, force
         self.ledger = Ledger(dst.with_name(dst.name + SPREAD) / "ledger")
         self.others = Others(self.ledger, dst, job)
         self.objects = Objects(plan, dst, progress)
-        self.marker = None if plan.is_single_file else Marker(dst, plan, digest, shared=True)
+        self.marker = None if plan.is_single_file else Marker(dst, plan, self.digest, shared=True)
         shared = [k for k, file in enumerate(plan.files) if not is_last(file.path)]
         shared.sort(key=lambda k: -plan.files[k].nbytes)  # so that each worker gets large ones and small ones
         self.needed = [*(f"file-{k}" for k in shared), _GAPS]
@@ -131,16 +139,17 @@ class _Share:
     def end(self, made: Report | None) -> Spread:
         """It is committed: nothing else is left of it."""
         self.others.missing = ()
-        Ledger(self.ledger.folder.parent).remove()  # and what those who read back together have told
+        if not self.ledger.is_foreign(self.described):
+            Ledger(self.ledger.folder.parent).remove()  # and what those who read back together have told
         if self.marker is not None and self.marker.is_there():
             self.marker.delete()
         return self.result(made)
 
-    def is_begun(self, described: Mapping[str, Any]) -> bool:
+    def is_begun(self) -> bool:
         """Whether what is there was put by this plan: its marker is, or the ledger has the only file."""
         if self.marker is not None:
             return bool(self.marker.is_there())
-        is_sent = not self.ledger.is_of_another(described) and self.needed[0] in self.ledger.names()
+        is_sent = not self.ledger.is_of_another(self.described) and self.needed[0] in self.ledger.names()
         return is_sent and self._is_there(self.needed[0])
 
     def is_committed(self) -> bool:
@@ -154,11 +163,11 @@ class _Share:
         bucket.forget(str(self.dst.with_name(f"{self.dst.name}.{MANIFEST}").key))
         return self.job.is_result(self.dst, self.digest) and preflight.is_there(self.plan, self.dst)
 
-    def begin(self, described: Mapping[str, Any], old: list[Stored], force: bool) -> None:
+    def begin(self, old: list[Stored]) -> None:
         """Join the others, or be the first. Raises UsageError, OSError."""
         if self.marker is not None:
-            self.marker.read(force)
-        self.ledger.join(described, self.dst)
+            self.marker.read(self.force)
+        self.ledger.join(self.described, self.dst)
         if self.marker is None or self.marker.is_ours:
             return
         if not self.marker.found:

@@ -208,12 +208,14 @@ class _Upload:
                 self._save(self.marker)
 
     def _make_room(self, place: Stored) -> None:
-        """Of a single file, which is about to appear: nothing is there by now, or it and its manifest go."""
+        """Of a single file, which is about to appear: nothing is there by now, or it goes; so does a manifest
+        that describes another one.
+        """
         self._appeared = True
-        if self.marker is None and self.force:
+        if self.marker is None:
+            if not self.force and sending.version_of(place) is not None:
+                raise preflight.exists(place)
             sending.delete(place.with_name(f"{place.name}.{MANIFEST}"))
-        elif self.marker is None and sending.version_of(place) is not None:
-            raise preflight.exists(place)
 
     def _put(self, place: Stored, data: bytes) -> Version:
         """In one request, where nothing is but what an ended upload left or what is to be replaced."""

@@ -27,6 +27,7 @@ from ckpttools.stores.clients import client, failed
 from ckpttools.stores.memory import Listed
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http", hub.SCHEME)
+_SAME = {"s3a": "s3", "azure": "az", "adl": "az"}  # two names of one place would be two places
 HEAD = 256 * 1024  # of every file: most headers are shorter
 TAIL = 64 * 1024  # of a zip: the directory of a few hundred records
 AHEAD = 128 * 1024
@@ -339,7 +340,7 @@ def place(scheme: str, text: str) -> Stored:
     host, _, key = address.partition("/")
     if scheme == hub.SCHEME:
         host, key = hub.split(address)
-    scheme = "s3" if scheme == "s3a" else scheme
+    scheme = _SAME.get(scheme, scheme)
     named_by_at = scheme in (hub.SCHEME, "abfs", "abfss")  # a revision, an account
     if not host or ("@" in host and (not named_by_at or ":" in host)) or "?" in address:
         raise UsageError(

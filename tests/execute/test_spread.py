@@ -282,6 +282,21 @@ def test_force_replaces_and_a_late_worker_sees_it(tmp_path: Path) -> None:
     assert not any(is_result(path, "0" * 32) for path in (dst, tmp_path / "one"))
 
 
+def test_a_result_that_others_replace_or_that_lacks_a_file(tmp_path: Path) -> None:
+    dst = tmp_path / "x"
+    arguments = ["reshard", ZERO2, dst, "--world-size", "3"]
+    assert [code for code, _, _ in ended([start(arguments, 0, 1)])] == [0]
+    array = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_ID": "1"}
+    others = ["reshard", ZERO2, dst, "--world-size", "4", "--force"]
+    assert [code for code, _, _ in ended([start(others, 1, 2, **array)])] == [0]  # its half is written
+    written = sorted((tmp_path / f"x{SPREAD}").rglob("*"))
+    assert [code for code, _, _ in ended([start(arguments, 0, 1)])] == [0]  # it is there
+    assert written and sorted((tmp_path / f"x{SPREAD}").rglob("*")) == written
+    max(dst.rglob("*optim_states.pt")).unlink()
+    ((code, _, err),) = ended([start(arguments, 0, 1)])
+    assert code == 2 and "error[destination-exists]" in err, err
+
+
 SAYS = {
     "torchrun": ({"RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}, Worker(1, 4)),
     "srun": (

@@ -166,3 +166,34 @@ def test_a_marker_deletes_nothing_outside(here: Objects) -> None:
     here.put(f"x/{UNFINISHED}", json.dumps(said).encode())
     assert run(*command(FOLDER, here, "--force")).code == 0
     assert here.get("other/weights.bin") == b"mine"
+
+
+@pytest.mark.usefixtures("spread")
+@pytest.mark.parametrize("more", [(), ("--spread",)])
+def test_a_manifest_of_a_file_that_is_gone(more: tuple[str, ...], here: Objects) -> None:
+    here.put(f"x.pt.{MANIFEST}", b'{"format": "ckpttools-manifest", "version": 1, "files": {}}')
+    assert run(*command(FILE, here, *more)).code == 0
+    assert run("verify", here / "x.pt").code == 0
+
+
+def test_what_replaces_a_result_is_left_alone(
+    here: Objects, spread: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever finds that his own result is there."""
+    assert run(*command(FILE, here, spread)).code == 0
+    other = command((*FILE, "--dtype", "fp16"), here, spread, "--force")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(spread_upload._Share, "send", kill)
+        run(*other)
+    begun = {name for name in here.meta() if SPREAD in name}
+    assert begun and run(*command(FILE, here, spread)).code == 0
+    assert begun == {name for name in here.meta() if SPREAD in name}
+
+
+@pytest.mark.usefixtures("bucket")
+def test_places_that_make_no_sense(spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = run("reshard", ZERO, "s3://runs", "--world-size", 3, spread)
+    assert ran.code == 2 and "error[bad-usage]" in ran.err, ran
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "runs")
+    same = {remote.place(scheme, f"{scheme}://runs/x") for scheme in ("az", "azure", "adl")}
+    assert len(same) == 1  # else --force might write over what it reads
