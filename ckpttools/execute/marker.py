@@ -103,6 +103,11 @@ class Marker:
             if name not in kept:
                 sending.delete(self.dst / name)
 
+    def release(self) -> None:
+        """Delete it, unless another program has taken the place."""
+        if sending.version_of(self.place) == self._version:
+            self.delete()
+
     def delete(self) -> None:
         sending.delete(self.place)
 

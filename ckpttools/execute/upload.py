@@ -229,7 +229,7 @@ class _Upload:
         if self._appeared or self.marker.found:
             self._save(self.marker)
         else:
-            self.marker.delete()
+            self.marker.release()
 
     def undo(self) -> bool:
         """Remove what was sent, unless another program has put something else there. Where that leaves the
@@ -246,7 +246,7 @@ class _Upload:
             self.finished.clear()
             self._save(self.marker)
             return True
-        self.marker.delete()
+        self.marker.release()
         return False
 
     def commit(self, more: Mapping[str, bytes]) -> None:

@@ -13,6 +13,7 @@ from commands import run
 from stores.servers import Proxy
 from stores.test_writing import ZERO, Objects, fail_at, here
 
+from ckpttools.errors import CkptError
 from ckpttools.execute import spread_upload, upload
 from ckpttools.execute.sending import StoredShelf
 from ckpttools.siblings import MANIFEST, SPREAD, UNFINISHED
@@ -122,6 +123,16 @@ def test_whoever_was_replaced_does_not_commit(
     assert ran.code == 2 and "error[destination-exists]" in ran.err, ran
     assert f"x/{UNFINISHED}" in here.meta()
     assert not any(name.endswith(MANIFEST) for name in here.meta())
+
+
+def test_whoever_was_replaced_takes_no_marker_away(here: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: Any) -> int:
+        here.put(f"x/{UNFINISHED}", json.dumps({"plan": "another", "files": []}).encode())
+        raise CkptError("checksum", "the source is damaged")
+
+    monkeypatch.setattr(upload, "compare", late)
+    assert run(*command(FOLDER, here)).code == 1
+    assert list(here.meta()) == [f"x/{UNFINISHED}"]
 
 
 def test_half_replaced_stays_unfinished(
