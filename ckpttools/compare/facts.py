@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ckpttools.checkpoint import Checkpoint
+from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
 from ckpttools.compare.content import hyper, inside, plain, progress
 from ckpttools.compare.digests import shown
 from ckpttools.tensors import TensorRef
@@ -88,7 +88,7 @@ def _client(checkpoint: Checkpoint) -> Iterator[tuple[str, object]]:
     """What training code saved, and the model beside tensors, but for what the counters say already."""
     for key, value in checkpoint.extra_state.items():
         yield key, plain(_known(value), shown)
-    said = set(_names(checkpoint))
+    said = {*_names(checkpoint), EXCLUDES_FROZEN}  # the one is ours: other formats tell it otherwise
     for key, value in checkpoint.client.items():
         if key not in said:
             yield key, plain(_known(value), shown)

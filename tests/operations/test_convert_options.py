@@ -666,6 +666,16 @@ def test_what_was_frozen_and_left_out_stays_known_through_every_format(src: Path
     assert not any("not in the source" in note or "strict=False" in note for note in whole.notes + whole.next)
 
 
+def test_the_key_that_tells_it_is_not_the_training_codes(tmp_path: Path) -> None:
+    source = SAMPLES / "z2_exclude_frozen_ws2"
+    made = convert(source, tmp_path / "z", to="zero1", digest=False)
+    assert "exclude_frozen_parameters" in open_checkpoint(made.destination).client
+    for command in ("prove", "diff"):
+        assert "client state" not in run(command, source, made.destination).out
+    notes = convert(made.destination, tmp_path / "w", to="hf", digest=False).notes
+    assert not any("the training code's" in note for note in notes)
+
+
 def test_an_adapter_without_its_base_was_left_out_at_every_stage(tmp_path: Path) -> None:
     convert(SAMPLES / "z2_lora_exclude_ws2", tmp_path / "one", to="zero1", digest=False)
     file = tmp_path / "one/global_step3/mp_rank_00_model_states.pt"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, Layout
 from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.safetensors import safetensors_file
 from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
@@ -82,7 +82,8 @@ def _not_held(checkpoint: Checkpoint, *, uncounted: bool) -> Iterator[str]:
         lost.append("the run's settings")
     if checkpoint.extra_state:
         lost.append(f"what the model's state holds beside tensors ({len(checkpoint.extra_state)})")
-    client = [key for key in checkpoint.client if key not in to_metadata(state)]
+    said = {*to_metadata(state), EXCLUDES_FROZEN}
+    client = [key for key in checkpoint.client if key not in said]
     if client:
         lost.append(f"the training code's {some(client, 12)}")
     held = checkpoint.template if isinstance(checkpoint.template, tuple) else ()
