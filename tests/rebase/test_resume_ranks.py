@@ -85,7 +85,7 @@ DEFAULT = {
     # within the third epoch, in the warmup, at the end of the second epoch
     "deepspeed": [
         *cases((*OWN, *CLIENT), (HALF,), (16,)),
-        *cases((*OWN, *CLIENT), (DOUBLE,), (3,)),
+        *cases(("WarmupCosineLR", *CLIENT), (DOUBLE,), (3,)),
         *cases(("WarmupCosineLR", "client-SequentialLR"), (ACCUMULATED,), (14, 16)),
     ],
     "zero3": [
@@ -117,6 +117,7 @@ def grid(*schedules: str) -> list[Case]:
 HEAVY = {
     "deepspeed": [
         *grid(*OWN, *CLIENT),
+        *cases(OWN, (DOUBLE,), (3,)),
         *cases((*OWN, *CLIENT), (ONE_RANK, Batch(micro=2, accumulation=3, ranks=3)), (3, 16)),
         # 3 updates per epoch of 48 samples; 50 would make 3.5, and a warmup of an epoch could not be whole
         *cases(("WarmupCosineLR", "client-SequentialLR"), (OLD, HALF), (2, 10), (48,), ACCUMULATED),
