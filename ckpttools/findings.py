@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckpttools.errors import CkptError, Problem
+from ckpttools.errors import CkptError, Problem, UsageError
 
 ERROR, WARNING, INFO = "error", "warning", "info"
 
@@ -43,7 +43,8 @@ def of_error(error: CkptError) -> Finding:
 
 def raised(finding: Finding) -> CkptError:
     """The other way round, for a command that goes no further."""
-    return CkptError(
+    kind = CkptError if finding.exit_code == CkptError.exit_code else UsageError
+    return kind(
         finding.id,
         finding.message,
         where=finding.file,

@@ -284,10 +284,11 @@ def _in_parts(path: Location, reason: CkptError) -> CkptError:
     from ckpttools.checks import verify
 
     try:
-        bad = next((f for f in verify(path, quick=True).findings if f.severity == ERROR), None)
+        bad = [f for f in verify(path, quick=True).findings if f.severity == ERROR]
     except CkptError:
         return reason
-    return reason if bad is None else raised(bad)
+    # what only could not be read, for want of a permission, is no damage
+    return raised(min(bad, key=lambda finding: finding.exit_code)) if bad else reason
 
 
 def _model(checkpoint: Checkpoint) -> int | None:

@@ -608,3 +608,24 @@ def test_nothing_that_is_pinned_is_replaced(tmp_path: Path, pinned: str) -> None
     assert snapshot(folder) == before
     pins.place(kept).unlink()
     assert run("extract", FIXTURES / "trainer" / "z2_bf16_2", dst, "--force", "-q").code == 0
+
+
+def test_what_may_not_be_read_is_not_damaged(tmp_path: Path) -> None:
+    """A layout that is checked in parts, one of them not readable for now. Root may read everything."""
+    made = FIXTURES / "deepspeed-0.19.8"
+    for step, name in ((10, "pp_ws2"), (20, "z1_bf16_ws2"), (30, "z1_bf16_ws2")):
+        shutil.copytree(made / name / "global_step3", tmp_path / f"global_step{step}")
+        for path in (tmp_path / f"global_step{step}").iterdir():
+            os.utime(path, (1e9 + step, 1e9 + step))
+    first = ckpttools.prune(tmp_path, keep_last=1, dry_run=True)  # root imports what others may not
+    (tmp_path / "global_step10/layer_02-model_states.pt").chmod(0)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.is_relative_to("/tmp") and folder != Path("/tmp") and folder.owner() == tmp_path.owner():
+            folder.chmod(0o755)
+    user = os.geteuid()
+    os.seteuid(65534 if user == 0 else user)
+    try:
+        plan = ckpttools.prune(tmp_path, keep_last=1, dry_run=True)
+    finally:
+        os.seteuid(user)
+    assert [e.path.name for e in first.removed] == ["global_step20"] == [e.path.name for e in plan.removed]
