@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup, common_dtype
 from ckpttools.errors import Unsupported, escape
@@ -15,6 +16,13 @@ from ckpttools.transforms.cast import cast, castable
 from ckpttools.tree import Value, at, put
 
 UNIVERSAL = "universal"
+PER_GROUP = {
+    "base_lrs",
+    "_last_lr",
+    "lr_lambdas",
+    "max_lrs",
+    "min_lrs",
+}  # in torch's schedulers
 
 
 def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -> tuple[Checkpoint, Layout]:
@@ -37,7 +45,9 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
     )
     if empty := len(checkpoint.groups) - len(groups):
         note = f"{empty} parameter groups without parameters are left out, as DeepSpeed does"
-        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
+        every = [bool(group.params) for group in checkpoint.groups]
+        state = replace(checkpoint.training, scheduler=_of_groups(checkpoint.training.scheduler, every))
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note), training=state)
     trained = {name for group in groups for name in group.params}
     if dtype is not None:
         checkpoint = _cast(checkpoint, dtype, trained)
@@ -66,6 +76,20 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
         writer=old.writer,
     )
     return made, layout
+
+
+def _of_groups(value: Value, kept: Sequence[bool]) -> Value:
+    """A scheduler's state without the rates of groups that are left out: they go to groups by their place."""
+    if isinstance(value, list):
+        return [_of_groups(inner, kept) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: list(compress(inner, kept))
+        if key in PER_GROUP and isinstance(inner, list) and len(inner) == len(kept)
+        else _of_groups(inner, kept)
+        for key, inner in value.items()
+    }
 
 
 def _scaled(checkpoint: Checkpoint, to: str, before: str | None, dtype: str | None) -> Checkpoint:

@@ -290,6 +290,21 @@ def test_groups_without_parameters_are_not_deepspeeds(to: Any, tmp_path: Path) -
     assert len(group.params) == 8 and group.hyper["lr"] == 0.001
 
 
+def test_the_schedule_goes_without_the_groups_that_are_left_out(tmp_path: Path) -> None:
+    """Its rates go to groups by their place: the next group would train with those of the one that went."""
+    model = net()
+    optimizer = torch.optim.AdamW([{"params": [], "lr": 0.5}, {"params": list(model.parameters())}])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
+    trained(optimizer, model)
+    schedule.step()
+    tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
+    torch.save({**tree, "scheduler": schedule.state_dict()}, tmp_path / "a.pt")
+    made = convert(tmp_path / "a.pt", tmp_path / "z", to="zero1", world_size=1, digest=False)
+    saved = torch.load(next(made.destination.rglob("mp_rank_00_*")), weights_only=False)["lr_scheduler"]
+    assert saved["base_lrs"] == [0.001] and saved["_last_lr"] == schedule.get_last_lr()[1:]
+    assert "damaged" not in run("resume-check", made.destination).out
+
+
 @pytest.mark.parametrize("to", FOLDERS)
 def test_an_engine_of_fp16_scales_its_loss_and_no_other_does(to: Any, tmp_path: Path) -> None:
     """DeepSpeed loads the file's scaler over its own: a static 1 would let gradients of 16 bits vanish."""
