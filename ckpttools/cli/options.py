@@ -73,7 +73,7 @@ QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but erro
 FORCE = click.option(
     "--force",
     is_flag=True,
-    help="Replace a DST, atomically: an output of ckpt or a checkpoint with nothing else in it.",
+    help="Replace a DST, on disks atomically: an output of ckpt or a checkpoint with nothing else in it.",
 )
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 WORKERS = click.option(
