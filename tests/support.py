@@ -197,3 +197,20 @@ def tree_differences(
 def torch_folder(folder: Path) -> dict[str, Any]:
     """Every torch file of a folder by name, loaded by torch."""
     return {p.name: torch.load(p, weights_only=False) for p in sorted(folder.iterdir()) if p.suffix == ".pt"}
+
+
+def decayed(path: Path) -> Path:
+    """A plain loop's file with a class of its own that has PolynomialLR's fields."""
+
+    class Decay(torch.optim.lr_scheduler.PolynomialLR):
+        def get_lr(self) -> list[float]:  # type: ignore[override]
+            return [base / (1 + self.last_epoch) for base in self.base_lrs]
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    schedule = Decay(optimizer, total_iters=100)
+    for _ in range(7):
+        optimizer.step()
+        schedule.step()
+    tree = {"global_step": 7, "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
+    torch.save(tree | {"model": {"w": torch.zeros(2)}}, path)
+    return path

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checks.test_contradictions import CASES
 from commands import run
-from support import FIXTURES
+from support import FIXTURES, decayed
 
 from ckpttools.resume import Target, foretell
 from ckpttools.resume.config_files import read_config
@@ -290,23 +290,6 @@ def test_no_step_anywhere_is_not_safe() -> None:
     code, found = said(FIXTURES / "dcp/app_ws2")
     assert (code, found["verdict"], found["step"]) == (0, "careful", None)
     assert line(found, "length")["ok"] is False and line(found, "effective batch")["ok"] is None
-
-
-def decayed(path: Path) -> Path:
-    """A plain loop's file with a class of its own that has PolynomialLR's fields."""
-
-    class Decay(torch.optim.lr_scheduler.PolynomialLR):
-        def get_lr(self) -> list[float]:  # type: ignore[override]
-            return [base / (1 + self.last_epoch) for base in self.base_lrs]
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    schedule = Decay(optimizer, total_iters=100)
-    for _ in range(7):
-        optimizer.step()
-        schedule.step()
-    tree = {"global_step": 7, "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
-    torch.save(tree | {"model": {"w": torch.zeros(2)}}, path)
-    return path
 
 
 def by_hand(folder: Path, name: str, factor: float) -> Path:

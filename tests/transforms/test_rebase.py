@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from commands import run
-from support import FIXTURES, ZERO_FIXTURES, name_of, tree_differences, variant_of
+from support import FIXTURES, ZERO_FIXTURES, decayed, name_of, tree_differences, variant_of
 
 LIGHTNING = FIXTURES / "lightning/file/epoch=0-step=3.ckpt"
 OURS = FIXTURES / "trainer/z2_bf16_2"
@@ -456,19 +456,7 @@ def test_the_batch_just_written_is_accepted(tmp_path: Path) -> None:
 
 def test_a_schedule_that_contradicts_its_own_rate_is_refused(tmp_path: Path) -> None:
     """A class of the user's own with PolynomialLR's fields and another formula."""
-    from torch.optim.lr_scheduler import PolynomialLR
-
-    class Decay(PolynomialLR):
-        def get_lr(self) -> list[float]:  # type: ignore[override]
-            return [base / (1 + self.last_epoch) for base in self.base_lrs]
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    schedule = Decay(optimizer, total_iters=100)
-    for _ in range(7):
-        optimizer.step()
-        schedule.step()
-    tree = {"global_step": 7, "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
-    torch.save(tree | {"model": {"w": torch.zeros(2)}}, tmp_path / "a.pt")
+    decayed(tmp_path / "a.pt")
     sizes = ("--old-bs", 4, "--new-bs", 2)
     ran = run("rebase-schedule", tmp_path / "a.pt", tmp_path / "b.pt", *sizes)
     assert ran.code == 2 and "schedule-contradicts" in ran.err, ran.err
