@@ -31,7 +31,7 @@ from ckpttools.runs import pins
 from ckpttools.siblings import MANIFEST, PIN, is_ours
 from ckpttools.stores.disk import look
 from ckpttools.stores.files import entries, is_file, is_folder, local, size_of, walk
-from ckpttools.stores.links import within
+from ckpttools.stores.links import absolute, within
 
 # by DeepSpeed, the HF Trainer, accelerate, MMEngine and bundles, beside what a format reads
 BESIDE = {*POINTERS, "zero_to_fp32.py", "zero_to_torch.py", *STATED}
@@ -59,7 +59,7 @@ def replaceable(dst: Location, plan: Plan) -> str:
 
 def refuse_pinned(dst: Path) -> None:
     """Raises UsageError where somebody keeps what is there, or something in it."""
-    pin = pins.above(dst, Path(dst.absolute().anchor))
+    pin = pins.above(dst, Path(absolute(dst).anchor))
     look_inside = pin is None and is_folder(dst)
     inside = [local(p) for p, entry in walk(dst) if entry.name.startswith(PIN)] if look_inside else []
     if pin is not None or inside:

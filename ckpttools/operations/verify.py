@@ -20,6 +20,7 @@ from ckpttools.operations.writing import Bar
 from ckpttools.runs.find import paths
 from ckpttools.runs.order import numbers, shape
 from ckpttools.stores.files import entries, exists, is_folder, is_link, named
+from ckpttools.stores.links import absolute
 
 if TYPE_CHECKING:
     from ckpttools.checks.contents import Passing
@@ -158,7 +159,7 @@ def _labelled(bar: Bar, label: str) -> checks.Bar:
 
 def older(path: Location) -> Location | None:
     """The newest before a damaged checkpoint whose headers are good: beside it, and named alike."""
-    path = path.absolute()
+    path = absolute(path)
     try:
         beside = [each for each in checkpoints(path.parent) if shape(each.name) == shape(path.name)]
     except CkptError:

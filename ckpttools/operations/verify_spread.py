@@ -39,6 +39,7 @@ from ckpttools.passes.tasks import Result, Task, sources
 from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
 from ckpttools.siblings import SPREAD
+from ckpttools.stores.links import absolute
 from ckpttools.tensors import DTYPES, ByteRange, DType
 
 _REMIND = 300  # polls
@@ -68,7 +69,7 @@ class Shared:
                 "verify --spread puts together what all workers find, and those of an array may never meet",
                 hint="start them with torchrun or srun; in an array: --subset N/T",
             )
-        self.worker, self.folder, self.told = worker, folder or Path().absolute(), told
+        self.worker, self.folder, self.told = worker, folder or absolute(Path()), told
         self.look = look
 
     def __call__(

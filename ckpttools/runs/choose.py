@@ -20,6 +20,7 @@ from ckpttools.location import Location, below
 from ckpttools.runs.find import Entry, common, runs
 from ckpttools.runs.order import numbers, shape
 from ckpttools.stores.files import entries, exists, small_text
+from ckpttools.stores.links import absolute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +233,6 @@ def _readings(folder: Location, text: str) -> Iterator[tuple[Location, str]]:
     """What a pointer's text can mean: a name beside it, or a path whose last part lies beside it."""
     base = PurePath(text).name
     if base and base not in (".", "..") and base.isprintable():
-        in_place = text == base or PurePath(text) == folder.absolute() / base
+        in_place = text == base or PurePath(text) == absolute(folder) / base
         moved = "" if in_place else ", found beside the pointer"
         yield folder / base, moved

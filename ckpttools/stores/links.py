@@ -96,6 +96,11 @@ def resolved(path: Place) -> Place:
     return path if isinstance(path, Stored) else path.resolve()
 
 
+def absolute(path: Place) -> Place:
+    """A place from the root on, with its links as they are; a path's start may be the working directory."""
+    return path.absolute()
+
+
 def _real(path: Path) -> str | None:
     try:
         return str(resolved(path))
