@@ -371,8 +371,9 @@ def local(path: str | Location) -> Path:
     if isinstance(path, Stored) or (isinstance(path, str) and _URL.match(path)):
         raise UsageError(
             "not-local",
-            "ckpt only reads from stores, and what is asked for needs a path of this machine",
-            where="" if isinstance(path, str) else path,
+            "what is asked for needs a path of this machine, and this is an address in a store",
+            where=f"{path.partition(':')[0]}://..." if isinstance(path, str) else path,  # no secret is shown
+            why="it is made or changed in place, by renames, and stores have none",
             hint="name a file or folder of this machine",
         )
     return Path(path)
