@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from ckpttools.passes.read import load
-from ckpttools.stores.disk import mapped
 from ckpttools.stores.files import bytes_of
 from ckpttools.tensors import ByteRange, TensorRef
 from ckpttools.values import Array, numpy_dtype
@@ -19,8 +20,10 @@ def array(ref: TensorRef) -> Array:
     """
     match ref.chunks:
         case (ByteRange(Path() as path, start, nbytes),) if nbytes == ref.nbytes and nbytes:
-            bytes_of(ByteRange(path, start + nbytes - 1, 1))  # the file does not end before it
-            return mapped(path, numpy_dtype(ref.dtype), start, ref.numel).reshape(ref.shape)
+            # touching a mapping past the end would end the process
+            bytes_of(ByteRange(path, start + nbytes - 1, 1))
+            flat = np.memmap(path, numpy_dtype(ref.dtype), mode="r", offset=start, shape=(ref.numel,))
+            return flat.reshape(ref.shape)
     found = load(ref)
     found.flags.writeable = False
     return found

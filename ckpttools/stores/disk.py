@@ -6,26 +6,12 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ckpttools.location import Entry, NotAFile, Stat
 from ckpttools.stores.direct import SMALLEST_READ, bounce, open_cold, refused
 from ckpttools.stores.links import refuse_outside
 
-if TYPE_CHECKING:
-    import numpy as np
-
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder"}
-
-
-def mapped(path: Path, dtype: np.dtype[Any], start: int, count: int) -> np.memmap[Any, Any]:
-    """Elements of a file of this machine, read-only, whose pages are read when they are touched.
-
-    The caller has read the last of them: touching a mapping past the file's end would end the process.
-    """
-    import numpy as np
-
-    return np.memmap(path, dtype, mode="r", offset=start, shape=(count,))
 
 
 class DiskFile:
