@@ -41,7 +41,8 @@ class Layout:
 
     format: str  # "zero2", "pt", "hf" ...: the name that `ckpt inspect` prints
     zero_stage: int | None = None
-    dp_degree: int = 1
+    ranks: int | None = None  # that saved it, where its files say so
+    dp_degree: int = 1  # that it is cut for
     mesh: tuple[int, ...] = ()  # to be written for: data-parallel times tensor-parallel ranks; else dp_degree
     tag: str | None = None
     dtype: str | None = None  # of the saved model weights: "bf16" ...

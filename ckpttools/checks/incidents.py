@@ -82,7 +82,7 @@ def check_incidents(source: Source, found: Checkpoint, said: Set[str] = frozense
             id="rank-files-stale",
             severity=WARNING,
             file=str(source.root / stale[0]),
-            message=f"random states of other ranks than the {found.layout.dp_degree} that saved the "
+            message=f"random states of other ranks than the {found.layout.ranks} that saved the "
             f"optimizer: {some(stale)}",
             why="they are left over from a save of another world size into the same folder",
             hint="move them away; look whether other files are older than the rest, too",
@@ -90,12 +90,13 @@ def check_incidents(source: Source, found: Checkpoint, said: Set[str] = frozense
 
 
 def _stale(source: Source, found: Checkpoint) -> list[str]:
-    if found.layout.zero_stage is None or not is_folder(source.root):
+    ranks = found.layout.ranks if found.layout.zero_stage is not None else None
+    if ranks is None or not is_folder(source.root):
         return []
     names = [entry.name for entry in entries(source.root) if is_file(entry)]
     patterns = [framework.random for framework in FRAMEWORKS if framework.random]
     ranked = [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
-    return [name for name in ranked if int(re.findall(r"\d+", name)[-1]) >= found.layout.dp_degree]
+    return [name for name in ranked if int(re.findall(r"\d+", name)[-1]) >= ranks]
 
 
 def _experts(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str]]:

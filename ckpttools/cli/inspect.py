@@ -102,7 +102,7 @@ def _summary(source: Any, checkpoint: Any) -> Iterator[tuple[str, object]]:
     layout, state = checkpoint.layout, checkpoint.training
     kind = FORMATS.get(layout.format, layout.format)
     if layout.zero_stage is not None:
-        kind += f", {layout.dp_degree} rank{'s' if layout.dp_degree > 1 else ''}"
+        kind += f", {layout.ranks or '?'} rank{'' if layout.ranks == 1 else 's'}"
     yield "format", kind + (f", {layout.variant}" if layout.variant else "")
     yield "found", source.how
     yield "tag", layout.tag
@@ -207,7 +207,7 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
         "format": layout.format,
         "tag": layout.tag,
         "zero_stage": layout.zero_stage,
-        "ranks": layout.dp_degree,
+        "ranks": layout.ranks,
         "variant": layout.variant,
         "round_robin": layout.round_robin,
         "dtype": layout.dtype,

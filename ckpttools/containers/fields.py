@@ -10,6 +10,9 @@ from ckpttools.location import Location
 Mapping = Dict | Object  # a dict, an OrderedDict ...: what pickles.as_mapping gives
 
 
+MAX_RANKS = 65_536
+
+
 def bad_field(path: Location, field: str, problem: str) -> CkptError:
     return CkptError(
         "field-damaged",
@@ -57,6 +60,16 @@ def count(path: Location, node: Node, field: str, limit: int = 1 << 20) -> int:
     if value is None or not 0 <= value <= limit:
         raise bad_field(path, field, "is missing" if node is None else "is not a plausible count")
     return value
+
+
+def ranks(path: Location, node: Node, field: str) -> int | None:
+    """A number of ranks, None where none is stated. Raises CkptError for more than any job has: the files
+    that are looked for grow with it.
+    """
+    stated = integer(node)
+    if stated is not None and not 1 <= stated <= MAX_RANKS:
+        raise bad_field(path, field, f"is {stated}, which is no number of ranks")
+    return stated
 
 
 def counts(path: Location, node: Node, field: str) -> tuple[int, ...]:

@@ -92,7 +92,7 @@ def _read(path: Location, dp_rank: int) -> ModelStates:
             if (view := file.view(node))
         },
         shared={a: o for a, o in _named(root, "shared_params") if isinstance(o, str)},
-        dp_world_size=fields.integer(root.get("dp_world_size")),
+        dp_world_size=fields.ranks(path, root.get("dp_world_size"), "dp_world_size"),
         ds_version=version if isinstance(version, str) else None,
     )
 

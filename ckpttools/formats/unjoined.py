@@ -90,7 +90,7 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
         findings += _no_optimizer(files)
     found = Checkpoint(
         path=folder,
-        layout=Layout(format=reason.layout or "deepspeed", dp_degree=_ranks(first)),
+        layout=Layout(format=reason.layout or "deepspeed"),
         tensors={
             f"{file.path.name}: {label}": view.ref
             for file in files
@@ -103,10 +103,6 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
         checks=tuple(check for file in files for check in file.checks()),
     )
     return Checked(findings, found, files, padded=PADDED if reason.layout == "zero3" else ())
-
-
-def _ranks(root: fields.Mapping | None) -> int:
-    return (fields.integer(root.get("dp_world_size")) if root is not None else None) or 1
 
 
 def _is_piece(name: str) -> bool:

@@ -113,7 +113,7 @@ def convert(
     if like is None and (to != checkpoint.layout.format or optimizer_class is not None):
         checkpoint = for_class(checkpoint, optimizer_class)
     target = DTYPE_NAMES[dtype] if dtype is not None else None
-    ranks = world_size or checkpoint.layout.dp_degree
+    ranks = world_size or checkpoint.layout.ranks or checkpoint.layout.dp_degree
     match to:
         case "pt":
             checkpoint = _single(checkpoint, target)

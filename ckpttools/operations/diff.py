@@ -208,7 +208,7 @@ def _layout(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[object, object]]:
     of_a, of_b = a.training.saved_batch, b.training.saved_batch
     fields = {
         "format": (a.layout.format, b.layout.format),
-        "ranks": (a.layout.dp_degree, b.layout.dp_degree),
+        "ranks": (a.layout.ranks, b.layout.ranks),
         "dtype": (a.layout.dtype, b.layout.dtype),
         "writer": (a.layout.writer, b.layout.writer),
         "variant": (a.layout.variant, b.layout.variant),

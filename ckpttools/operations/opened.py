@@ -73,7 +73,7 @@ class Opened(Mapping[str, "Array"]):
         yield "found", self.source.how
         yield "step", state.step
         yield "epoch", state.epoch
-        yield "ranks", layout.dp_degree if layout.zero_stage is not None else None
+        yield "ranks", layout.ranks
         yield "tensors", len(self)
         yield "bytes", sum(ref.nbytes for ref in self.checkpoint.tensors.values())
 

@@ -48,7 +48,7 @@ def prepare(src: Location, dst: Location | None, request: Request, tag: str | No
     counts = (result.old_count or 0, result.new_count or 0) if known else None
     plan = plan_of(source, checkpoint, result.edits, counts)
     dst = dst or default_dst(src, f"bs{request.new_bs or result.timeline.new.total}")
-    ranks = checkpoint.layout.dp_degree if checkpoint.layout.zero_stage is not None else None
+    ranks = checkpoint.layout.ranks if checkpoint.layout.zero_stage is not None else None
     steps = advice.resume(source, checkpoint, dst, ranks)
     return Rebase(source=source, rebased=result, plan=plan, destination=dst, next=steps)
 

@@ -269,7 +269,7 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
         format=layout.format,
         state=state,
         resumes=resumes,
-        ranks=layout.dp_degree if layout.ranked else None,
+        ranks=layout.ranks,
         metrics={name: value for name, value in losses if value is not None},
         best=state.best,
         model=_model(checkpoint),

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.containers.fields import MAX_RANKS
 from ckpttools.errors import Unsupported, UsageError, escape
 from ckpttools.location import Location
 
-MAX_RANKS = 65_536
 DATALOADER = "dataloader"  # torchtitan: {dp_rank_R: the position of rank R}
 _RANK = re.compile(r"dp_rank_(\d+)")
 

@@ -142,6 +142,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
         layout=Layout(
             format="dcp",
             ranked=True,
+            ranks=_ranks(found),
             dp_degree=max(shards, default=1) or 1,
             dtype=common_dtype(held.tensors),
             writer="torch.distributed.checkpoint",
@@ -168,6 +169,15 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
         client=client,
         template=Template(names=held.names, parts=found),
     )
+
+
+def _ranks(found: Iterable[Part]) -> int | None:
+    """How many ranks wrote it, by the names of their files; None for one alone, to which
+    `dedup_save_to_lowest_rank` of torch's planner leaves all that the others hold too.
+    """
+    files = {item.file for each in found for item in each.data}
+    numbers = [int(name[1]) for name in map(DATA.fullmatch, files) if name is not None]
+    return max(numbers) + 1 if max(numbers, default=0) else None
 
 
 def _paths(each: Part) -> Iterable[tuple[Keys, Value]]:

@@ -189,6 +189,7 @@ def checkpoint(found: Universal) -> Checkpoint:
         layout=Layout(
             format="universal",
             zero_stage=settings.stage,
+            ranks=model.dp_world_size,
             dp_degree=model.dp_world_size or 1,
             tag=found.files.folder.name,
             dtype=common_dtype({n: tensors[n] for group in found.shapes for n in group if n in tensors}),

@@ -58,6 +58,7 @@ def find(path: Location) -> Files:
     for match in found:
         paths.setdefault(match["kind"], {})[int(match["rank"])] = path / match.string
     (ranks,) = sizes
+    fields.ranks(path, ranks, "world_size in the files' names")
     for kind, of_kind in paths.items():
         missing = sorted(set(range(ranks)) - set(of_kind))
         if missing or len(of_kind) != ranks:
@@ -88,7 +89,13 @@ def checkpoint(path: Location, files: Files, read: dict[Location, TorchFile]) ->
     every = [(kind, rank, read[p]) for kind, of_kind in files.paths.items() for rank, p in of_kind.items()]
     return Checkpoint(
         path=path,
-        layout=Layout(format="verl", dp_degree=files.ranks, dtype=common_dtype(tensors), writer="verl"),
+        layout=Layout(
+            format="verl",
+            ranks=files.ranks,
+            dp_degree=files.ranks,
+            dtype=common_dtype(tensors),
+            writer="verl",
+        ),
         tensors=tensors,
         shared=tied(tensors),
         files=tuple(role_of(file, ROLES[kind].format(rank, files.ranks)) for kind, rank, file in every),

@@ -91,9 +91,8 @@ def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> Z
 
 def check_complete(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> int:
     """How many ranks there are: every one from 0 on, as many as the files say. Raises CkptError otherwise."""
-    if model.dp_world_size is not None and model.dp_world_size < 1:
-        raise fields.bad_field(files.model, "dp_world_size", f"is {model.dp_world_size}")
-    stated = {rank.partition_count[0] for rank in ranks if rank.partition_count}
+    counts = ((rank.file.path, rank.partition_count[0]) for rank in ranks if rank.partition_count)
+    stated = {count for path, n in counts if (count := fields.ranks(path, n, "partition_count")) is not None}
     expected = model.dp_world_size or (max(stated) if stated else len(ranks))
     missing = [rank for rank in range(expected) if rank not in files.optim]
     if missing:

@@ -64,6 +64,7 @@ def checkpoint(folder: ZeroFolder) -> Checkpoint:
             format=f"zero{stage or 1}",
             ranked=True,
             zero_stage=stage,
+            ranks=len(ranks),
             dp_degree=len(ranks),
             tag=folder.files.folder.name,
             dtype=_dtype(model, folder.shapes),

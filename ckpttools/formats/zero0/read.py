@@ -91,12 +91,14 @@ def read(folder: Location) -> Checkpoint:
         notes.append(f"the optimizer's state has no names: {problem}; --to pt alone carries it, as it is")
         values |= {OPTIMIZER: decode(file, root.get(OPTIMIZER))}
     version = root.get("ds_version")
+    ranks = fields.ranks(file.path, root.get("dp_world_size"), "dp_world_size")
     return Checkpoint(
         path=folder,
         layout=Layout(
             format="zero0",
             zero_stage=0,
-            dp_degree=fields.integer(root.get("dp_world_size")) or 1,
+            ranks=ranks,
+            dp_degree=ranks or 1,
             tag=folder.name,
             dtype=common_dtype({name: tensors[name] for name in trained or params}),
             writer=f"DeepSpeed {version if isinstance(version, str) else '(version not recorded)'}",

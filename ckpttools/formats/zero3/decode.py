@@ -79,7 +79,7 @@ def read_shard(path: Location, dp_rank: int) -> Shard:
         states=tuple(_state(file, kept.get(s), f"{at}.{at}.state[{s}]") for s in range(len(fp32))),
         groups=groups,
         members=tuple(_members(path, group, g) for g, group in enumerate(groups)),
-        partition_count=fields.integer(state.get("partition_count")),
+        partition_count=fields.ranks(path, state.get("partition_count"), "partition_count"),
         ds_version=version if isinstance(version, str) else None,
     )
 

@@ -51,8 +51,6 @@ def check_complete(files: Zero3Files, models: Sequence[ModelStates], shards: Seq
     """How many ranks there are: every one from 0 on, as many as the files say. Raises CkptError otherwise."""
     stated = {each.dp_world_size for each in models} | {each.partition_count for each in shards}
     known = {n for n in stated if n is not None}
-    if any(n < 1 for n in known):
-        raise fields.bad_field(files.model[min(files.model)], "dp_world_size", f"is {min(known)}")
     if len(known) > 1:
         raise CkptError(
             "rank-count",
@@ -61,7 +59,8 @@ def check_complete(files: Zero3Files, models: Sequence[ModelStates], shards: Seq
             why="they do not belong to one save",
             hint=ONE_SAVE,
         )
-    count = known.pop() if known else max(*files.model, *files.optim) + 1
+    last = max(*files.model, *files.optim)
+    count = known.pop() if known else fields.ranks(files.folder, last + 1, "the number in a file's name") or 1
     for have, name in ((files.model, model_name), (files.optim, lambda r: optim_name(r, files.prefix))):
         missing = [rank for rank in range(count) if rank not in have]
         if missing:

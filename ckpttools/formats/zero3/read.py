@@ -51,6 +51,7 @@ def checkpoint(folder: Zero3Folder) -> Checkpoint:
             format="zero3",
             ranked=True,
             zero_stage=3,
+            ranks=folder.ranks,
             dp_degree=folder.ranks,
             tag=folder.files.folder.name,
             dtype=dtype.short if dtype is not None else None,

@@ -54,7 +54,7 @@ def test_read_again_it_is_what_it_was(path: Path, kept: bool, tmp_path: Path) ->
     checkpoint = open_checkpoint(path)
     source = checkpoint if kept else dataclasses.replace(checkpoint, template=None)
     again = open_checkpoint(written(source, tmp_path / "out"))
-    assert differences(checkpoint, again) == []
+    assert differences(checkpoint, again, but=("ranks",)) == []  # a copy on every rank is written once
     for one, two in zip(checkpoint.groups, again.groups, strict=True):
         assert {k: list(v) for k, v in one.scalars.items()} == {k: list(v) for k, v in two.scalars.items()}
     assert list(again.client) == list(checkpoint.client)
