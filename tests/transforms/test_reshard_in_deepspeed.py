@@ -63,7 +63,7 @@ CAST_ON_LOAD = ("z2_bf16_masters", "z2_fp16_masters")
 BITSANDBYTES = ("z2_bnb_adamw",)
 EVERY = sorted(
     {variant_of(p) for p in SAMPLES if p.parent.name == "deepspeed-0.19.8"}
-    - {"z2_elastic"}  # DeepSpeed cannot load its own
+    - {"z2_elastic", "z2_elastic_sgd"}  # DeepSpeed cannot load its own
     - {*RANK_LOCAL, *CAST_ON_LOAD, *(BITSANDBYTES if find_spec("bitsandbytes") is None else ())}
 )
 DEFAULT = [
