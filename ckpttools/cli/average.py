@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from ckpttools.cli import render
 from ckpttools.cli.options import (
     DRY_RUN,
     FOLLOW,
@@ -19,8 +18,8 @@ from ckpttools.cli.options import (
     SPREAD,
     TAGS,
     WORKERS,
-    how,
     parse_size,
+    write,
 )  # fmt: skip
 
 
@@ -57,17 +56,7 @@ def _numbers(context: click.Context, param: click.Parameter, text: str | None) -
 @SPREAD
 @WORKERS
 @NO_PROGRESS
-def command(
-    sources: tuple[Path, ...],
-    dst: Path,
-    weights: tuple[float, ...],
-    last: int | None,
-    dtype: str | None,
-    form: Any,
-    max_shard_size: str,
-    tags: tuple[str, ...],
-    **options: Any,
-) -> None:
+def command(sources: tuple[Path, ...], max_shard_size: str, **options: Any) -> None:
     """Write the mean of the weights of several checkpoints of one model to DST.
 
     Of each its best copy is taken (fp32 master weights where there are any), whatever its layout. Sums are in
@@ -78,15 +67,4 @@ def command(
     """
     from ckpttools.operations.average import average
 
-    written = average(
-        *sources,
-        dst=dst,
-        weights=weights,
-        last=last,
-        dtype=dtype,
-        form=form,
-        max_shard_size=parse_size(max_shard_size),
-        tags=tags,
-        how=how(options),
-    )
-    render.written(written, options)
+    write(average, *sources, max_shard_size=parse_size(max_shard_size), **options)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ckpttools.cli import render
-from ckpttools.cli.options import DIGEST, HF_CONFIG, KEY, PATH, PLACE, SRC, how, writing
+from ckpttools.cli.options import DIGEST, HF_CONFIG, KEY, PATH, PLACE, SRC, write, writing
 from ckpttools.errors import UsageError, escape
 from ckpttools.location import Location
 
@@ -61,26 +59,7 @@ from ckpttools.location import Location
 @KEY
 @DIGEST
 @writing
-def command(
-    src: Location,
-    dst: Location,
-    to: Any,
-    world_size: int | None,
-    dtype: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    rename: tuple[str, ...],
-    reset_optimizer: bool,
-    optimizer_class: str | None,
-    mesh: str | None,
-    like: Path | None,
-    dcp_layout: str | None,
-    hf_config: Path | None,
-    key: str | None,
-    digest: bool | None,
-    tag: str | None,
-    **options: Any,
-) -> None:
+def command(src: Location, dst: Location, rename: tuple[str, ...], **options: Any) -> None:
     """Write SRC in another format at DST: weights, optimizer state, schedule and counters.
 
     Where the format keeps one copy of a weight it gets the fp32 master. What it cannot hold is named. New
@@ -88,27 +67,7 @@ def command(
     """
     from ckpttools.operations.convert import convert
 
-    written = convert(
-        src,
-        dst,
-        to=to,
-        world_size=world_size,
-        dtype=dtype,
-        include=include,
-        exclude=exclude,
-        rename=[_rule(text) for text in rename],
-        reset_optimizer=reset_optimizer,
-        optimizer_class=optimizer_class,
-        mesh=mesh,
-        like=like,
-        dcp_layout=dcp_layout,
-        hf_config=hf_config,
-        tag=tag,
-        key=key,
-        digest=digest,
-        how=how(options),
-    )
-    render.written(written, options)
+    write(convert, src, dst, rename=[_rule(text) for text in rename], **options)
 
 
 def _rule(text: str) -> tuple[str, str]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from ckpttools.cli import render
 from ckpttools.cli.options import (
     DRY_RUN,
     FOLLOW,
@@ -19,7 +18,7 @@ from ckpttools.cli.options import (
     STATS,
     TAG,
     WORKERS,
-    how,
+    write,
 )  # fmt: skip
 from ckpttools.location import Location
 
@@ -36,7 +35,7 @@ from ckpttools.location import Location
 @WORKERS
 @STATS
 @NO_PROGRESS
-def command(src: Location, dst: Location, tag: str | None, **options: Any) -> None:
+def command(src: Location, dst: Location, **options: Any) -> None:
     """Copy every file of a checkpoint, verified on the way; DST appears when it is whole.
 
     The headers of SRC are checked first, every checksum that its files state while they are read, and what
@@ -46,4 +45,4 @@ def command(src: Location, dst: Location, tag: str | None, **options: Any) -> No
     """
     from ckpttools.operations.copy import copy
 
-    render.written(copy(src, dst, tag=tag, how=how(options)), options)
+    write(copy, src, dst, **options)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ckpttools.cli import render
-from ckpttools.cli.options import DST, HF_CONFIG, KEY, SRC, how, parse_size, writing
+from ckpttools.cli.options import DST, HF_CONFIG, KEY, SRC, parse_size, write, writing
 from ckpttools.errors import UsageError
 from ckpttools.location import Location
 
@@ -17,7 +15,10 @@ from ckpttools.location import Location
 @SRC
 @DST
 @click.option(
-    "--weights-only", is_flag=True, help="Weights and buffers, no optimizer state (always so here)."
+    "--weights-only",
+    is_flag=True,
+    expose_value=False,
+    help="Weights and buffers, no optimizer state (always so here).",
 )
 @click.option(
     "--format",
@@ -42,7 +43,12 @@ from ckpttools.location import Location
     type=click.Choice(["master", "model"]),
     help="fp32 master weights (the default where there are any) or the weights as trained with.",
 )
-@click.option("--exclude-frozen-parameters", is_flag=True, help="Leave out parameters that were not trained.")
+@click.option(
+    "--exclude-frozen-parameters",
+    "exclude_frozen",
+    is_flag=True,
+    help="Leave out parameters that were not trained.",
+)
 @HF_CONFIG
 @click.option(
     "--strip-prefix", default="", metavar="PREFIX", help="Remove this prefix from names that have it."
@@ -52,19 +58,9 @@ from ckpttools.location import Location
 def command(
     src: Location,
     dst: Location | None,
-    weights_only: bool,
     form: Any,
     safe_serialization: bool,
-    dtype: str | None,
     max_shard_size: str,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    copy: Any,
-    exclude_frozen_parameters: bool,
-    hf_config: Path | None,
-    strip_prefix: str,
-    key: str | None,
-    tag: str | None,
     **options: Any,
 ) -> None:
     """Write the weights of SRC, for inference or for other tools.
@@ -77,20 +73,5 @@ def command(
 
     if safe_serialization and form == "pt":
         raise UsageError("bad-usage", "--safe-serialization and --format pt contradict each other")
-    written = extract(
-        src,
-        dst,
-        form="safetensors" if safe_serialization else form,
-        dtype=dtype,
-        max_shard_size=parse_size(max_shard_size),
-        include=include,
-        exclude=exclude,
-        copy=copy,
-        exclude_frozen=exclude_frozen_parameters,
-        hf_config=hf_config,
-        strip_prefix=strip_prefix,
-        tag=tag,
-        key=key,
-        how=how(options),
-    )
-    render.written(written, options)
+    form = "safetensors" if safe_serialization else form
+    write(extract, src, dst, form=form, max_shard_size=parse_size(max_shard_size), **options)

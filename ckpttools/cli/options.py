@@ -14,7 +14,7 @@ from ckpttools.cli import render
 from ckpttools.errors import UsageError
 
 if TYPE_CHECKING:
-    from ckpttools.operations.writing import Writing
+    from ckpttools.operations.writing import Writing, Written
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -162,11 +162,22 @@ def writing(command: F) -> F:
     return command
 
 
+def write(operation: Callable[..., Written], *places: object, **options: Any) -> None:
+    """Call an operation of the library with a command's own options, which it knows by the same names, and
+    show what it wrote.
+    """
+    own = {name: value for name, value in options.items() if name not in _WRITING}
+    render.written(operation(*places, **own, how=how(options)), options)
+
+
+_WRITING = ("dry_run", "force", "workers", "no_progress", "quiet", "as_json", "spread")  # of `writing`
+
+
 def how(options: Mapping[str, Any]) -> Writing:
     """The options of `writing`, as the library has them."""
     from ckpttools.operations.writing import Writing, worker
 
-    spread = worker() if options.get("spread") else None  # average has no such option
+    spread = worker() if options.get("spread") else None  # copy has no such option
     return Writing(
         spread=spread,
         dry_run=options["dry_run"],

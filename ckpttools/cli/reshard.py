@@ -6,20 +6,14 @@ from typing import Any
 
 import click
 
-from ckpttools.cli import render
-from ckpttools.cli.options import DIGEST, DST, SRC, how, writing
+from ckpttools.cli.options import DIGEST, DST, SRC, number, write, writing
 from ckpttools.location import Location
 
 
 @click.command("reshard")
 @SRC
 @DST
-@click.option(
-    "--world-size",
-    type=int,
-    metavar="N",
-    help="The number of data-parallel ranks to write for.",
-)
+@number("--world-size", help="The number of data-parallel ranks to write for.")
 @click.option(
     "--mesh",
     metavar="DPxTP",
@@ -27,15 +21,7 @@ from ckpttools.location import Location
 )
 @DIGEST
 @writing
-def command(
-    src: Location,
-    dst: Location | None,
-    world_size: int | None,
-    mesh: str | None,
-    digest: bool | None,
-    tag: str | None,
-    **options: Any,
-) -> None:
+def command(src: Location, dst: Location | None, **options: Any) -> None:
     """Move a ZeRO or a distributed checkpoint to N ranks: weights, optimizer state and counters kept.
 
     Unmodified DeepSpeed resumes from the result on N ranks. SRC is never changed; DST (by default wsN-of-SRC
@@ -44,5 +30,4 @@ def command(
     """
     from ckpttools.operations.reshard import reshard
 
-    written = reshard(src, dst, world_size=world_size, mesh=mesh, tag=tag, digest=digest, how=how(options))
-    render.written(written, options)
+    write(reshard, src, dst, **options)
