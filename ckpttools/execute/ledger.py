@@ -68,7 +68,7 @@ class Ledger:
         Raises UsageError "other-plan" where another one is being written.
         """
         self.make()
-        if not self.is_begun():
+        if _PLAN not in self.names():
             self._put(_PLAN, {**described, _NAME: f"out-{secrets.token_hex(8)}"}, replace=False)
         there = self.get(_PLAN)
         name = plain_name(str(there.pop(_NAME, "")), self.folder)
@@ -87,20 +87,15 @@ class Ledger:
         here = self.folder.parent
         return f"rm -r {here}" if isinstance(here, Path) else f"remove what lies below {here}"
 
-    def is_begun(self) -> bool:
-        return _PLAN in self.names()
-
-    def is_of_another(self, described: Mapping[str, Any]) -> bool:
-        """Whether what is there, if anything, was begun for another plan, or cannot be read."""
+    def is_of(self, described: Mapping[str, Any]) -> bool | None:
+        """Whether what is under way is this plan; None where nothing is. What cannot be read is another's."""
         try:
             there = self.get(_PLAN)
-        except (FileNotFoundError, UsageError):
-            return True
-        return bool(_difference({k: v for k, v in there.items() if k != _NAME}, described))
-
-    def is_foreign(self, described: Mapping[str, Any]) -> bool:
-        """Whether another plan has begun, of which nothing is to be removed."""
-        return self.is_begun() and self.is_of_another(described)
+        except FileNotFoundError:
+            return None
+        except UsageError:
+            return False
+        return not _difference({k: v for k, v in there.items() if k != _NAME}, described)
 
     def names(self) -> set[str]:
         """Of all pieces that are finished, and of failures. Empty where the ledger is gone."""

@@ -87,7 +87,7 @@ def spread(
     with write_errors(dst):
         notes = clear_stale(dst) if job.worker.rank == 0 else []
         judge(dst, force, replaces)
-        if not share.ledger.is_begun():
+        if share.ledger.is_of(described) is None:
             preflight.need_space(plan, dst)
         if job.alone:
             notes += share.take(described)
@@ -141,7 +141,7 @@ class _Share:
     def is_replaced(self, described: Mapping[str, Any]) -> bool:
         """Whether workers of another plan are at it."""
         ledgers = (self.records, *self.folder.glob(f"{_DONE}*"))
-        return any(Ledger(place).is_foreign(described) for place in ledgers)
+        return any(Ledger(place).is_of(described) is False for place in ledgers)
 
     def clear(self) -> None:
         """Remove the staging, and the destination that was replaced, if any."""
@@ -173,7 +173,7 @@ class _Share:
             ) from None
         except OSError:
             return []  # a file system without locks: nobody can say whether one is at it
-        if not (there and self.records.exists() and self.ledger.is_of_another(described)):
+        if not (there and self.records.exists() and not self.ledger.is_of(described)):
             return []
         for path in self.folder.iterdir():
             if path.name != _ALONE:

@@ -84,7 +84,7 @@ def spread_upload(
             except UsageError:
                 if share.is_committed():
                     return share.end(None)
-                if look == _LOOKS - 1 or share.ledger.is_of_another(share.described):
+                if look == _LOOKS - 1 or not share.ledger.is_of(share.described):
                     raise
             time.sleep(share.ledger.pause)  # another worker of this plan may have put it right now
         share.begin(old)
@@ -139,7 +139,7 @@ class _Share:
     def end(self, made: Report | None) -> Spread:
         """It is committed: nothing else is left of it."""
         self.others.missing = ()
-        if not self.ledger.is_foreign(self.described):
+        if self.ledger.is_of(self.described) is not False:
             Ledger(self.ledger.folder.parent).remove()  # and what those who read back together have told
         if self.marker is not None and self.marker.is_there():
             self.marker.delete()
@@ -149,7 +149,7 @@ class _Share:
         """Whether what is there was put by this plan: its marker is, or the ledger has the only file."""
         if self.marker is not None:
             return bool(self.marker.is_there())
-        is_sent = not self.ledger.is_of_another(self.described) and self.needed[0] in self.ledger.names()
+        is_sent = self.ledger.is_of(self.described) is True and self.needed[0] in self.ledger.names()
         return is_sent and self._is_there(self.needed[0])
 
     def is_committed(self) -> bool:
