@@ -9,7 +9,6 @@ over as read: tensors stay the same bytes, unknown objects the same opcodes.
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from dataclasses import dataclass
 from ckpttools.containers import jsons
 from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping
 from ckpttools.containers.torch_file import (
+    FORMS,
     Storage,
     TorchFile,
     View,
     new_storage,
     read_torch_file,
-    scalar_bytes,
+    scalar,
     tensor_node,
     write_torch_file,
 )
@@ -34,7 +34,6 @@ from ckpttools.training import ABSENT, Edit, Place
 from ckpttools.tree import Key
 
 MAX_DEPTH = 40
-_FORMS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i"}
 _NUMPY = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "u8": "<Q", "u4": "<I"}
 _SCALARS = (Global("numpy.core.multiarray", "scalar"), Global("numpy._core.multiarray", "scalar"))
 
@@ -81,7 +80,12 @@ def value(file: TorchFile, node: Node, depth: int = MAX_DEPTH) -> object:
     Numpy scalars and tensors of one element become numbers, read from the file.
     """
     if depth < 0:
-        raise UsageError("schedule-damaged", "a saved state is nested too deeply", where=file.path)
+        raise UsageError(
+            "schedule-damaged",
+            "a saved state is nested too deeply",
+            where=file.path,
+            why="no scheduler keeps its values so",
+        )
     if node is None or isinstance(node, bool | int | float | str):
         return node
     if isinstance(node, list):
@@ -104,10 +108,7 @@ def _number(file: TorchFile, node: Object) -> int | float | None:
         form, raw = _numpy(node)
         return None if form is None or raw is None else struct.unpack(form, raw)[0]
     view = file.view(node)
-    if view is None or math.prod(view.shape) != 1:
-        return None
-    form = _FORMS.get(view.dtype.name)
-    return None if form is None else struct.unpack(form, scalar_bytes(view.ref))[0]
+    return None if view is None else scalar(view.ref)
 
 
 def _numpy(node: Object) -> tuple[str | None, bytes | None]:
@@ -246,7 +247,7 @@ def _encoded(raw: bytes) -> Object:
 
 
 def _tensor(path: Location, old: Object, view: View, new: int | float) -> Node:
-    raw = _packed(path, _FORMS[view.dtype.name], new)
+    raw = _packed(path, FORMS[view.dtype.name], new)
     storage: Storage = new_storage(view.dtype, 1, [Literal(raw)])
     made = tensor_node(TensorRef(view.dtype, view.shape, ()), storage)
     if old.is_a("torch._utils", "_rebuild_parameter"):

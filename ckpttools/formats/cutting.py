@@ -14,12 +14,12 @@ from ckpttools.tree import Opaque, Value, same
 _BLOCK = 1 << 20
 
 
-def no_groups(checkpoint: Checkpoint) -> CkptError:
+def no_groups(checkpoint: Checkpoint, made: str = "a ZeRO folder") -> CkptError:
     return Unsupported(
         "no-groups",
-        "the checkpoint has no parameter groups, and a ZeRO folder is made of them",
+        f"the checkpoint has no parameter groups, and {made} is made of them",
         where=checkpoint.path,
-        why="master weights and optimizer state are saved per parameter group",
+        why="master weights and optimizer state are saved for the parameters of the optimizer",
         hint="name a training checkpoint, one that holds its optimizer",
     )
 

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
 from ckpttools.containers import fields
-from ckpttools.containers.nodes import decode, encode
-from ckpttools.containers.pickles import Global, Node, Object
-from ckpttools.containers.torch_file import TorchFile, size
+from ckpttools.containers.nodes import decode, encode, ordered
+from ckpttools.containers.pickles import Dict, Global, Node, Object
+from ckpttools.containers.torch_file import Storage, TorchFile, size, size_node
 from ckpttools.formats.counters import training
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
@@ -141,6 +141,51 @@ def client(file: TorchFile, root: fields.Mapping) -> dict[str, Value]:
 
 
 # --- written anew, from a Checkpoint alone --------------------------------------------------------------
+
+
+def new_root(
+    checkpoint: Checkpoint,
+    storages: dict[object, Storage],
+    *,
+    ranks: int,
+    settings: Mapping[str, Value],
+    module: Node,
+    **own: Node,
+) -> Dict:
+    """The value of a model file, in DeepSpeed's order; `own` is what a stage has in place of the usual."""
+    fragments = {key: own[key] for key in ("frozen_param_fragments",) if key in own}
+    values: dict[str, Node] = {
+        "module": module,
+        "buffer_names": [name for name in checkpoint.tensors if name in checkpoint.buffers],
+        "optimizer": None,
+        "param_shapes": [shapes_node(group.params) for group in checkpoint.groups],
+        "frozen_param_shapes": shapes_node(frozen_shapes(checkpoint)),
+        "shared_params": encode(dict(checkpoint.shared)),
+        **fragments,
+        "lr_scheduler": encode(scheduler_state(checkpoint)[0]),
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": 0,
+        "global_steps": 0,
+        **counter_values(checkpoint),
+        "dp_world_size": ranks,
+        "mp_world_size": 1,
+        **({"ds_config": encode(dict(settings))} if settings else {}),
+        "ds_version": version_of(checkpoint),
+    }
+    client = {key: encode(value, storages) for key, value in client_values(checkpoint).items()}
+    return Dict.of({**values, **own, **client}.items())
+
+
+def shapes_node(shapes: Mapping[str, tuple[int, ...]]) -> Object:
+    """The inverse of `shapes_of`."""
+    return ordered((name, size_node(shape)) for name, shape in shapes.items())
+
+
+def frozen_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of the frozen parameters, those that are left out of the files included."""
+    frozen = (name for name in checkpoint.tensors if name in checkpoint.frozen)
+    return {name: checkpoint.tensors[name].shape for name in frozen} | dict(checkpoint.left_out)
 
 
 def client_values(checkpoint: Checkpoint) -> dict[str, Value]:

@@ -53,9 +53,7 @@ class Engine:
 
 def number_of(value: Value | Node) -> float | None:
     """A step, which optimizers keep as a number or as a tensor of one element."""
-    if isinstance(value, TensorRef):
-        return scalar(value)
-    number = fields.number(value)
+    number = scalar(value) if isinstance(value, TensorRef) else fields.number(value)
     return float(number) if number is not None else None
 
 

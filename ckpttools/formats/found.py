@@ -14,5 +14,10 @@ def found(
     return Finding(id=id, severity=severity, file=str(file), where=where, message=message, hint=hint)
 
 
-def contradiction(path: str, field: str, what: str) -> Finding:
+def contradiction(path: str | Location, field: str, what: str) -> Finding:
     return found("field-contradicts", path, field, what, severity=WARNING)
+
+
+def missing(file: str | Location, field: str) -> Finding:
+    message = "DeepSpeed writes this field, and it is not there"
+    return found("field-missing", file, field, message, severity=WARNING, hint="")

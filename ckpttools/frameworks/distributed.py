@@ -14,20 +14,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint, ParamGroup
+from ckpttools.containers.torch_file import FORMS, scalar
 from ckpttools.errors import Unsupported
 from ckpttools.formats.counters import DATASET, EPOCH, PLACES, SCHEDULER, STEP, TOTAL
 from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.frameworks.parts import MARKER
 from ckpttools.frameworks.rules import Rule
 from ckpttools.location import Location
-from ckpttools.stores.files import bytes_of
-from ckpttools.tensors import ByteRange, Literal, TensorRef
+from ckpttools.tensors import Literal, TensorRef
 from ckpttools.training import Counter, Edit, OptimizerSettings, Place, Role, SavedSchedule, Training
 from ckpttools.tree import Path as Keys
 from ckpttools.tree import Value, at, put
 
 CLIENT, GROUPS = "client", "groups"  # the first key of a place
-_FORMS = {"int64": "<q", "int32": "<i", "float64": "<d", "float32": "<f"}
 
 
 def is_distributed(saved: Saved) -> bool:
@@ -108,22 +107,13 @@ def _schedules(held: Checkpoint) -> Iterator[SavedSchedule]:
 def _plain(value: Value) -> object:
     """With tensors of one element as numbers; what is none of these stays as it is."""
     if isinstance(value, TensorRef):
-        number = _number(value)
+        number = scalar(value)
         return value if number is None else number
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     return tuple(map(_plain, value)) if isinstance(value, tuple) else value
-
-
-def _number(ref: TensorRef) -> int | float | None:
-    form, chunk = _FORMS.get(ref.dtype.name), ref.chunks[0] if len(ref.chunks) == 1 else None
-    if ref.numel != 1 or form is None or not isinstance(chunk, ByteRange | Literal):
-        return None
-    raw = chunk.data if isinstance(chunk, Literal) else bytes_of(chunk)
-    found: int | float = struct.unpack(form, raw)[0]
-    return found
 
 
 # --- changed ------------------------------------------------------------------------------------------
@@ -157,7 +147,7 @@ def _like(path: Location, old: Value, new: object) -> Value:
     """A new number as what the old one was: a tensor stays a tensor."""
     if not isinstance(old, TensorRef):
         return new
-    if not isinstance(new, int | float) or _number(old) is None:
+    if not isinstance(new, int | float) or scalar(old) is None:
         raise Unsupported(
             "value-kind",
             "a value that is to change is saved as a tensor of a kind that is not written",
@@ -165,7 +155,7 @@ def _like(path: Location, old: Value, new: object) -> Value:
             why="the library would find another type than it saved",
             hint="--counters-only leaves schedules alone",
         )
-    raw = struct.pack(_FORMS[old.dtype.name], new)
+    raw = struct.pack(FORMS[old.dtype.name], new)
     return TensorRef(old.dtype, old.shape, (Literal(raw),))
 
 

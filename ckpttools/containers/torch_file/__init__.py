@@ -14,7 +14,7 @@ A storage is a persistent id `('storage', <class>, key, location, numel)`; a ten
 from ckpttools.containers.torch_file.dangers import dangers_in, dangers_of
 from ckpttools.containers.torch_file.read import is_torch_file, read_opened, read_torch_file
 from ckpttools.containers.torch_file.storages import Storage
-from ckpttools.containers.torch_file.views import TorchFile, View, labelled, scalar, scalar_bytes, size
+from ckpttools.containers.torch_file.views import FORMS, TorchFile, View, labelled, scalar, size
 from ckpttools.containers.torch_file.write import (
     new_storage,
     size_node,
@@ -24,6 +24,7 @@ from ckpttools.containers.torch_file.write import (
 )
 
 __all__ = [
+    "FORMS",
     "Storage",
     "TorchFile",
     "View",
@@ -35,7 +36,6 @@ __all__ = [
     "read_opened",
     "read_torch_file",
     "scalar",
-    "scalar_bytes",
     "size",
     "size_node",
     "stored",

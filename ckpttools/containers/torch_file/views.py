@@ -16,7 +16,7 @@ from ckpttools.errors import escape
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
 from ckpttools.stores.files import bytes_of
-from ckpttools.tensors import DTYPES, ByteRange, Chunk, DType, Strided, TensorRef, is_contiguous
+from ckpttools.tensors import DTYPES, ByteRange, Chunk, DType, Literal, Strided, TensorRef, is_contiguous
 
 MAX_DIMS = 64
 
@@ -225,20 +225,14 @@ def _holds(node: Node) -> bool:
     return isinstance(node, Dict | Object) or (isinstance(node, list | tuple) and len(node) > 0)
 
 
-_SCALARS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "float16": "<e"}
+# how the numbers lie that are read and changed by themselves: counters, steps, learning rates
+FORMS = {"float64": "<d", "float32": "<f", "float16": "<e", "int64": "<q", "int32": "<i"}
 
 
-def scalar(ref: TensorRef) -> float | None:
+def scalar(ref: TensorRef) -> int | float | None:
     """The value of a tensor of one element, read from the file; None for other dtypes."""
-    form = _SCALARS.get(ref.dtype.name)
-    if form is None or ref.numel != 1:
+    form, chunk = FORMS.get(ref.dtype.name), ref.chunks[0] if len(ref.chunks) == 1 else None
+    if form is None or ref.numel != 1 or not isinstance(chunk, ByteRange | Literal):
         return None
-    (value,) = struct.unpack(form, scalar_bytes(ref))
-    return float(value)
-
-
-def scalar_bytes(ref: TensorRef) -> bytes:
-    """The bytes of a tensor of one element, read from the file."""
-    (chunk,) = ref.chunks
-    assert isinstance(chunk, ByteRange)  # one element is contiguous
-    return bytes_of(chunk)
+    found: int | float = struct.unpack(form, chunk.data if isinstance(chunk, Literal) else bytes_of(chunk))[0]
+    return found

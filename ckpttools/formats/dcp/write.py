@@ -31,7 +31,7 @@ from ckpttools.formats.dcp.roles import (
     TITAN,
     Names,
 )
-from ckpttools.formats.left_out import left_out
+from ckpttools.formats.notes import left_out, one_copy
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Path as Keys
@@ -98,12 +98,7 @@ def _model_path(names: Names, name: str) -> Keys:
 def _weights(checkpoint: Checkpoint, notes: list[str]) -> Iterator[tuple[str, TensorRef]]:
     """One tensor for each name: the fp32 master where there is one. Tied names get the same object."""
     best = checkpoint.best_copies()
-    master = checkpoint.master.keys() & checkpoint.tensors.keys()
-    saved = {name: checkpoint.tensors[name].dtype for name in master}
-    rounded = {dtype.short for name, dtype in saved.items() if best[name].dtype is not dtype}
-    if rounded:
-        copies = ", ".join(sorted(rounded))
-        notes.append(f"one copy of each weight: the fp32 masters, not their {copies} copies")
+    notes += one_copy(checkpoint)
     for name, ref in best.items():
         owner = best.get(checkpoint.shared.get(name, name), ref)
         yield name, owner if owner.shape == ref.shape else ref

@@ -12,7 +12,7 @@ from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, w
 from ckpttools.errors import escape, some
 from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, to_metadata, to_values
 from ckpttools.formats.hf.names import BIN, shard_names
-from ckpttools.formats.left_out import left_out
+from ckpttools.formats.notes import left_out
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 

@@ -19,7 +19,7 @@ from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
 from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
-from ckpttools.formats.left_out import left_out
+from ckpttools.formats.notes import left_out, one_copy
 from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.formats.torch_optimizer import NAMES, place_of, separate, state_of
 from ckpttools.plan import Plan
@@ -90,13 +90,7 @@ def _template(checkpoint: Checkpoint) -> Template | None:
 def _module(checkpoint: Checkpoint, template: Template | None, notes: list[str]) -> Node:
     """The state dict. Tied names are views of one storage."""
     best = checkpoint.best_copies()
-    rounded = {
-        ref.dtype.short for name, ref in checkpoint.tensors.items() if best[name].dtype is not ref.dtype
-    }
-    if rounded:
-        notes.append(
-            f"one copy of each weight: the fp32 masters, not their {', '.join(sorted(rounded))} copies"
-        )
+    notes += one_copy(checkpoint)
     prefix = template.prefix if template else ""
     values = {prefix + name: ref for name, ref in best.items()}
     values |= {prefix + name: value for name, value in checkpoint.extra_state.items()}

@@ -17,15 +17,14 @@ from ckpttools.containers.pickles import plain
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError, escape
 from ckpttools.findings import INFO, WARNING, Finding, of_error
+from ckpttools.formats.engine import number_of
 from ckpttools.formats.files import Attempts, archive_roots, check_files, dangers_at
 from ckpttools.formats.format import Checked
 from ckpttools.formats.found import found as _of
+from ckpttools.formats.found import missing
 from ckpttools.formats.universal.names import ZERO, find
 from ckpttools.formats.universal.read import ONE_SAVE, Universal, assemble, checkpoint
 from ckpttools.location import Location
-from ckpttools.passes.read import load
-from ckpttools.tensors import TensorRef
-from ckpttools.tree import Value
 
 T = TypeVar("T")
 Findings = Iterator[Finding]
@@ -89,8 +88,7 @@ def fields_present(found: Universal) -> Findings:
     for model in found.models:
         for key in ("global_steps", "ds_version"):
             if key not in model.root:
-                message = "DeepSpeed writes this field, and it is not there"
-                yield _found("field-missing", model.file.path, key, message, severity=WARNING, hint="")
+                yield missing(model.file.path, key)
 
 
 def kinds(found: Universal) -> Findings:
@@ -118,7 +116,7 @@ def steps(found: Universal) -> Findings:
     done = _done(found)
     for g, params in enumerate(found.shapes):
         held = {n: found.states[n][STEP] for n in params if STEP in found.states[n]}
-        made = {name: _number(state.value) for name, state in held.items()}
+        made = {name: number_of(state.value) for name, state in held.items()}
         known = {name: number for name, number in made.items() if number is not None}
         for name in made.keys() - known.keys():
             message = f"the step of {escape(name)} is no number"
@@ -135,12 +133,6 @@ def steps(found: Universal) -> Findings:
             )
             file = found.models[0].file.path
             yield _found("counter-mismatch", file, "global_steps", message, severity=WARNING)
-
-
-def _number(value: Value) -> float | None:
-    if isinstance(value, TensorRef):
-        return float(load(value).reshape(-1)[0]) if value.numel == 1 and value.dtype.itemsize > 1 else None
-    return float(value) if type(value) in (int, float) else None
 
 
 def module(found: Universal) -> Findings:

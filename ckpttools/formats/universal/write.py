@@ -13,17 +13,11 @@ from collections.abc import Iterable, Iterator
 from ckpttools.checkpoint import FP32, STEP, Checkpoint, Layout, ParamGroup
 from ckpttools.containers.nodes import encode, encode_tensor, ordered
 from ckpttools.containers.pickles import Dict, Node, Object
-from ckpttools.containers.torch_file import Storage, size_node, tensor_node, write_torch_file
+from ckpttools.containers.torch_file import Storage, tensor_node, write_torch_file
 from ckpttools.errors import CkptError, Unsupported, escape
-from ckpttools.formats.deepspeed import (
-    STAGE,
-    client_values,
-    counter_values,
-    new_scaler,
-    scheduler_state,
-    version_of,
-)
-from ckpttools.formats.left_out import left_out
+from ckpttools.formats.cutting import equal, no_groups
+from ckpttools.formats.deepspeed import STAGE, new_root, new_scaler, version_of
+from ckpttools.formats.notes import left_out
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.universal.decode import PARAM
 from ckpttools.formats.universal.names import SETTINGS, STAGE3_NAME, SUFFIX, ZERO, folder_of
@@ -40,13 +34,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     Raises Unsupported for state that is not of its parameter's shape, and names that cannot be folders.
     """
     if not checkpoint.groups:
-        raise Unsupported(
-            "no-groups",
-            "the checkpoint has no parameter groups, and a universal checkpoint is made of them",
-            where=checkpoint.path,
-            why="master weights and optimizer state are saved per parameter of the optimizer",
-            hint="name a training checkpoint, one that holds its optimizer",
-        )
+        raise no_groups(checkpoint, "a universal checkpoint")
     states = [file for group in checkpoint.groups for file in _group(checkpoint, group)]
     files = (
         write_torch_file(MODEL_NAME, _model(checkpoint, whole=True)),
@@ -80,7 +68,7 @@ def _group(checkpoint: Checkpoint, group: ParamGroup) -> Iterator[OutputFile]:
             node = Dict.of([("cat_dim", 0), (PARAM, tensor_node(ref.view(shape)))])
             yield write_torch_file(f"{place}/{kind}{SUFFIX}", node)
         if name in steps:
-            if not _equal(steps[name], first):
+            if not equal(steps[name], first):
                 raise _unfit(checkpoint, STEP, "differs between the parameters of a group")
             yield write_torch_file(f"{place}/{STEP}{SUFFIX}", encode(steps[name], {}))
     for kind, refs in (*group.state.items(), (STEP, steps)):
@@ -102,15 +90,6 @@ def _master(checkpoint: Checkpoint, group: ParamGroup, name: str) -> TensorRef:
     if name not in checkpoint.tensors:
         raise _unfit(checkpoint, FP32, f"is missing for {name}")
     return checkpoint.tensors[name].cast(FLOAT32)
-
-
-def _equal(a: Value, b: Value) -> bool:
-    """One value: the same number may lie in several places of the files."""
-    if isinstance(a, TensorRef) and isinstance(b, TensorRef) and a is not b:
-        from ckpttools.passes.read import load  # numpy: needed for tensors alone
-
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and load(a).tobytes() == load(b).tobytes()
-    return a is b or same(a, b)
 
 
 def _unfit(checkpoint: Checkpoint, kind: str, problem: str) -> CkptError:
@@ -162,36 +141,18 @@ def shared_settings(groups: Iterable[ParamGroup]) -> dict[str, Value]:
 def _model(checkpoint: Checkpoint, *, whole: bool) -> Dict:
     """The model file of stages 1 and 2, or that of stage 3, whose parameters have no elements."""
     storages: dict[object, Storage] = {}
-    frozen = [name for name in checkpoint.tensors if name in checkpoint.frozen]
-    shapes = {name: checkpoint.tensors[name].shape for name in frozen} | dict(checkpoint.left_out)
     pairs: list[tuple[Node, Node]] = []
     for name, ref in checkpoint.tensors.items():
         kept = whole or name in checkpoint.buffers
         pairs.append((name, encode_tensor(ref if kept else TensorRef(ref.dtype, (0,), ()), storages)))
     pairs += [(name, encode(value, storages)) for name, value in checkpoint.extra_state.items()]
-    values: dict[str, Node] = {
-        "module": ordered(pairs),
-        "buffer_names": [name for name in checkpoint.tensors if name in checkpoint.buffers],
-        "optimizer": None,
-        "param_shapes": [
-            ordered((name, size_node(shape)) for name, shape in group.params.items())
-            for group in checkpoint.groups
-        ],
-        "frozen_param_shapes": ordered((n, size_node(s)) for n, s in shapes.items()),
-        "shared_params": encode(dict(checkpoint.shared)),
-        "lr_scheduler": encode(scheduler_state(checkpoint)[0]),
-        "data_sampler": None,
-        "random_ltd": None,
-        "skipped_steps": 0,
-        "global_steps": 0,
-        **counter_values(checkpoint),
-        "dp_world_size": checkpoint.layout.dp_degree,
-        "mp_world_size": 1,
-        **({"ds_config": encode(dict(checkpoint.settings))} if checkpoint.settings else {}),
-        "ds_version": version_of(checkpoint),
-    }
-    client = {key: encode(value, storages) for key, value in client_values(checkpoint).items()}
-    return Dict.of({**values, **client}.items())
+    return new_root(
+        checkpoint,
+        storages,
+        ranks=checkpoint.layout.dp_degree,
+        settings=checkpoint.settings,
+        module=ordered(pairs),
+    )
 
 
 # --- what it cannot hold, or its loader does not read ---------------------------------------------------

@@ -9,7 +9,15 @@ from ckpttools.containers import fields
 from ckpttools.containers.nodes import ORDERED, decode, encode, encode_tensor, kept, ordered
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, size, size_node, write_torch_file
-from ckpttools.formats.deepspeed import OWN_KEYS, client_values, counter_values, scheduler_state, version_of
+from ckpttools.formats.deepspeed import (
+    OWN_KEYS,
+    client_values,
+    counter_values,
+    frozen_shapes,
+    scheduler_state,
+    shapes_node,
+    version_of,
+)
 from ckpttools.formats.model_states import ModelStates
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.zero.target import Target
@@ -45,7 +53,7 @@ def _values(to: Target, template: ModelStates | None, storages: dict[object, Sto
     if template is None or root.get("param_shapes") is not None:
         out["param_shapes"] = param_shapes(to, root.get("param_shapes"))
     if template is None or checkpoint.frozen != template.frozen:
-        out["frozen_param_shapes"] = _frozen_shapes(checkpoint)
+        out["frozen_param_shapes"] = shapes_node(frozen_shapes(checkpoint))
         out["frozen_param_fragments"] = _fragments(checkpoint, storages)
     elif root.get("frozen_param_fragments") is not None and checkpoint.tensors != template.weights:
         out["frozen_param_fragments"] = _fragments(checkpoint, storages)
@@ -98,12 +106,6 @@ def param_shapes(to: Target, old: Node) -> Node:
             new.pairs.append((name, node if shape == wanted else size_node(wanted)))
         out.append(new)
     return out
-
-
-def _frozen_shapes(checkpoint: Checkpoint) -> Node:
-    frozen = (name for name in checkpoint.tensors if name in checkpoint.frozen)
-    shapes = {name: checkpoint.tensors[name].shape for name in frozen} | dict(checkpoint.left_out)
-    return ordered((name, size_node(shape)) for name, shape in shapes.items())
 
 
 def _fragments(checkpoint: Checkpoint, storages: dict[object, Storage]) -> Node:

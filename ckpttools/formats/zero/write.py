@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.formats.batch import kept_batch
-from ckpttools.formats.left_out import left_out
+from ckpttools.formats.notes import left_out
 from ckpttools.formats.zero import model_file, optim_file
 from ckpttools.formats.zero.target import target
 from ckpttools.plan import Plan, copy_file

@@ -13,18 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
 from ckpttools.containers.nodes import encode, encode_tensor, ordered
 from ckpttools.containers.pickles import Dict, Node, Object
-from ckpttools.containers.torch_file import Storage, size_node, write_torch_file
+from ckpttools.containers.torch_file import Storage, write_torch_file
 from ckpttools.errors import escape
 from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.cutting import equal, no_groups, not_flat
-from ckpttools.formats.deepspeed import (
-    NEW_SCALER,
-    client_values,
-    counter_values,
-    scheduler_state,
-    version_of,
-)
-from ckpttools.formats.left_out import left_out
+from ckpttools.formats.deepspeed import NEW_SCALER, frozen_shapes, new_root, shapes_node
+from ckpttools.formats.notes import left_out
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.torch_optimizer import separate, state_of
 from ckpttools.formats.zero0.read import INNER, MASTERS
@@ -50,29 +44,18 @@ def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
     trained = [name for group in checkpoint.groups for name in group.params]
     wrapped = any(checkpoint.tensors[name].dtype in SIXTEEN for name in trained if name in checkpoint.tensors)
     storages = dict[object, Storage]()
-    frozen = {name: ref.shape for name, ref in checkpoint.tensors.items() if name in checkpoint.frozen}
-    frozen |= checkpoint.left_out
-    values: dict[str, Node] = {
-        "module": _module(checkpoint, wrapped, storages),
-        "buffer_names": [name for name in checkpoint.tensors if name in checkpoint.buffers],
-        "optimizer": _wrapper(checkpoint, layout) if wrapped else _optimizer(checkpoint),
-        "param_shapes": [_shapes(group.params) for group in checkpoint.groups],
-        "frozen_param_shapes": _shapes(frozen) if frozen else None,
-        "shared_params": encode(dict(checkpoint.shared)),
-        "frozen_param_fragments": None,
-        "lr_scheduler": encode(scheduler_state(checkpoint)[0]),
-        "data_sampler": None,
-        "random_ltd": None,
-        "skipped_steps": 0,
-        "global_steps": 0,
-        **counter_values(checkpoint),
-        "dp_world_size": layout.dp_degree,
-        "mp_world_size": 1,
-        **({"ds_config": encode(settings)} if settings else {}),
-        "ds_version": version_of(checkpoint),
-        **{key: encode(value, storages) for key, value in client_values(checkpoint).items()},
-    }
-    file: OutputFile = write_torch_file(MODEL_NAME, Dict.of(values.items()))
+    frozen = frozen_shapes(checkpoint)
+    root = new_root(
+        checkpoint,
+        storages,
+        ranks=layout.dp_degree,
+        settings=settings,
+        module=_module(checkpoint, wrapped, storages),
+        optimizer=_wrapper(checkpoint, layout) if wrapped else _optimizer(checkpoint),
+        frozen_param_shapes=shapes_node(frozen) if frozen else None,
+        frozen_param_fragments=None,
+    )
+    file: OutputFile = write_torch_file(MODEL_NAME, root)
     return Plan(files=(file,), notes=(*_notes(checkpoint, layout, wrapped), *notes), checks=checkpoint.checks)
 
 
@@ -175,7 +158,3 @@ def _join(refs: Iterable[TensorRef]) -> TensorRef:
     chunks: list[Chunk] = [chunk for ref in found for chunk in ref.flat(0, ref.numel).chunks]
     dtype = found[0].dtype if found else FLOAT32
     return TensorRef(dtype, (sum(ref.numel for ref in found),), join_chunks(chunks))
-
-
-def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> Object:
-    return ordered((name, size_node(shape)) for name, shape in shapes.items())

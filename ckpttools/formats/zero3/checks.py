@@ -20,7 +20,7 @@ from ckpttools.formats.engine import Engine, check_engine, number_of
 from ckpttools.formats.engine import Shard as EngineShard
 from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked
-from ckpttools.formats.found import found
+from ckpttools.formats.found import contradiction, found, missing
 from ckpttools.formats.model_states import read_stated
 from ckpttools.formats.rank_files import PADDED
 from ckpttools.formats.rank_local import finding
@@ -195,21 +195,16 @@ def fields_present(folder: Zero3Folder) -> Findings:
     for model in folder.models:
         for name in ("global_steps", "dp_world_size", "ds_version"):
             if name not in model.root:
-                yield _missing(model.file, name)
+                yield missing(model.file.path, name)
     for shard in folder.shards:
         for name in ("loss_scaler", "zero_stage", "partition_count"):
             if name not in shard.state:
-                yield _missing(shard.file, f"optimizer_state_dict.{name}")
+                yield missing(shard.file.path, f"optimizer_state_dict.{name}")
         config = settings_of(shard.file, shard.root).get("zero_optimization")
         stage = config.get("stage") if isinstance(config, dict) else None
         if isinstance(stage, int) and stage != 3:
-            message = f"asks for stage {stage}, and the files are of stage 3"
-            yield found("field-contradicts", shard.file.path, "ds_config", message, severity=WARNING)
-
-
-def _missing(file: TorchFile, field: str) -> Finding:
-    message = "DeepSpeed writes this field, and it is not there"
-    return found("field-missing", file.path, field, message, severity=WARNING, hint="")
+            what = f"asks for stage {stage}, and the files are of stage 3"
+            yield contradiction(shard.file.path, "ds_config", what)
 
 
 def engine(folder: Zero3Folder) -> Findings:

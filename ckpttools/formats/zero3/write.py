@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
 from ckpttools.containers.nodes import encode, encode_tensor, ordered, put_node
 from ckpttools.containers.pickles import Dict, Node, Object
-from ckpttools.containers.torch_file import Storage, new_storage, size_node, tensor_node, write_torch_file
+from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
 from ckpttools.errors import Unsupported, escape
 from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.buffers import NORMS
 from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import (
     STAGE,
-    client_values,
-    counter_values,
+    frozen_shapes,
+    new_root,
     new_scaler,
-    scheduler_state,
+    shapes_node,
     sub_group_size,
     version_of,
 )
-from ckpttools.formats.left_out import left_out
+from ckpttools.formats.notes import left_out
 from ckpttools.formats.rank_files import optim_name
 from ckpttools.formats.zero3.cuts import held, part_of, sub_groups
 from ckpttools.formats.zero3.names import model_name
@@ -129,33 +129,23 @@ def _notes(to: Target) -> Iterator[str]:
 def _model(to: Target, rank: int) -> Dict:
     checkpoint, storages = to.checkpoint, dict[object, Storage]()
     frozen = [name for name in checkpoint.tensors if name in checkpoint.frozen]
-    shapes = {name: checkpoint.tensors[name].shape for name in frozen} | dict(checkpoint.left_out)
-    said = bool(shapes) or not checkpoint.excludes_frozen
-    values: dict[str, Node] = {
-        "module": _module(to, storages),
-        "buffer_names": [name for name in checkpoint.tensors if name in to.buffers],
-        "optimizer": None,
-        "param_shapes": [
-            ordered((n, size_node(group.params[n])) for n in names)
-            for group, cut in zip(checkpoint.groups, to.cuts, strict=True)
-            for names in cut
+    shapes, cuts = frozen_shapes(checkpoint), zip(checkpoint.groups, to.cuts, strict=True)
+    parts = ordered((n, _part([checkpoint.tensors[n]], to.ranks, rank)) for n in frozen)
+    none = checkpoint.left_out or checkpoint.excludes_frozen
+    return new_root(
+        checkpoint,
+        storages,
+        ranks=to.ranks,
+        settings=to.settings,
+        module=_module(to, storages),
+        buffer_names=[name for name in checkpoint.tensors if name in to.buffers],
+        param_shapes=[
+            shapes_node({name: group.params[name] for name in names}) for group, cut in cuts for names in cut
         ],
-        "frozen_param_shapes": ordered((n, size_node(s)) for n, s in shapes.items()) if said else None,
-        "shared_params": encode(dict(checkpoint.shared)) if rank == 0 else Dict(),
-        "frozen_param_fragments": ordered((n, _part([checkpoint.tensors[n]], to.ranks, rank)) for n in frozen)
-        if frozen or not (checkpoint.left_out or checkpoint.excludes_frozen)
-        else None,
-        "lr_scheduler": encode(scheduler_state(checkpoint)[0]),
-        "data_sampler": None,
-        "random_ltd": None,
-        "skipped_steps": 0,
-        "global_steps": 0,
-        **counter_values(checkpoint),
-        "dp_world_size": to.ranks,
-        "mp_world_size": 1,
-    }
-    client = {key: encode(value, storages) for key, value in client_values(checkpoint).items()}
-    return Dict.of({**values, **_about(to), **client}.items())
+        frozen_param_shapes=shapes_node(shapes) if shapes or not checkpoint.excludes_frozen else None,
+        frozen_param_fragments=parts if frozen or not none else None,
+        **({} if rank == 0 else {"shared_params": Dict()}),
+    )
 
 
 def _about(to: Target) -> dict[str, Node]:

@@ -10,7 +10,7 @@ from ckpttools.containers import fields
 from ckpttools.containers.torch_file import size
 from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.formats.deepspeed import excludes_frozen
-from ckpttools.formats.found import contradiction, found
+from ckpttools.formats.found import contradiction, found, missing
 from ckpttools.formats.model_states import ModelStates
 from ckpttools.formats.zero.decode import version_numbers
 from ckpttools.formats.zero.join import ZeroFolder
@@ -108,38 +108,24 @@ def required_fields(folder: ZeroFolder) -> Iterator[Finding]:
     model, path = folder.model, str(folder.model.file.path)
     for name in ("global_steps", "dp_world_size", "ds_version", "buffer_names"):
         if name not in model.root:
-            yield found(
-                "field-missing",
-                path,
-                name,
-                "DeepSpeed writes this field, and it is not there",
-                severity=WARNING,
-                hint="",
-            )
+            yield missing(path, name)
     for rank in folder.ranks:
         for name, since in RANK_FIELDS[rank.variant].items():
             if name not in rank.state and since <= version_numbers(rank.ds_version):
-                yield found(
-                    "field-missing",
-                    rank.file.path,
-                    f"optimizer_state_dict.{name}",
-                    "DeepSpeed writes this field, and it is not there",
-                    severity=WARNING,
-                    hint="",
-                )
+                yield missing(rank.file.path, f"optimizer_state_dict.{name}")
     for rank in folder.ranks:
         if rank.ds_version and model.ds_version and rank.ds_version != model.ds_version:
             where = f"saved by DeepSpeed {rank.ds_version}, the model file by {model.ds_version}"
-            yield contradiction(str(rank.file.path), "ds_version", where)
+            yield contradiction(rank.file.path, "ds_version", where)
         inner = rank.state.get("ds_version")
         if isinstance(inner, str) and rank.ds_version and inner != rank.ds_version:
-            yield contradiction(str(rank.file.path), "optimizer_state_dict.ds_version", f"is {inner}")
+            yield contradiction(rank.file.path, "optimizer_state_dict.ds_version", f"is {inner}")
         config = fields.as_mapping(rank.root.get("ds_config"))
         zero = fields.as_mapping(config.get("zero_optimization")) if config is not None else None
         stated = fields.integer(zero.get("stage")) if zero is not None else None
         if stated is not None and rank.stage is not None and stated != rank.stage:
             what = f"is {rank.stage}, while ds_config asks for stage {stated}"
-            yield contradiction(str(rank.file.path), "zero_stage", what)
+            yield contradiction(rank.file.path, "zero_stage", what)
 
 
 def module_names(folder: ZeroFolder) -> Iterator[Finding]:

@@ -209,7 +209,7 @@ def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
                 f"rank {lacks.dp_rank} lacks what rank {has.dp_rank} has",
             )
         if plain(rank.root.get("ds_config")) != plain(first.root.get("ds_config")):
-            yield contradiction(str(rank.file.path), "ds_config", "differs from that of rank 0")
+            yield contradiction(rank.file.path, "ds_config", "differs from that of rank 0")
         mine_step, first_step = steps(rank), steps(first)
         # a step that is not there at all is missing state, and named as that
         pairs = zip(mine_step, first_step, strict=True)

@@ -1,4 +1,4 @@
-"""Weights that the model has and the source has not: whoever loads the result must be told."""
+"""What the notes of several formats' plans say."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from ckpttools.errors import some
 
 
 def left_out(checkpoint: Checkpoint) -> Iterator[str]:
-    """The note of a plan, whatever its format."""
+    """Weights that the model has and the source has not: whoever loads the result must be told."""
     then = "load them into the model first, and then this, not strictly"
     if checkpoint.left_out:
         names = some(checkpoint.left_out, 12)
         yield f"{len(checkpoint.left_out)} weights of the model are not in the source ({names}): {then}"
     elif checkpoint.excludes_frozen:
         yield f"frozen weights are not in the source, nor their names (exclude_frozen_parameters): {then}"
+
+
+def one_copy(checkpoint: Checkpoint) -> Iterator[str]:
+    """Of a format that keeps one copy of a weight: the masters, where the source has both."""
+    best = checkpoint.best_copies()
+    dtypes = {
+        ref.dtype.short for name, ref in checkpoint.tensors.items() if best[name].dtype is not ref.dtype
+    }
+    if dtypes:
+        yield f"one copy of each weight: the fp32 masters, not their {', '.join(sorted(dtypes))} copies"
