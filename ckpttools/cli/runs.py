@@ -73,7 +73,11 @@ def command(
     found = experiments(folder, only)
     if parent is not None and all(each.tag != parent for each in found.runs):
         raise UsageError(
-            "run-missing", f"there is no run {escape(parent)}", where=folder, hint="see ckpt runs"
+            "run-missing",
+            f"there is no run {escape(parent)}",
+            where=folder,
+            why="a run begins where its parent ended",
+            hint="see ckpt runs",
         )
     if as_json:
         render.document(_json(found))

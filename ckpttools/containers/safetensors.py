@@ -117,7 +117,12 @@ def safetensors_file(path: str, tensors: Mapping[str, TensorRef], metadata: Mapp
     at = 0
     for name, ref in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         if ref.dtype.safetensors is None:
-            raise CkptError("dtype-unsupported", f"safetensors has no {ref.dtype}", where=name)
+            raise CkptError(
+                "dtype-unsupported",
+                f"safetensors has no {ref.dtype}",
+                where=name,
+                why="its header has no word for the dtype, so no reader could tell",
+            )
         header[name] = {
             "dtype": ref.dtype.safetensors,
             "shape": list(ref.shape),

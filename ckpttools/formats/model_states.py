@@ -70,6 +70,7 @@ def _read(path: Location, dp_rank: int) -> ModelStates:
             "module is empty: a pipeline-parallel checkpoint, which is recognised but not read yet",
             where=path,
             layout="pipeline",
+            why="the weights lie in a file for each layer",
         )
     weights, extra = module_of(file, root)
     stated, frozen = root.get("param_shapes"), root.get("frozen_param_shapes")

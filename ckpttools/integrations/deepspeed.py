@@ -46,7 +46,12 @@ class Saves:
         folder, tag = (found, None) if found == self.folder else (found.parent, found.name)
         path, state = engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
-            raise CkptError("resume-failed", "DeepSpeed found nothing to load", where=found)
+            raise CkptError(
+                "resume-failed",
+                "DeepSpeed found nothing to load",
+                where=found,
+                why="training would begin anew without a word",
+            )
         loaded: Mapping[str, Any] = state
         return loaded
 

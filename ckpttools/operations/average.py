@@ -88,6 +88,7 @@ def _newest(paths: Sequence[Path], count: int) -> tuple[list[Path], list[str]]:
             "too-few",
             f"{len(alike)} checkpoints of one series are here, {count} are asked for",
             where=paths[0],
+            why="a mean of fewer would be another one than was asked for",
             hint="ckpt ls shows them",
         )
     notes = [f"the mean of {', '.join(escape(path.name) for path in alike[:count])}"]

@@ -155,7 +155,12 @@ def with_config(plan: Plan, asked: Path | None, root: Location) -> Plan:
             refuse_outside(folder)
     files = config_files(folder)
     if asked is not None and not files:
-        raise UsageError("no-config", "the folder holds no configuration or tokenizer", where=asked)
+        raise UsageError(
+            "no-config",
+            "the folder holds no configuration or tokenizer",
+            where=asked,
+            why="transformers could not load the result",
+        )
     names = ", ".join(file.path for file in files)
     return replace(
         plan, files=(*plan.files, *files), notes=(*plan.notes, f"copied from {escape(folder)}: {names}")

@@ -67,7 +67,12 @@ def _text(path: Path) -> str:
     except CkptError as error:
         if error.id in ("not-found", "file-empty"):
             return ""
-        raise UsageError("log-unreadable", f"the log cannot be read: {error.message}", where=path) from None
+        raise UsageError(
+            "log-unreadable",
+            f"the log cannot be read: {error.message}",
+            where=path,
+            why="a row is added to what is there, and nothing of it may be lost",
+        ) from None
 
 
 def _parent(each: Experiment, ordered: Sequence[Experiment], asked: str | None) -> Experiment | None:

@@ -60,7 +60,10 @@ def unpin(path: str | Path) -> Pin:
         remove_file(pins.place(path))
     except OSError as error:
         raise UsageError(
-            "no-permission", f"the pin cannot be removed: {escape(error.strerror)}", where=pins.place(path)
+            "no-permission",
+            f"the pin cannot be removed: {escape(error.strerror)}",
+            where=pins.place(path),
+            why="until then no clean-up takes the checkpoint",
         ) from None
     return found
 

@@ -68,4 +68,8 @@ def _reader(framework: str) -> Callable[[Any, Any, Any], Program]:
             from ckpttools.schedules.transformers.program import recognise_trainer
 
             return recognise_trainer
-    raise UsageError("schedule-unknown", f"schedules of {framework!r} are not known")
+    raise UsageError(
+        "schedule-unknown",
+        f"schedules of {framework!r} are not known",
+        why="each library counts and steps its schedules in its own way",
+    )

@@ -352,7 +352,11 @@ def place(scheme: str, text: str) -> Stored:
         )
     if ".." in key.split("/"):
         raise UsageError(
-            "store-unknown", "a key has no ..", where=text, hint="write the whole path below the bucket"
+            "store-unknown",
+            "a key has no ..",
+            where=text,
+            why="a store has no folders to go up from: the object would have those two dots in its name",
+            hint="write the whole path below the bucket",
         )
     url = f"{scheme}://{host}"
     if url not in _buckets:

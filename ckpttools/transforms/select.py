@@ -39,6 +39,7 @@ def select(
             "nothing-selected",
             f"none of the {len(every)} tensors is selected",
             where=checkpoint.path,
+            why="a checkpoint of nothing loads nowhere",
             hint="ckpt inspect --tensors lists the names; quote the patterns: --include '*.weight'",
         )
     idle = [
@@ -127,6 +128,7 @@ def weights_only(checkpoint: Checkpoint, source: Copy | None = None) -> Checkpoi
             "no-master",
             "the checkpoint has no fp32 master weights",
             where=checkpoint.path,
+            why="there is one copy of each weight, in the dtype that the model was saved in",
             hint="leave out --source, or use --source model",
         )
     notes = list(checkpoint.notes)
@@ -150,6 +152,7 @@ def weights_only(checkpoint: Checkpoint, source: Copy | None = None) -> Checkpoi
             "nothing-selected",
             "the checkpoint holds no weights, only the optimizer's state",
             where=checkpoint.path,
+            why="weights lie in other files of the same save",
             hint="name the folder or the file that holds the model",
         )
     if checkpoint.groups:

@@ -62,15 +62,33 @@ def _legacy(file: File, data: bytes, *, whole: bool) -> TorchFile:
         at = part.end
     magic, protocol, system, value, keys = (part.value for part in parts)
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL:
-        raise CkptError("not-torch", "the magic number or protocol is not torch's", where=file.path)
+        raise CkptError(
+            "not-torch",
+            "the magic number or protocol is not torch's",
+            where=file.path,
+            why="torch.load asks for both before anything else, and refuses the file",
+        )
     if not isinstance(system, Dict):
-        raise CkptError("pickle-damaged", "the system information is not a dict", where=file.path)
+        raise CkptError(
+            "pickle-damaged",
+            "the system information is not a dict",
+            where=file.path,
+            why="it says how numbers are laid out: without it no tensor can be read",
+        )
     if system.get("little_endian") is not True:
-        raise CkptError("big-endian", "the tensors are stored big-endian", where=file.path)
+        raise CkptError(
+            "big-endian",
+            "the tensors are stored big-endian",
+            where=file.path,
+            why="each number would have to be turned round; no machine that trains writes so",
+        )
     names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else None
     if not isinstance(keys, list) or names != keys or sorted(names) != sorted(storages):
         raise CkptError(
-            "pickle-damaged", "the list of storages does not match the tensors that use them", where=file.path
+            "pickle-damaged",
+            "the list of storages does not match the tensors that use them",
+            where=file.path,
+            why="which bytes belong to which tensor would be a guess",
         )
     for key in names:
         made = storages[key]
@@ -80,13 +98,19 @@ def _legacy(file: File, data: bytes, *, whole: bool) -> TorchFile:
                 "pickle-damaged",
                 f"storage {key} has {count} elements where {made.numel} are declared",
                 where=file.path,
+                why="the tensors would begin at other bytes than those that were saved",
             )
         if at + 8 + made.nbytes > file.size:
             raise truncated(file.path, f"storage {key} needs {made.nbytes} bytes from {at + 8}")
         made.chunks = (file.range(at + 8, made.nbytes),) if made.nbytes else ()
         at += 8 + made.nbytes
     if at != file.size:
-        raise CkptError("file-appended", f"{file.size - at} bytes follow the last storage", where=file.path)
+        raise CkptError(
+            "file-appended",
+            f"{file.size - at} bytes follow the last storage",
+            where=file.path,
+            why="the file was joined with another one, or written over a longer one",
+        )
     return TorchFile(
         path=file.path,
         size=file.size,

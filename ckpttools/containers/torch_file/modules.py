@@ -49,7 +49,12 @@ def _of_module(file: TorchFile, state: Pairs) -> dict[str, View]:
         prefix, state, depth = todo.pop()
         made += 1
         if depth > MAX_DEPTH or made > MAX_NAMES or len(prefix) > 10_000:
-            raise CkptError("field-damaged", "a module holds itself, or modules without end", where=file.path)
+            raise CkptError(
+                "field-damaged",
+                "a module holds itself, or modules without end",
+                where=file.path,
+                why="its weights would have names without end",
+            )
         passing = _members(state.get("_non_persistent_buffers_set"))
         for kind, left_out in (("_parameters", frozenset[str]()), ("_buffers", passing)):
             for name, value in _named(state.get(kind)):

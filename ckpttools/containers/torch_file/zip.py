@@ -25,9 +25,19 @@ def read_zip(file: File, archive: Archive) -> TorchFile:
     records = archive.records
     refuse_torchscript(file.path, archive)
     if "data.pkl" not in records:
-        raise CkptError("not-torch", "the archive has no data.pkl: some other zip file", where=file.path)
+        raise CkptError(
+            "not-torch",
+            "the archive has no data.pkl: some other zip file",
+            where=file.path,
+            why="that file says which tensors there are",
+        )
     if "byteorder" in records and read_record(file, records["byteorder"], 16) != b"little":
-        raise CkptError("big-endian", "the tensors are stored big-endian", where=file.path)
+        raise CkptError(
+            "big-endian",
+            "the tensors are stored big-endian",
+            where=file.path,
+            why="each number would have to be turned round; no machine that trains writes so",
+        )
     _check_deflated(file, archive)
     data = read_record(file, records["data.pkl"], MAX_BYTES)
     storages: dict[str, Storage] = {}

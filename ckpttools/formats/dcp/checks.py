@@ -223,10 +223,15 @@ class _Part:
             raise CkptError(
                 "records-edited",
                 "the records were not saved together: one was changed, and its checksum mended",
+                why="the checksums hold for what was put in, not for what was saved",
                 hint=f"{AGAIN}; ask who edited it",
             )
         if problems:
-            raise CkptError("zip-unexplained", f"{problems[0]} holds bytes that torch does not write there")
+            raise CkptError(
+                "zip-unexplained",
+                f"{problems[0]} holds bytes that torch does not write there",
+                why="bytes that nothing accounts for came from another program",
+            )
         if not file.has_checksums and any(r.nbytes for r in file.archive.records.values()):
             self.found.add(
                 "storage-unchecked", INFO, window.path, wanted.key, "saved without checksums", hint=""

@@ -92,7 +92,12 @@ class Items:
 
     def _object(self, window: File) -> Value:
         if window.size > MAX_OBJECT:
-            raise CkptError("field-damaged", f"an object of {window.size} bytes", where=window.path)
+            raise CkptError(
+                "field-damaged",
+                f"an object of {window.size} bytes",
+                where=window.path,
+                why="such an object is a counter or a setting, and is read into memory",
+            )
         raw = window.read(0, window.size) if window.size <= SMALL else b""
         if raw and raw in self._objects:
             return self._objects[raw]

@@ -28,7 +28,11 @@ def check_pieces(key: str, tensor: Tensor) -> None:
         active = [other for other in active if other.offsets[0] + other.shape[0] > piece.offsets[0]]
         comparisons += len(active)
         if comparisons > MAX_COMPARISONS:
-            raise Unsupported("chunks-irregular", f"'{escape(key)}' is cut into too many crossing pieces")
+            raise Unsupported(
+                "chunks-irregular",
+                f"'{escape(key)}' is cut into too many crossing pieces",
+                why="the parts lie across each other: each element would have a place of its own",
+            )
         for other in active:
             if _meet(piece, other):
                 places = f"{list(other.offsets)} and {list(piece.offsets)}"

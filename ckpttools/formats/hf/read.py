@@ -38,7 +38,12 @@ def read(path: Location) -> Checkpoint:
         elif index is not None:
             shards = dict.fromkeys(_shards(path, index))
         else:
-            raise CkptError("no-weights", "no model weights in this folder", where=path)
+            raise CkptError(
+                "no-weights",
+                "no model weights in this folder",
+                where=path,
+                why="neither safetensors nor pytorch_model.bin, whole or with an index, is there",
+            )
         folder = path
     else:
         index, shards, folder, others = None, {path.name: None}, path.parent, []

@@ -41,6 +41,7 @@ def read(
             "model-differs",
             f"its optimizer is not that of the other run: {saved.problem}",
             where=path,
+            why="the order of parameters of another optimizer would put its state on the wrong ones",
             hint="name a checkpoint of a run with the same model and the same parameter groups",
         )
     groups = saved.groups if saved is not None else ()

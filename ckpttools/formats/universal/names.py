@@ -161,7 +161,12 @@ def _below(zero: Location) -> list[tuple[str, Location]]:
             inner = f"{name}/{entry.name}" if name else entry.name
             if is_folder(entry):
                 if depth == MAX_DEPTH:
-                    raise CkptError("name-unsafe", "folders lie too deep", where=zero / inner)
+                    raise CkptError(
+                        "name-unsafe",
+                        "folders lie too deep",
+                        where=zero / inner,
+                        why="ds_to_universal makes a folder for each parameter, and none below them",
+                    )
                 todo.append((inner, depth + 1))
             elif is_file(entry):
                 found.append((name, zero / inner))

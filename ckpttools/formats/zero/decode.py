@@ -102,6 +102,7 @@ def _refuse_old(path: Location, state: fields.Mapping) -> None:
             "a ZeRO-3 optimizer file in a folder of ZeRO-1 or 2",
             where=path,
             layout="zero3",
+            why="the files are of different runs, or of a run whose stage was changed",
         )
     if "local_sub_partitions_of_fp32_groups" in state:
         raise Unsupported(

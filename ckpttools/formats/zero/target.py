@@ -112,6 +112,7 @@ def _itemsize(checkpoint: Checkpoint, group: ParamGroup) -> int:
             "alignment-unknown",
             "parameter_alignment is on, but the model's dtype is not the same everywhere",
             where=checkpoint.path,
+            why="the alignment is in bytes, so where a parameter begins depends on its dtype",
         )
     return sizes.pop()
 

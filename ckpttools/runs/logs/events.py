@@ -28,7 +28,12 @@ def scalars(path: Location) -> Iterator[Record]:
     """Every scalar in the order of the file. Raises CkptError for what is no event file."""
     with opened(path) as file:
         if file.size > MAX_BYTES:
-            raise CkptError("text-too-long", f"a log of {file.size} bytes", where=path)
+            raise CkptError(
+                "text-too-long",
+                f"a log of {file.size} bytes",
+                where=path,
+                why="a log is read into memory, line by line of a training run",
+            )
         for data in _records(file, path):
             yield from _event(data)
 
@@ -41,7 +46,12 @@ def _records(file: File, path: Location) -> Iterator[bytes]:
         (nbytes,) = struct.unpack_from("<Q", block, at - start)
         if nbytes > MAX_RECORD:
             if not at:
-                raise CkptError("not-a-log", "no file of TensorBoard events", where=path)
+                raise CkptError(
+                    "not-a-log",
+                    "no file of TensorBoard events",
+                    where=path,
+                    why="each record has its length and a checksum in front, and the first one does not hold",
+                )
             return
         if at + 16 + nbytes > file.size:
             return

@@ -78,5 +78,10 @@ def _number(value: object) -> float | None:
 def _text(path: Location) -> str:
     with opened(path) as file:
         if file.size > MAX_BYTES:
-            raise CkptError("text-too-long", f"a log of {file.size} bytes", where=path)
+            raise CkptError(
+                "text-too-long",
+                f"a log of {file.size} bytes",
+                where=path,
+                why="a log is read into memory, line by line of a training run",
+            )
         return file.head(MAX_BYTES).decode("utf-8", errors="replace")
