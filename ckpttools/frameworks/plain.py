@@ -16,6 +16,7 @@ from ckpttools.formats.counters import DATASET, EPOCH, OPTIMIZER, SCHEDULER, STE
 from ckpttools.frameworks import parts
 from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.frameworks.rules import Rule
+from ckpttools.schedules.lengths import Unit
 from ckpttools.training import OptimizerSettings, SavedSchedule, Training
 from ckpttools.tree import Key
 
@@ -39,6 +40,8 @@ def read(saved: Saved) -> Training:
 def _plain(file: TorchFile) -> Training:
     counts = [c for key in STEP for c in parts.counter(file, "update", key)]
     epoch = next((n for key in EPOCH if (n := parts.integer(file, key)) is not None), None)
+    optimizers = tuple(_optimizers(file))
+    updates = [c.value for c in counts] + [o.steps for o in optimizers[:1] if o.steps is not None]
     return Training(
         framework="plain",
         unit="update",
@@ -49,8 +52,8 @@ def _plain(file: TorchFile) -> Training:
             *counts,
             *(c for key in TOTAL for c in parts.counter(file, "update", key, role="total")),
         ),
-        optimizers=tuple(_optimizers(file)),
-        schedules=tuple(_schedules(file)),
+        optimizers=optimizers,
+        schedules=tuple(_schedules(file, [epoch] if epoch is not None else [], updates)),
         batch_names=(
             ("micro", "the data loader's batch_size", CODE),
             ("accumulation", "gradient accumulation", CODE),
@@ -74,20 +77,25 @@ def _optimizers(file: TorchFile) -> Iterator[OptimizerSettings]:
             return
 
 
-def _schedules(file: TorchFile) -> Iterator[SavedSchedule]:
+def _schedules(file: TorchFile, epochs: list[int], updates: list[int]) -> Iterator[SavedSchedule]:
     for key in SCHEDULER:
         keys: tuple[Key, ...] = (key,)
         found = list(parts.schedules(file, "torch", None, *keys))
         if found:
-            yield from (_own(each) for each in found)
+            yield from (_own(each, epochs, updates) for each in found)
             return
 
 
-def _own(schedule: SavedSchedule) -> SavedSchedule:
-    """timm's schedulers save other fields than torch's."""
-    timm = all("t_in_epochs" in state or "param_group_field" in state for state in schedule.states)
+def _own(schedule: SavedSchedule, epochs: list[int], updates: list[int]) -> SavedSchedule:
+    """timm's schedulers save other fields than torch's, and what they are at in the counters alone."""
+    if all("t_in_epochs" in state or "param_group_field" in state for state in schedule.states):
+        by_epoch = all(state.get("t_in_epochs") is True for state in schedule.states)
+        # what is saved is the number of the last one, or how many there were; the step comes before or after
+        counts = [n + off for n in (epochs if by_epoch else updates) for off in (0, 1, -1)]
+        unit: Unit | None = None if by_epoch else "update"
+        return replace(schedule, framework="timm", unit=unit, about={"counts": counts})
     deepspeed = all(set(state) == {"last_batch_iteration"} for state in schedule.states)
-    return replace(schedule, framework="timm" if timm else "deepspeed" if deepspeed else schedule.framework)
+    return replace(schedule, framework="deepspeed" if deepspeed else schedule.framework)
 
 
 def _timm_keys(root: fields.Mapping) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """timm's schedulers, where a training script saved them: timm itself does not.
 
-Their learning rate is a formula of the epoch, or of the update where t_in_epochs is false; the count is not
-in the state, but given as about["count"]. The class is recognised by its fields:
+Their learning rate is a formula of the epoch, or of the update where t_in_epochs is false. The count is not
+in the state: about["count"] gives it, or about["counts"] those that it can be, of which the saved rate tells
+(scripts step before they save, or after, and count from 0 or 1). The class is recognised by its fields:
 
     CosineLRScheduler     t_initial, k_decay, cycle_*     TanhLRScheduler       t_initial, lb, ub, cycle_*
     PolyLRScheduler       t_initial, power, cycle_*       StepLRScheduler       decay_t (a number)
@@ -15,10 +16,12 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from ckpttools.errors import UsageError
 from ckpttools.schedules.closed import ClosedMachine
 from ckpttools.schedules.lengths import Steps
 from ckpttools.schedules.program import (
@@ -52,10 +55,10 @@ def kind_of(state: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimmProgram(Program):
-    """`counted`: updates made."""
+    """`counted`: the epoch or update that the saved rate is of, None where that is not known."""
 
     kind: str
-    counted: int
+    counted: int | None
     has_noise: bool
 
     @property
@@ -64,7 +67,7 @@ class TimmProgram(Program):
 
     @property
     def count(self) -> int:
-        return self.counted
+        return self.counted or 0
 
     @property
     def by_epoch(self) -> bool | None:
@@ -73,7 +76,11 @@ class TimmProgram(Program):
 
     @property
     def known(self) -> bool:
-        return self.kind != "unknown" and not self.has_noise
+        return self.kind != "unknown" and not self.has_noise and self.counted is not None
+
+    def words(self) -> str:
+        words = Program.words(self)
+        return words if self.counted is not None else f"{words.removesuffix(' 0')} ?"
 
     def machine(self, *, fresh: bool) -> ClosedMachine:
         return self._at(0) if fresh else self._machine(ClosedMachine.loaded, self.count)
@@ -108,6 +115,13 @@ class TimmProgram(Program):
             return self
         if self.by_epoch:
             return self.with_notes("the schedule counts epochs: it is left as it is")
+        if self.counted is None:
+            raise UsageError(
+                "schedule-unknown",
+                "timm does not save its schedule's count, and no counter of the checkpoint gives the rate",
+                why="its place on the new clock cannot be told",
+                hint="--counters-only leaves it alone and moves the counters; then set the scheduler up anew",
+            )
         target = steps.position(self.count)
         if self.kind == "unknown":
             return replace(self, counted=target).with_notes("the schedule is not known: it is left as it is")
@@ -195,13 +209,12 @@ def recognise_timm(
             real(s, "decay_t", least=1e-9)
         if kind == "MultiStep":
             reals(s, "decay_t", len(s["decay_t"]))
-    counted = whole({"count": 0, **about}, "count")
     program = TimmProgram(
         saved_states=(s,),
         saved_groups=tuple(map(dict, groups)),
         about=about,
         kind=kind,
-        counted=counted,
+        counted=whole({**about}, "count") if "count" in about else None,
         has_noise=s.get("noise_range_t") is not None,
     )
     if kind == "unknown":
@@ -212,7 +225,20 @@ def recognise_timm(
         return program.with_notes(
             "the schedule adds random noise: the learning rate is left until the next update"
         )
-    return program
+    if program.counted is not None:
+        return program.compared(program._at(program.count).groups)
+    return _counted(program, [n for n in about.get("counts", ()) if type(n) is int and 0 <= n <= 10**15])
+
+
+def _counted(program: TimmProgram, counts: Sequence[int]) -> TimmProgram:
+    """With the first of `counts` that gives the saved learning rates; with none where no one does."""
+    for count in counts:
+        found = replace(program, counted=count)
+        with suppress(UsageError):  # a formula need not hold for every count
+            found = found.compared(found._at(count).groups)
+            if found.explained:
+                return found
+    return replace(program, explained=not counts)
 
 
 def _values(kind: str, s: State, t: int) -> list[float]:
