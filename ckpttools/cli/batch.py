@@ -148,10 +148,16 @@ def _read(src: Path, tag: str | None) -> Training:
 
 
 def _iteration(training: Training, accumulation: int | None) -> int | None:
-    """Its counter in micro-batches per rank."""
+    """Its counter in micro-batches per rank; an epoch's last update may be made of fewer."""
     if training.unit == "micro" or training.count is None:
         return training.count
-    return None if accumulation is None else training.count * accumulation
+    if accumulation is None:
+        return None
+    batches = training.batches
+    if batches is None or training.remainder != "flush" or accumulation != training.batch.accumulation:
+        return training.count * accumulation
+    epochs, rest = divmod(training.count, -(-batches // accumulation))
+    return epochs * batches + min(rest * accumulation, batches)
 
 
 def _moves(

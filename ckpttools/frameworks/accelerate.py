@@ -34,11 +34,16 @@ def is_accelerate(folder: Location) -> bool:
 
 def read(saved: Saved) -> Training:
     """The folder, with a ZeRO folder below where DeepSpeed was used."""
-    return saved.over(_read(saved.place, updates=saved.engine.count if saved.engine is not None else None))
+    if saved.engine is None:
+        return saved.over(_read(saved.place))
+    skipped = sum(c.value for c in saved.engine.counters if c.role == "skipped")
+    return saved.over(_read(saved.place, updates=saved.engine.count, skipped=skipped))
 
 
-def _read(folder: Location, *, updates: int | None) -> Training:
-    """accelerate's save_state. `updates` are those that DeepSpeed counted, None where it was not used."""
+def _read(folder: Location, *, updates: int | None = None, skipped: int = 0) -> Training:
+    """accelerate's save_state. `updates` are those that DeepSpeed counted, None where it was not used, of
+    which `skipped` overflowed and did not step the scheduler.
+    """
     names = [entry.name for entry in entries(folder) if is_file(entry)]
     ranks = sum(RANDOM.fullmatch(name) is not None for name in names)
     files = [] if updates is not None else _numbered(folder, names, "optimizer")
@@ -51,7 +56,10 @@ def _read(folder: Location, *, updates: int | None) -> Training:
         acts_on = min(i, max(0, len(optimizers) - 1))
         for found in parts.schedules(read_torch_file(path), "torch", "update", optimizer=acts_on):
             steps = found.states[0].get("last_epoch")
-            repeats = _repeats(steps, made, ranks) if marked is None else _noted(marked, i)
+            repeats = _repeats(steps, made, skipped, ranks) if marked is None else _noted(marked, i)
+            if repeats is None:  # stepped otherwise: by epoch, say, which nothing here counts
+                saved.append(replace(found, unit=None))
+                continue
             saved.append(replace(found, repeats=repeats))
             if updates is None and i == 0 and isinstance(steps, int) and steps % repeats == 0:
                 made = steps // repeats  # Adam's own count stays behind when a checkpoint is rebased
@@ -81,14 +89,15 @@ def _accumulated(folder: Location, names: list[str]) -> Iterator[Counter]:
             yield from parts.counter(read_torch_file(folder / name), "micro", "step", role="inside")
 
 
-def _repeats(steps: object, updates: int | None, ranks: int) -> int:
-    """How often the scheduler was stepped for each update: once per process, or just once.
+def _repeats(steps: object, updates: int | None, skipped: int, ranks: int) -> int | None:
+    """How often the scheduler was stepped for each update: once per process, or just once; None for neither.
 
     Where no optimizer counted its updates, it is accelerate's default: once per process.
     """
-    if not isinstance(steps, int) or steps % ranks:
-        return 1
-    return ranks if updates is None or steps == updates * ranks else 1
+    if updates is None or not isinstance(steps, int):
+        return 1 if not isinstance(steps, int) or steps % ranks else ranks
+    each = (n for n in (ranks, 1) if (updates - skipped) * n <= steps <= updates * n)
+    return next(each, None)
 
 
 def _noted(marked: Mapping[str, object], i: int) -> int:

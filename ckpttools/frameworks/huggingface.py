@@ -192,10 +192,14 @@ def _batch_field(path: Location, state: Mapping[str, object]) -> Iterator[BatchF
 
 
 def _ranks(folder: Location) -> int | None:
-    """Processes, by their random states: rng_state.pth of one alone, else rng_state_N.pth of each."""
+    """Processes, by their random states: rng_state.pth of one alone, else rng_state_N.pth of each. None where
+    some are not here, as where each node saves its own.
+    """
     names = [entry.name for entry in entries(folder)]
-    found = sum(re.fullmatch(r"rng_state_\d+\.pth", name) is not None for name in names)
-    return found or (1 if "rng_state.pth" in names else None)
+    found = {int(m[1]) for name in names if (m := re.fullmatch(r"rng_state_(\d{1,9})\.pth", name))}
+    if not found:
+        return 1 if "rng_state.pth" in names else None
+    return len(found) if found == set(range(len(found))) else None
 
 
 def _arguments(path: Location) -> dict[str, object]:

@@ -226,9 +226,16 @@ def _stated(kind: str, values: Mapping[str, object]) -> Stated:
         accumulation=count("accumulation"),
         total=count("total"),
         lr=next(known("lr"), None),
-        epochs=count("epochs"),
+        epochs=_epochs(next(known("epochs"), None)),
         steps=count("steps"),
     )
+
+
+def _epochs(number: float | None) -> int | float | None:
+    """The Trainer takes 1.5 of them, too."""
+    if number is None or number <= 0:
+        return None
+    return int(number) if number == int(number) else number
 
 
 def _number(value: object) -> float | None:

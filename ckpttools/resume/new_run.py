@@ -25,7 +25,7 @@ class Stated:
     accumulation: int | None = None
     total: int | None = None
     lr: float | None = None
-    epochs: int | None = None
+    epochs: int | float | None = None
     steps: int | None = None
     values: Mapping[str, object] = field(default_factory=dict)
     overlay: Mapping[str, object] = field(default_factory=dict)

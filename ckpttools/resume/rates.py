@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ckpttools import schedules
 from ckpttools.errors import CkptError
@@ -10,6 +11,7 @@ from ckpttools.resume.forecast import Rates
 from ckpttools.resume.new_run import real
 from ckpttools.schedules import Program
 from ckpttools.training import SavedSchedule, Training
+from ckpttools.transforms.rebase.scheduled import stepped
 
 
 def ahead(training: Training, schedule: SavedSchedule, *, engine: bool) -> int | None:
@@ -29,8 +31,11 @@ def ahead(training: Training, schedule: SavedSchedule, *, engine: bool) -> int |
     return None if training.count is None else parts - 1 - training.count % parts
 
 
-def rates(training: Training | None, *, engine: bool = False) -> Rates:
-    """Of a schedule that the framework saves beside the optimizer; `engine`: DeepSpeed makes the updates."""
+def rates(training: Training | None, *, engine: bool = False, ranks: int | None = None) -> Rates:
+    """Of a schedule that the framework saves beside the optimizer; `engine`: DeepSpeed makes the updates.
+
+    `ranks` are the new run's, where they are others.
+    """
     if training is None or not training.optimizers:
         return Rates(note="no optimizer's settings are in the checkpoint")
     optimizer = training.optimizers[0]
@@ -49,10 +54,14 @@ def rates(training: Training | None, *, engine: bool = False) -> Rates:
         if not program.explained:
             return Rates(first=first, note=f"not forecast: {unexplained(program)}")
         machine = program.machine(fresh=False)
-        skipped = ahead(training, own[0], engine=engine)
+        unit = stepped(training, own[0], program)
+        if unit is None or unit == "epoch":
+            machine.step()
+            return Rates(first=first, note=_by_epoch(float(machine.groups[0]["lr"]), known=unit is not None))
+        skipped = ahead(training, replace(own[0], unit=unit), engine=engine)
         if skipped is None:
             return Rates(note="not forecast: how many micro-batches make an update is not known")
-        parts = (training.batch.accumulation or 1) if own[0].unit == "micro" else 1
+        parts = (training.batch.accumulation or 1) if unit == "micro" else _repeats(training, own[0], ranks)
         for _ in range(skipped):
             machine.step()
         if skipped:
@@ -67,6 +76,20 @@ def rates(training: Training | None, *, engine: bool = False) -> Rates:
     if any(map(math.isnan, following)):
         return Rates(first=first, note="not forecast: the schedule's function is not in the checkpoint")
     return Rates(first=first, next=following, note=note)
+
+
+def _repeats(training: Training, schedule: SavedSchedule, ranks: int | None) -> int:
+    """Steps of a schedule for each update: accelerate steps it once per process."""
+    per_rank = schedule.repeats == training.batch.ranks
+    return ranks if ranks is not None and per_rank and schedule.repeats > 1 else schedule.repeats
+
+
+def _by_epoch(rate: float, *, known: bool) -> str:
+    """What is told of a schedule that need not step with the next update."""
+    when = "" if math.isnan(rate) else f"; its next step gives {rate:.6g}"
+    if known:
+        return f"the schedule is stepped once per epoch{when}"
+    return f"not forecast: whether the schedule is stepped by update, batch or epoch is not saved{when}"
 
 
 def unexplained(program: Program) -> str:

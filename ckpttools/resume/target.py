@@ -16,6 +16,7 @@ from ckpttools.frameworks.rules import CAREFUL, SAFE, About, AutoResume
 from ckpttools.location import Location
 from ckpttools.resume import arguments, deepspeed, trainers
 from ckpttools.resume.forecast import Check, Difference, Forecast, check
+from ckpttools.resume.lengths import length, length_check, planned
 from ckpttools.resume.new_run import NewRun
 from ckpttools.resume.rates import ahead
 from ckpttools.resume.rates import rates as rates_of
@@ -141,9 +142,9 @@ def _driven(target: Target, run: NewRun, found: Forecast) -> Forecast:
         return replace(
             found, notes=(*found.notes, f"its training state is not read further: {error.message}")
         )
-    differences = [*found.differences, *trainers.length(training, run)]
-    total = trainers.planned(training, run)
-    checks = [*found.checks, trainers.length_check(total, training, differences)]
+    differences = [*found.differences, *length(training, run)]
+    total = planned(training, run)
+    checks = [*found.checks, length_check(total, training, differences)]
     if training.framework in ("deepspeed", "ckpt train"):
         return replace(found, differences=tuple(differences), checks=tuple(checks))
     differences = [d for d in differences if d.about is not About.BATCH or d.refusal is not None]

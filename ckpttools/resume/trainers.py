@@ -31,6 +31,7 @@ from ckpttools.resume.forecast import (
     Refusal,
     check,
 )
+from ckpttools.resume.lengths import given, length, length_check, planned
 from ckpttools.resume.model import prefix_of, tensors_of
 from ckpttools.resume.new_run import NewRun, leaves
 from ckpttools.resume.rates import rates
@@ -72,7 +73,7 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
     if run.model is not None:
         found, tensors = _model(checkpoint, training, run, framework)
         differences += found
-    lr = rates(training)
+    lr = rates(training, ranks=run.world_size)
     if not rule.saved and any(d.cls != SAFE and d.about in (About.BATCH, About.LENGTH) for d in differences):
         lr = replace(lr, next=None, note=ANEW)
     state = training if training is not None else checkpoint.training
@@ -101,17 +102,15 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
 def batch(path: Location, training: Training, run: NewRun) -> Iterator[Difference]:
     """Another effective batch, and one of which that cannot be told."""
     said, rule = run.stated, framework_of(training).rule
-    steps = said.accumulation
-    if said.total is not None and said.micro is not None and run.world_size and steps is None:
-        steps = said.total // (said.micro * run.world_size)
     known = training.batch
     old = (known.micro, known.accumulation, known.ranks)
-    given = (said.micro, steps, run.world_size)
-    new = tuple(was if now is None else now for was, now in zip(old, given, strict=True))
+    parts = given(run)
+    steps = parts[1]
+    new = tuple(was if now is None else now for was, now in zip(old, parts, strict=True))
     was, now = known.total, _product(new)
     if said.total is not None and said.micro is None:
         now = said.total
-    if given == (None, None, None) and said.total is None:
+    if parts == (None, None, None) and said.total is None:
         return
     if was is None or now is None:
         named = {"batch per rank": said.micro, "accumulation": steps, "ranks": run.world_size}
@@ -154,42 +153,6 @@ def _product(numbers: Sequence[int | None]) -> int | None:
 
 def _shown(numbers: Sequence[int | None]) -> str:
     return " x ".join("?" if n is None else str(n) for n in numbers)
-
-
-def planned(training: Training, run: NewRun) -> int | None:
-    """The length of the new run in the unit of `training.count`; None where nothing says it."""
-    if run.stated.steps is not None:
-        return run.stated.steps
-    if run.stated.epochs is not None:
-        per_epoch = training.batches if training.unit == "micro" else training.updates
-        return None if per_epoch is None else run.stated.epochs * per_epoch
-    if training.total_count is not None:
-        return training.total_count
-    return next((c.value for c in training.counters if c.role == "total"), None)
-
-
-def length(training: Training, run: NewRun) -> Iterator[Difference]:
-    """What is left of the run, and another length where the schedule is computed from it."""
-    total = planned(training, run)
-    if total is not None and training.count is not None and training.count >= total:
-        yield Difference(
-            about=About.LENGTH,
-            setting="what is left",
-            cls=CAREFUL,
-            why=f"nothing, {training.count} of {total} are done: the run is finished, a resume ends at once",
-            hint="to train longer, give the new run more epochs or iterations; look at its schedule",
-        )
-    for key, counted, was in training.lengths:
-        now = run.stated.epochs if counted == "epochs" else run.stated.steps
-        if now is not None and was is not None and was != now:
-            yield Difference(
-                about=About.LENGTH,
-                setting=key,
-                old=was,
-                new=now,
-                cls=CAREFUL,
-                why="the schedule is computed anew for the new length and continued at the old step",
-            )
 
 
 def settings(training: Training, run: NewRun) -> Iterator[Difference]:
@@ -361,11 +324,3 @@ def batch_check(training: Training, run: NewRun, differences: list[Difference]) 
     text = f"{total} samples per update" if total is not None else "the checkpoint does not state it"
     unchanged = "" if said or total is None else ", taken as unchanged"
     return check(About.BATCH, text + unchanged, differences, known=total is not None)
-
-
-def length_check(total: int | None, training: Training, differences: list[Difference]) -> Check:
-    known = total is not None and training.count is not None
-    text = "the length of the run is not known"
-    if total is not None and training.count is not None:
-        text = f"{total - training.count} of {total} are left"
-    return check(About.LENGTH, text, differences, known=known)

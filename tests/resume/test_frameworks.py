@@ -100,6 +100,21 @@ def test_the_trainer_computes_another_curve_for_another_batch(tmp_path: Path) ->
     assert rates[1] != pytest.approx(whole[SAVED + 1], rel=0.01)  # it jumps, as was said
 
 
+def test_a_larger_batch_may_leave_nothing_of_the_run(tmp_path: Path) -> None:
+    """The Trainer finds its epoch by the new number of updates: 12 are 3 epochs of 4, and 2 are asked for."""
+    train(tmp_path / "run", num_train_epochs=2, save_steps=12)
+    saved = tmp_path / "run/checkpoint-12"
+    forecast = foretold(saved, of_arguments({"per_device_train_batch_size": 2 * BATCH}))
+    (left,) = (d for d in forecast.differences if d.setting == "what is left")
+    assert left.cls == "careful" and "12 of 8" in left.why
+    assert (
+        train(
+            tmp_path / "again", resume=saved, num_train_epochs=2, per_device_train_batch_size=4, save_steps=12
+        )
+        == []
+    )
+
+
 def test_the_trainer_refuses_another_width(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     train(tmp_path / "run")

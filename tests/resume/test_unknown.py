@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from checks.test_contradictions import CASES
 from commands import run
+from safetensors.torch import save_file
 from support import FIXTURES, decayed
 
 from ckpttools.resume import Target, foretell
@@ -348,3 +350,117 @@ def test_what_becomes_of_a_rate_that_was_set_by_hand_is_computed(tmp_path: Path)
     found = json.loads(run("verify", folder, "--json").out)["checkpoints"][0]["findings"]
     (hint,) = {f["hint"] for f in found if f["id"] == "rate-unexpected"}
     assert "lasts until the schedule's next step" in hint
+
+
+def loop(path: Path, make: Any, *, steps: int, **counters: int) -> tuple[Path, list[float]]:
+    """A plain loop's file after so many steps of a schedule, and the rates of the next ones."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = make(optimizer)
+
+    def step() -> float:
+        optimizer.step()
+        schedule.step()
+        return float(optimizer.param_groups[0]["lr"])
+
+    for _ in range(steps):
+        step()
+    tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({**tree, "scheduler": schedule.state_dict(), **counters}, path)
+    return path, [step() for _ in range(2)]
+
+
+def halving(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
+
+
+def test_a_schedule_of_epochs_says_nothing_of_the_next_update(tmp_path: Path) -> None:
+    """Its next step comes with the end of the epoch, not with the update."""
+    path, rates = loop(tmp_path / "epochs.pt", halving, steps=4, epoch=4, global_step=200)
+    found = said(path)[1]["lr"]
+    assert found["first"] == 0.1 and found["next"] is None
+    assert "once per epoch" in found["note"] and f"{rates[0]:g}" in found["note"]
+    path, rates = loop(tmp_path / "updates.pt", halving, steps=4, epoch=1, global_step=4)
+    assert said(path)[1]["lr"]["next"] == rates[0] == 0.05
+    path, rates = loop(tmp_path / "unsaid.pt", halving, steps=4)
+    found = said(path)[1]["lr"]
+    assert found["next"] is None and "update, batch or epoch is not saved" in found["note"]
+
+
+# as timm 1.0.31's CosineLRScheduler(optimizer, t_initial=100, warmup_t=10, warmup_lr_init=0.01) saves itself
+TIMM = {
+    "param_group_field": "lr", "_initial_param_group_field": "initial_lr", "base_values": [0.1],
+    "metric": None,
+    "t_in_epochs": False, "noise_range_t": None, "noise_pct": 0.67, "noise_type": "normal", "noise_std": 1.0,
+    "noise_seed": 42, "t_initial": 100, "lr_min": 0.0, "cycle_mul": 1.0, "cycle_decay": 1.0, "cycle_limit": 1,
+    "warmup_t": 10, "warmup_lr_init": 0.01, "warmup_prefix": False, "k_decay": 1.0, "warmup_steps": [0.009],
+}  # fmt: skip
+
+
+def of_timm(path: Path, count: int, **state: Any) -> Path:
+    """A file as Swin's main.py saves it: timm's scheduler is beside the optimizer, its count is not."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(40):
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+    optimizer.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * count / 100))
+    tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
+    torch.save({**tree, "lr_scheduler": {**TIMM, **state}}, path)
+    return path
+
+
+def test_timms_schedule_is_where_its_saved_rate_says(tmp_path: Path) -> None:
+    """By the updates that Adam counted: the script's step comes before the save, or after it."""
+    for count in (39, 40):
+        path = of_timm(tmp_path / f"{count}.pth", count)
+        assert f"schedule timm CosineLRScheduler 0-100, at {count}\n" in run("inspect", path).out
+        after = 0.05 * (1 + math.cos(math.pi * (count + 1) / 100))
+        assert said(path)[1]["lr"]["next"] == pytest.approx(after, rel=1e-12)
+        options = ("--old-bs", 4, "--new-bs", 2, "--old-accum", 1, "--dry-run", "--json")
+        moved = json.loads(run("rebase-schedule", path, *options).out)
+        assert moved["next_lr"]["new"] == pytest.approx(moved["next_lr"]["old"], rel=1e-12)
+    by_epoch = of_timm(tmp_path / "epochs.pth", 4, t_in_epochs=True, warmup_t=0)
+    assert "CosineLRScheduler 0-100, at 4\n" in run("inspect", by_epoch).out
+
+
+def test_timms_schedule_that_no_counter_explains_is_unknown(tmp_path: Path) -> None:
+    path = of_timm(tmp_path / "elsewhere.pth", 70)
+    assert "schedule timm CosineLRScheduler 0-100, at ?\n" in run("inspect", path).out
+    assert said(path)[1]["lr"]["next"] is None
+    refused = run("rebase-schedule", path, "--old-bs", 4, "--new-bs", 2, "--schedule-unit", "update")
+    assert refused.code == 2 and "error[schedule-unknown]" in refused.err
+
+
+def test_accelerate_steps_a_schedule_once_per_process(tmp_path: Path) -> None:
+    """Twice for each update of two, and as often as there are processes in the new run."""
+
+    def saved(folder: Path, updates: int, steps: int) -> tuple[Path, Any]:
+        folder.mkdir()
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=100)
+        for _ in range(updates):
+            model(torch.ones(3)).sum().backward()
+            optimizer.step()
+        for _ in range(steps):
+            schedule.step()
+        torch.save(optimizer.state_dict(), folder / "optimizer.bin")
+        torch.save(schedule.state_dict(), folder / "scheduler.bin")
+        save_file(model.state_dict(), folder / "model.safetensors")
+        for rank in range(2):
+            torch.save({"step": 0}, folder / f"random_states_{rank}.pkl")
+        return folder, schedule
+
+    path, schedule = saved(tmp_path / "checkpoint_0", 5, 10)
+    after = []
+    for _ in range(4):
+        schedule.step()
+        after.append(schedule.get_last_lr()[0])
+    assert said(path)[1]["lr"]["next"] == pytest.approx(after[1], rel=1e-12)
+    assert said(path, "--world-size", 4)[1]["lr"]["next"] == pytest.approx(after[3], rel=1e-12)
+    # stepped at the end of each epoch, which nothing here counts
+    path, _ = saved(tmp_path / "checkpoint_1", 5, 2)
+    found = said(path)[1]
+    assert found["step"] == 5 and found["lr"]["next"] is None and "not saved" in found["lr"]["note"]

@@ -122,12 +122,8 @@ def _repeated(training: Training, steps: Steps, repeats: int, line: Timeline) ->
     )
 
 
-def _unit(
-    training: Training, saved: SavedSchedule, program: Program, request: Request
-) -> Unit | Literal["epoch"]:
-    """What one step of the schedule is: a micro-batch, an update or an epoch."""
-    if request.schedule_unit is not None:
-        return request.schedule_unit
+def stepped(training: Training, saved: SavedSchedule, program: Program) -> Unit | Literal["epoch"] | None:
+    """What one step of the schedule is: a micro-batch, an update or an epoch; None where nothing tells."""
     if program.by_epoch:
         return "epoch"
     if saved.unit is not None:
@@ -135,20 +131,37 @@ def _unit(
     noted = noted_unit(training, saved)
     if noted is not None:
         return noted
-    candidates: list[tuple[int | None, Unit]] = [
-        (c.value + c.offset, c.unit) for c in training.counters if c.role == "position"
-    ]
-    if saved.optimizer < len(training.optimizers):
-        candidates.append((training.optimizers[saved.optimizer].steps, "update"))
-    found: set[Unit | Literal["epoch"]] = {unit for count, unit in candidates if count == program.count}
+    found: set[Unit | Literal["epoch"]] = {
+        unit for count, unit in _counts(training, saved) if count == program.count
+    }
     if "micro" in found and "update" in found:
         found.discard("micro")  # without accumulation they are the same
     if training.epochs_done is not None and program.count in (training.epochs_done, training.epochs_done + 1):
         found.add("epoch")
-    if len(found) == 1:
-        return found.pop()
+    return found.pop() if len(found) == 1 else None
+
+
+def _counts(training: Training, saved: SavedSchedule) -> list[tuple[int | None, Unit]]:
+    """What the checkpoint counts, which a schedule may follow."""
+    counts: list[tuple[int | None, Unit]] = [
+        (c.value + c.offset, c.unit) for c in training.counters if c.role == "position"
+    ]
+    if saved.optimizer < len(training.optimizers):
+        counts.append((training.optimizers[saved.optimizer].steps, "update"))
+    return counts
+
+
+def _unit(
+    training: Training, saved: SavedSchedule, program: Program, request: Request
+) -> Unit | Literal["epoch"]:
+    """The same, or as it is asked for. Raises UsageError where neither tells."""
+    unit = request.schedule_unit or stepped(training, saved, program)
+    if unit is not None:
+        return unit
     names = {"update": "updates", "micro": "micro-batches"}
-    counts = dict.fromkeys(f"{count} {names[unit]}" for count, unit in candidates if count is not None)
+    counts = dict.fromkeys(
+        f"{count} {names[unit]}" for count, unit in _counts(training, saved) if count is not None
+    )
     known = ", ".join(counts) or "nothing"
     raise UsageError(
         "schedule-unit",

@@ -1,0 +1,90 @@
+"""How long the new run is, and what of it is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ckpttools.errors import UsageError
+from ckpttools.frameworks.rules import CAREFUL, About
+from ckpttools.resume.forecast import Check, Difference, check
+from ckpttools.resume.new_run import NewRun
+from ckpttools.training import Training
+from ckpttools.transforms.rebase.timeline import Request, timeline
+
+
+def given(run: NewRun) -> tuple[int | None, int | None, int | None]:
+    """The batch per rank, the accumulation and the ranks of the new run, as far as they are said."""
+    said, steps = run.stated, run.stated.accumulation
+    step = said.micro * run.world_size if said.micro is not None and run.world_size is not None else 0
+    if said.total is not None and steps is None and step and not said.total % step:
+        steps = said.total // step
+    return said.micro, steps, run.world_size
+
+
+def planned(training: Training, run: NewRun) -> int | None:
+    """The length of the new run in the unit of `training.count`; None where nothing says it."""
+    if run.stated.steps is not None:
+        return run.stated.steps
+    epochs = training.epochs if run.stated.epochs is None else run.stated.epochs
+    known, parts = training.batch, given(run)
+    same = zip((known.micro, known.accumulation, known.ranks), parts, strict=True)
+    if epochs is not None and not all(None in (was, now) or was == now for was, now in same):
+        return _recounted(training, parts, epochs)
+    if run.stated.epochs is not None:
+        per_epoch = training.batches if training.unit == "micro" else training.updates
+        return None if per_epoch is None else math.ceil(run.stated.epochs * per_epoch)
+    if training.total_count is not None:
+        return training.total_count
+    return next((c.value for c in training.counters if c.role == "total"), None)
+
+
+def _recounted(
+    training: Training, parts: tuple[int | None, int | None, int | None], epochs: int | float
+) -> int | None:
+    """The updates of so many epochs with another batch, by which the Trainer finds its place. Others go by
+    the epochs that they count.
+    """
+    if training.framework != "hf-trainer":
+        return None
+    micro, steps, ranks = parts
+    plain = replace(training, epochs=epochs, total_count=None)
+    request = Request(new_bs=micro, new_accum=steps, new_gpus=ranks, batch_is="per-gpu", epochs=epochs)
+    try:
+        line = timeline(plain, request).steps[training.unit]
+    except UsageError:
+        return None
+    return line.new_total if line.new.epoch is not None else None
+
+
+def length(training: Training, run: NewRun) -> Iterator[Difference]:
+    """What is left of the run, and another length where the schedule is computed from it."""
+    total = planned(training, run)
+    if total is not None and training.count is not None and training.count >= total:
+        yield Difference(
+            about=About.LENGTH,
+            setting="what is left",
+            cls=CAREFUL,
+            why=f"nothing, {training.count} of {total} are done: the run is finished, a resume ends at once",
+            hint="to train longer, give the new run more epochs or iterations; look at its schedule",
+        )
+    for key, counted, was in training.lengths:
+        now = run.stated.epochs if counted == "epochs" else run.stated.steps
+        if now is not None and was is not None and was != now:
+            yield Difference(
+                about=About.LENGTH,
+                setting=key,
+                old=was,
+                new=now,
+                cls=CAREFUL,
+                why="the schedule is computed anew for the new length and continued at the old step",
+            )
+
+
+def length_check(total: int | None, training: Training, differences: list[Difference]) -> Check:
+    known = total is not None and training.count is not None
+    text = "the length of the run is not known"
+    if total is not None and training.count is not None:
+        text = f"{total - training.count} of {total} are left"
+    return check(About.LENGTH, text, differences, known=known)
