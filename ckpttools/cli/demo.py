@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ import click
 
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLDER, JSON, QUIET
-from ckpttools.errors import CkptError, UsageError
+from ckpttools.errors import CkptError, UsageError, escape
 
 SAVED = "iter_000012.pth"  # demo.yaml saves every 12 updates; an epoch is 23
 CONFIG = "demo.yaml"
@@ -63,12 +64,37 @@ def command(folder: Path | None, keep: bool, as_json: bool, quiet: bool) -> int:
         (place / CONFIG).write_text(config, "utf-8")
         click.echo(f"$ cd {shlex.quote(str(place))}")
         for line in COMMANDS:
-            _run(line, place)
-        ok = not max(_compare_losses(place), _compare_rates(place))
+            _run(line, place, quiet=quiet)
+        compared = [_compare_losses(place), _compare_rates(place)]
+    ok, kept = all(each.ok for each in compared), folder is not None or keep
     if as_json:
-        kept = folder is not None or keep
-        render.document({"ok": ok, "folder": str(place) if kept else None, "commands": list(COMMANDS)})
+        shown = {each.of: {"ok": each.ok, "apart": each.apart, "most": each.most} for each in compared}
+        document = {"ok": ok, "folder": str(place) if kept else None, "commands": list(COMMANDS)}
+        render.document(document | shown)
+    elif quiet:
+        for each in compared:
+            if not each.ok:
+                click.echo(str(each), err=True)
+        if kept:
+            click.echo(escape(place, 4000))
     return 0 if ok else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """How far a resumed run is from the one that was never interrupted, and how far it may be."""
+
+    of: str
+    apart: float
+    most: float
+    words: tuple[str, str]  # where it is not farther, and where it is
+
+    @property
+    def ok(self) -> bool:
+        return self.apart <= self.most
+
+    def __str__(self) -> str:
+        return self.words[0] if self.ok else self.words[1]
 
 
 @contextlib.contextmanager
@@ -107,7 +133,8 @@ def _place(folder: Path | None, keep: bool) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _run(line: str, place: Path) -> None:
+def _run(line: str, place: Path, *, quiet: bool) -> None:
+    """`quiet`: of what the command prints, only its errors."""
     click.secho(f"\n$ ckpt {line}", bold=True)
     sys.stdout.flush()
     environment = {
@@ -118,7 +145,7 @@ def _run(line: str, place: Path) -> None:
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(place / "extensions")),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "ckpttools.cli", *shlex.split(line)],
+        [sys.executable, "-m", "ckpttools.cli", *shlex.split(line), *(["-q"] if quiet else [])],
         cwd=place,
         env=environment,
         stdout=sys.stdout.fileno(),
@@ -138,21 +165,21 @@ def _run(line: str, place: Path) -> None:
         )
 
 
-def _compare_losses(place: Path) -> int:
-    """Print the losses of both runs side by side; exit code 1 if they are further apart than TOLERANCE."""
+def _compare_losses(place: Path) -> Compared:
+    """Print the losses of both runs side by side."""
     whole, resumed = (_logged(place / run, "step", "loss") for run in ("run", "resumed"))
     rows = [(step, whole[step], loss, abs(loss - whole[step])) for step, loss in resumed.items()]
     click.echo("\nloss of each update after the checkpoint:\n")
     headers = ("step", "2 ranks, never interrupted", "resharded, resumed on 4", "difference")
     shown = [(step, f"{old:.6f}", f"{new:.6f}", f"{apart:.1e}") for step, old, new, apart in rows]
     click.echo(render.table(shown, headers))
-    worst = max(row[3] for row in rows)
-    verdict = "equal within rounding" if worst <= TOLERANCE else "NOT the same training"
-    click.echo(f"\nmax difference {worst:.1e}, tolerance {TOLERANCE:.0e}: {verdict}")
-    return 0 if worst <= TOLERANCE else 1
+    words = ("equal within rounding", "NOT the same training")
+    found = Compared(of="loss", apart=max(row[3] for row in rows), most=TOLERANCE, words=words)
+    click.echo(f"\nmax difference {found.apart:.1e}, tolerance {found.most:.0e}: {found}")
+    return found
 
 
-def _compare_rates(place: Path) -> int:
+def _compare_rates(place: Path) -> Compared:
     """The learning rate over samples of the run and of the one that went on with half the batch.
 
     The schedule's steps are half as long there: the two may be apart by what one step of it changes.
@@ -167,12 +194,11 @@ def _compare_rates(place: Path) -> int:
     headers = ("samples", "batch 32, never interrupted", "rebased to 16, resumed", "difference")
     shown = [(seen, f"{old:.6e}", f"{new:.6e}", f"{apart:.1e}") for seen, old, new, apart in rows]
     click.echo(render.table(shown, headers))
-    worst = max(row[3] for row in rows)
-    rates = list(before.values())
-    step = max(abs(a - b) for a, b in pairwise(rates))
-    verdict = "the same schedule" if worst <= step else "NOT the same schedule"
-    click.echo(f"\nmax difference {worst:.1e}, one step changes up to {step:.1e}: {verdict}")
-    return 0 if worst <= step else 1
+    step = max(abs(a - b) for a, b in pairwise(before.values()))
+    words = ("the same schedule", "NOT the same schedule")
+    found = Compared(of="rate", apart=max(row[3] for row in rows), most=step, words=words)
+    click.echo(f"\nmax difference {found.apart:.1e}, one step changes up to {step:.1e}: {found}")
+    return found
 
 
 def _logged(run: Path, key: str, value: str) -> dict[int, float]:

@@ -116,17 +116,34 @@ def _summary(source: Any, checkpoint: Any) -> Iterator[tuple[str, object]]:
 
 
 def _parameters(checkpoint: Any) -> str:
-    own = [name for name in checkpoint.tensors if name not in checkpoint.shared]
-    params = [name for name in own if name not in checkpoint.buffers]
+    buffers = _buffers(checkpoint)
+    params = _own(checkpoint, buffers)
     total = sum(checkpoint.tensors[name].numel for name in params)
     parts = [f"{render.count(total)} in {len(params)} tensors"]
     if checkpoint.frozen:
         parts.append(f"{len(checkpoint.frozen)} frozen")
     if checkpoint.shared:
         parts.append(f"{len(checkpoint.shared)} tied")
-    if checkpoint.buffers:
-        parts.append(f"{len(checkpoint.buffers)} buffers")
+    if buffers:
+        by = "" if checkpoint.buffers else " by type and name"
+        parts.append(f"{len(buffers)} buffers{by}")
     return ", ".join(parts)
+
+
+def _buffers(checkpoint: Any) -> frozenset[str]:
+    """As the checkpoint has them; where no optimizer says what is trained, what no weight is named or typed
+    like (those of quantized models are int8 and uint8).
+    """
+    from ckpttools.formats.buffers import NORMS
+
+    if checkpoint.groups or checkpoint.buffers:
+        return frozenset(checkpoint.buffers)
+    refs = checkpoint.tensors.items()
+    return frozenset(n for n, ref in refs if n.endswith(NORMS) or ref.dtype.name in ("int64", "bool"))
+
+
+def _own(checkpoint: Any, buffers: frozenset[str]) -> list[str]:
+    return [name for name in checkpoint.tensors if name not in checkpoint.shared and name not in buffers]
 
 
 def _dtypes(checkpoint: Any) -> str:
@@ -159,12 +176,13 @@ def _settings(group: Mapping[str, object]) -> str:
 
 
 def _tensors(checkpoint: Any) -> Iterator[tuple[object, ...]]:
+    buffers = _buffers(checkpoint)
     for name, ref in checkpoint.tensors.items():
         role = (
             f"tied to {checkpoint.shared[name]}"
             if name in checkpoint.shared
             else "buffer"
-            if name in checkpoint.buffers
+            if name in buffers
             else "frozen"
             if name in checkpoint.frozen
             else ""
@@ -199,7 +217,7 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
     from ckpttools.frameworks.progress import progress
 
     layout, reached = checkpoint.layout, progress(source, checkpoint)
-    state = reached.state
+    state, buffers = reached.state, _buffers(checkpoint)
     out: dict[str, object] = {
         "path": str(source.root),
         "target": str(source.target),
@@ -221,14 +239,10 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
         "val_loss": state.val_loss,
         "batch": dict(state.saved_batch),
         "scheduler": _schedulers(state.scheduler),
-        "parameters": sum(
-            ref.numel
-            for name, ref in checkpoint.tensors.items()
-            if name not in checkpoint.shared and name not in checkpoint.buffers
-        ),
+        "parameters": sum(checkpoint.tensors[name].numel for name in _own(checkpoint, buffers)),
         "frozen": sorted(checkpoint.frozen),
         "shared": dict(checkpoint.shared),
-        "buffers": sorted(checkpoint.buffers),
+        "buffers": sorted(buffers),
         "groups": [
             {"parameters": len(g.params), "state": list(g.state), "settings": tree.plain(g.hyper)}
             for g in checkpoint.groups

@@ -49,8 +49,7 @@ def select(
     if len(names) == len(every):
         return checkpoint
     left = len(every) - len(names)
-    kept = {name for group in checkpoint.groups for refs in group.state.values() for name in refs} - names
-    state = f", and the optimizer's state of {len(kept)} of them" if kept else ""
+    state = _state(checkpoint, names)
     shared = _ties(checkpoint.shared, names)
     heirs = _heirs(checkpoint, names, shared)
     return replace(
@@ -64,6 +63,18 @@ def select(
         extra_state={n: value for n, value in checkpoint.extra_state.items() if _wanted(n, inside, outside)},
         notes=(*checkpoint.notes, f"{left} of {len(every)} tensors are left out, as asked for{state}"),
     )
+
+
+def _state(checkpoint: Checkpoint, names: Collection[str]) -> str:
+    """What else than the weights themselves is left out, for how many of them."""
+    held = [(kind, refs.keys() - names) for group in checkpoint.groups for kind, refs in group.state.items()]
+    what = [
+        words
+        for words, master in (("the master weights", True), ("the optimizer's state", False))
+        if any(left for kind, left in held if (kind == FP32) is master)
+    ]
+    count = len({name for _, left in held for name in left})
+    return f", and {' and '.join(what)} of {count} of them" if count else ""
 
 
 def _wanted(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:

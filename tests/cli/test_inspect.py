@@ -85,3 +85,13 @@ def test_quiet_says_nothing_but_what_is_dangerous(ckpt: Ckpt, tmp_path: Path) ->
     (tmp_path / "a.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     ran = ckpt("inspect", tmp_path / "a.pt", "-q")
     assert ran.code == 1 and "system" in ran.out + ran.err
+
+
+def test_buffers_are_no_parameters(tmp_path: Path, ckpt: Ckpt) -> None:
+    """Also where no optimizer says what is trained."""
+    model = torch.nn.Sequential(torch.nn.Conv1d(2, 3, 1), torch.nn.BatchNorm1d(3))
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "model.pth")
+    own = sum(p.numel() for p in model.parameters())
+    found = json.loads(ckpt("inspect", tmp_path / "model.pth", "--json").out)
+    assert found["parameters"] == own and len(found["buffers"]) == 3
+    assert f"{own} in 4 tensors, 3 buffers" in ckpt("inspect", tmp_path / "model.pth").out

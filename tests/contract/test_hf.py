@@ -246,7 +246,7 @@ def test_select_reaches_everything_that_has_a_name() -> None:
         for values in (group.params, *group.state.values(), *group.scalars.values()):
             assert gone not in values
     assert gone not in after.shared and gone not in after.shared.values()
-    lost = "as asked for, and the optimizer's state of 1 of them"
+    lost = "as asked for, and the master weights and the optimizer's state of 1 of them"
     assert after.notes[-1] == f"1 of {len(before.tensors)} tensors are left out, {lost}"
     only = select(before, include=["no such tensor", next(iter(before.frozen))])
     assert set(only.tensors) == only.frozen and len(only.groups) == len(before.groups)

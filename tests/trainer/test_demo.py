@@ -18,10 +18,10 @@ def test_the_verdict_is_the_exit_code(tmp_path: Path) -> None:
     for run, loss in {"run": 3.0, "resumed": 3.0 + demo.TOLERANCE / 2}.items():
         (tmp_path / run).mkdir()
         (tmp_path / run / "train_log.jsonl").write_text(json.dumps({"step": 13, "loss": loss}) + "\n")
-    assert demo._compare_losses(tmp_path) == 0
+    assert demo._compare_losses(tmp_path).ok
     with (tmp_path / "resumed/train_log.jsonl").open("a") as log:
         log.write(json.dumps({"step": 13, "loss": 3.0 + demo.TOLERANCE * 2}) + "\n")
-    assert demo._compare_losses(tmp_path) == 1
+    assert not demo._compare_losses(tmp_path).ok
 
 
 def test_another_schedule_is_the_exit_code(tmp_path: Path) -> None:
@@ -30,10 +30,10 @@ def test_another_schedule_is_the_exit_code(tmp_path: Path) -> None:
         (tmp_path / run).mkdir()
         lines = [json.dumps({"samples_seen": seen, "loss": 3.0, "lr": lr}) for seen, lr in log.items()]
         (tmp_path / run / "train_log.jsonl").write_text("\n".join(lines) + "\n")
-    assert demo._compare_rates(tmp_path) == 0
+    assert demo._compare_rates(tmp_path).ok
     log = tmp_path / "rebased/train_log.jsonl"
     log.write_text(log.read_text().replace("0.00082", "0.0005"))
-    assert demo._compare_rates(tmp_path) == 1
+    assert not demo._compare_rates(tmp_path).ok
 
 
 def test_a_folder_with_files_is_refused(tmp_path: Path) -> None:
