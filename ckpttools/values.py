@@ -276,6 +276,33 @@ def same_after_cast(master: Array, model: Array, dtype: DType) -> int | None:
     return None
 
 
+def same_before_cast(one: Array, dtype: DType, other: Array, target: DType) -> bool:
+    """Whether numbers of one type and of another can be the same fp32 ones, each rounded to its type: they
+    are as near as half a step of both.
+    """
+    a, b = (block.astype(np.float64) for block in (one, other))
+    with np.errstate(invalid="ignore"):
+        near = np.abs(a - b) <= _half_step(a, dtype) + _half_step(b, target)
+    near |= np.isnan(a) & np.isnan(b)
+    for block, values, least in ((a, b, _RANGE[dtype.name]), (b, a, _RANGE[target.name])):
+        # what is beyond the range of its type became infinite, and is a number of the other
+        near |= np.isinf(block) & (np.sign(block) == np.sign(values)) & (np.abs(values) >= least)
+    return bool(near.all())
+
+
+# the largest numbers, of which a little more is rounded to infinity; and of digits, and the smallest steps
+_RANGE = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
+_STEPS = {"float16": (10, 2.0**-24), "bfloat16": (7, 2.0**-133)}
+
+
+def _half_step(values: Array, dtype: DType) -> Array:
+    """Half the distance to the next number of the type, of finite ones."""
+    digits, least = _STEPS[dtype.name]
+    _, exponent = np.frexp(np.where(np.isfinite(values), values, 0))
+    half: Array = np.maximum(np.ldexp(1.0, exponent - 1 - digits), least) / 2
+    return half
+
+
 def _rounds_to(master: Array, model: Array, dtype: DType) -> bool:
     """Whether float32 bits, rounded as integers, are the bits of bfloat16: twice as fast as the cast.
 

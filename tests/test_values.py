@@ -31,7 +31,7 @@ from ckpttools.tensors import (
     TensorRef,
     Zeros,
 )
-from ckpttools.values import cast, nonfinite, numpy_dtype, repeats, same_after_cast
+from ckpttools.values import cast, nonfinite, numpy_dtype, repeats, same_after_cast, same_before_cast
 
 FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_float]
 TARGETS = [dtype for dtype in FLOATS if dtype.name != "float8_e8m0fnu"]
@@ -295,3 +295,18 @@ def test_eight_equal_elements_in_a_row_are_found_and_seven_are_not(code: str) ->
                 assert repeats(block, dtype) == (run >= 8), (length, run, start)
     pairs = np.arange(1000).repeat(7).astype(code)
     assert not repeats(pairs, dtype) and not repeats(pairs[:0], dtype)
+
+
+def test_one_number_in_two_types() -> None:
+    """Whatever fp32 number was rounded to both, and no other that is two steps of the coarser away."""
+    wide = patterns("float32")
+    half, brain = (cast(wide, FLOAT32, dtype) for dtype in (FLOAT16, BFLOAT16))
+    assert same_before_cast(half, FLOAT16, brain, BFLOAT16)
+    assert same_before_cast(brain, BFLOAT16, half, FLOAT16)
+    assert same_before_cast(half, FLOAT16, cast(half, FLOAT16, BFLOAT16), BFLOAT16)
+    bits = brain.view(np.uint16)
+    ordinary = (np.abs(wide) > 1e-4) & (np.abs(wide) < 6e4)
+    for off in (2, -2):
+        other = (bits[ordinary] + np.uint16(off % 65536)).view(brain.dtype)
+        pairs = zip(half[ordinary][::997], other[::997], strict=True)
+        assert not any(same_before_cast(np.array([a]), FLOAT16, np.array([b]), BFLOAT16) for a, b in pairs)

@@ -24,6 +24,7 @@ from ckpttools.checks.keys import check_keys
 from ckpttools.checks.manifests import check_manifest, entry_of, ranges_of, read_back, stated
 from ckpttools.checks.manifests import describe as describe_files
 from ckpttools.checks.rates import check_rates
+from ckpttools.checks.settings import check_settings
 from ckpttools.checks.verdict import Verdict, refused
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile
@@ -140,8 +141,9 @@ def _verify(
                     findings.append(of_error(damage))
             findings += check_held(found, held, require)
             if whole:
-                findings += check_rates(source, found)
-                differ, copies = check_copies(source, found)
+                rates = list(check_rates(state))
+                findings += [*rates, *check_settings(source, state, rates=bool(rates))]
+                differ, copies = check_copies(source, found, state)
                 findings += [*differ, *missing_state(path)]
             found = replace(found, checks=(*found.checks, *checks))
             checked = replace(checked, checkpoint=found)

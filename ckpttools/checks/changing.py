@@ -19,7 +19,8 @@ MAX_DEPTH = 4  # folders below a checkpoint
 REWRITTEN = (*POINTERS, "checkpoint", "zero_to_fp32.py")
 
 EMPTY = "file-empty"  # what every file is between its opening and its first bytes
-YOUNG, PAUSE = 2.0, 0.3  # seconds: written so lately that a save may be going on; how long that is waited for
+# seconds: written so lately that a save may be going on; how often and how long each time it is waited for
+YOUNG, PAUSES, PAUSE = 2.0, 10, 0.1
 
 Stamps = dict[Location, Stat | None]  # None for a folder
 
@@ -56,10 +57,14 @@ class Watch:
     def _changed_soon(self) -> Location | None:
         """A file that changes in a moment, where one was written a moment ago."""
         stamps = (stamp for _, before in self._looks for stamp in before.values() if stamp is not None)
-        if time.time() - max((stamp.mtime_ns for stamp in stamps), default=0) / 1e9 > YOUNG:
-            return None
-        time.sleep(PAUSE)
-        return self.changed(pointers=True)
+        newest = max((stamp.mtime_ns for stamp in stamps), default=0) / 1e9
+        for _ in range(PAUSES):
+            if time.time() - newest > YOUNG:
+                return None
+            time.sleep(PAUSE)
+            if (path := self.changed(pointers=True)) is not None:
+                return path
+        return None
 
     def refuse(self, findings: tuple[Finding, ...]) -> None:
         """Raise UsageError where something changed; pointers and other tags count if they may explain an

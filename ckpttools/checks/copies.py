@@ -11,30 +11,34 @@ The copies are compared bit by bit by the pass over the bytes, which reads them 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import cast
 
-from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields, jsons
-from ckpttools.errors import CkptError
-from ckpttools.findings import ERROR, WARNING, Finding
+from ckpttools.errors import CkptError, some
+from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.formats import FORMATS, Folder, Format, Source
+from ckpttools.formats.buffers import is_buffer
 from ckpttools.formats.format import Copy
 from ckpttools.frameworks import STATED
 from ckpttools.location import Location
 from ckpttools.stores.files import is_file, is_folder
-from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange
+from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, TensorRef
+from ckpttools.training import Training
 
 BUNDLE, MODEL = "deepspeed", "hf_model"
+ADAPTER_CONFIG = "adapter_config.json"
 STEPS = ("global_step", "step", "iteration", "iter")
 KEYS = (*STEPS, "epoch", "train_loss", "val_loss")
 
 
-def check_copies(source: Source, found: Checkpoint) -> tuple[list[Finding], list[Copy]]:
+def check_copies(source: Source, found: Checkpoint, training: Training) -> tuple[list[Finding], list[Copy]]:
     """What the headers of the copies show, and the tensors whose bytes are to be compared."""
-    findings = [*_counters(source, found), *_stated(source, found)]
+    findings = [*_counters(source, training), *_stated(source, found)]
     copies: list[Copy] = []
     for folder, model in _models(source) if source.format.tagged else ():
         try:
@@ -74,58 +78,142 @@ def _weights(found: Checkpoint, folder: Location, other: Checkpoint) -> tuple[li
     """Each tensor of the model folder with the one of the checkpoint that has its name."""
     findings: list[Finding] = []
     pairs: list[Copy] = []
-    names = {_plain(name): name for name in found.tensors}
-    place = str(folder / other.files[0].path.name if other.files else folder)
-    for name, copy in other.tensors.items():
-        own = name if name in found.tensors else names.get(_plain(name))
-        if own is None:
-            continue
-        tensor = found.tensors[own]
+    own = _same_names(found.tensors, other.tensors)
+    for name, mine in own.items():
+        tensor, copy = found.tensors[mine], other.tensors[name]
         if tensor.shape != copy.shape:
             message = f"is {list(copy.shape)}, and {list(tensor.shape)} in DeepSpeed's module"
-            findings.append(_differs(place, name, message))
-        elif tensor.dtype is copy.dtype or tensor.dtype.itemsize != copy.dtype.itemsize:
-            pairs.append(Copy(name=name, tensor=copy, twin=f"{own} of DeepSpeed's module", copy=tensor))
-    if not pairs and not findings and other.tensors:
-        if any(_plain(name) in names for name in other.tensors):
-            return [], []  # fp16 beside bf16: neither holds what the other does
+            findings.append(_differs(_file(copy, folder), name, message))
+        else:
+            pairs.append(Copy(name=name, tensor=copy, twin=f"{mine} of DeepSpeed's module", copy=tensor))
+    part = is_file(folder / ADAPTER_CONFIG)  # an adapter's own names and few of the weights, as PEFT has it
+    if other.tensors and not own and not part:
+        first, copy = next(iter(other.tensors.items()))
         message = f"none of its {len(other.tensors)} tensors is in DeepSpeed's module: of another model"
-        findings.append(_differs(place, next(iter(other.tensors)), message))
+        return [_differs(_file(copy, folder), first, message)], []
+    lost = [] if part or len(own) < len(other.tensors) else _lost(found, set(own.values()))
+    if lost:
+        findings.append(
+            Finding(
+                id="tensor-missing",
+                severity=WARNING,
+                file=str(folder),
+                where=lost[0],
+                message=f"{len(lost)} of the {len(found.tensors)} tensors of DeepSpeed's module are not in "
+                "this copy of the model",
+                hint="whoever loads the copy makes them anew: take the weights with ckpt extract",
+            )
+        )
+    unlike = [pair.name for pair in pairs if not (_same_bytes(pair) or _rounded(pair))]
+    unlike += [name for name in other.tensors if name not in own]
+    if unlike:
+        findings.append(
+            Finding(
+                id="copies-not-compared",
+                severity=INFO,
+                file=str(folder),
+                message=f"{len(unlike)} of {len(other.tensors)} tensors are not compared with DeepSpeed's "
+                f"module, of another type or name there: {some(unlike, 3)}",
+            )
+        )
     return findings, pairs
 
 
+def _file(tensor: TensorRef, folder: Location) -> str:
+    return next((str(chunk.path) for chunk in tensor.chunks if isinstance(chunk, ByteRange)), str(folder))
+
+
+def _same_names(module: Mapping[str, TensorRef], copies: Mapping[str, TensorRef]) -> dict[str, str]:
+    """The names of the copies -> those in the module: the same, or the same at their ends, where a library
+    saves its models under another prefix, and only one of the module's tensors of that shape ends so.
+    """
+    names = {_plain(name): name for name in module}
+    own: dict[str, str] = {}
+    for name in copies:
+        found = name if name in module else names.get(_plain(name))
+        if found is not None:
+            own[name] = found
+    if len(own) == len(copies):
+        return own
+    ends: dict[str, list[str]] = {}
+    for name in module.keys() - own.values():
+        for end in _ends(_plain(name)):
+            ends.setdefault(end, []).append(name)
+    for name in copies.keys() - own.keys():
+        longest = next((ends[end] for end in _ends(_plain(name)) if end in ends), [])
+        alike = [each for each in longest if module[each].shape == copies[name].shape]
+        if len(alike) == 1:
+            own[name] = alike[0]
+    taken = Counter(own.values())
+    return {name: own[name] for name in copies if name in own and taken[own[name]] == 1}
+
+
+def _ends(name: str) -> Iterator[str]:
+    """What a name ends with, the longest first, down to a module and its parameter."""
+    parts = name.split(".")
+    return (".".join(parts[at:]) for at in range(len(parts) - 1))
+
+
+def _lost(found: Checkpoint, copied: Collection[str]) -> list[str]:
+    """The weights of which there is no copy, under none of their names. Buffers need not be saved."""
+    tied = {found.shared.get(name, name) for name in copied}
+    return [
+        name
+        for name, ref in found.tensors.items()
+        if name not in found.buffers and not is_buffer(name, ref) and found.shared.get(name, name) not in tied
+    ]
+
+
+def _same_bytes(pair: Copy) -> bool:
+    """Whether the pass compares them."""
+    one, other = pair.tensor, pair.copy
+    single = all(len(ref.chunks) == 1 and isinstance(ref.chunks[0], ByteRange) for ref in (one, other))
+    return one.dtype is other.dtype and single
+
+
+def _rounded(pair: Copy) -> bool:
+    """Whether `check_rounded` compares them."""
+    plain = all(isinstance(chunk, ByteRange) for ref in (pair.tensor, pair.copy) for chunk in ref.chunks)
+    kinds = {pair.tensor.dtype, pair.copy.dtype}
+    return plain and len(kinds) == 2 and kinds < {FLOAT32, BFLOAT16, FLOAT16}
+
+
 def check_rounded(copies: Iterable[Copy]) -> Iterator[Finding]:
-    """Copies of another type, which the pass does not compare: fp32, rounded, is its copy of 16 bits.
+    """Copies of another type, which the pass does not compare: fp32, rounded, is its copy of 16 bits; fp16
+    and bf16 can be the same numbers, rounded.
 
     Both are read once more. Nothing where a file cannot be read: the pass says so.
     """
     from ckpttools.passes.read import Reader, blocks  # numpy: of no use to headers
-    from ckpttools.values import BLOCK_NBYTES, same_after_cast
+    from ckpttools.values import BLOCK_NBYTES, same_after_cast, same_before_cast
 
     differ: list[Copy] = []
     compared = 0
     try:
         with Reader() as reader:
-            for copy in copies:
-                narrow, wide = sorted((copy.tensor, copy.copy), key=lambda ref: ref.dtype.itemsize)
-                plain = all(isinstance(chunk, ByteRange) for ref in (narrow, wide) for chunk in ref.chunks)
-                if not plain or wide.dtype is not FLOAT32 or narrow.dtype not in (BFLOAT16, FLOAT16):
-                    continue
+            for copy in filter(_rounded, copies):
+                wide, narrow = sorted((copy.tensor, copy.copy), key=lambda ref: -ref.dtype.itemsize)
                 compared += 1
-                long = blocks(cast(tuple[ByteRange, ...], wide.chunks), FLOAT32, BLOCK_NBYTES, reader)
-                short = blocks(
-                    cast(tuple[ByteRange, ...], narrow.chunks), narrow.dtype, BLOCK_NBYTES // 2, reader
+                size = BLOCK_NBYTES // FLOAT32.itemsize
+                long, short = (
+                    blocks(
+                        cast(tuple[ByteRange, ...], ref.chunks), ref.dtype, size * ref.dtype.itemsize, reader
+                    )
+                    for ref in (wide, narrow)
                 )
-                pairs = zip(long, short, strict=True)
-                if any(same_after_cast(a, b, narrow.dtype) is not None for a, b in pairs):
-                    differ.append(copy)
+                for a, b in zip(long, short, strict=True):
+                    if wide.dtype is FLOAT32:
+                        same = same_after_cast(a, b, narrow.dtype) is None
+                    else:
+                        same = same_before_cast(a, wide.dtype, b, narrow.dtype)
+                    if not same:
+                        differ.append(copy)
+                        break
     except CkptError:
         return
     if differ:
-        chunk = differ[0].tensor.chunks[0]
-        assert isinstance(chunk, ByteRange)
         what = f"{len(differ)} of {compared} tensors are, rounded, not their copies in DeepSpeed's module"
-        yield _differs(str(chunk.path), differ[0].name, what)
+        yield _differs(_file(differ[0].tensor, Path()), differ[0].name, what)
 
 
 def _plain(name: str) -> str:
@@ -168,13 +256,9 @@ def _stated(source: Source, found: Checkpoint) -> Iterator[Finding]:
             )
 
 
-def _counters(source: Source, found: Checkpoint) -> Iterator[Finding]:
+def _counters(source: Source, training: Training) -> Iterator[Finding]:
     """The framework's count of updates against DeepSpeed's own."""
     if not source.format.tagged:
-        return
-    try:
-        training = frameworks.read(source, found)
-    except CkptError:
         return
     counts = {c.name: c for c in training.counters if c.role == "position" and c.unit == "update"}
     own, other = counts.get("global_steps"), counts.get("global_step")

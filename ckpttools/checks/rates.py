@@ -9,25 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ckpttools import frameworks, schedules
-from ckpttools.checkpoint import Checkpoint
+from ckpttools import schedules
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding
-from ckpttools.formats import Source
+from ckpttools.formats.engine import odd_settings
 from ckpttools.schedules.program import Machine, Program, advance
-from ckpttools.training import OptimizerSettings, SavedSchedule
+from ckpttools.training import OptimizerSettings, SavedSchedule, Training
 
 MAX_STEPS = 100_000  # replayed one by one: a second
 WITHIN = 0.01  # closed forms and replays agree to 1e-6; a rate within a percent is no damage
 RUINOUS = 1000  # times the schedule's rate: the first update leaves nothing of the weights
 
 
-def check_rates(source: Source, found: Checkpoint) -> Iterator[Finding]:
+def check_rates(training: Training) -> Iterator[Finding]:
     """A finding for each optimizer whose rate its schedule does not give; nothing where that is not known."""
-    try:
-        training = frameworks.read(source, found)
-    except CkptError:
-        return  # weights alone, or damage that is reported by itself
     for saved in training.schedules:
         alone = sum(other.optimizer == saved.optimizer for other in training.schedules) == 1
         if alone and saved.optimizer < len(training.optimizers):
@@ -38,8 +33,22 @@ def _compare(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Fin
     groups = [dict(group) for group in optimizer.groups]
     if not optimizer.first_update or optimizer.base_group is not None:
         return
+    if any(list(odd_settings(group)) for group in groups):
+        return  # reported by themselves
     try:
         program = schedules.recognise(saved.framework, list(saved.states), groups, saved.about)
+    except CkptError as error:
+        if error.id == "schedule-damaged" and saved.framework == "torch":
+            yield Finding(
+                id=error.id,
+                severity=WARNING,
+                file=str(saved.places[0].file),
+                where=saved.name,
+                message=error.message,
+                hint="use another copy, or build the scheduler anew in the training code",
+            )
+        return
+    try:
         if not program.known or not 0 < program.count <= MAX_STEPS:
             return
         machine = program.machine(fresh=True)

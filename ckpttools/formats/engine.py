@@ -5,8 +5,9 @@ together, and could training go on with them?
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
@@ -217,13 +218,13 @@ def _odd_settings(rank: Shard) -> Iterator[tuple[str, Node, str]]:
         if scale is not None and not 0 < scale < math.inf:
             yield "loss_scaler.cur_scale", scale, WARNING
     for g, group in enumerate(rank.hyper or ()):
-        for key, value, severity in _odd(group):
+        for key, value, severity in odd_settings(group):
             yield f"param_groups[{g}].{key}", value, severity
 
 
-def _odd(group: fields.Mapping) -> Iterator[tuple[str, Node, str]]:
+def odd_settings(group: fields.Mapping | Mapping[str, Any]) -> Iterator[tuple[str, Node, str]]:
     """What of a param_group cannot be, and how bad that is: torch computes with it, or raises."""
-    if "lr" in group:
+    if "lr" in group and not group.get("relative_step"):  # Adafactor then finds one itself
         lr = group.get("lr")
         value = fields.number(lr)
         if value is None:

@@ -64,7 +64,10 @@ def test_one_bit_of_the_copy(source: Path, file: str, tmp_path: Path) -> None:
 def test_a_foreign_model(tmp_path: Path) -> None:
     path = copied(BUNDLE, tmp_path)
     file = path / "hf_model/model.safetensors"
-    save_file({f"other.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    weights = load_file(file)
+    save_file({f"other.{name}": tensor + 1 for name, tensor in weights.items()}, file)
+    assert (ERROR, "copies-differ", "model.safetensors") in said(path)
+    save_file({f"x{n}": tensor for n, tensor in enumerate(weights.values())}, file)
     assert (ERROR, "copies-differ", "model.safetensors") in said(path)
     save_file(
         {
@@ -74,6 +77,29 @@ def test_a_foreign_model(tmp_path: Path) -> None:
         file,
     )
     assert (ERROR, "copies-differ", "model.safetensors") in said(path)
+
+
+def test_a_model_that_is_saved_under_other_names(tmp_path: Path) -> None:
+    """transformers saves some models under the names of an older class: another prefix, the same ends."""
+    path = copied(BUNDLE, tmp_path)
+    file = path / "hf_model/model.safetensors"
+    weights = load_file(file)
+    save_file({name.replace("model.", "language_model."): w for name, w in weights.items()}, file)
+    assert said(path) == [] and notes(path) == []
+    flip(file)
+    assert said(path) == [(ERROR, "copies-differ", "model.safetensors")]
+    name = next(iter(weights))
+    save_file({f"fused.{n}" if n == name else n: tensor for n, tensor in weights.items()}, file)
+    assert said(path) == []
+    weights.pop(name)
+    save_file({**weights, "fused": torch.ones(2)}, file)
+    assert said(path) == [] and "1 of " in notes(path)[0]
+    save_file(weights, file)
+    assert said(path) == [(WARNING, "tensor-missing", "hf_model")]
+
+
+def notes(path: Path) -> list[str]:
+    return [f.message for f in verify(path).findings if f.id == "copies-not-compared"]
 
 
 def test_weights_in_fp32_are_compared_rounded(tmp_path: Path) -> None:
@@ -92,8 +118,15 @@ def test_weights_in_fp32_are_compared_rounded(tmp_path: Path) -> None:
     (found,) = [f for f in verify(path).findings if f.severity == ERROR]
     assert (found.id, Path(found.file).name, found.where) == ("copies-differ", file.name, "model.norm.weight")
     assert found.message.startswith("1 of ")
-    save_file({name: tensor.half() for name, tensor in masters.items()}, file)  # neither holds the other's
-    assert said(path) == []
+    halves = {name: tensor.half() for name, tensor in masters.items()}  # neither holds the other's
+    save_file(halves, file)
+    assert said(path) == [] and notes(path) == []
+    name = "model.norm.weight"
+    halves[name][3] *= 1 + 2**-7  # a step of bf16: half of it can be by rounding
+    save_file(halves, file)
+    assert said(path) == [(ERROR, "copies-differ", file.name)]
+    save_file({name: tensor.double() for name, tensor in masters.items()}, file)
+    assert said(path) == [] and "another type" in notes(path)[0]
 
 
 def test_a_torn_training_info(tmp_path: Path) -> None:

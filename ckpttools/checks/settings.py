@@ -1,0 +1,103 @@
+"""The optimizer's settings and the schedule beside them: could the next update be computed with them, and are
+they of one save? Of any container but a DeepSpeed engine's, which formats/engine.py looks at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ckpttools.errors import escape
+from ckpttools.findings import ERROR, WARNING, Finding
+from ckpttools.formats import Source
+from ckpttools.formats.engine import odd_settings
+from ckpttools.training import OptimizerSettings, SavedSchedule, Training
+
+
+def check_settings(source: Source, training: Training, *, rates: bool) -> Iterator[Finding]:
+    """A finding for each setting that cannot be, and for what the files say of each other. `rates`: the
+    learning rates were found to be odd already.
+    """
+    if source.format.tagged:
+        return
+    for optimizer in training.optimizers:
+        for g, group in enumerate(optimizer.groups):
+            for key, value, severity in odd_settings(group):
+                yield Finding(
+                    id="setting-implausible",
+                    severity=severity,
+                    file=str(optimizer.places[0].file),
+                    where=f"param_groups[{g}].{key}",
+                    message=f"is {escape(repr(value), 80)}",
+                    hint="a resume takes it from here, not from the new configuration"
+                    + (", and fails at its first update" if severity == ERROR else ""),
+                )
+    for saved in training.schedules if not rates else ():
+        alone = sum(other.optimizer == saved.optimizer for other in training.schedules) == 1
+        if alone and saved.optimizer < len(training.optimizers):
+            yield from _last_rates(saved, training.optimizers[saved.optimizer])
+    yield from _updates(training)
+    yield from _iterations(training)
+
+
+def _last_rates(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Finding]:
+    """What one of torch's schedulers wrote last, against what the optimizer has."""
+    last = saved.states[0].get("_last_lr") if len(saved.states) == 1 else None
+    if not isinstance(last, list) or not optimizer.first_update or optimizer.base_group is not None:
+        return
+    have = [group.get("lr") for group in optimizer.groups]
+    said = ""
+    if len(last) != len(have):
+        said = f"is of {len(last)} parameter groups, and the optimizer has {len(have)}"
+    for written, lr in zip(last, have, strict=False):
+        if not (isinstance(written, int | float) and isinstance(lr, int | float)) or said:
+            continue
+        if 0 <= lr < math.inf and not math.isclose(written, lr, rel_tol=1e-6):  # others are odd by themselves
+            said = f"the scheduler is at {written:g}, the optimizer at {lr:g}"
+    if said:
+        yield Finding(
+            id="scheduler-mismatch",
+            severity=WARNING,
+            file=str(saved.places[0].file),
+            where=str(saved.places[0].below("_last_lr")),
+            message=said,
+            hint="the first update after a resume uses the optimizer's value, later ones the scheduler's",
+        )
+
+
+def _updates(training: Training) -> Iterator[Finding]:
+    """The Trainer's count against Adam's own, which lies in another file; with fp16 some updates may have
+    been passed over.
+    """
+    own = next((o for o in training.optimizers if o.steps is not None), None)
+    if training.framework != "hf-trainer" or own is None or training.count is None or training.is_rebased:
+        return
+    assert own.steps is not None
+    skipping = training.configuration.get("fp16") is not False
+    if own.steps == training.count or (own.steps < training.count and skipping):
+        return
+    yield Finding(
+        id="counter-mismatch",
+        severity=WARNING,
+        file=str(own.places[0].file),
+        where="state[].step",
+        message=f"the optimizer made {own.steps} updates, and trainer_state.json counts {training.count}: it "
+        "was begun anew, the run was rebased to another batch size, or the files are of different saves",
+        hint="a resume takes both as they are: look at the times of the files, or use another checkpoint",
+    )
+
+
+def _iterations(training: Training) -> Iterator[Finding]:
+    """MMEngine's two counts of iterations: a resume goes on with both. Hooks may save one apart."""
+    found = {counter.name: counter for counter in training.counters}
+    own, hub = found.get("meta.iter"), found.get("message_hub.runtime_info.iter")
+    if own is None or hub is None or abs(own.value - (hub.value + hub.offset)) <= 1:
+        return
+    yield Finding(
+        id="counter-mismatch",
+        severity=WARNING,
+        file=str(hub.places[0].file),
+        where=hub.name,
+        message=f"is {hub.value}, the index of the last iteration, and meta.iter counts {own.value}",
+        hint="one of them was edited: a resume goes on at meta.iter, and logs and hooks at the other",
+    )
