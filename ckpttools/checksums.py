@@ -20,6 +20,14 @@ def crc32_combine(a: int, b: int, nbytes_b: int) -> int:
     return int(_crc32_combine(a, b, nbytes_b))
 
 
+def of_crc32(crc: int) -> bytes:
+    """The four bytes that have this CRC-32: there are no others."""
+    state = crc ^ 0xFFFFFFFF
+    for _ in range(32):
+        state = (state ^ 0xEDB88320) << 1 | 1 if state >> 31 else state << 1
+    return (state ^ 0xFFFFFFFF).to_bytes(4, "little")
+
+
 Share = tuple[int, int]  # of a range's CRC-32, from how many of its bytes: they join by xor and sum
 
 

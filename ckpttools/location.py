@@ -53,6 +53,9 @@ class Handle(Protocol):
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """These (start, nbytes) are going to be read."""
 
+    def reads(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """How many requests that would take."""
+
     def close(self) -> None: ...
 
 

@@ -125,7 +125,7 @@ def _verify(
     state = Training()
     copies: list[Copy] = []
     with within(source.root):
-        checked = check_headers(source, in_parts=True)
+        checked = check_headers(source, in_parts=True, wanted="few" if quick and crcs is None else "each")
         findings, found = checked.findings, checked.checkpoint
         whole = whole and all(finding.id != IN_PARTS for finding in findings)
         beside, checks = check_beside(source, checked.files)
@@ -231,12 +231,13 @@ def manifest_of_staged(
     return manifest.dump({name: entry}, output=True)
 
 
-def check_before_use(source: Source, *, beside: bool = False) -> Checkpoint:
+def check_before_use(source: Source, *, beside: bool = False, only_looks: bool = False) -> Checkpoint:
     """Read a checkpoint for a command that writes from it: header checks first, the first error raised.
 
-    `beside`: the command carries the files around it along, so these are checked, too.
+    `beside`: the command carries the files around it along, so these are checked, too. `only_looks`: no
+    tensor is going to be read, so the headers between them are left alone.
     """
-    checked = check_headers(source)
+    checked = check_headers(source, wanted="none" if only_looks else "each")
     findings = checked.findings
     checks: list[SourceCheck] = []
     around = ""

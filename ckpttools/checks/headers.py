@@ -5,18 +5,18 @@ from __future__ import annotations
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import INFO, Finding, of_error
 from ckpttools.formats import Checked, Source
-from ckpttools.formats.files import DANGEROUS, dangers_at
+from ckpttools.formats.files import DANGEROUS, Headers, dangers_at, headers
 from ckpttools.formats.unjoined import check_parts
 from ckpttools.stores.links import within
 
 
-def check_headers(source: Source, *, in_parts: bool = False) -> Checked:
+def check_headers(source: Source, *, in_parts: bool = False, wanted: Headers = "each") -> Checked:
     """What the format finds, and what a reader should know.
 
     A layout whose weights cannot be put together raises Unsupported or, with `in_parts`, is checked file by
     file; what comes back for it is fit for checking and for nothing else.
     """
-    with within(source.root):
+    with within(source.root), headers(wanted):
         try:
             checked = source.format.check(source)
         except CkptError as error:

@@ -108,7 +108,7 @@ def _number(file: TorchFile, node: Object) -> int | float | None:
         form, raw = _numpy(node)
         return None if form is None or raw is None else struct.unpack(form, raw)[0]
     view = file.view(node)
-    return None if view is None else scalar(view.ref)
+    return None if view is None else scalar(file.stated(view))
 
 
 def _numpy(node: Object) -> tuple[str | None, bytes | None]:

@@ -5,10 +5,12 @@ byte of it is explained.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, TypeVar
 
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.containers.archive import SERIALIZATION_ID, belong_together, unexplained
+from ckpttools.containers.archive import SERIALIZATION_ID, around, belong_together, unexplained
 from ckpttools.containers.pickles.judge import judge
 from ckpttools.containers.torch_file import TorchFile, dangers_in
 from ckpttools.errors import CkptError, Unsupported, some
@@ -21,6 +23,23 @@ T = TypeVar("T")
 DANGEROUS = "pickle-dangerous"
 DEPTH = 3  # folders in a checkpoint's folder that are looked into
 HEAD_NBYTES = 1 << 16  # of each storage, to see whether anything was written there
+
+
+# Whether headers that lie between the storages are read, where that takes more than a few reads: "each" of
+# them; "few", but said where they are not; "none", where nothing behind them is going to be read
+Headers = Literal["each", "few", "none"]
+_headers: ContextVar[Headers] = ContextVar("headers", default="each")
+FEW = 2  # reads
+
+
+@contextmanager
+def headers(wanted: Headers) -> Iterator[None]:
+    """Of files that are checked meanwhile, in this context."""
+    token = _headers.set(wanted)
+    try:
+        yield
+    finally:
+        _headers.reset(token)
 
 
 class Attempts:
@@ -83,9 +102,12 @@ def _structure(file: TorchFile) -> Iterator[Finding]:
             message=f"{several} to no tensor: torch loads the file and leaves them out",
             hint="torch.save writes none: find out what put the file together",
         )
+    if (wanted := _headers.get()) == "none":
+        return
     reserved = [record for record in archive.records.values() if archive.is_reserved(record)]
     with opened(file.path) as opened_file:
-        problems = unexplained(opened_file, archive)
+        apart = opened_file.reads(around(archive)) if wanted == "few" and opened_file.far else 0
+        problems = unexplained(opened_file, archive) if apart <= FEW else []
         together = belong_together(opened_file, archive)
         filled = any(any(opened_file.read(r.start, min(r.nbytes, HEAD_NBYTES))) for r in reserved)
     if problems is not None and not together:
@@ -100,6 +122,13 @@ def _structure(file: TorchFile) -> Iterator[Finding]:
         )
     elif reserved:
         yield _reserved(file, len(reserved), reserved[0].name, filled=filled)
+    if apart > FEW:
+        yield Finding(
+            id="headers-apart",
+            severity=INFO,
+            file=str(file.path),
+            message="the headers between its tensors lie apart in the store and were not read (--quick)",
+        )
     if problems is None:
         yield Finding(
             id="zip-other-writer",

@@ -77,7 +77,8 @@ def convert(
     _check_like(to, like, optimizer_class)
     world_size, sizes = ranks_of(world_size, mesh)
     source = replace(find(src, tag), key=key)
-    checkpoint = check_before_use(source)
+    how = how or Writing()
+    checkpoint = check_before_use(source, only_looks=how.dry_run)
     if source.format.weights_alone and to != "hf" and not reset_optimizer:
         raise Unsupported(
             "layout-unsupported",
@@ -151,7 +152,6 @@ def convert(
     made = (note for note in checkpoint.notes if note not in read)
     plan = replace(plan, notes=(*made, *plan.notes, *notes))
     next = (advice.verify(dst), *lines)
-    how = how or Writing()
     check = kept.check(source, checkpoint, plan, how) if kept.asked(digest, source, dst, how) else None
     return carry_out(src, dst, plan, how, label="convert", next=next, check=check)
 

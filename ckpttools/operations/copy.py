@@ -37,7 +37,7 @@ def copy(
     """
     src, dst, how = named(src), named(dst), how or Writing()
     source = find(src, tag)
-    checkpoint = check_before_use(source, beside=True)
+    checkpoint = check_before_use(source, beside=True, only_looks=how.dry_run)
     root = src if tag is None else source.target
     with within(root):
         files = tuple(_files(root))

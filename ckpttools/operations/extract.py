@@ -18,7 +18,7 @@ from ckpttools.operations.destination import default_dst
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.plan import Plan
-from ckpttools.stores.files import is_file, named
+from ckpttools.stores.files import is_file, is_folder, named
 from ckpttools.stores.links import refuse_outside, within
 from ckpttools.transforms.cast import cast, dtype_named
 from ckpttools.transforms.rename import rename
@@ -74,7 +74,8 @@ def extract(
             hint="leave the suffix off DST",
         )
     source = replace(find(src, tag), key=key)
-    checkpoint = check_before_use(source)
+    how = how or Writing()
+    checkpoint = check_before_use(source, only_looks=how.dry_run)
     chosen = select(checkpoint, include=include, exclude=exclude, exclude_frozen=exclude_frozen)
     chosen = weights_only(chosen, copy)
     if strip_prefix:
@@ -145,7 +146,8 @@ def form_of(asked: Form | None, dst: Location | None) -> Form:
 def with_config(plan: Plan, asked: Path | None, root: Location) -> Plan:
     """Configuration and tokenizer from the folder asked for, else from beside the checkpoint."""
     near = (root, root / "hf_model", root / "hf_config")
-    folder = asked or next((f for f in near if any(is_file(f / head) for head in HEADS)), None)
+    there = (f for f in near if is_folder(f))
+    folder = asked or next((f for f in there if any(is_file(f / head) for head in HEADS)), None)
     if folder is None:
         return replace(
             plan, notes=(*plan.notes, "no config.json: transformers needs one; give it with --hf-config DIR")

@@ -46,7 +46,8 @@ def reshard(
     if ranks is None:
         raise UsageError("bad-usage", "for how many ranks?", hint="--world-size N, or --mesh 2x4")
     source = find(src, tag)
-    checkpoint = check_before_use(source, beside=True)
+    how = how or Writing()
+    checkpoint = check_before_use(source, beside=True, only_looks=how.dry_run)
     layout = resharded(checkpoint, ranks, sizes)
     data_parallel = sizes[0] if sizes else ranks
     checkpoint, notes = without_positions(checkpoint, data_parallel)
@@ -61,7 +62,6 @@ def reshard(
     plan = replace(plan, notes=(*plan.notes, *notes))
     dst = named(dst) if dst is not None else default_dst(src, f"ws{ranks}")
     steps = advice.resume(source, checkpoint, dst, ranks)
-    how = how or Writing()
     check = (
         kept.check(source, checkpoint, plan, how, whole=True)
         if kept.asked(digest, source, dst, how)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from errno import EEXIST, EIO, EOPNOTSUPP, ESTALE
+from errno import EEXIST, EIO, EOPNOTSUPP, ERANGE, ESTALE
 from typing import Any
 
 from ckpttools.errors import UsageError
@@ -56,6 +56,10 @@ def failed(error: Exception, where: str) -> OSError:
         case "OfflineModeIsEnabled":
             return OSError(EIO, "HF_HUB_OFFLINE is set, so the hub is not asked", where)
     status = _HTTP.search(str(error))
+    if status is not None and status[1] == "416":
+        return OSError(ERANGE, "the object has no such bytes", where)
+    if status is not None and status[1] in ("401", "403"):  # of a listing
+        return OSError(EIO, "the store denies access: check its credentials in the environment", where)
     said = f" ({status[0].strip()})" if status else ""
     if where.startswith("http") and not said:
         return OSError(

@@ -83,6 +83,10 @@ class File:
         if self._handle.far:
             self._handle.prefetch((self.base + start, nbytes) for start, nbytes in ranges)
 
+    def reads(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """How many requests of a store these would take."""
+        return self._handle.reads((self.base + start, nbytes) for start, nbytes in ranges)
+
     def hold(self, start: int, nbytes: int) -> None:
         """Read these bytes by one call and keep them: what lies in them is not read again."""
         if not self.holds(start, nbytes):

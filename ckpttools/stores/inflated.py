@@ -87,6 +87,9 @@ class InflatedFile:
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Nothing can be read before what lies in front of it."""
 
+    def reads(self, ranges: Iterable[tuple[int, int]]) -> int:
+        return 0
+
     def close(self) -> None:
         self._file.close()
 

@@ -46,6 +46,9 @@ class MemoryFile:
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """They are here."""
 
+    def reads(self, ranges: Iterable[tuple[int, int]]) -> int:
+        return 0
+
     def close(self) -> None:
         """There is nothing to close."""
 

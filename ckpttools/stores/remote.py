@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from errno import EIO, ENOENT, ESTALE
+from errno import EIO, ENOENT, EOPNOTSUPP, ERANGE, ESTALE
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,6 +24,7 @@ from ckpttools.location import Entry, NotAFile, Stat, Stored
 from ckpttools.siblings import MANIFEST, UNFINISHED
 from ckpttools.stores import hub
 from ckpttools.stores.clients import client, failed
+from ckpttools.stores.fetched import Fetched
 from ckpttools.stores.memory import Listed
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http", hub.SCHEME)
@@ -39,20 +40,10 @@ BLOCKS = 32  # of them in memory
 KEPT = 512 * 1024 * 1024  # bytes of headers, of all files of a store
 RETRIES: dict[str, Any] = {}  # as obstore has them: ten, for up to three minutes
 ZIPS = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+BEFORE = 4 * 1024  # in front of the end: a zip's last records stand before its directory
 
 
-class _Object:
-    """One version of an object and the parts of it that were fetched, as (start, bytes)."""
-
-    def __init__(self, size: int, etag: str | None, at: float) -> None:
-        self.size, self.etag, self.at = size, etag, at
-        self.parts: list[tuple[int, bytes]] = []
-
-    def find(self, start: int, nbytes: int) -> bytes | None:
-        for low, data in self.parts:
-            if low <= start and start + nbytes <= low + len(data):
-                return data[start - low : start - low + nbytes]
-        return None
+_NO_RANGE = (ERANGE, EOPNOTSUPP)  # of an empty object none can be asked for
 
 
 class Bucket:
@@ -63,7 +54,7 @@ class Bucket:
         self.name = url
         self.requests = self.nbytes = self.nbytes_sent = 0
         self.api, self._store = client(url, RETRIES)
-        self._objects: OrderedDict[str, _Object] = OrderedDict()
+        self._objects: OrderedDict[str, Fetched] = OrderedDict()
         self._listed: dict[str, tuple[float, dict[str, Stat]]] = {}
         self._seen: dict[str, tuple[float, Stat | None]] = {}  # where no listing says it
         self._lists = True  # not a server of single files
@@ -95,15 +86,31 @@ class Bucket:
         if not key.strip("/"):
             self.list(key)
             return Stat("folder", 0, 0, key)
-        if str(PurePosixPath(key).parent) in self._objects:
+        path = PurePosixPath(key)
+        if str(path.parent) in self._objects:
             return None  # below a file
-        with suppress(FileNotFoundError):
-            return _stat(self.ask(self.api.head, key))
-        if _name(key).endswith((UNFINISHED, MANIFEST)) or not self._lists:
-            return None  # never a folder
+        if not path.suffix and not self.name.startswith("http"):  # a folder, most likely
+            return self._folder(key) or self._file(key)
+        is_small = path.name.endswith((UNFINISHED, MANIFEST))  # never a folder
+        return self._file(key) or (None if is_small or not self._lists else self._folder(key))
+
+    def _folder(self, key: str) -> Stat | None:
         with suppress(FileNotFoundError):
             self.list(key)
             return Stat("folder", 0, 0, key)
+        return None
+
+    def _file(self, key: str) -> Stat | None:
+        """What is asked for before it is opened is fetched at once: its first bytes say as much."""
+        with suppress(FileNotFoundError):
+            try:
+                if key not in self._objects and PurePosixPath(key).suffix in (*ZIPS, ".safetensors"):
+                    self._begin(key)
+                    return self._seen[key][1]
+            except OSError as error:
+                if error.errno not in _NO_RANGE:
+                    raise
+            return _stat(self.ask(self.api.head, key))
         return None
 
     def list(self, key: str) -> Iterable[Entry]:
@@ -142,7 +149,7 @@ class Bucket:
     def admit(self, key: str) -> None:
         """There are no links."""
 
-    def _object(self, key: str) -> _Object:
+    def _object(self, key: str) -> Fetched:
         """The object as it is now, with its first bytes."""
         found, now = self._objects.get(key), time.monotonic()
         if found is not None and now - found.at < FRESH:
@@ -156,22 +163,36 @@ class Bucket:
         if known is not None and known.kind == "folder":
             raise NotAFile
         if known is not None and not known.size:
-            return self._keep(key, _Object(0, None, now))
+            return self._keep(key, Fetched(0, None, now))
         try:
-            got = self._get(key, 0, HEAD, None)
+            return self._begin(key, known)
         except FileNotFoundError:
             self.list(key)
             raise NotAFile from None
-        except OSError:
-            if self.stat(key).size:
+        except OSError as error:
+            if error.errno not in _NO_RANGE or self.stat(key).size:
                 raise
-            return self._keep(key, _Object(0, None, now))  # no range of it can be asked for
-        object = _Object(got.meta["size"], got.meta["e_tag"], now)
+            return self._keep(key, Fetched(0, None, now))
+
+    def _begin(self, key: str, known: Stat | None = None) -> Fetched:
+        """The first bytes; of what may be a zip, where its size is known, the last ones beside."""
+        last = None
+        if known is not None and known.size > HEAD and PurePosixPath(key).suffix in ZIPS:
+            last = self._pool.submit(self._get, key, max(known.size - TAIL, 0), known.size, None)
+        got = self._get(key, 0, HEAD, None)
+        now = time.monotonic()
+        object = Fetched(got.meta["size"], got.meta["e_tag"], now)
         self._seen[key] = (now, _stat(got.meta))
-        object.parts.append((0, bytes(got.bytes())))
+        object.add(0, bytes(got.bytes()))
+        if last is not None:
+            with suppress(OSError):  # said when it is read
+                end = last.result()
+                same = (end.meta["size"], end.meta["e_tag"]) == (object.size, object.etag)
+                if same and object.etag is not None:
+                    object.add(end.range[0], bytes(end.bytes()))
         return self._keep(key, object)
 
-    def _keep(self, key: str, object: _Object) -> _Object:
+    def _keep(self, key: str, object: Fetched) -> Fetched:
         with self._lock:
             self._objects[key] = object
             self._objects.move_to_end(key)
@@ -197,7 +218,7 @@ class Bucket:
             except OSError:
                 return  # said when it is opened
 
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE // 2 if path.suffix in ZIPS else AT_ONCE) as pool:
             list(pool.map(fetch, (str(path.parent / name) for name in names)))
 
     def _get(self, key: str, start: int, end: int, etag: str | None) -> Any:
@@ -209,14 +230,14 @@ class Bucket:
             self.nbytes += got.range[1] - got.range[0]
         return got
 
-    def fetch(self, key: str, object: _Object, start: int, end: int) -> bytes:
+    def fetch(self, key: str, object: Fetched, start: int, end: int) -> bytes:
         """Bytes of this version. Raises OSError, ESTALE where it is another one now."""
         got = self._get(key, start, end, object.etag)
         if object.etag is None and got.meta["size"] != object.size:
             raise OSError(ESTALE, "the object changed while it was read")
         return bytes(got.bytes())
 
-    def block(self, key: str, object: _Object, number: int) -> bytes:
+    def block(self, key: str, object: Fetched, number: int) -> bytes:
         """`BLOCK` bytes of an object; the next ones are on their way when it returns."""
         with self._lock:
             for each in (number, number + 1):
@@ -264,7 +285,7 @@ class RemoteFile:
 
     far = True
 
-    def __init__(self, bucket: Bucket, key: str, object: _Object) -> None:
+    def __init__(self, bucket: Bucket, key: str, object: Fetched) -> None:
         self._bucket, self._key, self._object, self.size = bucket, key, object, object.size
 
     def read(self, start: int, nbytes: int) -> bytes:
@@ -272,7 +293,7 @@ class RemoteFile:
         found = self._object.find(start, nbytes) if nbytes else b""
         if found is None:
             end = min(max(start + nbytes, start + AHEAD), self.size)
-            low = max(min(start, self.size - TAIL), 0) if end == self.size else start
+            low = max(min(start - BEFORE, self.size - TAIL), 0) if end == self.size else start
             self._fetch(low, end)
             found = self._object.find(start, nbytes)
         if found is None:
@@ -292,18 +313,25 @@ class RemoteFile:
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Fetch what is going to be read, (start, nbytes), neighbours in one request, the others beside."""
+        if joined := self._joined(ranges):
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(lambda part: self._fetch(*part), joined))
+
+    def reads(self, ranges: Iterable[tuple[int, int]]) -> int:
+        return len(self._joined(ranges))
+
+    def _joined(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """What of these ranges is not there: (start, end), neighbours as one."""
         joined: list[tuple[int, int]] = []
         for start, nbytes in sorted(ranges):
             end = min(start + nbytes, self.size)
-            if self._object.find(start, end - start) is not None:
+            if end <= start or self._object.find(start, end - start) is not None:
                 continue
             if joined and start - joined[-1][1] <= GAP:
                 joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
             else:
                 joined.append((start, end))
-        if joined:
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(lambda part: self._fetch(*part), joined))
+        return joined
 
     def ends(self) -> None:
         """The last bytes, too, where the file may be a zip."""
@@ -311,7 +339,7 @@ class RemoteFile:
             self.prefetch([(max(self.size - TAIL, 0), TAIL)])
 
     def _fetch(self, start: int, end: int) -> None:
-        self._object.parts.append((start, self._bucket.fetch(self._key, self._object, start, end)))
+        self._object.add(start, self._bucket.fetch(self._key, self._object, start, end))
 
     def close(self) -> None:
         """There is nothing to close."""

@@ -14,7 +14,7 @@ for a record that is not empty means that it was saved without checksums (`compu
 """
 
 from ckpttools.containers.archive.alike import Directory
-from ckpttools.containers.archive.directory import damaged
+from ckpttools.containers.archive.directory import damaged, end_nbytes
 from ckpttools.containers.archive.layout import (
     BIG,
     DESCRIPTOR_MAGIC,
@@ -23,7 +23,7 @@ from ckpttools.containers.archive.layout import (
     Archive,
     Record,
 )
-from ckpttools.containers.archive.profile import belong_together, unexplained
+from ckpttools.containers.archive.profile import around, belong_together, unexplained
 from ckpttools.containers.archive.read import ends_like_zip, is_zip, read_archive, read_record
 from ckpttools.containers.archive.write import archive_segments
 
@@ -36,8 +36,10 @@ __all__ = [
     "Directory",
     "Record",
     "archive_segments",
+    "around",
     "belong_together",
     "damaged",
+    "end_nbytes",
     "ends_like_zip",
     "is_zip",
     "read_archive",

@@ -37,8 +37,13 @@ def damaged(path: Location, message: str) -> CkptError:
 
 def hold_end(file: File) -> None:
     """Read the end of a file by one call."""
-    nbytes = min(file.size, TAIL, max(file.size // _PART, _SHORTEST))
+    nbytes = end_nbytes(file.size)
     file.hold(file.size - nbytes, nbytes)
+
+
+def end_nbytes(size: int) -> int:
+    """How much of the end of an archive is read at once."""
+    return min(size, TAIL, max(size // _PART, _SHORTEST))
 
 
 def read_directory(file: File) -> tuple[list[Entry], int]:

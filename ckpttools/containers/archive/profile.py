@@ -61,14 +61,19 @@ def unexplained(file: File, archive: Archive) -> list[str] | None:
 
 def _around(file: File, archive: Archive) -> Iterator[tuple[bytes, bytes]]:
     """The bytes before and after the data of each record, as many as torch writes; a few reads for many."""
+    pieces = file.pieces(around(archive))
+    yield from zip(pieces, pieces, strict=True)
+
+
+def around(archive: Archive) -> list[tuple[int, int]]:
+    """Where the bytes before and after each record's data lie: (start, nbytes), in ascending order."""
     wanted: list[tuple[int, int]] = []
     for record in archive.records.values():
         wanted += [
             (record.header, record.start - record.header),
             (record.start + record.nbytes, record.end - record.start - record.nbytes),
         ]
-    pieces = file.pieces(wanted)
-    yield from zip(pieces, pieces, strict=True)
+    return wanted
 
 
 def _is_proven(file: File, archive: Archive, record: Record) -> bool:

@@ -13,7 +13,7 @@ from ckpttools.containers.pickles import Dict, Global, Node, Object, Pickle, Rej
 from ckpttools.containers.pickles.judge import dangers, judge
 from ckpttools.containers.torch_file.storages import Storage
 from ckpttools.errors import escape
-from ckpttools.location import Location
+from ckpttools.location import Location, Stored
 from ckpttools.plan import SourceCheck
 from ckpttools.stores.files import bytes_of
 from ckpttools.tensors import DTYPES, ByteRange, Chunk, DType, Literal, Strided, TensorRef, is_contiguous
@@ -106,6 +106,19 @@ class TorchFile:
                     yield SourceCheck(self.archive.range(record), record.crc32, f"record {escape(name)}")
                 elif self.deflated and name.startswith("data/") and record.size:
                     yield SourceCheck(self.deflated.range(record), record.crc32, f"record {escape(name)}")
+
+    def stated(self, view: View) -> TensorRef:
+        """A tensor, with its bytes where it is a storage of four bytes in a store: its checksum tells them.
+        An optimizer keeps a step for every parameter, and they lie apart.
+        """
+        record = self.archive.records.get(view.storage.record) if self.archive else None
+        if not isinstance(self.path, Stored) or record is None or record.method or not record.crc32:
+            return view.ref
+        if record.nbytes != 4 or view.ref.nbytes != 4:
+            return view.ref
+        from ckpttools.checksums import of_crc32  # of no use to files that are near
+
+        return TensorRef(view.dtype, view.shape, (Literal(of_crc32(record.crc32)),))
 
     def view(self, node: Node) -> View | None:
         """The tensor that a node describes, or None where it is something else.

@@ -17,7 +17,7 @@ from ckpttools.containers.pickles.judge import Judgement, judge
 from ckpttools.containers.torch_file import TorchFile, read_opened
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
-from ckpttools.formats.dcp.items import SMALL, Data, Wanted, read_piece, refuse_compressed
+from ckpttools.formats.dcp.items import SMALL, Data, Wanted, foresee, read_piece, refuse_compressed
 from ckpttools.formats.dcp.metadata import Item, Metadata, read_metadata
 from ckpttools.formats.dcp.names import NAME, SUFFIX, has_shards, parts
 from ckpttools.formats.dcp.pieces import check_pieces
@@ -167,6 +167,7 @@ class _Part:
     def file(self, path: Location, wanted: list[Wanted]) -> dict[Item, Data | Value]:
         data: dict[Item, Data | Value] = {}
         with opened(path) as file:
+            foresee(file, wanted)
             self.places(file, {each.item for each in wanted})
             for each in wanted:
                 at = each.item.start

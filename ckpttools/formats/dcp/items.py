@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckpttools.containers.archive import DESCRIPTOR_MAGIC
+from ckpttools.containers.archive import DESCRIPTOR_MAGIC, end_nbytes
 from ckpttools.containers.nodes import decode, encode
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import (
@@ -37,6 +37,7 @@ from ckpttools.tree import Value, leaves
 ROOT = "archive"
 SMALL = 4096  # items up to this length are looked up among those that were read already
 MAX_OBJECT = 256 << 20
+BEGINNING = 2048  # of an item: the pickle of a tensor and what stands around it
 KNOWN = 100_000
 _DESCRIPTOR = struct.Struct("<IIII")
 
@@ -75,6 +76,7 @@ class Items:
             by_file.setdefault(each.item.file, []).append(each)
         for name, some in by_file.items():
             with _opened(self.folder / name, some[0].key) as file:
+                foresee(file, some)
                 for each in sorted(some, key=lambda w: w.item.start):
                     out[each.item] = self._one(file, each)
         return out
@@ -145,6 +147,15 @@ def read_piece(window: File, wanted: Wanted) -> tuple[TorchFile, Data]:
     (chunk,) = view.ref.chunks
     check = next((c for c in file.checks() if c.source == chunk), None)
     return file, Data(chunk, check and SourceCheck(check.source, check.crc32, _what(wanted)))  # type: ignore[arg-type]
+
+
+def foresee(file: File, wanted: Iterable[Wanted]) -> None:
+    """What is around the data of all items is going to be read."""
+    ends: list[tuple[int, int]] = []
+    for item in (each.item for each in wanted):
+        n = end_nbytes(item.nbytes)
+        ends += [(item.start, min(BEGINNING, item.nbytes)), (item.start + item.nbytes - n, n)]
+    file.prefetch(ends)
 
 
 def refuse_compressed(path: Location, wanted: Wanted) -> None:
