@@ -49,7 +49,7 @@ class Marker:
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
         if not force:
-            raise self._another()
+            raise self.another()
         self.old = names
 
     def is_there(self) -> bool | None:
@@ -64,12 +64,12 @@ class Marker:
     def refuse_another(self) -> None:
         """Raises UsageError where something else has taken the place meanwhile, OSError."""
         if self.is_there() is False:
-            raise self._another()
+            raise self.another()
 
     def _is_of_this(self, said: Any) -> bool:
         return bool(said["plan"] == self.digest and bool(said.get("shared")) == self.shared)
 
-    def _another(self) -> UsageError:
+    def another(self) -> UsageError:
         return UsageError(
             "destination-exists",
             "an upload of something else, or by another number of programs, was not finished there",
@@ -110,6 +110,25 @@ class Marker:
 
     def delete(self) -> None:
         sending.delete(self.place)
+
+
+def sent(dst: Stored) -> set[Stored] | None:
+    """What an upload to DST that was not finished has put there, as it noted, and nobody has changed since;
+    None where there is no such upload. Raises OSError.
+    """
+    try:
+        said = json.loads(sending.get(dst / UNFINISHED)[0])
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return set()
+    noted = said.get("finished") if isinstance(said, dict) else None
+    records = noted if isinstance(noted, dict) else {}
+    return {
+        dst / name
+        for name in _inside(records)
+        if isinstance(records[name], dict) and sending.version_of(dst / name) == records[name].get("version")
+    }
 
 
 def _inside(names: Iterable[Any]) -> list[str]:

@@ -22,8 +22,9 @@ from typing import Any
 from ckpttools import __version__
 from ckpttools.errors import CkptError, escape
 from ckpttools.execute import Finish, Replaces, Report, WrittenFile, preflight, sending
+from ckpttools.execute.aliases import refuse_source
 from ckpttools.execute.checks import compare
-from ckpttools.execute.ledger import describe, digest
+from ckpttools.execute.ledger import Ledger, describe, digest
 from ckpttools.execute.marker import Marker
 from ckpttools.execute.objects import File, Objects, checks_of
 from ckpttools.execute.preflight import Fingerprint
@@ -33,7 +34,7 @@ from ckpttools.location import Location, Stored
 from ckpttools.passes.threads import count
 from ckpttools.plan import Plan
 from ckpttools.progress import Progress
-from ckpttools.siblings import MANIFEST, UNFINISHED
+from ckpttools.siblings import MANIFEST, SPREAD, UNFINISHED
 
 _SAVED = 2.0  # seconds from one record of what is finished to the next
 
@@ -111,22 +112,22 @@ def refuse(
     source: Location | None,
     force: bool,
     replaces: Replaces | None,
-    begun: bool = False,
+    begun: bool | None = None,
 ) -> dict[Location, Fingerprint]:
-    """Raise what `upload` would raise before it writes; the fingerprints of the sources. `begun`: what is
-    there was put by this plan.
+    """Raise what `upload` would raise before it writes; the fingerprints of the sources. `begun`: whether
+    what is there was put by this plan; None where its marker tells.
     """
     preflight.validate(plan)
     sending.bucket_of(dst).forget(str(dst.key))
     ends = preflight.source_ends(plan)
-    for root in {*ends, *([source] if source else [])}:
-        if isinstance(root, Stored) and (root == dst or dst in root.parents or root in dst.parents):
-            raise preflight.in_source(dst, root)
     before = preflight.fingerprints(ends)
     with store_errors(dst):
-        if not begun and sending.version_of(dst / UNFINISHED) is None and sending.is_taken(dst):
+        refuse_source(dst, ends, source)
+        marker = Marker(dst, plan, digest(describe(plan, before, __version__)))
+        there = None if plan.is_single_file else marker.is_there()
+        if not (there if begun is None else begun) and sending.is_taken(dst):
             if not force:
-                raise preflight.exists(dst)
+                raise preflight.exists(dst) if there is None else marker.another()
             if replaces is not None:
                 replaces()
     return before
@@ -256,6 +257,8 @@ class _Upload:
         if self.marker is not None:
             self._save(self.marker)  # whoever has taken the place meanwhile shows here
             self.marker.delete()
+        if self.force and self.dst.name:  # what many workers have noted of what was replaced
+            Ledger(self.dst.with_name(self.dst.name + SPREAD)).remove()
 
 
 def manifests(places: Iterable[Stored]) -> list[Stored]:

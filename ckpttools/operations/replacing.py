@@ -96,12 +96,14 @@ def _folder(dst: Location, plan: Plan) -> str:
         return f"{escape(dst)}, an empty folder"
     if plan.is_single_file:
         raise _refused(dst, "a folder, where a file is to be written")
+    begun = _sent(dst)
+    files = [each for each in files if begun is None or each[0] not in begun]
     for format in FORMATS:
         places = {path.parent for path, _ in files if format.is_weights(path.name)}
         if len(places) > 1:
             raise _refused(dst, f"it holds several checkpoints: {', '.join(sorted(map(escape, places)))}")
     listed = _listed(files)
-    if not listed:
+    if not listed and begun is None:
         _reads(dst)
     own = _own(dst, files, listed | {dst / file.path for file in plan.files})
     if own:
@@ -109,6 +111,15 @@ def _folder(dst: Location, plan: Plan) -> str:
         raise _refused(dst, f"it holds what no checkpoint needs: {names}")
     nbytes = sum(_size(path) for path, _ in files)
     return f"{escape(dst)}, a folder with {len(files)} files, {nbytes} bytes"
+
+
+def _sent(dst: Location) -> set[Stored] | None:
+    """What an unfinished upload has put there: its own command would replace it, too."""
+    if not isinstance(dst, Stored):
+        return None
+    from ckpttools.execute.marker import sent
+
+    return sent(dst)
 
 
 def somebodys(folder: Location) -> list[Location]:

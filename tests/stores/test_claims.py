@@ -181,6 +181,65 @@ def test_a_marker_deletes_nothing_outside(here: Objects) -> None:
 
 @pytest.mark.usefixtures("spread")
 @pytest.mark.parametrize("more", [(), ("--spread",)])
+def test_force_judges_what_lies_beside_an_ended_upload(
+    more: tuple[str, ...], here: Objects, failing: type[Proxy]
+) -> None:
+    assert run(*command(FOLDER, here)).code == 2
+    mend(failing)
+    said = json.loads(bytes(here.get(f"x/{UNFINISHED}")))
+    assert said["finished"], "nothing was sent"
+    words = ("reshard", ZERO, here / "x", "--world-size", 2, "--force", *more)
+    here.put("x/notes.txt", b"mine")
+    here.put(f"x/{UNFINISHED}", json.dumps({**said, "replaces": ["notes.txt"]}).encode())
+    before = here.files()
+    ran = run(*words)
+    assert ran.code == 2 and "error[not-replaced]" in ran.err and "notes.txt" in ran.err, ran
+    assert here.files() == before
+    here.obstore.delete(here.store, f"{here.name}/x/notes.txt")
+    ran = run(*words)
+    assert ran.code == 0, ran
+    assert sum("optim" in name for name in here.meta()) == 2
+    assert run("verify", here / "x").code == 0
+
+
+def test_a_dry_run_says_of_an_ended_upload_what_the_run_says(here: Objects, failing: type[Proxy]) -> None:
+    assert run(*command(FOLDER, here)).code == 2
+    other = ("reshard", ZERO, here / "x", "--world-size", 2)
+    for words in (other, (*other, "--dry-run")):
+        ran = run(*words)
+        assert ran.code == 2 and "error[destination-exists]" in ran.err and "not finished" in ran.err, ran
+    assert run(*command(FOLDER, here), "--dry-run").code == 0  # it would go on
+
+
+@pytest.mark.parametrize("words", [FOLDER, FILE])
+def test_force_by_one_process_leaves_nothing_of_many(
+    words: tuple[object, ...], here: Objects, spread: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(spread_upload._Share, "send", kill)
+        run(*command(words, here, spread))
+    assert any(SPREAD in name for name in here.meta())
+    assert run(*command(words, here, "--force")).code == 0
+    assert not any(SPREAD in name for name in here.meta()), here.meta()
+    assert run("verify", here / str(words[2])).code == 0
+
+
+def test_a_source_by_the_address_of_its_server(here: Objects, endpoint: str, spread: str) -> None:
+    """What a server hands out by https is what s3:// would replace."""
+    assert run(*command(FILE, here)).code == 0
+    before = here.files()
+    src = f"{endpoint}/runs/{here.name}/x.pt"
+    for more in ((), (spread,), ("--dry-run",)):
+        ran = run("convert", src, here / "x.pt", "--to", "pt", "--dtype", "fp16", "--force", *more)
+        assert ran.code == 2 and "error[destination-in-source]" in ran.err, ran
+        ran = run("convert", src, here, "--to", "hf", "--force", *more)
+        assert ran.code == 2 and "error[" in ran.err, ran
+    assert here.files() == before
+    assert run("convert", src, here / "y.pt", "--to", "pt", "-q").code == 0
+
+
+@pytest.mark.usefixtures("spread")
+@pytest.mark.parametrize("more", [(), ("--spread",)])
 def test_a_manifest_of_a_file_that_is_gone(more: tuple[str, ...], here: Objects) -> None:
     here.put(f"x.pt.{MANIFEST}", b'{"format": "ckpttools-manifest", "version": 1, "files": {}}')
     assert run(*command(FILE, here, *more)).code == 0
