@@ -91,5 +91,17 @@ def _anonymous(pid: int) -> int:
     return 0
 
 
+def file_system(folder: Path) -> str:
+    """What a folder lies on: `ext4 on /dev/vda1`."""
+    found = "?"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, rest = line.partition(" - ")
+        at = mount.split()[4].replace("\\040", " ")
+        if folder.is_relative_to(at):  # the last one that holds it lies on top
+            kind, device = rest.split()[:2]
+            found = f"{kind} on {device}"
+    return found
+
+
 if __name__ == "__main__":
     print(json.dumps(_launch(sys.argv[1:])._asdict()))

@@ -25,7 +25,7 @@ from pathlib import Path
 import deepspeed_checkpoint
 import scale
 import synthetic
-from measure import Cost, measure
+from measure import Cost, file_system, measure
 
 HERE = Path(__file__).parent
 SIZES = {"300MB": 300e6, "5GB": 4.95e9}
@@ -371,7 +371,8 @@ def main() -> None:
     place = Place(options.folder.resolve(), options.size, options.repeat)
     for name in options.names or ALL:
         print(f"{name}: {ALL[name].__doc__}")
-        print(f"  {options.size} in {options.folder}, load {os.getloadavg()[0]:.1f}", flush=True)
+        where = f"{options.size} in {options.folder} ({file_system(place.folder)})"
+        print(f"  {where}, load {os.getloadavg()[0]:.1f}", flush=True)
         ALL[name](place)
         print(f"  load {os.getloadavg()[0]:.1f}", flush=True)
 

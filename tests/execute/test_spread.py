@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -12,15 +13,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks.synthetic import write_random
+from plans.plan_text import CASES, DRY
 from support import FIXTURES
 
+from ckpttools import convert
 from ckpttools.errors import UsageError
-from ckpttools.execute import Finish, others, shelves, staging
+from ckpttools.execute import Finish, execute, others, shelves, staging
 from ckpttools.execute import spread as spreading
 from ckpttools.execute.others import Job, Others
 from ckpttools.execute.spread import spread
@@ -103,6 +107,32 @@ def test_the_bytes_of_one_process(name: str, tmp_path: Path) -> None:
     assert [code for code, _, _ in found] == [0, 0, 0], found
     assert files_of(tmp_path / "many") == want
     assert [out for _, out, _ in found] == ["", f"{tmp_path / 'many'}\n", ""]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one"]
+
+
+# of each target a plan from another format, where there is one
+PLANS = {name: CASES[name] for name in CASES if re.search("to-|reshard", name)} | {
+    "zero2-to-universal": ("deepspeed-0.19.8/z2_groups_ws2", convert, {"to": "universal"}),
+    "zero2-to-zero3": ("deepspeed-0.19.8/z2_groups_ws2", convert, {"to": "zero3", "world_size": 2}),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_bytes_of_one_process_in_every_format(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelves._OnDisk, "pause", 0.01)
+    source, make, options = PLANS[name]
+    plan = make(FIXTURES / source, tmp_path / "x", how=DRY, **options).plan  # type: ignore[operator]
+    execute(plan, tmp_path / "one")
+
+    def run(rank: int) -> int:
+        job = Job(worker=Worker(rank, 3), is_result=lambda path, _: path.exists())
+        return spread(plan, tmp_path / "many", job).pieces
+
+    with ThreadPoolExecutor(3) as pool:
+        pieces = list(pool.map(run, (2, 0, 1)))
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one") and sum(pieces)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one"]
 
 

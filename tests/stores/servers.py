@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 KEY, SECRET = "testkey", "testsecret"
 WEED = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
@@ -182,8 +182,12 @@ class Proxy(BaseHTTPRequestHandler):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One revision of org/name, model and data set, as huggingface_hub asks for it."""
+    """One revision of org/name, model and data set, as huggingface_hub asks for it: files longer than `LFS`
+    lie with another host, to which requests for them are sent on, and folders are listed in pages.
+    """
 
+    LFS, PAGE = 4096, 3
+    told: list[str] = []  # the credentials that the other host was given
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
     files: dict[str, bytes] = {}
     faults: list[str] = []  # of the next answers with data
@@ -191,8 +195,11 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        path = unquote(self.path).partition("?")[0]
+        path, _, query = unquote(self.path).partition("?")
         self.seen.append(path)
+        if path.startswith("/elsewhere/"):
+            self.told.extend(value for name, value in self.headers.items() if name.lower() == "authorization")
+            return self.part(self.files[path.removeprefix("/elsewhere/")])
         for kind in ("models", "datasets"):
             root = f"/api/{kind}/org/name"
             named = ("main", "refs/pr/1", self.COMMIT)
@@ -200,14 +207,19 @@ class Hub(BaseHTTPRequestHandler):
                 told = {"id": "org/name", "sha": self.COMMIT, "lastModified": "2025-11-01T10:00:00.000Z"}
                 return self.reply(200, json.dumps({**told, "siblings": [], "tags": [], "private": False}))
             if path.startswith(f"{root}/tree/{self.COMMIT}"):
-                return self.tree(path.removeprefix(f"{root}/tree/{self.COMMIT}").strip("/"))
+                return self.tree(path.removeprefix(f"{root}/tree/{self.COMMIT}").strip("/"), query)
         for root in ("/org/name", "/datasets/org/name"):
             name = path.removeprefix(f"{root}/resolve/{self.COMMIT}/")
+            if name in self.files and len(self.files[name]) > self.LFS:
+                port = self.headers["Host"].rpartition(":")[2]
+                return self.reply(
+                    302, "", Location=f"http://localhost:{port}/elsewhere/{name}?Signature=secret"
+                )
             if name in self.files:
                 return self.part(self.files[name])
         return self.reply(404, "{}", code="EntryNotFound" if "/org/name" in path else "RepoNotFound")
 
-    def tree(self, folder: str) -> None:
+    def tree(self, folder: str, query: str) -> None:
         inside = f"{folder}/" if folder else ""
         found: dict[str, dict[str, object]] = {}
         for name, data in self.files.items():
@@ -217,9 +229,18 @@ class Hub(BaseHTTPRequestHandler):
                 found[first] = entry | (
                     {"type": "directory", "size": 0} if more else {"type": "file", "size": len(data)}
                 )
+                if not more and len(data) > self.LFS:
+                    oid = hashlib.sha256(data).hexdigest()
+                    found[first] |= {"lfs": {"oid": oid, "size": len(data), "pointerSize": 130}}
         if not found:
             return self.reply(404, "{}", code="EntryNotFound")
-        return self.reply(200, json.dumps(list(found.values())))
+        at = int(dict(parse_qsl(query)).get("cursor", 0))
+        more_of_it = {}
+        if at + self.PAGE < len(found):
+            here = f"http://{self.headers['Host']}{self.path.partition('?')[0]}"
+            more_of_it = {"Link": f'<{here}?cursor={at + self.PAGE}>; rel="next"'}
+        page = list(found.values())[at : at + self.PAGE]
+        return self.reply(200, json.dumps(page), **more_of_it)
 
     def part(self, data: bytes) -> None:
         fault = self.faults.pop(0) if self.faults else ""
@@ -230,12 +251,16 @@ class Hub(BaseHTTPRequestHandler):
         first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
         return self.reply(206, data[int(first) : int(last) + 1], torn=fault == "torn")
 
-    def reply(self, status: int, body: str | bytes, *, code: str = "", torn: bool = False) -> None:
+    def reply(
+        self, status: int, body: str | bytes, *, code: str = "", torn: bool = False, **headers: str
+    ) -> None:
         data = body.encode() if isinstance(body, str) else body
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         if code:
             self.send_header("X-Error-Code", code)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if torn else data)
         self.close_connection = torn

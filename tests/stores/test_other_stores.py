@@ -156,6 +156,18 @@ def test_a_version_is_known_again_in_a_listing(azure: Any, monkeypatch: pytest.M
     assert bucket.nbytes == nbytes, "fetched again, though it is the same"
 
 
+def test_two_names_of_one_container(azure: Any) -> None:
+    assert run("copy", ZERO, "az://runs/named", "-q").code == 0
+    before = objects(azure, "named")
+    there = f"abfs://runs@{ACCOUNT}.dfs.core.windows.net/named"
+    as_on_a_disk(there)
+    for dst in ("az://runs/named", "az://runs/named/inside", "azure://runs/named/"):
+        ran = run("reshard", there, dst, "--world-size", 3, "--force")
+        assert ran.code == 2 and "error[destination-in-source]" in ran.err, ran
+    assert objects(azure, "named") == before
+    assert run("reshard", there, "az://runs/beside", "--world-size", 3, "-q").code == 0
+
+
 @pytest.mark.heavy
 def test_an_upload_to_azure_that_was_killed(azure: Any, tmp_path: Path) -> None:
     from benchmarks.synthetic import write_random
@@ -294,7 +306,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    Hub.files, Hub.seen, Hub.faults = {}, [], []
+    Hub.files, Hub.seen, Hub.faults, Hub.told = {}, [], [], []
     before = constants.ENDPOINT
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -306,7 +318,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server.server_close()
 
 
-def test_a_repository_of_the_hub(hub: type[Hub], tmp_path: Path) -> None:
+def test_a_repository_of_the_hub(hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.files = {f"runs/{name}": data for name, data in files_of(ZERO).items()}
     for there in ("hf://org/name/runs", "hf://org/name@main/runs", "hf://datasets/org/name/runs"):
         as_on_a_disk(there)
@@ -315,6 +328,7 @@ def test_a_repository_of_the_hub(hub: type[Hub], tmp_path: Path) -> None:
     assert "error[not-found]" in run("inspect", "hf://org/name/none").err
     assert "error[not-found]" in run("inspect", "hf://org/other/none").err
     assert "error[not-writable]" in run("copy", ZERO, "hf://org/name/new").err
+    assert any(path.startswith("/elsewhere/") for path in hub.seen) and not hub.told
     of_data = [path for path in hub.seen if "/resolve/" in path]
     assert of_data and all(f"/resolve/{Hub.COMMIT}/" in path for path in of_data), "of one commit"
 
