@@ -48,9 +48,8 @@ def version_of(place: Stored) -> Version | None:
 
 def get(place: Stored) -> tuple[bytes, Version]:
     """A small object and its version. Raises OSError."""
-    bucket = bucket_of(place)
-    got = bucket.ask(bucket.api.get, str(place.key))
-    return bytes(got.bytes()), _version(got.meta)
+    got = bucket_of(place).get(str(place.key))
+    return got.data, _version(got.meta)
 
 
 def put(place: Stored, data: bytes, *, over: Version | None = None) -> Version:

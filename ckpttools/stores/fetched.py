@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right, insort
+from typing import Any
+
+from ckpttools.location import Stat
 
 
 class Fetched:
@@ -29,3 +32,13 @@ class Fetched:
 
 def _start(part: tuple[int, bytes]) -> int:
     return part[0]
+
+
+def stat_of(meta: Any) -> Stat:
+    # a listing has milliseconds, an answer for one object has not
+    return Stat("file", meta["size"], int(meta["last_modified"].timestamp()) * 10**9, tag_of(meta["e_tag"]))
+
+
+def tag_of(etag: str | None) -> str | None:
+    """To be compared: Azure's listings leave the quotes out."""
+    return etag and etag.strip('"')

@@ -24,7 +24,7 @@ from ckpttools.location import Entry, NotAFile, Stat, Stored
 from ckpttools.siblings import MANIFEST, UNFINISHED
 from ckpttools.stores import hub
 from ckpttools.stores.clients import client, failed
-from ckpttools.stores.fetched import Fetched
+from ckpttools.stores.fetched import Fetched, stat_of, tag_of
 from ckpttools.stores.memory import Listed
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http", hub.SCHEME)
@@ -110,7 +110,7 @@ class Bucket:
             except OSError as error:
                 if error.errno not in _NO_RANGE:
                     raise
-            return _stat(self.ask(self.api.head, key))
+            return stat_of(self.ask(self.api.head, key))
         return None
 
     def list(self, key: str) -> Iterable[Entry]:
@@ -134,7 +134,7 @@ class Bucket:
             raise FileNotFoundError(ENOENT, "a server of files has no listings", key) from None
         own = key.strip("/")  # some tools write an empty object for a folder
         inside = {_name(path): Stat("folder", 0, 0, path) for path in found["common_prefixes"]}
-        inside |= {_name(meta["path"]): _stat(meta) for meta in found["objects"] if meta["path"] != own}
+        inside |= {_name(meta["path"]): stat_of(meta) for meta in found["objects"] if meta["path"] != own}
         if not inside:
             raise FileNotFoundError(ENOENT, "there is no such key", key)
         self._listed[key] = (time.monotonic(), inside)
@@ -157,7 +157,7 @@ class Bucket:
         known = (self._inside(str(PurePosixPath(key).parent)) or {}).get(_name(key))
         if found is not None:
             meta = known or self.stat(key)
-            if (meta.size, meta.tag) == (found.size, _tag(found.etag)):
+            if (meta.size, meta.tag) == (found.size, tag_of(found.etag)):
                 found.at = now
                 return found
         if known is not None and known.kind == "folder":
@@ -182,14 +182,14 @@ class Bucket:
         got = self._get(key, 0, HEAD, None)
         now = time.monotonic()
         object = Fetched(got.meta["size"], got.meta["e_tag"], now)
-        self._seen[key] = (now, _stat(got.meta))
-        object.add(0, bytes(got.bytes()))
+        self._seen[key] = (now, stat_of(got.meta))
+        object.add(0, got.data)
         if last is not None:
             with suppress(OSError):  # said when it is read
                 end = last.result()
                 same = (end.meta["size"], end.meta["e_tag"]) == (object.size, object.etag)
                 if same and object.etag is not None:
-                    object.add(end.range[0], bytes(end.bytes()))
+                    object.add(end.range[0], end.data)
         return self._keep(key, object)
 
     def _keep(self, key: str, object: Fetched) -> Fetched:
@@ -221,21 +221,31 @@ class Bucket:
         with ThreadPoolExecutor(AT_ONCE // 2 if path.suffix in ZIPS else AT_ONCE) as pool:
             list(pool.map(fetch, (str(path.parent / name) for name in names)))
 
-    def _get(self, key: str, start: int, end: int, etag: str | None) -> Any:
+    def _get(self, key: str, start: int, end: int, etag: str | None) -> hub.Got:
         options: dict[str, object] = {"range": (start, end)}
         if etag is not None:
             options["if_match"] = etag
-        got = self.ask(self.api.get, key, options=options)
+        got = self.get(key, options=options)
         with self._lock:
             self.nbytes += got.range[1] - got.range[0]
         return got
+
+    def get(self, key: str, **more: object) -> hub.Got:
+        """An object or a range of it, all of which has come. Raises OSError."""
+
+        def take(store: Any, key: str) -> hub.Got:
+            got = self.api.get(store, key, **more)
+            return hub.Got(bytes(got.bytes()), got.range, got.meta)
+
+        found: hub.Got = self.ask(take, key)
+        return found
 
     def fetch(self, key: str, object: Fetched, start: int, end: int) -> bytes:
         """Bytes of this version. Raises OSError, ESTALE where it is another one now."""
         got = self._get(key, start, end, object.etag)
         if object.etag is None and got.meta["size"] != object.size:
             raise OSError(ESTALE, "the object changed while it was read")
-        return bytes(got.bytes())
+        return got.data
 
     def block(self, key: str, object: Fetched, number: int) -> bytes:
         """`BLOCK` bytes of an object; the next ones are on their way when it returns."""
@@ -347,16 +357,6 @@ class RemoteFile:
 
 def _name(path: str) -> str:
     return PurePosixPath(path).name
-
-
-def _stat(meta: Any) -> Stat:
-    # a listing has milliseconds, an answer for one object has not
-    return Stat("file", meta["size"], int(meta["last_modified"].timestamp()) * 10**9, _tag(meta["e_tag"]))
-
-
-def _tag(etag: str | None) -> str | None:
-    """To be compared: Azure's listings leave the quotes out."""
-    return etag and etag.strip('"')
 
 
 _buckets: dict[str, Bucket] = {}

@@ -149,6 +149,9 @@ class Proxy(BaseHTTPRequestHandler):
         if fault == "busy":
             self.reply(503, [], b"<Error><Code>SlowDown</Code></Error>")
             return
+        if fault == "denied":
+            self.reply(403, [], b"<Error><Code>ExpiredToken</Code></Error>")
+            return
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "content-length")}
         if fault == "whole":  # asked for without a signature, which holds the range
             headers = {"Host": headers.get("Host", headers.get("host", ""))}

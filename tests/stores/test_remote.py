@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks.synthetic import write_random
 from commands import run
-from stores.servers import Files, Proxy, upload
+from stores.servers import KEY, SECRET, Files, Proxy, upload
 from support import FIXTURES
 
 import ckpttools
@@ -199,6 +199,25 @@ def test_what_a_store_in_trouble_holds(kind: str, bucket: Any, proxy: type[Proxy
     proxy.fault = staticmethod(TROUBLE[kind])
     assert ckpttools.digest(there).digests == ckpttools.digest(ZERO).digests
     assert run("verify", there).code == 0
+
+
+@pytest.mark.parametrize("fault", ["torn", "denied"])
+def test_what_never_comes_is_said_without_a_word_of_the_stores(
+    fault: str, bucket: Any, proxy: type[Proxy], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ckpttools.stores import remote
+
+    monkeypatch.setattr(remote, "RETRIES", {"max_retries": 0})
+    there = upload(bucket, ZERO, f"never-{fault}")
+    proxy.fault = staticmethod(lambda method, path, n: fault if method == "GET" and n > 3 else "")
+    for words in (("verify", there), ("reshard", there, tmp_path / "x", "--world-size", 3)):
+        ran = run("--debug", *words)
+        assert ran.code == 2 and "error[internal]" not in ran.err, ran
+        assert not any(
+            word in ran.out + ran.err for word in (KEY, SECRET, "Signature", "127.0.0.1", "<Error>")
+        )
+        assert fault == "torn" or "denies access" in ran.out + ran.err, ran
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_whole_object_in_place_of_a_range(bucket: Any, proxy: type[Proxy]) -> None:
