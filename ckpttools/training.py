@@ -8,7 +8,7 @@ knows no mathematics of schedules, and `transforms.rebase` knows no file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -89,7 +89,7 @@ class OptimizerSettings:
     """The param_groups of one optimizer, without tensors and `params`, and every place that holds them.
 
     A rank of ZeRO restores its own copy, so each shard is a place. `base` holds settings that a framework
-    treats as one group more (MMEngine's base_param_settings). `steps` are the updates that Adam counted.
+    treats as one group more (MMEngine's base_param_settings).
     """
 
     name: str
@@ -97,8 +97,14 @@ class OptimizerSettings:
     places: tuple[Place, ...]
     base: Place | None = None
     base_group: Mapping[str, object] | None = None
-    steps: int | None = None
+    # reads the updates that the optimizer itself has counted: tensors, of no use to a listing
+    count: Callable[[], int | None] = field(default=lambda: None, compare=False, repr=False)
     first_update: bool = True  # whether the saved lr is the one of the first resumed update
+
+    @property
+    def steps(self) -> int | None:
+        """The updates that Adam counted; None where it does not say. Raises CkptError."""
+        return self.count()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +182,7 @@ class Training:
     unit: Unit = "update"
     count: int | None = None
     epochs_done: int | None = None  # whole ones
+    endless: bool = False  # its loop knows no epochs: the number that is saved as one means nothing
     evidence: tuple[Fact, ...] = ()
     size: int | None = None
     batches: int | None = None
@@ -209,7 +216,7 @@ class Training:
         """With what a format found, where the framework does not say: the main counter decides."""
         own = {name: getattr(self, name) for name in _STATED}
         both = {name: getattr(stated, name) if own[name] in (None, {}) else own[name] for name in _STATED}
-        if both["epoch"] is None:
+        if both["epoch"] is None or self.endless:
             both["epoch"] = self.epochs_done
         if self.count is not None and self.unit == "update":
             both["step"] = self.count
@@ -295,7 +302,7 @@ def merge(first: Training, *others: Training) -> Training:
             found[entry.name] = tuple(item for each in values for item in each)
         else:
             found[entry.name] = next((value for value in values if value is not None), None)
-    own = ("framework", "unit", "remainder", "drop_last", "configuration", "scheduled", "follows")
+    own = ("framework", "unit", "remainder", "drop_last", "configuration", "scheduled", "follows", "endless")
     kept = {name: getattr(first, name) for name in own}
     if first.batch_names:  # whoever drives DeepSpeed configures it
         kept["batch_names"] = first.batch_names

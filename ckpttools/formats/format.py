@@ -18,6 +18,7 @@ from ckpttools.plan import Plan
 from ckpttools.siblings import UNFINISHED
 from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.stores.links import refuse_outside
+from ckpttools.stores.once import kept
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
 
@@ -34,20 +35,25 @@ class Folder:
     @staticmethod
     def of(path: Location) -> Folder:
         """Raises UsageError where it cannot be listed, or where an upload to it is not finished."""
-        found = entries(path)
-        if any(entry.name == UNFINISHED for entry in found):
-            raise unfinished(path)
-        return Folder(
-            path=path,
-            names=tuple(entry.name for entry in found),
-            files=frozenset(entry.name for entry in found if is_file(entry)),
-            folders=frozenset(entry.name for entry in found if is_folder(entry)),
-        )
+        return _folder(path)
 
     def inside(self, name: str) -> Folder:
         """One of `folders`. Raises CkptError for a link that leads out of the checkpoint."""
         refuse_outside(self.path / name)
         return Folder.of(self.path / name)
+
+
+@kept
+def _folder(path: Location) -> Folder:
+    found = entries(path)
+    if any(entry.name == UNFINISHED for entry in found):
+        raise unfinished(path)
+    return Folder(
+        path=path,
+        names=tuple(entry.name for entry in found),
+        files=frozenset(entry.name for entry in found if is_file(entry)),
+        folders=frozenset(entry.name for entry in found if is_folder(entry)),
+    )
 
 
 def unfinished(path: Location) -> UsageError:

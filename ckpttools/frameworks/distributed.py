@@ -91,7 +91,7 @@ def _optimizers(held: Checkpoint) -> Iterator[OptimizerSettings]:
         name="the optimizer",
         groups=groups,
         places=(_place(held, GROUPS),),
-        steps=max(steps, default=None),
+        count=lambda: max(steps, default=None),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ckpttools.containers import jsons
@@ -83,7 +84,7 @@ def optimizer(file: TorchFile, name: str, *keys: Key) -> OptimizerSettings | Non
         name=name,
         groups=tuple(groups),
         places=(place(file, *keys, "param_groups"),),
-        steps=_adam_steps(file, *keys),
+        count=partial(_adam_steps, file, *keys),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from ckpttools import checks, runs
@@ -18,6 +19,7 @@ from ckpttools.runs.kinds import Kind, kind
 from ckpttools.runs.retain import best_of
 from ckpttools.stores.files import named
 from ckpttools.stores.links import resolved
+from ckpttools.stores.once import once
 
 LATEST, BEST, PINNED, WEIGHTS = "latest", "best", "pinned", "weights only"
 DAMAGED, BAD, GOOD, UNKNOWN = "damaged (headers)", "damaged", "verified", "not checked"
@@ -80,10 +82,11 @@ def ls(
     if not found:
         raise runs.nothing(folder)
     verdict = (lambda path: _verdict(path, workers, bar)) if verify else None
-    return tuple(
-        _run(entries, folder if len(found) == 1 else entries[0].run, folder, sort, verdict)
-        for entries in found
-    )
+    with nullcontext() if verify else once():
+        return tuple(
+            _run(entries, folder if len(found) == 1 else entries[0].run, folder, sort, verdict)
+            for entries in found
+        )
 
 
 def _run(

@@ -27,6 +27,7 @@ from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
 from ckpttools.stores.files import entries, is_file, is_folder, stat
 from ckpttools.stores.links import within
+from ckpttools.stores.once import once
 from ckpttools.training import Best, Training
 
 MAX_DEPTH = 8
@@ -114,8 +115,8 @@ def runs(folder: Location, depth: int = MAX_DEPTH) -> list[list[Entry]]:
     `depth` is how many folders below are looked into. Raises UsageError of CLOSED where there are some and
     none of them can be looked into.
     """
-    entries(folder)  # raises where it cannot be listed
-    with within(folder):
+    with once(), within(folder):
+        entries(folder)  # raises where it cannot be listed
         if _whole(folder) and not _several(folder):
             alone = _entry(folder, folder, Kinds(()))
             if alone.problem is not None and alone.problem.id in CLOSED:

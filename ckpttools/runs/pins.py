@@ -46,7 +46,10 @@ def dump(pin: Pin) -> bytes:
 
 def place(path: Path) -> Path:
     """Where the note lies that keeps a checkpoint: beside it, or beside a framework's own folder."""
-    whole = resolved(path)
+    return _place(resolved(path))
+
+
+def _place(whole: Path) -> Path:
     if whole.parent.name in THEIRS:
         return whole.parent.with_name(f"{PIN}{whole.parent.name}-{whole.name}.json")
     return whole.with_name(f"{PIN}{whole.name}.json")
@@ -54,9 +57,14 @@ def place(path: Path) -> Path:
 
 def of(path: Location) -> Pin | None:
     """The pin on exactly this path."""
-    if isinstance(path, Stored) or not resolved(path).name:
-        return None  # nothing is deleted there; nothing lies beside the root
-    note = place(path)
+    return None if isinstance(path, Stored) else _of(resolved(path))
+
+
+def _of(path: Path) -> Pin | None:
+    """The same of a path without links."""
+    if not path.name:
+        return None  # nothing lies beside the root
+    note = _place(path)
     try:
         if not (exists(note) or is_link(note)):
             return None
@@ -74,9 +82,11 @@ def of(path: Location) -> Pin | None:
 
 def above(path: Location, top: Location) -> Pin | None:
     """The pin on a path, or on a folder that it lies in, up to `top`."""
+    if isinstance(path, Stored) or isinstance(top, Stored):
+        return None  # nothing is deleted there
     path, top = resolved(path), resolved(top)
     for folder in (path, *path.parents):
-        found = of(folder)
+        found = _of(folder)
         if found is not None or folder == top or top not in folder.parents:
             return found
     return None

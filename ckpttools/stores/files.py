@@ -16,6 +16,7 @@ from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.location import Entry, Handle, Location, NotAFile, Stat, Store, Stored
 from ckpttools.stores.disk import DISK
 from ckpttools.stores.inflated import Deflated, Inflated
+from ckpttools.stores.once import kept
 from ckpttools.tensors import ByteRange
 
 LFS_MAGIC = b"version https://git-lfs"
@@ -206,6 +207,11 @@ def inflated(
 
 def entries(folder: Location) -> list[Entry]:
     """The entries of a folder, sorted by name. Raises UsageError where it cannot be listed."""
+    return [*_entries(folder)]
+
+
+@kept
+def _entries(folder: Location) -> list[Entry]:
     store, key = _at(folder)
     found: list[Entry] = []
     try:

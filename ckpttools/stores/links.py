@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from ckpttools.errors import CkptError, escape
 from ckpttools.location import Location, Stored
+from ckpttools.stores.once import is_kept, kept
 
 _places: ContextVar[tuple[str, ...] | None] = ContextVar("places", default=None)
 Place = TypeVar("Place", Path, Stored, Location)
@@ -93,7 +94,10 @@ def refuse_outside(path: Location) -> None:
 
 def resolved(path: Place) -> Place:
     """Where a place really is, every link followed. Raises OSError or RuntimeError for links in circles."""
-    return path if isinstance(path, Stored) else path.resolve()
+    if isinstance(path, Stored):
+        return path
+    real = _real(path) if is_kept() else None
+    return path.resolve() if real is None else Path(real)
 
 
 def absolute(path: Place) -> Place:
@@ -102,8 +106,21 @@ def absolute(path: Place) -> Place:
 
 
 def _real(path: Path) -> str | None:
+    """Where a path really is; None where that cannot be said."""
+    if not is_kept() or path.name in ("", ".."):
+        return _whole(path)
+    folder = _whole(path.parent)
     try:
-        return str(resolved(path))
+        alone = folder is None or path.is_symlink()
+    except OSError:
+        return None
+    return _whole(path) if alone else f"{'' if folder == '/' else folder}/{path.name}"
+
+
+@kept
+def _whole(path: Path) -> str | None:
+    try:
+        return str(path.resolve())
     except (OSError, RuntimeError, ValueError):  # also for links in circles
         return None
 

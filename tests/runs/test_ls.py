@@ -122,6 +122,23 @@ def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert 0 < seen["bytes"] < 3 * 40_000
 
 
+@pytest.mark.parametrize("name", ["hf-trainer/plain/checkpoint-4", "deepspeed-0.19.8/z2_bf16_ws2"])
+def test_a_folder_is_listed_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand checkpoints are many folders; formats and frameworks all ask for the same names."""
+    for at in range(1, 4):
+        shutil.copytree(FIXTURES / name, tmp_path / f"checkpoint-{at}")
+    seen: Counter[str] = Counter()
+    scandir = os.scandir
+
+    def counted(path: str) -> object:
+        seen[os.path.relpath(path, tmp_path)] += 1
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    assert len(listed(tmp_path)) == 3
+    assert max(seen[f"checkpoint-{at}"] for at in range(1, 4)) == 1, seen
+
+
 def test_an_entry_is_public() -> None:
     assert Entry.__doc__
 
