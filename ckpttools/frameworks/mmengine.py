@@ -1,6 +1,7 @@
 """MMEngine and xtuner: everything counts micro-batches, accumulated or not.
 
 `meta.iter` is the number of iterations done, `message_hub.runtime_info.iter` the index of the last one.
+`meta.epoch` stays 0 in an IterBasedTrainLoop (mmengine/runner/loops.py).
 `param_schedulers` are saved without class names; the config's text in `meta.cfg` may tell. With several
 parameter groups `base_param_settings` is handled as one group more (mmengine/optim/optimizer/
 optimizer_wrapper.py). The same keys lie at the top of a single file and of a DeepSpeed folder's model file.
@@ -75,6 +76,7 @@ def _read(file: TorchFile, *, in_folder: bool) -> Training:
         count=count,
         epochs_done=parts.integer(file, "meta", "epoch") if batches is not None else None,
         evidence=tuple(_batch(config)),
+        endless=not by_epoch,
         batches=batches,
         epochs=epochs if batches is not None else None,
         total_count=total,
@@ -181,10 +183,11 @@ def _schedules(file: TorchFile, batches: int | None) -> Iterator[SavedSchedule]:
     about: dict[str, object] = {"units_per_epoch": batches}
     if isinstance(cfg, str):
         about["cfg"] = cfg
-    for found in parts.schedules(file, "mmengine", "micro", "param_schedulers"):
-        yield replace(found, about=about)
+    names = parts.mapping(file, "param_schedulers")
+    if names is None:
+        for found in parts.schedules(file, "mmengine", "micro", "param_schedulers"):
+            yield replace(found, about=about)
         return
-    names = parts.mapping(file, "param_schedulers") or {}
     for i, name in enumerate(names):
         for found in parts.schedules(file, "mmengine", "micro", "param_schedulers", name, optimizer=i):
             yield replace(found, about=about)

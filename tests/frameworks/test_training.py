@@ -15,6 +15,7 @@ from support import FIXTURES, SAMPLES, name_of
 from ckpttools import formats
 from ckpttools import frameworks as training
 from ckpttools.errors import CkptError, Unsupported
+from ckpttools.frameworks.progress import progress
 from ckpttools.schedules.mmengine.config import settings
 from ckpttools.training import Training
 
@@ -161,6 +162,37 @@ def test_lengths_come_from_where_mmengine_keeps_them(tmp_path: Path) -> None:
         ("iter", 38, 1),
         ("max_iters", 78, 0),
     ]
+
+
+def schedule(gamma: float) -> dict[str, object]:
+    """As ExponentialLR of mmengine 0.10.7 saves itself after 12 iterations."""
+    return {
+        "param_name": "lr", "begin": 0, "end": 10**9, "by_epoch": False, "base_values": [0.1],
+        "last_step": 12, "_global_step": 12, "_last_value": [0.1 * gamma**12], "verbose": False,
+        "gamma": gamma,
+    }  # fmt: skip
+
+
+def test_an_iteration_based_run_with_an_optimizer_by_name(tmp_path: Path) -> None:
+    """Of an OptimWrapperDict, whose schedulers are saved by the same names; the epoch stays 0 to the end."""
+    weight = torch.zeros(2)
+    optimizers = {name: torch.optim.SGD([weight], lr=0.1) for name in ("generator", "critic")}
+    tree = {
+        "meta": {"epoch": 0, "iter": 12, "cfg": "train_cfg = dict(by_epoch=False, max_iters=40)\n"},
+        "message_hub": {"runtime_info": {"iter": 11, "epoch": 0, "max_epochs": 1, "max_iters": 40}},
+        "state_dict": {"w.weight": weight},
+        "optimizer": {name: each.state_dict() for name, each in optimizers.items()},
+        "param_schedulers": {"generator": [schedule(0.5)], "critic": [schedule(0.9)]},
+    }
+    torch.save(tree, tmp_path / "iter_12.pth")
+    source = formats.locate(tmp_path / "iter_12.pth")
+    found = progress(source, formats.read(source))
+    assert [s.optimizer for s in found.state.schedules] == [0, 1]
+    assert found.schedules == ("ExponentialLR 0-, at 12",) * 2
+    assert found.state.epoch is None and found.state.iteration == 12
+    tree["meta"]["cfg"] = "train_cfg = dict(by_epoch=True, max_epochs=2)\n"  # type: ignore[index]
+    torch.save(tree, tmp_path / "iter_12.pth")
+    assert read(tmp_path / "iter_12.pth").epoch == 0  # the first one is running
 
 
 @pytest.mark.parametrize(

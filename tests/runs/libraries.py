@@ -125,6 +125,7 @@ def mmengine(folder: Path, resume: bool) -> dict[str, object]:
         },
         train_cfg={"by_epoch": False, "max_iters": 16 if resume else 12},
         optim_wrapper={"type": "OptimWrapper", "optimizer": {"type": "Adam", "lr": 0.1}},
+        param_scheduler={"type": "ExponentialLR", "gamma": 0.9, "by_epoch": False},
         default_hooks={
             "checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": 3},
             "logger": {"type": "LoggerHook", "interval": 1},

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ckpttools.errors import UsageError
 from ckpttools.schedules.program import State, damaged, real, reals, whole
 from ckpttools.schedules.torch.rates import anneal
 
@@ -77,8 +78,17 @@ def check(state: State, groups: Sequence[State]) -> str:
         if kind != UNKNOWN and not isinstance(name, str):
             raise damaged(f"param_name is {name!r}", kind)
         kind = UNKNOWN
-    if type(state.get("by_epoch")) is not bool:
-        raise damaged(f"by_epoch is {state.get('by_epoch')!r}", kind)
+    if type(state.get("by_epoch", True)) is not bool:
+        raise damaged(f"by_epoch is {state['by_epoch']!r}", kind)
+    if missing := [
+        key for key in ("by_epoch", "_global_step", "last_step", "begin", "end") if key not in state
+    ]:
+        raise UsageError(
+            "schedule-unknown",
+            f"a saved scheduler does not say {', '.join(missing)}",
+            why="MMEngine's own always do; a resume takes what is missing from the new configuration",
+            hint="build the scheduler anew",
+        )
     whole(state, "_global_step", where=kind)
     whole(state, "last_step", least=-1, where=kind)
     begin, end = whole(state, "begin", where=kind), real(state, "end", least=1, where=kind)
