@@ -48,7 +48,8 @@ def command(
 
     Of tensors that changed: the largest absolute difference, the norm of the difference over that of A, the
     cosine between the two, and how many elements are equal; the farthest apart first. Master weights and
-    optimizer state are compared too. Exit code 0: equal, 1: different. How each is stored is no difference.
+    optimizer state are compared too. Exit code 0: equal, 1: different, or not all of it can be compared. How
+    each is stored is no difference.
 
         ckpt diff run/checkpoint-10 run/checkpoint-20 --only 'exp_avg/*' --top 5
     """
@@ -86,7 +87,7 @@ def _text(found: Diff, top: int) -> list[str]:
     if not found.left.groups and not found.right.groups and not found.uncompared:
         lines.append("note: optimizer state was found in neither")
     lines += [f"note: not compared: {escape(name)}" for name in found.uncompared]
-    lines.append("equal" if found.same else "different")
+    lines.append(found.verdict)
     return lines
 
 

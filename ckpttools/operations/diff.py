@@ -12,7 +12,7 @@ from ckpttools.checks import check_before_use
 from ckpttools.compare.apart import Apart, measure
 from ckpttools.compare.content import Content, Held, content, is_number, plain
 from ckpttools.compare.digests import shown
-from ckpttools.compare.facts import Fact, differences
+from ckpttools.compare.facts import Fact, differences, opaque
 from ckpttools.compare.pairs import Pair, left_out, pairs, value
 from ckpttools.compare.stream import Stream, refuse_links
 from ckpttools.errors import UsageError
@@ -48,7 +48,8 @@ class Diff:
     """`layout` is how each is stored, which makes no difference; `equal` counts what is the same, by kind.
 
     `tensors` has those that changed, the farthest apart first; `checked` counts checksums found right;
-    `uncompared` are files of optimizers without names, where the other side has names.
+    `uncompared` are files of optimizers without names, where the other side has names, and objects that
+    nobody looks into; `only`: settings and counters, and tensors of other names, were left out as asked.
     """
 
     left: Checkpoint
@@ -59,10 +60,26 @@ class Diff:
     tensors: tuple[Changed, ...]
     checked: int
     uncompared: tuple[str, ...] = ()
+    only: bool = False
 
     @property
     def same(self) -> bool:
-        return not self.facts and not self.tensors and bool(self.equal)
+        """Whether both hold the same; not where something could not be compared."""
+        return not self.differs and not self.uncompared
+
+    @property
+    def differs(self) -> bool:
+        """Whether something was found that is not the same, or nothing that could be."""
+        return bool(self.facts or self.tensors) or not self.equal
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.differs:
+            return "different"
+        if self.uncompared:
+            return "no difference in what was compared"
+        return "equal in what was asked for" if self.only else "equal"
 
 
 def diff(
@@ -122,7 +139,8 @@ def diff(
         equal=equal,
         tensors=tuple(sorted(changed, key=_rank)),
         checked=checked,
-        uncompared=unnamed,
+        uncompared=() if only else tuple(dict.fromkeys((*unnamed, *opaque(a), *opaque(b)))),
+        only=bool(only),
     )
 
 

@@ -12,6 +12,7 @@ from ckpttools.operations.writing import Bar
 from ckpttools.pages.sections import Cell, Gathered, Section, Table
 
 SHOWN = 300  # tensors, and facts
+_WORDS = {"equal": "They hold the same.", "different": "They differ."}
 _LAYER = re.compile(r"(.*?\.\d+)(\.|$)")
 
 
@@ -27,7 +28,9 @@ def gather(left: Location, right: Location, *, workers: int = 0, bar: Bar | None
     if not found.tensors:
         sections = sections[:2]
     return Gathered(
-        title=f"{left.name} and {right.name}", how="every byte of both was compared", sections=sections
+        title=f"{left.name} and {right.name}",
+        how="all tensors, counters and settings of both were compared",
+        sections=sections,
     )
 
 
@@ -38,8 +41,9 @@ def _verdict(found: Diff, left: Location, right: Location) -> tuple[str, ...]:
         for kind in kinds
     )
     return (
-        "They hold the same." if found.same else "They differ.",
+        _WORDS.get(found.verdict, f"There is {found.verdict}."),
         f"A is {left}; B is {right}.",
+        *(f"Not compared: {name}." for name in found.uncompared),
         "; ".join(counts) + ".",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -62,16 +63,25 @@ def _sums(a: Array, b: Array) -> Sums:
         return Sums(numel=len(a), equal=equal, left=left, right=left, dot=left)
     y = b.astype(wide)
     apart = x - y
-    apart[same] = 0  # NaN and Inf of the same bits are no difference
+    squares = float(np.vdot(apart, apart).real)
+    if not math.isfinite(squares):
+        apart[same] = 0  # NaN and Inf of the same bits are no difference
+        squares = float(np.vdot(apart, apart).real)
     return Sums(
         numel=len(a),
         equal=equal,
-        largest=float(np.abs(apart).max()),
-        squares=float(np.vdot(apart, apart).real),
+        largest=_largest(apart),
+        squares=squares,
         left=left,
         right=float(np.vdot(y, y).real),
         dot=float(np.vdot(x, y).real),
     )
+
+
+def _largest(apart: Array) -> float:
+    if apart.dtype.kind == "c":
+        return float(np.abs(apart).max())
+    return float(np.maximum(apart.max(), -apart.min()))  # NaN stays; no copy is made
 
 
 def _bits(block: Array) -> Array:

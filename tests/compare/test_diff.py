@@ -165,6 +165,8 @@ def test_only_and_top_and_bad_calls(tmp_path: Path) -> None:
     assert run("compare", a, b, "-q").out == ""
     ran = run("diff", a, b, "--only", "nothing")
     assert ran.code == 2 and "error[bad-usage]" in ran.err
+    ran = run("diff", a, a, "--only", "weight/*")
+    assert ran.code == 0 and ran.out.endswith("equal in what was asked for\n")
     shutil.copytree(GROUPS, tmp_path / "cut")
     file = next((tmp_path / "cut").glob("*/*rank_1*"))
     file.write_bytes(file.read_bytes()[:-900])
@@ -218,6 +220,9 @@ def test_objects_are_compared_by_what_they_hold(tmp_path: Path) -> None:
         one, same = (saved(f"{key}{i}.pt", **{key: {"thing": Thing(torch.ones(2))}}) for i in (3, 4))  # type: ignore[arg-type]
         ran = run("prove", one, same)
         assert ran.code == 1 and "objects that are not compared" in ran.out  # nobody has looked into them
+        ran = run("diff", one, same)
+        assert ran.code == 1 and ran.out.endswith("\nno difference in what was compared\n"), ran.out
+        assert "note: not compared: " in ran.out
 
 
 def test_an_optimizer_whose_parameters_have_no_names_is_said_and_not_only_removed(tmp_path: Path) -> None:
