@@ -120,6 +120,11 @@ def escape(text: object, limit: int = 200) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things in words: `1 file`, `2 files`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def some(items: Collection[object], most: int = 8) -> str:
     """The first of them, escaped, and how many more there are: for a message.
 

@@ -43,7 +43,7 @@ COMMANDS = {
     "pin": "keep a checkpoint from every clean-up",
     "unpin": "take back a pin",
     "batch": "effective batch, iterations, what an old iteration means, ways to keep the batch",
-    "train": "the reference trainer (DeepSpeed ZeRO-2)",
+    "train": "the reference trainer: DeepSpeed ZeRO or plain torch",
     "demo": "train, verify, extract, reshard and resume on this machine's CPU",
 }
 ALIASES = {

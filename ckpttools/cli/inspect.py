@@ -11,7 +11,7 @@ import click
 from ckpttools import tree
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, JSON, KEY, QUIET, SRC, STATS, TAG
-from ckpttools.errors import escape
+from ckpttools.errors import counted, escape
 from ckpttools.location import Location
 
 if TYPE_CHECKING:
@@ -112,14 +112,17 @@ def _summary(source: Any, checkpoint: Any) -> Iterator[tuple[str, object]]:
     yield "parameters", _parameters(checkpoint)
     yield "dtypes", _dtypes(checkpoint)
     yield "optimizer", checkpoint.optimizer
-    yield "size", f"{render.size(sum(f.nbytes for f in checkpoint.files))} in {len(checkpoint.files)} files"
+    yield (
+        "size",
+        f"{render.size(sum(f.nbytes for f in checkpoint.files))} in {counted(len(checkpoint.files), 'file')}",
+    )
 
 
 def _parameters(checkpoint: Any) -> str:
     buffers = _buffers(checkpoint)
     params = _own(checkpoint, buffers)
     total = sum(checkpoint.tensors[name].numel for name in params)
-    parts = [f"{render.count(total)} in {len(params)} tensors"]
+    parts = [f"{render.count(total)} in {counted(len(params), 'tensor')}"]
     if checkpoint.frozen:
         parts.append(f"{len(checkpoint.frozen)} frozen")
     if checkpoint.shared:

@@ -12,7 +12,7 @@ import click
 
 from ckpttools.cli import render
 from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, WORKERS
-from ckpttools.errors import UsageError, escape
+from ckpttools.errors import UsageError, counted, escape
 from ckpttools.stores.files import local
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def command(
             return code
         carry_out(plan, workers=workers, bar=bar)
         render.say(
-            f"removed {len(plan.removed)} checkpoints, {render.size(plan.nbytes)}", quiet=quiet or as_json
+            f"removed {counted(len(plan.removed), 'checkpoint')}, {render.size(plan.nbytes)}",
+            quiet=quiet or as_json,
         )
     if as_json:
         render.document(_json(plan, dry_run))

@@ -11,7 +11,7 @@ from unicodedata import east_asian_width
 
 import click
 
-from ckpttools.errors import escape
+from ckpttools.errors import counted, escape
 from ckpttools.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
@@ -100,16 +100,20 @@ def written(done: Written, options: Mapping[str, Any], about: Mapping[str, objec
         document(_written_json(done) | dict(about or {}))
         return
     if done.seconds is None:
-        rows = [(size(f.nbytes), f"{len(f.segments)} segments", _name(f.path, done)) for f in plan.files]
-        click.echo(f"would write {escape(done.destination)}: {len(rows)} files, {size(plan.nbytes)}")
+        rows = [
+            (size(f.nbytes), counted(len(f.segments), "segment"), _name(f.path, done)) for f in plan.files
+        ]
+        click.echo(
+            f"would write {escape(done.destination)}: {counted(len(rows), 'file')}, {size(plan.nbytes)}"
+        )
         click.echo("\n".join([table(rows), *notes_text(done.notes)]))
         return
     for note in notes_text(done.notes):
         say(note, quiet=quiet)
     rate = size(int(plan.nbytes / max(done.seconds, 1e-9)))
     say(
-        f"wrote {len(plan.files)} files, {size(plan.nbytes)} in {done.seconds:.1f} s ({rate}/s); "
-        f"{done.checked} source checksums verified",
+        f"wrote {counted(len(plan.files), 'file')}, {size(plan.nbytes)} in {done.seconds:.1f} s ({rate}/s); "
+        f"{counted(done.checked or 0, 'source checksum')} verified",
         quiet=quiet,
     )
     for step in done.next:

@@ -11,7 +11,7 @@ import click
 from ckpttools.cli import render
 from ckpttools.cli.ls import age
 from ckpttools.cli.options import FOLLOW, FORCE, JSON, PATH, QUIET
-from ckpttools.errors import UsageError, escape
+from ckpttools.errors import UsageError, counted, escape
 
 if TYPE_CHECKING:
     from ckpttools.operations.experiments import Best, Experiment, Experiments
@@ -99,7 +99,7 @@ def command(
         from ckpttools.operations.logbook import append
 
         rows = append(log, found.runs, parent)
-        render.say(f"{len(rows)} rows were added to {escape(log)}", quiet=quiet)
+        render.say(f"{counted(len(rows), 'row')} added to {escape(log)}", quiet=quiet)
     return 1 if damaged else 0
 
 

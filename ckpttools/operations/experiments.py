@@ -287,21 +287,22 @@ def _shown(name: str, value: str | float) -> str | float:
 
 
 def _losses(log: Log, entries: list[Entry], unit: str) -> Iterator[Best]:
-    """From the log; else from what the checkpoints state."""
+    """From the log; else from what the checkpoints state. The least is of those that are numbers."""
     for names, own in ((logs.LOSS, ("train_loss", "loss")), (logs.VAL, VAL)):
         series = log.first(names)
-        points = [(at, v) for at, v in (series.points if series is not None else ()) if math.isfinite(v)]
+        points = list(series.points) if series is not None else []
         name = series.name if series is not None else ""
         if not points:
             name = next((n for n in own if any(n in e.metrics for e in entries)), "")
-            told = [
-                (e.count(unit) or e.count("step"), e.metrics[name])
+            points = [
+                (math.nan if at is None else at, e.metrics[name])
                 for e in entries[::-1]
                 if name in e.metrics
+                for at in [e.count(unit) or e.count("step")]
             ]
-            points = [(at if at is not None else math.nan, v) for at, v in told if math.isfinite(v)]
         if points:
-            at, least = min(points, key=lambda point: point[1])
+            numbers = [point for point in points if not math.isnan(point[1])]
+            at, least = min(numbers, key=lambda point: point[1], default=(math.nan, math.nan))
             yield Best(name=name, last=points[-1][1], least=least, at=None if math.isnan(at) else at)
 
 

@@ -48,9 +48,9 @@ def _chart(
     def lines(names: Sequence[str], *, faint: bool = False, said: str = "") -> Iterator[Line]:
         for slot, each in enumerate(found):
             series = each.log.first(names)
-            own = points(each, series) if series is not None else None
-            if own:
-                yield Line(name=f"{each.tag}{said}", points=thinned(own), slot=slot, faint=faint)
+            own = thinned(points(each, series) or ()) if series is not None else ()
+            if own:  # of values that are no numbers none is left
+                yield Line(name=f"{each.tag}{said}", points=own, slot=slot, faint=faint)
 
     val = tuple(lines(logs.VAL, said=" validation"))
     train = tuple(lines(logs.LOSS, faint=bool(val), said=" training" if val else ""))
@@ -111,7 +111,7 @@ def picture(chart: Chart, path: Path) -> bytes:
     if not any(panel.lines or panel.dots for panel in chart.panels):
         raise UsageError(
             "nothing-to-draw",
-            "no loss and no learning rate was logged",
+            "no loss and no learning rate that is a number was logged",
             where=path,
             why=f"{logs.STATE}, train_log.jsonl, vis_data, metrics.csv, TensorBoard: in none",
             hint="ckpt runs without --plot shows what is known",

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from ckpttools import checks, runs
 from ckpttools.charts import Chart, Dot, Line, Panel, State, number, thinned
 from ckpttools.checks import refused
-from ckpttools.errors import CkptError, escape
+from ckpttools.errors import CkptError, counted, escape
 from ckpttools.findings import INFO
 from ckpttools.location import Location
 from ckpttools.operations.experiments import Experiment, Experiments, experiments
 from ckpttools.operations.figures import SAMPLES, forecast, over_samples
 from ckpttools.operations.logbook import result
-from ckpttools.operations.ls import BAD, DAMAGED, GOOD, PINNED, UNKNOWN, Listed, Run, ls
+from ckpttools.operations.ls import BAD, DAMAGED, GOOD, LATEST, PINNED, UNKNOWN, WEIGHTS, Listed, Run, ls
 from ckpttools.operations.prune import Pruning, plan_of
 from ckpttools.operations.writing import Bar
 from ckpttools.pages import duration, size
@@ -57,7 +57,7 @@ def gather(
         Section(
             id="findings",
             title="Findings",
-            text=(_looked(len(newest[1]), len(newest[0])),),
+            text=(_looked(*newest),),
             findings=tuple(newest[0]),
         ),
         Section(
@@ -83,7 +83,7 @@ def _summary(compared: Experiments, listed: Sequence[Run]) -> tuple[str, ...]:
     damaged = sum(bool({DAMAGED, BAD} & set(each.marks)) for each in every)
     nbytes = sum(each.entry.nbytes for each in every)
     pinned = sum(PINNED in each.marks for each in every)
-    text = f"{len(every)} checkpoints in {len(listed)} run{'s' * (len(listed) > 1)}, {size(nbytes)}: "
+    text = f"{counted(len(every), 'checkpoint')} in {counted(len(listed), 'run')}, {size(nbytes)}: "
     text += f"{damaged} damaged, {pinned} pinned."
     latest = (f"A resume of {each.tag} would take {_latest(run)}." for run, each in _both(listed, compared))
     return text, *list(latest)[:LANES]
@@ -94,7 +94,11 @@ def _both(listed: Sequence[Run], compared: Experiments) -> Iterator[tuple[Run, E
 
 
 def _latest(run: Run) -> str:
-    return run.latest.name if run.latest is not None else "nothing that is known"
+    if run.latest is None:
+        return "nothing that is known"
+    marks = next((each.marks for each in run.checkpoints if LATEST in each.marks), ())
+    but = [mark for mark in marks if mark in (WEIGHTS, DAMAGED, BAD, UNKNOWN)]
+    return run.latest.name + (f" ({', '.join(but)})" if but else "")
 
 
 def _overview(compared: Experiments) -> Table:
@@ -176,7 +180,7 @@ def _line(
     lanes = tuple(of.tag if len(shown) > 1 else "" for _, of in reversed(shown))
     panel = Panel(title="checkpoints", dots=tuple(dots), lanes=lanes, height=max(40, 26 * len(shown)))
     caption = (
-        "Disc: every byte verified. Square: headers are good, the rest was not read. Cross: damaged. "
+        "Disc: every byte verified. Square: no damage seen, not every byte was read. Cross: damaged. "
         f"Diamond: pinned. Ring: ckpt prune --keep-last {keep_last} would remove it."
     )
     chart = Chart(title="Checkpoints and their state", xlabel=xlabel, panels=(panel,))
@@ -194,17 +198,19 @@ def _curves(compared: Experiments, new_bs: int | None) -> Section:
     for slot, each in enumerate(compared.runs):
         if each.training is None:
             continue
-        planned = forecast(each.training, each.per_step)
+        planned = thinned(forecast(each.training, each.per_step))
         if planned:
             name = f"{each.tag} as scheduled"
-            ahead[each.tag] = [Line(name=name, points=thinned(planned), slot=slot, faint=True)]
+            ahead[each.tag] = [Line(name=name, points=planned, slot=slot, faint=True)]
         if new_bs is not None:
             line, said = _rebased(each, new_bs, slot + len(compared.runs))
             text.append(said)
             ahead.setdefault(each.tag, []).extend(line)
     chart = over_samples(compared.runs, ahead)
     if not any(panel.lines for panel in chart.panels):
-        return Section(id="curves", title="Loss and learning rate", text=("No loss was logged.", *text))
+        return Section(
+            id="curves", title="Loss and learning rate", text=("No loss that is a number was logged.", *text)
+        )
     lost = [each.tag for each in compared.runs if each.log.series and each.tag in chart.title]
     caption = f"Over {chart.xlabel}." + (
         f" Not drawn, the batch is not known: {', '.join(lost)}." if lost else ""
@@ -331,28 +337,30 @@ def _checkpoints(run: Run, of: Experiment, gone: set[Location]) -> Table:
 # --- findings -----------------------------------------------------------------------------------------
 
 
-def _findings(listed: Sequence[Run], workers: int) -> tuple[list[Told], list[Location]]:
-    """Of the newest of each run and of the damaged ones, by their headers; which were looked at."""
+def _findings(listed: Sequence[Run], workers: int) -> tuple[list[Told], int, int]:
+    """Of the newest of each run and of the damaged ones, by their headers; how many were looked at, of how
+    many."""
     paths: list[Location] = []
     for run in listed:
         bad = [each.entry.path for each in run.checkpoints if {DAMAGED, BAD} & set(each.marks)]
         paths += [*([run.latest] if run.latest is not None else []), *bad]
     out: list[Told] = []
-    paths = list(dict.fromkeys(paths))[:LOOKED_AT]
-    for path in paths:
+    paths = list(dict.fromkeys(paths))
+    for path in paths[:LOOKED_AT]:
         try:
             verdict = checks.verify(path, quick=True, workers=workers)
         except CkptError as error:
             verdict = refused(path, error)
         out += [told(finding, path.name) for finding in verdict.findings if finding.severity != INFO]
-    return out, paths
+    return out, len(paths[:LOOKED_AT]), len(paths)
 
 
-def _looked(count: int, found: int) -> str:
+def _looked(found: list[Told], count: int, of: int) -> str:
     said = "" if found else " Nothing was found."
+    all_of = f"{count}" if count == of else f"the first {count} of {of}"
     return (
         "The newest checkpoint of each run and the damaged ones were looked at more closely, by their "
-        f"headers (ckpt verify --quick): {count}.{said}"
+        f"headers (ckpt verify --quick): {all_of}.{said}"
     )
 
 

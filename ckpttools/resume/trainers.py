@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ckpttools import frameworks as training_of
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.errors import CkptError, escape
+from ckpttools.errors import CkptError, counted, escape
 from ckpttools.formats import Source, read
 from ckpttools.frameworks import framework_of
 from ckpttools.frameworks.framework import Framework
@@ -292,7 +292,7 @@ def _model(
 
 
 def _loads(checkpoint: Checkpoint, training: Training | None) -> Iterator[str]:
-    yield f"{len(checkpoint.tensors)} tensors of the model"
+    yield f"{counted(len(checkpoint.tensors), 'tensor')} of the model"
     if training is None:
         return
     for what, number in (("optimizer", len(training.optimizers)), ("schedule", len(training.schedules))):

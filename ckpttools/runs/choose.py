@@ -49,7 +49,8 @@ def choice(found: list[list[Entry]], folder: Location) -> Choice:
     run = found[0][0].run if found else folder
     among = _among(found, folder)
     if found and found[0][0].path == folder:
-        return replace(_furthest(found[0]), why="the folder is itself a checkpoint")
+        notes = tuple(_unfit(found[0], folder))
+        return replace(_furthest(found[0]), why="the folder is itself a checkpoint", notes=notes)
     for place in dict.fromkeys((folder, run)):
         for name in POINTERS:
             if any(entry.name == name for entry in entries(place)):
@@ -58,7 +59,8 @@ def choice(found: list[list[Entry]], folder: Location) -> Choice:
                 return replace(named, notes=notes)
     if not found:
         raise nothing(folder)
-    return replace(_furthest(found[0]), notes=(*among, *_disagreements(found[0])))
+    taken = _furthest(found[0])
+    return replace(taken, notes=(*among, *_disagreements(found[0]), *_unfit(found[0], taken.path)))
 
 
 def newest_verified(
@@ -143,7 +145,7 @@ def _disagreements(found: list[Entry]) -> Iterator[str]:
         )
     alike = [entry for entry in could if shape(entry.path.name) == shape(taken.path.name)]
     by_name = max(alike, key=lambda entry: numbers(entry.path.name))
-    if numbers(by_name.path.name) > numbers(taken.path.name):
+    if numbers(by_name.path.name) > numbers(taken.path.name) and not _at_one(by_name, taken):
         yield (
             f"by the number in its name {escape(by_name.path.name)} ({by_name.at or '?'}) is the newest, but "
             f"{of}: a framework that goes by names takes the former"
@@ -160,11 +162,25 @@ def _behind(path: Location, found: list[Entry]) -> Iterator[str]:
     if not _could(named):
         yield f"what the pointer names cannot be resumed from: {_reason(named)}; ckpt latest --verified"
     further = next(filter(_could, found), named)
+    if _at_one(further, named):
+        return
     if further is not named and found.index(further) < found.index(named):
         yield (
             f"the pointer names {named.at or escape(path.name)}, but {escape(further.path.name)} is newer"
             + (f" ({further.at})" if further.at else "")
         )
+
+
+def _at_one(one: Entry, other: Entry) -> bool:
+    """Whether both say that they are equally far: then neither is newer for a resume."""
+    return bool(one.at) and one.at == other.at
+
+
+def _unfit(found: list[Entry], path: Location) -> Iterator[str]:
+    """That the one that is furthest cannot be resumed from, where none can be."""
+    for entry in found:
+        if entry.path == path and not _could(entry):
+            yield f"{escape(path.name)} cannot be resumed from: {_reason(entry)}"
 
 
 def _pointers(place: Location) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -85,7 +86,7 @@ def test_the_experiment_log_grows_by_what_is_new(tmp_path: Path, suffix: str) ->
     shutil.copytree(TRAINER / "z2_bf16_2", folder / "first")
     log.write_text("# my experiments, no newline at the end")
     ran = run("runs", folder, "--log", log)
-    assert ran.code == 0 and "1 rows were added" in ran.err
+    assert ran.code == 0 and "1 row added" in ran.err
     text = log.read_text()
     assert text.startswith("# my experiments, no newline at the end\n") and "loss 5.5569" in text
     lines = text.splitlines()
@@ -97,9 +98,9 @@ def test_the_experiment_log_grows_by_what_is_new(tmp_path: Path, suffix: str) ->
         ]
     else:
         assert lines[1] == "date,run,against,changed,result"
-    assert "0 rows" in run("runs", folder, "--log", log).err and log.read_text() == text
+    assert "0 rows added" in run("runs", folder, "--log", log).err and log.read_text() == text
     shutil.copytree(TRAINER / "z2_bf16_4", folder / "second|<b>")
-    assert "1 rows" in run("runs", folder, "--log", log).err
+    assert "1 row added" in run("runs", folder, "--log", log).err
     new = log.read_text().removeprefix(text)
     assert "batch.ranks 2 -> 4" in new and "first" in new
     assert suffix == ".csv" or ("second\\|&lt;b>" in new and new.count("\n") == 1)
@@ -136,6 +137,22 @@ def test_secrets_are_hidden(tmp_path: Path) -> None:
     assert not any(word in said + page.read_text() for word in ("topsecret", "hf_"))
 
 
+def test_a_loss_that_is_no_number_is_shown_as_it_is(tmp_path: Path) -> None:
+    """A run that diverged: the last loss is the last one, the best the least of those that are numbers."""
+    shutil.copytree(TRAINER / "z2_bf16_2", tmp_path / "run")
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": math.nan}, {"step": 2, "val_loss": math.nan}]
+    (tmp_path / "run/train_log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = document(tmp_path)["run"]["losses"]
+    assert found == {
+        "loss": {"last": "nan", "best": 3.0, "at": 1.0},
+        "val_loss": {"last": "nan", "best": "nan", "at": None},
+    }
+    assert run("report", tmp_path, "-o", tmp_path / "a.html").code == 0
+    assert "loss nan, best 3 at step 1" in (tmp_path / "a.html").read_text()
+    ran = run("runs", tmp_path, "--plot", tmp_path / "a.svg")
+    assert ran.code == 0 and "val" not in (tmp_path / "a.svg").read_text()
+
+
 # --- logs ---------------------------------------------------------------------------------------------
 
 
@@ -150,6 +167,14 @@ def test_tensorboards_events_are_read_without_it() -> None:
     loss, rate = log.first(logs.LOSS), log.first(logs.RATE)
     assert loss is not None and loss.points[-1] == (5, 1.0)
     assert rate is not None and log.seconds == 40
+
+
+def test_files_that_are_written_at_once_are_the_same_time(tmp_path: Path) -> None:
+    (path,) = (FIXTURES / "logs").glob("events*")
+    for name in ("rank0", "rank1"):
+        (tmp_path / name).mkdir()
+        shutil.copy(path, tmp_path / name)
+    assert logs.read(tmp_path).seconds == 40
 
 
 def test_torn_and_foreign_logs(tmp_path: Path) -> None:

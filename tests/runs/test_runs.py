@@ -233,6 +233,33 @@ def test_a_folder_that_is_one_checkpoint_is_its_own_newest(name: str) -> None:
     assert [entry.path for entry in runs.find(FIXTURES / name)] == [FIXTURES / name]
 
 
+def test_what_cannot_be_resumed_from_is_not_called_the_newest_without_a_word(
+    save: Save, tmp_path: Path
+) -> None:
+    path = save("run/step_3.pt", 1_000, optimizer=False, global_step=3)
+    save("run/step_2.pt", 1_000, optimizer=False, global_step=2)
+    (note,) = runs.newest(path.parent).notes
+    assert note.startswith("step_3.pt cannot be resumed from: it holds no optimizer state")
+    save("run/step_2.pt", 1_000, global_step=2)
+    assert runs.newest(path.parent).path.name == "step_2.pt" and not runs.newest(path.parent).notes
+    for each in path.parent.iterdir():
+        each.write_bytes(each.read_bytes()[:-200])
+    (note,) = runs.newest(path.parent).notes
+    assert "cannot be resumed from" in note and "file" in note
+
+
+def test_equally_far_is_not_newer(save: Save) -> None:
+    """The end of an epoch is a step, too: both are saved there."""
+    path = save("run/iter_10.pth", 1_000, iter=10)
+    save("run/epoch_1.pth", 2_000, iter=10)
+    (path.parent / "last_checkpoint").write_text(path.name)
+    choice = runs.newest(path.parent)
+    assert choice.path == path and choice.notes == ()
+    (path.parent / "last_checkpoint").unlink()
+    save("run/epoch_2.pth", 1_500, iter=10)
+    assert runs.newest(path.parent).notes == ()
+
+
 def test_nothing_to_find(tmp_path: Path) -> None:
     for options in ([], ["--verified"]):
         ran = run("latest", tmp_path, *options)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ckpttools.errors import counted
 from ckpttools.frameworks.rules import IMPOSSIBLE, About
 from ckpttools.location import Location
 from ckpttools.resume.deepspeed import build_table as build
@@ -98,7 +99,7 @@ def _other_optimizer(case: Case) -> Iterator[Difference]:
 
 
 def _loads(saved: Saved) -> Iterator[str]:
-    yield f"{len(saved.tensors)} tensors of the model ({saved.dtype})"
+    yield f"{counted(len(saved.tensors), 'tensor')} of the model ({saved.dtype})"
     if saved.stage:
         yield (
             f"fp32 master weights and optimizer state of {len(saved.trainable)} parameters, "

@@ -12,6 +12,7 @@ that several files hold, the first of these kinds is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -70,7 +71,7 @@ def read(home: Location, others: Iterable[Location] = (), states: Iterable[Locat
     are trainer_state.json files, the newest last."""
     found: dict[str, Series] = {}
     notes: list[str] = []
-    seconds: list[float] = []
+    spans: list[tuple[float, float]] = []
     for kind, paths in _files(home, frozenset(others), list(states)):
         made: dict[str, Series] = {}
         for path in paths:
@@ -84,9 +85,18 @@ def read(home: Location, others: Iterable[Location] = (), states: Iterable[Locat
                 made[name] = _joined(made[name], series) if name in made else series
             times = [record.time for record in records if record.time is not None]
             if times:
-                seconds.append(max(times) - min(times))
+                spans.append((min(times), max(times)))
         found = {**made, **found}  # of a name in files of several kinds the first kind's is taken
-    return Log(series=found, notes=tuple(notes), seconds=sum(seconds) if seconds else None)
+    return Log(series=found, notes=tuple(notes), seconds=_covered(spans) if spans else None)
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """How long at least one of the files was written: a run may write several at once."""
+    total, until = 0.0, -math.inf
+    for first, last in sorted(spans):
+        total += max(0.0, last - max(first, until))
+        until = max(until, last)
+    return total
 
 
 _READERS = {
