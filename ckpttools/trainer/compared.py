@@ -59,6 +59,9 @@ def new_run(wanted: Config, target: Target, run: NewRun, where: Path) -> NewRun:
     ranks = run.world_size or (saved.ranks if saved is not None else 1)
     size = saved.client.get("dataset_size") if saved is not None else None
     total = wanted.schedule.total_steps
+    if isinstance(size, int):  # as long as this run is, not as the saved one was
+        updates = wanted.epochs * (size // wanted.batch.global_batch_size)
+        run = replace(run, stated=replace(run.stated, steps=updates))
     if total is None:
         if not isinstance(size, int):
             raise UsageError(

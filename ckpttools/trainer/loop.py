@@ -101,8 +101,9 @@ class Training:
         """A step checkpoint of the present position."""
         if self.policy.partial:
             part = self.evaluate(self.task.data.held_out[::PART])
-            values = {f"{name}_partial": value for name, value in part.items()}
-            self.monitor.evaluated(self.progress, f"step {self.progress.iteration} on a part", values)
+            self.monitor.evaluated(
+                self.progress, f"step {self.progress.iteration} on a part", part, of="partial"
+            )
         self.save(self._name(folders.step_name, self.progress.epoch + 1))
 
     def end_epoch(self) -> None:

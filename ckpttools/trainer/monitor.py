@@ -54,10 +54,12 @@ class Monitor:
         else:
             print(line, flush=True)
 
-    def evaluated(self, progress: Progress, text: str, values: dict[str, float]) -> None:
-        """A validation loss, and what else was measured."""
+    def evaluated(self, progress: Progress, text: str, values: dict[str, float], *, of: str = "") -> None:
+        """A validation loss, and what else was measured. `of` goes on the names in the logs where it is not
+        of the model as it stands on all held-out samples: such values are no points of that curve.
+        """
         if self._rank == 0:
-            self.record(progress, **values)
+            self.record(progress, **{f"{name}{of and '_'}{of}": value for name, value in values.items()})
             shown = "  ".join(
                 f"{name.replace('val_', 'validation ')} {value:.4f}" for name, value in values.items()
             )

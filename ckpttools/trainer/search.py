@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ckpttools import runs
 from ckpttools.checks import verify
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import CkptError, UsageError, counted, escape
 from ckpttools.findings import Finding, errors, of_error
 from ckpttools.stores.files import local
 from ckpttools.trainer import folders
@@ -97,7 +97,7 @@ def damaged(checkpoint: Path) -> list[Finding]:
 def _listed(found: list[Path], folder: Path) -> str:
     names = [str(path.relative_to(folder)) for path in found[:SHOWN]]
     more = f" and {len(found) - SHOWN} older" if len(found) > SHOWN else ""
-    return f"{len(found)} checkpoints, newest first: {', '.join(names)}{more}"
+    return f"{counted(len(found), 'checkpoint')}, newest first: {', '.join(names)}{more}"
 
 
 def _said(damage: list[Finding]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckpttools import runs
-from ckpttools.errors import UsageError
+from ckpttools.errors import UsageError, counted
 from ckpttools.formats import locate
 from ckpttools.stores.files import local
 from ckpttools.trainer import folders, search
@@ -184,7 +184,7 @@ def _loadable(checkpoint: Path, config: Config, world: int) -> None:
     if saved != world:
         raise UsageError(
             "world-size",
-            f"saved by {saved} ranks, this run has {world}",
+            f"saved by {counted(saved, 'rank')}, this run has {world}",
             where=checkpoint,
             why="DeepSpeed loads ZeRO optimizer states only on the number of ranks that saved them",
             hint=f"ckpt reshard {checkpoint} --world-size {world}",
@@ -218,7 +218,7 @@ def _unused(run: Path) -> None:
     if held:
         raise UsageError(
             "run-exists",
-            f"the run folder already holds {held} checkpoints",
+            f"the run folder already holds {counted(held, 'checkpoint')}",
             where=run,
             why="a new run would overwrite them one by one",
             hint="add --resume to continue that run, or choose another --work-dir",

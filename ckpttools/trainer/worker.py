@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ckpttools.errors import CkptError, UsageError
+from ckpttools.errors import CkptError, UsageError, counted
 from ckpttools.trainer import config as settings
 from ckpttools.trainer import failures, folders, startup
 from ckpttools.trainer.batch import Split, split
@@ -134,10 +134,11 @@ def _train(
         if start.mode == "reset":
             engine.at(progress.iteration)
     ds.together()  # a rank that could not load its files ends the run before another reports anything
+    ranks, each = counted(batch.world, "rank"), counted(batch.micro, "sample")
+    length, epochs = counted(order.updates_per_epoch, "update"), counted(config.epochs, "epoch")
     output.say(
-        f"{batch.world} ranks, {batch.micro} samples each x {batch.accumulation} accumulation ="
-        f" {config.batch.global_batch_size} per update; {len(samples.train)} samples,"
-        f" {order.updates_per_epoch} updates per epoch, {config.epochs} epochs; at step {progress.iteration}"
+        f"{ranks}, {each} each x {batch.accumulation} accumulation = {config.batch.global_batch_size} per"
+        f" update; {len(samples.train)} samples, {length} per epoch, {epochs}; at step {progress.iteration}"
     )
     if progress.epoch >= config.epochs:
         done = f"epoch {progress.epoch} of {config.epochs}"
@@ -185,7 +186,7 @@ def _train(
         best = training.saving.place / folders.BEST
         if best.exists():
             measured = of_checkpoint(config, batch, samples, best)
-            training.monitor.evaluated(training.progress, f"best model {best}", measured)
+            training.monitor.evaluated(training.progress, f"best model {best}", measured, of="best")
     output.say(f"done at step {training.progress.iteration}: {start.run}")
 
 

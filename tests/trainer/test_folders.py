@@ -11,8 +11,13 @@ import run_folders
 import torch
 from support import FIXTURES
 
+from ckpttools import formats
 from ckpttools.errors import CkptError, UsageError
+from ckpttools.frameworks import read as training_of
+from ckpttools.resume import NewRun, Target
+from ckpttools.resume.lengths import planned
 from ckpttools.trainer import folders, search
+from ckpttools.trainer.compared import new_run
 from ckpttools.trainer.config import Config, load
 from ckpttools.trainer.options import Options
 from ckpttools.trainer.startup import Start, decide, hand_over, handed_over
@@ -215,6 +220,10 @@ def test_what_goes_on_otherwise_is_said(tmp_path: Path) -> None:
     longer = like_sample(tmp_path, f"epochs={same.epochs + 7}")
     _, note = decide(longer, resume(longer, named), world=2).notes
     assert note.startswith("careful: scheduler.params.total_num_steps: ")
+    target = Target.find(named)  # whether anything is left of it goes by its own length
+    made = new_run(longer, target, NewRun(world_size=2), named)
+    training = training_of(target.source, formats.read(target.source))
+    assert (training.total_count, planned(training, made)) == (23 * same.epochs, 23 * longer.epochs)
     wider = like_sample(tmp_path, f"model.hidden_size={same.model.hidden_size * 2}")
     with pytest.raises(CkptError) as caught:
         decide(wider, resume(wider, named), world=2)

@@ -116,7 +116,12 @@ def test_digits_are_learned(launch: Launch, tmp_path: Path) -> None:
     options = sets(model__family="vit", data__source="digits", data__validation_samples=179, epochs=3)
     options += sets(training__label_smoothing=0.1, training__log_steps=10, save__save_steps=0)
     options += sets(batch__global_batch_size=32, batch__micro_batch_size=16, optimizer__lr=1e-2)
+    options += ["--set=training.best_model_tracking.enabled=true"]
+    options += ["--set=training.evaluation.eval_best_model_only=true"]
     said = launch.train(tmp_path, *options, "--work-dir=run")
+    *_, epoch, best = records(tmp_path / "run")
+    assert best["val_loss_best"] == min(r["val_loss"] for r in records(tmp_path / "run") if "val_loss" in r)
+    assert "val_loss" in epoch and "val_loss" not in best  # no point of the run's own curve
     accuracy = [r["val_accuracy"] for r in records(tmp_path / "run") if "val_accuracy" in r]
     assert accuracy[-1] > 0.4  # guessing is 0.1
     assert len([line for line in said.splitlines() if line.startswith("step ")]) == 15  # of 150 updates
