@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.formats import read
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE
 from ckpttools.resume import NewRun, Target, foretell
 from ckpttools.resume.model import of_config
@@ -15,6 +16,7 @@ from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import Config
 from ckpttools.trainer.ds_config import ds_config
 from ckpttools.trainer.text import VOCAB_SIZE
+from ckpttools.tree import dotted, leaves
 
 
 def warnings(checkpoint: Path, config: Config, where: Path, world: int) -> Iterator[str]:
@@ -23,7 +25,10 @@ def warnings(checkpoint: Path, config: Config, where: Path, world: int) -> Itera
     Raises CkptError where DeepSpeed would refuse the checkpoint, or load something wrong without an error.
     """
     target = Target.find(checkpoint)
-    if target.saved is None or not isinstance(target.saved.client.get("dataset_size"), int):
+    if target.saved is None:
+        yield from _of_file(read(target.source).client.get("config"), config)
+        return
+    if not isinstance(target.saved.client.get("dataset_size"), int):
         return  # not this trainer's: startup and the ranks say so
     found = foretell(target, new_run(config, target, NewRun(world_size=world), where))
     wrong = [d for d in found.differences if d.cls == IMPOSSIBLE]
@@ -40,6 +45,29 @@ def warnings(checkpoint: Path, config: Config, where: Path, world: int) -> Itera
         if d.cls == CAREFUL:
             yield f"careful: {d.setting}: {_short(d.old)} -> {_short(d.new)}: {d.why}"
             yield from (f"  {line}" for line in d.hint.splitlines())
+
+
+# of the trainer's own settings: what another value does to a single file that is gone on from
+_CHANGED = {
+    "batch": "an update is of another number of samples, and the schedule counts updates",
+    "data": "the samples that come next are others",
+    "epochs": "the schedule is made for the new length: the learning rate goes on along another curve",
+    "optimizer": "betas, eps and weight decay are loaded as saved; the learning rate and clipping are new",
+    "schedule": "it is made anew: the learning rate goes on at the old step along another curve",
+}
+
+
+def _of_file(saved: object, config: Config) -> Iterator[str]:
+    """The same for plain torch, by the settings that the checkpoint was saved with."""
+    old, new = (dict(leaves(each)) for each in (saved if isinstance(saved, Mapping) else {}, config.plain()))
+    for path, value in new.items():
+        why = _CHANGED.get(str(path[0]))
+        if path[0] == "batch" and path[-1] != "global_batch_size":
+            continue  # how an update is made of parts
+        if path[0] == "epochs" and config.schedule.total_steps is not None:
+            continue
+        if why is not None and path in old and old[path] != value:
+            yield f"careful: {dotted(path)}: {_short(old[path])} -> {_short(value)}: {why}"
 
 
 def _short(value: object) -> str:

@@ -148,6 +148,8 @@ def _named(path: Path) -> Path:
     """What somebody named to continue from. Raises UsageError where it is none of this trainer's."""
     if path.is_dir() and (path / folders.BUNDLE).is_dir():
         return path
+    if not path.exists():
+        locate(path)  # says what is wrong with it
     return path if path.is_file() else folders.resolve(path)
 
 

@@ -17,7 +17,7 @@ from ckpttools.frameworks import read as training_of
 from ckpttools.resume import NewRun, Target
 from ckpttools.resume.lengths import planned
 from ckpttools.trainer import folders, search
-from ckpttools.trainer.compared import new_run
+from ckpttools.trainer.compared import new_run, warnings
 from ckpttools.trainer.config import Config, load
 from ckpttools.trainer.options import Options
 from ckpttools.trainer.startup import Start, decide, hand_over, handed_over
@@ -228,6 +228,26 @@ def test_what_goes_on_otherwise_is_said(tmp_path: Path) -> None:
     with pytest.raises(CkptError) as caught:
         decide(wider, resume(wider, named), world=2)
     assert caught.value.id == "resume-failed"
+
+
+def test_what_goes_on_otherwise_from_a_single_file_is_said(tmp_path: Path) -> None:
+    """zero.stage 0: no engine's settings are saved, but the trainer's own."""
+    config = like_sample(tmp_path, "zero.stage=0", "precision=fp32")
+    state = {"model_state_dict": {"a.weight": torch.ones(2)}, "config": config.plain()}
+    torch.save({**state, "epoch": 1, "global_step": 9}, tmp_path / "epoch_1_step_9.pt")
+
+    def said(*overrides: str) -> list[str]:
+        other = like_sample(tmp_path, "zero.stage=0", "precision=fp32", *overrides)
+        return list(warnings(tmp_path / "epoch_1_step_9.pt", other, tmp_path / "a.yaml", 1))
+
+    assert said() == said("batch.micro_batch_size=1", "save.save_steps=7") == []
+    assert [line.split(": ")[1] for line in said("batch.global_batch_size=32", "epochs=9")] == [
+        "epochs",
+        "batch.global_batch_size",
+    ]
+    assert said("schedule.total_steps=8")[0].startswith("careful: schedule.total_steps: - -> 8: ")
+    with pytest.raises(UsageError, match="no such file"):
+        decide(config, resume(config, tmp_path / "gone.pt"), world=1)
 
 
 def test_a_decision_crosses_processes(tmp_path: Path) -> None:

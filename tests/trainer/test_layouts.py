@@ -76,6 +76,7 @@ def test_one_process_then_ddp_then_zero(launch: Launch, tmp_path: Path) -> None:
     launch.train(tmp_path, *whole, "--work-dir=run", "--max-steps=8", nproc=1)
     said = launch.train(tmp_path, *whole, "--work-dir=run", "--resume", "--max-steps=14")
     assert "Auto resumed from the latest checkpoint run/epoch_1_step_8.pt" in said
+    assert "careful" not in said
     to_zero = launch.ckpt(
         tmp_path, "convert", "run/epoch_2_step_14.pt", "zero", "--to", "zero2", "--world-size", 2
     )
