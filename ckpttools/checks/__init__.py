@@ -128,8 +128,9 @@ def _verify(
         checked = check_headers(source, in_parts=True, wanted="few" if quick and crcs is None else "each")
         findings, found = checked.findings, checked.checkpoint
         whole = whole and all(finding.id != IN_PARTS for finding in findings)
-        beside, checks = check_beside(source, checked.files)
-        findings += [*beside, *pointers]
+        beside = check_beside(source, checked.files)
+        findings += [*beside.findings, *pointers]
+        checked = replace(checked, optimizers=tuple(beside.optimizers))
         if found is not None:
             ids = {finding.id for finding in findings}
             findings += [*check_keys(found), *(check_incidents(source, found, ids) if whole else ())]
@@ -145,7 +146,7 @@ def _verify(
                 findings += [*rates, *check_settings(source, state, rates=bool(rates))]
                 differ, copies = check_copies(source, found, state)
                 findings += [*differ, *missing_state(path)]
-            found = replace(found, checks=(*found.checks, *checks))
+            found = replace(found, checks=(*found.checks, *beside.checks))
             checked = replace(checked, checkpoint=found)
         nbytes = 0
         said = stated(source.target)
@@ -243,7 +244,8 @@ def check_before_use(source: Source, *, beside: bool = False, only_looks: bool =
     around = ""
     if beside and not any(finding.severity == ERROR for finding in findings):
         with within(source.root):
-            findings, checks = check_beside(source, checked.files)
+            beside_it = check_beside(source, checked.files)
+            findings, checks = beside_it.findings, beside_it.checks
             around = f"\nor leave out what lies around its tensors: give {escape(source.target, 1000)} alone"
     for finding in findings:
         if finding.severity == ERROR:

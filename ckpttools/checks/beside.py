@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from ckpttools.containers import jsons
+from ckpttools.containers.fields import as_mapping
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, is_torch_file, read_torch_file
 from ckpttools.errors import CkptError
@@ -30,13 +32,21 @@ JSON_FILES = (
 )
 
 
-def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding], list[SourceCheck]]:
-    """Check the files around a checkpoint: schedulers, random states, optimizers, configurations.
-
-    Returns what their headers show, and the checksums that the pass over the bytes is to verify.
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What the headers of the files around a checkpoint show, the checksums that the pass over the bytes is
+    to verify, and the files that hold an optimizer's state.
     """
-    findings: list[Finding] = []
-    checks: list[SourceCheck] = []
+
+    findings: list[Finding] = field(default_factory=list)
+    checks: list[SourceCheck] = field(default_factory=list)
+    optimizers: list[TorchFile] = field(default_factory=list)
+
+
+def check_beside(source: Source, known: list[TorchFile]) -> Beside:
+    """Check the files around a checkpoint: schedulers, random states, optimizers, configurations."""
+    found = Beside()
+    findings = found.findings
     seen = {file.path for file in known}
     root = source.root
     for folder in dict.fromkeys((source.target, root, root / "hf_model", root / "hf_config")):
@@ -47,7 +57,7 @@ def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding],
             path = folder / name
             try:
                 if path not in seen and name.endswith(TENSOR_FILES):
-                    checks += _tensor_file(path, findings)
+                    _tensor_file(path, found)
                 elif name in JSON_FILES or name.endswith(INDEX):
                     jsons.read(path, allow_nan=True)
             except CkptError as error:
@@ -55,7 +65,7 @@ def check_beside(source: Source, known: list[TorchFile]) -> tuple[list[Finding],
         for format in FORMATS:
             findings += format.beside(folder, names)
         findings += _counters(folder, names)
-    return findings, checks
+    return found
 
 
 def check_pointer(path: Location, source: Source) -> Iterator[Finding]:
@@ -131,14 +141,20 @@ def _last_checkpoint(path: Location, pointer: Location) -> Iterator[Finding]:
         )
 
 
-def _tensor_file(path: Location, findings: list[Finding]) -> list[SourceCheck]:
+def _tensor_file(path: Location, found: Beside) -> None:
     if path.name.endswith(".safetensors"):
         read_safetensors(path)
     elif is_torch_file(path):
         file = read_torch_file(path)
-        findings += check_file(file)
-        return list(file.checks())
-    return []
+        found.findings.extend(check_file(file))
+        found.checks.extend(file.checks())
+        if {"state", "param_groups"} <= set(_names(file)):
+            found.optimizers.append(file)
+
+
+def _names(file: TorchFile) -> list[str]:
+    pairs = as_mapping(file.value)
+    return [] if pairs is None else pairs.names()
 
 
 def _counters(folder: Location, names: list[str]) -> Iterator[Finding]:

@@ -25,6 +25,7 @@ from ckpttools.tensors import ByteRange, TensorRef, Tiles, spans
 
 # optimizer state that is a running mean (or sum) of squares
 SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
+OPTIMIZER_STATE = ("state[", "state.")  # in a file that is an optimizer's state_dict
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
 # of data.Odd: id, severity, what its elements are, hint
 ODD = {
@@ -105,7 +106,7 @@ def _pairs(found: Checkpoint) -> Iterator[data.Pair]:
 
 def _scans(found: Checkpoint, checked: Checked, claims: Claims) -> Iterator[data.Scan]:
     """Every tensor of floats; what is left of files by their labels."""
-    for name, ref in _tensors(found, checked.files, claims):
+    for name, ref in _tensors(found, [*checked.files, *checked.optimizers], claims):
         if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
             continue
         padding = name.startswith(checked.padded)
@@ -205,7 +206,7 @@ def _data_findings(found: Checkpoint, checked: Checked, results: list[data.Probl
     """
     findings: dict[tuple[str, str, str], Finding] = {}
     bad = [result.check.source for result in results if isinstance(result, data.BadChecksum)]
-    within = _within(found, checked.files, bad)
+    within = _within(found, [*checked.files, *checked.optimizers], bad)
     damaged = {name for names in within.values() for name in names}
     for result in results:
         if not isinstance(result, data.BadChecksum) and result.name in damaged:
@@ -331,7 +332,7 @@ def _is_state(found: Checkpoint, checked: Checked, name: str) -> bool:
     if name in found.tensors:
         return True
     if not found.groups:
-        return name.startswith(checked.state)
+        return name.startswith((*checked.state, *(OPTIMIZER_STATE if checked.optimizers else ())))
     return any(name.endswith(f"({kind})") for group in found.groups for kind in group.state)
 
 

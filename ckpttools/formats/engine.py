@@ -238,6 +238,9 @@ def odd_settings(group: fields.Mapping | Mapping[str, Any]) -> Iterator[tuple[st
         if (value is None and isinstance(beta, str)) or (value is not None and not 0 <= value < 1):
             yield f"betas[{i}]", beta, ERROR
     for key in ("eps", "weight_decay"):
-        value = fields.number(group.get(key))
+        given = group.get(key)
+        value = fields.number(given)
         if value is not None and not 0 <= value < math.inf:
             yield key, value, WARNING
+        elif key in group and "betas" in group and (given is None or isinstance(given, str)):
+            yield key, given, ERROR

@@ -98,7 +98,8 @@ class Checked:
 
     The rest is for the pass over the bytes, and for what it finds: tensors that lie in the files twice, the
     beginnings of labels in torch files whose tensors hold padding (anything may be there) or optimizer state
-    without names, and the file that has all weights, where the others are for the optimizer.
+    without names, the file that has all weights, where the others are for the optimizer, and the files of
+    optimizers that a framework saves beside the weights.
     """
 
     findings: list[Finding]
@@ -107,6 +108,7 @@ class Checked:
     copies: tuple[Copy, ...] = ()
     padded: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
+    optimizers: tuple[TorchFile, ...] = ()  # of files beside those of the format
     weights: Location | None = None
 
 

@@ -33,6 +33,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "beta above one": ({"betas": (0.9, 1.5)}, ERROR, "betas[1]"),
     "eps below zero": ({"eps": -1e-8}, WARNING, "eps"),
     "decay NaN": ({"weight_decay": math.nan}, WARNING, "weight_decay"),
+    "no eps": ({"eps": None}, ERROR, "eps"),
 }
 
 
@@ -101,3 +102,21 @@ def test_the_trainers_optimizer_of_another_save(tmp_path: Path) -> None:
     edit(path / "optimizer.pt", same_rates)
     assert said(path) == [(WARNING, "counter-mismatch", "state[].step")]
     assert json.loads(run("resume-check", path, "--json").out)["verdict"] == "careful"
+
+
+@pytest.mark.parametrize("container", ["Trainer", "accelerate"])
+def test_moments_that_are_no_numbers(container: str, tmp_path: Path) -> None:
+    """In the optimizer's own file, whose tensors no weights lead to."""
+    source, name, _ = CONTAINERS[container]
+    path = copied(source, tmp_path)
+
+    def broken(found: Any) -> None:
+        first = next(iter(found["state"].values()))
+        first["exp_avg"].view(-1)[0] = math.nan
+        first["exp_avg_sq"].view(-1)[0] = -1.0
+
+    edit(path / name, broken)
+    assert said(path) == [
+        (ERROR, "negative-square", "state[0].exp_avg_sq"),
+        (ERROR, "nonfinite", "state[0].exp_avg"),
+    ]
