@@ -11,6 +11,7 @@ from ckpttools.errors import escape
 from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats import Source
 from ckpttools.formats.engine import odd_settings
+from ckpttools.frameworks import framework_of
 from ckpttools.training import OptimizerSettings, SavedSchedule, Training
 
 
@@ -18,7 +19,7 @@ def check_settings(source: Source, training: Training, *, rates: bool) -> Iterat
     """A finding for each setting that cannot be, and for what the files say of each other. `rates`: the
     learning rates were found to be odd already.
     """
-    if source.format.tagged:
+    if source.format.tagged or not training.framework:
         return
     for optimizer in training.optimizers:
         for g, group in enumerate(optimizer.groups):
@@ -37,7 +38,7 @@ def check_settings(source: Source, training: Training, *, rates: bool) -> Iterat
         if alone and saved.optimizer < len(training.optimizers):
             yield from _last_rates(saved, training.optimizers[saved.optimizer])
     yield from _updates(training)
-    yield from _iterations(training)
+    yield from _equal(training)
 
 
 def _last_rates(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Finding]:
@@ -66,38 +67,40 @@ def _last_rates(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[
 
 
 def _updates(training: Training) -> Iterator[Finding]:
-    """The Trainer's count against Adam's own, which lies in another file; with fp16 some updates may have
-    been passed over.
+    """The main count against Adam's own, which lies in another file; with fp16 some updates may have been
+    passed over.
     """
     own = next((o for o in training.optimizers if o.steps is not None), None)
-    if training.framework != "hf-trainer" or own is None or training.count is None or training.is_rebased:
+    main = next((c for c in training.counters if c.role == "position" and c.value == training.count), None)
+    if not framework_of(training).rule.apart or own is None or main is None or training.is_rebased:
         return
     assert own.steps is not None
     skipping = training.configuration.get("fp16") is not False
-    if own.steps == training.count or (own.steps < training.count and skipping):
+    if own.steps == main.value or (own.steps < main.value and skipping):
         return
     yield Finding(
         id="counter-mismatch",
         severity=WARNING,
         file=str(own.places[0].file),
         where="state[].step",
-        message=f"the optimizer made {own.steps} updates, and trainer_state.json counts {training.count}: it "
-        "was begun anew, the run was rebased to another batch size, or the files are of different saves",
+        message=f"the optimizer made {own.steps} updates, and {main.places[0].file.name} counts {main.value}"
+        ": it was begun anew, the run was rebased to another batch size, or the files are of different saves",
         hint="a resume takes both as they are: look at the times of the files, or use another checkpoint",
     )
 
 
-def _iterations(training: Training) -> Iterator[Finding]:
-    """MMEngine's two counts of iterations: a resume goes on with both. Hooks may save one apart."""
-    found = {counter.name: counter for counter in training.counters}
-    own, hub = found.get("meta.iter"), found.get("message_hub.runtime_info.iter")
-    if own is None or hub is None or abs(own.value - (hub.value + hub.offset)) <= 1:
+def _equal(training: Training) -> Iterator[Finding]:
+    """Two counts of one thing: a resume goes on with both. Hooks may save one apart."""
+    named = {counter.name: counter for counter in training.counters}
+    found = [named[name] for name in framework_of(training).rule.equal if name in named]
+    if len(found) < 2 or abs(found[0].value + found[0].offset - found[1].value - found[1].offset) <= 1:
         return
+    first, other = found
     yield Finding(
         id="counter-mismatch",
         severity=WARNING,
-        file=str(hub.places[0].file),
-        where=hub.name,
-        message=f"is {hub.value}, the index of the last iteration, and meta.iter counts {own.value}",
-        hint="one of them was edited: a resume goes on at meta.iter, and logs and hooks at the other",
+        file=str(other.places[0].file),
+        where=other.name,
+        message=f"counts {other.value + other.offset}, and {first.name} {first.value + first.offset}",
+        hint="one of them was edited: a resume goes on with both, in different parts of the run",
     )

@@ -355,6 +355,8 @@ FRAMEWORK = Framework(
         constants="the new arguments; the base learning rate is the saved one",
         saved=False,
         strict=False,
+        recounts=True,
+        apart=True,
     ),
     launch=lambda dst, n, tag: (
         f"torchrun --nproc-per-node {n} ...: trainer.train(resume_from_checkpoint={str(dst)!r})"

@@ -277,6 +277,7 @@ FRAMEWORK = Framework(
         "curve, in old iterations, and skips or repeats data",
         constants="the checkpoint",
         strict=False,
+        equal=("meta.iter", ".".join((*RUNTIME, "iter"))),
     ),
     launch=lambda dst, n, tag: (
         f"load_from = {str(dst)!r} and resume = True in the configuration, on {n} ranks"

@@ -52,7 +52,9 @@ class Rule:
     """What a framework does with another batch, and where the schedule's constants come from.
 
     `saved` says that they come from the checkpoint; `strict` that names are compared while loading; `prefix`
-    that DDP's `module.` is removed before; `needs_optimizer` that weights alone are refused.
+    that DDP's `module.` is removed before; `needs_optimizer` that weights alone are refused; `recounts` that
+    a resume finds its place by the number of updates of the new batch; `apart` that the optimizer lies in a
+    file of its own. `equal` are counters that are the same in every save.
     """
 
     batch: str
@@ -61,6 +63,9 @@ class Rule:
     strict: bool = True
     prefix: bool = True
     needs_optimizer: bool = False
+    recounts: bool = False
+    apart: bool = False
+    equal: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

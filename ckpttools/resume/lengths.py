@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ckpttools.errors import UsageError
+from ckpttools.frameworks import framework_of
 from ckpttools.frameworks.rules import CAREFUL, About
 from ckpttools.resume.forecast import Check, Difference, check
 from ckpttools.resume.new_run import NewRun
@@ -43,10 +44,10 @@ def planned(training: Training, run: NewRun) -> int | None:
 def _recounted(
     training: Training, parts: tuple[int | None, int | None, int | None], epochs: int | float
 ) -> int | None:
-    """The updates of so many epochs with another batch, by which the Trainer finds its place. Others go by
-    the epochs that they count.
+    """The updates of so many epochs with another batch, by which some find their place. Others go by the
+    epochs that they count.
     """
-    if training.framework != "hf-trainer":
+    if not framework_of(training).rule.recounts:
         return None
     micro, steps, ranks = parts
     plain = replace(training, epochs=epochs, total_count=None)

@@ -120,3 +120,10 @@ def test_moments_that_are_no_numbers(container: str, tmp_path: Path) -> None:
         (ERROR, "negative-square", "state[0].exp_avg_sq"),
         (ERROR, "nonfinite", "state[0].exp_avg"),
     ]
+
+
+def test_two_counts_of_iterations(tmp_path: Path) -> None:
+    path = copied(FIXTURES / "monolithic/mmengine/epoch_4.pth", tmp_path)
+    assert said(path) == []
+    edit(path, lambda meta: meta.update(iter=40), ("meta",))
+    assert said(path) == [(WARNING, "counter-mismatch", "message_hub.runtime_info.iter")]
