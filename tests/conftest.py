@@ -46,10 +46,12 @@ def _mapped() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long sweeps unless the -m expression names them."""
-    if "heavy" in (config.getoption("markexpr") or ""):
-        return
+    """Leave out the long sweeps unless the -m expression names them. The files that start ranks come first:
+    they are the long ones, and what comes last should keep all workers busy to the end.
+    """
     heavy = [item for item in items if item.get_closest_marker("heavy")]
-    if heavy:
+    if heavy and "heavy" not in (config.getoption("markexpr") or ""):
         config.hook.pytest_deselected(items=heavy)
         items[:] = [item for item in items if not item.get_closest_marker("heavy")]
+    long = {item.path for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: item.path not in long)

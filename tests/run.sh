@@ -22,4 +22,4 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$extensions}
 "$venv/bin/python" -m ruff check .
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m mypy
-"$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
+"$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -88,7 +88,7 @@ def test_the_trainer_resumes_what_was_resharded(tmp_path: Path) -> None:
     for ranks, checkpoint in ((2, PEFT), (3, tmp_path / "three/checkpoint-2")):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         ours = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        ours |= {"HF_HUB_OFFLINE": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+        ours["HF_HUB_OFFLINE"] = "1"
         done = subprocess.run(
             [*command, str(oracle), str(checkpoint), str(tmp_path / f"{ranks}.json")],
             env={**os.environ, **ours},

@@ -139,27 +139,30 @@ from ckpttools.errors import CkptError
 from ckpttools.integrations.deepspeed import Saves
 from ckpttools.integrations.guard import Rules
 
-deepspeed.init_distributed("gloo")
-torch.manual_seed(0)
-net = torch.nn.Linear(8, 8)
-config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2},
+CONFIG = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2},
           "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-2}}}
-engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config)
-saves = Saves(sys.argv[1], Rules(keep_last=2))
-try:
-    state = saves.load(engine)
-except CkptError as error:
-    print(f"refused {error.id}\\n", end="", flush=True)  # one write: torchrun starts ranks with python -u
-    sys.exit(0)
-start = 0 if state is None else state["step"]
-print(f"from {start}\\n", end="", flush=True)
-for step in range(start + 1, start + 5):
-    engine.backward(engine(torch.ones(1, 8, dtype=torch.bfloat16)).float().square().mean())
-    engine.step()
-    saves.save(engine, f"global_step{step}", {"step": step})
-saves.close()
-if torch.distributed.get_rank() == 0:
-    print("seconds", saves.guard.seconds / 4, flush=True)
+
+def resume_and_train(run):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(8, 8)
+    engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=CONFIG)
+    saves = Saves(run, Rules(keep_last=2))
+    try:
+        state = saves.load(engine)
+    except CkptError as error:
+        print(f"refused {error.id}\\n", end="", flush=True)  # one write: torchrun starts ranks with python -u
+        return
+    start = 0 if state is None else state["step"]
+    print(f"from {start}\\n", end="", flush=True)
+    for step in range(start + 1, start + 5):
+        engine.backward(engine(torch.ones(1, 8, dtype=torch.bfloat16)).float().square().mean())
+        engine.step()
+        saves.save(engine, f"global_step{step}", {"step": step})
+    saves.close()
+
+deepspeed.init_distributed("gloo")
+for run in sys.argv[1:]:
+    resume_and_train(run)
 """
 
 
@@ -169,24 +172,26 @@ def test_a_plain_deepspeed_loop(tmp_path: Path) -> None:
     script.write_text(PLAIN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
-    def launch() -> str:
+    def launch(*runs: Path) -> str:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         done = subprocess.run(
-            [*command, str(script), str(run)], env=environment, capture_output=True, text=True
+            [*command, str(script), *map(str, runs)], env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert "is damaged" not in done.stderr, done.stderr[-2000:]
         return done.stdout
 
-    assert launch().count("from 0") == 2
+    assert launch(run).count("from 0") == 2
     assert kept(run, "global_step*") == {"global_step3", "global_step4"}
     assert (run / LAST_VERIFIED).read_text() == "global_step4"
-    flip(run / "global_step4/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
-    assert launch().count("from 3") == 2
-    assert (run / LAST_VERIFIED).read_text() == "global_step7"
-    for file in run.rglob("*_optim_states.pt"):
+    ruined = tmp_path / "ruined"
+    shutil.copytree(run, ruined)
+    for file in ruined.rglob("*_optim_states.pt"):
         flip(file)
-    assert launch().count("refused none-verified") == 2
+    flip(run / "global_step4/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    said = launch(run, ruined)
+    assert said.count("from 3") == 2 and said.count("refused none-verified") == 2
+    assert (run / LAST_VERIFIED).read_text() == "global_step7"
 
 
 ERRORS = """

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from commands import run
 from support import FIXTURES
-from train_on import Job, in_deepspeed
 
 ZERO = FIXTURES / "deepspeed-0.19.8" / "z2_bf16_ws2"
 TRAINER = FIXTURES / "hf-trainer" / "deepspeed" / "checkpoint-2"
@@ -49,20 +48,3 @@ def test_each_can_be_carried_out(name: str, tmp_path: Path) -> None:
         elif not step.startswith(LAUNCHED):
             exec(step, dict(known))
         assert str(tmp_path / target) in step
-
-
-@pytest.mark.distributed
-def test_deepspeed_loads_by_the_launch_line(tmp_path: Path) -> None:
-    jobs = []
-    for command, ranks, options in (
-        ("reshard", 3, ["--world-size", 3]),
-        ("rebase-schedule", 2, ["--new-bs", 1]),
-    ):
-        dst = tmp_path / command
-        made = run(command, ZERO, dst, *options, "--json")
-        launch, _, load = json.loads(made.out)["next"][-1].partition(": ")
-        assert shlex.split(launch)[:3] == ["deepspeed", "--num_gpus", str(ranks)]
-        lines = (f"path, client_state = {load}",)
-        jobs.append(Job(folder=dst, variant="z2_bf16", ranks=ranks, lines=lines))
-    for result in in_deepspeed(jobs, tmp_path / "jobs"):
-        assert result["ok"], result["error"]

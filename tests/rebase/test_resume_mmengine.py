@@ -15,7 +15,7 @@ from typing import Literal
 import pytest
 from resumed import Batch, Case, Framework, Groups, check, check_all, groups_of, named, schedules_of
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("rebase-mmengine")]
+pytestmark = pytest.mark.distributed
 BUILD = Path(__file__).parent.parent / "oracles" / "mmengine_env.sh"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ckpttools" / "mmengine-0.10.7"
 

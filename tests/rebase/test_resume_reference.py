@@ -19,7 +19,7 @@ from commands import run
 
 from ckpttools.trainer.order import Order
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("rebase-reference")]
+pytestmark = pytest.mark.distributed
 CONFIG = """
 experiment: tiny
 epochs: 3

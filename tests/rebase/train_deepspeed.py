@@ -4,7 +4,7 @@
 
 Accumulation boundaries run on over the end of an epoch, as DeepSpeed counts micro-batches. A resumed run goes
 on at micro-batch global_steps x accumulation. `job.settings` are the parameters of the schedule in ds_config;
-without them they are derived from epochs.
+without them they are derived from epochs. A schedule "zero3-NAME" is NAME under stage 3, else the stage is 2.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from jobs import LR, Job, Network, Recorder, everywhere, main, rows, shares
 from torch.optim import lr_scheduler as lrs
+
+ZERO3 = "zero3-"
 
 
 def nearest(updates: Fraction) -> int:
@@ -83,13 +85,14 @@ CLIENT: dict[str, Any] = {
 
 
 def engine_of(job: Job) -> Any:
+    schedule = job.schedule.removeprefix(ZERO3)
     config: dict[str, Any] = {
         "train_batch_size": job.micro * job.accumulation * job.ranks,
         "train_micro_batch_size_per_gpu": job.micro,
         "gradient_accumulation_steps": job.accumulation,
         "bf16": {"enabled": True},
         "zero_optimization": {
-            "stage": int(os.environ.get("ZERO_STAGE", "2")),
+            "stage": 3 if job.schedule.startswith(ZERO3) else 2,
             "reduce_bucket_size": 1_000_000,
             "allgather_bucket_size": 1_000_000,
         },
@@ -97,17 +100,17 @@ def engine_of(job: Job) -> Any:
     }
     net = Network()
     epoch = Fraction(job.batches, job.accumulation)
-    if job.schedule in CLIENT:
-        make = CLIENT[job.schedule]
+    if schedule in CLIENT:
+        make = CLIENT[schedule]
         optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
         warmup, total = nearest(epoch), nearest(epoch * job.epochs)
         engine, *_ = deepspeed.initialize(
             model=net, optimizer=optimizer, lr_scheduler=lambda o: make(o, warmup, total), config=config
         )
         return engine
-    params = job.settings or constants(job.schedule, epoch, job.epochs)
+    params = job.settings or constants(schedule, epoch, job.epochs)
     config["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True, "lr": LR}}
-    config["scheduler"] = {"type": job.schedule.partition("-")[0], "params": params}
+    config["scheduler"] = {"type": schedule.partition("-")[0], "params": params}
     engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config)
     return engine
 

@@ -102,7 +102,6 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.xdist_group("resume-check")
 @pytest.mark.parametrize("name", TELLING)
 def test_the_forecast_is_what_happens(launched: Path, name: str) -> None:
     combo = next(c for c in combos() if c.id == name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
+from trainer.launched import Launch
 
 # 12001 tokens make 187 samples; 8 are held out, so an epoch has (187 - 8) // 16 = 11 updates.
 CONFIG = """
@@ -33,3 +35,22 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("extensions"))
     ours = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **ours, "TORCH_EXTENSIONS_DIR": extensions}
+
+
+@pytest.fixture(scope="session")
+def launch(config: Path, environment: dict[str, str]) -> Launch:
+    return Launch(config, environment)
+
+
+@pytest.fixture(scope="session")
+def whole(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that was never interrupted: two epochs of 11 updates. All workers of a session share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "said").exists():
+            said = launch.train(folder, "--work-dir=run")
+            (folder / "said").write_text(said)
+    return folder / "run"

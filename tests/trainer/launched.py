@@ -23,9 +23,13 @@ class Launch:
         command = [*CKPT, *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True)
 
+    def tried(self, cwd: Path, *options: object, nproc: int = 2) -> subprocess.CompletedProcess[str]:
+        """`ckpt train`, whatever becomes of it."""
+        return self.ckpt(cwd, "train", self.config, f"--nproc={nproc}", *options)
+
     def train(self, cwd: Path, *options: object, nproc: int = 2) -> str:
         """What it printed; it must have succeeded."""
-        done = self.ckpt(cwd, "train", self.config, f"--nproc={nproc}", *options)
+        done = self.tried(cwd, *options, nproc=nproc)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         return done.stdout
 

@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from trainer.launched import Launch
-
-CKPT = [sys.executable, "-c", "from ckpttools.cli import main; main()"]
-Train = Callable[..., "subprocess.CompletedProcess[str]"]
+from trainer.launched import CKPT, Launch, losses, records
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def train(config: Path, environment: dict[str, str]) -> Train:
-    """`ckpt train` on the tiny config; its text and exit code are for the test to judge."""
-
-    def run(cwd: Path, *options: object, nproc: int = 2) -> subprocess.CompletedProcess[str]:
-        command = [*CKPT, "train", str(config), f"--nproc={nproc}", *map(str, options)]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that was never interrupted: two epochs of 11 updates."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = train(folder, "--work-dir", "run")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert len([line for line in lines if line.startswith("step ")]) == 22
-    assert len(lines) < 35, "the console shows more than the trainer's own lines"
-    return folder / "run"
-
-
-def records(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> dict[int, tuple[float, float, float]]:
-    return {int(r["step"]): (r["loss"], r["lr"], r["grad_norm"]) for r in records(run) if "loss" in r}
 
 
 def load(tag: Path, name: str = "mp_rank_00_model_states.pt") -> dict[str, Any]:
@@ -60,6 +23,9 @@ def load(tag: Path, name: str = "mp_rank_00_model_states.pt") -> dict[str, Any]:
 
 
 def test_learns_and_saves_both_kinds_side_by_side(whole: Path) -> None:
+    lines = (whole.parent / "said").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("step ")]) == 22
+    assert len(lines) < 35, "the console shows more than the trainer's own lines"
     by_step = losses(whole)
     assert list(by_step) == list(range(1, 23))
     assert by_step[22][0] < by_step[1][0] - 1.5
@@ -68,16 +34,6 @@ def test_learns_and_saves_both_kinds_side_by_side(whole: Path) -> None:
     assert (whole / "last_checkpoint").read_text() == (whole / "latest").read_text() == "epoch_002.pth"
     assert {p.name for p in (whole / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
     assert not list(whole.glob(".last_checkpoint*"))
-
-
-def test_no_compiler_is_needed(config: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    """DeepSpeed's own all-reduce wants one, and a build folder without spaces: gloo takes its place."""
-    without = environment | {
-        "CXX": str(tmp_path / "none"),
-        "TORCH_EXTENSIONS_DIR": str(tmp_path / "with a space"),
-    }
-    done = Launch(config, without).train(tmp_path, "--set", "epochs=1", "--set", "data.max_bytes=4000")
-    assert "done at step" in done
 
 
 def test_what_a_checkpoint_says(whole: Path) -> None:
@@ -96,15 +52,15 @@ def test_what_a_checkpoint_says(whole: Path) -> None:
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
 
-def test_interrupted_twice_and_resumed_is_the_same_run(whole: Path, train: Train, tmp_path: Path) -> None:
-    nothing = train(tmp_path, "--resume", "--max-steps", 8)  # stops in the middle of an epoch
+def test_interrupted_twice_and_resumed_is_the_same_run(whole: Path, launch: Launch, tmp_path: Path) -> None:
+    nothing = launch.tried(tmp_path, "--resume", "--max-steps", 8)  # stops in the middle of an epoch
     assert "No checkpoint found under work_dirs/tiny: starting from step 0" in nothing.stdout
     (run,) = (tmp_path / "work_dirs/tiny").iterdir()
     assert (run / "last_checkpoint").read_text() == "iter_000008.pth"
-    middle = train(tmp_path, "--resume", "--max-steps", 11)  # stops at the end of one
+    middle = launch.tried(tmp_path, "--resume", "--max-steps", 11)  # stops at the end of one
     name = run.relative_to(tmp_path)
     assert f"Auto resumed from the latest checkpoint {name}/iter_000008.pth" in middle.stdout
-    end = train(tmp_path, "--resume")
+    end = launch.tried(tmp_path, "--resume")
     assert f"Auto resumed from the latest checkpoint {name}/epoch_001.pth" in end.stdout
     assert list((tmp_path / "work_dirs/tiny").iterdir()) == [run]
 
@@ -127,9 +83,9 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def test_weights_only_on_another_number_of_ranks(whole: Path, train: Train, tmp_path: Path) -> None:
+def test_weights_only_on_another_number_of_ranks(whole: Path, launch: Launch, tmp_path: Path) -> None:
     source = whole / "iter_000018.pth"
-    done = train(tmp_path, "--resume-from", source, "--work-dir", "new", "--max-steps", 1, nproc=1)
+    done = launch.tried(tmp_path, "--resume-from", source, "--work-dir", "new", "--max-steps", 1, nproc=1)
     assert done.returncode == 0, done.stderr
     assert f"Weights loaded from {source}; optimizer, schedule and counters start anew" in done.stdout
     (step,) = losses(tmp_path / "new")
@@ -143,9 +99,9 @@ def test_weights_only_on_another_number_of_ranks(whole: Path, train: Train, tmp_
     assert same(saved["module"], load(source)["module"])
 
 
-def test_other_rank_count_is_refused_with_the_command_that_helps(whole: Path, train: Train) -> None:
+def test_other_rank_count_is_refused_with_the_command_that_helps(whole: Path, launch: Launch) -> None:
     source = whole / "iter_000006.pth"
-    refused = train(whole, "--resume", "--resume-from", source, nproc=4)
+    refused = launch.tried(whole, "--resume", "--resume-from", source, nproc=4)
     assert refused.returncode == 2
     lines = refused.stderr.splitlines()
     assert lines[0] == "error[world-size]: saved by 2 ranks, this run has 4"
@@ -154,7 +110,11 @@ def test_other_rank_count_is_refused_with_the_command_that_helps(whole: Path, tr
     assert len(lines) == 4
 
 
-def test_variants_for_fixtures(train: Train, tmp_path: Path) -> None:
+def test_variants_for_fixtures_and_no_compiler(
+    config: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """DeepSpeed's own all-reduce wants one, and a build folder without spaces: gloo takes its place."""
+    without = {"CXX": str(tmp_path / "none"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "with a space")}
     settings = {
         "model.family": "gpt2",
         "model.tie_embeddings": "true",
@@ -165,10 +125,9 @@ def test_variants_for_fixtures(train: Train, tmp_path: Path) -> None:
         "deepspeed": "{zero_optimization: {overlap_comm: false}}",
         "save.save_steps": "1",
     }
-    done = train(
-        tmp_path, "--work-dir", "run", "--max-steps", 1, *(f"--set={k}={v}" for k, v in settings.items())
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--work-dir=run", "--max-steps=1", *(f"--set={k}={v}" for k, v in settings.items())]
+    said = Launch(config, environment | without).train(tmp_path, *options)
+    assert "done at step 1" in said
     tag = tmp_path / "run/iter_000001.pth"
     names = sorted(p.name for p in tag.iterdir())
     shards = [f"zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in (0, 1)]
@@ -182,12 +141,12 @@ def test_variants_for_fixtures(train: Train, tmp_path: Path) -> None:
     assert saved["ds_config"]["scheduler"]["type"] == "WarmupDecayLR"
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, train: Train, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, launch: Launch, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     shard = run / "epoch_002.pth/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     shard.write_bytes(shard.read_bytes()[:-2000])
-    done = train(tmp_path, "--work-dir", "run", "--resume")
+    done = launch.tried(tmp_path, "--work-dir", "run", "--resume")
     assert (done.returncode, done.stderr) == (0, "")
     said = done.stdout.splitlines()
     assert said[1].startswith("Searched run: 5 checkpoints, newest first: epoch_002.pth, iter_000018.pth")
@@ -199,21 +158,21 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, train: Train, t
     assert losses(run) == losses(whole)  # steps 19 to 22 once more, to the last bit
     assert (run / "last_checkpoint").read_text() == "epoch_002.pth"
 
-    again = train(tmp_path, "--work-dir", "run", "--resume")
+    again = launch.tried(tmp_path, "--work-dir", "run", "--resume")
     assert again.returncode == 0, again.stderr
     last = again.stdout.splitlines()[-1]
     assert last == "Nothing to train: run/epoch_002.pth is at epoch 2 of 2; --set=epochs=N trains longer"
     assert not [line for line in again.stdout.splitlines() if line.startswith(("step ", "done "))]
 
 
-def test_a_failure_inside_a_rank_is_one_clear_message(whole: Path, train: Train, tmp_path: Path) -> None:
+def test_a_failure_inside_a_rank_is_one_clear_message(whole: Path, launch: Launch, tmp_path: Path) -> None:
     tag = tmp_path / "iter_000006.pth"
     shutil.copytree(whole / tag.name, tag)
     file = tag / "mp_rank_00_model_states.pt"
     content = torch.load(file, weights_only=False)
     content["seed"] += 1  # only the ranks see that the order of samples would be another
     torch.save(content, file)
-    failed = train(tmp_path, "--resume", "--resume-from", tag, "--work-dir", "run")
+    failed = launch.tried(tmp_path, "--resume", "--resume-from", tag, "--work-dir", "run")
     assert failed.returncode == 1
     lines = failed.stderr.splitlines()
     assert lines[0].startswith("error[data-changed]: ")

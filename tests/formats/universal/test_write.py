@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commands import run
-from support import FIXTURES, differences, torch_folder, tree_differences, truth_of
-from train_on import TOLERANCE, Job, apart, in_deepspeed, same_tensors, stage
+from support import FIXTURES, differences, torch_folder, tree_differences
 
 from ckpttools.checks import verify
 from ckpttools.errors import CkptError, Unsupported
@@ -85,53 +83,3 @@ def test_a_rebase_says_which_way_there_is(tmp_path: Path) -> None:
 def test_a_resume_is_not_foretold_by_another_loaders_rules() -> None:
     done = run("resume-check", FIXTURES / "universal/z2_groups")
     assert done.code == 2 and "load_universal" in done.err and "--to zero2" in done.err
-
-
-# --- DeepSpeed ------------------------------------------------------------------------------------------
-
-# one folder of each source, for stages and ranks that it was not saved with
-LOADED = [
-    ("z2_bf16", 1, 2),
-    ("z2_bf16", 2, 3),
-    ("z2_bf16", 3, 3),
-    ("z2_groups", 2, 3),
-    ("z2_groups", 3, 2),
-    ("z3_groups", 1, 3),
-    ("z3_groups", 3, 2),
-    ("z2_fp32", 3, 3),
-    ("z2_sgd", 2, 3),
-]
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("universal")
-    jobs = []
-    for source, number, ranks in LOADED:
-        at = folder / source
-        made = convert(SAMPLES / f"{source}_ws2", at, to="universal", how=None) if not at.exists() else None
-        lines = made.next[1:] if made else jobs[[s for s, *_ in LOADED].index(source)].lines
-        jobs.append(Job(folder=at, variant=source, ranks=ranks, config=stage(number), lines=lines))
-    return dict(zip(LOADED, in_deepspeed(jobs, folder), strict=True))
-
-
-@pytest.mark.distributed
-@pytest.mark.xdist_group("train-on")
-@pytest.mark.parametrize("case", LOADED, ids=lambda case: "-".join(map(str, case)))
-def test_deepspeed_trains_on(
-    case: tuple[str, int, int], loaded: dict[tuple[str, int, int], dict[str, Any]]
-) -> None:
-    """By the lines that convert prints: masters, moments, steps, settings, buffers and frozen weights are
-    those of the run that saved, and so are the losses of the steps after it.
-    """
-    truth, result = truth_of(SAMPLES / f"{case[0]}_ws2"), loaded[case]
-    assert result["ok"], result["error"]
-    for key in ("fp32", "state"):
-        assert same_tensors(truth[key], result["loaded"][key]) == []
-    for name in truth["frozen"]:
-        assert torch.equal(truth["module"][name], result["loaded"]["module"][name]), name
-    assert {scalars["step"] for scalars in result["loaded"]["scalars"] if scalars} <= {3}
-    groups = zip(truth["param_groups"], result["loaded"]["param_groups"], strict=False)
-    for theirs, ours in groups if case[1] < 3 else ():
-        assert {key: ours[key] for key in theirs} == theirs
-    assert apart(result["losses"], truth["losses"]) <= TOLERANCE[truth["dtype"]]

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from commands import run
-from support import FIXTURES, ZERO3_SAMPLES, differences, identical, name_of, tree_differences
+from support import FIXTURES, ZERO3_SAMPLES, differences, identical, name_of
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import verify
@@ -23,7 +17,6 @@ from ckpttools.formats import open_checkpoint, zero3
 from ckpttools.tree import plain
 
 SAMPLES = FIXTURES / "deepspeed-0.19.8"
-ORACLES = Path(__file__).parents[2] / "oracles"
 cases = pytest.mark.parametrize("path", ZERO3_SAMPLES, ids=name_of)
 
 
@@ -93,36 +86,3 @@ def test_a_tensor_of_unknown_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CkptError) as caught:
         zero3.plan(replace(found, buffers=frozenset()), found.layout)
     assert caught.value.id == "tensor-unknown" and "scale" in caught.value.message
-
-
-@pytest.mark.distributed
-def test_deepspeed_trains_on(tmp_path: Path) -> None:
-    """Masters and state bit-equal always; losses bit-equal on the saved stage and number of ranks.
-
-    Else they are within rounding of 16-bit sums: ZeRO-3 also replaces F.linear, which rounds otherwise.
-    """
-    jobs = []
-    for source, variant in (("z3_groups", "z3_groups"), ("z3_sgd", "z3_sgd"), ("z2_bf16", "z3_bf16")):
-        for ranks in (2, 3):
-            out = tmp_path / f"{source}.{ranks}"
-            out.mkdir()
-            written(SAMPLES / f"{source}_ws2", ranks, out)
-            jobs.append((ranks, source, {"load_dir": str(out), "variant": variant, "result": f"{out}.pt"}))
-    for ranks in (2, 3):
-        (tmp_path / "jobs.json").write_text(json.dumps([job for n, _, job in jobs if n == ranks]))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["--max-restarts=99", str(ORACLES / "deepspeed_resume.py"), str(tmp_path / "jobs.json")]
-        done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
-    for ranks, source, job in jobs:
-        truth: dict[str, Any] = torch.load(SAMPLES / f"truth/{source}_ws2.pt", weights_only=False)
-        result: dict[str, Any] = torch.load(job["result"], weights_only=False)
-        assert result["ok"], result["error"]
-        for key in ("fp32", "state"):
-            mine, theirs = (dict(sorted(each[key].items())) for each in (result["loaded"], truth))
-            if key == "state":
-                mine, theirs = ({k: dict(sorted(v.items())) for k, v in x.items()} for x in (mine, theirs))
-            assert list(tree_differences(mine, theirs, key)) == []
-        off = max(abs(a - b) for a, b in zip(result["losses"], truth["losses"], strict=True))
-        same = ranks == 2 and source.startswith("z3_")
-        assert off == 0 if same else off < 1e-3, (source, ranks, off)
