@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckpttools.errors import UsageError
+from ckpttools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,6 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from ckpttools import __version__
-from ckpttools.errors import CkptError, UsageError, escape
-from ckpttools.suggest import did_you_mean
 
 # command -> (module, one-line help); the function in the module is named `command`
 COMMANDS = {
@@ -76,7 +74,10 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
-            from ckpttools.stores.files import is_folder  # the commands themselves start without it
+            # the commands themselves start without them
+            from ckpttools.errors import UsageError, escape
+            from ckpttools.stores.files import is_folder
+            from ckpttools.suggest import did_you_mean
 
             if is_folder(Path(name)):
                 return super().resolve_command(ctx, ["ls", *args])
@@ -203,10 +204,11 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.exceptions.Abort):
         _interrupted()
     except Exception as problem:
+        from ckpttools.cli.failure import report
+        from ckpttools.errors import CkptError
+
         if interrupts.seen and not isinstance(problem, CkptError | click.ClickException):
             _interrupted()
-        from ckpttools.cli.failure import report
-
         sys.exit(report(problem, as_json=as_json, debug=debug))
 
 

@@ -7,7 +7,6 @@ program in between leaves no half checkpoint, and the next run finds the rest by
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import stat
 from collections import Counter
@@ -23,7 +22,7 @@ def remove_file(path: Path) -> None:
 
 def remove_whole(path: Path) -> None:
     """A file, or a folder with all that is in it. Raises OSError; what is left then has its name of GONE."""
-    gone = path.with_name(f".ckpt-gone-{secrets.token_hex(8)}")
+    gone = path.with_name(f".ckpt-gone-{os.urandom(8).hex()}")
     path.rename(gone)
     delete(gone)
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +26,7 @@ def staging_for(dst: Path) -> Iterator[Path]:
     """A new name beside `dst`; what has it at the end is removed."""
     pid = os.getpid()
     made_by = f"{pid}-{_host()}{_started(pid) or '0000'}"
-    path = dst.with_name(f"{dst.name}{STAGING}{made_by}{secrets.token_hex(4)}")
+    path = dst.with_name(f"{dst.name}{STAGING}{made_by}{os.urandom(4).hex()}")
     try:
         yield path
     finally:
@@ -36,7 +34,7 @@ def staging_for(dst: Path) -> Iterator[Path]:
 
 
 def _host() -> str:
-    return _tag(socket.gethostname())
+    return _tag(os.uname().nodename)
 
 
 def _started(pid: int) -> str | None:

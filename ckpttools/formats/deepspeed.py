@@ -33,8 +33,6 @@ LR_SCHEDULER = ("lr_scheduler",)
 SUB_GROUP_SIZE = 1_000_000_000  # zero_optimization.sub_group_size by default
 VERSION = "0.19.8"  # of DeepSpeed, whose layout this is: what new folders state
 STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
-# moments of torch's and DeepSpeed's optimizers, which are always as long as a rank's masters
-FLAT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "momentum_buffer"}
 SCALER = "deepspeed.runtime.fp16.loss_scaler"
 # the scaler that an engine of fp16 begins with by default
 NEW_SCALER: Mapping[str, Value] = {

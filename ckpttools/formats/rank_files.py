@@ -30,6 +30,8 @@ STAGE3_MODEL = re.compile(r"zero_pp_rank_(?P<dp>\d{1,6})_mp_rank_(?P<mp>\d{2,6})
 EXPERT = re.compile(r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim.*")
 LAYER = re.compile(r"layer_\d+-model(_\d+-model)?_states\.pt")
 PART = re.compile(r".*_states\.pt-\d+\.\d+")
+# moments of torch's and DeepSpeed's optimizers, which are always as long as a rank's masters
+FLAT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "momentum_buffer"}
 # of ZeRO-3's files: what is left of the flat vectors after the parameters is padding, which nobody cleared
 PADDED = ("optimizer_state_dict", "frozen_param_fragments")
 SWAPPED = "offloaded_tensors"  # NVMe offload: the masters and moments are in files of the swapper

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from ckpttools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,10 @@ from commands import run
 from support import FIXTURES
 
 from ckpttools.errors import CkptError
-from ckpttools.formats import hf, open_checkpoint, zero
+from ckpttools.formats import open_checkpoint
 from ckpttools.formats.dcp.read import read as read_dcp
+from ckpttools.formats.hf.read import read as read_hf
+from ckpttools.formats.zero.read import read as read_zero
 
 NEWEST = FIXTURES / "deepspeed-0.19.8"
 
@@ -37,10 +39,10 @@ def test_shapes_in_a_tuple_are_read_and_written_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("read", "sample", "file"),
     [
-        (zero.read, NEWEST / "z2_groups_ws2", "mp_rank_00_model_states.pt"),
+        (read_zero, NEWEST / "z2_groups_ws2", "mp_rank_00_model_states.pt"),
         (read_dcp, FIXTURES / "dcp/fsdp2_ws2", "__0_0.distcp"),
-        (hf.read, FIXTURES / "hf/sharded", "model-00001-of-00002.safetensors"),
-        (hf.read, FIXTURES / "hf/single", "model.safetensors"),
+        (read_hf, FIXTURES / "hf/sharded", "model-00001-of-00002.safetensors"),
+        (read_hf, FIXTURES / "hf/single", "model.safetensors"),
     ],
     ids=["zero", "dcp", "hf", "hf single"],
 )

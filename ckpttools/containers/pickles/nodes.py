@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ckpttools.errors import CkptError
+from ckpttools.records import dataclass
 
 
 class Reject(CkptError):

@@ -20,7 +20,6 @@ from ckpttools.findings import Finding
 from ckpttools.formats.format import Checked, Format, Source
 from ckpttools.formats.hf import names
 from ckpttools.formats.hf.names import BIN, holds
-from ckpttools.formats.hf.read import read
 from ckpttools.location import Location
 from ckpttools.plan import Plan
 
@@ -28,7 +27,6 @@ __all__ = [
     "BIN",
     "FORMAT",
     "plan",
-    "read",
 ]
 
 
@@ -36,6 +34,12 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     from ckpttools.formats.hf.write import plan  # of no use to headers
 
     return plan(checkpoint, layout)
+
+
+def _read(source: Source) -> Checkpoint:
+    from ckpttools.formats.hf.read import read  # of use to checkpoints of this format alone
+
+    return read(source.target)
 
 
 def _check(source: Source) -> Checked:
@@ -61,7 +65,7 @@ FORMAT = Format(
     recognise=names.recognise,
     recognise_file=names.recognise_file,
     lacking=names.lacking,
-    read=lambda source: read(source.target),
+    read=_read,
     check=_check,
     plan=plan,
     targets=("hf",),

@@ -15,24 +15,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout
-from ckpttools.containers import fields
-from ckpttools.containers.pickles import Dict
 from ckpttools.containers.torch_file import TorchFile, is_torch_file
-from ckpttools.formats.counters import OPTIMIZER, training
 from ckpttools.formats.format import Checked, Format, Found, Source
-from ckpttools.formats.torch.names import WEIGHTS, find_weights, strip
-from ckpttools.formats.torch.read import read
 from ckpttools.location import Location
 from ckpttools.plan import Plan
+from ckpttools.training import Training
 
-__all__ = [
-    "FORMAT",
-    "WEIGHTS",
-    "find_weights",
-    "plan",
-    "read",
-    "strip",
-]
+__all__ = ["FORMAT", "plan"]
 
 
 def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
@@ -51,8 +40,16 @@ def _recognise(path: Location) -> Found | None:
     return Found(path, "a torch file") if is_torch_file(path) else None
 
 
+def _read(source: Source) -> Checkpoint:
+    from ckpttools.formats.torch.read import read  # of use to checkpoints of this format alone
+
+    return read(source.target, source.key, source.order)
+
+
 def _check(source: Source) -> Checked:
+    from ckpttools.formats.counters import OPTIMIZER
     from ckpttools.formats.files import check_read
+    from ckpttools.formats.torch.read import read
 
     return replace(check_read(read(source.target, source.key)), state=OPTIMIZER)
 
@@ -61,17 +58,25 @@ def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, .
     return (checkpoint.template if isinstance(checkpoint.template, TorchFile) else None), ()
 
 
+def _state(file: TorchFile) -> Training:
+    from ckpttools.containers import fields
+    from ckpttools.containers.pickles import Dict
+    from ckpttools.formats.counters import training
+
+    return training(file, fields.as_mapping(file.value) or Dict())
+
+
 FORMAT = Format(
     name="pt",
     holds=lambda folder: False,
     names_it=lambda path: False,
     recognise=lambda folder: None,
     recognise_file=_recognise,
-    read=lambda source: read(source.target, source.key, source.order),
+    read=_read,
     check=_check,
     plan=plan,
     targets=("pt",),
     keys=_keys,
     torch_files=_files,
-    state=lambda file: training(file, fields.as_mapping(file.value) or Dict()),
+    state=_state,
 )

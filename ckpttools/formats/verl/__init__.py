@@ -12,10 +12,17 @@ optimizer the files are checked.
 Source: verl/utils/checkpoint/fsdp_checkpoint_manager.py; torch/distributed/tensor/_api.py of torch 2.13.
 """
 
+from ckpttools.checkpoint import Checkpoint
 from ckpttools.formats.format import Checked, Folder, Format, Found, Source, no_file
-from ckpttools.formats.verl.read import NAME, holds, read
+from ckpttools.formats.verl.names import NAME, holds
 
-__all__ = ["FORMAT", "read"]
+__all__ = ["FORMAT"]
+
+
+def _read(source: Source) -> Checkpoint:
+    from ckpttools.formats.verl.read import read  # of use to checkpoints of this format alone
+
+    return read(source.target)
 
 
 def _recognise(folder: Folder) -> Found | None:
@@ -35,7 +42,7 @@ FORMAT = Format(
     is_part=lambda name: NAME.fullmatch(name) is not None,
     recognise=_recognise,
     recognise_file=no_file,
-    read=lambda source: read(source.target),
+    read=_read,
     check=_check,
     resumes=False,
     weights_alone=True,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ckpttools.checkpoint import Checkpoint, Layout, common_dtype
 from ckpttools.containers import fields
@@ -15,12 +13,11 @@ from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.format import Folder
 from ckpttools.formats.rank_files import role_of, unchecked
 from ckpttools.formats.ties import tied
+from ckpttools.formats.verl.names import NAME
 from ckpttools.location import Location
+from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef, cat
 
-NAME = re.compile(
-    r"(?P<kind>model|optim|extra_state)_world_size_(?P<ranks>\d{1,6})_rank_(?P<rank>\d{1,6})\.pt"
-)
 ROLES = {
     "model": "rank {} of {}: its part of the weights",
     "optim": "rank {} of {}: its part of the optimizer's state, not joined",
@@ -35,11 +32,6 @@ class Files:
 
     ranks: int
     paths: dict[str, dict[int, Location]]
-
-
-def holds(folder: Folder) -> bool:
-    """Whether the folder directly holds a model file of verl."""
-    return any((found := NAME.fullmatch(name)) and found["kind"] == "model" for name in folder.names)
 
 
 def find(path: Location) -> Files:

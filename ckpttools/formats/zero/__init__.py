@@ -12,23 +12,26 @@ are cut the same way. Source: deepspeed/runtime/zero/stage_1_and_2.py, bf16_opti
 """
 
 from ckpttools.checkpoint import Checkpoint, Layout
-from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats import rank_local, tags
-from ckpttools.formats.deepspeed import counters
+from ckpttools.formats import tags
 from ckpttools.formats.format import Checked, Format, Source
 from ckpttools.formats.zero import names
-from ckpttools.formats.zero.join import ZeroFolder
-from ckpttools.formats.zero.read import read
 from ckpttools.plan import Plan
+from ckpttools.training import Training
 
-__all__ = ["FORMAT", "plan", "read"]
+__all__ = ["FORMAT", "plan"]
 
 
 def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
     from ckpttools.formats.zero.write import plan
 
     return plan(checkpoint, layout)
+
+
+def _read(source: Source) -> Checkpoint:
+    from ckpttools.formats.zero.read import read  # of use to checkpoints of this format alone
+
+    return read(source.target)
 
 
 def _check(source: Source) -> Checked:
@@ -38,13 +41,25 @@ def _check(source: Source) -> Checked:
 
 
 def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, ...]]:
+    from ckpttools.formats.zero.join import ZeroFolder
+
     folder = checkpoint.template
     if not isinstance(folder, ZeroFolder):
         return None, ()
     return folder.model.file, tuple(rank.file for rank in folder.ranks)
 
 
+def _state(file: TorchFile) -> Training:
+    from ckpttools.containers import fields
+    from ckpttools.formats.deepspeed import counters
+
+    return counters(file, fields.mapping(file.path, file.value, "the file's value"))
+
+
 def _refuse_rank_local(checkpoint: Checkpoint) -> None:
+    from ckpttools.formats import rank_local
+    from ckpttools.formats.zero.join import ZeroFolder
+
     if isinstance(folder := checkpoint.template, ZeroFolder):
         rank_local.refuse(folder.unaccounted(), folder.rank_files, "group")
 
@@ -56,12 +71,12 @@ FORMAT = Format(
     is_weights=tags.is_states,
     recognise=names.recognise,
     recognise_file=names.recognise_file,
-    read=lambda source: read(source.target),
+    read=_read,
     check=_check,
     plan=plan,
     targets=("zero1", "zero2"),
     tagged=True,
     torch_files=_files,
-    state=lambda file: counters(file, fields.mapping(file.path, file.value, "the file's value")),
+    state=_state,
     refuse_rank_local=_refuse_rank_local,
 )

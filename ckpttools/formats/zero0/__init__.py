@@ -13,17 +13,31 @@ Source: deepspeed/runtime/engine.py (_save_checkpoint), fp16/fused_optimizer.py,
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats import tags
-from ckpttools.formats.format import Checked, Format, Source, no_file
-from ckpttools.formats.zero0.read import Stage0, holds, read
+from ckpttools.formats.format import Checked, Folder, Format, Source, no_file
+from ckpttools.formats.rank_files import MODEL, OPTIM, STAGE3_MODEL
 from ckpttools.plan import Plan
 
-__all__ = ["FORMAT", "plan", "read"]
+__all__ = ["FORMAT", "plan"]
 
 
 def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
     from ckpttools.formats.zero0.write import plan
 
     return plan(checkpoint, layout)
+
+
+def _holds(folder: Folder) -> bool:
+    """Whether the folder has a model file and no optimizer files: stage 0, or those of all ranks are lost."""
+    names = folder.names
+    return any(map(MODEL.fullmatch, names)) and not any(
+        pattern.fullmatch(name) for pattern in (OPTIM, STAGE3_MODEL) for name in names
+    )
+
+
+def _read(source: Source) -> Checkpoint:
+    from ckpttools.formats.zero0.read import read  # of use to checkpoints of this format alone
+
+    return read(source.target)
 
 
 def _check(source: Source) -> Checked:
@@ -33,18 +47,20 @@ def _check(source: Source) -> Checked:
 
 
 def _files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[TorchFile, ...]]:
+    from ckpttools.formats.zero0.read import Stage0
+
     found = checkpoint.template
     return (found.file, (found.file,)) if isinstance(found, Stage0) else (None, ())
 
 
 FORMAT = Format(
     name="zero0",
-    holds=holds,
+    holds=_holds,
     names_it=tags.names_it,
     is_weights=tags.is_states,
-    recognise=lambda folder: tags.recognise(folder, holds),
+    recognise=lambda folder: tags.recognise(folder, _holds),
     recognise_file=no_file,
-    read=lambda source: read(source.target),
+    read=_read,
     check=_check,
     plan=plan,
     targets=("zero0",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup, common_dtype
 from ckpttools.containers import fields
@@ -26,18 +26,10 @@ from ckpttools.formats.deepspeed import (
     settings_of,
     shapes_of,
 )
-from ckpttools.formats.format import Folder
-from ckpttools.formats.rank_files import (
-    MODEL,
-    OPTIM,
-    STAGE3_MODEL,
-    TagFolder,
-    role_of,
-    roles_of_others,
-    unchecked,
-)
+from ckpttools.formats.rank_files import TagFolder, role_of, roles_of_others, unchecked
 from ckpttools.formats.ties import tied
 from ckpttools.location import Location
+from ckpttools.records import dataclass
 from ckpttools.tensors import Flat, TensorRef
 from ckpttools.tree import Value
 
@@ -56,14 +48,6 @@ class Stage0:
 
     file: TorchFile
     root: fields.Mapping
-
-
-def holds(folder: Folder) -> bool:
-    """Whether the folder has a model file and no optimizer files: stage 0, or those of all ranks are lost."""
-    names = folder.names
-    return any(map(MODEL.fullmatch, names)) and not any(
-        pattern.fullmatch(name) for pattern in (OPTIM, STAGE3_MODEL) for name in names
-    )
 
 
 def read(folder: Location) -> Checkpoint:

@@ -18,7 +18,7 @@ Source: deepspeed/runtime/zero/stage3.py, partition_parameters.py, engine.py.
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats import rank_local, tags
+from ckpttools.formats import tags
 from ckpttools.formats.format import Checked, Format, Source, no_file
 from ckpttools.formats.zero3.names import holds
 from ckpttools.plan import Plan
@@ -63,6 +63,7 @@ def _copies(checkpoint: Checkpoint) -> tuple[TorchFile, ...]:
 
 
 def _refuse_rank_local(checkpoint: Checkpoint) -> None:
+    from ckpttools.formats import rank_local
     from ckpttools.formats.zero3.join import Zero3Folder
 
     if isinstance(folder := checkpoint.template, Zero3Folder):

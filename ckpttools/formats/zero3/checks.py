@@ -15,14 +15,14 @@ from ckpttools.containers.pickles import Node, plain
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
 from ckpttools.findings import WARNING, Finding
-from ckpttools.formats.deepspeed import FLAT, settings_of, sub_group_size
+from ckpttools.formats.deepspeed import settings_of, sub_group_size
 from ckpttools.formats.engine import Engine, check_engine, number_of
 from ckpttools.formats.engine import Shard as EngineShard
 from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked
 from ckpttools.formats.found import contradiction, found, missing
 from ckpttools.formats.model_states import read_stated
-from ckpttools.formats.rank_files import PADDED
+from ckpttools.formats.rank_files import FLAT, PADDED
 from ckpttools.formats.rank_local import finding
 from ckpttools.formats.zero3.cuts import sub_groups
 from ckpttools.formats.zero3.decode import Shard, read_shard

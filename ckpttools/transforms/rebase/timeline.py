@@ -7,11 +7,12 @@ and refused where two answers are possible.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal
 
 from ckpttools.errors import CkptError, UsageError
+from ckpttools.records import dataclass
 from ckpttools.schedules.evidence import Known
 from ckpttools.schedules.lengths import (
     MAX_SIZE,

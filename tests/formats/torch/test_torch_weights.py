@@ -12,7 +12,7 @@ from support import FIXTURES, name_of, tensor_differences
 
 from ckpttools.errors import UsageError
 from ckpttools.formats import open_checkpoint
-from ckpttools.formats.torch import WEIGHTS
+from ckpttools.formats.torch.names import WEIGHTS
 
 MONOLITHIC = FIXTURES / "monolithic"
 FILES = sorted(p for p in MONOLITHIC.rglob("*") if p.is_file())

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from ckpttools.containers.pickles import plain
 from ckpttools.findings import ERROR, WARNING, Finding
-from ckpttools.formats.deepspeed import FLAT
 from ckpttools.formats.engine import number_of
 from ckpttools.formats.found import contradiction, found
+from ckpttools.formats.rank_files import FLAT
 from ckpttools.formats.rank_local import State, finding
 from ckpttools.formats.zero.decode import Rank
 from ckpttools.formats.zero.flat import FlatGroup
