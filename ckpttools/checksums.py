@@ -74,15 +74,27 @@ class RangeCrcs:
             at = bisect_right(cuts, low) - 1
             yield low, high, owners[at] if at >= 0 else ()
 
-    def add(self, start: int, end: int, crc: int) -> tuple[int, ...]:
-        """Account for a piece, one span of `spans`; returns the ranges that hold it."""
+    def owners(self, at: int) -> tuple[int, ...]:
+        """The ranges that hold a byte."""
         cuts, held = self._places()
-        owners = held[bisect_right(cuts, start) - 1]
+        return held[bisect_right(cuts, at) - 1]
+
+    def add(self, start: int, end: int, crc: int) -> None:
+        """Account for a piece, one span of `spans`."""
+        self.add_to(self.owners(start), start, end, crc)
+
+    def add_to(self, owners: Sequence[int], start: int, end: int, crc: int) -> None:
+        """The same for these ranges alone, all of which hold the piece."""
         for k in owners:
             self.values[k] ^= crc32_combine(crc, 0, self._ends[k] - end)
             self.left[k] -= end - start
         self._touched.update(owners)
-        return owners
+
+    def take_from(self, owners: Sequence[int], start: int, end: int, crc: int) -> None:
+        """The opposite of `add_to`."""
+        self.add_to(owners, start, end, crc)  # what is added twice cancels out
+        for k in owners:
+            self.left[k] += 2 * (end - start)
 
     @property
     def shares(self) -> list[Share]:

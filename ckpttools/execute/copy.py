@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -19,8 +18,12 @@ from ckpttools.passes.read import Reader, computed
 from ckpttools.passes.threads import in_threads
 from ckpttools.plan import Crc32, Literal, OutputFile, Part, Plan, reads
 from ckpttools.progress import Progress
+from ckpttools.records import dataclass
 from ckpttools.tensors import ByteRange, Cast, Mean
 from ckpttools.values import BLOCK_NBYTES
+
+_FEW = 16  # pieces of a unit
+_NOTHING = crc32(bytes(4))  # where a checksum belongs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +79,13 @@ class Copy:
         self.files = [StagedFile(file, staging) for file in plan.files]
         self.checks = SourceChecks(plan.checks)
         self._dst, self._progress, self._finishes = dst, progress, finishes
+        self._alone = False  # nobody else writes bytes of these files
         self._nbytes_read = 0
         self._lock = threading.Lock()
 
     def run(self, part: Part, workers: int) -> Written:
         """Write and flush the part, and read what else the checksums need."""
+        self._alone = self._finishes and part.world == 1
         self.copy(units.of_part(self.files, self.checks, part), workers)
         self.read(islice(self.checks.gaps(units.UNIT), part.rank, None, part.world), workers)
         for file in self.files:
@@ -140,16 +145,28 @@ class Copy:
         """Put the unit's bytes into `view`, and their CRC-32s to the accounts.
 
         With `shares` the units of the file come one after the other, so that its `Crc32` segments are known;
-        what the source's checksums get is joined to the shares.
+        what the source's checksums get is joined to the shares. Raises ValueError where one is not.
         """
-        at = 0
+        at, crcs = unit.start, unit.file.crcs
+        many = len(unit.pieces) > _FEW  # then one CRC of all is made faster than it is joined from theirs
+        holes: list[int] = []
         for segment, claims in unit.pieces:
-            part = source = view[at : at + segment.nbytes]
+            start, nbytes = at, segment.nbytes
+            at += nbytes
+            part = source = view[start - unit.start : at - unit.start]
+            owners = crcs.owners(start)[1:] if many else crcs.owners(start)
             match segment:
                 case Literal(data):
                     part[:] = data
-                case Crc32():  # known when the file is complete: `StagedFile.finish`
-                    part[:] = bytes(4) if shares is None else unit.file.crc_at(unit.start + at)
+                    if not owners:
+                        continue
+                case Crc32():  # if not known now, then when the file is complete: `StagedFile.finish`
+                    known = unit.file.crc_at(start) if self._alone or shares is not None else None
+                    part[:] = known or bytes(4)
+                    if known is None:
+                        holes.append(start)
+                    if known is None or many:
+                        continue
                 case Cast() | Mean():
                     chunks = reads(segment)
                     source = scratch[: sum(chunk.nbytes for chunk in chunks)]
@@ -159,17 +176,24 @@ class Copy:
                     reader.fill(part, (chunk,))
             sums = [crc32(source[claim.at : claim.at + claim.source.nbytes]) for claim in claims]
             # The bytes of a plain copy are also those of its source: one pass serves both.
-            is_same = source is part and claims and claims[0].source.nbytes == len(part)
-            crc = sums[0] if is_same else crc32(part)
+            is_same = source is part and claims and claims[0].source.nbytes == nbytes
+            crc = sums[0] if is_same else crc32(part) if owners else 0
             with self._lock:
                 for claim, source_crc in zip(claims, sums, strict=True):
                     self.checks.add(claim.source, source_crc)
                 if shares is not None:
                     for number, share in self.checks.take().items():
                         shares[number] = joined(shares.get(number, (0, 0)), share)
-                if shares is not None or not isinstance(segment, Crc32):
-                    unit.file.crcs.add(unit.start + at, unit.start + at + len(part), crc)
-            at += len(part)
+                crcs.add_to(owners, start, at, crc)
+        if holes and shares is not None:
+            raise ValueError(f"{unit.file.plan.path}: a checksum of bytes that come after it")
+        whole = crc32(view) if many else 0
+        with self._lock:
+            if many:
+                crcs.add_to((0,), unit.start, at, whole)
+                for hole in holes:
+                    crcs.take_from((0,), hole, hole + 4, _NOTHING)
+            unit.file.holes += holes
 
     def _read(self, gaps: Iterable[ByteRange]) -> None:
         buffer = memoryview(bytearray(units.UNIT))
@@ -194,8 +218,9 @@ def join(plan: Plan, written: Iterable[Written], staging: Path, dst: Path) -> tu
         for file, shares in zip(files, part.files, strict=True):
             file.crcs.join(shares)
     for file in files:
-        if file.crcs.left[0] == 4 * len(file.crc_starts) and not any(file.crcs.left[1:]):
-            if file.crc_starts:
+        if file.crcs.left[0] == 4 * len(file.crc_ranges) and not any(file.crcs.left[1:]):
+            file.holes = [*file.crc_ranges]
+            if file.holes:
                 with write_errors(dst / file.plan.path):
                     fd = os.open(file.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
                     try:

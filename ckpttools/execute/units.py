@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -28,8 +27,8 @@ class StagedFile:
     """An output file while it is written at `path`; `left` bytes are still missing. `direct`: past the page
     cache, until its file system refuses.
 
-    Range 0 of `crcs` is the whole file, then follows what each `Crc32` segment covers; `crc_starts` are
-    the offsets of those segments.
+    Range 0 of `crcs` is the whole file, then follow those that `Crc32` segments cover: `crc_ranges` says of
+    the offset of each which one. `holes` are the offsets of those that are still to be filled in.
     """
 
     def __init__(self, plan: OutputFile, folder: Path) -> None:
@@ -39,23 +38,27 @@ class StagedFile:
         starts = [0]
         for segment in plan.segments:
             starts.append(starts[-1] + segment.nbytes)
-        crcs = [(at, s) for at, s in zip(starts, plan.segments, strict=False) if isinstance(s, Crc32)]
-        self.crc_starts = [at for at, _ in crcs]
-        self.crcs = RangeCrcs([(0, starts[-1]), *((starts[s.first], starts[s.last]) for _, s in crcs)])
+        spans: dict[tuple[int, int], int] = {}
+        self.crc_ranges = {
+            at: spans.setdefault((starts[s.first], starts[s.last]), len(spans) + 1)
+            for at, s in zip(starts, plan.segments, strict=False)
+            if isinstance(s, Crc32)
+        }
+        self.crcs = RangeCrcs([(0, starts[-1]), *spans])
+        self.holes: list[int] = []
 
-    def crc_at(self, at: int) -> bytes:
-        """The `Crc32` segment at byte `at`: what it covers was added. Raises ValueError where it was not."""
-        k = bisect_left(self.crc_starts, at) + 1
-        if self.crcs.left[k]:
-            raise ValueError(f"{self.plan.path}: the checksum at byte {at} is of bytes that come after it")
-        return self.crcs.values[k].to_bytes(4, "little")
+    def crc_at(self, at: int) -> bytes | None:
+        """The `Crc32` segment at byte `at`, if all that it covers was added."""
+        k = self.crc_ranges[at]
+        return None if self.crcs.left[k] else self.crcs.values[k].to_bytes(4, "little")
 
     def finish(self, fd: int) -> None:
         """All other bytes are written: fill in the checksums and flush."""
-        for at, crc in zip(self.crc_starts, self.crcs.values[1:], strict=True):
-            data = crc.to_bytes(4, "little")
+        for at in self.holes:
+            data = self.crcs.values[self.crc_ranges[at]].to_bytes(4, "little")
             system.write(fd, memoryview(data), at)
-            self.crcs.add(at, at + 4, crc32(data))
+            self.crcs.add_to((0,), at, at + 4, crc32(data))
+        self.holes = []
         system.fsync(fd)
 
 
