@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 from ckpttools.checksums import RangeCrcs, crc32
@@ -35,12 +35,13 @@ from ckpttools.passes.tasks import (
 )
 from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
+from ckpttools.records import dataclass
+from ckpttools.stores.direct import BLOCK, aligned
 from ckpttools.stores.files import size_of
 from ckpttools.stores.links import refuse_outside
 from ckpttools.tensors import ByteRange
 from ckpttools.values import BLOCK_NBYTES
 
-_ALIGN = 64
 _GAP = 4096  # bytes between two ranges that are read with them: the headers of small records
 
 
@@ -163,11 +164,11 @@ class _Pass:
             yield _Unit(ByteRange(path, start, end - start), skipped, looks)
 
     def work(self, units: Iterable[_Unit]) -> None:
-        buffer = memoryview(bytearray(BLOCK_NBYTES + _ALIGN))
+        buffer = aligned(BLOCK_NBYTES + BLOCK)
         try:
             with Reader() as reader:
                 for unit in units:
-                    at = unit.source.start % _ALIGN  # elements lie as in the file, where writers align them
+                    at = unit.source.start % BLOCK  # as on disk: elements are aligned as well as there
                     block = buffer[at : at + unit.source.nbytes]
                     reader.read(block, unit.source.path, unit.source.start)
                     self.pass_on(unit, block)

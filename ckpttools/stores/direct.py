@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import random
 import threading
 from contextlib import suppress
 
@@ -38,11 +37,13 @@ def is_cached(fd: int, size: int) -> bool:
     found = 0
     with suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # a look must not start to read ahead
+    from random import randrange  # which loads OpenSSL, for files that are large
+
     try:
         byte = bytearray(1)
         for _ in range(_SAMPLES):
             try:
-                found += os.preadv(fd, [byte], random.randrange(size), os.RWF_NOWAIT)
+                found += os.preadv(fd, [byte], randrange(size), os.RWF_NOWAIT)
             except BlockingIOError:
                 continue
     except OSError:
@@ -54,7 +55,7 @@ def is_cached(fd: int, size: int) -> bool:
 
 
 def open_cold(path: str | os.PathLike[str]) -> int:
-    """A descriptor for `bounce`; -1 where the file is small, cached, or the file system refuses."""
+    """A descriptor for `read`; -1 where the file is small, cached, or the file system refuses."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     if not (hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")):
         return -1
@@ -74,18 +75,47 @@ def open_cold(path: str | os.PathLike[str]) -> int:
 
 
 class _Blocks(threading.local):
-    """A buffer of each thread."""
+    """Buffers of each thread."""
 
     view = memoryview(b"")
+    edges = memoryview(b"")
 
 
 _blocks = _Blocks()
 
 
-def bounce(fd: int, view: memoryview, start: int) -> int:
-    """Fill `view` from byte `start`: whole blocks into a buffer of the thread, from there to where they
-    belong. How much was read, less at the end of the file.
+def read(fd: int, view: memoryview, start: int) -> int:
+    """Fill `view` from byte `start` of the file, as far as it goes; how much was read.
+
+    Where the view is part of an `aligned` buffer and lies in memory as the bytes do on disk, the blocks go
+    there at once; all others by way of a buffer of the thread.
     """
+    if isinstance(view.obj, mmap.mmap) and len(view) >= 2 * BLOCK:
+        try:
+            return _straight(fd, view, start)
+        except OSError as error:
+            if not refused(error):  # whether for the place in memory, the other way tells
+                raise
+    return _bounce(fd, view, start)
+
+
+def _straight(fd: int, view: memoryview, start: int) -> int:
+    """One call: the blocks that the view begins and ends within go to pages of the thread."""
+    shift, head = start % BLOCK, -start % BLOCK
+    whole = (len(view) - head) // BLOCK * BLOCK
+    tail = len(view) - head - whole
+    if not _blocks.edges:
+        _blocks.edges = aligned(2 * BLOCK)
+    first, last = _blocks.edges[:BLOCK], _blocks.edges[BLOCK:]
+    parts = [*([first] if head else []), view[head : head + whole], *([last] if tail else [])]
+    got = max(min(os.preadv(fd, parts, start - shift) - shift, len(view)), 0)
+    view[:head] = first[shift:] if head else b""
+    if tail:
+        view[head + whole :] = last[:tail]
+    return got
+
+
+def _bounce(fd: int, view: memoryview, start: int) -> int:
     shift = start % BLOCK
     nbytes = -(-(shift + len(view)) // BLOCK) * BLOCK
     if len(_blocks.view) < nbytes:

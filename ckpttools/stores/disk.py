@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ckpttools.location import Entry, NotAFile, Stat
-from ckpttools.stores.direct import SMALLEST_READ, bounce, open_cold, refused
+from ckpttools.stores.direct import SMALLEST_READ, open_cold, read, refused
 from ckpttools.stores.links import refuse_outside
 
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder"}
@@ -39,7 +39,7 @@ class DiskFile:
         if self._cold < 0:
             return 0
         try:
-            return bounce(self._cold, view, start)
+            return read(self._cold, view, start)
         except OSError as error:
             if not refused(error):
                 raise
