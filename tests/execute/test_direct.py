@@ -196,6 +196,13 @@ def test_the_end_of_a_cold_file(source: Path) -> None:
             forget(source)
             reader.read(buffer, source, start)
             assert buffer == data[start : start + len(buffer)]
+        room = direct.aligned(len(buffer) + 2 * direct.BLOCK)
+        for start in (0, 1, 4095, 4096, 12345, SIZE - len(buffer)):  # as it lies on disk, and as it does not
+            for at in (start % direct.BLOCK, (start + 64) % direct.BLOCK):
+                forget(source)
+                view = room[at : at + len(buffer)]
+                reader.read(view, source, start)
+                assert view == data[start : start + len(buffer)]
         forget(source)
         with pytest.raises(CkptError, match="ends at byte"):
             reader.read(buffer, source, SIZE - len(buffer) + 1)
