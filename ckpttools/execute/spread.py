@@ -35,7 +35,7 @@ from ckpttools.execute.preflight import Fingerprint
 from ckpttools.execute.removing import delete
 from ckpttools.execute.signals import terminating_signals
 from ckpttools.execute.staging import clear_stale
-from ckpttools.execute.system import write_errors
+from ckpttools.execute.system import WriteFailed, write_errors
 from ckpttools.location import Location
 from ckpttools.plan import Plan
 from ckpttools.progress import Progress
@@ -101,6 +101,8 @@ def spread(
                 return share.result(None)
             report = share.commit(force, replaces, finish, tuple(notes))
     except CkptError as error:
+        if isinstance(error, WriteFailed):
+            error.why = f"the destination is as it was; {share.folder} is kept, and gone on with"
         if job.alone and not isinstance(error, UsageError):
             share.clear()  # of a source that is damaged
         else:

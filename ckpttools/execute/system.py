@@ -17,6 +17,10 @@ _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+class WriteFailed(UsageError):
+    """The system refused to write."""
+
+
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """An `OSError` of the destination as a `UsageError`; it happened at `path`."""
@@ -31,7 +35,7 @@ def write_errors(path: Path) -> Iterator[None]:
             errno.EPERM: ("no-permission", "choose a folder that you may write to"),
             errno.EROFS: ("no-permission", "choose a destination on a writable file system"),
         }.get(error.errno or 0, ("write-failed", "check the disk, or choose another file system"))
-        raise UsageError(
+        raise WriteFailed(
             id,
             f"cannot write: {error.strerror or error}",
             where=path,

@@ -231,7 +231,7 @@ def test_one_worker_cannot_write(large: Path, tmp_path: Path) -> None:
     ]
     (code, out, err), (code1, _, err1) = ended(workers)
     assert (code, out, code1) == (2, "", 2)
-    assert "error[file-too-big]" in err1
+    assert "error[file-too-big]" in err1 and f"many{SPREAD} is kept" in err1 and "removed" not in err1
     assert "error[worker-failed]: worker 1 failed: " in err
     assert not (tmp_path / "many").exists()
     assert [code for code, _, _ in ended([start(arguments, rank, 2) for rank in range(2)])] == [0, 0]
