@@ -183,7 +183,7 @@ class Training:
     unit: Unit = "update"
     count: int | None = None
     epochs_done: int | None = None  # whole ones
-    endless: bool = False  # its loop knows no epochs: the number that is saved as one means nothing
+    endless: bool = False  # its loop may know no epochs: a 0 that is saved as one says nothing
     evidence: tuple[Fact, ...] = ()
     size: int | None = None
     batches: int | None = None
@@ -217,7 +217,7 @@ class Training:
         """With what a format found, where the framework does not say: the main counter decides."""
         own = {name: getattr(self, name) for name in _STATED}
         both = {name: getattr(stated, name) if own[name] in (None, {}) else own[name] for name in _STATED}
-        if both["epoch"] is None or self.endless:
+        if both["epoch"] is None or (self.endless and not both["epoch"]):
             both["epoch"] = self.epochs_done
         if self.count is not None and self.unit == "update":
             both["step"] = self.count

@@ -76,7 +76,8 @@ def _read(file: TorchFile, *, in_folder: bool) -> Training:
         count=count,
         epochs_done=parts.integer(file, "meta", "epoch") if batches is not None else None,
         evidence=tuple(_batch(config)),
-        endless=not by_epoch,
+        # without its configuration a loop of one epoch may be either
+        endless=not by_epoch or (loop is None and epochs in (None, 1)),
         batches=batches,
         epochs=epochs if batches is not None else None,
         total_count=total,

@@ -190,6 +190,9 @@ def test_an_iteration_based_run_with_an_optimizer_by_name(tmp_path: Path) -> Non
     assert [s.optimizer for s in found.state.schedules] == [0, 1]
     assert found.schedules == ("ExponentialLR 0-, at 12",) * 2
     assert found.state.epoch is None and found.state.iteration == 12
+    del tree["meta"]["cfg"]  # type: ignore[attr-defined]
+    torch.save(tree, tmp_path / "iter_12.pth")
+    assert read(tmp_path / "iter_12.pth").epoch is None
     tree["meta"]["cfg"] = "train_cfg = dict(by_epoch=True, max_epochs=2)\n"  # type: ignore[index]
     torch.save(tree, tmp_path / "iter_12.pth")
     assert read(tmp_path / "iter_12.pth").epoch == 0  # the first one is running
