@@ -42,7 +42,7 @@ class Training:
     asked: Asked
     progress: Progress
     saved: Path | None = None  # the last checkpoint
-    _saved_step: int = -1
+    saved_step: int = -1  # of this launch; -1: none was
     _saved_at: float = field(default_factory=time.monotonic)
 
     def train(self, max_steps: int | None) -> str | None:
@@ -145,7 +145,7 @@ class Training:
     def end(self) -> None:
         """The final checkpoint, where the last save was earlier; and the evaluation of the last model."""
         epochs, steps = self.config.save.epochs, self.config.save.save_steps
-        if (epochs or steps) and not self.policy.only_best and self._saved_step != self.progress.iteration:
+        if (epochs or steps) and not self.policy.only_best and self.saved_step != self.progress.iteration:
             names = folders.epoch_name if epochs else folders.step_name
             self.save(self._name(names, self.progress.epoch))
         if self.policy.at_end and not self.policy.best_at_end and self.progress.val_loss is None:
@@ -161,7 +161,7 @@ class Training:
     def save(self, name: str) -> None:
         """A checkpoint of the present position; then what it makes superfluous goes."""
         self.saved = self.saving.save(self.engine, name, self._state())
-        self._saved_step, self._saved_at = self.progress.iteration, time.monotonic()
+        self.saved_step, self._saved_at = self.progress.iteration, time.monotonic()
         self.saving.say(f"saved {self.saved}")
         from_rank0(self.saving.retain)
 

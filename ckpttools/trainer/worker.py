@@ -187,7 +187,9 @@ def _train(
         if best.exists():
             measured = of_checkpoint(config, batch, samples, best)
             training.monitor.evaluated(training.progress, f"best model {best}", measured, of="best")
-    output.say(f"done at step {training.progress.iteration}: {start.run}")
+    at, saved = training.progress.iteration, training.saved_step
+    rest = "" if saved == at else "; nothing was saved" if saved < 0 else f"; saved up to step {saved}"
+    output.say(f"done at step {at}: {start.run}{rest}")
 
 
 def _announce(config: settings.Config, start: startup.Start, notes: tuple[str, ...], output: Output) -> None:

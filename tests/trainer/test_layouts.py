@@ -109,7 +109,7 @@ def test_an_experiment_goes_on_under_its_tag(launch: Launch, config: Path, tmp_p
     assert "Auto resumed from the latest checkpoint" in again
     assert list(losses(run)) == list(range(1, 23))
     other = own.train(tmp_path, "--extra-tag=b", "--max-steps=1")
-    assert "resumed" not in other
+    assert "resumed" not in other and "b; nothing was saved" in other  # no step, and no epoch has ended
     assert list(losses(run.with_name("b"))) == [1]
 
 
