@@ -69,7 +69,7 @@ def test_a_command_imports_what_it_needs() -> None:
     for args, most in (
         (["inspect", str(GOOD), "--tensors"], 120),
         (["--help"], 4),
-        (["verify", "--help"], 20),
+        (["verify", "--help"], 21),
         (["train", "--help"], 20),
     ):
         ran = subprocess.run(
