@@ -221,10 +221,7 @@ def _entries(folder: Location) -> list[Entry]:
                 raise UsageError("too-many-files", f"more than {MAX_ENTRIES} entries", where=folder)
     except PermissionError:
         raise UsageError(
-            "no-permission",
-            "the folder may not be listed",
-            where=folder,
-            hint="ask its owner for read and execute permission",
+            "no-permission", "the folder may not be listed", where=folder, hint="ask its owner for access"
         ) from None
     except NotADirectoryError:
         raise UsageError(
