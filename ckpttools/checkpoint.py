@@ -13,7 +13,8 @@ from ckpttools.training import Training
 from ckpttools.tree import Key, Value
 
 FP32 = "fp32"  # the kind of master weights, whatever their dtype
-EXCLUDES_FROZEN = "exclude_frozen_parameters"  # ours, the key where no other place of a file tells it
+# ours, the key where no other place of a file tells it: how many tensors there are without what was frozen
+EXCLUDES_FROZEN = "exclude_frozen_parameters"
 STEP = "step"  # what the usual optimizers count
 
 

@@ -15,6 +15,7 @@ from ckpttools.containers.nodes import decode, encode, ordered
 from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, size, size_node
 from ckpttools.formats.counters import training
+from ckpttools.formats.notes import holds_for
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
@@ -91,7 +92,7 @@ def excludes_frozen(root: fields.Mapping, tensors: Collection[str], stage: int) 
     Stages 2 and 3 hold its fragments, none of them as an empty dict. The others never do: there a tied weight
     without its owner tells, and adapters without what they adapt.
     """
-    if root.get(EXCLUDES_FROZEN) is True:
+    if holds_for(root.get(EXCLUDES_FROZEN), tensors):
         return True
     if stage >= 2:
         return root.get("frozen_param_fragments", 0) is None

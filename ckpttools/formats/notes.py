@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import some
+
+
+def counts(checkpoint: Checkpoint) -> int:
+    """What EXCLUDES_FROZEN says in a file of these weights."""
+    return len(checkpoint.best_copies())
+
+
+def holds_for(stated: object, tensors: Sized) -> bool:
+    """Whether EXCLUDES_FROZEN, as a file states it, is of the tensors in it.
+
+    A run that goes on from such a file may save the client's values with its own. Its model has the frozen
+    weights by then: where they are saved, there are more tensors than the key counts.
+    """
+    return type(stated) is int and len(tensors) <= stated
 
 
 def left_out(checkpoint: Checkpoint) -> Iterator[str]:

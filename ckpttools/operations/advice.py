@@ -57,7 +57,10 @@ def distributed(variant: str | None, dst: Location, *, partial: bool = False) ->
     """
     path = repr(str(dst))
     if variant == "accelerate":
-        return f"accelerator.load_state({path}); Trainer: the folder is what checkpoint-N holds of FSDP"
+        return (
+            f"accelerator.load_state({path}), with its other files of your run in it (scheduler.bin ...); "
+            "Trainer: the folder is what checkpoint-N holds of FSDP"
+        )
     if variant == "titan":
         return f"torchtitan: its checkpoint.folder takes {path} under the name step-N"
     asked = {"flatten_optimizer_state_dict": variant == "flat", "ignore_frozen_params": partial}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from ckpttools import frameworks
-from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, Layout
+from ckpttools.checkpoint import EXCLUDES_FROZEN, FP32, STEP, Checkpoint, Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
 from ckpttools.formats.configs import HEADS
 from ckpttools.formats.counters import OPTIMIZER
+from ckpttools.formats.notes import counts
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
 from ckpttools.operations.deepspeed_folder import UNIVERSAL, moments, prepared
@@ -23,7 +24,7 @@ from ckpttools.operations.extract import with_config
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.stores.files import named
-from ckpttools.tensors import DType
+from ckpttools.tensors import DType, TensorRef
 from ckpttools.transforms.cast import DTYPE_NAMES, cast
 from ckpttools.transforms.like import like as like_of
 from ckpttools.transforms.like import matched_names
@@ -34,6 +35,7 @@ from ckpttools.transforms.select import select, weights_only
 
 Target = Literal["pt", "zero0", "zero1", "zero2", "zero3", "universal", "dcp", "hf"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+PREPARED = ("zero0", "zero1", "zero2", "zero3", UNIVERSAL)  # DeepSpeed's
 
 
 def convert(
@@ -103,12 +105,15 @@ def convert(
         notes.append(f"optimizer and schedule are left out, as asked for{anew_from}")
     if like is not None:
         checkpoint, dtype = _like(checkpoint, source, Path(like), dtype)
-    if checkpoint.excludes_frozen and to != "hf":
-        checkpoint = replace(checkpoint, client={**checkpoint.client, EXCLUDES_FROZEN: True})
+    checkpoint = _saying_what_is_left_out(checkpoint)
+    if (to in PREPARED) != (checkpoint.layout.zero_stage is not None) or to == "dcp":
+        checkpoint = _one_schedule(checkpoint)
     if to != "hf" and list(checkpoint.tensors) != names:
         _refuse_unnamed(checkpoint)
     if to not in ("pt", "hf") and not reset_optimizer:
         _needs_names(checkpoint)
+    if to in PREPARED and not reset_optimizer:
+        _needs_state(checkpoint)
     if to.startswith("zero") or to == UNIVERSAL or world_size is not None:
         refuse_quantised(checkpoint)
     if like is None and (to != checkpoint.layout.format or optimizer_class is not None):
@@ -144,11 +149,7 @@ def convert(
                 layout = replace(layout, variant=optimizer_class)
             plan = folder_plan(checkpoint, layout)
             lines = resuming.engine(checkpoint, layout, dst)
-            if optimizer_class is None and checkpoint.groups:
-                notes.append(
-                    "steps are tensors, as torch's optimizers keep them; for DeepSpeed's own: "
-                    "--optimizer-class FusedAdam or DeepSpeedCPUAdam"
-                )
+            notes += _what_loads(checkpoint, to, optimizer_class)
     made = (note for note in checkpoint.notes if note not in read)
     plan = replace(plan, notes=(*made, *plan.notes, *notes))
     next = (advice.verify(dst), *lines)
@@ -169,6 +170,43 @@ def _counted(checkpoint: Checkpoint, source: Source) -> tuple[Checkpoint, list[s
     epoch = found.epoch if checkpoint.training.epoch is None else checkpoint.training.epoch
     note = f"step {found.step} is that of the files beside it, whose schedule and random states stay behind"
     return replace(checkpoint, training=replace(checkpoint.training, step=found.step, epoch=epoch)), [note]
+
+
+def _what_loads(checkpoint: Checkpoint, to: str, optimizer_class: str | None) -> Iterator[str]:
+    """What DeepSpeed must load a folder with."""
+    steps = (step for group in checkpoint.groups for step in group.scalars.get(STEP, {}).values())
+    if optimizer_class is None and any(isinstance(step, TensorRef) for step in steps):
+        yield (
+            "steps are tensors, as torch's optimizers keep them; for DeepSpeed's own: "
+            "--optimizer-class FusedAdam or DeepSpeedCPUAdam"
+        )
+    if to != "zero0" and any("ns_coefficients" in group.hyper for group in checkpoint.groups):
+        yield (
+            "torch's Muon updates matrices, and stages 1 to 3 give an optimizer flat vectors: it stops at "
+            "its first update there; pt, dcp and zero0 keep the matrices"
+        )
+
+
+def _saying_what_is_left_out(checkpoint: Checkpoint) -> Checkpoint:
+    """With our key among the client's values where frozen weights are not there, and there alone."""
+    client = dict(checkpoint.client)
+    if checkpoint.excludes_frozen:
+        client[EXCLUDES_FROZEN] = counts(checkpoint)
+    elif type(client.get(EXCLUDES_FROZEN)) is int:  # of the weights that were there once
+        del client[EXCLUDES_FROZEN]
+    return replace(checkpoint, client=client)
+
+
+def _one_schedule(checkpoint: Checkpoint) -> Checkpoint:
+    """With the schedule that is alone in a list, as Lightning saves it, as everybody else loads it."""
+    state = checkpoint.training
+    if not isinstance(state.scheduler, list) or len(state.scheduler) != 1:
+        return checkpoint
+    (alone,) = state.scheduler
+    keys = {field: path for field, path in state.keys.items() if field != "scheduler"}
+    if not isinstance(alone, Mapping):
+        return checkpoint
+    return replace(checkpoint, training=replace(state, scheduler=alone, keys=keys))
 
 
 def _keys(to: str, checkpoint: Checkpoint) -> tuple[str, str]:
@@ -248,6 +286,22 @@ def _needs_names(checkpoint: Checkpoint) -> None:
     )
 
 
+def _needs_state(checkpoint: Checkpoint) -> None:
+    """Refuse groups of an optimizer that keeps moments, without any after steps were made."""
+    done = (checkpoint.training.step or 0) - (checkpoint.training.skipped_steps or 0)
+    groups = [group for group in checkpoint.groups if group.params]
+    if done <= 0 or not groups or not all("betas" in group.hyper for group in groups):
+        return
+    if not any(group.scalars or group.state.keys() - {FP32} for group in groups):
+        raise Unsupported(
+            "state-incomplete",
+            f"the optimizer has settings and no state after {done} steps",
+            where=checkpoint.path,
+            why="DeepSpeed would begin its moments anew in the middle of a schedule, without a word",
+            hint="use a checkpoint that holds it; --reset-optimizer begins optimizer and schedule anew",
+        )
+
+
 def _refuse_unnamed(checkpoint: Checkpoint) -> None:
     """Other tensors than the file's, and an optimizer that means them by their places: raises Unsupported."""
     if checkpoint.unnamed:
@@ -300,10 +354,10 @@ def _single(checkpoint: Checkpoint, dtype: DType | None) -> Checkpoint:
     """One copy of each weight in the dtype that is asked for, where one is."""
     if dtype is None:
         return checkpoint
-    made = cast(checkpoint, dtype)
+    made, masters = cast(checkpoint, dtype), checkpoint.master.values()
     note = f"the fp32 master weights are left out: one copy of each weight, in {dtype.short}, as asked for"
     return replace(
         made,
         groups=tuple(replace(group, state=moments(group)) for group in made.groups),
-        notes=(*made.notes, *([note] if checkpoint.master else [])),
+        notes=(*made.notes, *([note] if any(ref.dtype is not dtype for ref in masters) else [])),
     )

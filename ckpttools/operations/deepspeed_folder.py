@@ -61,7 +61,9 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
     if old.zero_stage is None:
         if stage is not None:  # no number of ranks to keep the batch of
             old = replace(old, dp_degree=ranks)
-        if state.scheduler:  # from there the engine loads whichever scheduler it was given
+        if (
+            isinstance(state.scheduler, Mapping) and state.scheduler
+        ):  # from there the engine loads whichever scheduler it was given
             state = replace(state, keys={**state.keys, "scheduler": LR_SCHEDULER})
     engine = common_dtype({n: ref for n, ref in checkpoint.tensors.items() if n in trained})
     checkpoint = _scaled(checkpoint, to, old.dtype, engine)

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from math import isfinite
 
 from ckpttools.checkpoint import STEP, Checkpoint, Layout
+from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
-from ckpttools.formats.deepspeed import sub_group_size
+from ckpttools.formats.deepspeed import scheduler_state, sub_group_size
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value, leaves, same
@@ -27,9 +28,14 @@ def single_file(checkpoint: Checkpoint, dst: Location, weights: str, optimizer: 
         yield f"optimizer.load_state_dict(saved[{optimizer!r}])"
     state = checkpoint.training
     if state.scheduler:
-        key = state.keys.get("scheduler", ())
-        at = key[0] if checkpoint.template is not None and len(key) == 1 else "scheduler_state_dict"
-        yield f"scheduler.load_state_dict(saved[{at!r}])"
+        path = state.keys.get("scheduler", ())
+        # where the writer puts it
+        kept = isinstance(checkpoint.template, TorchFile) or len(path) > 1
+        at = "saved" + "".join(f"[{key!r}]" for key in (path if kept and path else ("scheduler_state_dict",)))
+        if isinstance(state.scheduler, list):
+            yield f"for scheduler, state in zip(schedulers, {at}): scheduler.load_state_dict(state)"
+        else:
+            yield f"scheduler.load_state_dict({at})"
 
 
 def engine(checkpoint: Checkpoint, layout: Layout, dst: Location) -> Iterator[str]:
@@ -48,7 +54,7 @@ def engine(checkpoint: Checkpoint, layout: Layout, dst: Location) -> Iterator[st
             yield from _own_classes(checkpoint, file)
             load = f"torch.load({str(file)!r}, weights_only=True)['module']"
             yield f"model.load_state_dict({load}, strict=False)  # load_universal leaves out frozen, buffers"
-    options = "" if checkpoint.training.scheduler else ", load_lr_scheduler_states=False"
+    options = "" if scheduler_state(checkpoint)[0] else ", load_lr_scheduler_states=False"
     if checkpoint.excludes_frozen or checkpoint.left_out:
         options += ", load_module_strict=False"
     ranks = f"{layout.dp_degree} rank{'s' * (layout.dp_degree > 1)}"

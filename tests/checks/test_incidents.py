@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from support import FIXTURES, name_of
 
 from ckpttools.checks import verify
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, Unsupported
 from ckpttools.operations.convert import convert
 from ckpttools.runs.find import paths
 
@@ -45,9 +45,13 @@ def saved(path: Path, change: Callable[[Any], None]) -> Path:
 
 
 def everywhere(path: Path) -> list[Path]:
-    """The same as a `.pt`, as a ZeRO folder, and as a distributed checkpoint."""
-    zero = convert(path, path.with_name("zero"), to="zero2", world_size=2).destination
-    return [path, zero, convert(path, path.with_name("dcp"), to="dcp", world_size=3).destination]
+    """The same as a `.pt`, in DeepSpeed's folders, and as a distributed checkpoint."""
+    made = [path]
+    for to, ranks in (("dcp", 3), ("zero2", 2), ("zero0", None), ("zero3", 2), ("universal", None)):
+        source = made[-1] if to == "zero3" else path  # stage 3 must know what is frozen: the others say it
+        out = path.with_name(f"{path.stem}-{to}")
+        made.append(convert(source, out, to=to, world_size=ranks, digest=False).destination)
+    return made
 
 
 def test_a_weight_that_was_overwritten_with_one_value(tmp_path: Path) -> None:
@@ -55,6 +59,8 @@ def test_a_weight_that_was_overwritten_with_one_value(tmp_path: Path) -> None:
         tree["model_state_dict"]["emb.weight"].fill_(0.25)
 
     for path in everywhere(saved(tmp_path / "a.pt", fill)):
+        if path.name.endswith("zero3"):
+            continue  # whose parts of so small a weight are shorter than a run that is looked at
         assert found(path) == {"constant-weight": "emb.weight"}
 
 
@@ -126,6 +132,11 @@ def test_no_state_of_an_optimizer_that_keeps_some(tmp_path: Path) -> None:
     at = saved(tmp_path / "a.pt", empty)
     assert found(at) == {"optimizer-empty": ""}
     assert found(convert(at, tmp_path / "dcp", to="dcp").destination) == {"optimizer-empty": ""}
+    for to in ("zero0", "zero2", "zero3", "universal"):  # DeepSpeed would begin it anew without a word
+        with pytest.raises(Unsupported) as caught:
+            convert(at, tmp_path / to, to=to)
+        assert caught.value.id == "state-incomplete" and not (tmp_path / to).exists()
+    convert(at, tmp_path / "anew", to="zero2", reset_optimizer=True)
     tree = torch.load(at, weights_only=True)
     for group in tree["optimizer_state_dict"]["param_groups"]:
         del group["betas"]
@@ -181,6 +192,47 @@ def test_buffers_that_a_merger_repeated(tmp_path: Path) -> None:
         assert found(tmp_path / name) == {"buffer-repeated": name}
     torch.save(good, tmp_path / "a.pt")
     assert found(tmp_path / "a.pt") == {}
+
+
+def trained(path: Path, weights: dict[str, torch.Tensor], beside: dict[str, torch.Tensor]) -> Path:
+    """A training checkpoint of these weights, with moments and steps; `beside` are not trained."""
+    state = {
+        i: {"step": torch.tensor(3.0), "exp_avg": torch.rand_like(w), "exp_avg_sq": torch.rand_like(w)}
+        for i, w in enumerate(weights.values())
+    }
+    hyper = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
+    group = hyper | {"params": list(range(len(weights))), "param_names": list(weights)}
+    optimizer = {"state": state, "param_groups": [group]}
+    torch.save({"model": {**weights, **beside}, "optimizer": optimizer, "global_step": 3}, path)
+    return path
+
+
+def test_every_format_shows_what_names_and_shapes_show(tmp_path: Path) -> None:
+    layer, adapter = "layers.1.mlp.experts", "q.lora_A.default.weight"
+    norm = torch.nn.BatchNorm1d(4).state_dict()
+    weights = experts(f"{layer}.3.") | {"n.weight": torch.rand(4), "n.bias": torch.rand(4)}
+    beside = {f"n.{name}": norm[name] for name in ("running_mean", "running_var")}
+    beside["n.num_batches_tracked"] = torch.tensor([7, 7])
+    bad = trained(tmp_path / "bad.pt", weights, beside | {adapter: torch.empty(0)})
+    expected = {
+        "experts-missing": layer,
+        "buffer-repeated": "n.num_batches_tracked",
+        "lora-empty": adapter,
+    }
+    for path in everywhere(bad):
+        assert found(path) == expected, path
+    beside |= {"n.num_batches_tracked": torch.tensor(7), adapter: torch.rand(2, 4)}
+    weights |= experts()
+    for path in everywhere(trained(tmp_path / "good.pt", weights, beside)):
+        assert found(path) == {}, path
+
+
+@pytest.mark.parametrize("name", ["z2_bf16_ws2", "z3_bf16_ws2"])
+def test_a_rank_of_a_larger_world(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(FIXTURES / "deepspeed-0.19.8" / name, tmp_path / "run")
+    for path in [*folder.glob("*/*_pp_rank_1_*")]:
+        shutil.copy(path, path.with_name(path.name.replace("rank_1_", "rank_2_")))
+    assert "shard-extra" in {f.id for f in verify(folder).findings if f.severity == "error"}
 
 
 def test_leftovers_of_another_world_size(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ OTHERS = {
     "skipped_steps": "skipped",
     "scheduler": "scheduler",
 }
-ACCELERATES = "accelerate keeps it in files of its own"
+ACCELERATES = "accelerate's two folders hold model and optimizer alone"
 COUNTS = ("step", "iteration", "epoch", "samples", "skipped_steps", "train_loss", "val_loss", "scheduler")
 DROPPED: Mapping[str, Mapping[str, str]] = {
     "zero": {},

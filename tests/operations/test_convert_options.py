@@ -267,6 +267,9 @@ def test_every_optimizer_there_and_back(name: str, to: Any, tmp_path: Path) -> N
         return
     ranks = {"world_size": 3} if to.startswith("zero") else {}
     there = convert(source, tmp_path / "z", to=to, **ranks)
+    assert any("Muon updates matrices" in note for note in there.notes) is (name == "Muon" and to != "dcp")
+    counts = name not in ("SGD", "Muon") and to != "dcp"
+    assert any("steps are tensors" in note for note in there.notes) is counts
     assert not any(finding.severity in (ERROR, WARNING) for finding in verify(there.destination).findings)
     back = convert(there.destination, tmp_path / "b.pt", to="pt")
     expected = trained(optimizer, model)
@@ -276,6 +279,86 @@ def test_every_optimizer_there_and_back(name: str, to: Any, tmp_path: Path) -> N
     for line in back.next[1:]:
         exec(line, names)
     assert trained(fresh, again) == expected
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat", None])
+@pytest.mark.parametrize("frozen", [False, True], ids=["whole", "partial"])
+def test_the_line_for_a_distributed_checkpoint_loads_it(layout: Any, frozen: bool, tmp_path: Path) -> None:
+    """As it is printed: the losses go on bit by bit."""
+    from torch.distributed import checkpoint  # noqa: F401
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    torch.manual_seed(0)
+    model, again = (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5), nn.Linear(5, 2)) for _ in range(2))
+    for each in (model, again):
+        each[0].requires_grad_(not frozen)
+    again[0].load_state_dict(model[0].state_dict())
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        every = [p for p in model.parameters() if p.requires_grad]
+        matrices = {"params": [p for p in every if p.ndim == 2], "weight_decay": 0.1}
+        return torch.optim.AdamW([matrices, {"params": [p for p in every if p.ndim < 2]}])
+
+    optimizer = optimizer_of(model)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer, epoch=1)
+    if frozen:
+        source = convert(source, tmp_path / "z", to="zero2", world_size=1, digest=False).destination
+        file = next(source.rglob("mp_rank_00_*"))
+        tree = torch.load(file, weights_only=False)
+        for name in [name for name in tree["module"] if name.startswith("0.")]:
+            del tree["module"][name]
+        torch.save(tree | {"frozen_param_shapes": None, "frozen_param_fragments": None}, file)
+    made = convert(source, tmp_path / "d", to="dcp", dcp_layout=layout, digest=False)
+    fresh = optimizer_of(again)
+    scope = {"model": again, "optimizer": fresh, "torch": torch, "StateDictOptions": StateDictOptions}
+    exec(made.next[1], scope | {"get_state_dict": get_state_dict, "set_state_dict": set_state_dict})
+    assert trained(fresh, again) == trained(optimizer, model)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "two"])
+@pytest.mark.parametrize("to", ["pt", "zero2"])
+def test_the_schedules_of_lightning_are_loaded_as_the_lines_say(
+    to: Any, several: bool, tmp_path: Path
+) -> None:
+    """It saves a list of them; DeepSpeed's engine and a scheduler of torch load one."""
+    folder = to == "pt"
+    source = next((FIXTURES / "lightning" / ("deepspeed" if folder else "file")).glob("*.ckpt"))
+    copy = tmp_path / source.name
+    shutil.copytree(source, copy) if folder else shutil.copy(source, copy)
+    file = next(copy.rglob("*model_states.pt")) if folder else copy
+    tree = torch.load(file, weights_only=False)
+    schedules = tree["lr_schedulers"] = tree["lr_schedulers"] * (1 + several)
+    torch.save(tree, file)
+    made = convert(copy, tmp_path / "made", to=to, digest=False)
+    loaded: list[Any] = []
+    each = SimpleNamespace(load_state_dict=loaded.append)
+    if to == "pt":
+        scope = {"saved": torch.load(made.destination, weights_only=False), "scheduler": each}
+        (line,) = (line for line in made.next if line.startswith(("scheduler.", "for scheduler,")))
+        exec(line, scope | {"schedulers": [each, each]})
+        assert loaded == schedules
+        return
+    saved = torch.load(next(made.destination.rglob("mp_rank_00_*")), weights_only=False)
+    assert saved["lr_scheduler"] == (None if several else schedules[0])
+    assert several is ("load_lr_scheduler_states=False" in made.next[-1])
+    assert not several or saved["lr_schedulers"] == schedules
+
+
+def test_tensors_of_the_client_are_no_weights_of_torchtitan(tmp_path: Path) -> None:
+    """At the top of its folders lie the model's tensors, and nothing says of which they are."""
+    made = convert(SAMPLES / "z2_clientstate_ws2", tmp_path / "d", to="dcp", dcp_layout="titan")
+    assert (
+        open_checkpoint(made.destination).tensors.keys()
+        == open_checkpoint(SAMPLES / "z2_clientstate_ws2").tensors.keys()
+    )
+    assert any("'bools' is not written" in note for note in made.notes)
+
+
+def test_adapters_without_their_base_are_no_whole_model(tmp_path: Path) -> None:
+    made = convert(FIXTURES / "hf/peft", tmp_path / "a.pt", to="pt")
+    assert any("frozen weights are not in the source" in note for note in made.notes)
+    assert any("strict=False" in line for line in made.next)
 
 
 @pytest.mark.parametrize("to", FOLDERS)
@@ -339,6 +422,22 @@ def test_the_loss_scale_of_stage_0_goes_on(tmp_path: Path) -> None:
     assert {key: again[key] for key in saved if "scale" in key} == {
         key: saved[key] for key in saved if "scale" in key
     }
+
+
+def test_what_stage_0_cannot_say_of_the_loss_scaler_is_named(tmp_path: Path) -> None:
+    """Its wrapper has no place for five fields: they come back as ds_config has them, or as they begin."""
+    source = shutil.copytree(SAMPLES / "z2_fp16_ws2", tmp_path / "a")
+    others = {"min_scale": 4, "delayed_shift": 3, "cur_hysteresis": 1, "consecutive_hysteresis": True}
+    others["raise_error_at_min_scale"] = False
+    for file in source.rglob("*_optim_states.pt"):
+        saved = torch.load(file, weights_only=False)
+        vars(saved["optimizer_state_dict"]["loss_scaler"]).update(others)
+        torch.save(saved, file)
+    made = convert(source, tmp_path / "b", to="zero0", digest=False)
+    (note,) = (note for note in made.notes if "not kept of the loss scaler" in note)
+    assert all(name in note for name in others)
+    back = open_checkpoint(made.destination).loss_scaler
+    assert (back["min_scale"], back["delayed_shift"]) == (1, 2)
 
 
 @pytest.mark.parametrize("to", FOLDERS)
@@ -669,7 +768,11 @@ def test_a_count_that_some_parameters_lack_is_refused(tmp_path: Path) -> None:
 def test_what_was_frozen_and_left_out_stays_known_through_every_format(src: Path, tmp_path: Path) -> None:
     """Each way loads into a model that has the frozen weights already, and not strictly."""
     src = src / "checkpoint-2" if src.name == "peft" else src
-    assert any("not in the source" in note for note in convert(src, tmp_path / "w", to="hf").notes)
+    weights = convert(src, tmp_path / "w", to="hf")
+    assert any("not in the source" in note for note in weights.notes)
+    again = convert(weights.destination, tmp_path / "w.pt", to="pt")
+    assert any("not in the source" in note for note in again.notes)
+    assert any("strict=False" in line for line in again.next)
     for to in (target for target in TARGETS if target != "hf"):
         made = convert(src, tmp_path / to, to=to, digest=False)
         assert any("frozen weights are not in the source" in note for note in made.notes)
@@ -689,6 +792,28 @@ def test_the_key_that_tells_it_is_not_the_training_codes(tmp_path: Path) -> None
         assert "client state" not in run(command, source, made.destination).out
     notes = convert(made.destination, tmp_path / "w", to="hf", digest=False).notes
     assert not any("the training code's" in note for note in notes)
+
+
+@pytest.mark.parametrize("to", [to for to in TARGETS if to not in ("dcp", "hf")])
+def test_the_key_means_nothing_in_a_later_save_of_all_weights(to: Any, tmp_path: Path) -> None:
+    """A run loads the frozen weights and then this, and saves what load_checkpoint returned as its own."""
+    part = convert(SAMPLES / "z2_lora_exclude_ws2", tmp_path / "part", to=to, digest=False).destination
+    whole = convert(SAMPLES / "z2_lora_ws2", tmp_path / "whole", to=to, digest=False).destination
+    said = open_checkpoint(part).client["exclude_frozen_parameters"]
+    for file in [whole] if to == "pt" else whole.rglob("*model_states.pt"):
+        torch.save(torch.load(file, weights_only=False) | {"exclude_frozen_parameters": said}, file)
+    assert open_checkpoint(part).excludes_frozen and not open_checkpoint(whole).excludes_frozen
+    made = convert(whole, tmp_path / "made", to=to, digest=False)
+    assert not any("not in the source" in each for each in made.notes)
+    assert not any("load_module_strict=False" in line for line in made.next)
+    assert "exclude_frozen_parameters" not in open_checkpoint(made.destination).client
+
+
+def test_what_accelerate_has_no_place_for_is_named(tmp_path: Path) -> None:
+    source = SAMPLES / "z2_lora_exclude_ws2"
+    made = convert(source, tmp_path / "d", to="dcp", dcp_layout="accelerate", digest=False)
+    assert any("frozen weights are not in the source" in note for note in made.notes)
+    assert not any("accelerate keeps it" in note and "exclude_frozen" in note for note in made.notes)
 
 
 def test_an_adapter_without_its_base_was_left_out_at_every_stage(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc_per_node=2 verl_samples.py OUT
 
-OUT/actor_ws2 and OUT/truth.pt: FSDP2, torch.save of each rank's sharded state dicts.
+OUT/actor_ws2 and OUT/truth.pt: FSDP2, torch.save of each rank's sharded state dicts. On four ranks
+OUT/actor_ws4: a mesh of two replicas of two shards, whose truth is kept as truth_ws4.pt.
 """
 
 import json
@@ -22,7 +23,8 @@ folder = out / f"actor_ws{ranks}"
 folder.mkdir(parents=True, exist_ok=True)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
-fully_shard(model, mesh=init_device_mesh("cpu", (ranks,), mesh_dim_names=("fsdp",)))
+shape, dims = ((2, 2), ("ddp", "fsdp")) if ranks == 4 else ((ranks,), ("fsdp",))
+fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=dims))
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 for _ in range(2):
     model(torch.ones(2, 6)).sum().backward()

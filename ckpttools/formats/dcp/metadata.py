@@ -37,6 +37,8 @@ MAX_NBYTES = 256 << 20
 LIMITS = 4  # torch memoizes 26 objects for each tensor: a state of 50,000 parameters has 5 million
 VERSION = "1.0.0"
 MODULE = "torch.distributed.checkpoint.metadata"
+# Megatron-Core 0.15 derives a class from Metadata, with one field more
+DERIVED = ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,8 @@ class _Decoder:
 
     def state(self, node: Node, name: str, what: str) -> fields.Mapping:
         """The fields of one of torch's dataclasses."""
-        if isinstance(node, Object) and node.is_a(MODULE, name) and node.has_state:
+        classes = [(MODULE, name), *([DERIVED] if name == "Metadata" else [])]
+        if isinstance(node, Object) and node.has_state and any(node.is_a(*each) for each in classes):
             return fields.mapping(self.path, node.state, what)
         raise fields.bad_field(self.path, what, f"is no {name}")
 

@@ -15,6 +15,7 @@ from ckpttools.formats.dcp.names import DATA, MODEL_FOLDER, NAME, OPTIMIZER_FOLD
 from ckpttools.formats.dcp.pieces import assembled, check_pieces
 from ckpttools.formats.dcp.roles import ACCELERATE, Names, guessed, roles, tree
 from ckpttools.formats.dcp.shards import read_shards
+from ckpttools.formats.notes import holds_for
 from ckpttools.location import Location
 from ckpttools.records import dataclass
 from ckpttools.stores.files import exists, size_of
@@ -155,7 +156,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
         shared=shared,
         frozen=frozen,
         buffers=buffers,
-        excludes_frozen=client.get(EXCLUDES_FROZEN) is True,
+        excludes_frozen=holds_for(client.get(EXCLUDES_FROZEN), tensors),
         roles_guessed=not isinstance(stated, list),
         extra_state=held.extra,
         files=tuple(role for each in found for role in _files(each)),

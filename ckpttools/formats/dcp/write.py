@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
-from ckpttools.errors import UsageError, escape
+from ckpttools.checkpoint import EXCLUDES_FROZEN, FP32, Checkpoint, Layout, ParamGroup
+from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
 from ckpttools.formats.dcp.counters import with_state
 from ckpttools.formats.dcp.items import Writer
@@ -66,10 +66,12 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     if checkpoint.frozen and buffers is None:
         notes.append(f"which {len(checkpoint.frozen)} weights are frozen has no place in the format")
     if style == ACCELERATE:
-        notes += [
-            f"'{escape(path[0])}' is not written: accelerate keeps it in files of its own"
-            for path, _ in client
-        ]
+        # left_out says the one that is ours
+        if lost := dict.fromkeys(str(path[0]) for path, _ in client if path != (EXCLUDES_FROZEN,)):
+            notes.append(
+                f"not written, as accelerate's two folders hold model and optimizer alone: {some(lost, 12)}; "
+                "it keeps schedule and counters in files of its own"
+            )
         files = [
             *_files(f"{MODEL_FOLDER}/", model, checkpoint, mesh),
             *(_files(f"{OPTIMIZER_FOLDER}/", optimizer, checkpoint, mesh) if optimizer else ()),
@@ -142,7 +144,9 @@ def _client(checkpoint: Checkpoint, names: Names, notes: list[str]) -> Iterator[
     if checkpoint.loss_scaler:
         values[LOSS_SCALER] = dict(checkpoint.loss_scaler)
     for key, value in values.items():
-        if key in (names.model, names.optimizer):
+        if names.model is None and isinstance(value, TensorRef):
+            notes.append(f"'{escape(key)}' is not written: tensors at the top are the model's in this layout")
+        elif key in (names.model, names.optimizer):
             notes.append(f"'{key}' among the client's values is not written: the name is taken")
         else:
             yield from _flattened((key,), value, notes)

@@ -47,11 +47,13 @@ def from_metadata(metadata: Mapping[str, str]) -> Training:
     )
 
 
+def integer(text: str | None) -> int | None:
+    return int(text) if text is not None and _INTEGER.fullmatch(text) else None
+
+
 def _number(text: str | None) -> int | float | None:
-    if text is None:
-        return None
-    if _INTEGER.fullmatch(text):
-        return int(text)
+    if text is None or (whole := integer(text)) is not None:
+        return None if text is None else whole
     try:
         return float(text)  # a loss may be NaN or infinite
     except ValueError:

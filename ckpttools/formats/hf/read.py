@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckpttools.checkpoint import Checkpoint, FileRole, Layout, common_dtype
+from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import fields, jsons
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError, escape
-from ckpttools.formats.hf.counters import FORMAT, KEYS, FreeText, aliases, from_metadata
+from ckpttools.formats.hf.counters import FORMAT, KEYS, FreeText, aliases, from_metadata, integer
 from ckpttools.formats.hf.names import ADAPTER, ROLES, not_read, weight_files
+from ckpttools.formats.notes import holds_for
 from ckpttools.formats.ties import tied
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
@@ -77,23 +78,25 @@ def read(path: Location) -> Checkpoint:
         model = index or next(iter(shards))
         notes.append(f"{model} is the model; other weights beside it are not read: {', '.join(others)}")
     ties = aliases(metadata, tensors)
+    adapter = all(name.startswith(ADAPTER) for name in shards)
     tensors |= {alias: tensors[owner] for alias, owner in ties.items()}
     return Checkpoint(
         path=path,
         layout=Layout(
             format="hf" if is_folder(path) else "safetensors",
             dtype=common_dtype(tensors),
-            stem=ADAPTER if all(name.startswith(ADAPTER) for name in shards) else None,
+            stem=ADAPTER if adapter else None,
         ),
         tensors=tensors,
         shared=tied(tensors) | ties,
+        excludes_frozen=adapter or holds_for(integer(metadata.get(EXCLUDES_FROZEN)), tensors),
         training=_training(path, metadata),
         files=tuple(files),
         checks=tuple(checks),
         notes=tuple(notes),
         template=(
             *torch_files,
-            FreeText(tuple(key for key in metadata if key not in (*KEYS, FORMAT, *ties))),
+            FreeText(tuple(key for key in metadata if key not in (*KEYS, FORMAT, EXCLUDES_FROZEN, *ties))),
         ),
     )
 

@@ -12,7 +12,7 @@ from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, w
 from ckpttools.errors import escape, some
 from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, to_metadata, to_values
 from ckpttools.formats.hf.names import BIN, shard_names
-from ckpttools.formats.notes import left_out
+from ckpttools.formats.notes import counts, left_out
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 
@@ -38,6 +38,8 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     ties = {a: o for a, o in checkpoint.shared.items() if a in tensors and o in tensors}
     stored = tensors if binary else {name: ref for name, ref in tensors.items() if name not in ties}
     about = {FORMAT: "pt", **to_metadata(checkpoint.training), **ties}
+    if (checkpoint.excludes_frozen or checkpoint.left_out) and checkpoint.layout.stem is None:
+        about[EXCLUDES_FROZEN] = str(counts(checkpoint))
 
     def file(path: str, names: Sequence[str]) -> OutputFile:
         mine = {name: stored[name] for name in names}

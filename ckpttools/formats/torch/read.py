@@ -15,6 +15,7 @@ from ckpttools.formats import torch_optimizer as optimizer
 from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.counters import training
 from ckpttools.formats.deepspeed import names_of
+from ckpttools.formats.notes import holds_for
 from ckpttools.formats.ties import tied
 from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.location import Location
@@ -99,7 +100,7 @@ def read(
         frozen=frozen,
         buffers=buffers,
         roles_guessed=stated is None,
-        excludes_frozen=client.get(EXCLUDES_FROZEN) is True,
+        excludes_frozen=holds_for(client.get(EXCLUDES_FROZEN), tensors),
         training=state,
         extra_state=_extra_state(file, key, prefix),
         client=client,

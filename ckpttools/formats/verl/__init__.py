@@ -7,8 +7,9 @@
 
 A DTensor is a call of `_rebuild_from_type_v2` with `_local_tensor` and `_spec`: where it is `Shard(0)`,
 rank R has the R-th of N pieces along the first dimension, the first ones of ceil(rows / N) rows, the last
-ones shorter or empty; where it is `Replicate()`, every rank has all of it. Weights are joined; of the
-optimizer the files are checked.
+ones shorter or empty; where it is `Replicate()`, every rank has all of it. On a mesh of `ddp` times `fsdp`
+ranks (HSDP) it is both, and every N / ddp ranks have all. Weights are joined; of the optimizer the files are
+checked.
 Source: verl/utils/checkpoint/fsdp_checkpoint_manager.py; torch/distributed/tensor/_api.py of torch 2.13.
 """
 

@@ -7,7 +7,7 @@ from ckpttools.errors import CkptError
 from ckpttools.findings import of_error
 from ckpttools.formats.files import Attempts, archive_roots, check_files
 from ckpttools.formats.format import Checked
-from ckpttools.formats.verl.read import checkpoint, find
+from ckpttools.formats.verl.read import checkpoint, copies, find
 from ckpttools.location import Location
 
 
@@ -27,4 +27,4 @@ def check(path: Location) -> Checked:
     found = [*read.values()]
     attempt.findings += [*check_files(found), *archive_roots(found)]
     whole = attempt(lambda: checkpoint(path, files, read)) if len(read) == len(paths) else None
-    return Checked(attempt.findings, whole, found)
+    return Checked(attempt.findings, whole, found, tuple(copies(files, read)) if whole is not None else ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ckpttools.checkpoint import Checkpoint, Layout, common_dtype
 from ckpttools.containers import fields
@@ -10,7 +10,7 @@ from ckpttools.containers.edit import at
 from ckpttools.containers.pickles import Global, Node, Object
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError, Unsupported, escape
-from ckpttools.formats.format import Folder
+from ckpttools.formats.format import Copy, Folder
 from ckpttools.formats.rank_files import role_of, unchecked
 from ckpttools.formats.ties import tied
 from ckpttools.formats.verl.names import NAME
@@ -77,7 +77,9 @@ def checkpoint(path: Location, files: Files, read: dict[Location, TorchFile]) ->
     """The whole from files that were read."""
     models = [read[each] for each in files.paths["model"].values()]
     roots = [fields.mapping(file.path, file.value, "the file's value") for file in models]
-    tensors = {name: _whole(models, [root.get(name) for root in roots], name) for name, _ in roots[0].named()}
+    tensors = {
+        name: next(_wholes(models, [root.get(name) for root in roots], name)) for name, _ in roots[0].named()
+    }
     every = [(kind, rank, read[p]) for kind, of_kind in files.paths.items() for rank, p in of_kind.items()]
     return Checkpoint(
         path=path,
@@ -100,22 +102,38 @@ def checkpoint(path: Location, files: Files, read: dict[Location, TorchFile]) ->
     )
 
 
-def _whole(models: Sequence[TorchFile], nodes: Sequence[Node], name: str) -> TensorRef:
-    """A weight from every rank's node of it: a DTensor, or a plain tensor that all ranks have."""
+def copies(files: Files, read: dict[Location, TorchFile]) -> Iterator[Copy]:
+    """The weights that more ranks have than the first ones that make them up. Raises as `checkpoint` does."""
+    models = [read[each] for each in files.paths["model"].values()]
+    roots = [fields.mapping(file.path, file.value, "the file's value") for file in models]
+    for name, _ in roots[0].named():
+        first, *more = _wholes(models, [root.get(name) for root in roots], name)
+        for other in more:
+            for part, like in zip(other.chunks, first.chunks, strict=True):
+                shape = (part.nbytes // first.dtype.itemsize,)
+                tensor, copy = (TensorRef(first.dtype, shape, (each,)) for each in (part, like))
+                yield Copy(name=name, tensor=tensor, twin="that of the first ranks", copy=copy)
+
+
+def _wholes(models: Sequence[TorchFile], nodes: Sequence[Node], name: str) -> Iterator[TensorRef]:
+    """A weight from every rank's node of it, once for each set of ranks that has all of it: a DTensor, or a
+    plain tensor that all ranks have.
+    """
     first = nodes[0]
     if not (isinstance(first, Object) and first.cls == REBUILD):
         view = models[0].view(first)
         if view is None:
             raise fields.bad_field(models[0].path, name, "is no tensor")
-        return view.ref
+        yield view.ref
+        return
     whole = _shape(models[0], first, name)
     parts = [_local(file, node, name) for file, node in zip(models, nodes, strict=True)]
     placements = _placements(first)
-    if placements == [None]:  # Replicate
-        return parts[0]
-    rows = -(-whole[0] // len(parts)) if whole else 0
-    expected = [max(0, min(rows, whole[0] - rank * rows)) for rank in range(len(parts))] if whole else []
-    if placements != [0] or not whole:
+    if placements and not any(each is not None for each in placements):  # Replicate
+        yield from parts
+        return
+    *outer, last = placements or [-1]
+    if last != 0 or any(each is not None for each in outer) or not whole:
         raise Unsupported(
             "layout-unsupported",
             f"{escape(name)} is split in another way than along its first dimension",
@@ -124,12 +142,22 @@ def _whole(models: Sequence[TorchFile], nodes: Sequence[Node], name: str) -> Ten
             hint="merge it with verl's own model merger",
             layout="verl",
         )
-    for file, part, own in zip(models, parts, expected, strict=True):
+    shown = [part.shape[0] if part.shape else 0 for part in parts]
+    sizes = [n for n in range(1, len(parts) + 1) if len(parts) % n == 0] if outer else []
+    shards = next((n for n in sizes if shown == _rows(whole[0], len(parts), n)), len(parts))
+    for file, part, own in zip(models, parts, _rows(whole[0], len(parts), shards), strict=True):
         if part.shape != (own, *whole[1:]) and (own or part.numel):
             raise fields.bad_field(
                 file.path, name, f"is {list(part.shape)} where {[own, *whole[1:]]} belongs"
             )
-    return cat(parts, parts[0].dtype).view(whole)
+    for i in range(0, len(parts), shards):
+        yield cat(parts[i : i + shards], parts[0].dtype).view(whole)
+
+
+def _rows(rows: int, ranks: int, shards: int) -> list[int]:
+    """How many each rank has where every `shards` of them have all."""
+    each = -(-rows // shards)
+    return [max(0, min(each, rows - rank % shards * each)) for rank in range(ranks)]
 
 
 def _spec(node: Node) -> fields.Mapping | None:

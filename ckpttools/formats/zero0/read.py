@@ -116,11 +116,16 @@ def _loss_scaler(file: TorchFile, wrapper: Node, config: Value) -> Mapping[str, 
     """
     known = {key: decode(file, value) for key in SCALE if (value := at(wrapper, key)) is not None}
     if at(wrapper, DYNAMIC) is True:
-        stated = config if isinstance(config, Mapping) else {}
-        asked = {key: stated[name] for key, name in CONFIGURED.items() if isinstance(stated.get(name), int)}
-        return {**NEW_SCALER, **asked, **known}
+        return {**first_scaler(config), **known}
     scale = known.get("cur_scale", 1)
     return {"class": "LossScaler", "cur_scale": scale, "dynamic": False} if scale != 1 else {}
+
+
+def first_scaler(config: Value) -> dict[str, Value]:
+    """The scaler that a run with such an fp16 section of ds_config begins with."""
+    stated = config if isinstance(config, Mapping) else {}
+    asked = {key: stated[name] for key, name in CONFIGURED.items() if isinstance(stated.get(name), int)}
+    return {**NEW_SCALER, **asked}
 
 
 def _no_optimizer(folder: Location, where: Location) -> CkptError:

@@ -17,11 +17,11 @@ from ckpttools.containers.torch_file import Storage, write_torch_file
 from ckpttools.errors import escape
 from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.cutting import equal, no_groups, not_flat
-from ckpttools.formats.deepspeed import NEW_SCALER, frozen_shapes, new_root, shapes_node
+from ckpttools.formats.deepspeed import frozen_shapes, new_root, shapes_node
 from ckpttools.formats.notes import left_out
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.torch_optimizer import separate, state_of
-from ckpttools.formats.zero0.read import INNER, MASTERS
+from ckpttools.formats.zero0.read import INNER, MASTERS, first_scaler
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.tensors import DTYPES, FLOAT32, Chunk, TensorRef, join_chunks
 from ckpttools.tree import Value
@@ -69,7 +69,8 @@ def _notes(checkpoint: Checkpoint, layout: Layout, wrapped: bool) -> Iterator[st
             "--optimizer-class FusedAdam joins them to a vector for each group"
         )
     kept = {"class", "dtype", "dynamic", "cur_scale", "cur_iter", "scale_window", *SCALE}
-    other = {key for key, value in checkpoint.loss_scaler.items() if value != NEW_SCALER.get(key)}
+    first = first_scaler(checkpoint.settings.get("fp16"))
+    other = {key for key, value in checkpoint.loss_scaler.items() if value != first.get(key)}
     if wrapped and (lost := other - kept):
         yield f"not kept of the loss scaler: {', '.join(map(escape, sorted(lost)))}"
     if checkpoint.loss_scaler and not wrapped and checkpoint.loss_scaler.get("dynamic") is not False:

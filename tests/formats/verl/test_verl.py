@@ -15,7 +15,7 @@ from support import FIXTURES, as_torch, identical
 from ckpttools.checks import verify
 from ckpttools.formats import open_checkpoint
 
-ACTOR = FIXTURES / "verl/actor_ws2"
+ACTOR, REPLICAS = FIXTURES / "verl/actor_ws2", FIXTURES / "verl/actor_ws4"
 TRUTH = torch.load(FIXTURES / "verl/truth.pt", weights_only=True)
 
 
@@ -27,6 +27,21 @@ def test_the_parts_make_the_weights(tmp_path: Path) -> None:
     assert run("extract", ACTOR, tmp_path / "w.safetensors").code == 0
     made = load_file(tmp_path / "w.safetensors")
     assert made.keys() == TRUTH.keys() and all(torch.equal(made[name], TRUTH[name]) for name in TRUTH)
+
+
+def test_ranks_that_hold_the_same_are_compared(tmp_path: Path) -> None:
+    """HSDP: the weights lie on the first two ranks, and again on the others."""
+    found = open_checkpoint(REPLICAS)
+    assert found.layout.dp_degree == 4
+    truth = torch.load(FIXTURES / "verl/truth_ws4.pt", weights_only=True)
+    assert all(identical(as_torch(found.tensors[name]), truth[name]) for name in truth)
+    assert verify(REPLICAS).ok
+    folder = shutil.copytree(REPLICAS, tmp_path / "actor")
+    file = folder / "model_world_size_4_rank_3.pt"
+    saved = torch.load(file, weights_only=False)
+    saved["0.weight"]._local_tensor.add_(1)
+    torch.save(saved, file)
+    assert "copies-differ" in {f.id for f in verify(folder).findings if f.severity == "error"}
 
 
 def test_an_optimizer_that_is_not_joined_is_not_lost_in_silence(tmp_path: Path) -> None:
