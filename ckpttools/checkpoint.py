@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
 from ckpttools.tree import Key, Value

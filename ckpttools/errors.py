@@ -13,10 +13,10 @@ The id is stable: `ckpt explain ID` tells more about it.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

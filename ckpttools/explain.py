@@ -7,9 +7,9 @@ that says what is wrong and why, and one that begins with "What to do:". A new i
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from ckpttools.records import dataclass
 from ckpttools.stores.files import small_text
 
 TEXT = Path(__file__).with_name("problems.md")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ckpttools.errors import CkptError, Problem, UsageError
-from ckpttools.records import dataclass
 
 ERROR, WARNING, INFO = "error", "warning", "info"
 

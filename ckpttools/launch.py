@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

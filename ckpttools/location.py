@@ -7,11 +7,10 @@ there, and what it holds, only `ckpttools.stores` says.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from errno import EINVAL
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple, Protocol
-
-from ckpttools.records import dataclass
 
 
 class Stat(NamedTuple):

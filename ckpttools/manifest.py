@@ -20,12 +20,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
 from ckpttools.location import Location, below
-from ckpttools.records import dataclass
 from ckpttools.siblings import MANIFEST, is_ours
 from ckpttools.stores.files import entries, is_file, is_folder, size_of
 from ckpttools.stores.links import plain_name

@@ -6,10 +6,10 @@ prints a plan, `execute` carries it out; nothing in between can make them differ
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tensors import ByteRange, Cast, Chunk, Literal, Mean, Source, Strided, Tiles, Zeros
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.schedules.evidence import Fact, Known, What, known, of_counters, of_samples, stated
 from ckpttools.schedules.lengths import Remainder, Unit
 from ckpttools.tree import Key, Value

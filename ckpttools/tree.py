@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 
 Key = str | int

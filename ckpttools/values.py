@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpttools.errors import Unsupported
-from ckpttools.records import dataclass
 from ckpttools.tensors import DTYPES, FLOAT32, FLOAT64, DType
 
 Array = npt.NDArray[Any]

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
-
-from ckpttools.records import dataclass
 
 Point = tuple[float, float]
 # of points: what a checkpoint is

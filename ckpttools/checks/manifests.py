@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ckpttools import manifest
@@ -14,7 +14,6 @@ from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.location import Location
 from ckpttools.manifest import Entry
 from ckpttools.plan import SourceCheck
-from ckpttools.records import dataclass
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import is_folder, size_of
 from ckpttools.tensors import ByteRange

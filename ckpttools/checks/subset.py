@@ -9,13 +9,13 @@ import random
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ckpttools.errors import UsageError
 from ckpttools.location import Location
 from ckpttools.passes.tasks import Task, sources
 from ckpttools.plan import SourceCheck
-from ckpttools.records import dataclass
 from ckpttools.tensors import ByteRange
 
 T = TypeVar("T")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding, of_error
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.training import Training
 
 

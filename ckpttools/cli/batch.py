@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,6 @@ import click
 from ckpttools.cli import render
 from ckpttools.cli.options import JSON, PATH, TAG, number
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.records import dataclass
 from ckpttools.schedules.batch import Lengths, Meaning, Way, lengths, meaning, ways
 from ckpttools.schedules.evidence import Known
 from ckpttools.schedules.lengths import Batch, Clock, Data, Steps, check_sizes

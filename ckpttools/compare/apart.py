@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from ckpttools.compare.stream import Stream, in_threads, place
 from ckpttools.passes.apart import Sums, sums
 from ckpttools.passes.read import Reader
 from ckpttools.progress import Progress
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.values import Array
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
 from ckpttools.checkpoint import FP32, Checkpoint
 from ckpttools.containers.pickles import Persistent, Reject, dumps, walk
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii
 
 import xxhash
@@ -38,7 +38,6 @@ from ckpttools.compare.content import (
 from ckpttools.compare.stream import Stream, in_threads, place, refuse_links
 from ckpttools.passes.read import Reader, load
 from ckpttools.progress import Progress
-from ckpttools.records import dataclass
 from ckpttools.tensors import ByteRange, DType, TensorRef
 from ckpttools.tree import Value
 from ckpttools.values import Array, cast, comparable, nonfinite, numpy_array

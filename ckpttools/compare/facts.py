@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
 from ckpttools.compare.content import hyper, inside, plain, progress
 from ckpttools.compare.digests import shown
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value, leaves
 from ckpttools.tree import dotted as dotted_path

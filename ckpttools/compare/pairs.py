@@ -9,10 +9,10 @@ as safetensors folders do, is held by the name that it is tied to.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from ckpttools.compare.content import MASTER, WEIGHT, Content, Held
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value
 

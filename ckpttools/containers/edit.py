@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ckpttools.containers import jsons
 from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping
@@ -28,7 +29,6 @@ from ckpttools.containers.torch_file import (
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.location import Location
 from ckpttools.plan import Literal, OutputFile, SourceCheck
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.training import ABSENT, Edit, Place
 from ckpttools.tree import Key

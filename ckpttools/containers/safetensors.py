@@ -13,12 +13,12 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
 from ckpttools.location import Location
 from ckpttools.plan import Literal, OutputFile, Segment
-from ckpttools.records import dataclass
 from ckpttools.stores.files import opened, truncated
 from ckpttools.tensors import BY_SAFETENSORS, ByteRange, DType, TensorRef
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpttools.execute import copy, preflight, staging, units
@@ -38,7 +38,6 @@ from ckpttools.location import Location
 from ckpttools.passes import threads
 from ckpttools.plan import Part, Plan
 from ckpttools.progress import Progress
-from ckpttools.records import dataclass
 
 __all__ = ["Report", "Staged", "Written", "WrittenFile", "commit", "execute", "prepare", "validate", "write"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from ckpttools.passes.read import Reader, computed
 from ckpttools.passes.threads import in_threads
 from ckpttools.plan import Crc32, Literal, OutputFile, Part, Plan, reads
 from ckpttools.progress import Progress
-from ckpttools.records import dataclass
 from ckpttools.tensors import ByteRange, Cast, Mean
 from ckpttools.values import BLOCK_NBYTES
 

@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.execute import Finish
 from ckpttools.execute.ledger import Ledger
 from ckpttools.launch import Worker
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 
 _REMIND = 150  # polls
 

@@ -21,6 +21,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,7 +40,6 @@ from ckpttools.execute.system import WriteFailed, write_errors
 from ckpttools.location import Location
 from ckpttools.plan import Plan
 from ckpttools.progress import Progress
-from ckpttools.records import dataclass
 from ckpttools.siblings import SPREAD
 
 _POLL = 0.2  # seconds

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ckpttools.containers import fields
@@ -14,7 +15,6 @@ from ckpttools.containers.torch_file import TorchFile, scalar
 from ckpttools.errors import escape
 from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.formats.found import found
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value
 

@@ -7,6 +7,7 @@ are asked in the order of the table, and the first that knows a folder has it: w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
@@ -14,7 +15,6 @@ from ckpttools.errors import CkptError, UsageError
 from ckpttools.findings import Finding
 from ckpttools.location import Location, below
 from ckpttools.plan import Plan
-from ckpttools.records import dataclass
 from ckpttools.siblings import UNFINISHED
 from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.stores.links import refuse_outside

@@ -8,10 +8,10 @@ spread over groups, shapes decide, and only where they leave one answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from ckpttools.errors import some
-from ckpttools.records import dataclass
 
 Shape = tuple[int, ...]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node
@@ -12,7 +12,6 @@ from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import module_of, names_of, shapes_of
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef, cat
 from ckpttools.tree import Value
 

@@ -7,6 +7,7 @@ resumed on as many ranks; no other partitions and no other format have a place f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 from ckpttools.errors import Unsupported, escape
@@ -14,7 +15,6 @@ from ckpttools.findings import INFO, WARNING, Finding
 from ckpttools.formats.cutting import equal
 from ckpttools.formats.found import ONE_SAVE, found
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Path, Value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from ckpttools.checkpoint import FP32, STEP, Checkpoint, ParamGroup
 from ckpttools.containers.edit import at
@@ -14,7 +14,6 @@ from ckpttools.errors import escape
 from ckpttools.formats.buffers import is_buffer
 from ckpttools.formats.counters import OPTIMIZER
 from ckpttools.formats.ids import Ids, Shape, by_shape
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves, put
 from ckpttools.tree import Path as Keys

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields
@@ -15,7 +16,6 @@ from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, read
 from ckpttools.frameworks.rules import AutoResume, Lack, Rule, Setting
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.stores.files import entries, is_folder
 from ckpttools.training import Training, merge
 

@@ -8,7 +8,7 @@ What is not known is left out of the line, and null in the values.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from ckpttools import schedules
@@ -16,7 +16,6 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.formats.format import Source
 from ckpttools.frameworks import read
-from ckpttools.records import dataclass
 from ckpttools.schedules.evidence import Known
 from ckpttools.training import SavedSchedule, Training
 

@@ -10,11 +10,11 @@ Rules were seen in runs of the libraries, and in their sources.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 
 Class = Literal["safe", "careful", "impossible"]
 SAFE: Class = "safe"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from ckpttools.checkpoint import Checkpoint
@@ -21,7 +21,6 @@ from ckpttools.location import Location
 from ckpttools.operations.beside import both
 from ckpttools.operations.source import find, tags_for
 from ckpttools.operations.writing import Bar
-from ckpttools.records import dataclass
 from ckpttools.stores.files import is_file, named
 from ckpttools.stores.links import within
 from ckpttools.tensors import TensorRef

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import check_before_use
@@ -17,7 +17,6 @@ from ckpttools.location import Location
 from ckpttools.operations.source import find
 from ckpttools.operations.stated import stated
 from ckpttools.operations.writing import Bar
-from ckpttools.records import dataclass
 from ckpttools.stores.files import named
 from ckpttools.stores.links import within
 

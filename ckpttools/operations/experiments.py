@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from ckpttools import frameworks, runs
 from ckpttools.checkpoint import Checkpoint
@@ -13,7 +13,6 @@ from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats import locate, read
 from ckpttools.frameworks.progress import progress
 from ckpttools.location import Location, below
-from ckpttools.records import dataclass
 from ckpttools.runs import logs
 from ckpttools.runs.find import Entry
 from ckpttools.runs.logs import Log, Series

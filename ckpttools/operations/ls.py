@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 from ckpttools import checks, runs
 from ckpttools.checks import Verdict, refused
@@ -11,7 +12,6 @@ from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR
 from ckpttools.location import Location
 from ckpttools.operations.writing import Bar
-from ckpttools.records import dataclass
 from ckpttools.runs import needs, pins
 from ckpttools.runs.choose import Choice
 from ckpttools.runs.find import Entry

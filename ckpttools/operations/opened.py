@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckpttools.checkpoint import Checkpoint
@@ -11,7 +12,6 @@ from ckpttools.errors import UsageError, escape
 from ckpttools.formats import Source
 from ckpttools.location import Location
 from ckpttools.operations.dangers import Dangers, dangers, read_judged
-from ckpttools.records import dataclass
 from ckpttools.stores.files import named
 from ckpttools.stores.links import within
 from ckpttools.tensors import TensorRef

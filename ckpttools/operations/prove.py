@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from ckpttools.compare.facts import RANDOM, Fact, differences, opaque, random_states
@@ -12,7 +13,6 @@ from ckpttools.operations.beside import both
 from ckpttools.operations.digest import Compared, Digested, compare, digested, opened
 from ckpttools.operations.source import tags_for
 from ckpttools.operations.writing import Bar
-from ckpttools.records import dataclass
 from ckpttools.stores.files import entries, is_file, is_folder, named
 from ckpttools.stores.links import within
 from ckpttools.training import Training

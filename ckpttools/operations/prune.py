@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from ckpttools.operations import slim as slimming
 from ckpttools.operations.replacing import somebodys
 from ckpttools.operations.slim import Slim
 from ckpttools.operations.writing import Bar
-from ckpttools.records import dataclass
 from ckpttools.runs import needs, pins
 from ckpttools.runs.find import Entry
 from ckpttools.runs.retain import Decision, Policy, decide, require_best

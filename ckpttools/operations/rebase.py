@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ckpttools import frameworks
 from ckpttools.checks import check_before_use
 from ckpttools.errors import Unsupported
@@ -13,7 +15,6 @@ from ckpttools.operations.destination import default_dst
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.plan import Plan
-from ckpttools.records import dataclass
 from ckpttools.stores.files import named
 from ckpttools.transforms.rebase import Rebased, Request
 from ckpttools.transforms.rebase import rebase as rebased

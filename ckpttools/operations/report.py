@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from ckpttools.location import Location
 from ckpttools.operations import report_pair, report_runs
 from ckpttools.operations.writing import Bar
 from ckpttools.pages.sections import Section
-from ckpttools.records import dataclass
 from ckpttools.stores.files import named
 
 OURS = (pages.SIGNATURE.encode(),)

@@ -7,6 +7,7 @@ byte of them is what the checkpoint holds: a name says nothing of what was writt
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools import checks
@@ -18,7 +19,6 @@ from ckpttools.operations.digest import Digested, compare
 from ckpttools.operations.extract import extract
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Bar, Writing
-from ckpttools.records import dataclass
 from ckpttools.stores.files import exists
 from ckpttools.stores.links import within
 from ckpttools.transforms.select import weights_only

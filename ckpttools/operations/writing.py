@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
@@ -15,7 +16,6 @@ from ckpttools.location import Location, Stored, below
 from ckpttools.operations.sidecar import Sidecar, written_wrong
 from ckpttools.plan import Plan
 from ckpttools.progress import Progress
-from ckpttools.records import dataclass
 from ckpttools.siblings import MANIFEST, SPREAD
 
 if TYPE_CHECKING:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ckpttools.charts import Chart
 from ckpttools.explain import EXPLANATIONS
 from ckpttools.findings import Finding
-from ckpttools.records import dataclass
 
 # a text, a number, a state with its class, or a bar in percent
 Cell = str | int | float | None | dict[str, object]

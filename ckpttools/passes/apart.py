@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
-from ckpttools.records import dataclass
 from ckpttools.values import UNSIGNED, Array
 
 _STEP = 32 * 1024  # elements: their float64 copies stay in the cache

@@ -8,6 +8,7 @@ Two blocks that disagree are read once more, side by side, to say where.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import xxhash
 
@@ -28,7 +29,6 @@ from ckpttools.passes.tasks import (
     itemsizes,
     sides,
 )
-from ckpttools.records import dataclass
 from ckpttools.tensors import FLOAT32, ByteRange, DType
 from ckpttools.values import (
     BLOCK_NBYTES,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckpttools.checksums import RangeCrcs, crc32
@@ -35,7 +35,6 @@ from ckpttools.passes.tasks import (
 )
 from ckpttools.plan import SourceCheck
 from ckpttools.progress import Progress
-from ckpttools.records import dataclass
 from ckpttools.stores.direct import BLOCK, aligned
 from ckpttools.stores.files import size_of
 from ckpttools.stores.links import refuse_outside

@@ -7,13 +7,12 @@ master weight has a 16-bit (or fp32) copy in the model file, both are compared.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
-from ckpttools.records import dataclass
 from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ckpttools.errors import some
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, About
-from ckpttools.records import dataclass
 from ckpttools.resume.forecast import Difference, Mismatch, Moment, Problem, Refusal
 from ckpttools.resume.model import Model, Tensor
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import field
+from dataclasses import dataclass, field
 from enum import IntEnum, auto
 from typing import Literal
 
 from ckpttools.frameworks.rules import IMPOSSIBLE, SAFE, About, AutoResume, Class, worst
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 
 Problem = Literal["missing", "unexpected", "shape", "dtype"]  # missing in the checkpoint
 

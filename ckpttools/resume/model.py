@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from ckpttools.checkpoint import Checkpoint
@@ -11,7 +11,6 @@ from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, read
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.stores.files import is_file, is_folder
 
 Shape = tuple[int, ...]

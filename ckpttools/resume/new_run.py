@@ -6,9 +6,8 @@ Whatever is not said is taken as unchanged. A ds_config's "auto" (Hugging Face) 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
-from ckpttools.records import dataclass
 from ckpttools.resume.model import Model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ckpttools import frameworks as training_of
 from ckpttools import runs
@@ -14,7 +14,6 @@ from ckpttools.formats import Source, locate, read
 from ckpttools.frameworks import framework_of
 from ckpttools.frameworks.rules import CAREFUL, SAFE, About, AutoResume
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.resume import arguments, deepspeed, trainers
 from ckpttools.resume.forecast import Check, Difference, Forecast, check
 from ckpttools.resume.lengths import length, length_check, planned

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import TorchFile
@@ -19,7 +19,6 @@ from ckpttools.errors import CkptError
 from ckpttools.formats import Folder, Source, locate
 from ckpttools.formats.counters import EPOCH, SAMPLES, STEP
 from ckpttools.location import Location, below
-from ckpttools.records import dataclass
 from ckpttools.runs.order import shape
 from ckpttools.stores.files import is_folder
 

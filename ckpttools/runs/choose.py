@@ -9,7 +9,7 @@ Without a pointer it is the one that is furthest on and holds what a resume need
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from ckpttools.checks.verdict import Verdict
@@ -17,7 +17,6 @@ from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR
 from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location, below
-from ckpttools.records import dataclass
 from ckpttools.runs.find import Entry, common, runs
 from ckpttools.runs.order import numbers, shape
 from ckpttools.stores.files import entries, exists, small_text

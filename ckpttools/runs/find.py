@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 
 from ckpttools import frameworks
@@ -21,7 +21,6 @@ from ckpttools.formats import FORMATS, Folder, locate, read
 from ckpttools.formats.locate import checkpoints, holds_one
 from ckpttools.formats.tags import is_tag
 from ckpttools.location import Location, below
-from ckpttools.records import dataclass
 from ckpttools.runs.alike import Kinds
 from ckpttools.runs.cores import each
 from ckpttools.runs.order import newest_first

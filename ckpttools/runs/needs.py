@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from ckpttools.containers import jsons
@@ -19,7 +20,6 @@ from ckpttools.errors import CkptError, escape
 from ckpttools.frameworks import POINTERS
 from ckpttools.location import Entry as StoreEntry
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.runs.find import Entry
 from ckpttools.siblings import GONE, PIN
 from ckpttools.stores.files import entries, is_file, local, small_text, walk

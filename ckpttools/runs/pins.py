@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
 from ckpttools.location import Location, Stored
-from ckpttools.records import dataclass
 from ckpttools.siblings import PIN, THEIRS
 from ckpttools.stores.files import exists, is_link
 from ckpttools.stores.links import resolved

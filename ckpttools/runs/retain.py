@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 from ckpttools.errors import UsageError, escape
-from ckpttools.records import dataclass
 from ckpttools.runs.find import COUNTERS, Entry
 from ckpttools.runs.kinds import kind, series
 from ckpttools.stores.files import is_link

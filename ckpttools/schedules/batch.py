@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 
-from ckpttools.records import dataclass
 from ckpttools.schedules.lengths import Batch, Data
 
 MAX_RANKS = 4096

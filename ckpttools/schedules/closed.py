@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from ckpttools.records import dataclass
 from ckpttools.schedules.program import State, computing
 
 # writes what the library writes into the groups when the counter is `count`

@@ -10,10 +10,9 @@ nothing decides is None: it is not 1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Literal
 
-from ckpttools.records import dataclass
 from ckpttools.schedules.lengths import Unit
 
 What = Literal["micro", "accumulation", "ranks", "total"]

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 
 Unit = Literal["micro", "update"]
 Remainder = Literal["flush", "floor", "running", "drop"]

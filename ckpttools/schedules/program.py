@@ -13,12 +13,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol, Self
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 from ckpttools.schedules.lengths import Steps, nearest
 
 State = dict[str, Any]

@@ -17,12 +17,11 @@ import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 from ckpttools.schedules.closed import ClosedMachine
 from ckpttools.schedules.lengths import Steps
 from ckpttools.schedules.program import (

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from errno import ENOENT, ENOTDIR
 from pathlib import PurePosixPath
 
 from ckpttools.location import Entry, NotAFile, Stat, Stored
-from ckpttools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tensors.dtypes import DType
 
 

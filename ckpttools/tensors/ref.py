@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-from ckpttools.records import dataclass
 from ckpttools.tensors.chunks import ByteRange, Cast, Chunk, Mean, Source, cut_chunks, join_chunks
 from ckpttools.tensors.dtypes import EXACT, DType
 

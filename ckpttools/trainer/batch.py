@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 from ckpttools.trainer.config import Batch
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 from ckpttools.trainer.typed import Meta, assign, bad, decode, unaliased
 
 Positive = Annotated[int, Meta(ge=1, description="a whole number above 0")]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 from ckpttools.trainer.config import Data
 
 CLASSES, SIDE = 10, 8

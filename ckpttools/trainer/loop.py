@@ -7,12 +7,11 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
 
-from ckpttools.records import dataclass
 from ckpttools.trainer import folders
 from ckpttools.trainer.batch import Split
 from ckpttools.trainer.config import Config

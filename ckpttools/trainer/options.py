@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
-
-from ckpttools.records import dataclass
 
 Verify = Literal["quick", "full", "off"]
 

@@ -8,8 +8,8 @@ that a log says why the run did something else than its configuration.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from ckpttools.records import dataclass
 from ckpttools.trainer.config import Config
 
 PART = 8  # a partial evaluation takes every eighth of the held-out samples

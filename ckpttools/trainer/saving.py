@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from ckpttools.operations.prune import plan_of
 from ckpttools.operations.replacing import refuse_pinned
 from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, carry_out
-from ckpttools.records import dataclass
 from ckpttools.runs.retain import Policy
 from ckpttools.siblings import STAGING
 from ckpttools.trainer import folders

@@ -6,13 +6,13 @@ has an older good one nor be loaded: every byte is checked first, as `ckpt verif
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools import runs
 from ckpttools.checks import verify
 from ckpttools.errors import CkptError, UsageError, counted, escape
 from ckpttools.findings import Finding, errors, of_error
-from ckpttools.records import dataclass
 from ckpttools.stores.files import local
 from ckpttools.trainer import folders
 

@@ -7,14 +7,13 @@ once. Where torchrun started the ranks by itself, rank 0 decides.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ckpttools import runs
 from ckpttools.errors import UsageError, counted
 from ckpttools.formats import locate
-from ckpttools.records import dataclass
 from ckpttools.stores.files import local
 from ckpttools.trainer import folders, search
 from ckpttools.trainer.compared import warnings

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.formats import locate, read
-from ckpttools.records import dataclass
 from ckpttools.trainer.config import Config
 from ckpttools.trainer.digits import Digits
 from ckpttools.trainer.text import Samples

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from ckpttools.records import dataclass
 from ckpttools.trainer import digits, text
 from ckpttools.trainer.config import Config
 from ckpttools.trainer.digits import Digits

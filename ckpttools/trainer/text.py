@@ -7,10 +7,10 @@ import json
 import sysconfig
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 from ckpttools.trainer.config import Data
 
 END_OF_DOCUMENT = 256  # after the 256 byte values

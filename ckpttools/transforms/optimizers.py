@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from ckpttools.checkpoint import FP32, STEP, Checkpoint, ParamGroup
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
-from ckpttools.records import dataclass
 from ckpttools.suggest import did_you_mean
 from ckpttools.tensors import FLOAT32, Literal, TensorRef
 from ckpttools.tree import Value

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from ckpttools.containers.archive.directory import hold_end
 from ckpttools.containers.archive.layout import CENTRAL, STORAGE_ALIGNMENT, Archive, Entry, Record
 from ckpttools.containers.archive.read import hold_beginning, read_header, read_record
-from ckpttools.records import dataclass
 from ckpttools.stores.files import File
 
 _ROOT = re.compile(rb"[A-Za-z0-9_=+-][A-Za-z0-9_.=+-]*")

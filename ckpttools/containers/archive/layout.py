@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tensors import ByteRange
 
 LOCAL = struct.Struct("<IHHHHHIIIHH")

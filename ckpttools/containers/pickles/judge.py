@@ -15,13 +15,13 @@ Nothing is looked up: a name that the file spells differently from Python's own 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ckpttools.containers.pickles.arguments import CHECKS, computed
 from ckpttools.containers.pickles.known import FILLED
 from ckpttools.containers.pickles.names import Verdict, is_known, judge_global, judge_held, name_of, special
 from ckpttools.containers.pickles.nodes import Dict, Global, Node, Object, Persistent, Pickle, Set, walk
 from ckpttools.errors import escape
-from ckpttools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from ckpttools.errors import CkptError
-from ckpttools.records import dataclass
 
 
 class Reject(CkptError):

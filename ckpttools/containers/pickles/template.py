@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Set as Keys
+from dataclasses import dataclass
 
 from ckpttools.containers.pickles.cursor import unpack_u16
 from ckpttools.containers.pickles.machine import Machine
 from ckpttools.containers.pickles.nodes import Dict, Node, Object, Pairs, Persistent, Reject, Set
 from ckpttools.containers.pickles.opcodes import STOP, TABLE
-from ckpttools.records import dataclass
 
 _NUMBERS = b"KMJG\x8a"  # BININT1, BININT2, BININT, BINFLOAT, LONG1
 _KEEPS = b"qrp\x942"  # the value before these is used again elsewhere

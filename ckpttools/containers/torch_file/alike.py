@@ -8,14 +8,13 @@ other numbers in those places, is read by comparing bytes; any other difference 
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ckpttools.containers.archive import Directory, read_record
 from ckpttools.containers.pickles import MAX_BYTES, Template
 from ckpttools.containers.torch_file.views import TorchFile
 from ckpttools.errors import CkptError
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.stores.files import opened
 
 FRAMED = 4  # the protocol since which a pickle states lengths of its parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ckpttools.containers.archive import Archive, Record
@@ -15,7 +15,6 @@ from ckpttools.containers.torch_file.storages import Storage
 from ckpttools.errors import escape
 from ckpttools.location import Location, Stored
 from ckpttools.plan import SourceCheck
-from ckpttools.records import dataclass
 from ckpttools.stores.files import bytes_of
 from ckpttools.tensors import DTYPES, ByteRange, Chunk, DType, Literal, Strided, TensorRef, is_contiguous
 

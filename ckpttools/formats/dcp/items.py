@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ckpttools.containers.archive import DESCRIPTOR_MAGIC, end_nbytes
 from ckpttools.containers.nodes import decode, encode
@@ -29,7 +30,6 @@ from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.dcp.metadata import Item
 from ckpttools.location import Location
 from ckpttools.plan import Crc32, Literal, Segment, SourceCheck
-from ckpttools.records import dataclass
 from ckpttools.stores.files import File, exists, opened
 from ckpttools.tensors import DType, Source, TensorRef, Zeros
 from ckpttools.tree import Value, leaves

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Global, Node, Object, Reject, dumps, loads
@@ -26,7 +26,6 @@ from ckpttools.containers.torch_file import size, size_node
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.dcp.names import NAME
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.stores.files import opened
 from ckpttools.stores.links import plain_name
 from ckpttools.tensors import DTYPES, DType

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.errors import CkptError, escape
@@ -17,7 +17,6 @@ from ckpttools.formats.dcp.roles import ACCELERATE, Names, guessed, roles, tree
 from ckpttools.formats.dcp.shards import read_shards
 from ckpttools.formats.notes import holds_for
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.stores.files import exists, size_of
 from ckpttools.stores.links import inside
 from ckpttools.tree import Path as Keys

@@ -12,14 +12,13 @@ All of it may lie under one more key (`app` in torch's tutorial).
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from ckpttools.checkpoint import STEP, ParamGroup
 from ckpttools.containers.fields import bad_field
 from ckpttools.errors import escape
 from ckpttools.formats.dcp.names import NAME
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, leaves, same
 from ckpttools.tree import Path as Keys

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
@@ -10,7 +11,6 @@ from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import stage_of
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tree import Value
 
 PARAM = "param"  # the key of the tensor in a parameter's file

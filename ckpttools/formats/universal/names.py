@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import tags
 from ckpttools.formats.format import Folder, Found, Inner
 from ckpttools.formats.rank_files import FLAT, MODEL, MODEL_NAME, STAGE3_MODEL
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import Entered, entries, is_file, is_folder, small_text
 from ckpttools.stores.links import plain_name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from ckpttools.checkpoint import FP32, STEP, Checkpoint, FileRole, Layout, ParamGroup, common_dtype
@@ -31,7 +32,6 @@ from ckpttools.formats.universal.decode import (
 )
 from ckpttools.formats.universal.names import SETTINGS, ZERO, UniversalFiles, find
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.stores.files import size_of
 from ckpttools.tensors import FLOAT32, TensorRef
 from ckpttools.tree import Value

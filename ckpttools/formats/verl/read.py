@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from ckpttools.checkpoint import Checkpoint, Layout, common_dtype
 from ckpttools.containers import fields
@@ -15,7 +16,6 @@ from ckpttools.formats.rank_files import role_of, unchecked
 from ckpttools.formats.ties import tied
 from ckpttools.formats.verl.names import NAME
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef, cat
 
 ROLES = {

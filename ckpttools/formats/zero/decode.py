@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object
@@ -19,7 +20,6 @@ from ckpttools.containers.torch_file import TorchFile, View, read_torch_file
 from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import stage_of
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 
 Addresses = dict[str, tuple[int, int]]  # name -> (numel, start) within a rank's partition
 

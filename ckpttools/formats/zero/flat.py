@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
 from ckpttools.formats.deepspeed import original
-from ckpttools.records import dataclass
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Node, Object
@@ -16,7 +17,6 @@ from ckpttools.formats.zero.flat import FlatGroup
 from ckpttools.formats.zero.names import ZeroFiles
 from ckpttools.formats.zero.state import partitioned, state_of
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import rank_files, tags
 from ckpttools.formats.format import Folder, Found, Inner
 from ckpttools.formats.rank_files import OPTIM, STAGE3_MODEL, TagFolder
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
@@ -13,7 +14,6 @@ from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import reordered
 from ckpttools.formats.zero.flat import FlatGroup, Slices, alignment_gaps
 from ckpttools.formats.zero.join import ZeroFolder
-from ckpttools.records import dataclass
 from ckpttools.tensors import FLOAT32, Chunk, TensorRef, Zeros, join_chunks
 from ckpttools.tree import Value
 

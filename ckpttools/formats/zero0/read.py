@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup, common_dtype
 from ckpttools.containers import fields
@@ -29,7 +29,6 @@ from ckpttools.formats.deepspeed import (
 from ckpttools.formats.rank_files import TagFolder, role_of, roles_of_others, unchecked
 from ckpttools.formats.ties import tied
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tensors import Flat, TensorRef
 from ckpttools.tree import Value
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Node
@@ -10,7 +12,6 @@ from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import stage_of
 from ckpttools.formats.rank_local import Leaf, State
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import dotted, leaves
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from ckpttools.containers import fields
 from ckpttools.errors import CkptError, some
@@ -15,7 +16,6 @@ from ckpttools.formats.zero3.cuts import held, starts
 from ckpttools.formats.zero3.decode import Shard
 from ckpttools.formats.zero3.names import Zero3Files, model_name
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.tensors import TensorRef, join_chunks
 
 

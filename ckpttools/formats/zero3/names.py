@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ckpttools.errors import CkptError
 from ckpttools.formats.format import Folder
 from ckpttools.formats.rank_files import STAGE3_MODEL, TagFolder
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
 from ckpttools.containers.nodes import encode, encode_tensor, ordered, put_node
@@ -32,7 +33,6 @@ from ckpttools.formats.rank_files import optim_name
 from ckpttools.formats.zero3.cuts import held, part_of, sub_groups
 from ckpttools.formats.zero3.names import model_name
 from ckpttools.plan import OutputFile, Plan
-from ckpttools.records import dataclass
 from ckpttools.tensors import DTYPES, FLOAT32, Chunk, DType, TensorRef, Zeros, join_chunks
 from ckpttools.tree import Value
 

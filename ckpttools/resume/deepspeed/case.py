@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
 from ckpttools.errors import escape
 from ckpttools.formats.deepspeed import original
-from ckpttools.records import dataclass
 from ckpttools.resume.deepspeed import optimizers, schedulers
 from ckpttools.resume.deepspeed.saved import Saved
 from ckpttools.resume.fit import Fit, fit

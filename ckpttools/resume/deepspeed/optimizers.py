@@ -9,9 +9,9 @@ torch/optim/*.py; each row was seen with DeepSpeed 0.19.8 on real checkpoints.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, SAFE, Class
-from ckpttools.records import dataclass
 from ckpttools.resume.forecast import Moment, Refusal
 from ckpttools.resume.new_run import section
 

@@ -9,9 +9,9 @@ the launch, of which class, with which text, and in which function. Texts are te
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from ckpttools.frameworks.rules import IMPOSSIBLE, About, Class
-from ckpttools.records import dataclass
 from ckpttools.resume.deepspeed.case import Case
 from ckpttools.resume.forecast import Difference, Moment, Refusal
 

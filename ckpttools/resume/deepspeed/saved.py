@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
@@ -24,7 +25,6 @@ from ckpttools.formats.rank_files import (
     tensor_parallel,
 )
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.resume.model import Shape, Tensor
 from ckpttools.stores.files import entries, is_folder
 

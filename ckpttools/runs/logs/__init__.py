@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from ckpttools.errors import CkptError
 from ckpttools.location import Location
-from ckpttools.records import dataclass
 from ckpttools.runs.logs import events, lines
 from ckpttools.runs.logs.record import Record
 from ckpttools.siblings import is_ours

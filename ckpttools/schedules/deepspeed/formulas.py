@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ckpttools.records import dataclass
 from ckpttools.schedules.program import State, damaged, real, whole
 
 # name -> the parameters that count steps, with the constructor's defaults; None: not set

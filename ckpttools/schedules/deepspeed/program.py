@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from ckpttools.records import dataclass
 from ckpttools.schedules.closed import ClosedMachine
 from ckpttools.schedules.deepspeed.formulas import (
     LENGTHS,

@@ -7,11 +7,10 @@ Relations that the constructors make hold again: total_iters == end - begin - 1,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from ckpttools.records import dataclass
 from ckpttools.schedules.lengths import Steps, nearest
 from ckpttools.schedules.mmengine.steps import NEVER, UNKNOWN
 from ckpttools.schedules.program import State, damaged, rescaled, rounding

@@ -10,12 +10,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 from ckpttools.schedules.lengths import Steps
 from ckpttools.schedules.mmengine.config import converted, kind_named, matching, written_schedulers
 from ckpttools.schedules.mmengine.lengths import Rescaling

@@ -8,11 +8,10 @@ repeats (step_size, T_0, a cycle) is rescaled by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from ckpttools.errors import some
-from ckpttools.records import dataclass
 from ckpttools.schedules.lengths import Steps, nearest
 from ckpttools.schedules.program import State, damaged, rescaled, rounding
 from ckpttools.schedules.torch.states import PLATEAU, UNKNOWN, Node

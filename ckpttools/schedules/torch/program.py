@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 from ckpttools.schedules.lengths import Steps
 from ckpttools.schedules.program import (
     Program,

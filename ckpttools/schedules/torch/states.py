@@ -15,10 +15,10 @@ Source: torch 2.13, torch/optim/lr_scheduler.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ckpttools.errors import Unsupported
-from ckpttools.records import dataclass
 from ckpttools.schedules.program import State, damaged, real, reals, whole
 
 COMMON = frozenset(

@@ -16,10 +16,9 @@ correction must go on from there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 from ckpttools.schedules import Setting
 from ckpttools.training import Edit, Training
 from ckpttools.transforms.rebase import counters, groups, marks

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ckpttools.records import dataclass
 from ckpttools.schedules import Program
 from ckpttools.schedules.lengths import Clock, Steps
 

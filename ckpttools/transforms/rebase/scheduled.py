@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ckpttools import schedules
 from ckpttools.errors import UsageError
-from ckpttools.records import dataclass
 from ckpttools.schedules import Program
 from ckpttools.schedules.lengths import Steps, Unit
 from ckpttools.training import Edit, SavedSchedule, Training, equal

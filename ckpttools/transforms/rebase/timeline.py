@@ -7,12 +7,11 @@ and refused where two answers are possible.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.records import dataclass
 from ckpttools.schedules.evidence import Known
 from ckpttools.schedules.lengths import (
     MAX_SIZE,
