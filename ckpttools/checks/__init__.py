@@ -236,7 +236,7 @@ def check_before_use(source: Source, *, beside: bool = False, only_looks: bool =
     """Read a checkpoint for a command that writes from it: header checks first, the first error raised.
 
     `beside`: the command carries the files around it along, so these are checked, too. `only_looks`: no
-    tensor is going to be read, so the headers between them are left alone.
+    tensor is going to be read, so the headers between those of a store are left alone.
     """
     checked = check_headers(source, wanted="none" if only_looks else "each")
     findings = checked.findings

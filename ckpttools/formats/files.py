@@ -16,7 +16,7 @@ from ckpttools.containers.torch_file import TorchFile, dangers_in
 from ckpttools.errors import CkptError, Unsupported, some
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.format import Checked
-from ckpttools.location import Location
+from ckpttools.location import Location, Stored
 from ckpttools.stores.files import opened
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ HEAD_NBYTES = 1 << 16  # of each storage, to see whether anything was written th
 
 
 # Whether headers that lie between the storages are read, where that takes more than a few reads: "each" of
-# them; "few", but said where they are not; "none", where nothing behind them is going to be read
+# them; "few", but said where they are not; "none" of a store's, where nothing behind them is going to be read
 Headers = Literal["each", "few", "none"]
 _headers: ContextVar[Headers] = ContextVar("headers", default="each")
 FEW = 2  # reads
@@ -102,7 +102,7 @@ def _structure(file: TorchFile) -> Iterator[Finding]:
             message=f"{several} to no tensor: torch loads the file and leaves them out",
             hint="torch.save writes none: find out what put the file together",
         )
-    if (wanted := _headers.get()) == "none":
+    if (wanted := _headers.get()) == "none" and isinstance(file.path, Stored):
         return
     reserved = [record for record in archive.records.values() if archive.is_reserved(record)]
     with opened(file.path) as opened_file:

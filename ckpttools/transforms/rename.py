@@ -33,7 +33,7 @@ def rename(checkpoint: Checkpoint, new_name: Callable[[str], str]) -> Checkpoint
                 if other != name
                 else f"'{escape(name)}' would have no name",
                 where=checkpoint.path,
-                why="one would overwrite the other",
+                why="one would overwrite the other" if other != name else "nothing could load it",
                 hint="choose names that stay apart",
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ COMMANDS = {
     "reshard": ("reshard", "{src}", "{dst}", "--world-size", "3"),
     "convert": ("convert", "{src}", "{dst}", "--to", "pt"),
     "rebase-schedule": ("rebase-schedule", "{src}", "{dst}", "--old-bs", "2", "--new-bs", "1"),
+    "copy": ("copy", "{src}", "{dst}"),
     "average": ("average", "{src}", "{src}", "-o", "{dst}"),
 }
 
@@ -73,3 +75,19 @@ def test_it_refuses_what_the_run_refuses(kind: str, name: str, ckpt: Ckpt, tmp_p
     assert (dry.code, ran.code) == (2, 2), (dry, ran)
     errors = [text[text.index("error[") :] for text in (dry.err, ran.err)]
     assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("name", ["extract to a file", "reshard", "convert", "copy"])
+def test_it_refuses_a_source_that_the_run_refuses(name: str, ckpt: Ckpt, tmp_path: Path) -> None:
+    """A bit of the padding in front of a record, of which no checksum tells."""
+    src = shutil.copytree(ZERO, tmp_path / "src")
+    (model,) = src.rglob("mp_rank_00_model_states.pt")
+    with zipfile.ZipFile(model) as archive:
+        (at,) = (each.header_offset for each in archive.infolist() if each.filename.endswith("/data/1"))
+    data = bytearray(model.read_bytes())
+    names, padding = (int.from_bytes(data[at + n : at + n + 2], "little") for n in (26, 28))
+    data[at + 30 + names + padding - 1] ^= 1
+    model.write_bytes(data)
+    dry, ran = (ckpt(*words(name, src, tmp_path / "out.pt"), *more) for more in (["--dry-run"], []))
+    assert (dry.code, ran.code) == (1, 1) and "error[zip-unexplained]" in ran.err, (dry, ran)
+    assert dry.err == ran.err

@@ -227,11 +227,11 @@ def test_rename_reaches_everything_that_has_a_name() -> None:
             assert {k: {n.upper(): v for n, v in values.items()} for k, values in theirs.items()} == mine  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("new_name", [lambda _: "same", lambda _: ""])
-def test_rename_refuses_names_that_collide(new_name: Callable[[str], str]) -> None:
+@pytest.mark.parametrize(("new_name", "why"), [(lambda _: "same", "overwrite"), (lambda _: "", "nothing")])
+def test_rename_refuses_names_that_collide(new_name: Callable[[str], str], why: str) -> None:
     with pytest.raises(UsageError) as caught:
         rename(zero(), new_name)
-    assert caught.value.id == "names-collide"
+    assert caught.value.id == "names-collide" and why in caught.value.why
 
 
 def test_select_reaches_everything_that_has_a_name() -> None:

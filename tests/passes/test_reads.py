@@ -47,8 +47,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         ("inspect", 4),
         ("inspect --tensors", 4),
         ("verify --quick", 10),
-        ("extract --dry-run", 4),
-        ("convert DST --to hf --dry-run", 4),
+        ("extract --dry-run", 10),
+        ("convert DST --to hf --dry-run", 10),
         ("verify", 12),
     ],
 )
