@@ -98,13 +98,14 @@ class OptimizerSettings:
     base: Place | None = None
     base_group: Mapping[str, object] | None = None
     # reads the updates that the optimizer itself has counted: tensors, of no use to a listing
-    count: Callable[[], int | None] = field(default=lambda: None, compare=False, repr=False)
+    counts: Callable[[], list[int | float]] = field(default=list, compare=False, repr=False)
     first_update: bool = True  # whether the saved lr is the one of the first resumed update
 
     @property
     def steps(self) -> int | None:
         """The updates that Adam counted; None where it does not say. Raises CkptError."""
-        return self.count()
+        whole = (n for n in self.counts() if isinstance(n, int) or n.is_integer())
+        return max((int(n) for n in whole if n >= 0), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,8 @@ def _compare(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Fin
         return
     if any(list(odd_settings(group)) for group in groups):
         return  # reported by themselves
+    if any(group.get("relative_step") for group in groups):
+        return  # Adafactor finds its rates itself
     try:
         program = schedules.recognise(saved.framework, list(saved.states), groups, saved.about)
     except CkptError as error:

@@ -14,6 +14,8 @@ from ckpttools.formats.engine import odd_settings
 from ckpttools.frameworks import framework_of
 from ckpttools.training import OptimizerSettings, SavedSchedule, Training
 
+MOST = 2.0**24  # torch counts by one in fp32, which goes no farther
+
 
 def check_settings(source: Source, training: Training, *, rates: bool) -> Iterator[Finding]:
     """A finding for each setting that cannot be, and for what the files say of each other. `rates`: the
@@ -33,12 +35,31 @@ def check_settings(source: Source, training: Training, *, rates: bool) -> Iterat
                     hint="a resume takes it from here, not from the new configuration"
                     + (", and fails at its first update" if severity == ERROR else ""),
                 )
+        yield from _steps(optimizer)
     for saved in training.schedules if not rates else ():
         alone = sum(other.optimizer == saved.optimizer for other in training.schedules) == 1
         if alone and saved.optimizer < len(training.optimizers):
             yield from _last_rates(saved, training.optimizers[saved.optimizer])
     yield from _updates(training)
     yield from _equal(training)
+
+
+def _steps(optimizer: OptimizerSettings) -> Iterator[Finding]:
+    """What Adam has counted: its corrections are powers of it."""
+    for number in optimizer.counts():
+        wild = isinstance(number, float) and number > MOST
+        if 0 <= number < math.inf and not wild:
+            continue
+        yield Finding(
+            id="setting-implausible",
+            severity=WARNING if wild else ERROR,
+            file=str(optimizer.places[0].file),
+            where="state[].step",
+            message=f"is {number:g}, of the updates that the optimizer has counted",
+            hint="use another copy: a resume corrects the moments by it"
+            + ("" if wild else ", and its first update fails, or makes NaN of the weights"),
+        )
+        return
 
 
 def _last_rates(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Finding]:
@@ -48,7 +69,7 @@ def _last_rates(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[
         return
     have = [group.get("lr") for group in optimizer.groups]
     said = ""
-    if len(last) != len(have):
+    if len(last) > len(have):  # fewer where some were unfrozen since
         said = f"is of {len(last)} parameter groups, and the optimizer has {len(have)}"
     for written, lr in zip(last, have, strict=False):
         if not (isinstance(written, int | float) and isinstance(lr, int | float)) or said:

@@ -53,8 +53,9 @@ def _read(folder: Location, *, updates: int | None = None, skipped: int = 0) -> 
     marked = None if updates is not None else marked_beside(folder)
     saved: list[SavedSchedule] = []
     for i, path in enumerate(_numbered(folder, names, "scheduler")):
-        acts_on = min(i, max(0, len(optimizers) - 1))
-        for found in parts.schedules(read_torch_file(path), "torch", "update", optimizer=acts_on):
+        for found in parts.schedules(read_torch_file(path), "torch", "update"):
+            usual = min(i, max(0, len(optimizers) - 1))
+            found = replace(found, optimizer=parts.acts_on(found.states[0], optimizers, usual))
             steps = found.states[0].get("last_epoch")
             repeats = _repeats(steps, made, skipped, ranks) if marked is None else _noted(marked, i)
             if repeats is None:  # stepped otherwise: by epoch, say, which nothing here counts

@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from ckpttools.checkpoint import Checkpoint, ParamGroup
 from ckpttools.containers.torch_file import FORMS, scalar
@@ -85,14 +86,17 @@ def _optimizers(held: Checkpoint) -> Iterator[OptimizerSettings]:
     if not held.groups:
         return
     groups = tuple({key: _plain(value) for key, value in group.hyper.items()} for group in held.groups)
-    counted = (_plain(value) for group in held.groups for value in group.scalars.get("step", {}).values())
-    steps = [int(number) for number in counted if isinstance(number, int | float) and number == int(number)]
     yield OptimizerSettings(
         name="the optimizer",
         groups=groups,
         places=(_place(held, GROUPS),),
-        count=lambda: max(steps, default=None),
+        counts=partial(_counts, held),
     )
+
+
+def _counts(held: Checkpoint) -> list[int | float]:
+    found = (_plain(value) for group in held.groups for value in group.scalars.get("step", {}).values())
+    return [number for number in found if isinstance(number, int | float)]
 
 
 def _schedules(held: Checkpoint) -> Iterator[SavedSchedule]:

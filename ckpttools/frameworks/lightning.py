@@ -13,7 +13,7 @@ Each ModelCheckpoint keeps its state under `callbacks`: `monitor`, `best_model_p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
 
@@ -80,7 +80,7 @@ def _read(file: TorchFile) -> Training:
         batches=batches or None,
         counters=tuple(_counters(file, max(1, len(optimizers)))),
         optimizers=optimizers,
-        schedules=tuple(_schedules(file, len(optimizers) or 1)),
+        schedules=tuple(_schedules(file, optimizers)),
         batch_names=(
             ("micro", "the data loader's batch_size", "your training code"),
             ("accumulation", "accumulate_grad_batches", "the Trainer"),
@@ -175,14 +175,21 @@ def _optimizers(file: TorchFile) -> Iterator[OptimizerSettings]:
             yield found
 
 
-def _schedules(file: TorchFile, optimizers: int) -> Iterator[SavedSchedule]:
-    """One scheduler per optimizer is the rule; with other numbers the first optimizer has them all."""
+def _schedules(file: TorchFile, optimizers: Sequence[OptimizerSettings]) -> Iterator[SavedSchedule]:
+    """One scheduler per optimizer is the rule; with other numbers the first optimizer has them all, but for
+    those that are at the rates of another.
+    """
     for found in parts.schedules(file, "torch", None, "lr_schedulers"):
-        if optimizers > 1 and len(found.states) == optimizers:
-            for i in range(optimizers):
-                yield replace(found, states=(found.states[i],), places=(found.places[i],), optimizer=i)
-        else:
-            yield found
+        each = len(found.states) == len(optimizers)
+        of = [parts.acts_on(state, optimizers, i if each else 0) for i, state in enumerate(found.states)]
+        for one in dict.fromkeys(of):
+            own = [i for i, optimizer in enumerate(of) if optimizer == one]
+            yield replace(
+                found,
+                states=tuple(found.states[i] for i in own),
+                places=tuple(found.places[i] for i in own),
+                optimizer=one,
+            )
 
 
 def keys(root: fields.Mapping) -> Iterator[str]:

@@ -84,20 +84,19 @@ def optimizer(file: TorchFile, name: str, *keys: Key) -> OptimizerSettings | Non
         name=name,
         groups=tuple(groups),
         places=(place(file, *keys, "param_groups"),),
-        count=partial(_adam_steps, file, *keys),
+        counts=partial(_counts, file, *keys),
     )
 
 
-def _adam_steps(file: TorchFile, *keys: Key) -> int | None:
-    """The updates that the optimizer itself has counted: the largest `step` of its first parameters."""
+def _counts(file: TorchFile, *keys: Key) -> list[int | float]:
+    """The updates that the optimizer itself has counted, of a few parameters from all of the model: those of
+    a part that not every batch goes through have counted less.
+    """
     state = as_mapping(at(file.value, *keys, "state"))
-    found: list[int] = []
-    for _, node in (state.pairs if state is not None else [])[:8]:
-        pairs = as_mapping(node)
-        number = value(file, pairs.get("step")) if pairs is not None else None
-        if isinstance(number, int | float) and number == int(number):
-            found.append(int(number))
-    return max(found, default=None)
+    pairs = state.pairs if state is not None else []
+    few = [as_mapping(node) for _, node in (*pairs[:: max(1, len(pairs) // 8)], *pairs[-1:])]
+    numbers = [value(file, own.get("step")) for own in few if own is not None]
+    return [number for number in numbers if isinstance(number, int | float)]
 
 
 def schedules(
@@ -117,6 +116,17 @@ def schedules(
         unit=unit,
         optimizer=optimizer,
     )
+
+
+def acts_on(state: Mapping[str, Any], optimizers: Sequence[OptimizerSettings], usual: int) -> int:
+    """The optimizer that a scheduler is of, which no file says: the `usual` one, unless the rates that the
+    scheduler wrote last are those of another.
+    """
+    last = state.get("_last_lr")
+    if not isinstance(last, list) or not last:
+        return usual
+    alike = [i for i, each in enumerate(optimizers) if [group.get("lr") for group in each.groups] == last]
+    return alike[0] if alike and usual not in alike else usual
 
 
 def marked(file: TorchFile) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from commands import run
@@ -127,3 +128,109 @@ def test_two_counts_of_iterations(tmp_path: Path) -> None:
     assert said(path) == []
     edit(path, lambda meta: meta.update(iter=40), ("meta",))
     assert said(path) == [(WARNING, "counter-mismatch", "message_hub.runtime_info.iter")]
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_count_of_updates_that_cannot_be(container: str, tmp_path: Path) -> None:
+    """torch fails with a count below zero, makes NaN of the weights with one that is none, and gets no
+    farther than fp32 does.
+    """
+    source, name, at = CONTAINERS[container]
+    for step, severity in ((-5.0, ERROR), (math.nan, ERROR), (math.inf, WARNING), (1e9, WARNING)):
+        (tmp_path / f"{step}").mkdir()
+        path = copied(source, tmp_path / f"{step}")
+
+        def counted(found: Any, step: float = step) -> None:
+            next(iter(found["state"].values()))["step"] = torch.tensor(step)
+
+        edit(path / name if name else path, counted, at)
+        found = [each for each in said(path) if each[1] == "setting-implausible"]
+        assert found == [(severity, "setting-implausible", "state[].step")], step
+        assert run("inspect", path).code == 0
+
+
+def test_parts_of_a_model_that_not_every_batch_goes_through(tmp_path: Path) -> None:
+    """Those count less, and may come first: the optimizer made as many updates as the trainer counts."""
+    path = copied(TRAINER / "checkpoint-4", tmp_path)
+
+    def seldom(found: Any) -> None:
+        states = list(found["state"].values())
+        assert len(states) > 9
+        for state in states[:-1]:
+            state["step"] = torch.tensor(2.0)
+
+    edit(path / "optimizer.pt", seldom)
+    assert said(path) == []
+
+
+def test_rates_that_the_optimizer_finds_itself(tmp_path: Path) -> None:
+    """transformers' Adafactor beside a schedule that only shows them."""
+    path = copied(TRAINER / "checkpoint-4", tmp_path)
+    edit(path / "scheduler.pt", lambda state: state.update(base_lrs=[0.0, 0.0], _last_lr=[4e-7, 4e-7]))
+
+    def own(found: Any) -> None:
+        for group in found["param_groups"]:
+            group.update(lr=4e-7, initial_lr=0.0, relative_step=True)
+
+    edit(path / "optimizer.pt", own)
+    assert said(path) == []
+
+
+class Two(lightning.LightningModule):
+    """`configure`: its optimizers and schedulers."""
+
+    def __init__(self, configure: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.one, self.other, self.configure = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), configure
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return self.configure(self)
+
+    def training_step(self, batch: list[torch.Tensor]) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.other(self.one(batch[0])).square().mean())
+            optimizer.step()
+        schedulers = self.lr_schedulers()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            scheduler.step()
+
+
+def _second_only(model: Any) -> Any:
+    one, other = (
+        torch.optim.SGD(part.parameters(), lr) for part, lr in ((model.one, 0.1), (model.other, 0.01))
+    )
+    return [one, other], [torch.optim.lr_scheduler.ExponentialLR(other, 0.9)]
+
+
+def _other_order(model: Any) -> Any:
+    (one, other), (schedule,) = _second_only(model)
+    return [one, other], [schedule, torch.optim.lr_scheduler.StepLR(one, 1)]
+
+
+@pytest.mark.parametrize("configure", [_second_only, _other_order])
+def test_schedulers_of_other_optimizers(configure: Callable[[Any], Any], tmp_path: Path) -> None:
+    """No file says of which optimizer a scheduler is; the rates do."""
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 2)), batch_size=2)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Two(configure), loader)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert said(tmp_path / "last.ckpt") == []
+
+
+def test_groups_that_were_added_since_the_last_step(tmp_path: Path) -> None:
+    """As Lightning's BaseFinetuning adds what it unfreezes; torch's schedulers go on with them."""
+    path = copied(CONTAINERS["Lightning"][0], tmp_path)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([model.weight], lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    optimizer.add_param_group({"params": [model.bias], "lr": 0.05})
+    found = torch.load(path, weights_only=False)
+    found.update(optimizer_states=[optimizer.state_dict()], lr_schedulers=[schedule.state_dict()])
+    found["state_dict"] = model.state_dict()
+    torch.save(found, path)
+    assert said(path) == []
