@@ -129,7 +129,15 @@ def _wholes(models: Sequence[TorchFile], nodes: Sequence[Node], name: str) -> It
     whole = _shape(models[0], first, name)
     parts = [_local(file, node, name) for file, node in zip(models, nodes, strict=True)]
     placements = _placements(first)
-    if placements and not any(each is not None for each in placements):  # Replicate
+    is_replica = bool(placements) and not any(each is not None for each in placements)
+    for file, part in zip(models, parts, strict=True):
+        if part.dtype is not parts[0].dtype:
+            raise fields.bad_field(
+                file.path, name, f"is {part.dtype}, and {parts[0].dtype} on the first rank"
+            )
+        if is_replica and part.shape != whole:
+            raise fields.bad_field(file.path, name, f"is {list(part.shape)} where {list(whole)} belongs")
+    if is_replica:
         yield from parts
         return
     *outer, last = placements or [-1]

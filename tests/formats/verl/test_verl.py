@@ -44,6 +44,27 @@ def test_ranks_that_hold_the_same_are_compared(tmp_path: Path) -> None:
     assert "copies-differ" in {f.id for f in verify(folder).findings if f.severity == "error"}
 
 
+@pytest.mark.parametrize("placement", ["Shard", "Replicate"])
+@pytest.mark.parametrize("change", ["dtype", "shape"])
+def test_parts_that_do_not_belong_together(placement: str, change: str, tmp_path: Path) -> None:
+    from torch.distributed.tensor import Replicate
+
+    folder = shutil.copytree(ACTOR, tmp_path / "actor")
+    for rank in range(2):
+        file = folder / f"model_world_size_2_rank_{rank}.pt"
+        saved = torch.load(file, weights_only=False)
+        tensor = saved["0.weight"]
+        if placement == "Replicate":
+            tensor._spec.placements = (Replicate(),)
+            tensor._local_tensor = torch.zeros(tensor.shape)
+        if rank:
+            local = tensor._local_tensor
+            tensor._local_tensor = local.half() if change == "dtype" else local[:, 1:].clone()
+        torch.save(saved, file)
+    ran = run("verify", folder)
+    assert ran.code == 1 and "ERROR[field-damaged]" in ran.out and "rank_1.pt" in ran.out, ran
+
+
 def test_an_optimizer_that_is_not_joined_is_not_lost_in_silence(tmp_path: Path) -> None:
     for to in ("pt", "dcp", "zero2"):
         ran = run("convert", ACTOR, tmp_path / "x", "--to", to)
