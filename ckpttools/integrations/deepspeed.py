@@ -50,7 +50,7 @@ class Saves:
                 "resume-failed",
                 "DeepSpeed found nothing to load",
                 where=found,
-                why="training would begin anew without a word",
+                why="training would begin anew",
             )
         loaded: Mapping[str, Any] = state
         return loaded

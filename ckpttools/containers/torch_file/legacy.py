@@ -80,7 +80,7 @@ def _legacy(file: File, data: bytes, *, whole: bool) -> TorchFile:
             "big-endian",
             "the tensors are stored big-endian",
             where=file.path,
-            why="each number would have to be turned round; no machine that trains writes so",
+            why="each number would have to be turned round, which is not done here",
         )
     names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else None
     if not isinstance(keys, list) or names != keys or sorted(names) != sorted(storages):

@@ -36,7 +36,7 @@ def read_zip(file: File, archive: Archive) -> TorchFile:
             "big-endian",
             "the tensors are stored big-endian",
             where=file.path,
-            why="each number would have to be turned round; no machine that trains writes so",
+            why="each number would have to be turned round, which is not done here",
         )
     _check_deflated(file, archive)
     data = read_record(file, records["data.pkl"], MAX_BYTES)

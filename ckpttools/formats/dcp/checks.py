@@ -231,7 +231,7 @@ class _Part:
             raise CkptError(
                 "zip-unexplained",
                 f"{problems[0]} holds bytes that torch does not write there",
-                why="bytes that nothing accounts for came from another program",
+                why="torch accounts for every byte: these were changed, or written by something else",
             )
         if not file.has_checksums and any(r.nbytes for r in file.archive.records.values()):
             self.found.add(

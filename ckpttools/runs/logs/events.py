@@ -32,7 +32,7 @@ def scalars(path: Location) -> Iterator[Record]:
                 "text-too-long",
                 f"a log of {file.size} bytes",
                 where=path,
-                why="a log is read into memory, line by line of a training run",
+                why="every scalar of it is kept in memory",
             )
         for data in _records(file, path):
             yield from _event(data)
@@ -50,7 +50,7 @@ def _records(file: File, path: Location) -> Iterator[bytes]:
                     "not-a-log",
                     "no file of TensorBoard events",
                     where=path,
-                    why="each record has its length and a checksum in front, and the first one does not hold",
+                    why="its first eight bytes are the length of a record, and no record is so long",
                 )
             return
         if at + 16 + nbytes > file.size:

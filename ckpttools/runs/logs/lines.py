@@ -82,6 +82,6 @@ def _text(path: Location) -> str:
                 "text-too-long",
                 f"a log of {file.size} bytes",
                 where=path,
-                why="a log is read into memory, line by line of a training run",
+                why="a log is read whole into memory",
             )
         return file.head(MAX_BYTES).decode("utf-8", errors="replace")
