@@ -114,7 +114,7 @@ def _plot(found: Experiments, plot: Path, *, force: bool, quiet: bool) -> None:
 def _text(found: Experiments, top: int) -> Iterator[str]:
     yield render.table(map(_row, found.runs), HEADERS)
     if len(found.runs) > 1:
-        names = [each.tag for each in found.runs]
+        names = [escape(each.tag) for each in found.runs]
         yield ""
         if not found.differing:
             yield "all settings that are stated are the same"

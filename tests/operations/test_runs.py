@@ -66,6 +66,14 @@ def test_runs_with_other_batches_share_an_axis_of_samples(tmp_path: Path) -> Non
     )
 
 
+def test_names_of_runs_print_on_one_line_and_move_no_cursor(tmp_path: Path) -> None:
+    shutil.copytree(HF / "plain", tmp_path / "runs/a\nb\x1b[31m")
+    shutil.copytree(HF / "peft", tmp_path / "runs/\u202ec")
+    out = run("runs", tmp_path / "runs").out
+    assert "\x1b" not in out and "\u202e" not in out
+    assert sum(r"a\nb\x1b[31m" in line for line in out.splitlines()) == 2  # the run, and what differs
+
+
 def test_csv_and_its_formulas(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     shutil.copytree(HF / "plain", folder / "=cmd|x")
