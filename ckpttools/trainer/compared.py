@@ -52,7 +52,8 @@ _CHANGED = {
     "batch": "an update is of another number of samples, and the schedule counts updates",
     "data": "the samples that come next are others",
     "epochs": "the schedule is made for the new length: the learning rate goes on along another curve",
-    "optimizer": "betas, eps and weight decay are loaded as saved; the learning rate and clipping are new",
+    "optimizer": "betas, eps, weight decay and the rate of the first update are loaded as saved; clipping is"
+    " new, and the learning rate after that update",
     "schedule": "it is made anew: the learning rate goes on at the old step along another curve",
 }
 

@@ -188,8 +188,8 @@ def _train(
             measured = of_checkpoint(config, batch, samples, best)
             training.monitor.evaluated(training.progress, f"best model {best}", measured, of="best")
     at, saved = training.progress.iteration, training.saved_step
-    rest = "" if saved == at else "; nothing was saved" if saved < 0 else f"; saved up to step {saved}"
-    output.say(f"done at step {at}: {start.run}{rest}")
+    left = "nothing to resume from was saved" if saved < 0 else f"saved up to step {saved}"
+    output.say(f"done at step {at}: {start.run}" + (f"; {left}" if saved != at else ""))
 
 
 def _announce(config: settings.Config, start: startup.Start, notes: tuple[str, ...], output: Output) -> None:

@@ -109,7 +109,7 @@ def test_an_experiment_goes_on_under_its_tag(launch: Launch, config: Path, tmp_p
     assert "Auto resumed from the latest checkpoint" in again
     assert list(losses(run)) == list(range(1, 23))
     other = own.train(tmp_path, "--extra-tag=b", "--max-steps=1")
-    assert "resumed" not in other and "b; nothing was saved" in other  # no step, and no epoch has ended
+    assert "resumed" not in other and "b; nothing to resume from was saved" in other  # no step or epoch
     assert list(losses(run.with_name("b"))) == [1]
 
 
@@ -117,9 +117,10 @@ def test_digits_are_learned(launch: Launch, tmp_path: Path) -> None:
     options = sets(model__family="vit", data__source="digits", data__validation_samples=179, epochs=3)
     options += sets(training__label_smoothing=0.1, training__log_steps=10, save__save_steps=0)
     options += sets(batch__global_batch_size=32, batch__micro_batch_size=16, optimizer__lr=1e-2)
-    options += ["--set=training.best_model_tracking.enabled=true"]
+    options += ["--set=training.best_model_tracking.enabled=true", "--set=save.epochs=false"]
     options += ["--set=training.evaluation.eval_best_model_only=true"]
     said = launch.train(tmp_path, *options, "--work-dir=run")
+    assert (tmp_path / "run/best_model.pt").exists() and "; nothing to resume from was saved" in said
     *_, epoch, best = records(tmp_path / "run")
     assert best["val_loss_best"] == min(r["val_loss"] for r in records(tmp_path / "run") if "val_loss" in r)
     assert "val_loss" in epoch and "val_loss" not in best  # no point of the run's own curve
