@@ -262,7 +262,7 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
         brief = frameworks.brief(source, checkpoint, files)
         resumes, state = brief.resumes, brief.training
     except Unsupported as reason:
-        resumes = False if reason.id == "weights-only" else None
+        resumes = False if reason.id == "weights-only" and not source.format.weights_alone else None
     except CkptError as error:
         resumes, problem = None, error if error.exit_code == 1 else None
     losses = (("train_loss", state.train_loss), ("val_loss", state.val_loss), *state.losses)

@@ -84,6 +84,14 @@ def test_marks_and_order(tmp_path: Path) -> None:
     assert verified[0]["marks"] == ["damaged"] and all("verified" in each["marks"] for each in verified[1:])  # type: ignore[operator]
 
 
+def test_an_optimizer_that_is_not_joined_is_not_called_missing() -> None:
+    ran = run("ls", FIXTURES / "verl/actor_ws2")  # optim_world_size_2_rank_*.pt lie there
+    assert ran.code == 0 and "weights only" not in ran.out
+    for command in ("ls", "latest"):
+        assert "no optimizer state" not in run(command, FIXTURES / "verl/actor_ws2").err
+    assert "weights only" in run("ls", FIXTURES / "hf/single").out
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     folder = Folder((One("\x1b[31m\u202e", "iter", 3),)).make(tmp_path)
     out = run("ls", folder, "--tree").out
