@@ -15,6 +15,7 @@ FP32 = "fp32"  # the kind of master weights, whatever their dtype
 # ours, the key where no other place of a file tells it: how many tensors there are without what was frozen
 EXCLUDES_FROZEN = "exclude_frozen_parameters"
 STEP = "step"  # what the usual optimizers count
+PARAM_NAMES = "param_names"  # in groups of torch >= 2.6, of optimizers made from named parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,8 @@ class ParamGroup:
     the parameter's shape, per kind (FP32 for master weights, else the optimizer's own key such as
     "exp_avg") and name; `scalars` what else the optimizer keeps for a parameter: a step as an int or a 0-d
     tensor, a factored moment. A kind whose state is nested has its keys in `paths` (bitsandbytes); else its
-    key is its name. `hyper` is lr, betas, weight_decay and so on as saved, without `params`.
+    key is its name. `hyper` is lr, betas, weight_decay and so on as saved, without `params`. `named`: the
+    optimizer was made from named parameters, and its run looks for PARAM_NAMES.
     """
 
     params: Mapping[str, tuple[int, ...]]
@@ -34,6 +36,7 @@ class ParamGroup:
     hyper: Mapping[str, Value]
     scalars: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
     paths: Mapping[str, tuple[Key, ...]] = field(default_factory=dict)
+    named: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

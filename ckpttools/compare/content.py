@@ -15,14 +15,14 @@ from typing import Any
 
 import xxhash
 
-from ckpttools.checkpoint import FP32, Checkpoint
+from ckpttools.checkpoint import FP32, PARAM_NAMES, Checkpoint
 from ckpttools.containers.pickles import Persistent, Reject, dumps, walk
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value
 
 WEIGHT, MASTER = "weight", "master"
 # of param_groups: how an implementation computes, or what a container needs, not what is computed
-NEUTRAL = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+NEUTRAL = frozenset({"params", PARAM_NAMES, "foreach", "fused", "capturable", "differentiable"})
 # in how many parts a batch is worked on: follows from the number of ranks
 DIVISION = frozenset({"micro", "accumulation"})
 

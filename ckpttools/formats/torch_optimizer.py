@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckpttools.checkpoint import FP32, STEP, Checkpoint, ParamGroup
+from ckpttools.checkpoint import FP32, PARAM_NAMES, STEP, Checkpoint, ParamGroup
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode, encode
 from ckpttools.containers.pickles import Dict, Node
@@ -19,7 +19,6 @@ from ckpttools.tree import Key, Value, dotted, leaves, put
 from ckpttools.tree import Path as Keys
 
 PREFIXES = ("module.", "_orig_mod.")  # that DDP and torch.compile put before names
-NAMES = "param_names"  # torch >= 2.6, of optimizers made from named parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +95,9 @@ def read(
             _group(group, dict(zip(names, group["params"], strict=True)), values, paths, tensors)
             for group, names in zip(groups, found.names, strict=True)
         ),
-        by_place=not any(NAMES in group or any(type(i) is str for i in group["params"]) for group in groups),
+        by_place=not any(
+            PARAM_NAMES in group or any(type(i) is str for i in group["params"]) for group in groups
+        ),
         rest={key: each for key, each in value.items() if key not in ("state", "param_groups")},
     )
 
@@ -109,7 +110,7 @@ def _names(
     order: Sequence[Sequence[str]] | None,
 ) -> Ids:
     """The names of all ids: as the groups list them, as the ids are, in the order given, else by shape."""
-    for key in (NAMES, "params"):
+    for key in (PARAM_NAMES, "params"):
         lists = [group.get(key) for group in groups]
         if all(isinstance(names, list) and all(type(n) is str for n in names) for names in lists):
             return _listed([[*names] for names in lists if names is not None], groups, tensors, shared)
@@ -149,7 +150,7 @@ def _listed(
     found: list[tuple[str, ...]] = []
     for names, group in zip(lists, groups, strict=True):
         if len(names) != len(group["params"]):
-            return Ids(problem=f"{NAMES} and params are of different lengths")
+            return Ids(problem=f"{PARAM_NAMES} and params are of different lengths")
         own = [_own(name, tensors) for name in names]
         lacking = next((names[i] for i, name in enumerate(own) if name is None), None)
         if lacking is not None:
@@ -199,8 +200,9 @@ def _group(
         params={name: tensors[name].shape for name in ids},
         state=kept,
         scalars=scalars,
-        hyper={key: value for key, value in saved.items() if key not in ("params", NAMES)},
+        hyper={key: value for key, value in saved.items() if key not in ("params", PARAM_NAMES)},
         paths={kind: path for kind, path in paths.items() if kind in kept or kind in scalars},
+        named=PARAM_NAMES in saved,
     )
 
 

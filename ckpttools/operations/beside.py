@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import chain
 
 from ckpttools import frameworks
-from ckpttools.checkpoint import Checkpoint, ParamGroup
+from ckpttools.checkpoint import PARAM_NAMES, Checkpoint, ParamGroup
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import read_torch_file
@@ -93,5 +93,5 @@ def _group(group: Mapping[Key, Value], numbers: list[Key], state: Value, name: s
                 shapes[own] = shapes[own] or value.shape
             else:
                 scalars.setdefault(dotted(path), {})[own] = value
-    hyper = {str(key): value for key, value in group.items() if key not in ("params", "param_names")}
+    hyper = {str(key): value for key, value in group.items() if key not in ("params", PARAM_NAMES)}
     return ParamGroup(params=shapes, state=tensors, scalars=scalars, hyper=hyper)

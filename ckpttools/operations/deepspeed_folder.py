@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 
-from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup, common_dtype
+from ckpttools.checkpoint import FP32, PARAM_NAMES, Checkpoint, Layout, ParamGroup, common_dtype
 from ckpttools.errors import Unsupported, escape
 from ckpttools.formats import PLANS
 from ckpttools.formats.deepspeed import LR_SCHEDULER, NEW_SCALER
@@ -39,7 +39,12 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
             hint="pt and dcp keep it as it is; --exclude leaves it out",
         )
     groups = tuple(
-        replace(group, state={FP32: {n: _master(best[n]) for n in group.params}, **moments(group)})
+        replace(
+            group,
+            state={FP32: {n: _master(best[n]) for n in group.params}, **moments(group)},
+            # an optimizer that has names keeps its own, and here they would be a setting of each group
+            hyper={key: value for key, value in group.hyper.items() if key != PARAM_NAMES},
+        )
         for group in checkpoint.groups
         if group.params  # DeepSpeed leaves out groups without any, and loads as many as are left
     )

@@ -316,6 +316,105 @@ def test_the_line_for_a_distributed_checkpoint_loads_it(layout: Any, frozen: boo
     assert trained(fresh, again) == trained(optimizer, model)
 
 
+def named_optimizer(model: nn.Module, named: bool) -> torch.optim.Optimizer:
+    """Two groups of the same settings, of parameters with their names or without."""
+    pairs = list(model.named_parameters())
+    groups = [[(n, p) for n, p in pairs if (p.ndim > 1) is matrix] for matrix in (True, False)]
+    return torch.optim.AdamW([{"params": group if named else [p for _, p in group]} for group in groups])
+
+
+def goes_on(line: str, before: tuple[nn.Module, torch.optim.Optimizer], named: bool) -> None:
+    """The line is run for another optimizer, which goes on bit by bit, with names where it had them."""
+    from torch.distributed import checkpoint  # noqa: F401
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    again = net()
+    fresh = named_optimizer(again, named)
+    scope = {"model": again, "optimizer": fresh, "torch": torch, "StateDictOptions": StateDictOptions}
+    exec(line, scope | {"get_state_dict": get_state_dict, "set_state_dict": set_state_dict})
+    names = [[n for n, p in again.named_parameters() if (p.ndim > 1) is matrix] for matrix in (True, False)]
+    wanted = names if named else [None, None]
+    assert [group.get("param_names") for group in fresh.param_groups] == wanted
+    model, optimizer = before
+    with torch.no_grad():
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    for mine, other in zip(model.parameters(), again.parameters(), strict=True):
+        have, got = optimizer.state[mine], fresh.state[other]
+        assert have.keys() == got.keys() and all(torch.equal(have[kind], got[kind]) for kind in have)
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat"])
+@pytest.mark.parametrize("named", [False, True], ids=["plain", "named"])
+def test_an_optimizer_of_named_parameters_finds_their_names(layout: Any, named: bool, tmp_path: Path) -> None:
+    """torch asks for param_names where the optimizer has them, and passes over what it did not ask for."""
+    model = net()
+    optimizer = named_optimizer(model, named)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    made = convert(source, tmp_path / "d", to="dcp", dcp_layout=layout, digest=False)
+    goes_on(made.next[1], (model, optimizer), named=False)
+    lacks = layout == "flat" and not named
+    assert lacks is any("the groups have no param_names" in note for note in made.notes)
+    if lacks:
+        like = saved(tmp_path / "b.pt", net(), named_optimizer(net(), True))
+        made = convert(source, tmp_path / "e", to="dcp", dcp_layout=layout, like=like, digest=False)
+        assert not any("param_names" in note for note in made.notes)
+    goes_on(made.next[1], (model, optimizer), named=True)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_the_names_in_a_distributed_checkpoint_are_no_setting(flat: bool, tmp_path: Path) -> None:
+    """As torch saves them; they say which parameters make a group where nothing else does."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    model = net()
+    optimizer = named_optimizer(model, True)
+    trained(optimizer, model)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "a", no_dist=True)
+    changes: Any = {"rename": [("^", "net.")], "dcp_layout": "flat" if flat else "nested"}
+    again = convert(tmp_path / "a", tmp_path / "b", to="dcp", digest=False, **changes).destination
+    for source, prefix in ((tmp_path / "a", ""), (again, "net.")):
+        read = open_checkpoint(source)
+        lists = [g["param_names"] for g in optimizer.state_dict()["param_groups"]]
+        assert [list(g.params) for g in read.groups] == [[prefix + n for n in names] for names in lists]
+        assert all(group.named and "param_names" not in group.hyper for group in read.groups)
+        assert not any("groups are not in the files" in note for note in read.notes)
+    (values,) = (part.values for part in open_checkpoint(again).template.parts)  # type: ignore[attr-defined]
+    found = [value for key, value in values.items() if key.endswith("param_names")]
+    assert len(found) == (8 if flat else 2) and all(n.startswith("net.") for each in found for n in each)
+    for to in ("zero2", "zero3", "universal"):
+        folder = convert(tmp_path / "a", tmp_path / to, to=to, digest=False).destination  # type: ignore[arg-type]
+        assert not any("param_names" in group.hyper for group in open_checkpoint(folder).groups)
+        assert verify(folder).ok
+    convert(tmp_path / "a", tmp_path / "c.pt", to="pt", digest=False)
+    back = named_optimizer(net(), True)
+    back.load_state_dict(torch.load(tmp_path / "c.pt", weights_only=True)["optimizer_state_dict"])
+    assert [group["param_names"] for group in back.param_groups] == lists
+
+
+def test_deepspeeds_folder_of_a_named_optimizer_gives_its_names_on(tmp_path: Path) -> None:
+    """As DeepSpeed saves it: each rank's settings have the names, though the parameter is one flat vector."""
+    source = Path(shutil.copytree(SAMPLES / "z2_groups_ws2", tmp_path / "z"))
+    names = [list(group.params) for group in open_checkpoint(source).groups]
+    for file in source.rglob("*optim_states.pt"):
+        tree = torch.load(file, weights_only=False)
+        groups = tree["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+        for group, own in zip(groups, names, strict=True):
+            group["param_names"] = own
+        torch.save(tree, file)
+    folder = convert(source, tmp_path / "u", to="universal", digest=False)
+    assert not any("param_names" in text for text in (*folder.plan.notes, *folder.next))
+    rule = [("^", "net.")]
+    made = convert(source, tmp_path / "d", to="dcp", dcp_layout="flat", rename=rule, digest=False)
+    assert not any("param_names" in note for note in made.notes)
+    read = open_checkpoint(made.destination)
+    assert [list(group.params) for group in read.groups] == [[f"net.{n}" for n in own] for own in names]
+    assert all(group.named for group in read.groups)
+
+
 @pytest.mark.parametrize("several", [False, True], ids=["one", "two"])
 @pytest.mark.parametrize("to", ["pt", "zero2"])
 def test_the_schedules_of_lightning_are_loaded_as_the_lines_say(

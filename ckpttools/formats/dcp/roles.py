@@ -3,7 +3,8 @@
     nested    model.<fqn>; optimizer.state.<fqn>.<kind>; optimizer.param_groups.<g>.<setting>, with `params`,
               the list of names in the group
     flat      the optimizer's state flattened (StateDictOptions.flatten_optimizer_state_dict): the same keys
-              but from paths of two parts, and every setting per parameter: param_groups.<fqn>.<setting>
+              but from paths of two parts, and every setting per parameter: param_groups.<fqn>.<setting>;
+              of an optimizer made from named parameters each has `param_names`, the list of its group
     titan     torchtitan: flat, the model's names at the top; beside it lr_scheduler, train_state, dataloader
 
 All of it may lie under one more key (`app` in torch's tutorial).
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ckpttools.checkpoint import STEP, ParamGroup
+from ckpttools.checkpoint import PARAM_NAMES, STEP, ParamGroup
 from ckpttools.containers.fields import bad_field
 from ckpttools.errors import escape
 from ckpttools.formats.dcp.names import NAME
@@ -211,7 +212,7 @@ def _flat_groups(
         if members is None:
             groups.append((mine, members := {}))
         members[name] = states.get(name, {})
-    if groups:
+    if not all(PARAM_NAMES in mine for mine, _ in groups):
         notes.append("the optimizer's groups are not in the files: parameters of the same settings make one")
     return tuple(_group(members, mine, shapes, notes) for mine, members in groups)
 
@@ -260,4 +261,11 @@ def _group(
         for name, value in values.items():
             whole = isinstance(value, TensorRef) and value.shape == params.get(name) and not scalar
             (state_of if whole else scalars).setdefault(kind, {})[name] = value
-    return ParamGroup(params=params, state=state_of, hyper=hyper, scalars=scalars, paths=paths)
+    return ParamGroup(
+        params=params,
+        state=state_of,
+        hyper={key: value for key, value in hyper.items() if key != PARAM_NAMES},
+        scalars=scalars,
+        paths=paths,
+        named=PARAM_NAMES in hyper,
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from ckpttools.checkpoint import EXCLUDES_FROZEN, FP32, Checkpoint, Layout, ParamGroup
+from ckpttools.checkpoint import EXCLUDES_FROZEN, FP32, PARAM_NAMES, Checkpoint, Layout, ParamGroup
 from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
 from ckpttools.formats.dcp.counters import with_state
@@ -118,8 +118,14 @@ def _optimizer(
                     yield (names.optimizer, ".".join((STATE, name, *map(str, path)))), value
                 else:
                     yield from _flattened((names.optimizer, STATE, name, *map(str, path)), value, notes)
+    all_named = all(_is_named(group) for group in checkpoint.groups if group.params)
+    # a run whose optimizer has no names does not ask for them: nested, where they cost a list for each group,
+    # a checkpoint that comes from elsewhere has them for either kind of run
+    spare = style == NESTED and checkpoint.layout.format != "dcp"
     for g, group in enumerate(checkpoint.groups):
-        hyper = {key: value for key, value in group.hyper.items() if key != PARAMS}
+        hyper = {key: value for key, value in group.hyper.items() if key not in (PARAMS, PARAM_NAMES)}
+        if spare or _is_named(group):
+            hyper[PARAM_NAMES] = list(group.params)
         if flat:
             for name in group.params:
                 for key, value in hyper.items():
@@ -128,8 +134,17 @@ def _optimizer(
             for key, value in hyper.items():
                 yield from _flattened((names.optimizer, GROUPS, g, key), value, notes)
             yield (names.optimizer, GROUPS, g, PARAMS), list(group.params)
-    if flat and checkpoint.groups and checkpoint.layout.variant not in (FLAT, TITAN):
+    if flat and not all_named and checkpoint.layout.variant not in (FLAT, TITAN):
         notes.append("the optimizer's state is flattened: which parameters make a group is not kept")
+    if checkpoint.groups and not all_named and not spare and checkpoint.layout.format != "dcp":
+        notes.append(
+            f"the groups have no {PARAM_NAMES}: a run that made its optimizer from model.named_parameters() "
+            "needs them (--like a checkpoint of it)"
+        )
+
+
+def _is_named(group: ParamGroup) -> bool:
+    return group.named or PARAM_NAMES in group.hyper  # DeepSpeed's folders keep what the optimizer had
 
 
 def _state(group: ParamGroup, name: str) -> Iterator[tuple[str, Value]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
+from ckpttools.checkpoint import PARAM_NAMES, Checkpoint, Layout, ParamGroup
 from ckpttools.containers import fields
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import ORDERED, decode, encode, kept, put_node
@@ -21,7 +21,7 @@ from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
 from ckpttools.formats.notes import left_out, one_copy
 from ckpttools.formats.torch.names import find_weights, strip
-from ckpttools.formats.torch_optimizer import NAMES, place_of, separate, state_of
+from ckpttools.formats.torch_optimizer import place_of, separate, state_of
 from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves, put, same, tensors
@@ -134,9 +134,9 @@ def _optimizer(checkpoint: Checkpoint, template: Template | None, path: tuple[Ke
             if node is not None:
                 states.append((i, node))
         wanted: dict[str, Value] = dict(group.hyper)
-        if settings is None or NAMES in settings:
+        if settings is None or PARAM_NAMES in settings:
             # torch >= 2.6 keeps them and goes by the order alone
-            wanted[NAMES] = list(group.params)
+            wanted[PARAM_NAMES] = list(group.params)
         wanted["params"] = ids
         if template is None or settings is None:
             groups.append(encode(wanted, {}))
