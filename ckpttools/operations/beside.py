@@ -42,7 +42,12 @@ def both(one: Opened, two: Opened) -> tuple[Checkpoint, Checkpoint, tuple[str, .
     alone = (f"{place.file.name} (its parameters have no names)" for places in known for place in places)
     if not one[1].groups and not two[1].groups:  # in the files themselves they are values like others
         alone = (said for said, place in zip(alone, chain(*known), strict=True) if place in chain(*found))
-    return one[1], two[1], tuple(dict.fromkeys(alone))
+    unread = (
+        f"what {source.format.name} keeps beside the weights (the optimizer's state of ranks is not joined)"
+        for source, _ in (one, two)
+        if source.format.weights_alone
+    )
+    return one[1], two[1], tuple(dict.fromkeys((*alone, *unread)))
 
 
 def _places(source: Source, checkpoint: Checkpoint) -> Iterator[Place]:

@@ -83,6 +83,15 @@ def test_weights_alone_have_none(tmp_path: Path) -> None:
     assert "optimizer state (not compared)" in run("prove", HF, tmp_path / "weights").out
 
 
+def test_a_format_whose_weights_alone_are_read_is_not_called_equal() -> None:
+    folder = FIXTURES / "verl/actor_ws2"  # optim_world_size_2_rank_*.pt may hold anything
+    ran = run("diff", folder, folder)
+    assert ran.code == 1 and ran.out.endswith("no difference in what was compared\n"), ran.out
+    ran = run("prove", folder, folder)
+    assert ran.code == 1 and "optimizer state (not compared)" in ran.out and "in neither" not in ran.out
+    assert run("diff", folder, folder, "--only", "weight/*").code == 0
+
+
 def test_accelerates_file() -> None:
     proof = ckpttools.prove(ACCELERATE, ACCELERATE)
     assert "exp_avg" in proof.compared.equal and not proof.unread
