@@ -143,7 +143,10 @@ def _verify(
             findings += check_held(found, held, require)
             if whole:
                 rates = list(check_rates(state))
-                findings += [*rates, *check_settings(source, state, rates=bool(rates))]
+                findings += [
+                    *rates,
+                    *check_settings(source, found, state, beside.optimizers, rates=bool(rates)),
+                ]
                 differ, copies = check_copies(source, found, state)
                 findings += [*differ, *missing_state(path)]
             found = replace(found, checks=(*found.checks, *beside.checks))

@@ -154,4 +154,9 @@ def _lacks_state(found: Checkpoint) -> bool:
     held = any(refs for group in found.groups for kind, refs in group.state.items() if kind != FP32)
     if held or any(values for group in found.groups for values in group.scalars.values()):
         return False
-    return any(group.hyper.get(key, none) != none for group in found.groups for key, none in KEEPS.items())
+    return any(keeps_state(group.hyper) for group in found.groups)
+
+
+def keeps_state(group: Mapping[str, object]) -> bool:
+    """Whether an optimizer with the settings of this group keeps a tensor for each parameter."""
+    return any(group.get(key, none) != none for key, none in KEEPS.items())

@@ -5,21 +5,29 @@ they of one save? Of any container but a DeepSpeed engine's, which formats/engin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from ckpttools.errors import escape
+from ckpttools.checkpoint import Checkpoint
+from ckpttools.checks.incidents import keeps_state
+from ckpttools.containers.edit import at
+from ckpttools.containers.fields import as_mapping
+from ckpttools.containers.torch_file import TorchFile
+from ckpttools.errors import counted, escape
 from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats import Source
 from ckpttools.formats.engine import odd_settings
 from ckpttools.frameworks import framework_of
+from ckpttools.tensors import TensorRef
 from ckpttools.training import OptimizerSettings, SavedSchedule, Training
 
 MOST = 2.0**24  # torch counts by one in fp32, which goes no farther
 
 
-def check_settings(source: Source, training: Training, *, rates: bool) -> Iterator[Finding]:
-    """A finding for each setting that cannot be, and for what the files say of each other. `rates`: the
-    learning rates were found to be odd already.
+def check_settings(
+    source: Source, found: Checkpoint, training: Training, files: Iterable[TorchFile], *, rates: bool
+) -> Iterator[Finding]:
+    """A finding for each setting that cannot be, and for what the files say of each other. `files` are the
+    optimizers' own; `rates`: the learning rates were found to be odd already.
     """
     if source.format.tagged or not training.framework:
         return
@@ -40,6 +48,9 @@ def check_settings(source: Source, training: Training, *, rates: bool) -> Iterat
         alone = sum(other.optimizer == saved.optimizer for other in training.schedules) == 1
         if alone and saved.optimizer < len(training.optimizers):
             yield from _last_rates(saved, training.optimizers[saved.optimizer])
+    for file in files:
+        yield from _no_state(file, training)
+    yield from _moments(found)
     yield from _updates(training)
     yield from _equal(training)
 
@@ -60,6 +71,40 @@ def _steps(optimizer: OptimizerSettings) -> Iterator[Finding]:
             + ("" if wild else ", and its first update fails, or makes NaN of the weights"),
         )
         return
+
+
+def _no_state(file: TorchFile, training: Training) -> Iterator[Finding]:
+    """The same as of a single file, in checks/incidents.py."""
+    state = as_mapping(at(file.value, "state"))
+    own = [group for each in training.optimizers if each.places[0].file == file.path for group in each.groups]
+    if state is None or state.pairs or not training.count or not any(map(keeps_state, own)):
+        return
+    yield Finding(
+        id="optimizer-empty",
+        severity=WARNING,
+        file=str(file.path),
+        where="state",
+        message=f"settings of {counted(len(own), 'parameter group')} after {training.count} updates, and no "
+        "state of any parameter",
+        why="a resume begins the optimizer anew, and the loss jumps",
+        hint="use a checkpoint that holds it, unless it was left out on purpose",
+    )
+
+
+def _moments(found: Checkpoint) -> Iterator[Finding]:
+    """torch's Adam loads moments of any shape, and fails at its first update."""
+    for group in found.groups:
+        for kind in ("exp_avg", "exp_avg_sq") if "amsgrad" in group.hyper else ():
+            for name, ref in group.scalars.get(kind, {}).items():
+                if isinstance(ref, TensorRef) and ref.shape and name in found.tensors:
+                    yield Finding(
+                        id="moment-size",
+                        severity=ERROR,
+                        file=str(found.path),
+                        where=f"{name} ({kind})",
+                        message=f"is {list(ref.shape)}, and its parameter {list(found.tensors[name].shape)}",
+                        hint="it loads, and the first update fails: use another copy",
+                    )
 
 
 def _last_rates(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Finding]:

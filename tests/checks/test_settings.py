@@ -234,3 +234,28 @@ def test_groups_that_were_added_since_the_last_step(tmp_path: Path) -> None:
     found["state_dict"] = model.state_dict()
     torch.save(found, path)
     assert said(path) == []
+
+
+@pytest.mark.parametrize("container", ["Trainer", "accelerate"])
+def test_no_state_in_the_optimizers_own_file(container: str, tmp_path: Path) -> None:
+    source, name, _ = CONTAINERS[container]
+    path = copied(source, tmp_path)
+    edit(path / name, lambda found: found["state"].clear())
+    assert (WARNING, "optimizer-empty", "state") in said(path)
+
+
+def test_moments_of_another_shape_than_their_parameter(tmp_path: Path) -> None:
+    path = tmp_path / "step_1.pt"
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.Linear(8, 4, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
+    torch.save(tree, path)
+    assert said(path) == []
+    tree["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3, 5)
+    torch.save(tree, path)
+    assert said(path) == [(ERROR, "moment-size", "0.weight (exp_avg)")]
+    optimizer.load_state_dict(tree["optimizer"])
+    with pytest.raises(RuntimeError):
+        optimizer.step()
