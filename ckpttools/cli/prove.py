@@ -93,8 +93,8 @@ def _exceptions(proof: Proof) -> list[str]:
         side = result.left if is_left else result.right
         out.append(f"{kind} (only in {escape(side.path)})")
     if proof.unread:
-        out.append(f"optimizer state ({'not compared' if proof.uncompared else 'found in neither'})")
-    elif proof.uncompared:
+        out.append(f"optimizer state ({'not compared' if proof.unnamed else 'found in neither'})")
+    if proof.uncompared and not (proof.unread and proof.unnamed):
         out.append("objects that are not compared")
     parts = dict.fromkeys(fact.part for fact in proof.facts)
     return out + [f"{part} ({', '.join(_named(proof, part))})" for part in parts]

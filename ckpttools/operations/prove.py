@@ -25,14 +25,15 @@ class Proof:
     """`compared` holds weights, moments and steps against each other, `facts` what else is said otherwise.
 
     `random` are the random states that each side has, `uncompared` the objects of training code that nobody
-    can look into, and optimizers without names where the other side has names: with any of them the verdict
-    is "except". Random states belong to single ranks and do not count.
+    can look into, and `unnamed`, the optimizers without names where the other side has names: with any of
+    them the verdict is "except". Random states belong to single ranks and do not count.
     """
 
     compared: Compared
     facts: tuple[Fact, ...]
     random: tuple[tuple[str, ...], tuple[str, ...]]
     uncompared: tuple[str, ...]
+    unnamed: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -82,6 +83,7 @@ def prove(
         compared=compare(a, b),
         facts=found,
         random=(_random(a), _random(b)),
+        unnamed=unnamed,
         uncompared=tuple(dict.fromkeys((*unnamed, *opaque(a.checkpoint), *opaque(b.checkpoint)))),
     )
 

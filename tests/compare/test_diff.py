@@ -223,6 +223,9 @@ def test_objects_are_compared_by_what_they_hold(tmp_path: Path) -> None:
         ran = run("diff", one, same)
         assert ran.code == 1 and ran.out.endswith("\nno difference in what was compared\n"), ran.out
         assert "note: not compared: " in ran.out
+    torch.save({"model": {"a.weight": torch.ones(2)}, "thing": Thing(torch.ones(2))}, tmp_path / "bare.pt")
+    said = run("prove", tmp_path / "bare.pt", tmp_path / "bare.pt").out
+    assert "optimizer state (found in neither), objects that are not compared" in said
 
 
 def test_an_optimizer_whose_parameters_have_no_names_is_said_and_not_only_removed(tmp_path: Path) -> None:
