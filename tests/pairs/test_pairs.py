@@ -221,8 +221,8 @@ def test_there_and_back(
     if not kept:
         read = operation.check_before_use
 
-        def bare(source: Source) -> Checkpoint:
-            return replace(read(source), template=None)
+        def bare(source: Source, **how: bool) -> Checkpoint:
+            return replace(read(source, **how), template=None)
 
         monkeypatch.setattr(operation, "check_before_use", bare)
     for start in ("pt", "zero2", "dcp"):
