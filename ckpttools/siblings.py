@@ -23,6 +23,7 @@ UNFINISHED = "ckpt-unfinished.json"  # in a folder of a store: what else is in i
 STAGING = ".ckpt-tmp-"
 REPLACED = ".ckpt-old-"
 SPREAD = ".ckpt-spread"  # what many workers are writing
+VERIFIED = "last_verified"  # names the newest of which every byte was read, by a callback
 PIN = ".ckpt-pin-"  # in front: no glob takes a hidden name
 GONE = re.compile(r"\.ckpt-gone-[0-9a-f]{16}")  # what a prune is deleting; without the old name's suffix
 # whatever lies in such a folder is the framework's own

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -18,11 +17,12 @@ from typing import Any
 from ckpttools import runs
 from ckpttools.errors import CkptError
 from ckpttools.execute.small import locked, replace
-from ckpttools.integrations.guard import LAST_VERIFIED, damage, drop_manifests
-from ckpttools.operations.prune import carry_out, plan_of
+from ckpttools.findings import errors
+from ckpttools.integrations.guard import drop_manifests, problem_of, read
 from ckpttools.runs import extent
 from ckpttools.runs.retain import Policy
-from ckpttools.stores.files import exists, small_text
+from ckpttools.siblings import VERIFIED
+from ckpttools.stores.files import exists, local, small_text
 
 LOCK = ".ckpt-verifying"
 
@@ -35,23 +35,25 @@ def main(checkpoint: Path, keep_last: int | None, per_kind: bool, keep_best: str
         if not exists(checkpoint):
             return _said(None, f"{checkpoint.name} went before it was read")
         before = extent(checkpoint)
-        problem = damage(checkpoint)
+        verdict = read(checkpoint, describe=True)
         if extent(checkpoint) != before:
             return _said(None, _again(checkpoint))
+        problem = problem_of(checkpoint, verdict)
         if problem is not None:
             return _said(problem)
-        command = ["verify", str(checkpoint), "--write-manifest", "--quiet", "--workers=1"]
-        done = subprocess.run(
-            [sys.executable, "-m", "ckpttools.cli", *command], capture_output=True, text=True
-        )
+        if not verdict.ok or verdict.manifest is None:
+            why = next((each.text for each in errors(verdict.findings)), "its layout has no manifest")
+            return _said(None, f"{checkpoint.name} was not verified: {why}")
+        place, contents = verdict.manifest
+        replace(local(place), contents, unseen=True)
         if extent(checkpoint) != before:
             drop_manifests(checkpoint, time.time_ns())  # of what was read before
             return _said(None, _again(checkpoint))
-        if done.returncode != 0:
-            return _said(None, f"{checkpoint.name} was not verified: {done.stderr.strip()}")
         _name(folder, checkpoint)
         notes = [f"{checkpoint} verified: every byte"]
         if keep_last is not None or keep_best is not None:
+            from ckpttools.operations.prune import carry_out, plan_of  # the start is most of the time
+
             try:
                 policy = Policy(last=keep_last, per_kind=per_kind, best=keep_best)
                 plan = plan_of(folder, policy, found=[runs.own(folder)])  # those below are other runs
@@ -69,10 +71,10 @@ def _again(checkpoint: Path) -> str:
 def _name(folder: Path, checkpoint: Path) -> None:
     """Only forward: of two that wait for the lock the later one may get it first."""
     with suppress(OSError, CkptError):
-        named = folder / small_text(folder / LAST_VERIFIED, 4096)
+        named = folder / small_text(folder / VERIFIED, 4096)
         if extent(named)[0] > extent(checkpoint)[0]:
             return
-    replace(folder / LAST_VERIFIED, checkpoint.name.encode())
+    replace(folder / VERIFIED, checkpoint.name.encode())
 
 
 def _said(problem: CkptError | None, *notes: str) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 from ckpttools import checks, manifest, runs
+from ckpttools.checks import Verdict, refused
 from ckpttools.errors import CkptError
 from ckpttools.execute.removing import remove_file
 from ckpttools.findings import errors
 from ckpttools.siblings import MANIFEST
 from ckpttools.stores.files import is_folder, local, stat, walk
 
-LAST_VERIFIED = "last_verified"
 log = logging.getLogger("ckpttools")
 
 
@@ -106,15 +106,24 @@ class Guard:
 
 def damage(checkpoint: Path, *, quick: bool = False) -> CkptError | None:
     """What is wrong with a checkpoint; None also where that could not be found out."""
+    return problem_of(checkpoint, read(checkpoint, quick=quick), quick=quick)
+
+
+def read(checkpoint: Path, *, quick: bool = False, describe: bool = False) -> Verdict:
+    """The verdict on it, also where it could not be read; `describe` it for a manifest."""
     try:
-        found = errors(checks.verify(checkpoint, quick=quick).findings)
-        # a quick look is for what was saved just now; another reader may still write what was before
-        found = [each for each in found if not (quick and each.id == "manifest-mismatch")]
+        return checks.verify(checkpoint, quick=quick, describe=describe, workers=int(describe))
     except CkptError as error:
-        return error if error.exit_code == 1 else None
-    if not found:
+        return refused(checkpoint, error)
+
+
+def problem_of(checkpoint: Path, verdict: Verdict, *, quick: bool = False) -> CkptError | None:
+    """The first damage of a verdict. A quick look is for what was saved just now: another reader may still
+    write the manifest of what was before."""
+    found = [each for each in errors(verdict.findings) if each.exit_code == 1]
+    first = next((each for each in found if not (quick and each.id == "manifest-mismatch")), None)
+    if first is None:
         return None
-    first = found[0]
     where = checkpoint / first.file if first.file else checkpoint
     return CkptError(first.id, first.message, where=where, why=first.why, hint=f"ckpt verify {checkpoint}")
 

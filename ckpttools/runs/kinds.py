@@ -6,8 +6,9 @@
     best_model.pt, best_acc_epoch_3.pth                                 best
     last.ckpt, final_model.pt                                           final
 
-A series is what one run writes again and again: its names differ in these numbers alone. A number of which
-neither the name nor the file says what it counts may be a seed or a fold: that is no series.
+A series is what one run writes again and again: its names differ in these numbers, and in what was measured,
+alone. Any other number may be a seed, a fold or a setting (fold=1-epoch=3.ckpt, lr=0.01-step=9.ckpt): another
+one makes another series, and a name of which nothing says what its number counts (rep_1.pt) is of none.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ Kind = Literal["step", "epoch", "best", "final"]
 
 _BEST = re.compile(r"(^|[^a-z])best([^a-z]|$)", re.IGNORECASE)
 _FINAL = re.compile(r"(^|[^a-z])(final|last)([^a-z]|$)", re.IGNORECASE)
-_STEP = re.compile(r"(?:iteration|iter|global_step|steps|step)[-_=]?\d+", re.IGNORECASE)
-_EPOCH = re.compile(r"(?:epoch|ep)[-_=]?\d+", re.IGNORECASE)
+_STEP = re.compile(r"(?:iteration|(?<![a-z])iter|(?<![a-z])(?:global)?steps?)[-_=]?\d+", re.IGNORECASE)
+_EPOCH = re.compile(r"(?:epoch|(?<![a-z])ep)[-_=]?\d+", re.IGNORECASE)
 _PLAIN = re.compile(r"(?:checkpoint|ckpt|model|snapshot)[-_](\d+)", re.IGNORECASE)
-# Lightning writes values into names, too: epoch=3-step=99-val_loss=0.12
-_VALUE = re.compile(r"[A-Za-z_/]+=-?\d+(\.\d+)?")
+# Lightning writes what was measured into names, too: epoch=3-step=99-val_loss=0.12
+_MEASURED = re.compile(
+    r"[a-z_/.]*(?<![a-z])(?:loss|acc|accuracy|err|error|f1|auc|auroc|m?iou|m?ap|ppl|perplexity|bleu|[wc]er|psnr"
+    r"|ssim|dice|r?mse|mae|score|reward|metric)=-?\d+(?:\.\d+)?(?:e[-+]?\d+)?",
+    re.IGNORECASE,
+)
 
 
 def kind(entry: Entry) -> Kind | None:
@@ -60,7 +65,15 @@ def series(entry: Entry) -> str | None:
         return None
     if entry.problem is None and kind(entry) is None:
         return None  # of a damaged one the others of its series tell
-    left = name
-    for pattern in (_VALUE, _STEP, _EPOCH, _PLAIN):
-        left = pattern.sub("", left)
-    return None if left == name else re.sub(r"[-_]+", "_", left)
+    left = _EPOCH.sub("", _STEP.sub("", name))
+    left = _PLAIN.sub("", name) if left == name else left
+    return None if left == name else re.sub(r"[-_]+", "_", _MEASURED.sub("", left))
+
+
+def ahead(entry: Entry) -> int:
+    """How far the number in a name is ahead of the epoch that is stated: the same throughout a series. It is
+    0 where the name says what it counts, or nothing is stated."""
+    name, epoch = entry.path.name, entry.state.epoch
+    plain = _PLAIN.search(name)
+    says = plain is None or _STEP.search(name) or _EPOCH.search(name) or kind(entry) != "epoch"
+    return 0 if says or plain is None or epoch is None else int(plain[1][:18]) - int(epoch)

@@ -1,8 +1,8 @@
 """What may not go because something else names it or needs it, and what an interrupted prune left.
 
-    latest, last_checkpoint, latest_universal    in the run, above it, or beside the folder looked after
-    symbolic links                               from anywhere below, or from beside, into a checkpoint
-    adapter_config.json                          base_model_name_or_path: an adapter is nothing without it
+    latest, last_checkpoint, latest_universal, last_verified    in the run, above it, or beside the folder
+    symbolic links               from anywhere below, or from beside, into a checkpoint
+    adapter_config.json          base_model_name_or_path: an adapter is nothing without it
     the best, as the framework says in the checkpoints themselves
 
 A name is enough: a path that was true on another machine still keeps the checkpoint that is called so.
@@ -21,11 +21,11 @@ from ckpttools.frameworks import POINTERS
 from ckpttools.location import Entry as StoreEntry
 from ckpttools.location import Location
 from ckpttools.runs.find import Entry
-from ckpttools.siblings import GONE, PIN
+from ckpttools.siblings import GONE, PIN, VERIFIED
 from ckpttools.stores.files import entries, is_file, local, small_text, walk
 from ckpttools.stores.links import resolved
 
-NAMING = (*POINTERS, "latest_universal")
+NAMING = (*POINTERS, "latest_universal", VERIFIED)
 ADAPTER = "adapter_config.json"
 
 

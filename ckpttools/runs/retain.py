@@ -1,9 +1,10 @@
 """Which checkpoints of a run stay: a policy over what is known of each, nothing touched.
 
 A checkpoint may go only if all of this holds: it is one of a series (kinds.py), older than as many good ones
-of its series as shall stay, of the same model as these, holds nothing that is somebody's own, and nothing
-pins, names or needs it. A damaged one counts as nothing: it takes no place, and one that is newer than those
-that stay is left alone, for it may be written at this moment. What is not known keeps a checkpoint.
+of its series as shall stay, of the same model as these, not the one that was written last, holds nothing that
+is somebody's own, and nothing pins, names or needs it. A damaged one counts as nothing: it takes no place,
+and one that is newer than those that stay is left alone, for it may be written at this moment. What is not
+known keeps a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 
 from ckpttools.errors import UsageError, escape
 from ckpttools.runs.find import COUNTERS, Entry
-from ckpttools.runs.kinds import kind, series
+from ckpttools.runs.kinds import ahead, kind, series
 from ckpttools.stores.files import is_link
 
+COPIED = 60 * 10**9  # ns; a copy of a run has the times of copying, which say nothing of the run
 VAL = ("val_loss", "eval_loss", "val/loss", "validation_loss", "valid_loss")
 # what is better when it is less; the direction of any other must be said
 _LESS = ("loss", "ppl", "perplexity", "error", "err", "wer", "cer", "mae", "mse", "rmse")
@@ -89,6 +91,10 @@ def decide(
         limit = taken[-1] if len(taken) == (policy.last or 1) else len(found)
         limits[stem] = max(limits.get(stem, 0), limit)
         _keep_best(found, members, policy, is_good, reasons)
+        written = max(members, key=lambda at: (found[at].time, -at))
+        before = max((found[at].time for at in members if at < written), default=math.inf)
+        if found[written].time - before > COPIED and is_good(written):
+            reasons[written].append("it was written last: the run went on from further back")
         for at in members:
             if at < limit and at not in taken:
                 reasons[at].append(_unproven(known.get(at)) if taken else "none of its series is good")
@@ -121,7 +127,7 @@ def _groups(found: Sequence[Entry], per_kind: bool) -> dict[Hashable, list[int]]
     for at, entry in enumerate(found):
         stem = series(entry)
         if stem is not None and entry.problem is None and not is_link(entry.path):
-            key = (stem, entry.resumes, entry.model, kind(entry) if per_kind else None)
+            key = (stem, ahead(entry), entry.resumes, entry.model, kind(entry) if per_kind else None)
             groups.setdefault(key, []).append(at)
     return groups
 

@@ -14,8 +14,9 @@ import torch
 from support import FIXTURES
 
 from ckpttools.errors import CkptError
-from ckpttools.integrations.guard import LAST_VERIFIED, Guard, Rules, newest_good
+from ckpttools.integrations.guard import Guard, Rules, newest_good
 from ckpttools.manifest import places
+from ckpttools.siblings import VERIFIED
 
 ROOT = Path(__file__).parents[2]
 MMENGINE = os.environ.get("CKPT_MMENGINE_PYTHON", "")
@@ -71,7 +72,7 @@ def test_transformers(tmp_path: Path) -> None:
     first.train(resume_from_checkpoint=saves.resume_from(tmp_path / "out"))
     out = tmp_path / "out"
     assert kept(out, "checkpoint-*") == {"checkpoint-6", "checkpoint-9"}
-    assert (out / LAST_VERIFIED).read_text() == "checkpoint-9"
+    assert (out / VERIFIED).read_text() == "checkpoint-9"
     assert places(out / "checkpoint-9")
     assert 0 < saves.guard.seconds < 60
     flip(next((out / "checkpoint-9").glob("model.safetensors")))
@@ -83,7 +84,7 @@ def test_transformers(tmp_path: Path) -> None:
     assert second.state.global_step == 9
     third, saves = trainer(12)
     third.train(resume_from_checkpoint=saves.resume_from(out))
-    assert (out / LAST_VERIFIED).read_text() == "checkpoint-12"
+    assert (out / VERIFIED).read_text() == "checkpoint-12"
 
 
 def test_lightning(tmp_path: Path) -> None:
@@ -122,13 +123,13 @@ def test_lightning(tmp_path: Path) -> None:
 
     fit(9, VerifySaves.resume_from(folder))
     assert kept(folder, "*.ckpt") == {"step=6.ckpt", "step=9.ckpt"}
-    assert (folder / LAST_VERIFIED).read_text() == "step=9.ckpt"
+    assert (folder / VERIFIED).read_text() == "step=9.ckpt"
     flip(folder / "step=9.ckpt")
     with pytest.raises(CkptError):
         fit(12, str(folder / "step=9.ckpt"))
     assert VerifySaves.resume_from(folder) == str(folder / "step=6.ckpt")
     fit(12, VerifySaves.resume_from(folder))
-    assert (folder / LAST_VERIFIED).read_text() == "step=12.ckpt"
+    assert (folder / VERIFIED).read_text() == "step=12.ckpt"
 
 
 PLAIN = """
@@ -183,7 +184,7 @@ def test_a_plain_deepspeed_loop(tmp_path: Path) -> None:
 
     assert launch(run).count("from 0") == 2
     assert kept(run, "global_step*") == {"global_step3", "global_step4"}
-    assert (run / LAST_VERIFIED).read_text() == "global_step4"
+    assert (run / VERIFIED).read_text() == "global_step4"
     ruined = tmp_path / "ruined"
     shutil.copytree(run, ruined)
     for file in ruined.rglob("*_optim_states.pt"):
@@ -191,7 +192,7 @@ def test_a_plain_deepspeed_loop(tmp_path: Path) -> None:
     flip(run / "global_step4/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
     said = launch(run, ruined)
     assert said.count("from 3") == 2 and said.count("refused none-verified") == 2
-    assert (run / LAST_VERIFIED).read_text() == "global_step7"
+    assert (run / VERIFIED).read_text() == "global_step7"
 
 
 ERRORS = """
@@ -263,7 +264,7 @@ def test_mmengine(tmp_path: Path) -> None:
     done = launch(3)
     assert done.returncode == 0, done.stderr[-3000:]
     assert kept(work, "*.pth") == {"epoch_2.pth", "epoch_3.pth"}
-    assert (work / LAST_VERIFIED).read_text() == "epoch_3.pth"
+    assert (work / VERIFIED).read_text() == "epoch_3.pth"
     again = launch(4)
     assert again.returncode == 0, again.stderr[-3000:]
     assert kept(work, "*.pth") == {"epoch_3.pth", "epoch_4.pth"}
@@ -348,7 +349,7 @@ def test_damage_is_told_and_may_stop_a_run(tmp_path: Path, caplog: pytest.LogCap
     goes_on.saved(path)
     goes_on.close()
     assert "step_1.pt is damaged" in caplog.text
-    assert not (tmp_path / LAST_VERIFIED).exists()
+    assert not (tmp_path / VERIFIED).exists()
     stops.saved(path)
     with pytest.raises(CkptError):
         stops.close()

@@ -89,14 +89,23 @@ def make(tmp_path: Path, *steps: int, torn: tuple[int, ...] = (), kind: str = "i
     return Folder(tuple(One("", kind, step, step in torn) for step in steps)).make(tmp_path)
 
 
+def best_of(*steps: int) -> str:
+    return f"iter_{min(steps, key=lambda step: LOSSES[step])}.pth"
+
+
 def left(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
-    "name", ["model_{}.pt", "checkpoint-{}.pt", "snapshot_{}.pt", "seed={}.ckpt", "model_{}"]
+    "name",
+    [
+        *("model_{}.pt", "checkpoint-{}.pt", "snapshot_{}.pt", "seed={}.ckpt", "model_{}"),
+        *("rep_{}.pt", "deep{}.pt", "jupiter{}.pt", "footstep{}.pt"),
+        *("fold={}-epoch=3.ckpt", "lr=0.0{}1-step=9.ckpt", "model_{}_epoch_3.pt"),
+    ],
 )
-@pytest.mark.parametrize("said", [{}, {"epoch": 100}, {"global_step": 5000}])
+@pytest.mark.parametrize("said", [{}, {"epoch": 2}, {"epoch": 100}, {"global_step": 5000}])
 def test_a_number_of_which_nothing_is_known_may_be_a_seed(
     tmp_path: Path, name: str, said: dict[str, int]
 ) -> None:
@@ -341,6 +350,24 @@ def test_experiments_of_one_tag_are_runs_of_their_own(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
+def test_what_was_written_last_stays_though_others_are_further_on(tmp_path: Path) -> None:
+    """A run that went on from step 2: 3 and 4 are of what was given up."""
+    folder = make(tmp_path, 1, 2, 3, 4, 5)
+    for step, seconds in ((4, 1000), (5, 1100), (1, 2000), (2, 2100), (3, 2200)):
+        os.utime(folder / f"iter_{step}.pth", (seconds, seconds))
+    plan = ckpttools.prune(folder, keep_last=1)
+    assert left(folder) == {"iter_3.pth", "iter_5.pth"} | {best_of(1, 2, 3, 4, 5)}
+    assert any("written last" in why for d in plan.kept for why in d.reasons)
+
+
+def test_what_last_verified_names_stays(tmp_path: Path) -> None:
+    """Headers of a newer one may be good, and its bytes damaged."""
+    folder = make(tmp_path, 1, 2, 3, 4)
+    (folder / siblings.VERIFIED).write_text("iter_2.pth")
+    ckpttools.prune(folder, keep_last=1)
+    assert left(folder) == {"iter_2.pth", "iter_4.pth", siblings.VERIFIED, best_of(1, 2, 3, 4)}
+
+
 def test_a_tag_that_latest_names_stays(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(FIXTURES / "deepspeed-0.19.8" / "z2_bf16_ws2", folder)
@@ -497,6 +524,7 @@ def test_what_cannot_be_slimmed_stays(tmp_path: Path) -> None:
     (chunk,) = ckpttools.open(folder / "iter_1.pth").checkpoint.tensors["model.weight"].chunks
     data[chunk.start] ^= 1  # only its checksum tells
     (folder / "iter_1.pth").write_bytes(data)
+    os.utime(folder / "iter_1.pth", (10_000, 10_000))
     (folder / "weights-of-iter_3").mkdir()
     (folder / "weights-of-iter_3" / "mine").write_text("mine")
     ran = run("prune", folder, "--keep-last", 1, "--slim", "-y")
