@@ -1,4 +1,6 @@
-"""The keys that `ckpt train` adds to DeepSpeed's: position in epochs and samples, and its configuration.
+"""The keys that `ckpt train` adds to DeepSpeed's, or to those of a single file.
+
+They are its position in epochs and samples, and its configuration.
 
 `samples_in_epoch` is the data's own position and stays as it is: a resumed run goes on at the very next
 sample whatever its batch size. Epochs drop their last, incomplete global batch. Source: trainer/state.py.
@@ -12,10 +14,10 @@ from shlex import quote
 
 from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.frameworks import client, parts
+from ckpttools.frameworks import client, parts, plain
 from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.frameworks.rules import Rule
-from ckpttools.schedules.evidence import What
+from ckpttools.schedules.evidence import What, stated
 from ckpttools.training import BatchField, Counter, Role, Training, merge
 
 CONFIG = "the configuration of ckpt train"
@@ -24,14 +26,20 @@ BATCH = ("config", "batch")
 
 def is_ours(saved: Saved) -> bool:
     file = saved.file
-    if file is None or not saved.zero:
+    if file is None:
         return False
     return parts.integer(file, "format_version") == 1 and parts.integer(file, "samples_in_epoch") is not None
 
 
 def read(saved: Saved) -> Training:
-    """Its keys in the model file, over DeepSpeed's, and a bundle's training_info.json."""
+    """Its keys in the model file, over DeepSpeed's, and a bundle's training_info.json. Of a single file (it
+    is of stage 0) they stand beside what any code saves."""
     assert saved.file is not None
+    if not saved.zero:
+        single, own = plain.read(saved), _read(saved.file)
+        kept = {name: getattr(single, name) for name in ("optimizers", "schedules", "marker", "marked")}
+        batch = (f for field in own.batch_fields for f in stated(field.which, field.value, field.name))
+        return replace(own, evidence=tuple(batch), **kept)
     found = saved.over(_read(saved.file))
     bundled = client.of_bundle(found, saved.place)
     return found if bundled is None else merge(found, bundled)

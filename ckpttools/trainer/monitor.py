@@ -67,7 +67,7 @@ class Monitor:
 
     def record(self, progress: Progress, **fields: float | None) -> None:
         """One JSON line with full precision; a resumed run appends, and its later line for a step counts."""
-        line = {"step": progress.iteration, "epoch": progress.epoch + 1, **fields}
+        line = {"step": progress.iteration, "epoch": progress.in_epoch, **fields}
         with (self._run / "train_log.jsonl").open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)

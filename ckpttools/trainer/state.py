@@ -36,6 +36,11 @@ class Progress:
     best_val_loss: float | None = None  # the lowest so far
     learning_rate: float | None = None  # of the last update
 
+    @property
+    def in_epoch(self) -> int:
+        """The number, from 1, of the epoch that the last sample was of; 0 before the first."""
+        return self.epoch + (self.samples_in_epoch > 0)
+
     def improves(self, loss: float) -> bool:
         """Whether a validation loss is the lowest so far. NaN never is: nothing would be less than it."""
         best = self.best_val_loss

@@ -10,6 +10,7 @@ import torch
 import yaml
 from trainer.launched import Launch, load, losses, records
 
+import ckpttools
 from ckpttools.operations.pin import pin
 
 pytestmark = pytest.mark.distributed
@@ -73,6 +74,9 @@ def test_one_process_then_ddp_then_zero(launch: Launch, tmp_path: Path) -> None:
     assert end["val_loss"] == next(r["val_loss"] for r in records(tmp_path / "whole") if "val_loss" in r)
     assert not [name for name in end["model_state_dict"] if name.startswith("module.")]
 
+    (shown,) = ckpttools.experiments(tmp_path / "whole").runs
+    assert (shown.framework, shown.batch, shown.step, shown.samples) == ("ckpt train", 16, 22, 352)
+
     launch.train(tmp_path, *whole, "--work-dir=run", "--max-steps=8", nproc=1)
     said = launch.train(tmp_path, *whole, "--work-dir=run", "--resume", "--max-steps=14")
     assert "Auto resumed from the latest checkpoint run/epoch_1_step_8.pt" in said
@@ -122,6 +126,7 @@ def test_digits_are_learned(launch: Launch, tmp_path: Path) -> None:
     said = launch.train(tmp_path, *options, "--work-dir=run")
     assert (tmp_path / "run/best_model.pt").exists() and "; nothing to resume from was saved" in said
     *_, epoch, best = records(tmp_path / "run")
+    assert best["epoch"] == epoch["epoch"] == 3  # of 3
     assert best["val_loss_best"] == min(r["val_loss"] for r in records(tmp_path / "run") if "val_loss" in r)
     assert "val_loss" in epoch and "val_loss" not in best  # no point of the run's own curve
     accuracy = [r["val_accuracy"] for r in records(tmp_path / "run") if "val_accuracy" in r]
