@@ -167,7 +167,7 @@ def test_everything_that_is_dropped_is_named() -> None:
         "batch",
         "frozen (1)",
         "settings",
-        "beside tensors (1)",
+        "beside plain tensors (",
     ):
         assert what in note
     assert "buffers" in note and "seed, note" in note and "step" not in note

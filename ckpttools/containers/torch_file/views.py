@@ -158,12 +158,14 @@ def _rebuilt(node: Object, depth: int = 0) -> View | None:
             return _rebuilt(inner, depth + 1) if isinstance(inner, Object) else None
         case "_rebuild_tensor" | "_rebuild_tensor_v2" if len(node.args) >= 4:
             storage, offset, shape, strides = node.args[:4]
-            dtype = None
+            dtype, marks = None, node.args[6:7]
         case "_rebuild_tensor_v3" if len(node.args) >= 7:
             storage, offset, shape, strides = node.args[:4]
-            dtype = _dtype(node.args[6])
+            dtype, marks = _dtype(node.args[6]), node.args[7:8]
         case _:
             return None
+    if any(isinstance(mark, Dict) and (mark.get("conj") or mark.get("neg")) for mark in marks):
+        return None  # conjugated or negated when it is used: the storage holds other values
     if not isinstance(storage, Storage):
         raise Reject("a tensor has no storage")
     dims, steps = _ints(shape), _ints(strides)

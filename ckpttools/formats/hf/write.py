@@ -83,7 +83,7 @@ def _not_held(checkpoint: Checkpoint, *, uncounted: bool) -> Iterator[str]:
     if checkpoint.settings:
         lost.append("the run's settings")
     if checkpoint.extra_state:
-        lost.append(f"what the model's state holds beside tensors ({len(checkpoint.extra_state)})")
+        lost.append(f"what the model's state holds beside plain tensors ({some(checkpoint.extra_state)})")
     said = {*to_metadata(state), EXCLUDES_FROZEN}
     client = [key for key in checkpoint.client if key not in said]
     if client:

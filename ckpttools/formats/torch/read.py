@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
-from ckpttools.containers.pickles import Dict, plain
+from ckpttools.containers.pickles import Dict, Global, Object, plain
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.containers.torch_file.modules import under
-from ckpttools.errors import UsageError, escape, some
+from ckpttools.errors import UsageError, counted, escape, some
 from ckpttools.formats import torch_optimizer as optimizer
 from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.counters import training
@@ -19,7 +19,7 @@ from ckpttools.formats.notes import holds_for
 from ckpttools.formats.ties import tied
 from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.location import Location
-from ckpttools.tree import Value, put
+from ckpttools.tree import Opaque, Value, put
 
 
 def read(
@@ -56,6 +56,11 @@ def read(
             beside.add(str(saved.path[0]))  # it is in the groups
         client = {name: decode(file, node) for name, node in root.named() if name not in beside}
     notes = [f"the prefix '{prefix}' of every name was removed"] if prefix else []
+    extra = _extra_state(file, key, prefix)
+    odd = [name for name, value in extra.items() if _is_tensor(value)]
+    if odd:
+        many = f"{counted(len(odd), 'tensor')} {'is' if len(odd) == 1 else 'are'}"
+        notes.append(f"{many} of a kind that is not read (sparse, quantised, conjugated ...): {some(odd)}")
     unnamed = (
         [name for name, _ in root.pairs if not isinstance(name, str)] if root is not None and key else []
     )
@@ -102,7 +107,7 @@ def read(
         roles_guessed=stated is None,
         excludes_frozen=holds_for(client.get(EXCLUDES_FROZEN), tensors),
         training=state,
-        extra_state=_extra_state(file, key, prefix),
+        extra_state=extra,
         client=client,
         files=(FileRole(path=path, nbytes=file.size, role=held + also, dangers=file.dangers),),
         checks=tuple(file.checks()),
@@ -118,9 +123,17 @@ def buffers_of(root: fields.Mapping | None) -> frozenset[str] | None:
 
 
 def _extra_state(file: TorchFile, key: str | None, prefix: str) -> Mapping[str, Value]:
-    """What a state dict holds beside tensors: modules may keep anything there."""
+    """What a state dict holds beside plain tensors: modules may keep anything there."""
     pairs = fields.as_mapping(under(file.value, key) if key is not None else file.value)
     if pairs is None:
         return {}
     rest = {name: node for name, node in pairs.named() if file.view(node) is None}
     return {name.removeprefix(prefix): decode(file, node) for name, node in rest.items()}
+
+
+def _is_tensor(value: Value) -> bool:
+    """Whether torch makes a tensor of it, which is none of plain bytes."""
+    cls = value.node.cls if isinstance(value, Opaque) and isinstance(value.node, Object) else None
+    if not isinstance(cls, Global) or cls.module not in ("torch._utils", "torch._tensor"):
+        return False
+    return cls.name.startswith("_rebuild_")

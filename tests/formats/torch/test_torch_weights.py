@@ -157,6 +157,28 @@ def test_parameters_and_aliases(saved: Callable[[object], Path]) -> None:
     assert checkpoint.shared == {"same": "w"}
 
 
+def odd_tensors() -> dict[str, torch.Tensor]:
+    complex_ = torch.randn(3, dtype=torch.complex64)
+    return {
+        "conjugated": complex_.conj(),
+        "negated": complex_.conj().imag,
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.empty(3, device="meta"),
+    }
+
+
+@pytest.mark.parametrize("kind", list(odd_tensors()))
+def test_tensors_that_are_no_plain_bytes_are_not_read_as_such(
+    kind: str, saved: Callable[[object], Path]
+) -> None:
+    """torch flips the sign of what lies in the storage of the first two when they are used."""
+    checkpoint = open_checkpoint(saved({"model": {"w": torch.ones(2), kind: odd_tensors()[kind]}, "step": 1}))
+    assert list(checkpoint.tensors) == ["w"]
+    assert list(checkpoint.extra_state) == [kind]
+    (note,) = checkpoint.notes
+    assert note.startswith("1 tensor is of a kind that is not read") and kind in note
+
+
 def test_empty_tensors_are_not_tied(saved: Callable[[object], Path]) -> None:
     checkpoint = open_checkpoint(saved({"a": torch.empty(0, 3), "b": torch.empty(0, 3)}))
     assert checkpoint.shared == {}
