@@ -7,7 +7,7 @@
               of an optimizer made from named parameters each has `param_names`, the list of its group
     titan     torchtitan: flat, the model's names at the top; beside it lr_scheduler, train_state, dataloader
 
-All of it may lie under one more key (`app` in torch's tutorial).
+All of it may lie under one more key (`app` in torch's tutorial), beside which counters may stand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from ckpttools.checkpoint import PARAM_NAMES, STEP, ParamGroup
 from ckpttools.containers.fields import bad_field
-from ckpttools.errors import escape
+from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.dcp.names import NAME
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
@@ -36,6 +36,7 @@ class Names:
     """Under which keys the model and the optimizer lie: what only this format needs to write them again."""
 
     prefix: Keys = ()
+    beside: frozenset[Key] = frozenset()  # keys of the client that do not lie below the prefix
     model: str | None = "model"  # None: at the top
     optimizer: str = "optimizer"
 
@@ -101,12 +102,7 @@ def guessed(keys: Iterable[str]) -> dict[str, Keys]:
 
 def roles(where: Location, root: Mapping[Key, Value]) -> Roles:
     """Which part of the saved state is what. Raises CkptError for an optimizer that contradicts itself."""
-    prefix: Keys = ()
-    while len(root) == 1:
-        ((key, inner),) = root.items()
-        if not isinstance(inner, Mapping) or key in MODEL + OPTIMIZER or not _sections(inner):
-            break
-        prefix, root = (*prefix, key), inner
+    prefix, root, beside = _below(root)
     model_key, optimizer_key = _sections(root) or (None, None)
     rest = dict(root)
     tensors: dict[str, TensorRef] = {}
@@ -118,6 +114,8 @@ def roles(where: Location, root: Mapping[Key, Value]) -> Roles:
     else:
         tensors = {str(k): v for k, v in rest.items() if isinstance(v, TensorRef)}
         rest = {key: value for key, value in rest.items() if not isinstance(value, TensorRef)}
+    if not tensors and optimizer_key is None:
+        raise _no_weights(where, root)
     groups: tuple[ParamGroup, ...] = ()
     flat = False
     if optimizer_key is not None:
@@ -134,13 +132,50 @@ def roles(where: Location, root: Mapping[Key, Value]) -> Roles:
             del rest[optimizer_key]
     style = TITAN if flat and model_key is None and tensors else FLAT if flat else NESTED
     return Roles(
-        names=Names(prefix=prefix, model=model_key, optimizer=optimizer_key or OPTIMIZER[0]),
+        names=Names(
+            prefix=prefix,
+            beside=frozenset(beside),
+            model=model_key,
+            optimizer=optimizer_key or OPTIMIZER[0],
+        ),
         style=style,
         tensors=tensors,
         extra=extra,
         groups=groups,
-        client={str(key): value for key, value in rest.items()},
+        client={str(key): value for key, value in (*rest.items(), *beside.items())},
         notes=tuple(notes),
+    )
+
+
+def _below(root: Mapping[Key, Value]) -> tuple[Keys, Mapping[Key, Value], dict[Key, Value]]:
+    """The key under which model and optimizer lie together, if they do, what is there and what is beside."""
+    if _sections(root) or any(isinstance(value, TensorRef) for value in root.values()):
+        return (), root, {}
+    held = {key: inner for key, inner in root.items() if isinstance(inner, Mapping) and _sections(inner)}
+    if len(held) != 1:
+        return (), root, {}
+    ((key, inner),) = held.items()
+    beside = {other: value for other, value in root.items() if other != key}
+    return ((), root, {}) if beside.keys() & inner.keys() else ((key,), inner, beside)
+
+
+def _no_weights(where: Location, root: Mapping[Key, Value]) -> UsageError:
+    """Nothing is damaged: which of the tensors are the model is not known."""
+    held = [str(key) for key, value in root.items() if _has_tensors(value)]
+    if not held:
+        return UsageError(
+            "not-a-checkpoint",
+            "a distributed checkpoint without tensors",
+            where=where,
+            why="no model is in it",
+        )
+    return UsageError(
+        "no-weights",
+        f"the weights lie under no name that training code usually gives: tensors lie under {some(held)}",
+        where=where,
+        why=f"the names looked for are {', '.join(MODEL)}, also below one other key",
+        hint="torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes one file of it; "
+        "ckpt's --key then says which weights",
     )
 
 

@@ -60,7 +60,10 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     optimizer = [
         ((*names.prefix, *path), value) for path, value in _optimizer(checkpoint, names, style, notes)
     ]
-    client = [((*names.prefix, *path), value) for path, value in _client(checkpoint, names, notes)]
+    client = [
+        (path if path[0] in names.beside else (*names.prefix, *path), value)
+        for path, value in _client(checkpoint, names, notes)
+    ]
     notes += _not_held(checkpoint)
     buffers = told(checkpoint) if style != ACCELERATE else None
     if checkpoint.frozen and buffers is None:

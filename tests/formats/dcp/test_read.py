@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from support import FIXTURES, as_torch, identical, name_of
 
 from ckpttools.checks import verify
-from ckpttools.errors import CkptError, Unsupported
+from ckpttools.errors import CkptError, Unsupported, UsageError
 from ckpttools.findings import INFO
 from ckpttools.formats import locate, open_checkpoint
 from ckpttools.operations.convert import convert
@@ -68,6 +68,40 @@ def test_what_is_saved_beside_them() -> None:
     meta = checkpoint.client["meta"]
     assert (meta["name"], meta["sizes"], meta["list"]) == ("run", (1, 2), [1, "a"])
     assert identical(as_torch(meta["rng"]), torch.arange(5, dtype=torch.uint8))
+
+
+def app() -> dict[str, object]:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.named_parameters(), lr=0.5)
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    names = ["weight", "bias"]
+    state["state"] = {names[i]: each for i, each in state["state"].items()}
+    state["param_groups"][0]["params"] = names
+    return {"model": layer.state_dict(), "optim": state, "scheduler": {"last_epoch": 1}}
+
+
+def test_counters_beside_the_application(tmp_path: Path) -> None:
+    """torch's tutorial saves {"app": ...}; training code adds its counters beside it."""
+    held = app()
+    dcp.save({"app": held, "step": 5, "epoch": 2}, checkpoint_id=tmp_path / "in", no_dist=True)
+    checkpoint = open_checkpoint(tmp_path / "in")
+    assert set(checkpoint.tensors) == {"weight", "bias"}
+    assert [list(group.params) for group in checkpoint.groups] == [["weight", "bias"]]
+    assert (checkpoint.training.step, checkpoint.training.epoch) == (5, 2)
+    convert(tmp_path / "in", tmp_path / "out", to="dcp")
+    found = {"app": app(), "step": 0, "epoch": 0}
+    dcp.load(found, checkpoint_id=tmp_path / "out", no_dist=True)
+    assert (found["step"], found["epoch"]) == (5, 2)
+    assert torch.equal(found["app"]["model"]["weight"], held["model"]["weight"])  # type: ignore[index]
+
+
+def test_two_applications_are_not_taken_for_none(tmp_path: Path) -> None:
+    dcp.save({"one": app(), "two": app(), "step": 5}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(UsageError) as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.id == "no-weights" and "one, two" in caught.value.message
 
 
 def test_tied_and_frozen_weights_are_found_by_their_bytes_and_groups(tmp_path: Path) -> None:
