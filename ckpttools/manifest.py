@@ -171,8 +171,8 @@ def _unusable(path: Location, why: str) -> CkptError:
 
 
 def _inner_name(name: str, path: Location) -> str:
-    """A path below the manifest's folder, each part of it a plain name."""
-    return "/".join(plain_name(part, path) for part in name.split("/"))
+    """A path below the manifest's folder: no part leads out, whatever characters it is of."""
+    return "/".join(part if part.strip(".") else plain_name(part, path) for part in name.split("/"))
 
 
 def _entry(path: Location, entry: object) -> Entry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import PurePath
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +14,7 @@ from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS
 from ckpttools.errors import escape
 from ckpttools.location import Location, below
+from ckpttools.stores.files import entries, is_folder
 
 if TYPE_CHECKING:
     from ckpttools.operations.ls import Listed, Run
@@ -65,6 +67,10 @@ def command(
     for run in found:
         for note in render.notes_text(run.notes):
             render.say(note if len(found) == 1 else f"{escape(run.path)}: {note}", quiet=quiet)
+    for entry in entries(folder):
+        if entry.is_symlink() and is_folder(entry):
+            lists = f"ckpt ls {escape(quote(str(folder / entry.name)), 4000)}"
+            render.say(f"note: {escape(entry.name)} is a link, which is not followed: {lists}", quiet=quiet)
     return 0 if ok else 1
 
 

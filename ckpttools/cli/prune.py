@@ -94,8 +94,8 @@ def command(
     """Remove the old checkpoints of every run below DIR, after showing which and asking.
 
     Of what stays the headers are checked first, with --verified every byte; a damaged checkpoint does not
-    count. The newest good one, the best, pinned ones, what `latest` or `last_checkpoint` name and what others
-    need stay always; nothing that is no checkpoint is touched.
+    count. The newest good one, the one written last, the best, pinned ones, what `latest` or
+    `last_checkpoint` name and what others need stay always; nothing that is no checkpoint is touched.
     """
     from ckpttools.operations.prune import carry_out, plan_of
     from ckpttools.runs.retain import Policy

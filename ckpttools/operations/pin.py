@@ -36,7 +36,16 @@ def pin(path: str | Path, reason: str | None = None) -> Pin:
     except CkptError:
         pass  # a damaged one may be worth keeping, too
     made = Pin(path=path, who=_who(), when=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason)
-    replace(pins.place(path), pins.dump(made))
+    try:
+        replace(pins.place(path), pins.dump(made))
+    except UsageError as error:
+        raise UsageError(
+            error.id,
+            f"the pin cannot be written: {error.message}",
+            where=error.where,
+            why="a pin is a small file beside the checkpoint; without it a clean-up may take the checkpoint",
+            hint="ask who may write there" if error.id == "no-permission" else error.hint,
+        ) from None
     return made
 
 

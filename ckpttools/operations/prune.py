@@ -75,8 +75,8 @@ def prune(
     `keep_last` counts good ones only. `keep_best` is a metric ("val_loss", "accuracy:max"), "" the validation
     loss; `keep_every` a number of steps; `keep_within` seconds. With `verified` every byte of what stays is
     read; with `slim` the weights of what goes are kept, in weights-of-NAME beside it. The newest good one,
-    the best, and what is pinned, named by a pointer or needed by something else stay always. Raises
-    UsageError where nothing says what to keep, or that cannot be told.
+    the one written last, the best, and what is pinned, named by a pointer or needed by something else stay
+    always. Raises UsageError where nothing says what to keep, or that cannot be told.
 
     >>> plan = prune("fixtures/hf-trainer/plain", keep_last=1, dry_run=True)
     >>> [entry.path.name for entry in plan.removed], plan.kept[0].reasons

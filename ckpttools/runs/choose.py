@@ -222,12 +222,17 @@ def _problem(path: Location, verify: Callable[[Location], Verdict]) -> str | Non
 
 
 def nothing(folder: Location) -> CkptError:
+    links = [entry.name for entry in entries(folder) if entry.is_symlink()]
+    why, hint = "", "name the run's own folder, where its checkpoints lie"
+    if links:
+        why = f"; links that lead out of it are not followed: {', '.join(map(escape, links[:5]))}"
+        hint = "name what the link leads to; files that are links are read with --follow-symlinks"
     return UsageError(
         "no-checkpoints",
         "the folder holds no checkpoints",
         where=folder,
-        why="neither a pointer file nor anything that looks like a checkpoint is in it or below",
-        hint="name the run's own folder, where its checkpoints lie",
+        why=f"neither a pointer file nor anything that looks like a checkpoint is in it or below{why}",
+        hint=hint,
     )
 
 

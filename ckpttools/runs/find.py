@@ -154,7 +154,7 @@ def _is_run(path: Location) -> bool:
     try:
         return is_folder(path) and any(e.name == "latest" for e in entries(path)) and not _whole(path)
     except CkptError:
-        return True
+        return False
 
 
 def ordered(found: list[Entry]) -> list[Entry]:

@@ -100,7 +100,7 @@ def needed(path: Path, found: Around) -> str | None:
     for link, target in found.links:
         home = resolved(link.parent)
         inside = whole in (home, *home.parents)
-        if not inside and (whole in (target, *target.parents)):
+        if not inside and link != path and (whole in (target, *target.parents)):
             return f"{escape(link.name)} is a link to it"
     for file, base in found.bases:
         if names(base, path) and resolved(file.parent) != whole:

@@ -197,3 +197,15 @@ def test_it_is_not_carried_to_files_that_differ(ckpt: Ckpt, tmp_path: Path) -> N
     assert ckpt("reshard", tmp_path / "run", tmp_path / "out", "--world-size", "3").code == 0
     assert ckpt("verify", tmp_path / "out").code == 0
     assert hashlib.sha256(manifest.read_bytes()).hexdigest() == before
+
+
+def test_a_file_of_any_name_is_described(ckpt: Ckpt, tmp_path: Path) -> None:
+    """What was written under such a name was BAD by its own manifest."""
+    path = tmp_path / "a\nb\x1b[31m\\.pt"
+    for value in (0.0, 1.0):
+        torch.save({"model": {"a.weight": torch.full((9,), value)}}, tmp_path / f"{value}")
+    (tmp_path / "0.0").rename(path)
+    assert ckpt("verify", path, "--write-manifest").code == 0 and ckpt("verify", path).code == 0
+    (tmp_path / "1.0").rename(path)
+    ran = ckpt("verify", path)
+    assert ran.code == 1 and "manifest-mismatch" in ran.out and "\x1b" not in ran.out

@@ -207,3 +207,17 @@ def test_what_lost_all_optimizer_files_is_damaged_in_every_listing(tmp_path: Pat
         ran = run(*words, "--json", *(["--force"] if words[0] == "report" else []))
         assert ran.code == 1 and json.loads(ran.out)["ok"] is False, words
     assert f"{tag} is damaged" in run("runs", folder).err
+
+
+def test_links_that_are_not_followed_are_named(tmp_path: Path) -> None:
+    """Experiments are often links to another disk."""
+    work, elsewhere = tmp_path / "work", tmp_path / "disk"
+    work.mkdir()
+    shutil.copytree(FIXTURES / "hf-trainer" / "plain", elsewhere)
+    (work / "exp\n1").symlink_to(elsewhere)
+    for command in ("ls", "latest"):
+        ran = run(command, work)
+        assert ran.code == 2 and "not followed: exp\\n1" in ran.err and "what the link leads to" in ran.err
+    shutil.copytree(elsewhere, work / "own")
+    ran = run("ls", work)
+    assert ran.code == 0 and "note: exp\\n1 is a link, which is not followed: ckpt ls" in ran.err
