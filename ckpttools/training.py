@@ -85,6 +85,16 @@ class Counter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What a torch optimizer keeps, as its file has it: the numbers of each group's parameters, and for a
+    number what is kept, by its dotted name.
+    """
+
+    params: tuple[tuple[Value, ...], ...] = ()
+    state: Mapping[Key, Mapping[str, Value]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
     """The param_groups of one optimizer, without tensors and `params`, and every place that holds them.
 
@@ -99,6 +109,8 @@ class OptimizerSettings:
     base_group: Mapping[str, object] | None = None
     # reads the updates that the optimizer itself has counted: tensors, of no use to a listing
     counts: Callable[[], list[int | float]] = field(default=list, compare=False, repr=False)
+    # reads what it keeps, where its parameters may have no names
+    held: Callable[[], Held] = field(default=Held, compare=False, repr=False)
     first_update: bool = True  # whether the saved lr is the one of the first resumed update
 
     @property

@@ -25,6 +25,7 @@ from ckpttools.checks.manifests import check_manifest, entry_of, ranges_of, read
 from ckpttools.checks.manifests import describe as describe_files
 from ckpttools.checks.rates import check_rates
 from ckpttools.checks.settings import check_settings
+from ckpttools.checks.untouched import check_untouched, glance
 from ckpttools.checks.verdict import Verdict, refused
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile
@@ -67,6 +68,7 @@ def verify(
     crcs: Mapping[Location, int] | None = None,
     passing: Passing | None = None,
     sinks: SinksOf | None = None,
+    glancing: bool = False,
 ) -> Verdict:
     """Check the one checkpoint that `path` means; `describe` it also for a manifest, from the same bytes.
 
@@ -74,6 +76,7 @@ def verify(
     `key` is where the weights of a single file lie, if under an unusual name. `crcs` are the CRC-32s of files
     that were just written: with them, what is read to `describe` is held against what was written; `passing`
     reads the bytes. The bytes that are read to `describe` what was written are given to `sinks`, too.
+    `glancing`, a `quick` check looks at a few bytes of the moments.
 
     Raises UsageError or Unsupported (exit code 2) where there is nothing that can be checked, also where the
     files change meanwhile ("checkpoint-changing") or are not what was written ("write-failed"); damage is
@@ -82,7 +85,20 @@ def verify(
     watch = Watch(path)
     try:
         verdict = _verify(
-            path, tag, watch, quick, describe, require, key, subset, workers, bar, crcs, passing, sinks
+            path,
+            tag,
+            watch,
+            quick,
+            describe,
+            require,
+            key,
+            subset,
+            workers,
+            bar,
+            crcs,
+            passing,
+            sinks,
+            glancing,
         )
     except (CkptError, OSError) as error:
         raise watch.explain(error) from error
@@ -104,6 +120,7 @@ def _verify(
     crcs: Mapping[Location, int] | None,
     passing: Passing | None,
     sinks: SinksOf | None,
+    glancing: bool,
 ) -> Verdict:
     whole = True
     try:
@@ -162,7 +179,6 @@ def _verify(
             )
         elif not quick or describe:
             from ckpttools.checks.contents import check_contents, tasks_of  # numpy: of no use to headers
-            from ckpttools.checks.untouched import check_untouched
 
             tasks = [] if quick else tasks_of(checked, copies)
             hashed = [p for p in own if describe or said.covers(p)]
@@ -177,8 +193,10 @@ def _verify(
                 more, digests = check_contents(checked, tasks, hashes, workers, progress, passing)
             findings += more
             if found is not None and not quick:
-                findings += check_untouched(found)
+                findings += check_untouched(found, state)
                 findings += check_rounded(copies) if subset is None else ()
+        if found is not None and quick and glancing:
+            findings += glance(found, state)
         findings += check_manifest(source.target, own, said, digests)
         described = {n: entry_of(p, digests) for p, n in own.items() if p in digests} if describe else None
         contents = b"" if described is None else manifest.dump(described, output=crcs is not None)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks.incidents import keeps_state
+from ckpttools.checks.kept import check_kept
 from ckpttools.containers.edit import at
 from ckpttools.containers.fields import as_mapping
 from ckpttools.containers.torch_file import TorchFile
@@ -17,8 +18,7 @@ from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats import Source
 from ckpttools.formats.engine import odd_settings
 from ckpttools.frameworks import framework_of
-from ckpttools.tensors import TensorRef
-from ckpttools.training import OptimizerSettings, SavedSchedule, Training
+from ckpttools.training import OptimizerSettings, Place, SavedSchedule, Training
 
 MOST = 2.0**24  # torch counts by one in fp32, which goes no farther
 
@@ -50,7 +50,7 @@ def check_settings(
             yield from _last_rates(saved, training.optimizers[saved.optimizer])
     for file in files:
         yield from _no_state(file, training)
-    yield from _moments(found)
+    yield from check_kept(found, training)
     yield from _updates(training)
     yield from _equal(training)
 
@@ -91,22 +91,6 @@ def _no_state(file: TorchFile, training: Training) -> Iterator[Finding]:
     )
 
 
-def _moments(found: Checkpoint) -> Iterator[Finding]:
-    """torch's Adam loads moments of any shape, and fails at its first update."""
-    for group in found.groups:
-        for kind in ("exp_avg", "exp_avg_sq") if "amsgrad" in group.hyper else ():
-            for name, ref in group.scalars.get(kind, {}).items():
-                if isinstance(ref, TensorRef) and ref.shape and name in found.tensors:
-                    yield Finding(
-                        id="moment-size",
-                        severity=ERROR,
-                        file=str(found.path),
-                        where=f"{name} ({kind})",
-                        message=f"is {list(ref.shape)}, and its parameter {list(found.tensors[name].shape)}",
-                        hint="it loads, and the first update fails: use another copy",
-                    )
-
-
 def _last_rates(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Finding]:
     """What one of torch's schedulers wrote last, against what the optimizer has."""
     last = saved.states[0].get("_last_lr") if len(saved.states) == 1 else None
@@ -133,26 +117,39 @@ def _last_rates(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[
 
 
 def _updates(training: Training) -> Iterator[Finding]:
-    """The main count against Adam's own, which lies in another file; with fp16 some updates may have been
-    passed over.
+    """The main count against what Adam and the schedule have counted, which lie in other files; with fp16
+    some updates may have been passed over.
     """
-    own = next((o for o in training.optimizers if o.steps is not None), None)
     main = next((c for c in training.counters if c.role == "position" and c.value == training.count), None)
-    if not framework_of(training).rule.apart or own is None or main is None or training.is_rebased:
+    if not framework_of(training).rule.apart or main is None or training.is_rebased:
         return
-    assert own.steps is not None
     skipping = training.configuration.get("fp16") is not False
-    if own.steps == main.value or (own.steps < main.value and skipping):
-        return
-    yield Finding(
-        id="counter-mismatch",
-        severity=WARNING,
-        file=str(own.places[0].file),
-        where="state[].step",
-        message=f"the optimizer made {own.steps} updates, and {main.places[0].file.name} counts {main.value}"
-        ": it was begun anew, the run was rebased to another batch size, or the files are of different saves",
-        hint="a resume takes both as they are: look at the times of the files, or use another checkpoint",
-    )
+    for place, own, what in _counts_apart(training):
+        if own == main.value or (own < main.value and skipping):
+            continue
+        yield Finding(
+            id="counter-mismatch",
+            severity=WARNING,
+            file=str(place.file),
+            where=str(place),
+            message=f"the {what} {own} updates, and {main.places[0].file.name} counts {main.value}: it was "
+            "begun anew, the run was rebased to another batch size, or the files are of different saves",
+            hint="a resume takes both as they are: look at the times of the files, or use another checkpoint",
+        )
+
+
+def _counts_apart(training: Training) -> Iterator[tuple[Place, int, str]]:
+    for optimizer in training.optimizers:
+        if (steps := optimizer.steps) is not None:
+            yield Place(file=optimizer.places[0].file, at=("state[]", "step")), steps, "optimizer made"
+            break
+    for saved in training.schedules:
+        for state, place in zip(saved.states, saved.places, strict=True):
+            made = state.get("last_epoch")
+            if (
+                isinstance(made, int) and saved.repeats == 1 and "num_bad_epochs" not in state
+            ):  # of evaluations
+                yield place.below("last_epoch"), made, "schedule counts"
 
 
 def _equal(training: Training) -> Iterator[Finding]:

@@ -41,7 +41,11 @@ class Subset:
         if percent and 0 < float(percent[1]) <= 100:
             return cls(percent[0], share=float(percent[1]) / 100)
         raise UsageError(
-            "bad-usage", f"{text!r} is no part of a whole", hint="write it as 5% or 2/7 (the second of seven)"
+            "bad-usage",
+            f"{text!r} is no part of a whole",
+            where="--subset",
+            why=f"a part is a share from 0 to 100 %, or one of 1 to {MOST:,} equal parts",
+            hint="write it as 5% or 2/7 (the second of seven)",
         )
 
     def of(

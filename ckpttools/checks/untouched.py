@@ -1,21 +1,26 @@
 """Optimizer files that training cannot have left so: moments of zero, master weights without fp32 digits.
 
-Each file that holds a rank's part of the optimizer is looked at by itself. Both are found in the first block
-of almost every good one, so hardly a byte is read twice.
+Each file that holds a rank's part of the optimizer, or all of it without names, is looked at by itself. Both
+are found in the first block of almost every good one, so hardly a byte is read twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ckpttools.checkpoint import FP32, Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding
 from ckpttools.location import Location
-from ckpttools.passes.read import Reader, blocks
-from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, DType
-from ckpttools.values import Array, is_rounded, is_zero
+from ckpttools.stores.files import bytes_of
+from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, DType, TensorRef
+from ckpttools.training import Training
+
+if TYPE_CHECKING:
+    from ckpttools.passes.read import Reader
+    from ckpttools.values import Array
 
 LEAST_NUMEL = 8  # of a file: fewer elements may be so by chance
 LEAST_STEPS = 2
@@ -23,40 +28,72 @@ LEAST_STEPS = 2
 # and the one after it (log(1) and 0 / N)
 WARMED = 3
 FIRST_NBYTES = 64 * 1024
+LOOKED, ENDS = 1000, 512  # a glance: tensors, and bytes at either end of them
 _SHORT = {dtype.short: dtype for dtype in (BFLOAT16, FLOAT16)}
 
 Part = dict[Location, list[tuple[ByteRange, DType]]]  # by file: where its elements lie
 
 
-def check_untouched(found: Checkpoint) -> Iterator[Finding]:
+def check_untouched(found: Checkpoint, training: Training) -> Iterator[Finding]:
     """Warnings; nothing where no update was made, or a file cannot be read (the pass says so)."""
-    done = (found.training.step or 0) - (found.training.skipped_steps or 0)
-    if found.layout.zero_stage is None or done < LEAST_STEPS:
-        return
+    done = _done(found, training)
+    if done < LEAST_STEPS or (found.layout.zero_stage is None and found.groups):
+        return  # kinds by themselves are looked at in checks/patterns.py
+    from ckpttools.passes.read import Reader
+
     try:
         with Reader() as reader:
-            yield from _check(found, done, reader)
+            yield from _check(found, training, done, reader)
     except CkptError:
         return
 
 
-def _check(found: Checkpoint, done: int, reader: Reader) -> Iterator[Finding]:
-    kinds = {kind for group in found.groups for kind in group.state} - {FP32}
-    moments, masters = _parts(found, kinds), _parts(found, {FP32})
+def glance(found: Checkpoint, training: Training) -> Iterator[Finding]:
+    """The same of moments, from a few bytes of each tensor: of a good file, of one."""
+    done = _done(found, training)
+    if done < LEAST_STEPS:
+        return
+    kinds, moments = _moments(found, training)
+    try:
+        parts = _parts(moments)
+        zero = [path for path, part in parts.items() if not any(map(_shows, part[:LOOKED]))]
+    except CkptError:
+        return
+    for path in zero:
+        yield _zero(path, kinds, done, alone=len(zero) < len(parts))
+
+
+def _shows(place: tuple[ByteRange, DType]) -> bool:
+    """Whether some byte at the ends of a tensor is not zero."""
+    chunk = place[0]
+    ends = (
+        chunk.cut(0, min(chunk.nbytes, ENDS)),
+        chunk.cut(max(0, chunk.nbytes - ENDS), min(chunk.nbytes, ENDS)),
+    )
+    return any(any(bytes_of(end)) for end in ends)
+
+
+def _done(found: Checkpoint, training: Training) -> int:
+    """The updates that were made, by the counters or by what the optimizer has counted."""
+    for each in (found.training, training):
+        if each.step is not None:
+            return each.step - (each.skipped_steps or 0)
+    return max((each.steps or 0 for each in training.optimizers), default=0)
+
+
+def _check(found: Checkpoint, training: Training, done: int, reader: Reader) -> Iterator[Finding]:
+    from ckpttools.values import is_rounded, is_zero
+
+    kinds, refs = _moments(found, training)
+    moments = _parts(refs)
     zero = [path for path, part in moments.items() if _all(part, is_zero, reader)]
     for path in zero:
-        others = "no rank has others" if len(zero) == len(moments) else "the other ranks' are not"
-        yield Finding(
-            id="moments-zero",
-            severity=WARNING,
-            file=str(path),
-            message=f"all of its {', '.join(sorted(kinds))} are zero after {done} steps, and {others}",
-            hint="a resume begins the moments anew there: use another copy, unless they were reset",
-        )
+        yield _zero(path, kinds, done, alone=len(zero) < len(moments))
     dtype = _SHORT.get(found.layout.dtype or "")
     if dtype is None or done < WARMED:
         return
-    for path, part in masters.items():
+    masters = (ref for group in found.groups for ref in group.state.get(FP32, {}).values())
+    for path, part in _parts(ref for ref in masters if ref.dtype is FLOAT32).items():
         if path in zero or not _all(part, partial(is_rounded, dtype=dtype), reader):
             continue  # without an update of its own a rank's master weights are what they were made from
         yield Finding(
@@ -68,24 +105,43 @@ def _check(found: Checkpoint, done: int, reader: Reader) -> Iterator[Finding]:
         )
 
 
-def _parts(found: Checkpoint, kinds: set[str]) -> Part:
-    """The elements of these kinds of state by file, without files that hold too few."""
+def _zero(path: Location, kinds: Collection[str], done: int, *, alone: bool) -> Finding:
+    return Finding(
+        id="moments-zero",
+        severity=WARNING,
+        file=str(path),
+        message=f"all of its {', '.join(sorted(kinds))} are zero after {done} steps"
+        + (", and the other ranks' are not" if alone else ""),
+        hint="a resume begins the moments anew there: use another copy, unless they were reset",
+    )
+
+
+def _moments(found: Checkpoint, training: Training) -> tuple[Collection[str], Iterable[TensorRef]]:
+    """Their kinds and their places, by names or, where the parameters have none, by numbers."""
+    if found.groups:
+        kinds = {kind for group in found.groups for kind in group.state} - {FP32}
+        return kinds, (ref for g in found.groups for kind in kinds for ref in g.state.get(kind, {}).values())
+    kept = [own for each in training.optimizers for own in each.held().state.values()]
+    named = [(k, v) for own in kept for k, v in own.items() if isinstance(v, TensorRef) and v.shape]
+    return {kind for kind, _ in named}, (ref for _, ref in named)
+
+
+def _parts(refs: Iterable[TensorRef]) -> Part:
+    """The elements of these tensors by file, without files that hold too few."""
     parts: Part = {}
     numel: dict[Location, int] = {}
-    for group in found.groups:
-        for kind in kinds & group.state.keys():
-            for ref in group.state[kind].values():
-                if not ref.dtype.is_float or (kind == FP32 and ref.dtype is not FLOAT32):
-                    continue
-                for chunk in ref.chunks:
-                    if isinstance(chunk, ByteRange):
-                        parts.setdefault(chunk.path, []).append((chunk, ref.dtype))
-                        numel[chunk.path] = numel.get(chunk.path, 0) + chunk.nbytes // ref.dtype.itemsize
+    for ref in refs:
+        for chunk in ref.chunks if ref.dtype.is_float else ():
+            if isinstance(chunk, ByteRange):
+                parts.setdefault(chunk.path, []).append((chunk, ref.dtype))
+                numel[chunk.path] = numel.get(chunk.path, 0) + chunk.nbytes // ref.dtype.itemsize
     return {path: part for path, part in parts.items() if numel[path] >= LEAST_NUMEL}
 
 
 def _all(part: Iterable[tuple[ByteRange, DType]], holds: Callable[[Array], bool], reader: Reader) -> bool:
     """Whether it holds of every element; stops at the first block where it does not."""
+    from ckpttools.passes.read import blocks
+
     return all(
         holds(block) for chunk, dtype in part for block in blocks([chunk], dtype, FIRST_NBYTES, reader)
     )

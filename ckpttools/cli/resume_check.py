@@ -161,6 +161,7 @@ def _verified(found: Any, target: Any, tag: str | None, full: bool, workers: int
             target.one,
             tag,
             quick=not full,
+            glancing=True,
             workers=workers,
             bar=lambda n: render.bar(n, "verify", enabled=not quiet),
         )

@@ -77,9 +77,13 @@ def command(
     from ckpttools.operations.verify import known, older, part_of
 
     if subset is not None and (quick or write_manifest):
-        other = "--quick reads no bytes" if quick else "--write-manifest needs all bytes"
+        other = "--quick" if quick else "--write-manifest"
         raise UsageError(
-            "bad-usage", f"--subset reads a part of the bytes, and {other}", hint="leave one out"
+            "bad-usage",
+            f"--subset and {other} cannot go together",
+            where="--subset",
+            why=f"a part of the bytes is read, and {other} {'reads none' if quick else 'needs all'}",
+            hint="leave one out",
         )
     part = part_of(subset)
     shared = _shared(quick=quick, subset=subset) if spread else None
@@ -137,7 +141,9 @@ def _shared(*, quick: bool, subset: str | None) -> Shared:
     if quick or subset is not None:
         raise UsageError(
             "bad-usage",
-            "--spread shares the bytes, and " + ("--quick reads none" if quick else "--subset takes a part"),
+            f"--spread and {'--quick' if quick else '--subset'} cannot go together",
+            where="--spread",
+            why="it shares all bytes, and the other reads " + ("none" if quick else "a part"),
             hint="leave one out",
         )
     return Shared(worker())

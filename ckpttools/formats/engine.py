@@ -244,3 +244,9 @@ def odd_settings(group: fields.Mapping | Mapping[str, Any]) -> Iterator[tuple[st
             yield key, value, WARNING
         elif key in group and "betas" in group and (given is None or isinstance(given, str)):
             yield key, given, ERROR
+    decay = fields.number(group.get("weight_decay"))
+    rates = [fields.number(group.get(key)) for key in ("lr", "initial_lr")]
+    lr = max((rate for rate in rates if rate is not None and 0 < rate < math.inf), default=None)
+    # an update multiplies weights by 1 - lr * decay; some optimizers scale that down by a factor of their own
+    if decay is not None and lr is not None and max(1, 2 / lr) < decay < math.inf and "d" not in group:
+        yield "weight_decay", decay, WARNING

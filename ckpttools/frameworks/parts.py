@@ -10,6 +10,7 @@ from typing import Any
 
 from ckpttools.containers import jsons
 from ckpttools.containers.edit import at, place, value
+from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import as_mapping
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError
@@ -17,8 +18,8 @@ from ckpttools.frameworks.rules import CAREFUL, About, Lack
 from ckpttools.location import Location
 from ckpttools.schedules.lengths import Unit
 from ckpttools.stores.files import is_file
-from ckpttools.training import Counter, OptimizerSettings, Role, SavedSchedule
-from ckpttools.tree import Key
+from ckpttools.training import Counter, Held, OptimizerSettings, Role, SavedSchedule
+from ckpttools.tree import Key, dotted, leaves
 
 MARKER = "ckpttools_rebase"
 MARKER_FILE = "ckpt-rebase.json"  # where a folder has no file that could hold the note
@@ -85,6 +86,25 @@ def optimizer(file: TorchFile, name: str, *keys: Key) -> OptimizerSettings | Non
         groups=tuple(groups),
         places=(place(file, *keys, "param_groups"),),
         counts=partial(_counts, file, *keys),
+        held=partial(_held, file, *keys),
+    )
+
+
+def _held(file: TorchFile, *keys: Key) -> Held:
+    groups, state = (decode(file, at(file.value, *keys, key)) for key in ("param_groups", "state"))
+    found = (
+        [each.get("params") for each in groups if isinstance(each, Mapping)]
+        if isinstance(groups, list)
+        else []
+    )
+    kept = state.items() if isinstance(state, Mapping) else ()
+    return Held(
+        params=tuple(tuple(numbers) if isinstance(numbers, list) else () for numbers in found),
+        state={
+            i: {dotted(path): each for path, each in leaves(own)} if own else {}
+            for i, own in kept
+            if isinstance(own, Mapping)
+        },
     )
 
 

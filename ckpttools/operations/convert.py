@@ -228,6 +228,8 @@ def _check_usage(
         raise UsageError(
             "bad-usage",
             f"'{escape(to)}' is not a format that ckpt writes",
+            where="--to",
+            why="nothing was written",
             hint=f"choose from {', '.join(TARGETS)}",
         )
     if dtype is not None and dtype not in DTYPE_NAMES:
@@ -235,7 +237,7 @@ def _check_usage(
             "bad-usage", f"'{escape(dtype)}' is not a dtype", hint=f"choose from {', '.join(DTYPE_NAMES)}"
         )
     if world_size is not None:
-        check_ranks(world_size)
+        check_ranks(world_size, "--world-size")
     if mesh is not None and to != "dcp":
         raise UsageError("bad-usage", "--mesh is for --to dcp", hint="--world-size N, or --to dcp")
     if world_size is not None and to in ("pt", "hf", "zero0", UNIVERSAL):

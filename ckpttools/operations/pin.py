@@ -63,7 +63,11 @@ def unpin(path: str | Path) -> Pin:
     found = pins.of(path)
     if found is None:
         raise UsageError(
-            "not-pinned", "the checkpoint is not pinned", where=path, hint="ckpt ls shows what is"
+            "not-pinned",
+            "the checkpoint is not pinned",
+            where=path,
+            why="no pin lies beside it, so there is nothing to take back",
+            hint="ckpt ls shows what is pinned",
         )
     try:
         remove_file(pins.place(path))
@@ -73,6 +77,7 @@ def unpin(path: str | Path) -> Pin:
             f"the pin cannot be removed: {escape(error.strerror)}",
             where=pins.place(path),
             why="until then no clean-up takes the checkpoint",
+            hint="ask the owner of its folder, or run it as the user who pinned it",
         ) from None
     return found
 

@@ -44,7 +44,13 @@ def reshard(
     src = named(src)
     ranks, sizes = ranks_of(world_size, mesh)
     if ranks is None:
-        raise UsageError("bad-usage", "for how many ranks?", hint="--world-size N, or --mesh 2x4")
+        raise UsageError(
+            "bad-usage",
+            "for how many ranks?",
+            where=src,
+            why="each of them gets a file of its own",
+            hint="--world-size N, or --mesh 2x4",
+        )
     source = find(src, tag)
     how = how or Writing()
     checkpoint = check_before_use(source, beside=True, only_looks=how.dry_run)

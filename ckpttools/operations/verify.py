@@ -21,6 +21,7 @@ from ckpttools.runs.find import paths
 from ckpttools.runs.order import numbers, shape
 from ckpttools.stores.files import entries, exists, is_folder, is_link, named
 from ckpttools.stores.links import absolute
+from ckpttools.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from ckpttools.checks.contents import Passing
@@ -69,7 +70,11 @@ def known(require: Collection[str]) -> Collection[str]:
     for key in require:
         if key not in KEYS:
             raise UsageError(
-                "bad-usage", f"{key!r} cannot be required", hint=f"what can be: {', '.join(KEYS)}"
+                "bad-usage",
+                f"{key!r} cannot be required",
+                where="--require",
+                why="it is not among what a checkpoint is looked through for",
+                hint=f"{did_you_mean(key, KEYS)} what can be: {', '.join(KEYS)}".strip(),
             )
     return require
 

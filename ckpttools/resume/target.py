@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ckpttools import frameworks as training_of
 from ckpttools import runs
 from ckpttools.checks import Verdict
+from ckpttools.checks.kept import PARTIAL
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.findings import ERROR, WARNING
 from ckpttools.formats import Source, locate, read
@@ -200,7 +201,13 @@ def with_verdict(found: Forecast, verdict: Verdict | None, how: str) -> Forecast
         Difference(about=About.STATE, setting=f.where or f.id, cls=CAREFUL, why=f.text, hint=f.hint)
         for f in doubts
     )
-    found = replace(found, checks=(*lines, *found.checks), damaged=bool(bad))
+    checks = [*lines, *found.checks]
+    for unsure in (f for f in verdict.findings if f.id == PARTIAL):
+        own = [c.about is About.OPTIMIZER and c.ok is True for c in checks]
+        checks = [
+            replace(c, ok=None, text=unsure.message) if o else c for c, o in zip(checks, own, strict=True)
+        ]
+    found = replace(found, checks=tuple(checks), damaged=bool(bad))
     return _with(found, contradictions, About.STATE, "what is saved agrees with itself")
 
 

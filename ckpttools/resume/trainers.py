@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ckpttools import frameworks as training_of
 from ckpttools.checkpoint import Checkpoint
@@ -58,15 +59,7 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
     differences: list[Difference] = []
     tensors: tuple[Mismatch, ...] = ()
     if training is None:
-        differences.append(
-            Difference(
-                about=About.STATE,
-                setting="training state",
-                cls=IMPOSSIBLE,
-                why=missing,
-                hint="start a new run from these weights",
-            )
-        )
+        differences.append(_unread(source, checkpoint, run, missing))
     else:
         differences += [*batch(path, training, run), *length(training, run)]
         differences += [*_parts(source, training, framework), *settings(training, run)]
@@ -93,6 +86,26 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
             f"the schedule's constants come from {rule.constants}",
             "not forecast here: what the training code itself does with these files",
         ),
+    )
+
+
+def _unread(source: Source, checkpoint: Checkpoint, run: NewRun, missing: str) -> Difference:
+    """No training state, or none that is read here."""
+    make = partial(Difference, about=About.STATE, setting="training state")
+    if not source.format.weights_alone:
+        return make(cls=IMPOSSIBLE, why=missing, hint="start a new run from these weights")
+    saved, new = checkpoint.layout.ranks, run.world_size
+    if new is not None and new != saved:
+        return make(
+            old=saved, new=new, cls=IMPOSSIBLE,
+            why="each rank loads the file of its own number and of the number of ranks",
+            hint=f"resume on {saved} ranks, or join the weights: ckpt extract",
+        )  # fmt: skip
+    return make(
+        cls=CAREFUL,
+        why=f"{source.format.name} reads it from files of {saved} ranks, which are checked and not read "
+        "further: where it goes on is not known here",
+        hint=f"resume on {saved} ranks",
     )
 
 

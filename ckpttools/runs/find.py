@@ -194,13 +194,21 @@ def _runs(folder: Location, depth: int) -> Iterator[tuple[Location, list[Locatio
             continue
         try:
             if not holds_one(path) or _several(path):
-                deeper.append(path)
+                (direct if _lost(path) else deeper).append(path)
         except CkptError:
             direct.append(path)  # it cannot be listed: whether it is a checkpoint is not known
     if direct:
         yield folder, direct
     for path in deeper if depth else ():
         yield from _runs(path, depth - 1)
+
+
+def _lost(path: Location) -> bool:
+    """Whether a framework's files are in a folder, and the weights that they were saved with are not."""
+    if not frameworks.wraps(path) or checkpoints(path):
+        return False
+    folder = Folder.of(path)
+    return any(format.lacking(folder) is not None for format in FORMATS)
 
 
 def _whole(path: Location) -> bool:

@@ -231,18 +231,15 @@ def _entries(folder: Location) -> list[Entry]:
             why="a folder is needed here: of checkpoints, or of runs",
             hint="name the folder that it lies in; ckpt inspect and ckpt verify take single files",
         ) from None
-    except FileNotFoundError:
+    except (OSError, ValueError) as error:
+        gone = isinstance(error, FileNotFoundError)
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
-            "not-found",
-            "there is no such folder",
+            "not-found" if gone else "not-readable",
+            "there is no such folder" if gone else f"cannot be listed: {escape(reason)}",
             where=folder,
             why="nothing can be listed there",
             hint="check the path",
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(
-            "not-readable", f"cannot be listed: {escape(reason)}", where=folder, hint="check the path"
         ) from None
     return sorted(found, key=lambda entry: entry.name)
 

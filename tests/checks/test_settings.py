@@ -35,6 +35,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "eps below zero": ({"eps": -1e-8}, WARNING, "eps"),
     "decay NaN": ({"weight_decay": math.nan}, WARNING, "weight_decay"),
     "no eps": ({"eps": None}, ERROR, "eps"),
+    "a ruinous decay": ({"weight_decay": 1e6}, WARNING, "weight_decay"),
 }
 
 
@@ -242,6 +243,74 @@ def test_no_state_in_the_optimizers_own_file(container: str, tmp_path: Path) -> 
     path = copied(source, tmp_path)
     edit(path / name, lambda found: found["state"].clear())
     assert (WARNING, "optimizer-empty", "state") in said(path)
+
+
+def changed(container: str, tmp_path: Path, change: Callable[[Any], object]) -> Path:
+    source, name, at = CONTAINERS[container]
+    path = copied(source, tmp_path)
+    edit(path / name if name else path, change, at)
+    return path
+
+
+def forecast(path: Path) -> dict[str, Any]:
+    return dict(json.loads(run("resume-check", path, "--json").out))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_state_of_a_parameter_that_no_group_lists(container: str, tmp_path: Path) -> None:
+    def other(found: Any) -> None:
+        found["param_groups"][-1]["params"][-1] = 999
+
+    path = changed(container, tmp_path, other)
+    assert [(level, id) for level, id, _ in said(path)] == [(WARNING, "state-unlisted")]
+    assert forecast(path)["verdict"] == "careful"
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_half_of_the_state(container: str, tmp_path: Path) -> None:
+    """Partly frozen models look so, too: it is told, and not taken for safe."""
+
+    def half(found: Any) -> None:
+        for number in list(found["state"])[::2]:
+            del found["state"][number]
+
+    path = changed(container, tmp_path, half)
+    assert said(path) == []
+    (note,) = [f for f in verify(path).findings if f.id == "state-partial"]
+    assert "have no state" in note.message
+    assert "optimizer" in forecast(path)["unknown"]
+    assert "optimizer" not in forecast(CONTAINERS[container][0])["unknown"]
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_moments_of_zero(container: str, tmp_path: Path) -> None:
+    def zero(found: Any) -> None:
+        for state in found["state"].values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+
+    path = changed(container, tmp_path, zero)
+    assert {(level, id) for level, id, _ in said(path)} == {(WARNING, "moments-zero")}
+    assert forecast(path)["verdict"] == "careful"
+
+
+@pytest.mark.parametrize("container", ["Trainer", "accelerate"])
+def test_moments_that_are_not_alike(container: str, tmp_path: Path) -> None:
+    """Their parameter has no name there, and both are of its shape."""
+
+    def shorter(found: Any) -> None:
+        found["state"][0]["exp_avg"] = torch.ones(3, 5)
+
+    path = changed(container, tmp_path, shorter)
+    assert said(path) == [(ERROR, "moment-size", "state[0].exp_avg")]
+
+
+def test_the_trainers_schedule_at_another_update(tmp_path: Path) -> None:
+    """Also where the learning rate is the same."""
+    path = copied(TRAINER / "checkpoint-4", tmp_path)
+    edit(path / "scheduler.pt", lambda state: state.update(last_epoch=11))
+    assert (WARNING, "counter-mismatch", "last_epoch") in said(path)
+    assert forecast(path)["verdict"] == "careful"
 
 
 def test_moments_of_another_shape_than_their_parameter(tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ WRONG: dict[str, list[object]] = {
     "a rule of nothing": ["prune", GOOD, "--keep-last", "many"],
     "a pin of nothing": ["pin", "/does/not/exist"],
     "no pin": ["unpin", "/does/not/exist"],
+    "not pinned": ["unpin", GOOD],
+    "a part of nothing": ["verify", GOOD, "--subset", "9/7"],
+    "a part of no bytes": ["verify", GOOD, "--subset", "5%", "--quick"],
+    "required, and no key": ["verify", GOOD, "--require", "schedular"],
     "a mean of nothing": ["average", "/does/not/exist", "-o", "out"],
 }
 
@@ -89,7 +93,7 @@ def test_json_errors_are_one_document(name: str) -> None:
     assert ran.code == 2 and ran.err == ""
     assert document.keys() == {"ok", "error"} and document["ok"] is False
     assert document["error"].keys() == {"id", "message", "where", "why", "hint"}
-    assert document["error"]["id"] and document["error"]["message"]
+    assert all(document["error"].values())
 
 
 def test_a_damaged_checkpoint_is_one_document_with_code_1(tmp_path: Path) -> None:

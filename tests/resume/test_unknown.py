@@ -464,3 +464,12 @@ def test_accelerate_steps_a_schedule_once_per_process(tmp_path: Path) -> None:
     path, _ = saved(tmp_path / "checkpoint_1", 5, 2)
     found = said(path)[1]
     assert found["step"] == 5 and found["lr"]["next"] is None and "not saved" in found["lr"]["note"]
+
+
+def test_optimizer_state_of_ranks_that_is_not_joined() -> None:
+    """verl resumes from it, on as many ranks: what it goes on with is not known here, which is no no."""
+    folder = FIXTURES / "verl/actor_ws2"
+    code, found = said(folder)
+    assert (code, found["verdict"]) == (0, "careful") and "optimizer" in found["unknown"]
+    code, found = said(folder, "--world-size", "4")
+    assert (code, found["verdict"]) == (1, "impossible")

@@ -49,6 +49,29 @@ def test_latest_is_what_ckpt_latest_says(name: str) -> None:
     assert asked == short and "<- latest" in asked
 
 
+@pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.parametrize("name", ["hf-trainer/plain", "accelerate/plain"])
+def test_a_folder_that_lost_its_weights_is_damaged(name: str, configured: bool, tmp_path: Path) -> None:
+    """Not gone: its optimizer, random states and counters are still there."""
+    run_folder = tmp_path / "run"
+    if name.startswith("hf"):
+        shutil.copytree(FIXTURES / name, run_folder)
+    else:
+        shutil.copytree(FIXTURES / name, run_folder / "checkpoint_0")
+        shutil.copytree(FIXTURES / name, run_folder / "checkpoint_1")
+    before = listed(run_folder)
+    newest = sorted(run_folder.iterdir())[-1]
+    (newest / "model.safetensors").unlink()
+    if not configured:
+        (newest / "config.json").unlink(missing_ok=True)
+    found = listed(run_folder)
+    assert len(found) == len(before)
+    (lost,) = [each for each in found if each["marks"] == ["damaged (headers)"]]
+    assert Path(str(lost["path"])).name == newest.name
+    assert run("verify", run_folder).code == 1
+    assert "no-weights" in run("verify", newest).out
+
+
 def test_latest_is_what_the_trainer_resumes_from(tmp_path: Path) -> None:
     utils = pytest.importorskip("transformers.trainer_utils")
     folder = tmp_path / "out"

@@ -23,6 +23,7 @@ WEIGHTS = (
     "consolidated.safetensors",
 )
 SINGLE = tuple(name for name in WEIGHTS if not name.endswith(".json"))
+BESIDE = ("optimizer.pt", "optimizer.bin", "random_states_0.pkl")  # what trainers save with a model
 ADAPTER = "adapter_model"
 BIN = "bin"  # the layout's variant for torch files instead of safetensors
 SHARD = re.compile(r"(model|pytorch_model|adapter_model)-\d{5}-of-\d{5}\.(safetensors|bin)")
@@ -88,8 +89,8 @@ def recognise_file(path: Location) -> Found | None:
 
 
 def lacking(folder: Folder) -> CkptError | None:
-    """A configuration alone."""
-    head = next((name for name in HEADS if name in folder.names), None)
+    """A configuration alone, or what trainers save beside the weights."""
+    head = next((name for name in (*HEADS, *BESIDE) if name in folder.names), None)
     if head is None:
         return None
     return CkptError(
