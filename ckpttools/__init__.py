@@ -31,7 +31,7 @@
 
     location                            a path, or a key in a store
     errors, tensors, plan, checkpoint   values that everything speaks in
-    siblings                            the names of what is written beside a checkpoint
+    siblings, numbered                  names: of what is written beside a checkpoint; by their numbers
     stores/                             where bytes lie: the only code that opens and lists for reading;
                                         disk, memory, remote
     containers/                         archives, pickles, torch files, safetensors, JSON, as data

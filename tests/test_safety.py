@@ -112,6 +112,7 @@ LAYERS = [
     "errors",
     "findings",
     "siblings",
+    "numbered",
     "suggest",
     "progress",
     "launch",

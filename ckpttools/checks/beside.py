@@ -18,6 +18,7 @@ from ckpttools.formats.files import check_file
 from ckpttools.formats.tags import LATEST, is_tag
 from ckpttools.frameworks import POINTERS, STATED
 from ckpttools.location import Location
+from ckpttools.numbered import numbers, shape
 from ckpttools.plan import SourceCheck
 from ckpttools.stores.files import entries, exists, is_file, is_folder, small_text, stat
 from ckpttools.stores.links import within
@@ -99,12 +100,11 @@ def _stale(folder: Location, tag: str) -> Iterator[Finding]:
     try:
         if not is_file(pointer) or small_text(pointer, 256).strip() != tag:
             return
-        kind, own = re.sub(r"\d+", "#", tag), _numbers(tag)
-        later = [e.name for e in entries(folder) if is_folder(e) and re.sub(r"\d+", "#", e.name) == kind]
-        newest = max((name for name in later if is_tag(folder / name)), key=_numbers, default=tag)
+        later = [e.name for e in entries(folder) if is_folder(e) and shape(e.name) == shape(tag)]
+        newest = max((name for name in later if is_tag(folder / name)), key=numbers, default=tag)
     except CkptError:
         return  # reported by whoever reads them
-    if _numbers(newest) > own:
+    if numbers(newest) > numbers(tag):
         yield Finding(
             id="pointer-stale",
             severity=WARNING,
@@ -112,10 +112,6 @@ def _stale(folder: Location, tag: str) -> Iterator[Finding]:
             message=f"names {tag}, and {newest} is here too: DeepSpeed resumes from the older one",
             hint=f"if the save of {newest} was finished, write {newest} into the file latest",
         )
-
-
-def _numbers(name: str) -> list[int]:
-    return [int(found[:18]) for found in re.findall(r"\d+", name)]
 
 
 def check_last_checkpoint(path: Location) -> Iterator[Finding]:

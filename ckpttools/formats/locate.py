@@ -13,8 +13,9 @@ from dataclasses import replace
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats.format import Folder, Found, Inner, Source, unfinished
 from ckpttools.formats.table import FORMATS
-from ckpttools.formats.tags import LATEST, by_number, is_bundle, is_rest, named_tags, tags
+from ckpttools.formats.tags import LATEST, is_bundle, is_rest, named_tags, tags
 from ckpttools.location import Location, Stored
+from ckpttools.numbered import by_number
 from ckpttools.siblings import UNFINISHED, is_copy, is_ours
 from ckpttools.stores.files import (
     entries,

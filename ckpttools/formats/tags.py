@@ -14,6 +14,7 @@ from ckpttools.errors import CkptError, escape
 from ckpttools.formats.format import Folder, Found, Inner
 from ckpttools.formats.rank_files import EXPERT, LAYER, MODEL, OPTIM, PART, STAGE3_MODEL
 from ckpttools.location import Location
+from ckpttools.numbered import by_number
 from ckpttools.stores.files import small_text
 from ckpttools.stores.links import plain_name
 
@@ -123,8 +124,3 @@ def named_tags(folder: Folder, but: str = "") -> str:
         return "no other checkpoint is in this folder: copy it again from where it was saved"
     shown = ", ".join(map(escape, sorted(found, key=by_number)[-8:]))
     return f"the folder holds {shown}: name one with --tag"
-
-
-def by_number(name: str) -> tuple[list[int], str]:
-    """Sort by the numbers in a name: epoch_10 after epoch_9."""
-    return [int(n) for n in re.findall(r"\d+", name)[:4]], name

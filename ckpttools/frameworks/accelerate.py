@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from ckpttools.containers.torch_file import is_torch_file, read_torch_file
 from ckpttools.frameworks import parts
-from ckpttools.frameworks.framework import Framework, Saved, by_number, damage, inner, shown
+from ckpttools.frameworks.framework import Framework, Saved, damage, inner, shown
 from ckpttools.frameworks.parts import MARKER_FILE, marked_beside, torch_optimizer
 from ckpttools.frameworks.rules import AutoResume, Rule
 from ckpttools.location import Location
+from ckpttools.numbered import by_number
 from ckpttools.schedules.evidence import stated
 from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.training import Counter, Place, SavedSchedule, Training
@@ -119,7 +120,7 @@ def takes(folder: Location) -> Iterator[AutoResume]:
     place = inner(folder, "checkpoints")
     found = [e.name for e in entries(place) if is_folder(e) and STATE.fullmatch(e.name)]
     if found:
-        last = place / by_number(found)[-1]
+        last = place / max(found, key=by_number)
         yield AutoResume(
             framework="accelerate",
             path=last,

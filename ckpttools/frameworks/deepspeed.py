@@ -18,11 +18,12 @@ from ckpttools.errors import escape
 from ckpttools.formats.counters import BATCH
 from ckpttools.formats.tags import LATEST, is_tag
 from ckpttools.frameworks import client, parts
-from ckpttools.frameworks.framework import Framework, Saved, by_number, damage, shown
+from ckpttools.frameworks.framework import Framework, Saved, damage, shown
 from ckpttools.frameworks.huggingface import NUMBERED
 from ckpttools.frameworks.mmengine import POINTER
 from ckpttools.frameworks.rules import AutoResume, Rule
 from ckpttools.location import Location
+from ckpttools.numbered import by_number
 from ckpttools.schedules.evidence import What, of_deepspeed
 from ckpttools.stores.files import entries, is_folder, small_text
 from ckpttools.training import BatchField, Counter, OptimizerSettings, SavedSchedule, Training, merge
@@ -152,7 +153,7 @@ def takes(folder: Location) -> Iterator[AutoResume]:
             framework="DeepSpeed",
             path=None,
             why="there is no file latest: load_checkpoint without a tag loads nothing, and only warns",
-            problem=f"name the tag, or write it into latest: {escape(by_number(tags)[-1])} is the "
+            problem=f"name the tag, or write it into latest: {escape(max(tags, key=by_number))} is the "
             f"last by number",
             found=shown(tags),
         )

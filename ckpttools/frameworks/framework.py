@@ -5,7 +5,6 @@ A field that is left out says that the framework has no such thing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import locate, read
 from ckpttools.frameworks.rules import AutoResume, Lack, Rule, Setting
 from ckpttools.location import Location
+from ckpttools.numbered import by_number
 from ckpttools.stores.files import entries, is_folder
 from ckpttools.training import Training, merge
 
@@ -94,13 +94,9 @@ def inner(folder: Location, name: str) -> Location:
     return folder / name if found else folder
 
 
-def by_number(names: list[str]) -> list[str]:
-    return sorted(names, key=lambda name: ([int(n) for n in re.findall(r"\d+", name)[:4]], name))
-
-
 def shown(names: list[str]) -> tuple[str, ...]:
     """The last ones by number."""
-    return tuple(by_number(names)[-SHOWN:])
+    return tuple(sorted(names, key=by_number)[-SHOWN:])
 
 
 def damage(path: Location) -> str:

@@ -21,10 +21,11 @@ from ckpttools.containers.pickles import Object
 from ckpttools.containers.torch_file import is_torch_file, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.frameworks import parts
-from ckpttools.frameworks.framework import Brief, Framework, Saved, by_number, damage, shown
+from ckpttools.frameworks.framework import Brief, Framework, Saved, damage, shown
 from ckpttools.frameworks.parts import MARKER_FILE, marked_beside, torch_optimizer
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, About, AutoResume, Lack, Rule
 from ckpttools.location import Location
+from ckpttools.numbered import by_number
 from ckpttools.schedules.evidence import stated
 from ckpttools.stores.files import entries, is_file, is_folder, opened
 from ckpttools.training import (
@@ -295,7 +296,7 @@ def takes(folder: Location) -> Iterator[AutoResume]:
     found = [e.name for e in entries(folder) if is_folder(e) and NUMBERED.fullmatch(e.name)]
     if not found:
         return
-    last = by_number(found)[-1]
+    last = max(found, key=by_number)
     inside = {e.name for e in entries(folder / last)}
     problem = ""
     if INCOMPLETE in inside:

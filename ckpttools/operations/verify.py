@@ -16,9 +16,9 @@ from ckpttools.formats import locate
 from ckpttools.formats.locate import checkpoints
 from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location
+from ckpttools.numbered import numbers, shape
 from ckpttools.operations.writing import Bar
 from ckpttools.runs.find import paths
-from ckpttools.runs.order import numbers, shape
 from ckpttools.stores.files import entries, exists, is_folder, is_link, named
 from ckpttools.stores.links import absolute
 from ckpttools.suggest import did_you_mean

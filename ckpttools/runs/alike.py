@@ -19,7 +19,7 @@ from ckpttools.errors import CkptError
 from ckpttools.formats import Folder, Source, locate
 from ckpttools.formats.counters import EPOCH, SAMPLES, STEP
 from ckpttools.location import Location, below
-from ckpttools.runs.order import shape
+from ckpttools.numbered import shape
 from ckpttools.stores.files import is_folder
 
 # whole numbers that count, in what frameworks save: nothing else in a file depends on them

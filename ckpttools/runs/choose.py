@@ -17,8 +17,8 @@ from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR
 from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location, below
+from ckpttools.numbered import numbers, shape
 from ckpttools.runs.find import Entry, common, runs
-from ckpttools.runs.order import numbers, shape
 from ckpttools.stores.files import entries, exists, small_text
 from ckpttools.stores.links import absolute
 

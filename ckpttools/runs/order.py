@@ -7,10 +7,11 @@ its name where another is named alike, else by its time.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence, Set
 from typing import TypeVar
+
+from ckpttools.numbered import numbers, shape
 
 T = TypeVar("T", bound=Hashable)
 
@@ -52,13 +53,3 @@ def _place(item: T, out: list[T], counted: Set[T], name: Callable[[T], str], tim
         return next(older, alike[-1] + 1)
     older = (at for at, other in enumerate(out) if time(other) < time(item))
     return next((at for at in older if not counted or out[at] in counted), len(out))
-
-
-def numbers(name: str) -> list[int]:
-    """The numbers in a name: epoch_10 comes after epoch_9."""
-    return [int(found[:18]) for found in re.findall(r"\d+", name)[:4]]
-
-
-def shape(name: str) -> str:
-    """A name without its numbers: names of one kind share it."""
-    return re.sub(r"\d+", "#", name)
