@@ -6,11 +6,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import Unsupported
-from ckpttools.formats.deepspeed import module_of, names_of, shapes_of
+from ckpttools.formats.deepspeed import (
+    client,
+    counters,
+    excludes_frozen,
+    module_of,
+    names_of,
+    optimizer_class,
+    settings_of,
+    shapes_of,
+)
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef, cat
 from ckpttools.tree import Value
@@ -95,6 +105,28 @@ def _read(path: Location, dp_rank: int) -> ModelStates:
         shared={a: o for a, o in _named(root, "shared_params") if isinstance(o, str)},
         dp_world_size=fields.ranks(path, root.get("dp_world_size"), "dp_world_size"),
         ds_version=version if isinstance(version, str) else None,
+    )
+
+
+def described(model: ModelStates, tensors: Mapping[str, TensorRef], layout: Layout, stage: int) -> Checkpoint:
+    """What a model file says of the whole folder, whose weights are `tensors`, and nothing of the optimizer's
+    state.
+    """
+    settings = settings_of(model.file, model.root)
+    return Checkpoint(
+        path=model.file.path.parent,
+        layout=layout,
+        tensors=tensors,
+        training=counters(model.file, model.root),
+        shared={alias: owner for alias, owner in model.shared.items() if owner in tensors},
+        frozen=model.frozen & tensors.keys(),
+        left_out={name: shape for name, shape in model.frozen_shapes.items() if name not in tensors},
+        excludes_frozen=excludes_frozen(model.root, tensors, stage),
+        extra_state=model.extra_state,
+        buffers=model.buffers,
+        optimizer=optimizer_class(settings),
+        client=client(model.file, model.root),
+        settings=settings,
     )
 
 

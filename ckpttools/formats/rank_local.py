@@ -10,13 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from ckpttools.containers.nodes import decode
+from ckpttools.containers.pickles import Node
+from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import Unsupported, escape
 from ckpttools.findings import INFO, WARNING, Finding
 from ckpttools.formats.cutting import equal
 from ckpttools.formats.found import ONE_SAVE, found
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Path, Value
+from ckpttools.tree import Path, Value, dotted, leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,14 @@ class Leaf:
 
 
 State = Mapping[str, Leaf]  # by kind: the keys joined by dots
+
+
+def state_of(file: TorchFile, kept: Iterable[tuple[str, Node]]) -> State:
+    """What an optimizer keeps for a flat parameter, however deeply it is nested: bitsandbytes has its moments
+    one level deeper, other optimizers keep lists.
+    """
+    found = (Leaf((key, *path), value) for key, node in kept for path, value in leaves(decode(file, node)))
+    return {dotted(leaf.path): leaf for leaf in found}
 
 
 @dataclass(frozen=True, slots=True)

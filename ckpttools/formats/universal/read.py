@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from ckpttools.checkpoint import FP32, STEP, Checkpoint, FileRole, Layout, ParamGroup, common_dtype
 from ckpttools.containers import fields
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, escape
-from ckpttools.formats.deepspeed import (
-    client,
-    counters,
-    excludes_frozen,
-    loss_scaler,
-    optimizer_class,
-    settings_of,
-)
-from ckpttools.formats.model_states import ModelStates, Shapes, frozen_weights, read_stated
+from ckpttools.formats.deepspeed import loss_scaler
+from ckpttools.formats.model_states import ModelStates, Shapes, described, frozen_weights, read_stated
 from ckpttools.formats.universal.decode import (
     Settings,
     State,
@@ -182,35 +175,24 @@ def _wrong_size(state: State, name: str, shape: tuple[int, ...], kind: str) -> C
 def checkpoint(found: Universal) -> Checkpoint:
     """The whole; what was not found is not in it."""
     model, settings = found.models[0], found.settings
-    config = settings_of(model.file, model.root)
     tensors = _tensors(found)
-    return Checkpoint(
-        path=found.files.folder,
-        layout=Layout(
-            format="universal",
-            zero_stage=settings.stage,
-            ranks=model.dp_world_size,
-            dp_degree=model.dp_world_size or 1,
-            tag=found.files.folder.name,
-            dtype=common_dtype({n: tensors[n] for group in found.shapes for n in group if n in tensors}),
-            writer=f"DeepSpeed {model.ds_version or '(version not recorded)'}",
-        ),
-        tensors=tensors,
-        groups=tuple(_group(found, g) for g in range(len(found.shapes))),
-        training=counters(model.file, model.root),
-        shared={alias: owner for alias, owner in model.shared.items() if owner in tensors},
+    layout = Layout(
+        format="universal",
+        zero_stage=settings.stage,
+        ranks=model.dp_world_size,
+        dp_degree=model.dp_world_size or 1,
+        tag=found.files.folder.name,
+        dtype=common_dtype({n: tensors[n] for group in found.shapes for n in group if n in tensors}),
+        writer=f"DeepSpeed {model.ds_version or '(version not recorded)'}",
+    )
+    return replace(
+        described(model, tensors, layout, settings.stage or 2),
         frozen=_frozen(found, tensors),
-        left_out={name: shape for name, shape in model.frozen_shapes.items() if name not in tensors},
-        excludes_frozen=excludes_frozen(model.root, tensors, settings.stage or 2),
-        extra_state=model.extra_state,
-        buffers=model.buffers,
+        groups=tuple(_group(found, g) for g in range(len(found.shapes))),
         files=tuple(_roles(found)),
         checks=tuple(check for file in found.torch_files for check in file.checks()),
         notes=tuple(_notes(found)),
-        optimizer=optimizer_class(config),
         loss_scaler=loss_scaler(settings.file, settings.root.get("loss_scaler")),
-        client=client(model.file, model.root),
-        settings=config,
         template=found,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpttools.containers import fields
@@ -11,11 +11,10 @@ from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.errors import CkptError, Unsupported, some
 from ckpttools.formats.deepspeed import original, shapes_of
 from ckpttools.formats.model_states import ModelStates
-from ckpttools.formats.rank_local import State, Unaccounted, unaccounted
+from ckpttools.formats.rank_local import State, Unaccounted, state_of, unaccounted
 from ckpttools.formats.zero.decode import Addresses, Rank, version_numbers
 from ckpttools.formats.zero.flat import FlatGroup
 from ckpttools.formats.zero.names import ZeroFiles
-from ckpttools.formats.zero.state import partitioned, state_of
 from ckpttools.location import Location
 
 
@@ -48,8 +47,8 @@ class ZeroFolder:
         hyper = self.ranks[0].hyper
         if hyper is None or hyper[g].get("use_muon") is not True:
             return ()
-        config = _zero_settings(self.ranks[0].root.get("ds_config"))
-        config = config or _zero_settings(self.model.root.get("ds_config"))
+        config = zero_settings(self.ranks[0].root.get("ds_config"))
+        config = config or zero_settings(self.model.root.get("ds_config"))
         offload = fields.as_mapping(config.get("offload_optimizer")) if config is not None else None
         on = offload is not None and offload.get("device") not in (None, "none")
         return () if on else ("momentum_buffer",)
@@ -75,7 +74,9 @@ def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> Z
     groups = tuple(_group(shapes[g], g, ranks) for g in range(len(shapes)))
     round_robin = _is_round_robin(model, ranks, groups)
     names = tuple(tuple(original(group.names, n)) if round_robin else group.names for group in groups)
-    states = tuple(tuple(state_of(rank, g) for rank in ranks) for g in range(len(groups)))
+    states = tuple(
+        tuple(state_of(rank.file, rank.moments[g].items()) for rank in ranks) for g in range(len(groups))
+    )
     return ZeroFolder(
         files=files,
         model=model,
@@ -84,7 +85,7 @@ def assemble(files: ZeroFiles, model: ModelStates, ranks: tuple[Rank, ...]) -> Z
         names=names,
         shapes=shapes,
         states=states,
-        partitioned=tuple(partitioned(ranks, states[g], g, group) for g, group in enumerate(groups)),
+        partitioned=tuple(_partitioned(ranks, states[g], g, group) for g, group in enumerate(groups)),
         round_robin=round_robin,
     )
 
@@ -180,6 +181,23 @@ def _group(shapes: Mapping[str, tuple[int, ...]], g: int, ranks: tuple[Rank, ...
     )
 
 
+def _partitioned(ranks: Sequence[Rank], states: Sequence[State], g: int, group: FlatGroup) -> tuple[str, ...]:
+    """The kinds that are cut over the ranks. DeepSpeed's own rule: a flat tensor as long as the partition is;
+    all else is carried by each rank for itself.
+    """
+
+    def cut(i: int, rank: Rank, kind: str) -> bool:
+        leaf = states[i].get(kind)
+        ref = leaf.ref if leaf is not None else None
+        lean = group.part - group.padding(i)
+        lengths = {group.part, lean, rank.fp32[g].shape[0]}
+        return ref is not None and len(ref.shape) == 1 and ref.shape[0] in lengths
+
+    if not group.part:
+        return ()
+    return tuple(kind for kind in states[0] if all(cut(i, rank, kind) for i, rank in enumerate(ranks)))
+
+
 def _fits(stored: int, group: FlatGroup, rank: int) -> bool:
     """Stored without padding (ZeRO), with it (BF16_Optimizer), or with what 0.3 to 0.6 left of it."""
     lean = group.part - group.padding(rank)
@@ -201,11 +219,11 @@ def _is_round_robin(model: ModelStates, ranks: tuple[Rank, ...], groups: tuple[F
 
 
 def _configured(config: Node) -> bool:
-    zero = _zero_settings(config)
+    zero = zero_settings(config)
     return zero is not None and zero.get("round_robin_gradients") is True
 
 
-def _zero_settings(config: Node) -> Dict | Object | None:
+def zero_settings(config: Node) -> Dict | Object | None:
     pairs = fields.as_mapping(config)
     return fields.as_mapping(pairs.get("zero_optimization")) if pairs is not None else None
 

@@ -11,18 +11,11 @@ from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
-from ckpttools.formats.deepspeed import (
-    client,
-    counters,
-    excludes_frozen,
-    loss_scaler,
-    optimizer_class,
-    settings_of,
-)
-from ckpttools.formats.model_states import ModelStates, read_model
+from ckpttools.formats.deepspeed import loss_scaler
+from ckpttools.formats.model_states import ModelStates, described, read_model
 from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
 from ckpttools.formats.zero.decode import Rank, read_rank
-from ckpttools.formats.zero.join import ZeroFolder, assemble
+from ckpttools.formats.zero.join import ZeroFolder, assemble, zero_settings
 from ckpttools.formats.zero.names import find
 from ckpttools.location import Location
 from ckpttools.tensors import FLOAT32, Flat, TensorRef, cat
@@ -57,38 +50,28 @@ def checkpoint(folder: ZeroFolder) -> Checkpoint:
     model, ranks = folder.model, folder.ranks
     stage = next((rank.stage for rank in ranks if rank.stage is not None), None)
     variant = ranks[0].variant
-    settings = settings_of(model.file, model.root)
-    return Checkpoint(
-        path=folder.files.folder,
-        layout=Layout(
-            format=f"zero{stage or 1}",
-            ranked=True,
-            zero_stage=stage,
-            ranks=len(ranks),
-            dp_degree=len(ranks),
-            tag=folder.files.folder.name,
-            dtype=_dtype(model, folder.shapes),
-            writer=f"DeepSpeed {model.ds_version or ranks[0].ds_version or '(version not recorded)'}",
-            variant={"rigid": None, "bf16_optimizer": "BF16_Optimizer", "elastic": "elastic"}[variant],
-            round_robin=folder.round_robin,
-            aligned=_is_aligned(folder),
-        ),
-        tensors=model.weights,
-        groups=tuple(_param_group(folder, g) for g in range(len(folder.groups))),
-        training=counters(model.file, model.root),
+    layout = Layout(
+        format=f"zero{stage or 1}",
+        ranked=True,
+        zero_stage=stage,
+        ranks=len(ranks),
+        dp_degree=len(ranks),
+        tag=folder.files.folder.name,
+        dtype=_dtype(model, folder.shapes),
+        writer=f"DeepSpeed {model.ds_version or ranks[0].ds_version or '(version not recorded)'}",
+        variant={"rigid": None, "bf16_optimizer": "BF16_Optimizer", "elastic": "elastic"}[variant],
+        round_robin=folder.round_robin,
+        aligned=_is_aligned(folder),
+    )
+    return replace(
+        described(model, model.weights, layout, stage or 1),
         shared=model.shared,
         frozen=model.frozen,
-        left_out={name: shape for name, shape in model.frozen_shapes.items() if name not in model.weights},
-        excludes_frozen=excludes_frozen(model.root, model.weights, stage or 1),
-        extra_state=model.extra_state,
-        buffers=model.buffers,
+        groups=tuple(_param_group(folder, g) for g in range(len(folder.groups))),
         files=tuple(_roles(folder)),
         checks=tuple(check for file in torch_files(folder) for check in file.checks()),
         notes=tuple(_notes(folder)),
-        optimizer=optimizer_class(settings),
         loss_scaler=loss_scaler(ranks[0].file, ranks[0].state.get("loss_scaler")),
-        client=client(model.file, model.root),
-        settings=settings,
         template=folder,
     )
 
@@ -192,6 +175,5 @@ def _is_aligned(folder: ZeroFolder) -> bool:
     """Whether zero_optimization.parameter_alignment was on. A model may need no gaps for it."""
     if any(any(group.gaps) for group in folder.groups):
         return True
-    config = fields.as_mapping(folder.ranks[0].root.get("ds_config"))
-    zero = fields.as_mapping(config.get("zero_optimization")) if config is not None else None
+    zero = zero_settings(folder.ranks[0].root.get("ds_config"))
     return zero is not None and zero.get("parameter_alignment") is True

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckpttools.containers import fields
-from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import stage_of
-from ckpttools.formats.rank_local import Leaf, State
+from ckpttools.formats.rank_local import State, state_of
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import dotted, leaves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,16 +82,11 @@ def read_shard(path: Location, dp_rank: int) -> Shard:
     )
 
 
-def _state(file: TorchFile, node: Node, field: str) -> dict[str, Leaf]:
+def _state(file: TorchFile, node: Node, field: str) -> State:
     """What the optimizer keeps for a sub-group; nothing before its first step."""
     if node is None:
         return {}
-    found = (
-        Leaf((key, *path), value)
-        for key, inner in fields.mapping(file.path, node, field).named()
-        for path, value in leaves(decode(file, inner))
-    )
-    return {dotted(leaf.path): leaf for leaf in found}
+    return state_of(file, fields.mapping(file.path, node, field).named())
 
 
 def _members(path: Location, group: fields.Mapping, g: int) -> tuple[int, ...]:

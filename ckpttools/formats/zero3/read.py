@@ -7,19 +7,13 @@ on every load. Frozen parameters and buffers are as saved, buffers those of rank
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ckpttools.checkpoint import FP32, Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats.deepspeed import (
-    client,
-    counters,
-    excludes_frozen,
-    loss_scaler,
-    optimizer_class,
-    settings_of,
-)
-from ckpttools.formats.model_states import frozen_weights, read_stated
+from ckpttools.formats.deepspeed import loss_scaler
+from ckpttools.formats.model_states import described, frozen_weights, read_stated
 from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
 from ckpttools.formats.zero3.decode import read_shard
 from ckpttools.formats.zero3.join import Zero3Folder, assemble, gathered
@@ -40,39 +34,27 @@ def read(folder: Location) -> Checkpoint:
 def checkpoint(folder: Zero3Folder) -> Checkpoint:
     """The whole, unpartitioned."""
     model, shard = folder.models[0], folder.shards[0]
-    settings = settings_of(model.file, model.root)
     masters = {n: r for s in range(len(folder.shapes)) for n, r in gathered(folder, s).items()}
     dtype = _dtype(folder)
     tensors = _tensors(folder, masters, dtype)
     version = model.ds_version or shard.ds_version
-    return Checkpoint(
-        path=folder.files.folder,
-        layout=Layout(
-            format="zero3",
-            ranked=True,
-            zero_stage=3,
-            ranks=folder.ranks,
-            dp_degree=folder.ranks,
-            tag=folder.files.folder.name,
-            dtype=dtype.short if dtype is not None else None,
-            writer=f"DeepSpeed {version or '(version not recorded)'}",
-        ),
-        tensors=tensors,
+    layout = Layout(
+        format="zero3",
+        ranked=True,
+        zero_stage=3,
+        ranks=folder.ranks,
+        dp_degree=folder.ranks,
+        tag=folder.files.folder.name,
+        dtype=dtype.short if dtype is not None else None,
+        writer=f"DeepSpeed {version or '(version not recorded)'}",
+    )
+    return replace(
+        described(model, tensors, layout, 3),
         groups=tuple(_group(folder, g, masters) for g in range(len(shard.groups))),
-        training=counters(model.file, model.root),
-        shared={a: o for a, o in model.shared.items() if o in tensors},
-        frozen=model.frozen & tensors.keys(),
-        left_out={name: shape for name, shape in model.frozen_shapes.items() if name not in tensors},
-        excludes_frozen=excludes_frozen(model.root, tensors, 3),
-        extra_state=model.extra_state,
-        buffers=model.buffers,
         files=tuple(_roles(folder)),
         checks=tuple(check for file in torch_files(folder) for check in file.checks()),
         notes=tuple(unchecked(list(torch_files(folder)))),
-        optimizer=optimizer_class(settings),
         loss_scaler=loss_scaler(shard.file, shard.state.get("loss_scaler")),
-        client=client(model.file, model.root),
-        settings=settings,
         template=folder,
     )
 
