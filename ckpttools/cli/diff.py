@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, PLACE, STATS, TAGS, reading
+from ckpttools.cli.options import FOLLOW, PLACE, STATS, TAGS, ask, reading
 from ckpttools.errors import escape
 from ckpttools.location import Location
 
@@ -32,18 +32,7 @@ if TYPE_CHECKING:
 @STATS
 @TAGS
 @reading
-def command(
-    a: Location,
-    b: Location,
-    only: tuple[str, ...],
-    top: int,
-    tags: tuple[str, ...],
-    key: str | None,
-    as_json: bool,
-    quiet: bool,
-    workers: int,
-    no_progress: bool,
-) -> int:
+def command(a: Location, b: Location, top: int, **options: Any) -> int:
     """Show how B differs from A: counters, losses, settings, tensors, whatever the formats and rank counts.
 
     Of tensors that changed: the largest absolute difference, the norm of the difference over that of A, the
@@ -55,11 +44,10 @@ def command(
     """
     from ckpttools.operations.diff import diff
 
-    bar = render.bars(enabled=not (no_progress or quiet))
-    found = diff(a, b, only=only, tags=tags, key=key, workers=workers, bar=bar)
-    if as_json:
+    found = ask(diff, a, b, **options)
+    if options["as_json"]:
         render.document(_json(found, a, b))
-    elif not quiet:
+    elif not options["quiet"]:
         click.echo("\n".join(_text(found, top)))
     return 0 if found.same else 1
 

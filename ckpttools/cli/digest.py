@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, PLACE, SRC, STATS, TAG, reading
+from ckpttools.cli.options import FOLLOW, PLACE, SRC, STATS, TAG, ask, reading
 from ckpttools.errors import escape
 from ckpttools.location import Location
 from ckpttools.stores.files import is_file
@@ -40,10 +40,7 @@ def command(
     tensors: bool,
     tag: str | None,
     key: str | None,
-    as_json: bool,
-    quiet: bool,
-    workers: int,
-    no_progress: bool,
+    **options: Any,
 ) -> int:
     """Print a digest of all weights, master weights, optimizer state and steps of SRC, and one per kind.
 
@@ -58,17 +55,18 @@ def command(
     """
     from ckpttools.operations.digest import compare, digest
 
-    bar = render.bars(enabled=not (no_progress or quiet))
-    found = digest(src, tag=tag, key=key if is_file(src) else None, workers=workers, bar=bar)
+    found = ask(digest, src, tag=tag, key=key if is_file(src) else None, **options)
     if other is None:
-        if as_json:
+        if options["as_json"]:
             render.document(_json(found))
+        elif options["quiet"]:
+            click.echo(found.digests.state)
         else:
-            click.echo("\n".join(_text(found, tensors=tensors)) if not quiet else found.digests.state)
+            click.echo("\n".join(_text(found, tensors=tensors)))
         return 0
-    theirs = digest(other, key=key if is_file(other) else None, workers=workers, bar=bar)
+    theirs = ask(digest, other, key=key if is_file(other) else None, **options)
     result = compare(found, theirs, kinds)
-    if as_json:
+    if options["as_json"]:
         render.document(_compared_json(result))
     else:
         click.echo("\n".join(compared(result)))

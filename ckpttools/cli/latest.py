@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS, ask
 from ckpttools.errors import escape
 from ckpttools.location import Location
 
@@ -19,9 +21,7 @@ from ckpttools.location import Location
 @QUIET
 @WORKERS
 @NO_PROGRESS
-def command(
-    folder: Location, verified: bool, as_json: bool, quiet: bool, workers: int, no_progress: bool
-) -> None:
+def command(folder: Location, **options: Any) -> None:
     """Print the path of the checkpoint in DIR that auto-resume would take; the reason goes to stderr.
 
     `last_checkpoint` and `latest` are followed; without them the newest by the step inside is taken. With
@@ -29,9 +29,8 @@ def command(
     """
     from ckpttools.operations.latest import latest
 
-    bar = render.bars(enabled=not (no_progress or quiet))
-    choice = latest(folder, verified=verified, workers=workers, bar=bar)
-    if as_json:
+    choice, quiet = ask(latest, folder, **options), options["quiet"]
+    if options["as_json"]:
         passed = [{"path": str(path), "reason": reason} for path, reason in choice.passed_over]
         document = {"path": str(choice.path), "why": choice.why, "passed_over": passed}
         render.document(document | {"notes": list(choice.notes)})

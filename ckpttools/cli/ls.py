@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 from pathlib import PurePath
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS
+from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS, ask
 from ckpttools.errors import escape
 from ckpttools.location import Location, below
 from ckpttools.stores.files import entries, is_folder
@@ -40,16 +40,7 @@ _AGES = ((86400 * 2, 86400, "d"), (7200, 3600, "h"), (120, 60, "min"), (0, 1, "s
 @QUIET
 @WORKERS
 @NO_PROGRESS
-def command(
-    folder: Location,
-    sort: str,
-    tree: bool,
-    verify: bool,
-    as_json: bool,
-    quiet: bool,
-    workers: int,
-    no_progress: bool,
-) -> int:
+def command(folder: Location, tree: bool, **options: Any) -> int:
     """The checkpoints below DIR by run, the furthest first by what they state; `ckpt DIR` is the same.
 
     What a resume would take is marked `<- latest`. A `?` is what a checkpoint does not say. Exit code 1 where
@@ -57,10 +48,9 @@ def command(
     """
     from ckpttools.operations.ls import ls
 
-    bar = render.bars(enabled=not (no_progress or quiet))
-    found = ls(folder, sort=sort, verify=verify, workers=workers, bar=bar)
+    found, quiet = ask(ls, folder, **options), options["quiet"]
     ok = all(run.ok for run in found)
-    if as_json:
+    if options["as_json"]:
         render.document({"ok": ok, "runs": [_json(run) for run in found]})
     else:
         click.echo("\n".join(_text(found, folder, tree)))

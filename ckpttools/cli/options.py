@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ckpttools.operations.writing import Writing, Written
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def _refuse_empty(
@@ -160,6 +161,19 @@ def writing(command: F) -> F:
     for option in (NO_PROGRESS, STATS, SPREAD, WORKERS, QUIET, JSON, FORCE, DRY_RUN, FOLLOW, TAG):
         command = option(command)
     return command
+
+
+def ask(operation: Callable[..., T], *places: object, **options: Any) -> T:
+    """What an operation of the library finds, called with a command's own options, which it knows by the same
+    names, and a progress bar.
+    """
+    own = {name: value for name, value in options.items() if name not in _SHOWING}
+    return operation(
+        *places, **own, bar=render.bars(enabled=not (options["no_progress"] or options["quiet"]))
+    )
+
+
+_SHOWING = ("as_json", "quiet", "no_progress")
 
 
 def write(operation: Callable[..., Written], *places: object, **options: Any) -> None:

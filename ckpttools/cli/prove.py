@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckpttools.cli import render
 from ckpttools.cli.diff import fact_json, facts
-from ckpttools.cli.options import FOLLOW, PATH, TAGS, reading
+from ckpttools.cli.options import FOLLOW, PATH, TAGS, ask, reading
 from ckpttools.errors import escape
 
 if TYPE_CHECKING:
@@ -24,16 +24,7 @@ SHOWN = 20
 @FOLLOW
 @TAGS
 @reading
-def command(
-    a: Path,
-    b: Path,
-    tags: tuple[str, ...],
-    key: str | None,
-    as_json: bool,
-    quiet: bool,
-    workers: int,
-    no_progress: bool,
-) -> int:
+def command(a: Path, b: Path, **options: Any) -> int:
     """Say whether A and B are the same training state, whatever their layouts.
 
     The same: weights, optimizer state, steps, hyper-parameters, schedule and counters, bit for bit. Identical
@@ -45,12 +36,11 @@ def command(
     """
     from ckpttools.operations.prove import prove
 
-    bar = render.bars(enabled=not (no_progress or quiet))
-    proof = prove(a, b, tags=tags, key=key, workers=workers, bar=bar)
-    if as_json:
+    proof = ask(prove, a, b, **options)
+    if options["as_json"]:
         render.document(_json(proof))
     else:
-        click.echo("\n".join(_text(proof, quiet=quiet)))
+        click.echo("\n".join(_text(proof, quiet=options["quiet"])))
     return 0 if proof.verdict == "same" else 1
 
 

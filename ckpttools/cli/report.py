@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, FORCE, JSON, NO_PROGRESS, PATH, QUIET, WORKERS, number
+from ckpttools.cli.options import FOLLOW, FORCE, JSON, NO_PROGRESS, PATH, QUIET, WORKERS, ask, number
 from ckpttools.errors import escape
 
 
@@ -30,18 +31,7 @@ from ckpttools.errors import escape
 @QUIET
 @WORKERS
 @NO_PROGRESS
-def command(
-    paths: tuple[Path, ...],
-    dst: Path,
-    keep_last: int,
-    new_bs: int | None,
-    verify: bool,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    workers: int,
-    no_progress: bool,
-) -> int:
+def command(paths: tuple[Path, ...], **options: Any) -> int:
     """Write one HTML file about a run, runs side by side, or two checkpoints, to send to a colleague.
 
     Checkpoints on a line of samples with their state, loss and learning rate, sizes, settings that differ,
@@ -52,18 +42,8 @@ def command(
     """
     from ckpttools.operations.report import report
 
-    bar = render.bars(enabled=not (no_progress or quiet))
-    made = report(
-        *paths,
-        dst=dst,
-        keep_last=keep_last,
-        new_bs=new_bs,
-        verify=verify,
-        force=force,
-        workers=workers,
-        bar=bar,
-    )
-    if as_json:
+    made, quiet = ask(report, *paths, **options), options["quiet"]
+    if options["as_json"]:
         about = {"ok": not made.damaged, "destination": str(made.destination), "nbytes": made.nbytes}
         render.document(about | {"damaged": made.damaged})
     else:
