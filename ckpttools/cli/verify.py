@@ -9,14 +9,11 @@ import click
 
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, PLACE, SPREAD, STATS, TAG, reading
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import escape
 from ckpttools.location import Location
-from ckpttools.stores.files import local
 
 if TYPE_CHECKING:
     from ckpttools.checks import Verdict
-    from ckpttools.operations.verify_spread import Shared
-    from ckpttools.operations.writing import Bar
 
 MARK = {"error": "ERROR", "warning": "warning", "info": "note"}
 IN_THE_LINE = {"training-lacks"}  # notes that a checkpoint's own line says
@@ -54,14 +51,11 @@ def command(
     newest: bool,
     require: str,
     subset: str | None,
-    write_manifest: bool,
-    tag: str | None,
-    key: str | None,
     as_json: bool,
     quiet: bool,
-    workers: int,
     spread: bool,
     no_progress: bool,
+    **options: Any,
 ) -> int:
     """Check that SRC is whole: structure, checksums, completeness, and that its files belong together.
 
@@ -74,50 +68,29 @@ def command(
     finds every changed byte in any format. --write-manifest writes it, or writes it anew, when nothing is
     wrong. With --spread, processes that torchrun or srun started share the bytes; the first says the result.
     """
-    from ckpttools.operations.verify import known, older, part_of
+    from ckpttools.operations.verify import older, shared, verify_each
 
-    if subset is not None and (quick or write_manifest):
-        other = "--quick" if quick else "--write-manifest"
-        raise UsageError(
-            "bad-usage",
-            f"--subset and {other} cannot go together",
-            where="--subset",
-            why=f"a part of the bytes is read, and {other} {'reads none' if quick else 'needs all'}",
-            hint="leave one out",
-        )
-    part = part_of(subset)
-    shared = _shared(quick=quick, subset=subset) if spread else None
-    silent = shared is not None and shared.worker.rank > 0  # worker 0 says what all have found
-    keys = known([key.strip() for key in require.replace("-", "_").split(",") if key.strip()])
+    passing = shared(quick=quick, subset=subset) if spread else None
+    silent = passing is not None and passing.worker.rank > 0  # worker 0 says what all have found
     verdicts: list[Verdict] = []
-    several = len(src) > 1
-    for path in src:
-        for verdict in _verdicts(
-            path,
-            tag,
-            newest,
-            alone=not several,
-            bars=render.bars(enabled=not (no_progress or quiet or silent)),
-            quick=quick,
-            describe=write_manifest,
-            require=keys,
-            subset=part,
-            key=key,
-            workers=workers,
-            passing=shared,
-        ):
-            several = several or verdict.path != path
-            verdicts.append(verdict)
-            if silent:
-                continue
-            if verdict.manifest is not None and verdict.ok:
-                place, contents = verdict.manifest
-                from ckpttools.execute.small import replace
-
-                replace(local(place), contents, unseen=True)
-                render.say(f"wrote {escape(place)}", quiet=quiet)
-            if not as_json:
-                _show(verdict, quick=quick, subset=subset, quiet=quiet, brief=several and not newest)
+    for verdict in verify_each(
+        src,
+        newest=newest,
+        quick=quick,
+        require=[key.strip() for key in require.replace("-", "_").split(",") if key.strip()],
+        subset=subset,
+        bar=render.bars(enabled=not (no_progress or quiet or silent)),
+        passing=passing,
+        **options,
+    ):
+        verdicts.append(verdict)
+        if silent:
+            continue
+        if verdict.manifest is not None and verdict.ok:
+            render.say(f"wrote {escape(verdict.manifest[0])}", quiet=quiet)
+        if not as_json:
+            brief = len(src) > 1 or len(verdicts) > 1 or verdict.path != src[0]
+            _show(verdict, quick=quick, subset=subset, quiet=quiet, brief=brief and not newest)
     if silent:
         return 0
     if as_json:
@@ -131,49 +104,6 @@ def command(
     elif verdicts[0].exit_code == 1 and (before := older(verdicts[0].path)) is not None:
         click.echo(f"  older, and its headers are good: {escape(before, 1000)}")
     return min((verdict.exit_code for verdict in verdicts if not verdict.ok), default=0)
-
-
-def _shared(*, quick: bool, subset: str | None) -> Shared:
-    """Raises UsageError where there is nothing to share, or no launcher."""
-    from ckpttools.launch import worker
-    from ckpttools.operations.verify_spread import Shared
-
-    if quick or subset is not None:
-        raise UsageError(
-            "bad-usage",
-            f"--spread and {'--quick' if quick else '--subset'} cannot go together",
-            where="--spread",
-            why="it shares all bytes, and the other reads " + ("none" if quick else "a part"),
-            hint="leave one out",
-        )
-    return Shared(worker())
-
-
-def _verdicts(
-    path: Location,
-    tag: str | None,
-    newest: bool,
-    *,
-    alone: bool,
-    bars: Bar,
-    **options: Any,
-) -> Iterator[Verdict]:
-    """The verdicts on all that one argument means; `alone`, what cannot be checked ends the command."""
-    from ckpttools.checks import refused, verify
-    from ckpttools.checks.verdict import Delivered
-    from ckpttools.operations.verify import verify_all
-
-    try:
-        if tag is None:
-            yield from verify_all(path, newest=newest, bar=bars, **options)
-        else:
-            yield verify(path, tag, bar=lambda n: bars(n, "verify"), **options)
-    except Delivered:
-        return
-    except CkptError as error:
-        if alone:
-            raise
-        yield refused(path, error)
 
 
 def _show(verdict: Verdict, *, quick: bool, subset: str | None, quiet: bool, brief: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,14 @@ from ckpttools.location import Location
 from ckpttools.numbered import numbers, shape
 from ckpttools.operations.writing import Bar
 from ckpttools.runs.find import paths
-from ckpttools.stores.files import entries, exists, is_folder, is_link, named
+from ckpttools.stores.files import entries, exists, is_folder, is_link, local, named
 from ckpttools.stores.links import absolute
 from ckpttools.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from ckpttools.checks.contents import Passing
     from ckpttools.checks.subset import Subset
+    from ckpttools.operations.verify_spread import Shared
 
 TRIED = 5  # older checkpoints whose headers are read
 
@@ -104,9 +105,87 @@ def members(path: str | Location, *, newest: bool = False) -> tuple[Location, ..
     return (path,)
 
 
+def verify_each(
+    paths: Sequence[Location],
+    *,
+    tag: str | None = None,
+    newest: bool = False,
+    quick: bool = False,
+    write_manifest: bool = False,
+    require: Collection[str] = (),
+    subset: str | None = None,
+    workers: int = 0,
+    bar: Bar | None = None,
+    key: str | None = None,
+    passing: Passing | None = None,
+) -> Iterator[Verdict]:
+    """The verdicts on all that the paths mean; what cannot be checked is one of them, and raises alone.
+
+    `write_manifest`: beside the files of each good one. Raises UsageError for what contradicts itself.
+    """
+    if subset is not None and (quick or write_manifest):
+        other = "--quick" if quick else "--write-manifest"
+        raise UsageError(
+            "bad-usage",
+            f"--subset and {other} cannot go together",
+            where="--subset",
+            why=f"a part of the bytes is read, and {other} {'reads none' if quick else 'needs all'}",
+            hint="leave one out",
+        )
+    part, keys = part_of(subset), known(require)
+    for path in paths:
+        found = verify_all(
+            path,
+            tag=tag,
+            newest=newest,
+            quick=quick,
+            describe=write_manifest,
+            require=keys,
+            subset=part,
+            workers=workers,
+            bar=bar,
+            key=key,
+            passing=passing,
+        )
+        for verdict in found if len(paths) == 1 else _caught(path, found):
+            if verdict.manifest is not None and verdict.ok:
+                from ckpttools.execute import small
+
+                place, contents = verdict.manifest
+                small.replace(local(place), contents, unseen=True)
+            yield verdict
+
+
+def _caught(path: Location, verdicts: Iterator[Verdict]) -> Iterator[Verdict]:
+    """With the error that ends them as one of them."""
+    try:
+        yield from verdicts
+    except CkptError as error:
+        yield refused(path, error)
+
+
+def shared(*, quick: bool, subset: str | None) -> Shared:
+    """This process's part of what many verify. Raises UsageError where nothing is shared, or no launcher is
+    there.
+    """
+    from ckpttools.launch import worker
+    from ckpttools.operations.verify_spread import Shared
+
+    if quick or subset is not None:
+        raise UsageError(
+            "bad-usage",
+            f"--spread and {'--quick' if quick else '--subset'} cannot go together",
+            where="--spread",
+            why="it shares all bytes, and the other reads " + ("none" if quick else "a part"),
+            hint="leave one out",
+        )
+    return Shared(worker())
+
+
 def verify_all(
     path: str | Location,
     *,
+    tag: str | None = None,
     newest: bool = False,
     quick: bool = False,
     describe: bool = False,
@@ -124,12 +203,13 @@ def verify_all(
     ['checkpoint-4', 'checkpoint-2']
     """
     require = known(require)
-    paths = members(path, newest=newest)
+    paths = members(path, newest=newest) if tag is None else (named(path),)
     for each in paths:
-        shown = _labelled(bar, each.name) if bar is not None else None
+        shown = _labelled(bar, each.name if tag is None else "verify") if bar is not None else None
         try:
             yield checks.verify(
                 each,
+                tag,
                 quick=quick,
                 describe=describe,
                 require=require,
