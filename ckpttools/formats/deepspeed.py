@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
 from ckpttools.containers import fields
-from ckpttools.containers.nodes import decode, encode, ordered
+from ckpttools.containers.nodes import decode, encode, encode_tensor, ordered
 from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, size, size_node
 from ckpttools.formats.counters import training
@@ -144,17 +144,21 @@ def client(file: TorchFile, root: fields.Mapping) -> dict[str, Value]:
 
 def new_root(
     checkpoint: Checkpoint,
-    storages: dict[object, Storage],
+    tensors: Mapping[str, TensorRef],
     *,
     ranks: int,
     settings: Mapping[str, Value],
-    module: Node,
     **own: Node,
 ) -> Dict:
-    """The value of a model file, in DeepSpeed's order; `own` is what a stage has in place of the usual."""
+    """The value of a model file, in DeepSpeed's order, whose module holds `tensors`; `own` is what a stage
+    has in place of the usual.
+    """
+    storages: dict[object, Storage] = {}
+    pairs: list[tuple[Node, Node]] = [(name, encode_tensor(ref, storages)) for name, ref in tensors.items()]
+    pairs += [(name, encode(value, storages)) for name, value in checkpoint.extra_state.items()]
     fragments = {key: own[key] for key in ("frozen_param_fragments",) if key in own}
     values: dict[str, Node] = {
-        "module": module,
+        "module": ordered(pairs),
         "buffer_names": [name for name in checkpoint.tensors if name in checkpoint.buffers],
         "optimizer": None,
         "param_shapes": [shapes_node(group.params) for group in checkpoint.groups],

@@ -32,6 +32,13 @@ def left_out(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"frozen weights are not in the source, nor their names (exclude_frozen_parameters): {then}"
 
 
+def unsaid(checkpoint: Checkpoint) -> Iterator[str]:
+    """Of a DeepSpeed folder: what the source does not say, and the result needs."""
+    yield from left_out(checkpoint)
+    if checkpoint.training.step is None:
+        yield "global_steps is not known: written as 0"
+
+
 def one_copy(checkpoint: Checkpoint) -> Iterator[str]:
     """Of a format that keeps one copy of a weight: the masters, where the source has both."""
     best = checkpoint.best_copies()

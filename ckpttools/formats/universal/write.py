@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterable, Iterator
 
 from ckpttools.checkpoint import FP32, STEP, Checkpoint, Layout, ParamGroup
-from ckpttools.containers.nodes import encode, encode_tensor, ordered
+from ckpttools.containers.nodes import encode
 from ckpttools.containers.pickles import Dict, Node, Object
-from ckpttools.containers.torch_file import Storage, tensor_node, write_torch_file
+from ckpttools.containers.torch_file import tensor_node, write_torch_file
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.cutting import equal, no_groups
 from ckpttools.formats.deepspeed import STAGE, new_root, new_scaler, version_of
-from ckpttools.formats.notes import left_out
+from ckpttools.formats.notes import unsaid
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.universal.decode import PARAM
 from ckpttools.formats.universal.names import SETTINGS, STAGE3_NAME, SUFFIX, ZERO, folder_of
@@ -140,28 +140,18 @@ def shared_settings(groups: Iterable[ParamGroup]) -> dict[str, Value]:
 
 def _model(checkpoint: Checkpoint, *, whole: bool) -> Dict:
     """The model file of stages 1 and 2, or that of stage 3, whose parameters have no elements."""
-    storages: dict[object, Storage] = {}
-    pairs: list[tuple[Node, Node]] = []
-    for name, ref in checkpoint.tensors.items():
-        kept = whole or name in checkpoint.buffers
-        pairs.append((name, encode_tensor(ref if kept else TensorRef(ref.dtype, (0,), ()), storages)))
-    pairs += [(name, encode(value, storages)) for name, value in checkpoint.extra_state.items()]
-    return new_root(
-        checkpoint,
-        storages,
-        ranks=checkpoint.layout.dp_degree,
-        settings=checkpoint.settings,
-        module=ordered(pairs),
-    )
+    tensors = {
+        name: ref if whole or name in checkpoint.buffers else TensorRef(ref.dtype, (0,), ())
+        for name, ref in checkpoint.tensors.items()
+    }
+    return new_root(checkpoint, tensors, ranks=checkpoint.layout.dp_degree, settings=checkpoint.settings)
 
 
 # --- what it cannot hold, or its loader does not read ---------------------------------------------------
 
 
 def _notes(checkpoint: Checkpoint) -> Iterator[str]:
-    yield from left_out(checkpoint)
-    if checkpoint.training.step is None:
-        yield "global_steps is not known: written as 0"
+    yield from unsaid(checkpoint)
     kinds = {kind for group in checkpoint.groups for kind in group.state} - {FP32}
     if kinds != ADAM:
         held = ", ".join(map(escape, sorted(kinds))) or "none"

@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
-from ckpttools.containers.nodes import encode, encode_tensor, ordered
-from ckpttools.containers.pickles import Dict, Node, Object
-from ckpttools.containers.torch_file import Storage, write_torch_file
+from ckpttools.containers.nodes import encode, encode_tensor
+from ckpttools.containers.pickles import Dict, Node
+from ckpttools.containers.torch_file import write_torch_file
 from ckpttools.errors import escape
 from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import frozen_shapes, new_root, shapes_node
-from ckpttools.formats.notes import left_out
+from ckpttools.formats.notes import unsaid
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.torch_optimizer import separate, state_of
 from ckpttools.formats.zero0.read import INNER, MASTERS, first_scaler
@@ -43,14 +43,12 @@ def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
     settings = {**checkpoint.settings, **batch}
     trained = [name for group in checkpoint.groups for name in group.params]
     wrapped = any(checkpoint.tensors[name].dtype in SIXTEEN for name in trained if name in checkpoint.tensors)
-    storages = dict[object, Storage]()
     frozen = frozen_shapes(checkpoint)
     root = new_root(
         checkpoint,
-        storages,
+        checkpoint.tensors if wrapped else checkpoint.best_copies(),
         ranks=layout.dp_degree,
         settings=settings,
-        module=_module(checkpoint, wrapped, storages),
         optimizer=_wrapper(checkpoint, layout) if wrapped else _optimizer(checkpoint),
         frozen_param_shapes=shapes_node(frozen) if frozen else None,
         frozen_param_fragments=None,
@@ -60,9 +58,7 @@ def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
 
 
 def _notes(checkpoint: Checkpoint, layout: Layout, wrapped: bool) -> Iterator[str]:
-    yield from left_out(checkpoint)
-    if checkpoint.training.step is None:
-        yield "global_steps is not known: written as 0"
+    yield from unsaid(checkpoint)
     if wrapped and layout.variant != FLAT:
         yield (
             "the masters are a list of tensors, as every class but FusedAdam has them in stage 0: "
@@ -75,13 +71,6 @@ def _notes(checkpoint: Checkpoint, layout: Layout, wrapped: bool) -> Iterator[st
         yield f"not kept of the loss scaler: {', '.join(map(escape, sorted(lost)))}"
     if checkpoint.loss_scaler and not wrapped and checkpoint.loss_scaler.get("dynamic") is not False:
         yield "not kept: the loss scaler, which stage 0 has in 16 bits alone"
-
-
-def _module(checkpoint: Checkpoint, wrapped: bool, storages: dict[object, Storage]) -> Object:
-    """The weights: in 16 bits as they are, else the best copy that there is."""
-    found = checkpoint.tensors if wrapped else checkpoint.best_copies()
-    pairs: list[tuple[Node, Node]] = [(name, encode_tensor(ref, storages)) for name, ref in found.items()]
-    return ordered((*pairs, *((n, encode(v, storages)) for n, v in checkpoint.extra_state.items())))
 
 
 def _optimizer(checkpoint: Checkpoint) -> Dict:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
-from ckpttools.containers.nodes import encode, encode_tensor, ordered, put_node
+from ckpttools.containers.nodes import encode, ordered, put_node
 from ckpttools.containers.pickles import Dict, Node, Object
-from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
+from ckpttools.containers.torch_file import new_storage, tensor_node, write_torch_file
 from ckpttools.errors import Unsupported, escape
 from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.buffers import NORMS
@@ -28,7 +28,7 @@ from ckpttools.formats.deepspeed import (
     sub_group_size,
     version_of,
 )
-from ckpttools.formats.notes import left_out
+from ckpttools.formats.notes import unsaid
 from ckpttools.formats.rank_files import optim_name
 from ckpttools.formats.zero3.cuts import held, part_of, sub_groups
 from ckpttools.formats.zero3.names import model_name
@@ -114,9 +114,7 @@ def _buffers(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def _notes(to: Target) -> Iterator[str]:
-    yield from left_out(to.checkpoint)
-    if to.checkpoint.training.step is None:
-        yield "global_steps is not known: written as 0"
+    yield from unsaid(to.checkpoint)
     count = sum(map(len, to.cuts))
     if count > len(to.cuts):
         limit = sub_group_size(to.settings)
@@ -127,17 +125,16 @@ def _notes(to: Target) -> Iterator[str]:
 
 
 def _model(to: Target, rank: int) -> Dict:
-    checkpoint, storages = to.checkpoint, dict[object, Storage]()
+    checkpoint = to.checkpoint
     frozen = [name for name in checkpoint.tensors if name in checkpoint.frozen]
     shapes, cuts = frozen_shapes(checkpoint), zip(checkpoint.groups, to.cuts, strict=True)
     parts = ordered((n, _part([checkpoint.tensors[n]], to.ranks, rank)) for n in frozen)
     none = checkpoint.left_out or checkpoint.excludes_frozen
     return new_root(
         checkpoint,
-        storages,
+        dict(_module(to)),
         ranks=to.ranks,
         settings=to.settings,
-        module=_module(to, storages),
         buffer_names=[name for name in checkpoint.tensors if name in to.buffers],
         param_shapes=[
             shapes_node({name: group.params[name] for name in names}) for group, cut in cuts for names in cut
@@ -153,17 +150,11 @@ def _about(to: Target) -> dict[str, Node]:
     return {**config, "ds_version": version_of(to.checkpoint)}
 
 
-def _module(to: Target, storages: dict[object, Storage]) -> Object:
-    checkpoint = to.checkpoint
-    pairs: list[tuple[Node, Node]] = []
-    for name, ref in checkpoint.tensors.items():
-        if name in to.buffers:
-            pairs.append((name, encode_tensor(ref, storages)))
-        else:
-            dtype = ref.dtype if name in checkpoint.frozen else to.dtype
-            pairs.append((name, encode_tensor(TensorRef(dtype, (0,), ()), storages)))
-    pairs += [(name, encode(value, storages)) for name, value in checkpoint.extra_state.items()]
-    return ordered(pairs)
+def _module(to: Target) -> Iterator[tuple[str, TensorRef]]:
+    """Buffers are whole, parameters have no elements."""
+    for name, ref in to.checkpoint.tensors.items():
+        dtype = ref.dtype if name in to.checkpoint.frozen else to.dtype
+        yield name, ref if name in to.buffers else TensorRef(dtype, (0,), ())
 
 
 def _part(refs: Sequence[TensorRef], ranks: int, rank: int) -> Object:
