@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS, ask
+from ckpttools.cli.options import FOLLOW, PLACE, STATS, ask, shown
 from ckpttools.errors import escape
 from ckpttools.location import Location
 
@@ -17,10 +17,7 @@ from ckpttools.location import Location
 @click.option("--verified", is_flag=True, help="The newest that passes every check of ckpt verify.")
 @FOLLOW
 @STATS
-@JSON
-@QUIET
-@WORKERS
-@NO_PROGRESS
+@shown
 def command(folder: Location, **options: Any) -> None:
     """Print the path of the checkpoint in DIR that auto-resume would take; the reason goes to stderr.
 

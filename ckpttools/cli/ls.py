@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PLACE, QUIET, STATS, WORKERS, ask
+from ckpttools.cli.options import FOLLOW, PLACE, STATS, ask, shown
 from ckpttools.errors import escape
 from ckpttools.location import Location, below
 from ckpttools.stores.files import entries, is_folder
@@ -36,10 +36,7 @@ _AGES = ((86400 * 2, 86400, "d"), (7200, 3600, "h"), (120, 60, "min"), (0, 1, "s
 @click.option("--verify", is_flag=True, help="Read every byte of each, as ckpt verify does.")
 @FOLLOW
 @STATS
-@JSON
-@QUIET
-@WORKERS
-@NO_PROGRESS
+@shown
 def command(folder: Location, tree: bool, **options: Any) -> int:
     """The checkpoints below DIR by run, the furthest first by what they state; `ckpt DIR` is the same.
 

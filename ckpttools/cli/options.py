@@ -149,11 +149,16 @@ def number(*names: str, help: str) -> Callable[[F], F]:
     return click.option(*names, type=int, metavar="N", help=help)
 
 
-def reading(command: F) -> F:
-    """The options of a command that reads every byte of one or more checkpoints."""
-    for option in (NO_PROGRESS, WORKERS, QUIET, JSON, KEY):
+def shown(command: F) -> F:
+    """The options of a command that takes its time and shows what it found."""
+    for option in (NO_PROGRESS, WORKERS, QUIET, JSON):
         command = option(command)
     return command
+
+
+def reading(command: F) -> F:
+    """The options of a command that reads every byte of one or more checkpoints."""
+    return KEY(shown(command))
 
 
 def writing(command: F) -> F:

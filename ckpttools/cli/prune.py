@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import JSON, NO_PROGRESS, PATH, QUIET, WORKERS
+from ckpttools.cli.options import PATH, shown
 from ckpttools.errors import UsageError, counted, escape
 from ckpttools.stores.files import local
 
@@ -71,10 +71,7 @@ class _Prune(click.Command):
 @click.option("--verified", is_flag=True, help="Read every byte of what stays, not only headers.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, and remove nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@JSON
-@QUIET
-@WORKERS
-@NO_PROGRESS
+@shown
 def command(
     folder: Path,
     keep_last: int | None,

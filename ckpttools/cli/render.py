@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unicodedata import east_asian_width
 
@@ -75,15 +76,9 @@ def say(text: str, *, quiet: bool = False) -> None:
         click.echo(text, err=True)
 
 
-@contextmanager
-def bar(nbytes: int, label: str, *, enabled: bool) -> Iterator[Progress | None]:
-    with progress_bar(nbytes, label, enabled=enabled) as progress:
-        yield progress
-
-
 def bars(*, enabled: bool) -> Callable[[int, str], AbstractContextManager[Progress | None]]:
     """Progress bars as the library asks for them."""
-    return lambda nbytes, label: bar(nbytes, label, enabled=enabled)
+    return partial(progress_bar, enabled=enabled)
 
 
 def notes_text(notes: Iterable[str]) -> list[str]:

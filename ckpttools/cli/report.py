@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, FORCE, JSON, NO_PROGRESS, PATH, QUIET, WORKERS, ask, number
+from ckpttools.cli.options import FOLLOW, FORCE, PATH, ask, number, shown
 from ckpttools.errors import escape
 
 
@@ -27,10 +27,7 @@ from ckpttools.errors import escape
 @click.option("--verify", is_flag=True, help="Read every byte of each checkpoint, as ckpt verify does.")
 @FORCE
 @FOLLOW
-@JSON
-@QUIET
-@WORKERS
-@NO_PROGRESS
+@shown
 def command(paths: tuple[Path, ...], **options: Any) -> int:
     """Write one HTML file about a run, runs side by side, or two checkpoints, to send to a colleague.
 

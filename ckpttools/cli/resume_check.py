@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ckpttools.cli import render
-from ckpttools.cli.options import FOLLOW, JSON, NO_PROGRESS, PATH, QUIET, SRC, STATS, TAG, WORKERS, number
+from ckpttools.cli.options import FOLLOW, PATH, SRC, STATS, TAG, number, shown
 from ckpttools.cli.resume_report import document, show
 from ckpttools.errors import CkptError
 from ckpttools.location import Location
@@ -40,10 +40,7 @@ from ckpttools.stores.files import is_file, is_folder
 @FOLLOW
 @STATS
 @TAG
-@JSON
-@QUIET
-@WORKERS
-@NO_PROGRESS
+@shown
 def command(
     src: Path,
     config: Path | None,
@@ -163,7 +160,7 @@ def _verified(found: Any, target: Any, tag: str | None, full: bool, workers: int
             quick=not full,
             glancing=True,
             workers=workers,
-            bar=lambda n: render.bar(n, "verify", enabled=not quiet),
+            bar=lambda n: render.bars(enabled=not quiet)(n, "verify"),
         )
     except Unsupported as reason:
         return with_verdict(found, None, f"not checked: {reason.message}")
