@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -50,22 +50,7 @@ from ckpttools.errors import escape
 @click.option("--full-log", is_flag=True, help="Show everything that DeepSpeed and the ranks print.")
 @JSON
 @QUIET
-def command(
-    config: Path,
-    nproc: int | None,
-    resume: bool,
-    resume_from: Path | None,
-    reset_optimizer: bool,
-    extra_tag: str | None,
-    evaluate: Path | None,
-    verify_saves: Literal["quick", "full", "off"],
-    work_dir: Path | None,
-    max_steps: int | None,
-    overrides: tuple[str, ...],
-    full_log: bool,
-    as_json: bool,
-    quiet: bool,
-) -> int:
+def command(config: Path, nproc: int | None, as_json: bool, quiet: bool, **asked: Any) -> int:
     """Train a small model with DeepSpeed ZeRO, or with plain torch (zero.stage: 0), as CONFIG (YAML) says.
 
     Checkpoints go to the run folder: iter_000100.pth every save.save_steps updates and epoch_001.pth at the
@@ -79,19 +64,7 @@ def command(
     """
     from ckpttools.trainer.options import Options
 
-    options = Options(
-        config=config,
-        resume=resume,
-        resume_from=resume_from,
-        reset_optimizer=reset_optimizer,
-        extra_tag=extra_tag,
-        evaluate=evaluate,
-        verify_saves=verify_saves,
-        work_dir=work_dir,
-        max_steps=max_steps,
-        overrides=overrides,
-        full_log=full_log,
-    )
+    options = Options(config=config, **asked)
     if "RANK" in os.environ:  # torchrun already started the ranks
         from ckpttools.trainer.worker import main
 
