@@ -17,12 +17,8 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.deepspeed import loss_scaler
 from ckpttools.formats.model_states import ModelStates, Shapes, described, frozen_weights, read_stated
-from ckpttools.formats.universal.decode import (
-    Settings,
-    State,
-    read_settings,
-    read_state,
-)
+from ckpttools.formats.rank_files import role_of
+from ckpttools.formats.universal.decode import Settings, State, read_settings, read_state
 from ckpttools.formats.universal.names import SETTINGS, ZERO, UniversalFiles, find
 from ckpttools.location import Location
 from ckpttools.stores.files import size_of
@@ -255,17 +251,14 @@ def _whole(found: Universal, name: str, kind: str, shape: tuple[int, ...]) -> Te
 
 
 def _roles(found: Universal) -> Iterator[FileRole]:
-    def role(file: TorchFile, text: str) -> FileRole:
-        return FileRole(path=file.path, nbytes=file.size, role=text, dangers=file.dangers)
-
     for model in found.models:
         of = "weights, buffers" if model.file.path == found.files.model else "for stage 3: shapes, buffers"
-        yield role(model.file, f"{of}, counters, client state")
-    yield role(found.settings.file, "settings of the parameter groups, loss scaler")
+        yield role_of(model.file, f"{of}, counters, client state")
+    yield role_of(found.settings.file, "settings of the parameter groups, loss scaler")
     for name, kinds in found.states.items():
         for kind, state in kinds.items():
             what = {FP32: "fp32 master weights", STEP: "the optimizer's step"}.get(kind, escape(kind))
-            yield role(state.file, f"{what} of {escape(name)}")
+            yield role_of(state.file, f"{what} of {escape(name)}")
     for path in found.files.others:
         yield FileRole(path=path, nbytes=size_of(path), role="not part of the universal layout")
 
