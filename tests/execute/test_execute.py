@@ -381,6 +381,28 @@ def test_force_replaces(noise, tmp_path, monkeypatch, call, old, single):
     assert not (dst / "sub" / "old").exists()
 
 
+def test_what_is_replaced_is_judged_again_at_the_end(noise, tmp_path):
+    """Copying may take hours, in which something else can take the place: a pinned one, say."""
+    dst = tmp_path / "out"
+    plan = Plan(files=(copy_file(noise[0], "", SOURCE_NBYTES),))
+
+    class Rival:
+        def update(self, nbytes: int, /) -> None:
+            dst.write_text("pinned")
+
+    def replaces() -> str:
+        if dst.read_text() == "pinned":
+            raise UsageError("not-replaced", "pinned", where=dst, why="it is kept", hint="another place")
+        return "a file"
+
+    dst.write_text("old")
+    refused = error_id(lambda: execute(plan, dst, force=True, replaces=replaces, progress=Rival()))
+    assert refused == "not-replaced"
+    assert dst.read_text() == "pinned" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    dst.write_text("old")
+    assert execute(plan, dst, force=True, replaces=replaces).notes == ("replaced a file",)
+
+
 @pytest.mark.parametrize("kind", ["link", "broken link", "pipe", "socket", "device"])
 def test_force_replaces_no_link_and_no_device(noise, tmp_path, kind):
     dst = tmp_path / "out"
