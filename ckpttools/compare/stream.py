@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from ckpttools.checksums import crc32
-from ckpttools.execute.checks import SourceChecks, compare
+from ckpttools.execute.claims import SourceChecks, compare
 from ckpttools.passes import threads
 from ckpttools.passes.ranges import Cutter
 from ckpttools.passes.read import Reader

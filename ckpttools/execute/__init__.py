@@ -7,7 +7,7 @@ The files are built under a staging name beside the destination, flushed, and ap
 2. `write` moves the `units` of one part of the plan, about 1 MiB each, by a few threads (`copy`), with a
    CRC-32 of every byte as it passes; who writes the whole of a file fills in its `Crc32` segments and
    flushes it;
-3. `commit` joins the parts, compares the checksums that the sources state (`checks`), looks for sources
+3. `commit` joins the parts, compares the checksums that the sources state (`claims`), looks for sources
    that changed, flushes the folders, renames, and flushes the parent folder.
 
 `execute` is the three of them in one process. Many processes share a plan so: one prepares, each writes its
@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpttools.execute import copy, preflight, staging, units
-from ckpttools.execute.checks import compare
+from ckpttools.execute.claims import compare
 from ckpttools.execute.copy import Written
 from ckpttools.execute.preflight import Fingerprint, validate
 from ckpttools.execute.signals import terminating_signals

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ckpttools.checksums import Share, crc32, joined
 from ckpttools.execute import system, units
-from ckpttools.execute.checks import SourceChecks
+from ckpttools.execute.claims import SourceChecks
 from ckpttools.execute.system import write_errors
 from ckpttools.execute.units import StagedFile, Unit
 from ckpttools.execute.writer import Writer

@@ -24,7 +24,7 @@ from typing import Any
 from ckpttools import __version__
 from ckpttools.errors import CkptError, NotAsWritten, UsageError, escape
 from ckpttools.execute import Replaces, Report, preflight, sending
-from ckpttools.execute.checks import compare
+from ckpttools.execute.claims import compare
 from ckpttools.execute.ledger import Ledger, describe, digest
 from ckpttools.execute.marker import Marker
 from ckpttools.execute.objects import File, Objects, Record, checks_of

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.execute import system
-from ckpttools.execute.checks import Claim, SourceChecks
+from ckpttools.execute.claims import Claim, SourceChecks
 from ckpttools.passes.ranges import Cutter
 from ckpttools.passes.threads import by_turns
 from ckpttools.plan import Crc32, Literal, OutputFile, Part, Segment, reads

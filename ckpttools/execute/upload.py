@@ -23,7 +23,7 @@ from ckpttools import __version__
 from ckpttools.errors import CkptError, escape
 from ckpttools.execute import Finish, Replaces, Report, WrittenFile, preflight, sending
 from ckpttools.execute.aliases import refuse_source
-from ckpttools.execute.checks import compare
+from ckpttools.execute.claims import compare
 from ckpttools.execute.ledger import Ledger, describe, digest
 from ckpttools.execute.marker import Marker
 from ckpttools.execute.objects import File, Objects, checks_of

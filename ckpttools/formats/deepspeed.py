@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
+from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, Layout
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode, encode, encode_tensor, ordered
 from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, size, size_node
-from ckpttools.formats.counters import training
+from ckpttools.formats.counters import BATCH, training
 from ckpttools.formats.notes import holds_for
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
-from ckpttools.tree import Opaque, Value, put
+from ckpttools.tree import Opaque, Value, at, put
 
 # what a model file holds beside the client's own keys
 OWN_KEYS = frozenset(
@@ -112,6 +112,26 @@ def settings_of(file: TorchFile, root: fields.Mapping) -> Mapping[str, Value]:
     """ds_config, as saved."""
     found = decode(file, root.get("ds_config"))
     return found if isinstance(found, dict) else {}
+
+
+def kept_batch(checkpoint: Checkpoint, layout: Layout) -> tuple[Mapping[str, int], tuple[str, ...]]:
+    """The batch settings of ds_config that keep the global batch over the new ranks, and what to say about
+    them. DeepSpeed never reads these copies on load; they are for people and tools.
+    """
+    # the schedules are a heavy import, which only a reshard needs
+    from ckpttools.schedules.evidence import kept, known, of_deepspeed, of_samples
+
+    state, ranks = checkpoint.training, checkpoint.layout.dp_degree
+    batch = known((*of_deepspeed(dict(state.saved_batch), ranks), *of_samples(state.samples, state.step)))
+    iteration = at(checkpoint.client, "meta", "iter")  # MMEngine's, which counts micro-batches
+    counted = type(iteration) is int
+    new = kept(batch, layout.dp_degree, "micro" if counted else "update", iteration if counted else None)
+    values = {"micro": new.micro, "accumulation": new.accumulation}
+    had = dict(state.saved_batch)
+    if "micro" in had and "global" not in had:
+        had.setdefault("accumulation", 1)  # what DeepSpeed takes for none
+    changed = {BATCH[k]: v for k, v in values.items() if v is not None and k in had and v != had[k]}
+    return changed, new.notes
 
 
 def optimizer_class(settings: Mapping[str, Value]) -> str | None:

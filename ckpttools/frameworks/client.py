@@ -15,9 +15,9 @@ from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers import jsons
 from ckpttools.containers.edit import edited, place
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.counters import BATCH as BATCH_KEYS
 from ckpttools.formats.counters import BATCH_NAMES, DATASET, STEP, TRAIN_LOSS, VAL_LOSS
+from ckpttools.formats.deepspeed import kept_batch
 from ckpttools.frameworks import parts
 from ckpttools.location import Location
 from ckpttools.plan import OutputFile, copy_file

@@ -12,9 +12,9 @@ from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE
 from ckpttools.resume import NewRun, Target, foretell
 from ckpttools.resume.model import of_config
 from ckpttools.trainer import config as settings
-from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import Config
 from ckpttools.trainer.ds_config import ds_config
+from ckpttools.trainer.split import split
 from ckpttools.trainer.text import VOCAB_SIZE
 from ckpttools.tree import dotted, leaves
 

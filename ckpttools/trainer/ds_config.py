@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ckpttools.errors import UsageError
-from ckpttools.trainer.batch import Split
 from ckpttools.trainer.config import Config
+from ckpttools.trainer.split import Split
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 

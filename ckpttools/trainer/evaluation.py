@@ -12,9 +12,9 @@ from deepspeed.accelerator import get_accelerator
 
 from ckpttools.formats import locate, read
 from ckpttools.trainer import model
-from ckpttools.trainer.batch import Split
 from ckpttools.trainer.config import Config
 from ckpttools.trainer.output import Output
+from ckpttools.trainer.split import Split
 from ckpttools.trainer.startup import Start
 from ckpttools.trainer.task import Data, Task
 

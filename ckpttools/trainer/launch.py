@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.trainer import failures, signals, startup
-from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import load
 from ckpttools.trainer.exchange import exchange
 from ckpttools.trainer.options import Options
+from ckpttools.trainer.split import split
 from ckpttools.trainer.worker import EXCHANGE, LAUNCHED
 
 GRACE = 45  # seconds; torchrun gives its ranks 30 before it kills them

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ckpttools.trainer import folders
-from ckpttools.trainer.batch import Split
 from ckpttools.trainer.config import Config
 from ckpttools.trainer.engine import Engine, from_rank0
 from ckpttools.trainer.evaluation import judge, summed
@@ -22,6 +21,7 @@ from ckpttools.trainer.order import Order
 from ckpttools.trainer.policy import PART, Policy
 from ckpttools.trainer.saving import Saving
 from ckpttools.trainer.signals import Asked
+from ckpttools.trainer.split import Split
 from ckpttools.trainer.state import Progress, client_state
 from ckpttools.trainer.task import Task
 

@@ -39,10 +39,10 @@ from ckpttools.operations.writing import Writing, carry_out
 from ckpttools.runs.retain import Policy
 from ckpttools.siblings import STAGING
 from ckpttools.trainer import folders
-from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import Batch
 from ckpttools.trainer.engine import Engine, from_rank0, together
 from ckpttools.trainer.options import Verify
+from ckpttools.trainer.split import split
 from ckpttools.transforms.select import weights_only
 
 

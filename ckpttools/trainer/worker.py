@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, NoReturn
 from ckpttools.errors import CkptError, UsageError, counted
 from ckpttools.trainer import config as settings
 from ckpttools.trainer import failures, folders, startup
-from ckpttools.trainer.batch import Split, split
 from ckpttools.trainer.ds_config import ds_config
 from ckpttools.trainer.options import Options, parse
 from ckpttools.trainer.order import Order
 from ckpttools.trainer.output import Output
 from ckpttools.trainer.policy import policy
 from ckpttools.trainer.signals import Asked
+from ckpttools.trainer.split import Split, split
 from ckpttools.trainer.state import Progress, kept_state, progress_from
 
 if TYPE_CHECKING:

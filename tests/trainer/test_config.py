@@ -13,10 +13,10 @@ import yaml
 from ckpttools.errors import UsageError
 from ckpttools.trainer import SETTINGS, text
 from ckpttools.trainer import config as settings
-from ckpttools.trainer.batch import split
 from ckpttools.trainer.config import Config, Data
 from ckpttools.trainer.ds_config import ds_config
 from ckpttools.trainer.options import Options, parse
+from ckpttools.trainer.split import split
 
 DEMO = Path(settings.__file__).with_name("demo.yaml")
 

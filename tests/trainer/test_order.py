@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpttools.errors import UsageError
-from ckpttools.trainer.batch import Split, split
 from ckpttools.trainer.config import Batch
 from ckpttools.trainer.order import Order
+from ckpttools.trainer.split import Split, split
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))

@@ -8,7 +8,7 @@ was read, a value that has not changed is written as it was.
 from __future__ import annotations
 
 from ckpttools.checkpoint import Checkpoint, Layout
-from ckpttools.formats.batch import kept_batch
+from ckpttools.formats.deepspeed import kept_batch
 from ckpttools.formats.notes import left_out
 from ckpttools.formats.zero import model_file, optim_file
 from ckpttools.formats.zero.target import target

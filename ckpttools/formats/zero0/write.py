@@ -15,9 +15,8 @@ from ckpttools.containers.nodes import encode, encode_tensor
 from ckpttools.containers.pickles import Dict, Node
 from ckpttools.containers.torch_file import write_torch_file
 from ckpttools.errors import escape
-from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.cutting import equal, no_groups, not_flat
-from ckpttools.formats.deepspeed import frozen_shapes, new_root, shapes_node
+from ckpttools.formats.deepspeed import frozen_shapes, kept_batch, new_root, shapes_node
 from ckpttools.formats.notes import unsaid
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.torch_optimizer import separate, state_of

@@ -16,12 +16,12 @@ from ckpttools.containers.nodes import encode, ordered, put_node
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import new_storage, tensor_node, write_torch_file
 from ckpttools.errors import Unsupported, escape
-from ckpttools.formats.batch import kept_batch
 from ckpttools.formats.buffers import NORMS
 from ckpttools.formats.cutting import equal, no_groups, not_flat
 from ckpttools.formats.deepspeed import (
     STAGE,
     frozen_shapes,
+    kept_batch,
     new_root,
     new_scaler,
     shapes_node,
