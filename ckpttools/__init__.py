@@ -33,7 +33,7 @@
     errors, tensors, plan, checkpoint   values that everything speaks in
     siblings, numbered                  names: of what is written beside a checkpoint; by their numbers
     stores/                             where bytes lie: the only code that opens and lists for reading;
-                                        disk, memory, remote
+                                        disk, remote
     containers/                         archives, pickles, torch files, safetensors, JSON, as data
     formats/                            locate a checkpoint; zero/, torch files, HF folders
     frameworks/                         each framework's counters and schedules

@@ -32,6 +32,23 @@ class Entry(Protocol):
     def is_symlink(self) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A name in a store that has no links."""
+
+    name: str
+    folder: bool
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        return not self.folder
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        return self.folder
+
+    def is_symlink(self) -> bool:
+        return False
+
+
 class NotAFile(OSError):
     """What is there is a folder, a device or a pipe."""
 

@@ -20,12 +20,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ckpttools.errors import UsageError
-from ckpttools.location import Entry, NotAFile, Stat, Stored
+from ckpttools.location import Entry, Listed, NotAFile, Stat, Stored
 from ckpttools.siblings import MANIFEST, UNFINISHED
 from ckpttools.stores import hub
 from ckpttools.stores.clients import client, failed
 from ckpttools.stores.fetched import Fetched, stat_of, tag_of
-from ckpttools.stores.memory import Listed
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http", hub.SCHEME)
 _SAME = {"s3a": "s3", "azure": "az", "adl": "az"}  # two names of one place would be two places

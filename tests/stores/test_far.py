@@ -6,12 +6,12 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
+from stores.memory import Memory
 from support import FIXTURES
 
 import ckpttools
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError
-from ckpttools.stores.memory import Memory
 
 WRITERS = sorted(path for path in (FIXTURES / "torch-writers").rglob("*.p*") if path.is_file())
 SAMPLES = ["deepspeed-0.19.8/z2_bf16_ws2", "deepspeed-0.19.8/z3_bf16_ws2", "dcp/fsdp2_ws2"]

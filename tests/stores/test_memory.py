@@ -8,13 +8,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+from stores.memory import Memory
 from support import FIXTURES
 
 import ckpttools
 from ckpttools import runs
 from ckpttools.errors import CkptError
 from ckpttools.location import Location
-from ckpttools.stores.memory import Memory
 
 FOLDERS = sorted(path for path in FIXTURES.iterdir() if path.is_dir() and path.name != "logs")
 

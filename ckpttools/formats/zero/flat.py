@@ -13,8 +13,6 @@ from itertools import accumulate
 
 from ckpttools.formats.deepspeed import original
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 class Slices:
     """Which parameters lie in a stretch of a flat vector, found without looking at the others."""

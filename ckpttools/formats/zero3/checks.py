@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 from ckpttools.containers.pickles import Node, plain
 from ckpttools.containers.torch_file import TorchFile
@@ -32,7 +31,6 @@ from ckpttools.formats.zero3.read import checkpoint
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 
-T = TypeVar("T")
 Findings = Iterator[Finding]
 MODEL_KEYS = (
     "global_steps", "skipped_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_version",

@@ -1,30 +1,12 @@
-"""A store that holds its files in memory: for tests, and for who has the bytes already."""
+"""A store that holds its files in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from errno import ENOENT, ENOTDIR
 from pathlib import PurePosixPath
 
-from ckpttools.location import Entry, NotAFile, Stat, Stored
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A name in a store that has no links."""
-
-    name: str
-    folder: bool
-
-    def is_file(self, *, follow_symlinks: bool = True) -> bool:
-        return not self.folder
-
-    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
-        return self.folder
-
-    def is_symlink(self) -> bool:
-        return False
+from ckpttools.location import Entry, Listed, NotAFile, Stat, Stored
 
 
 class MemoryFile:
