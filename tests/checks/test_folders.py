@@ -78,6 +78,8 @@ def test_what_is_no_checkpoint_is_not_called_unreadable(tmp_path: Path) -> None:
     shutil.copy(FULL, tmp_path)
     done = run("verify", tmp_path)
     assert done.code == 2 and f"{tmp_path / 'numbers.pt'}: could not be checked\n" in done.out
+    damage(tmp_path / FULL.name)  # damage is what counts, whatever else cannot be checked
+    assert run("verify", tmp_path).code == run("verify", tmp_path / FULL.name, tmp_path / "none").code == 1
 
 
 def test_tags_of_a_save_folder(tmp_path: Path) -> None:
