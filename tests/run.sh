@@ -17,10 +17,12 @@ export HF_HUB_OFFLINE=1
 # DeepSpeed compiles a small extension at its first launch; a killed launch can leave a lock in that folder.
 # Its build files cannot name a folder with spaces.
 extensions=$(mktemp -d /tmp/ckpttools-extensions.XXXXXX)
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$extensions"' EXIT
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$extensions}
-# While style and types are looked at, which takes one core: else every worker of pytest would wait for it.
-"$venv/bin/python" -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>&1 &
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$extensions" || true' EXIT
+if [ -z "${TORCH_EXTENSIONS_DIR:-}" ]; then
+  export TORCH_EXTENSIONS_DIR=$extensions
+  # Meanwhile style and types are looked at, which takes one core: else every worker of pytest would wait for it.
+  "$venv/bin/python" -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>&1 &
+fi
 "$venv/bin/python" -m ruff check .
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m mypy
