@@ -37,6 +37,10 @@ STAYS = (
     "meta.cfg (the old run's configuration, as text) and the histories in message_hub.log_scalars stay as "
     "they were: on a resume MMEngine goes by the new run's configuration"
 )
+APART = (
+    "iterations and epochs do not go together: the run was resumed within an epoch, which MMEngine then "
+    "begins anew, or with another batch; it ends with its epochs, after how many iterations is not known"
+)
 RUNTIME = ("message_hub", "runtime_info")
 POINTER = "last_checkpoint"
 
@@ -70,20 +74,24 @@ def _read(file: TorchFile, *, in_folder: bool) -> Training:
     batches = None
     if by_epoch and epochs and total and total % epochs == 0 and epochs > 1:
         batches = total // epochs
+    epoch = parts.integer(file, "meta", "epoch") if batches is not None else None
+    apart = _is_apart(count, epoch, batches)
+    if apart:
+        batches = total = None
     return Training(
         framework="mmengine",
         unit="micro",
         count=count,
-        epochs_done=parts.integer(file, "meta", "epoch") if batches is not None else None,
+        epochs_done=epoch,
         evidence=tuple(_batch(config)),
         # without its configuration a loop of one epoch may be either
         endless=not by_epoch or (loop is None and epochs in (None, 1)),
         batches=batches,
-        epochs=epochs if batches is not None else None,
+        epochs=epochs if epoch is not None or batches is not None else None,
         total_count=total,
         remainder="running",
         drop_last=_entry(loader, "drop_last") == 1,
-        counters=(*_counters(file), *_planned(iterations)),
+        counters=(*(c for c in _counters(file) if c.role != "total" or not apart), *_planned(iterations)),
         optimizers=() if in_folder else tuple(_optimizers(file)),
         schedules=tuple(_schedules(file, batches)),
         losses=tuple(_losses(file)),
@@ -92,8 +100,18 @@ def _read(file: TorchFile, *, in_folder: bool) -> Training:
         batch_names=tuple(_names(config)),
         outside=() if by_epoch else (OUTSIDE,),
         stays=(STAYS,) if config else (),
+        notes=(APART,) if apart else (),
         **parts.marked(file),
     )
+
+
+def _is_apart(count: int | None, epoch: int | None, batches: int | None) -> bool:
+    """Whether so many iterations cannot be in that epoch (an index, or the number of those done), by the
+    length that epochs have now.
+    """
+    if count is None or epoch is None or batches is None:
+        return False
+    return not (epoch - 1) * batches - 1 <= count <= (epoch + 1) * batches + 1
 
 
 def _batch(config: Mapping[str, object]) -> Iterator[Fact]:
@@ -278,6 +296,7 @@ FRAMEWORK = Framework(
         "curve, in old iterations, and skips or repeats data",
         constants="the checkpoint",
         strict=False,
+        anew=True,
         equal=("meta.iter", ".".join((*RUNTIME, "iter"))),
     ),
     launch=lambda dst, n, tag: (

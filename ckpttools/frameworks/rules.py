@@ -54,7 +54,8 @@ class Rule:
     `saved` says that they come from the checkpoint; `strict` that names are compared while loading; `prefix`
     that DDP's `module.` is removed before; `needs_optimizer` that weights alone are refused; `recounts` that
     a resume finds its place by the number of updates of the new batch; `apart` that the optimizer lies in a
-    file of its own. `equal` are counters that are the same in every save.
+    file of its own; `anew` that a resume within an epoch begins that epoch anew and counts on, so that a run
+    of epochs ends with its epochs. `equal` are counters that are the same in every save.
     """
 
     batch: str
@@ -65,6 +66,7 @@ class Rule:
     needs_optimizer: bool = False
     recounts: bool = False
     apart: bool = False
+    anew: bool = False
     equal: tuple[str, ...] = ()
 
 

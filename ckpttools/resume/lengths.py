@@ -62,7 +62,27 @@ def _recounted(
 def length(training: Training, run: NewRun) -> Iterator[Difference]:
     """What is left of the run, and another length where the schedule is computed from it."""
     total = planned(training, run)
-    if total is not None and training.count is not None and training.count >= total:
+    inside = _begun(training)
+    if framework_of(training).rule.anew and training.epochs is not None and training.batches is None:
+        yield Difference(
+            about=About.DATA,
+            setting="place in the epoch",
+            cls=CAREFUL,
+            why="its iterations and epochs do not go together: whether it was saved at an epoch's end, from "
+            f"which alone {framework_of(training).title} goes on, is not known",
+            hint="resume from a checkpoint of an epoch's end",
+        )
+    elif inside:
+        yield Difference(
+            about=About.DATA,
+            setting="place in the epoch",
+            cls=CAREFUL,
+            why=f"it was saved {inside} of {training.batches} iterations into an epoch, which "
+            f"{framework_of(training).title} begins anew: they are trained on again, while iteration and "
+            "schedule count on",
+            hint="resume from a checkpoint of an epoch's end, or expect the schedule to end before the run",
+        )
+    elif total is not None and training.count is not None and training.count >= total:
         yield Difference(
             about=About.LENGTH,
             setting="what is left",
@@ -83,9 +103,24 @@ def length(training: Training, run: NewRun) -> Iterator[Difference]:
             )
 
 
+def _begun(training: Training) -> int:
+    """Iterations into an epoch that a resume begins anew; 0 at its end, or where that is not known.
+
+    One more or less is the end, too: some hooks save so.
+    """
+    done, count, batches = training.epochs_done, training.count, training.batches
+    if not framework_of(training).rule.anew or done is None or count is None or batches is None:
+        return 0
+    inside = count - done * batches
+    return inside if inside > 1 else 0
+
+
 def length_check(total: int | None, training: Training, differences: list[Difference]) -> Check:
     known = total is not None and training.count is not None
     text = "the length of the run is not known"
-    if total is not None and training.count is not None:
+    epochs, done, batches = training.epochs, training.epochs_done, training.batches
+    if _begun(training) and epochs is not None and done is not None and batches is not None:
+        text = f"{round((epochs - done) * batches)} are left: {done} of {epochs} epochs are done"
+    elif total is not None and training.count is not None:
         text = f"{total - training.count} of {total} are left"
     return check(About.LENGTH, text, differences, known=known)

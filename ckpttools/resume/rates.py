@@ -13,6 +13,8 @@ from ckpttools.schedules import Program
 from ckpttools.training import SavedSchedule, Training
 from ckpttools.transforms.rebase.scheduled import stepped
 
+ENDS = "none: the run ends with that update"
+
 
 def ahead(training: Training, schedule: SavedSchedule, *, engine: bool) -> int | None:
     """Steps of a schedule from the checkpoint to the next update: none where it steps by updates.
@@ -31,10 +33,12 @@ def ahead(training: Training, schedule: SavedSchedule, *, engine: bool) -> int |
     return None if training.count is None else parts - 1 - training.count % parts
 
 
-def rates(training: Training | None, *, engine: bool = False, ranks: int | None = None) -> Rates:
+def rates(
+    training: Training | None, *, engine: bool = False, ranks: int | None = None, left: int | None = None
+) -> Rates:
     """Of a schedule that the framework saves beside the optimizer; `engine`: DeepSpeed makes the updates.
 
-    `ranks` are the new run's, where they are others.
+    `ranks` are the new run's, where they are others; `left` is what is left of it, in its own units.
     """
     if training is None or not training.optimizers:
         return Rates(note="no optimizer's settings are in the checkpoint")
@@ -48,9 +52,11 @@ def rates(training: Training | None, *, engine: bool = False, ranks: int | None 
     if not own:
         return Rates(first=first, next=None, note=note or "no schedule is saved: what follows is the code's")
     try:
-        program = schedules.recognise(own[0].framework, own[0].states, optimizer.groups, own[0].about)
+        base = () if optimizer.base_group is None else (optimizer.base_group,)
+        groups = [*optimizer.groups, *base]
+        program = schedules.recognise(own[0].framework, own[0].states, groups, own[0].about)
         if not program.known:
-            return Rates(first=first, note="not forecast: the schedule's function is not in the checkpoint")
+            return Rates(first=first, note=f"not forecast: {program.unknown}")
         if not program.explained:
             return Rates(first=first, note=f"not forecast: {unexplained(program)}")
         machine = program.machine(fresh=False)
@@ -65,16 +71,18 @@ def rates(training: Training | None, *, engine: bool = False, ranks: int | None 
         for _ in range(skipped):
             machine.step()
         if skipped:
-            first = tuple(float(group["lr"]) for group in machine.groups)
+            first = tuple(float(group["lr"]) for group in machine.groups[: len(found)])
         if skipped and _is_last(training, skipped):
-            return Rates(first=first, last=True, note="none: the run ends with that update")
+            return Rates(first=first, last=True, note=ENDS)
         for _ in range(parts):
             machine.step()
-        following = tuple(float(group["lr"]) for group in machine.groups)
+        following = tuple(float(group["lr"]) for group in machine.groups[: len(found)])
     except CkptError as error:
         return Rates(first=first, note=f"not forecast: {error.message}")
     if any(map(math.isnan, following)):
-        return Rates(first=first, note="not forecast: the schedule's function is not in the checkpoint")
+        return Rates(first=first, note=f"not forecast: {program.unknown}")
+    if not skipped and unit == "update" and left == 1:
+        return Rates(first=first, last=True, note=ENDS)
     return Rates(first=first, next=following, note=note)
 
 

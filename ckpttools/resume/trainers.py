@@ -66,9 +66,12 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
     if run.model is not None:
         found, tensors = _model(checkpoint, training, run, framework)
         differences += found
-    lr = rates(training, ranks=run.world_size)
+    total = planned(training, run) if training is not None else None
+    done = training.count if training is not None else None
+    left = total - done if total is not None and done is not None else None
+    lr = rates(training, ranks=run.world_size, left=left)
     if not rule.saved and any(d.cls != SAFE and d.about in (About.BATCH, About.LENGTH) for d in differences):
-        lr = replace(lr, next=None, note=ANEW)
+        lr = replace(lr, next=None, note=ANEW, last=False)
     state = training if training is not None else checkpoint.training
     return Forecast(
         path=path,

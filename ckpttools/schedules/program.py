@@ -86,6 +86,11 @@ class Program(ABC):
         """Whether the learning rate can be computed; otherwise rebasing maps counters only."""
         return True
 
+    @property
+    def unknown(self) -> str:
+        """Why it cannot be computed, in words."""
+        return "the schedule's function is not in the checkpoint"
+
     @abstractmethod
     def rebased(self, steps: Steps, *, warmup: str = "scale", plateau: bool = False) -> Program:
         """The same place in the data on the new clock.

@@ -94,6 +94,16 @@ class MMEngineProgram(Program):
         return self.replays
 
     @property
+    def unknown(self) -> str:
+        if PLATEAU in self.kinds:
+            return "ReduceOnPlateau follows a metric"
+        if UNKNOWN in self.kinds:
+            return "the scheduler's class is not known"
+        if self.mixed and self.epoch is None:
+            return "the iterations of an epoch are not known"
+        return "the schedule has ended"
+
+    @property
     def mixed(self) -> bool:
         """Whether some schedulers count epochs and some iterations."""
         return len({s["by_epoch"] for s in self.saved_states}) > 1
@@ -294,17 +304,10 @@ def _complete(groups: list[State], states: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _unknown(program: MMEngineProgram) -> str:
-    if PLATEAU in program.kinds:
-        reason = "ReduceOnPlateau follows a metric"
-    elif UNKNOWN in program.kinds:
-        reason = "the scheduler's class is not known"
-    elif program.mixed and program.epoch is None:
-        reason = "the iterations of an epoch are not known"
-    else:
-        reason = "the schedule has ended"
     return (
-        f"{reason}: its counter is moved, and the learning rate stays at {program.saved_groups[0]['lr']:.6g} "
-        "until the first step, off by at most what the schedule changes in one step"
+        f"{program.unknown}: its counter is moved, and the learning rate stays at "
+        f"{program.saved_groups[0]['lr']:.6g} until the first step, off by at most what the schedule changes "
+        "in one step"
     )
 
 

@@ -90,6 +90,11 @@ class TorchProgram(Program):
     def known(self) -> bool:
         return self.replays
 
+    @property
+    def unknown(self) -> str:
+        kind = _without_rate(self.nodes)
+        return "the schedule has ended" if kind is None else _WHY[kind]
+
     def machine(self, *, fresh: bool) -> TorchMachine:
         made = TorchMachine.of(self.saved_states, self.saved_groups, self.anneal)
         if fresh:
@@ -177,19 +182,25 @@ def _group(group: State, index: int, states: Sequence[Mapping[str, Any]]) -> Sta
     return group
 
 
+_WHY = {
+    LAMBDA: "the function of a LambdaLR or MultiplicativeLR is not in the checkpoint",
+    PLATEAU: "ReduceLROnPlateau follows a metric",
+    UNKNOWN: "the scheduler's class is not known",
+}
+
+
+def _without_rate(nodes: Sequence[Node]) -> str | None:
+    """The first kind among them whose rates no constants give."""
+    return next((n.kind for top in nodes for n in top.walk() if n.kind in _WHY), None)
+
+
 def _unknown_note(program: TorchProgram) -> str:
-    kinds = [n.kind for top in program.nodes for n in top.walk() if n.kind in (LAMBDA, PLATEAU, UNKNOWN)]
-    why = {
-        LAMBDA: "the function of a LambdaLR or MultiplicativeLR is not in the checkpoint",
-        PLATEAU: "ReduceLROnPlateau follows a metric",
-        UNKNOWN: "the scheduler's class is not known",
-    }
-    if kinds and kinds[0] == PLATEAU:
-        return f"{why[PLATEAU]}: it is left as it is, with its patience in steps of the old run"
-    reason = why[kinds[0]] if kinds else "the schedule has ended"
+    if _without_rate(program.nodes) == PLATEAU:
+        return f"{program.unknown}: it is left as it is, with its patience in steps of the old run"
     return (
-        f"{reason}: its counter is moved, and the learning rate stays at {program.saved_groups[0]['lr']:.6g} "
-        "until the first step, off by at most what the schedule changes in one step"
+        f"{program.unknown}: its counter is moved, and the learning rate stays at "
+        f"{program.saved_groups[0]['lr']:.6g} until the first step, off by at most what the schedule changes "
+        "in one step"
     )
 
 
