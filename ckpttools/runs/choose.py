@@ -3,14 +3,15 @@
 Frameworks leave a pointer beside the checkpoints: `last_checkpoint` (MMEngine and `ckpt train`: a path or a
 name) and `latest` (DeepSpeed: a tag). A resume follows it, so it wins; where another checkpoint is further
 on, that is said. A pointer may be stale after a copy: its last path component is then looked for beside it.
-Without a pointer it is the one that is furthest on and holds what a resume needs.
+Where it is not, the path itself counts, as it does for MMEngine. Without a pointer it is the one that is
+furthest on and holds what a resume needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from ckpttools.checks.verdict import Verdict
 from ckpttools.errors import CkptError, UsageError, escape
@@ -222,18 +223,16 @@ def _problem(path: Location, verify: Callable[[Location], Verdict]) -> str | Non
 
 
 def nothing(folder: Location) -> CkptError:
-    links = [entry.name for entry in entries(folder) if entry.is_symlink()]
-    why, hint = "", "name the run's own folder, where its checkpoints lie"
-    if links:
-        why = f"; links that lead out of it are not followed: {', '.join(map(escape, links[:5]))}"
+    why = "neither a pointer file nor anything that looks like a checkpoint is in it or below"
+    hint = "name the run's own folder, where its checkpoints lie"
+    listed = entries(folder)
+    if links := [entry.name for entry in listed if entry.is_symlink()]:
+        why += f"; links that lead out of it are not followed: {', '.join(map(escape, links[:5]))}"
         hint = "name what the link leads to; files that are links are read with --follow-symlinks"
-    return UsageError(
-        "no-checkpoints",
-        "the folder holds no checkpoints",
-        where=folder,
-        why=f"neither a pointer file nor anything that looks like a checkpoint is in it or below{why}",
-        hint=hint,
-    )
+    if pointer := next((entry.name for entry in listed if entry.name in POINTERS), None):
+        why = f"nothing in it or below looks like one; what {pointer} names lies elsewhere, or is gone"
+        hint = f"ckpt latest {escape(folder)} says where"
+    return UsageError("no-checkpoints", "the folder holds no checkpoints", where=folder, why=why, hint=hint)
 
 
 def _pointed(folder: Location, name: str) -> Choice:
@@ -257,3 +256,5 @@ def _readings(folder: Location, text: str) -> Iterator[tuple[Location, str]]:
         in_place = text == base or PurePath(text) == absolute(folder) / base
         moved = "" if in_place else ", found beside the pointer"
         yield folder / base, moved
+        if PurePath(text).is_absolute() and text.isprintable() and isinstance(folder, Path):
+            yield Path(text), ", which lies elsewhere"  # MMEngine's out_dir

@@ -140,15 +140,6 @@ def _train(
         f"{ranks}, {each} each x {batch.accumulation} accumulation = {config.batch.global_batch_size} per"
         f" update; {len(samples.train)} samples, {length} per epoch, {epochs}; at step {progress.iteration}"
     )
-    if progress.epoch >= config.epochs:
-        done = f"epoch {progress.epoch} of {config.epochs}"
-        output.say(f"Nothing to train: {start.checkpoint} is at {done}; --set=epochs=N trains longer")
-        return
-    if options.max_steps is not None and progress.iteration >= options.max_steps:
-        done = f"step {progress.iteration} of --max-steps {options.max_steps}"
-        output.say(f"Nothing to train: {start.checkpoint} is at {done}")
-        return
-    logged = config.training
     saving = Saving(
         run=start.run,
         layout=layout,
@@ -162,6 +153,15 @@ def _train(
         progress = replace(
             progress, best_val_loss=ds.from_rank0(lambda: saving.known_best(origin, loss, lowest))
         )
+    if progress.epoch >= config.epochs:
+        done = f"epoch {progress.epoch} of {config.epochs}"
+        output.say(f"Nothing to train: {start.checkpoint} is at {done}; --set=epochs=N trains longer")
+        return
+    if options.max_steps is not None and progress.iteration >= options.max_steps:
+        done = f"step {progress.iteration} of --max-steps {options.max_steps}"
+        output.say(f"Nothing to train: {start.checkpoint} is at {done}")
+        return
+    logged = config.training
     training = Training(
         config=config,
         policy=plans,

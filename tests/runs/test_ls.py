@@ -244,3 +244,17 @@ def test_links_that_are_not_followed_are_named(tmp_path: Path) -> None:
     shutil.copytree(elsewhere, work / "own")
     ran = run("ls", work)
     assert ran.code == 0 and "note: exp\\n1 is a link, which is not followed: ckpt ls" in ran.err
+
+
+def test_a_pointer_may_name_what_lies_elsewhere(tmp_path: Path) -> None:
+    """MMEngine's CheckpointHook with out_dir: find_latest_checkpoint gives the path as it stands."""
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere" / "work"
+    work.mkdir()
+    elsewhere.mkdir(parents=True)
+    (saved,) = (FIXTURES / "monolithic" / "mmengine").glob("*.pth")
+    shutil.copy(saved, elsewhere)
+    (work / "last_checkpoint").write_text(str(elsewhere / saved.name))
+    ran = run("latest", work)
+    assert (ran.code, ran.out.strip()) == (0, str(elsewhere / saved.name)) and "elsewhere" in ran.err
+    ran = run("ls", work)
+    assert ran.code == 2 and "last_checkpoint names lies elsewhere" in ran.err and "ckpt latest" in ran.err

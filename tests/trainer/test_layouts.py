@@ -103,12 +103,16 @@ def test_an_experiment_goes_on_under_its_tag(launch: Launch, config: Path, tmp_p
     settings = yaml.safe_load(config.read_text()) | {"save": {"layout": "experiment", "save_steps": 0}}
     (folder / "net.yaml").write_text(yaml.safe_dump({**settings, "experiment": ""}))
     own = Launch(folder / "net.yaml", launch.environment)
-    first = own.train(tmp_path, "--extra-tag=a", *sets(epochs=1))
+    once = ["--extra-tag=a", *sets(epochs=1), "--set=training.best_model_tracking.enabled=true"]
+    first = own.train(tmp_path, *once)
     run = tmp_path / "output/kitti/net/a"
     assert f"run folder {run.relative_to(tmp_path)}" in first
     assert [p.name for p in (run / "ckpt").glob("*.pth")] == ["checkpoint_epoch_1.pth"]
     assert len(list(run.glob("log_train_*.txt"))) == 1
-    assert "longer" in own.train(tmp_path, "--extra-tag=a", *sets(epochs=1))  # the same tag: nothing to do
+    for path in (run / "ckpt").glob("best_model.pt*"):  # as where a kill came after the last save
+        path.unlink()
+    assert "longer" in own.train(tmp_path, *once)  # the same tag: nothing to do
+    assert load(run / "ckpt/best_model.pt")["epoch"] == 1
     again = own.train(tmp_path, "--extra-tag=a")
     assert "Auto resumed from the latest checkpoint" in again
     assert list(losses(run)) == list(range(1, 23))
