@@ -146,6 +146,15 @@ def test_what_is_changed_reads_as_changed(
     assert unlike(format, source, changed, template, tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["zero", "zero0", "zero3", "universal"])
+@pytest.mark.parametrize("template", ["kept", "stripped"])
+def test_what_a_model_holds_beside_tensors_is_written(name: str, template: str, tmp_path: Path) -> None:
+    (format,), source = [each for each in FORMATS if each.name == name], SOURCES[name][0]
+    extra = {"up._extra_state": b"amax", "down._extra_state": None}
+    changed = replace(open_checkpoint(FIXTURES / source), extra_state=extra)
+    assert unlike(format, source, changed, template, tmp_path) == []
+
+
 NEEDS_GROUPS = ("learning_rate", "cast", "frozen_name", "tied_pair", "reordered")
 
 

@@ -75,7 +75,11 @@ def _kept(template: ModelStates | None, key: str, value: Value) -> Node:
 
 def _module(checkpoint: Checkpoint, template: ModelStates | None, storages: dict[object, Storage]) -> Node:
     """The weights, names in the model's order; a tensor that was read keeps its node under another name."""
-    if template is not None and list(template.weights.items()) == list(checkpoint.tensors.items()):
+    if (
+        template is not None
+        and list(template.weights.items()) == list(checkpoint.tensors.items())
+        and same(dict(template.extra_state), dict(checkpoint.extra_state))
+    ):
         return template.root.get("module")
     old = fields.as_mapping(template.root.get("module")) if template is not None else None
     nodes: dict[TensorRef, Node] = {}
