@@ -121,8 +121,8 @@ def _summary(source: Any, checkpoint: Any) -> Iterator[tuple[str, object]]:
 def _parameters(checkpoint: Any) -> str:
     buffers = _buffers(checkpoint)
     params = _own(checkpoint, buffers)
-    total = sum(checkpoint.tensors[name].numel for name in params)
-    parts = [f"{render.count(total)} in {counted(len(params), 'tensor')}"]
+    total = _elements(checkpoint, params)
+    parts = [f"{'?' if total is None else render.count(total)} in {counted(len(params), 'tensor')}"]
     if checkpoint.frozen:
         parts.append(f"{len(checkpoint.frozen)} frozen")
     if checkpoint.shared:
@@ -131,6 +131,12 @@ def _parameters(checkpoint: Any) -> str:
         by = "" if checkpoint.buffers else " by type and name"
         parts.append(f"{len(buffers)} buffers{by}")
     return ", ".join(parts)
+
+
+def _elements(checkpoint: Any, params: list[str]) -> int | None:
+    """None where their names alone are there: ZeRO-3 that is not put together has tensors of no elements."""
+    total = sum(checkpoint.tensors[name].numel for name in params)
+    return total if total or not params else None
 
 
 def _buffers(checkpoint: Any) -> frozenset[str]:
@@ -242,7 +248,7 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
         "val_loss": state.val_loss,
         "batch": dict(state.saved_batch),
         "scheduler": _schedulers(state.scheduler),
-        "parameters": sum(checkpoint.tensors[name].numel for name in _own(checkpoint, buffers)),
+        "parameters": _elements(checkpoint, _own(checkpoint, buffers)),
         "frozen": sorted(checkpoint.frozen),
         "shared": dict(checkpoint.shared),
         "buffers": sorted(buffers),

@@ -7,7 +7,7 @@ Source: deepspeed/runtime/engine.py (_save_checkpoint, _common_checkpoint_state)
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, Layout
 from ckpttools.containers import fields
@@ -51,6 +51,7 @@ NEW_SCALER: Mapping[str, Value] = {
     "raise_error_at_min_scale": True,
     "dtype": Opaque(Global("torch", "float16"), "torch.float16"),
 }
+SLICED = "mp_world_size"  # how many ranks the model is sliced over
 
 
 def shapes_of(path: Location, node: Node, field: str) -> dict[str, tuple[int, ...]]:
@@ -106,6 +107,12 @@ def excludes_frozen(root: fields.Mapping, tensors: Collection[str], stage: int) 
 def _parents(name: str) -> set[str]:
     parts = name.split(".")
     return {".".join(parts[:i]) for i in range(1, len(parts))}
+
+
+def slices(ranks: object) -> Iterator[str]:
+    """A note where the tensors of a model file are those of one rank, by its `mp_world_size`."""
+    if isinstance(ranks, int) and ranks > 1:
+        yield f"the weights are the slices of one model-parallel rank: the model lies on {ranks}"
 
 
 def settings_of(file: TorchFile, root: fields.Mapping) -> Mapping[str, Value]:

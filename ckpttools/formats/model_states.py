@@ -21,6 +21,7 @@ from ckpttools.formats.deepspeed import (
     settings_of,
     shapes_of,
 )
+from ckpttools.formats.rank_files import experts
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef, cat
 from ckpttools.tree import Value
@@ -61,6 +62,7 @@ def read_model(path: Location) -> ModelStates:
     they are in the optimizer files.
     """
     model = _read(path, 0)
+    refuse_experts(path, model.root)
     trainable = {name for group in model.shapes for name in group}
     shared = _shared(model, trainable)
     frozen, root = model.frozen, model.root
@@ -68,6 +70,17 @@ def read_model(path: Location) -> ModelStates:
         # stage 1 records no frozen parameters: whatever module holds beside the rest is frozen
         frozen = frozenset(model.weights) - trainable - model.buffers - frozenset(shared)
     return replace(model, shared=shared, frozen=frozen)
+
+
+def refuse_experts(path: Location, root: fields.Mapping) -> None:
+    """Raise Unsupported for the model file of a folder with experts, which lie in files of their own: where
+    all of those are lost, the rest is not to be taken for a smaller model. Its layers show it: `num_experts`,
+    which DeepSpeed writes beside them, may be a client's own, too.
+    """
+    module = fields.as_mapping(root.get("module"))
+    gates = module is not None and any(".deepspeed_moe." in f".{name}" for name in module.names())
+    if gates or root.get("ds_autoep_layers"):
+        raise experts(path, "the model file names layers with experts")
 
 
 def _read(path: Location, dp_rank: int) -> ModelStates:

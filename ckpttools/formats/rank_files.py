@@ -113,14 +113,22 @@ def refuse_other_layouts(folder: Location, name: str) -> None:
     """Raise Unsupported where a file's name shows pipeline, expert, split or swapped files."""
     for pattern, kind, layout, need in OTHER_LAYOUTS:
         if pattern.fullmatch(name):
-            raise Unsupported(
-                "layout-unsupported",
-                f"a {kind} checkpoint, which is recognised but not read yet",
-                where=folder,
-                why=f"{need} ({name})",
-                hint="save with ZeRO stage 1 or 2, or consolidate it with DeepSpeed's own zero_to_fp32.py",
-                layout=layout,
-            )
+            raise _other(folder, kind, layout, f"{need} ({name})")
+
+
+def experts(where: Location, why: str) -> Unsupported:
+    return _other(where, "mixture-of-experts", "moe", why)
+
+
+def _other(where: Location, kind: str, layout: str, why: str) -> Unsupported:
+    return Unsupported(
+        "layout-unsupported",
+        f"a {kind} checkpoint, which is recognised but not read yet",
+        where=where,
+        why=why,
+        hint="save with ZeRO stage 1 or 2, or consolidate it with DeepSpeed's own zero_to_fp32.py",
+        layout=layout,
+    )
 
 
 def tensor_parallel(folder: Location) -> CkptError:

@@ -15,6 +15,7 @@ from itertools import islice, product
 
 from ckpttools.checkpoint import Checkpoint, FileRole, Layout
 from ckpttools.containers import fields
+from ckpttools.containers.edit import at
 from ckpttools.containers.pickles import Dict
 from ckpttools.containers.torch_file import TorchFile, labelled, read_torch_file
 from ckpttools.errors import CkptError, Unsupported, some
@@ -29,13 +30,14 @@ from ckpttools.stores.files import entries, is_file, is_folder, size_of
 
 NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\d+(?=-model)")
 EXPERT = re.compile(
-    r"(layer_(?P<layer>\d{1,6})_)?expert_(?P<expert>\d{1,6})_mp_rank_\d{2,6}_model_states\.pt"
+    r"(layer_(?P<layer>\d{1,6})_)?expert_(?P<expert>\d{1,6})_mp_rank_(?P<mp>\d{2,6})_model_states\.pt"
 )
 AXIS = re.compile(r"(expp_rank|pp_rank|rank|layer|expert|model)_#")  # expp: as many as hold other experts
 RANKS = {"pp_rank": "dp_world_size", "rank": "mp_world_size"}  # by the word before the number: who counts it
 MODEL_STATES = "_model_states.pt"
 IN_PARTS = "layout-in-parts"
 MOST = 65_536  # experts or layers that are counted
+CUT = "zero3_partitioned"  # how AutoEP keeps the experts under ZeRO-3: cut over the ranks, like all else
 COUNTERS = ("global_steps", "dp_world_size", "mp_world_size", "ds_version")
 
 
@@ -200,30 +202,36 @@ def _layers(
 
 
 def _experts(folder: Location, files: list[TorchFile]) -> Iterator[Finding]:
-    """Each expert is in a file of its own: as many as the model file states, or as the fullest layer has."""
-    held: dict[int, set[int]] = {}
+    """Each expert is in a file of its own, for each model-parallel rank: as many as the model file states, or
+    as the fullest layer has. AutoEP under ZeRO-3 writes none: its experts are in the optimizer files.
+    """
+    held: dict[tuple[int, int], set[int]] = {}  # by model-parallel rank and layer
     for file in files:
         if match := EXPERT.fullmatch(file.path.name):
-            held.setdefault(int(match["layer"] or 0), set()).add(int(match["expert"]))
-    if not held:
-        return
+            held.setdefault((int(match["mp"]), int(match["layer"] or 0)), set()).add(int(match["expert"]))
     roots = (fields.as_mapping(file.value) for file in files if not EXPERT.fullmatch(file.path.name))
-    found = next(
-        (root.get("num_experts") for root in roots if root is not None and "num_experts" in root), None
-    )
-    numbers = found if isinstance(found, list) else [found] * (max(held) + 1)
+    root = next((each for each in roots if each is not None and "num_experts" in each), Dict())
+    layers = root.get("ds_autoep_layers")
+    layers = layers if isinstance(layers, list) and not held else []
+    if layers and all(at(each, "checkpoint_format") == CUT for each in layers):
+        return
+    found, most = root.get("num_experts"), max((layer + 1 for _, layer in held), default=1)
+    numbers = found if isinstance(found, list) else [found] * most
     stated = [number if type(number) is int else 0 for number in numbers]
-    fullest = max(1 + max(experts) for experts in held.values())
-    for layer in range(min(max(len(stated), max(held) + 1), MOST)):
+    fullest = max((1 + max(experts) for experts in held.values()), default=0)
+    ranks = max((mp + 1 for mp, _ in held), default=1)
+    ranks = max(ranks, fields.integer(root.get("mp_world_size")) or 1)
+    layers_of = range(min(max(len(stated), most), MOST))
+    for mp, layer in islice(product(range(min(ranks, MOST)), layers_of), MOST):
         said = stated[layer] if layer < len(stated) else 0
-        experts = held.get(layer, set())
+        experts = held.get((mp, layer), set())
         missing = [n for n in range(min(said or fullest, MOST)) if n not in experts]
         if missing:
             yield Finding(
                 id="experts-missing",
                 severity=ERROR,
                 file=str(folder),
-                where=f"layer_{layer}_expert_{missing[0]}_*",
+                where=f"layer_{layer}_expert_{missing[0]}_mp_rank_{mp:02d}_*",
                 message=f"{len(missing)} of {said or fullest} experts of MoE layer {layer} are in no file: "
                 f"{some(missing)}",
                 hint="copy the missing files from the expert-parallel ranks that wrote them",

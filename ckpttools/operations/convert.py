@@ -15,6 +15,7 @@ from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
 from ckpttools.formats.configs import HEADS
 from ckpttools.formats.counters import OPTIMIZER
+from ckpttools.formats.deepspeed import SLICED, slices
 from ckpttools.formats.notes import counts
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
@@ -90,7 +91,7 @@ def convert(
             hint="--to hf, or --reset-optimizer to begin the optimizer anew",
         )
     read = checkpoint.notes
-    notes = list(_order(checkpoint))
+    notes = [*slices(checkpoint.client.get(SLICED)), *_order(checkpoint)]
     checkpoint, counted = _counted(checkpoint, source)
     notes += counted
     names = list(checkpoint.tensors)
@@ -118,6 +119,8 @@ def convert(
         refuse_quantised(checkpoint)
     if like is None and (to != checkpoint.layout.format or optimizer_class is not None):
         checkpoint = for_class(checkpoint, optimizer_class)
+    if to in ("pt", "dcp"):
+        notes += _replaced(checkpoint)
     target = DTYPE_NAMES[dtype] if dtype is not None else None
     ranks = world_size or checkpoint.layout.ranks or checkpoint.layout.dp_degree
     match to:
@@ -170,6 +173,13 @@ def _counted(checkpoint: Checkpoint, source: Source) -> tuple[Checkpoint, list[s
     epoch = found.epoch if checkpoint.training.epoch is None else checkpoint.training.epoch
     note = f"step {found.step} is that of the files beside it, whose schedule and random states stay behind"
     return replace(checkpoint, training=replace(checkpoint.training, step=found.step, epoch=epoch)), [note]
+
+
+def _replaced(checkpoint: Checkpoint) -> Iterator[str]:
+    """A count of the training code's own that has the name of the one which takes its place."""
+    own, step = checkpoint.client.get("global_step"), checkpoint.training.step
+    if isinstance(own, int) and step is not None and own != step:
+        yield f"the training code's global_step ({own}) gives way to the updates that were made ({step})"
 
 
 def _what_loads(checkpoint: Checkpoint, to: str, optimizer_class: str | None) -> Iterator[str]:
@@ -289,7 +299,18 @@ def _needs_names(checkpoint: Checkpoint) -> None:
 
 
 def _needs_state(checkpoint: Checkpoint) -> None:
-    """Refuse groups of an optimizer that keeps moments, without any after steps were made."""
+    """Refuse groups of an optimizer that keeps moments, without any after steps were made, and moments
+    without settings: DeepSpeed takes the groups from the file as they are.
+    """
+    if any(group.state.keys() - {FP32} and not group.hyper for group in checkpoint.groups):
+        raise Unsupported(
+            "state-incomplete",
+            "the optimizer has state and no settings (lr, betas ...)",
+            where=checkpoint.path,
+            why="DeepSpeed loads the groups as the file has them, and would stop at its first step",
+            hint="--like CHECKPOINT takes them from a checkpoint of the run that goes on; --reset-optimizer "
+            "begins optimizer and schedule anew",
+        )
     done = (checkpoint.training.step or 0) - (checkpoint.training.skipped_steps or 0)
     groups = [group for group in checkpoint.groups if group.params]
     if done <= 0 or not groups or not all("betas" in group.hyper for group in groups):
@@ -344,7 +365,7 @@ def _renamed(checkpoint: Checkpoint, pattern: str, replacement: str) -> Checkpoi
                 "ckpt inspect --tensors lists them",
             )
         return renamed(checkpoint, lambda name: re.sub(pattern, replacement, name))
-    except (re.error, IndexError) as error:
+    except (re.error, IndexError, OverflowError, RecursionError) as error:
         raise UsageError(
             "bad-usage",
             f"'{rule}' is no renaming: {escape(error)}",

@@ -12,6 +12,7 @@ from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import PLANS, Source
 from ckpttools.formats.configs import HEADS, config_files
+from ckpttools.formats.deepspeed import SLICED, slices
 from ckpttools.location import Location
 from ckpttools.operations import advice
 from ckpttools.operations.destination import default_dst
@@ -82,8 +83,8 @@ def extract(
         chosen = rename(chosen, lambda name: name.removeprefix(strip_prefix))
     if target is not None:
         chosen = cast(chosen, target)
-    made = tuple(note for note in chosen.notes if note not in checkpoint.notes)
-    chosen = replace(chosen, notes=made)
+    made = (note for note in chosen.notes if note not in checkpoint.notes)
+    chosen = replace(chosen, notes=(*slices(checkpoint.client.get(SLICED)), *made))
     dst = dst or default_dst(src, "weights", "")
     config = Path(hf_config) if hf_config is not None else None
     return write(chosen, src, source, dst, form, max_shard_size, config, how, "extract")

@@ -50,12 +50,15 @@ def test_good_ones_of_deepspeed(path: Path, tmp_path: Path) -> None:
         assert ran.code == 2 and ran.err.startswith("error["), ran
 
 
-@pytest.mark.parametrize("name", ["pp_ws2", "moe_ws2"])
+PARTS = ["pp_ws2", "moe_ws2", "autotp1_ws2", "autoep2_ws2", "autoep3_ws2"]
+
+
+@pytest.mark.parametrize("name", PARTS)
 def test_none_of_their_files_may_be_missing(name: str, tmp_path: Path) -> None:
     """The last one of a kind, too: no gap in the numbers shows it, but what the model file states."""
     folder = shutil.copytree(ZERO / name, tmp_path / "run")
     paths = sorted(folder.glob("*/*.pt"))
-    assert len(paths) > 4
+    assert len(paths) >= 4
     for path in paths:
         if "layer_04-" in path.name:  # it has no parameters
             continue
@@ -66,6 +69,31 @@ def test_none_of_their_files_may_be_missing(name: str, tmp_path: Path) -> None:
     for path in folder.glob("*/*optim_states.pt"):
         path.unlink()
     assert "shard-missing" in ids(folder)
+
+
+@pytest.mark.parametrize(("name", "gone"), [("autotp1_ws2", "*mp_rank_01*"), ("autoep3_ws2", "*pp_rank_1_*")])
+def test_a_rank_with_all_its_files_is_missed(name: str, gone: str, tmp_path: Path) -> None:
+    """What is left looks like a folder of fewer ranks, and of a smaller model."""
+    folder = shutil.copytree(ZERO / name, tmp_path / "run")
+    for path in folder.glob(f"*/{gone}"):
+        path.unlink()
+    assert "shard-missing" in ids(folder)
+    for command in (["convert", "--to", "pt"], ["extract"], ["reshard", "--world-size", "3"]):
+        ran = run(command[0], folder, tmp_path / "x", *command[1:])
+        assert ran.code and not (tmp_path / "x").exists(), ran
+    ran = run("inspect", folder)
+    assert "1 rank" not in ran.out or "the model lies on 2" in ran.out, ran
+
+
+def test_the_slices_of_one_rank_are_not_taken_for_the_model(tmp_path: Path) -> None:
+    path = next((ZERO / "autotp1_ws2").glob("*/mp_rank_01_model_states.pt"))
+    for command in (
+        ["extract", path, tmp_path / "w.safetensors"],
+        ["convert", path, tmp_path / "a", "--to", "pt"],
+    ):
+        ran = run(*command)
+        assert ran.code == 0 and "slices of one model-parallel rank: the model lies on 2" in ran.err, ran
+    assert "the model lies on 2" in run("verify", path).out
 
 
 @pytest.mark.parametrize("name", ["z1_bf16_ws2", "z3_bf16_ws2", "z0_bf16_ws2"])
@@ -81,14 +109,20 @@ def test_one_model_parallel_rank_is_no_smaller_model(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "roles", "numel"),
-    [("pp_ws2", "weights of a pipeline layer", 252), ("moe_ws2", "weights of expert 1 of MoE layer 0", 475)],
+    [
+        ("pp_ws2", "weights of a pipeline layer", 252),
+        ("moe_ws2", "weights of expert 1 of MoE layer 0", 475),
+        ("autotp1_ws2", "a rank's part of the optimizer's state", 976),  # each rank's slices
+        ("autoep2_ws2", "weights of expert 3 of MoE layer 0", 1752),
+        ("autoep3_ws2", "a rank's part of the optimizer's state", None),  # they are in the optimizer files
+    ],
 )
 def test_inspect_shows_each_file_and_extract_takes_one(
-    name: str, roles: str, numel: int, tmp_path: Path
+    name: str, roles: str, numel: int | None, tmp_path: Path
 ) -> None:
     path = ZERO / name
     shown = json.loads(run("inspect", path, "--json", "--tensors").out)
-    assert (shown["step"], shown["epoch"], shown["parameters"]) == (3, 1, numel)
+    assert (shown["step"], shown["epoch"], shown["parameters"]) == (2 if "auto" in name else 3, 1, numel)
     assert roles in {file["role"] for file in shown["files"]}
     ran = run("inspect", path)
     assert ran.code == 0 and "each file is shown by itself" in ran.out and roles in ran.out
@@ -98,6 +132,10 @@ def test_inspect_shows_each_file_and_extract_takes_one(
         saved = torch.load(file, weights_only=False)
         held = saved.get("module", saved)
         if not held:  # of a layer without weights, too
+            continue
+        if file.name.startswith("zero_pp"):  # ZeRO-3: the weights' names, and no element of them
+            ran = run("extract", file, tmp_path / "x.safetensors")
+            assert ran.code == 2 and "error[one-shard]" in ran.err, ran
             continue
         assert run("extract", file, tmp_path / f"{file.name}.safetensors").code == 0
         made = load_file(tmp_path / f"{file.name}.safetensors")
@@ -136,6 +174,27 @@ def test_a_missing_expert_is_an_error(expert: int, tmp_path: Path) -> None:
         found.id == "experts-missing"
         and f"1 of 2 experts of MoE layer 0 are in no file: {expert}" in found.message
     )
+
+
+@pytest.mark.parametrize(("name", "stage"), [("moe_ws2", 0), ("moe_ws2", 2), ("autoep2_ws2", 2)])
+def test_without_all_experts_it_is_no_smaller_model(name: str, stage: int, tmp_path: Path) -> None:
+    """Nothing in the names says then that there were any."""
+    folder = shutil.copytree(ZERO / name, tmp_path / "run")
+    for path in folder.glob("*/*expert_*"):
+        path.unlink()
+    if stage == 0:
+        for path in folder.glob("*/*zero_pp_rank_*"):
+            path.unlink()
+        model = next(folder.glob("*/mp_rank_00_model_states.pt"))
+        state = torch.load(model, weights_only=False)
+        torch.save(state | {"optimizer": {"state": {}, "param_groups": []}}, model)
+    assert "experts-missing" in ids(folder)
+    for command in (["convert", "--to", "pt"], ["extract"], ["reshard", "--world-size", "3"]):
+        ran = run(command[0], folder, tmp_path / "x", *command[1:])
+        assert ran.code and "mixture-of-experts" in ran.err and not (tmp_path / "x").exists(), ran
+    ran = run("resume-check", folder)
+    assert ran.code and "mixture-of-experts" in ran.out + ran.err, ran
+    assert run("verify", folder).code == 1
 
 
 def test_experts_of_a_whole_layer_are_missed_by_what_the_model_file_states(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ckpttools.errors import UsageError, counted, escape, some
 from ckpttools.formats import torch_optimizer as optimizer
 from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.counters import training
-from ckpttools.formats.deepspeed import names_of
+from ckpttools.formats.deepspeed import SLICED, names_of, slices
 from ckpttools.formats.notes import holds_for
 from ckpttools.formats.ties import tied
 from ckpttools.formats.torch.names import find_weights, strip
@@ -61,6 +61,7 @@ def read(
     if odd:
         many = f"{counted(len(odd), 'tensor')} {'is' if len(odd) == 1 else 'are'}"
         notes.append(f"{many} of a kind that is not read (sparse, quantised, conjugated ...): {some(odd)}")
+    notes += slices(root.get(SLICED)) if root is not None else ()
     unnamed = (
         [name for name, _ in root.pairs if not isinstance(name, str)] if root is not None and key else []
     )

@@ -11,7 +11,7 @@ from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
-from ckpttools.formats.deepspeed import loss_scaler
+from ckpttools.formats.deepspeed import SLICED, loss_scaler, slices
 from ckpttools.formats.model_states import ModelStates, described, read_model
 from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
 from ckpttools.formats.zero.decode import Rank, read_rank
@@ -164,6 +164,7 @@ def _roles(folder: ZeroFolder) -> Iterator[FileRole]:
 
 def _notes(folder: ZeroFolder) -> Iterator[str]:
     yield from unchecked(list(torch_files(folder)))
+    yield from slices(folder.model.root.get(SLICED))
     if folder.round_robin:
         yield "round_robin_gradients: the flat order depends on the number of ranks"
     missing = [name for group in folder.shapes for name in group if name not in folder.model.weights]

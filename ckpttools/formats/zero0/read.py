@@ -17,6 +17,7 @@ from ckpttools.formats import torch_optimizer
 from ckpttools.formats.buffers import untrained
 from ckpttools.formats.deepspeed import (
     NEW_SCALER,
+    SLICED,
     client,
     counters,
     excludes_frozen,
@@ -25,7 +26,9 @@ from ckpttools.formats.deepspeed import (
     optimizer_class,
     settings_of,
     shapes_of,
+    slices,
 )
+from ckpttools.formats.model_states import refuse_experts
 from ckpttools.formats.rank_files import TagFolder, role_of, roles_of_others, unchecked
 from ckpttools.formats.ties import tied
 from ckpttools.location import Location
@@ -56,6 +59,7 @@ def read(folder: Location) -> Checkpoint:
         raise _no_optimizer(folder, folder)
     file = read_torch_file(found.models[0])
     root = fields.mapping(file.path, file.value, "the file's value")
+    refuse_experts(file.path, root)
     if root.get(OPTIMIZER) is None:
         raise _no_optimizer(folder, file.path)
     tensors, extra = module_of(file, root)
@@ -68,7 +72,7 @@ def read(folder: Location) -> Checkpoint:
     stated = shapes_of(file.path, root.get(FROZEN), FROZEN) if root.get(FROZEN) is not None else {}
     frozen = frozenset(stated) & params.keys() if order else untrained(params, trained, shared)[0]
     settings = settings_of(file, root)
-    notes = list(unchecked([file]))
+    notes = [*unchecked([file]), *slices(root.get(SLICED))]
     values = client(file, root)
     if problem is not None:
         notes.append(f"the optimizer's state has no names: {problem}; --to pt alone carries it, as it is")

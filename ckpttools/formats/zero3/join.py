@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ckpttools.containers import fields
 from ckpttools.errors import CkptError, some
 from ckpttools.formats.found import ONE_SAVE
-from ckpttools.formats.model_states import ModelStates, Shapes
+from ckpttools.formats.model_states import ModelStates, Shapes, refuse_experts
 from ckpttools.formats.rank_files import optim_name
 from ckpttools.formats.rank_local import Leaf, Unaccounted, unaccounted
 from ckpttools.formats.zero3.cuts import held, starts
@@ -86,6 +86,7 @@ def check_complete(files: Zero3Files, models: Sequence[ModelStates], shards: Seq
 
 def assemble(files: Zero3Files, models: Sequence[ModelStates], shards: Sequence[Shard]) -> Zero3Folder:
     """Fit the ranks together. Raises CkptError where a parameter's bytes cannot be located for certain."""
+    refuse_experts(models[0].file.path, models[0].root)
     count = check_complete(files, models, shards)
     shapes = models[0].shapes
     for model in models:

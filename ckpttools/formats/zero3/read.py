@@ -12,7 +12,7 @@ from dataclasses import replace
 from ckpttools.checkpoint import FP32, Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats.deepspeed import loss_scaler
+from ckpttools.formats.deepspeed import SLICED, loss_scaler, slices
 from ckpttools.formats.model_states import described, frozen_weights, read_stated
 from ckpttools.formats.rank_files import role_of, roles_of_others, unchecked
 from ckpttools.formats.zero3.decode import read_shard
@@ -53,7 +53,7 @@ def checkpoint(folder: Zero3Folder) -> Checkpoint:
         groups=tuple(_group(folder, g, masters) for g in range(len(shard.groups))),
         files=tuple(_roles(folder)),
         checks=tuple(check for file in torch_files(folder) for check in file.checks()),
-        notes=tuple(unchecked(list(torch_files(folder)))),
+        notes=(*unchecked(list(torch_files(folder))), *slices(model.root.get(SLICED))),
         loss_scaler=loss_scaler(shard.file, shard.state.get("loss_scaler")),
         template=folder,
     )

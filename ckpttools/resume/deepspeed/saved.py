@@ -91,7 +91,10 @@ def read_saved(folder: Location) -> Saved:
         raise tensor_parallel(folder)
     try:
         model = read_model(folder / models[0])
-    except Unsupported:  # a pipeline's model file is empty, but a pipeline's folder was refused above
+    except Unsupported as error:
+        if error.layout != "pipeline":
+            raise
+        # a pipeline's model file is empty, but a pipeline's folder was refused above
         raise CkptError(
             "field-missing",
             "the model file's module is empty, and no layer has a file of its own",
