@@ -26,8 +26,9 @@ SCHEDULER = (
     "param_schedulers",
     "sched",
 )
+COMMON = "common"  # the values of Megatron's common.pt
 # where training code keeps them within its values; train_state: torchtitan
-PLACES: tuple[Path, ...] = ((), ("train_state",), ("trainer_state",), ("meta",))
+PLACES: tuple[Path, ...] = ((), ("train_state",), ("trainer_state",), ("meta",), (COMMON,))
 OPTIMIZER = ("optimizer_state_dict", "optimizer", "optim", "optimizer_state", "optimizer_states")
 TRAIN_LOSS = ("train_loss", "loss")
 VAL_LOSS = ("val_loss", "valid_loss", "eval_loss")

@@ -62,6 +62,7 @@ _DATA = {
     "torch.distributed.checkpoint.metadata": "Metadata TensorStorageMetadata BytesStorageMetadata "
     "TensorProperties ChunkStorageMetadata MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
     "torch.nn.parameter": "Parameter Buffer",
     "torch.jit._pickle": "restore_type_tag build_intlist build_tensorlist build_doublelist build_boollist "
     "build_tensor_from_id",

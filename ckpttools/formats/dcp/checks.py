@@ -17,6 +17,7 @@ from ckpttools.containers.pickles.judge import Judgement, judge
 from ckpttools.containers.torch_file import TorchFile, read_opened
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
+from ckpttools.formats.dcp import megatron
 from ckpttools.formats.dcp.items import SMALL, Data, Wanted, foresee, read_piece, refuse_compressed
 from ckpttools.formats.dcp.metadata import Item, Metadata, read_metadata
 from ckpttools.formats.dcp.names import NAME, SUFFIX, has_shards, parts
@@ -42,6 +43,8 @@ def check_folder(path: Location) -> tuple[list[Finding], Checkpoint | None]:
         return found.shown(), shards
     if not folders:
         found.of(no_metadata(path))
+    for each in megatron.check(path):
+        found.put(each)
     whole = [_Part(folder, found).check() for folder in folders]
     if not whole or not all(whole):
         return found.shown(), None
@@ -62,7 +65,9 @@ class _Findings:
         self.put(finding)
 
     def put(self, finding: Finding) -> None:
-        self.by_kind.setdefault((finding.id, finding.file), []).append(finding)
+        same = self.by_kind.setdefault((finding.id, finding.file), [])
+        if finding not in same[:SHOWN]:
+            same.append(finding)
 
     def of(self, error: CkptError) -> None:
         self.put(of_error(error))

@@ -10,6 +10,7 @@ from ckpttools.errors import CkptError, escape
 from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.dcp.counters import training
 from ckpttools.formats.dcp.items import Data, Items, Wanted
+from ckpttools.formats.dcp.megatron import with_common
 from ckpttools.formats.dcp.metadata import Item, Metadata, read_metadata
 from ckpttools.formats.dcp.names import DATA, MODEL_FOLDER, NAME, OPTIMIZER_FOLDER, has_shards, parts
 from ckpttools.formats.dcp.pieces import assembled, check_pieces
@@ -138,7 +139,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
     scaler = client.get(LOSS_SCALER)
     if isinstance(scaler, Mapping):
         del client[LOSS_SCALER]
-    return Checkpoint(
+    made = Checkpoint(
         path=path,
         layout=Layout(
             format="dcp",
@@ -170,6 +171,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
         client=client,
         template=Template(names=held.names, parts=found),
     )
+    return with_common(made)
 
 
 def _ranks(found: Iterable[Part]) -> int | None:

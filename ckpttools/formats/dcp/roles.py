@@ -6,6 +6,8 @@
               but from paths of two parts, and every setting per parameter: param_groups.<fqn>.<setting>;
               of an optimizer made from named parameters each has `param_names`, the list of its group
     titan     torchtitan: flat, the model's names at the top; beside it lr_scheduler, train_state, dataloader
+    Megatron  the model's names at the top; optimizer.state.<kind>.<fqn>, where the kind fp32_param has the
+              masters; or flat buckets that have no names (optimizer.distributed, chained_0.optimizer ...)
 
 All of it may lie under one more key (`app` in torch's tutorial), beside which counters may stand.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ckpttools.checkpoint import PARAM_NAMES, STEP, ParamGroup
+from ckpttools.checkpoint import FP32, PARAM_NAMES, STEP, ParamGroup
 from ckpttools.containers.fields import bad_field
 from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.dcp.names import NAME
@@ -29,6 +31,8 @@ STYLES = (NESTED, FLAT, TITAN, ACCELERATE)
 MODEL = ("model", "module", "model_state_dict", "state_dict", "model_state", "net", "weights")
 OPTIMIZER = ("optimizer", "optim", "optimizer_state_dict", "optimizer_state", "optim_state_dict")
 STATE, GROUPS, PARAMS = "state", "param_groups", "params"
+BUCKETS, CHAINED = "distributed", "chained_"  # Megatron's: distrib_optimizer.py, ChainedOptimizer
+MASTERS = {"fp32_param": FP32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,11 @@ def guessed(keys: Iterable[str]) -> dict[str, Keys]:
         part, _, inner = rest.partition(".")
         group, _, setting = inner.partition(".")
         out[key] = (key,)
-        if head in MODEL and rest:
+        if (
+            (head in MODEL and rest)
+            or (head.startswith(CHAINED) and part in OPTIMIZER)
+            or (head in OPTIMIZER and part == BUCKETS)
+        ):
             out[key] = (head, rest)
         elif head in OPTIMIZER and part in (STATE, GROUPS) and inner:
             nested = f"{head}.{GROUPS}.0.{PARAMS}" in known
@@ -235,7 +243,7 @@ def _flat_groups(
         part, _, rest = str(key).partition(".")
         name, setting = _split(rest, shapes)
         if part == STATE:
-            states.setdefault(name, {})[setting] = value
+            states.setdefault(name, {})[MASTERS.get(setting, setting)] = value
         elif part == GROUPS:
             hyper.setdefault(name, {})[setting] = value
         else:
@@ -253,13 +261,18 @@ def _flat_groups(
 
 
 def _split(rest: str, names: Container[str]) -> tuple[str, str]:
-    """`<fqn>.<setting>`, where either may hold dots: the longest name that the model has."""
+    """`<fqn>.<setting>`, where either may hold dots: the longest name that the model has. Megatron puts the
+    setting first.
+    """
     head, tail = rest, ""
     while "." in head:
         head, _, step = head.rpartition(".")
         tail = f"{step}.{tail}" if tail else step
         if head in names:
             return head, tail
+    kind, _, name = rest.partition(".")
+    if name in names:
+        return name, kind
     name, _, setting = rest.rpartition(".")
     return name, setting
 

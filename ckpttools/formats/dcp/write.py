@@ -16,6 +16,7 @@ from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
 from ckpttools.formats.dcp.counters import with_state
 from ckpttools.formats.dcp.items import Writer
+from ckpttools.formats.dcp.megatron import FILE, MEGATRON
 from ckpttools.formats.dcp.metadata import Item, Metadata, Piece, Tensor, write_metadata
 from ckpttools.formats.dcp.names import MODEL_FOLDER, NAME, OPTIMIZER_FOLDER
 from ckpttools.formats.dcp.pieces import rows
@@ -205,6 +206,10 @@ def _terminal(value: Value) -> bool:
 def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.optimizer:
         yield f"the optimizer's class ({escape(checkpoint.optimizer)}) has no place in the format"
+    if checkpoint.layout.variant == MEGATRON:
+        yield f"Megatron's own keys and {FILE} are not written: Megatron does not load the result"
+    if any(group.state and not group.hyper for group in checkpoint.groups):
+        yield "no optimizer settings (lr, betas ...): the source does not have them"
     yield from left_out(checkpoint)
     if checkpoint.settings:
         yield "the run's settings have no place in the format"
