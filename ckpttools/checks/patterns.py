@@ -9,6 +9,7 @@ weights count.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from ckpttools.checkpoint import FP32, Checkpoint, ParamGroup
 from ckpttools.errors import CkptError, escape, some
@@ -17,19 +18,21 @@ from ckpttools.location import Location
 from ckpttools.passes.looks import RUN
 from ckpttools.passes.read import load
 from ckpttools.passes.tasks import Constant, Denormal, Pattern
-from ckpttools.tensors import TensorRef
+from ckpttools.tensors import ByteRange, TensorRef
 
 LEAST_NUMEL = 16  # fewer may be equal by chance
 LEAST_STEPS = 2  # a warmup may begin with a learning rate of zero
 FLOOD = 0.1  # the share of denormals above which they are no accident
 LOOKED = 1 << 16  # elements of a moment
+MOST = 1000  # weights of so short parts that are looked at
 
 
 def check_patterns(found: Checkpoint, seen: Sequence[Pattern]) -> Iterator[Finding]:
     """Warnings, one for each file and kind of pattern."""
-    if not seen:
+    short = _short(found)
+    if not seen and not short:
         return
-    constant, denormal = _constant(found, seen), _denormal(found, seen)
+    constant, denormal = short | _constant(found, seen), _denormal(found, seen)
     trained = {name for group in found.groups for name in group.params}
     suspects = {
         name: place
@@ -57,7 +60,7 @@ def check_patterns(found: Checkpoint, seen: Sequence[Pattern]) -> Iterator[Findi
 
 
 def _constant(found: Checkpoint, seen: Sequence[Pattern]) -> dict[str, tuple[Location, float]]:
-    """The tensors that have one value throughout, by the name that the pass gave them."""
+    """The tensors that have one value throughout, weights by their own names, others by that of the pass."""
     counts: dict[str, int] = {}
     values: dict[str, set[float]] = {}
     places: dict[str, Location] = {}
@@ -67,23 +70,56 @@ def _constant(found: Checkpoint, seen: Sequence[Pattern]) -> dict[str, tuple[Loc
             values.setdefault(each.name, set()).add(each.value)
             places.setdefault(each.name, each.path)
     return {
-        name: (places[name], next(iter(values[name])))
+        _weight(found, name): (places[name], next(iter(values[name])))
         for name, count in counts.items()
         if len(values[name]) == 1 and count > _numel(found, name) - RUN  # a last block may be shorter
     }
+
+
+def _short(found: Checkpoint) -> dict[str, tuple[Location, float]]:
+    """Weights of one value that many ranks hold in parts which are too short for the pass."""
+    out: dict[str, tuple[Location, float]] = {}
+    for name, ref in islice(_cut_small(found), MOST):
+        try:
+            first = load(ref.flat(0, RUN))
+            values = load(ref).reshape(-1) if (first == first[0]).all() else first
+        except CkptError:
+            continue
+        chunk = ref.chunks[0]
+        if len(values) == ref.numel and (values == values[0]).all() and isinstance(chunk, ByteRange):
+            out[name] = (chunk.path, float(values[0]))
+    return out
+
+
+def _cut_small(found: Checkpoint) -> Iterator[tuple[str, TensorRef]]:
+    for group in found.groups:
+        for name, ref in group.state.get(FP32, {}).items():
+            if len(ref.chunks) < 2 or len(ref.shape) < 2 or not LEAST_NUMEL <= ref.numel <= LOOKED:
+                continue
+            if (
+                sum(c.nbytes for c in ref.chunks if c.nbytes < RUN * ref.dtype.itemsize)
+                >= RUN * ref.dtype.itemsize
+            ):
+                yield name, ref
 
 
 def _denormal(found: Checkpoint, seen: Sequence[Pattern]) -> dict[str, Location]:
     counts: dict[str, int] = {}
     places: dict[str, Location] = {}
     for each in seen:
-        name = each.name.removesuffix(f" ({FP32})")
+        name = _weight(found, each.name)
         if isinstance(each, Denormal) and name in found.tensors:
             counts[name] = counts.get(name, 0) + each.count
             places.setdefault(name, each.path)
     return {
         name: places[name] for name, count in counts.items() if count >= max(8, FLOOD * _numel(found, name))
     }
+
+
+def _weight(found: Checkpoint, label: str) -> str:
+    """A weight's own name where the pass saw only its master."""
+    name = label.removesuffix(f" ({FP32})")
+    return name if name in found.tensors else label
 
 
 def _numel(found: Checkpoint, label: str) -> int:
