@@ -13,7 +13,7 @@ from support import FIXTURES, as_torch
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import verify
 from ckpttools.errors import UsageError
-from ckpttools.formats import locate, read
+from ckpttools.formats import locate, open_checkpoint, read
 from ckpttools.operations.convert import convert
 from ckpttools.tensors import TensorRef
 
@@ -157,6 +157,8 @@ def test_the_optimizer_starts_anew(tmp_path: Path) -> None:
         ({"to": "pt", "dtype": "int7"}, "bad-usage"),
         ({"to": "pt", "dcp_layout": "flat"}, "bad-usage"),
         ({"to": "pt", "rename": [("(", "x")]}, "bad-usage"),
+        ({"to": "pt", "rename": [("a{99999999999}", "x")]}, "bad-usage"),
+        ({"to": "pt", "rename": [("(" * 3000 + ")" * 3000, "x")]}, "bad-usage"),
         ({"to": "pt", "rename": [("nothing", "x")]}, "bad-usage"),
         ({"to": "pt", "rename": [(".*", "x")]}, "names-collide"),
         ({"to": "pt", "include": ["nothing"]}, "nothing-selected"),
@@ -201,3 +203,19 @@ def test_a_zero_folder_says_only_what_is_known(tmp_path: Path) -> None:
     assert engine["skipped_steps"] == 0
     assert list(engine["lr_scheduler"]) == ["last_batch_iteration"]
     assert "scheduler_state_dict" not in engine
+
+
+@pytest.mark.parametrize("to", ["pt", "dcp"])
+def test_a_count_of_the_training_code_that_gives_way_is_said(to: Any, tmp_path: Path) -> None:
+    made = convert(FIXTURES / "bundle/checkpoint-200", tmp_path / "out", to=to, digest=False)
+    assert any("global_step (200) gives way to the updates that were made (3)" in n for n in made.plan.notes)
+    assert open_checkpoint(made.destination).training.step == 3
+
+
+def test_updates_and_iterations_stay_apart(tmp_path: Path) -> None:
+    """Accumulation: MMEngine counts 1500 iterations where the engine made 3 updates."""
+    source = FIXTURES / "mmengine/run/iter_1500.pth"
+    for to in ("dcp", "pt"):
+        made = convert(source, tmp_path / to, to=to, digest=False)  # type: ignore[arg-type]
+        state = open_checkpoint(made.destination).training
+        assert (state.step, state.iteration) == (3, 1500), to

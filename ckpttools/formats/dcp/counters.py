@@ -41,6 +41,8 @@ def with_state(client: Mapping[str, Value], state: Training) -> dict[str, Value]
     for name, (names, _) in _FIELDS.items():
         value = values[name]
         held = list(_found(out, name))
+        if name == "step" and held and held[0][0][-1] in counters.ITERATION and state.iteration != value:
+            held = []  # that one counts iterations, of which there are several for each update
         if value is not None and (not held or held[0][1] != value):
             out = put(out, held[0][0] if held else names[:1], value)
     scheduler = next((key for key in counters.SCHEDULER if isinstance(client.get(key), Mapping)), None)
