@@ -37,9 +37,15 @@ def read(saved: Saved) -> Training:
     assert saved.file is not None
     if not saved.zero:
         single, own = plain.read(saved), _read(saved.file)
-        kept = {name: getattr(single, name) for name in ("optimizers", "schedules", "marker", "marked")}
         batch = (f for field in own.batch_fields for f in stated(field.which, field.value, field.name))
-        return replace(own, evidence=tuple(batch), **kept)
+        return replace(
+            own,
+            evidence=tuple(batch),
+            optimizers=single.optimizers,
+            schedules=single.schedules,
+            marker=single.marker,
+            marked=single.marked,
+        )
     found = saved.over(_read(saved.file))
     bundled = client.of_bundle(found, saved.place)
     return found if bundled is None else merge(found, bundled)
