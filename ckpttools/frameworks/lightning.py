@@ -34,6 +34,7 @@ FIT = ("loops", "fit_loop")
 BATCHES = (*FIT, "epoch_loop.batch_progress")
 OPTIMIZER = (*FIT, "epoch_loop.automatic_optimization.optim_progress", "optimizer")
 MANUAL = (*FIT, "epoch_loop.manual_optimization.optim_step_progress")
+STEPPED = (*FIT, "epoch_loop.scheduler_progress")
 SPANS: dict[str, Role] = {"total": "position", "current": "inside"}
 MAX_ACCUMULATION = 100_000
 MODE = re.compile(r"'mode': '(min|max)'")
@@ -64,8 +65,11 @@ def _read(file: TorchFile) -> Training:
     inside = parts.integer(file, *BATCHES, "current", "ready")
     epoch = parts.integer(file, *FIT, "epoch_progress", "current", "completed")
     optimizers = tuple(_optimizers(file))
-    # global_step adds the updates of all optimizers up; each of them made its share
+    # global_step adds the updates of all optimizers up; each of them made its share, if it does not say more
     updates = step // max(1, len(optimizers)) if step is not None else None
+    rebased = parts.mapping(file, parts.MARKER) is not None  # which leaves an optimizer's own count alone
+    if updates and len(optimizers) > 1 and not rebased:
+        updates = optimizers[0].steps or updates
     batches = None
     if inside and at(file.value, *BATCHES, "is_last_batch") is True:
         batches = inside
@@ -78,7 +82,7 @@ def _read(file: TorchFile) -> Training:
         epochs_done=epoch,
         evidence=tuple(_accumulation(total, inside, epoch, batches, updates)),
         batches=batches or None,
-        counters=tuple(_counters(file, max(1, len(optimizers)))),
+        counters=tuple(_counters(file, max(1, len(optimizers)), updates)),
         optimizers=optimizers,
         schedules=tuple(_schedules(file, optimizers)),
         batch_names=(
@@ -144,17 +148,19 @@ def _scores(file: TorchFile, name: str) -> dict[str, float]:
     return found
 
 
-def _counters(file: TorchFile, optimizers: int) -> Iterator[Counter]:
+def _counters(file: TorchFile, optimizers: int, updates: int | None) -> Iterator[Counter]:
     yield from parts.counter(file, "update", "global_step", repeats=optimizers)
     yield from parts.counter(file, "update", *FIT, "epoch_loop.state_dict", "_batches_that_stepped")
     trees: tuple[tuple[Unit, tuple[str, ...]], ...] = (
         ("micro", BATCHES),
-        ("update", (*FIT, "epoch_loop.scheduler_progress")),
+        ("update", STEPPED),
         ("update", (*OPTIMIZER, "step")),
         ("update", MANUAL),
         ("update", (*OPTIMIZER, "zero_grad")),
     )
     for unit, keys in trees:
+        if keys == STEPPED and parts.integer(file, *keys, "total", "ready") != updates:
+            continue  # schedules that are stepped per epoch, or every few updates
         repeats = optimizers if keys == MANUAL else 1
         for which, role in SPANS.items():
             ready = parts.integer(file, *keys, which, "ready")

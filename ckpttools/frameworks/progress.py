@@ -106,6 +106,20 @@ def _epoch(training: Training, batch: Known) -> float | None:
     An iteration-based run says 0 to the end: that is left out.
     """
     length: Fraction | None = None
+    batches, steps, count = training.batches, batch.accumulation, training.count
+    if (
+        training.unit == "update"
+        and training.remainder == "flush"
+        and count is not None
+        and batches
+        and steps
+    ):
+        updates = -(-batches // steps)  # the last one of an epoch may have fewer micro-batches
+        if training.updates in (None, updates):
+            done, inside = divmod(count, updates)
+            return done + min(inside * steps, batches) / batches
+    if isinstance(training.epoch, float) and not batches:
+        return training.epoch  # the Trainer's own, which counts micro-batches
     if training.unit == "micro" and training.batches:
         length = Fraction(training.batches)
     elif training.unit == "update" and training.updates:

@@ -16,6 +16,7 @@ from ckpttools import formats
 from ckpttools import frameworks as training
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.frameworks.progress import progress
+from ckpttools.resume.rates import rates
 from ckpttools.schedules.mmengine.config import settings
 from ckpttools.training import Training
 
@@ -220,3 +221,47 @@ def test_the_trainers_part_of_an_epoch_is_no_whole_one(
     )
     found = read(tmp_path / "checkpoint-2")
     assert (found.epochs, found.updates) == (asked, known)
+
+
+def lightning(path: Path, step: int, batches: int, *, last: bool, stepped: int) -> Any:
+    """The fixture's tree after so many updates and micro-batches of a first epoch."""
+    tree = torch.load(FIXTURES / "lightning/file/epoch=0-step=3.ckpt", weights_only=False)
+    loop = tree["loops"]["fit_loop"]
+    for span in ("total", "current"):
+        loop["epoch_loop.batch_progress"][span] = dict.fromkeys(
+            ("ready", "started", "processed", "completed"), batches
+        )
+        loop["epoch_loop.scheduler_progress"][span] = {"ready": stepped, "completed": stepped}
+    loop["epoch_loop.batch_progress"]["is_last_batch"] = last
+    tree["global_step"] = step
+    tree["lr_schedulers"][0]["last_epoch"] = stepped
+    torch.save(tree, path)
+    return tree
+
+
+def test_lightnings_last_update_of_an_epoch_may_have_fewer_micro_batches(tmp_path: Path) -> None:
+    """13 of them, 4 for an update: the epoch is over after 4 updates, not after 3.25."""
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    lightning(path, 4, 13, last=True, stepped=4)
+    source = formats.locate(path)
+    assert progress(source, formats.read(source)).epoch == 1
+
+
+def test_a_schedule_of_every_fifth_update_is_not_one_of_updates(tmp_path: Path) -> None:
+    """Lightning's `frequency`, which is not saved; scheduler_progress counts what the scheduler does."""
+    path = tmp_path / "epoch=0-step=10.ckpt"
+    lightning(path, 10, 10, last=False, stepped=2)
+    found = read(path)
+    assert not [c.name for c in found.counters if "scheduler_progress" in c.name]
+    assert rates(found).next is None
+    lightning(path, 10, 10, last=False, stepped=10)
+    assert [c.name for c in read(path).counters if "scheduler_progress" in c.name]
+
+
+def test_optimizers_of_which_one_steps_less_often(tmp_path: Path) -> None:
+    """global_step adds them up: 3 updates of the first and 2 of the second are no 2 of each."""
+    path = tmp_path / "epoch=0-step=5.ckpt"
+    tree = lightning(path, 5, 3, last=False, stepped=3)
+    tree["optimizer_states"] *= 2
+    torch.save(tree, path)
+    assert read(path).count == 3
