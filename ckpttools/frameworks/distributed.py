@@ -33,7 +33,7 @@ CLIENT, GROUPS = "client", "groups"  # the first key of a place
 def is_distributed(saved: Saved) -> bool:
     """One with training state: weights alone have neither groups nor counters."""
     held = saved.values
-    return held is not None and bool(held.groups or next(_counters(held), None))
+    return held is not None and bool(held.groups or held.unnamed or next(_counters(held), None))
 
 
 def read(saved: Saved) -> Training:
@@ -84,6 +84,7 @@ def _counters(held: Checkpoint, names: Iterable[str] = STEP, role: Role = "posit
 
 def _optimizers(held: Checkpoint) -> Iterator[OptimizerSettings]:
     if not held.groups:
+        yield from _numbered(held)
         return
     groups = tuple({key: _plain(value) for key, value in group.hyper.items()} for group in held.groups)
     yield OptimizerSettings(
@@ -92,6 +93,25 @@ def _optimizers(held: Checkpoint) -> Iterator[OptimizerSettings]:
         places=(_place(held, GROUPS),),
         counts=partial(_counts, held),
     )
+
+
+def _numbered(held: Checkpoint) -> Iterator[OptimizerSettings]:
+    """Optimizers as torch.optim saves them, whose parameters have numbers for names."""
+    for key in held.unnamed:
+        saved = _plain(at(held.client, key, "param_groups"))
+        if isinstance(saved, list) and all(isinstance(group, Mapping) for group in saved):
+            yield OptimizerSettings(
+                name=key,
+                groups=tuple({k: value for k, value in group.items() if k != "params"} for group in saved),
+                places=(_place(held, CLIENT, key, "param_groups"),),
+                counts=partial(_counts_of, at(held.client, key, "state")),
+            )
+
+
+def _counts_of(states: Value) -> list[int | float]:
+    held = states.values() if isinstance(states, Mapping) else ()
+    found = (_plain(state.get("step")) for state in held if isinstance(state, Mapping))
+    return [number for number in found if isinstance(number, int | float)]
 
 
 def _counts(held: Checkpoint) -> list[int | float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from commands import run
 from support import FIXTURES, as_torch, identical, name_of
 
 from ckpttools.checks import verify
@@ -95,6 +96,19 @@ def test_counters_beside_the_application(tmp_path: Path) -> None:
     dcp.load(found, checkpoint_id=tmp_path / "out", no_dist=True)
     assert (found["step"], found["epoch"]) == (5, 2)
     assert torch.equal(found["app"]["model"]["weight"], held["model"]["weight"])  # type: ignore[index]
+
+
+def test_an_optimizer_that_numbers_its_parameters_is_no_absent_one(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.5)
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    held = {"model": layer.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
+    dcp.save(held, checkpoint_id=tmp_path / "in", no_dist=True)
+    ran = run("resume-check", tmp_path / "in")
+    assert "none is saved here" not in ran.out and "the state of 1 optimizer" in ran.out
+    assert "learning rate 0.5 for the first update" in ran.out
+    assert run("inspect", tmp_path / "in").out.splitlines()[1] == "step 1, lr 0.5 (1 group)"
 
 
 def test_two_applications_are_not_taken_for_none(tmp_path: Path) -> None:
