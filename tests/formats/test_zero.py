@@ -260,6 +260,13 @@ def test_structure_equals_a_save_at_that_rank_count(
     assert found == []
 
 
+def test_whether_frozen_weights_were_left_out_is_told() -> None:
+    """Whoever loads what is made of it must load the frozen ones first, and is told so."""
+    samples = [path for path in NEWEST.iterdir() if path.name not in ("truth", "pp_ws2", "moe_ws2")]
+    told = {path.name for path in samples if open_checkpoint(path).excludes_frozen}
+    assert told == {path.name for path in samples if "exclude" in path.name} and len(told) == 6
+
+
 def test_twelve_ranks_are_sorted_as_numbers(
     tmp_path: Path, zero_to_fp32: Callable[[Path], dict[str, Any]]
 ) -> None:
