@@ -31,6 +31,7 @@ from ckpttools.transforms.like import like as like_of
 from ckpttools.transforms.like import matched_names
 from ckpttools.transforms.optimizers import anew, for_class, refuse_quantised
 from ckpttools.transforms.rename import rename as renamed
+from ckpttools.transforms.rename import unwrapped
 from ckpttools.transforms.reshard import check_ranks, ranks_of, without_positions
 from ckpttools.transforms.select import select, weights_only
 
@@ -111,6 +112,9 @@ def convert(
         checkpoint = _one_schedule(checkpoint)
     if to != "hf" and list(checkpoint.tensors) != names:
         _refuse_unnamed(checkpoint)
+    if to == "pt" and checkpoint.layout.format != to:  # which every reader of such a file removes
+        checkpoint, removed = unwrapped(checkpoint, torch_optimizer.PREFIXES)
+        notes += [f"the prefix '{removed}' of every name was removed"] if removed else []
     if to not in ("pt", "hf") and not reset_optimizer:
         _needs_names(checkpoint)
     if to in PREPARED and not reset_optimizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -10,6 +10,19 @@ from ckpttools.checkpoint import Checkpoint, ParamGroup
 from ckpttools.errors import UsageError, escape
 
 T = TypeVar("T")
+
+
+def unwrapped(checkpoint: Checkpoint, prefixes: Iterable[str]) -> tuple[Checkpoint, str]:
+    """The checkpoint without what wrappers put before every name, and what that was; "" where nothing is."""
+    removed, more = "", True
+    while more:
+        names = [name.removeprefix(removed) for name in checkpoint.tensors]
+        more = False
+        for prefix in prefixes:
+            if names and all(name.startswith(prefix) and name != prefix for name in names):
+                removed, more = removed + prefix, True
+                break
+    return (rename(checkpoint, lambda name: name.removeprefix(removed)) if removed else checkpoint), removed
 
 
 def rename(checkpoint: Checkpoint, new_name: Callable[[str], str]) -> Checkpoint:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
+from safetensors.torch import save_file
 from support import FIXTURES, as_torch, identical
 from torch import nn
 
@@ -936,3 +937,15 @@ def test_the_step_of_the_files_beside_it_is_carried(tmp_path: Path) -> None:
     assert (made.destination / "global_step3").is_dir()
     ran = run("digest", source, "--compare", source)
     assert "counters and schedule: neither holds any" in ran.out
+
+
+def test_names_of_a_compiled_model_become_those_that_a_file_is_read_with(tmp_path: Path) -> None:
+    """torch.compile's `_orig_mod.` is removed by whoever reads a single file: the result must verify."""
+    model = net()
+    held = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(held, tmp_path / "model.safetensors")
+    made = convert(tmp_path / "model.safetensors", tmp_path / "out.pt", to="pt", digest=True)
+    assert "the prefix '_orig_mod.' of every name was removed" in made.plan.notes
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    found = found.get("model_state_dict", found)
+    assert set(found) == set(model.state_dict())
