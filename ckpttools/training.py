@@ -90,7 +90,7 @@ class Held:
     number what is kept, by its dotted name.
     """
 
-    params: tuple[tuple[Value, ...], ...] = ()
+    params: tuple[tuple[Key, ...], ...] = ()
     state: Mapping[Key, Mapping[str, Value]] = field(default_factory=dict)
 
 

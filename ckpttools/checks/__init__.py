@@ -162,7 +162,7 @@ def _verify(
                 rates = list(check_rates(state))
                 findings += [
                     *rates,
-                    *check_settings(source, found, state, beside.optimizers, rates=bool(rates)),
+                    *check_settings(source, found, state, rates=bool(rates)),
                 ]
                 differ, copies = check_copies(source, found, state)
                 findings += [*differ, *missing_state(path)]

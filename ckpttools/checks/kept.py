@@ -26,26 +26,50 @@ def check_kept(found: Checkpoint, training: Training) -> Iterator[Finding]:
         own = [(group.hyper, tuple(group.params)) for group in found.groups]
         yield from _partial(str(found.path), "", own, having)
         yield from _shapes(found)
-        return
+        if found.training.step:
+            return  # checks/incidents.py says that all is empty
     for optimizer in training.optimizers:
         held = optimizer.held()
         place = optimizer.places[0]
         file, where = str(place.file), ".".join(map(str, (*place.at[:-1], "state")))
-        own = list(zip(optimizer.groups, held.params, strict=False))
+        if _is_empty(held, optimizer) and training.count:
+            yield _none(file, where, optimizer, training)
+        if found.groups:
+            continue
+        listed = list(zip(optimizer.groups, held.params, strict=False))
         yield from _unlisted(file, where, held)
-        yield from _partial(file, where, own, [i for i, kept in held.state.items() if kept])
+        yield from _partial(file, where, listed, [i for i, kept in held.state.items() if kept])
         yield from _unlike(file, where, optimizer, held)
+
+
+def _is_empty(held: Held, optimizer: OptimizerSettings) -> bool:
+    return bool(held.params) and not any(held.state.values()) and any(map(keeps_state, optimizer.groups))
+
+
+def _none(file: str, where: str, optimizer: OptimizerSettings, training: Training) -> Finding:
+    unit = "updates" if training.unit == "update" else "iterations"
+    return Finding(
+        id="optimizer-empty",
+        severity=WARNING,
+        file=file,
+        where=where,
+        message=f"settings of {counted(len(optimizer.groups), 'parameter group')} after {training.count} "
+        f"{unit}, and no state of any parameter",
+        why="a resume begins the optimizer anew, and the loss jumps",
+        hint="use a checkpoint that holds it, unless it was left out on purpose",
+    )
 
 
 def _unlisted(file: str, where: str, held: Held) -> Iterator[Finding]:
     """torch numbers the parameters of all groups from 0 on, and leaves out no number."""
-    every = [number for group in held.params for number in group]
-    if not every or not all(type(number) is int for number in every) or len(set(every)) != len(every):
+    every = [number for group in held.params for number in group if isinstance(number, int)]
+    listed = set(every)
+    if len(listed) != sum(map(len, held.params)):
         return  # names, or a parameter twice
-    own = [number for number in held.state if type(number) is int and number not in set(every)]
+    own = [number for number in held.state if type(number) is int and number not in listed]
     if own:
         message = f"is kept for {counted(len(own), 'parameter')} that no group lists: {some(own)}"
-    elif max(every) >= 2 * len(every) or sum(every) == len(every) * (len(every) - 1) // 2:
+    elif not every or max(every) >= 2 * len(every) or sum(every) == len(every) * (len(every) - 1) // 2:
         return  # the numbers of old torch are addresses
     else:
         message = f"{counted(len(every), 'parameter')} have numbers up to {max(every)}: some are in no group"

@@ -40,7 +40,7 @@ def _compare(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Fin
     try:
         program = schedules.recognise(saved.framework, list(saved.states), groups, saved.about)
     except CkptError as error:
-        if error.id == "schedule-damaged" and saved.framework in ("torch", "transformers"):
+        if error.id == "schedule-damaged" and saved.framework in ("torch", "transformers", "mmengine"):
             yield Finding(
                 id=error.id,
                 severity=WARNING,
@@ -57,6 +57,7 @@ def _compare(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Fin
         advance(machine, program.count)
     except CkptError:
         return
+    yield from _counts(saved, program, machine)
     for g, (group, replayed) in enumerate(zip(groups, machine.groups, strict=True)):
         have, want = group.get("lr"), replayed.get("lr")
         if not isinstance(have, int | float) or not isinstance(want, int | float) or math.isnan(want):
@@ -75,6 +76,22 @@ def _compare(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Fin
             hint=f"use another copy; if it was set by hand, {_after(program, machine, g)}",
         )
         return
+
+
+def _counts(saved: SavedSchedule, program: Program, replayed: Machine) -> Iterator[Finding]:
+    """MMEngine's schedulers count the steps of their own span apart, and compute with them."""
+    for i, (state, own) in enumerate(zip(program.saved_states, replayed.states, strict=False)):
+        made, wanted = state.get("last_step"), own.get("last_step")
+        if isinstance(made, int) and isinstance(wanted, int) and made != wanted:
+            yield Finding(
+                id="scheduler-mismatch",
+                severity=WARNING,
+                file=str(saved.places[0].file),
+                where=f"{saved.name}[{i}].last_step",
+                message=f"is {made}, where {program.count} steps of the schedule make it {wanted}",
+                why="the schedule would go on from another place than the run",
+                hint="use another copy: it was edited",
+            )
 
 
 def _after(program: Program, replayed: Machine, g: int) -> str:

@@ -5,15 +5,11 @@ they of one save? Of any container but a DeepSpeed engine's, which formats/engin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.checks.incidents import keeps_state
 from ckpttools.checks.kept import check_kept
-from ckpttools.containers.edit import at
-from ckpttools.containers.fields import as_mapping
-from ckpttools.containers.torch_file import TorchFile
-from ckpttools.errors import counted, escape
+from ckpttools.errors import escape
 from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats import Source
 from ckpttools.formats.engine import odd_settings
@@ -21,19 +17,22 @@ from ckpttools.frameworks import framework_of
 from ckpttools.training import OptimizerSettings, Place, SavedSchedule, Training
 
 MOST = 2.0**24  # torch counts by one in fp32, which goes no farther
+WILD = 1e4  # a learning rate with which nothing is trained
 
 
 def check_settings(
-    source: Source, found: Checkpoint, training: Training, files: Iterable[TorchFile], *, rates: bool
+    source: Source, found: Checkpoint, training: Training, *, rates: bool
 ) -> Iterator[Finding]:
-    """A finding for each setting that cannot be, and for what the files say of each other. `files` are the
-    optimizers' own; `rates`: the learning rates were found to be odd already.
+    """A finding for each setting that cannot be, and for what the files say of each other; `rates`: the
+    learning rates were found to be odd already.
     """
     if source.format.tagged or not training.framework:
         return
     for optimizer in training.optimizers:
         for g, group in enumerate(optimizer.groups):
-            for key, value, severity in odd_settings(group):
+            lr = group.get("lr") if not rates else None  # else the schedule says more
+            wild = [("lr", lr, WARNING)] if isinstance(lr, int | float) and WILD < lr < math.inf else []
+            for key, value, severity in (*odd_settings(group), *wild):
                 yield Finding(
                     id="setting-implausible",
                     severity=severity,
@@ -48,8 +47,6 @@ def check_settings(
         alone = sum(other.optimizer == saved.optimizer for other in training.schedules) == 1
         if alone and saved.optimizer < len(training.optimizers):
             yield from _last_rates(saved, training.optimizers[saved.optimizer])
-    for file in files:
-        yield from _no_state(file, training)
     yield from check_kept(found, training)
     yield from _updates(training)
     yield from _equal(training)
@@ -58,7 +55,7 @@ def check_settings(
 def _steps(optimizer: OptimizerSettings) -> Iterator[Finding]:
     """What Adam has counted: its corrections are powers of it."""
     for number in optimizer.counts():
-        wild = isinstance(number, float) and number > MOST
+        wild = number > (MOST if isinstance(number, float) else 1e15)
         if 0 <= number < math.inf and not wild:
             continue
         yield Finding(
@@ -66,29 +63,11 @@ def _steps(optimizer: OptimizerSettings) -> Iterator[Finding]:
             severity=WARNING if wild else ERROR,
             file=str(optimizer.places[0].file),
             where="state[].step",
-            message=f"is {number:g}, of the updates that the optimizer has counted",
+            message=f"is {escape(number, 40)}, of the updates that the optimizer has counted",
             hint="use another copy: a resume corrects the moments by it"
             + ("" if wild else ", and its first update fails, or makes NaN of the weights"),
         )
         return
-
-
-def _no_state(file: TorchFile, training: Training) -> Iterator[Finding]:
-    """The same as of a single file, in checks/incidents.py."""
-    state = as_mapping(at(file.value, "state"))
-    own = [group for each in training.optimizers if each.places[0].file == file.path for group in each.groups]
-    if state is None or state.pairs or not training.count or not any(map(keeps_state, own)):
-        return
-    yield Finding(
-        id="optimizer-empty",
-        severity=WARNING,
-        file=str(file.path),
-        where="state",
-        message=f"settings of {counted(len(own), 'parameter group')} after {training.count} updates, and no "
-        "state of any parameter",
-        why="a resume begins the optimizer anew, and the loss jumps",
-        hint="use a checkpoint that holds it, unless it was left out on purpose",
-    )
 
 
 def _last_rates(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpttools.containers import jsons
+from ckpttools.containers.fields import bounded
 from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping
 from ckpttools.containers.torch_file import (
     FORMS,
@@ -86,8 +87,10 @@ def value(file: TorchFile, node: Node, depth: int = MAX_DEPTH) -> object:
             where=file.path,
             why="no scheduler keeps its values so",
         )
-    if node is None or isinstance(node, bool | int | float | str):
+    if node is None or isinstance(node, bool | float | str):
         return node
+    if isinstance(node, int):
+        return bounded(node)
     if isinstance(node, list):
         return [value(file, item, depth - 1) for item in node]
     if isinstance(node, tuple):

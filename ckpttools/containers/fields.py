@@ -11,6 +11,7 @@ Mapping = Dict | Object  # a dict, an OrderedDict ...: what pickles.as_mapping g
 
 
 MAX_RANKS = 65_536
+LARGEST = 10**300
 
 
 def bad_field(path: Location, field: str, problem: str) -> CkptError:
@@ -51,7 +52,12 @@ def integer(node: Node) -> int | None:
 
 def number(node: Node) -> float | int | None:
     """A finite or non-finite float or int; numpy scalars are not looked into."""
-    return node if isinstance(node, float | int) and not isinstance(node, bool) else None
+    return bounded(node) if isinstance(node, float | int) and not isinstance(node, bool) else None
+
+
+def bounded(value: float | int) -> float | int:
+    """A number as it is; an int that no float can be made of, as the largest power of ten that one can."""
+    return max(-LARGEST, min(value, LARGEST)) if isinstance(value, int) else value
 
 
 def count(path: Location, node: Node, field: str, limit: int = 1 << 20) -> int:

@@ -92,14 +92,14 @@ def optimizer(file: TorchFile, name: str, *keys: Key) -> OptimizerSettings | Non
 
 def _held(file: TorchFile, *keys: Key) -> Held:
     groups, state = (decode(file, at(file.value, *keys, key)) for key in ("param_groups", "state"))
-    found = (
-        [each.get("params") for each in groups if isinstance(each, Mapping)]
-        if isinstance(groups, list)
-        else []
-    )
+    listed = groups if isinstance(groups, list) else []
+    found = [each.get("params") for each in listed if isinstance(each, Mapping)]
     kept = state.items() if isinstance(state, Mapping) else ()
     return Held(
-        params=tuple(tuple(numbers) if isinstance(numbers, list) else () for numbers in found),
+        params=tuple(
+            tuple(n for n in numbers if isinstance(n, str | int)) if isinstance(numbers, list) else ()
+            for numbers in found
+        ),
         state={
             i: {dotted(path): each for path, each in leaves(own)} if own else {}
             for i, own in kept

@@ -202,7 +202,7 @@ def _setting(framework: Framework, path: str) -> Setting:
 
 
 def overridden(training: Training, run: NewRun) -> Iterator[Overridden]:
-    if run.stated.lr is None or not training.optimizers:
+    if run.stated.lr is None or not training.optimizers or not training.optimizers[0].groups:
         return
     group = training.optimizers[0].groups[0]
     used = group.get("initial_lr", group.get("lr"))

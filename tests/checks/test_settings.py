@@ -36,6 +36,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "decay NaN": ({"weight_decay": math.nan}, WARNING, "weight_decay"),
     "no eps": ({"eps": None}, ERROR, "eps"),
     "a ruinous decay": ({"weight_decay": 1e6}, WARNING, "weight_decay"),
+    "a decay that is no float": ({"weight_decay": 10**400}, WARNING, "weight_decay"),
 }
 
 
@@ -264,6 +265,73 @@ def test_state_of_a_parameter_that_no_group_lists(container: str, tmp_path: Path
     path = changed(container, tmp_path, other)
     assert [(level, id) for level, id, _ in said(path)] == [(WARNING, "state-unlisted")]
     assert forecast(path)["verdict"] == "careful"
+
+
+def test_groups_that_are_gone(tmp_path: Path) -> None:
+    path = changed("plain", tmp_path, lambda found: found["param_groups"].clear())
+    assert (WARNING, "state-unlisted", "optimizer_state_dict.state") in said(path)
+    assert forecast(path)["verdict"] == "careful"
+
+
+def test_no_state_after_iterations(tmp_path: Path) -> None:
+    """Of a run that counts no updates."""
+    path = copied(FIXTURES / "monolithic/mmengine/epoch_4.pth", tmp_path)
+    group = {"lr": 0.1, "betas": (0.9, 0.999), "params": [0]}
+    edit(path, lambda found: found.update(optimizer={"state": {}, "param_groups": [group]}))
+    assert (WARNING, "optimizer-empty", "optimizer.state") in said(path)
+
+
+def test_a_schedule_at_another_place_of_its_span(tmp_path: Path) -> None:
+    path = copied(FIXTURES / "monolithic/mmengine/epoch_4.pth", tmp_path)
+    group = {"lr": 0.1, "momentum": 0, "params": [0]}
+    rising = {
+        "start_factor": 0.1, "end_factor": 1.0, "total_iters": 5, "param_name": "lr", "begin": 0, "end": 6,
+        "by_epoch": False, "base_values": [0.1], "last_step": 5, "_global_step": 12, "_last_value": [0.1],
+        "verbose": False,
+    }  # fmt: skip
+
+    def schedule(found: Any) -> None:
+        found["optimizer"] = {"state": {}, "param_groups": [group]}
+        found["param_schedulers"] = [rising]
+
+    edit(path, schedule)
+    assert said(path) == []
+    rising["last_step"] = 3
+    edit(path, schedule)
+    assert said(path) == [(WARNING, "scheduler-mismatch", "param_schedulers[0].last_step")]
+
+
+def test_numbers_that_no_float_can_be(tmp_path: Path) -> None:
+    for i, new in enumerate((10**400, -(10**400))):
+        (tmp_path / str(i)).mkdir()
+
+        def huge(found: Any, new: int = new) -> None:
+            found["param_groups"][0]["lr"] = new
+            for state in found["state"].values():
+                state["step"] = new
+
+        path = changed("plain", tmp_path / str(i), huge)
+        assert {each[1] for each in said(path)} >= {"setting-implausible"}
+        for command in ("inspect", "resume-check", "batch"):
+            assert "internal" not in run(command, path).err
+        ran = run(
+            "rebase-schedule",
+            path,
+            tmp_path / "out",
+            "--old-bs",
+            "8",
+            "--new-bs",
+            "16",
+            "--lr-scaling",
+            "linear",
+        )
+        assert "internal" not in ran.err
+
+
+def test_a_rate_that_no_schedule_explains(tmp_path: Path) -> None:
+    path = copied(FIXTURES / "monolithic/pcdet/checkpoint_epoch_4.pth", tmp_path)
+    edit(path, lambda found: found["param_groups"][0].update(lr=1e6), ("optimizer_state",))
+    assert said(path) == [(WARNING, "setting-implausible", "param_groups[0].lr")]
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
