@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from support import FIXTURES, as_torch, differences, tensor_differences
 
 from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.checks import verify
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
+from ckpttools.findings import ERROR
 from ckpttools.formats import hf, locate, open_checkpoint
 from ckpttools.plan import Literal, Plan
 from ckpttools.tensors import DTYPES, DType
@@ -366,3 +368,19 @@ def test_a_single_file_comes_before_its_own_index_alone(name: str, sharded: Path
 def test_consolidated_weights_alone_are_read(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "consolidated.safetensors", {"format": "pt"})
     assert open_checkpoint(tmp_path).tensors.keys() == {"w"}
+
+
+def test_adapters_beside_the_default_one_are_looked_at(tmp_path: Path) -> None:
+    """PEFT's save_pretrained keeps every other adapter in a folder of its own below the first."""
+    folder = tmp_path / "checkpoint-5"
+    shutil.copytree(FIXTURES / "hf/peft", folder)
+    shutil.copytree(FIXTURES / "hf/peft", folder / "second")
+    good = verify(folder, workers=1)
+    assert good.ok and any("another adapter" in f.message for f in good.findings)
+    weights = folder / "second/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    bad = verify(folder, workers=1)
+    assert not bad.ok
+    assert any("second" in f.file for f in bad.findings if f.severity == ERROR)
+    weights.unlink()
+    assert not verify(folder, workers=1).ok

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
-from ckpttools.errors import CkptError
-from ckpttools.findings import WARNING, Finding
+from ckpttools.errors import CkptError, counted
+from ckpttools.findings import INFO, WARNING, Finding, of_error
 from ckpttools.formats.files import check_read
 from ckpttools.formats.format import Checked, Source
 from ckpttools.formats.hf.names import ADAPTER, INDEX, is_shard
@@ -33,7 +33,30 @@ def check(source: Source) -> Checked:
     checked = check_read(found)
     if is_folder(source.target):
         checked.findings.extend(check_configs(found, source.target))
+        if found.layout.stem == ADAPTER:
+            checked.findings.extend(_other_adapters(source.target))
     return checked
+
+
+def _other_adapters(folder: Location) -> Iterator[Finding]:
+    """PEFT saves the adapter called default beside the others' folders: their headers and configurations."""
+    for entry in entries(folder):
+        inner = folder / entry.name
+        if is_folder(entry) and is_file(inner / "adapter_config.json"):
+            try:
+                other = read(inner)
+            except CkptError as error:
+                yield of_error(error)
+                continue
+            yield from check_configs(other, inner)
+            yield Finding(
+                id="note",
+                severity=INFO,
+                file=str(inner),
+                message=f"another adapter of {counted(len(other.tensors), 'tensor')}, whose headers alone "
+                "were looked at",
+                hint="ckpt verify of its folder reads every byte of it",
+            )
 
 
 def check_configs(found: Checkpoint, folder: Location) -> Iterator[Finding]:
