@@ -86,7 +86,8 @@ class RangeCrcs:
     def add_to(self, owners: Sequence[int], start: int, end: int, crc: int) -> None:
         """The same for these ranges alone, all of which hold the piece."""
         for k in owners:
-            self.values[k] ^= crc32_combine(crc, 0, self._ends[k] - end)
+            behind = self._ends[k] - end
+            self.values[k] ^= crc32_combine(crc, 0, behind) if behind else crc
             self.left[k] -= end - start
         self._touched.update(owners)
 

@@ -14,36 +14,40 @@ from ckpttools.tensors import ByteRange, Cast, Chunk, Literal, Mean, Source, Str
 
 
 @dataclass(frozen=True, slots=True)
-class Crc32:
-    """Four bytes, little-endian: the CRC-32 of segments `first` to `last` (exclusive) of the same file."""
+class Sealed:
+    """Bytes that no file holds, with checksums among them: an archive's headers and its directory.
 
-    first: int
-    last: int
+    A hole (at, first, last) is four zeros at `at`, for the CRC-32, little-endian, of segments `first` to
+    `last` (exclusive) of the same file. Holes are in order and do not meet.
+    """
+
+    data: bytes
+    holes: tuple[tuple[int, int, int], ...]
 
     @property
     def nbytes(self) -> int:
-        return 4
+        return len(self.data)
 
 
 __all__ = [
-    "Crc32",
     "Literal",
     "OutputFile",
     "Part",
     "Plan",
+    "Sealed",
     "Segment",
     "SourceCheck",
     "copy_file",
     "reads",
 ]
-Segment = Chunk | Crc32
+Segment = Chunk | Sealed
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFile:
     """One file. `path` is relative to the destination, with `/`; "" is the destination itself.
 
-    `Crc32` segments refer only to segments that hold no `Crc32` themselves.
+    The checksums of `Sealed` segments are of segments that are not `Sealed` themselves.
     """
 
     path: str
@@ -117,5 +121,5 @@ def reads(segment: Segment) -> tuple[Source, ...]:
             return tuple(chunk for term in segment.terms for chunk in term.chunks)
         case ByteRange() | Strided() | Tiles() | Zeros():
             return (segment,)
-        case Literal() | Crc32():  # no bytes of a source
+        case Literal() | Sealed():  # no bytes of a source
             return ()

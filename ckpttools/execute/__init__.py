@@ -5,7 +5,7 @@ The files are built under a staging name beside the destination, flushed, and ap
 1. `prepare` refuses (`preflight`): destination exists or lies in the sources, parent missing, too little
    space, short source; removes what a killed run left (`staging`), and reserves the space of every file;
 2. `write` moves the `units` of one part of the plan, about 1 MiB each, by a few threads (`copy`), with a
-   CRC-32 of every byte as it passes; who writes the whole of a file fills in its `Crc32` segments and
+   CRC-32 of every byte as it passes; who writes the whole of a file fills in its checksums and
    flushes it;
 3. `commit` joins the parts, compares the checksums that the sources state (`claims`), looks for sources
    that changed, flushes the folders, renames, and flushes the parent folder.

@@ -11,19 +11,16 @@ from pathlib import Path
 
 from ckpttools.checksums import Share, crc32, joined
 from ckpttools.execute import system, units
-from ckpttools.execute.claims import SourceChecks
+from ckpttools.execute.claims import Claim, SourceChecks
 from ckpttools.execute.system import write_errors
 from ckpttools.execute.units import StagedFile, Unit
 from ckpttools.execute.writer import Writer
 from ckpttools.passes.read import Reader, computed
 from ckpttools.passes.threads import in_threads
-from ckpttools.plan import Crc32, Literal, OutputFile, Part, Plan, reads
+from ckpttools.plan import Literal, OutputFile, Part, Plan, Sealed, reads
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange, Cast, Mean
 from ckpttools.values import BLOCK_NBYTES
-
-_FEW = 16  # pieces of a unit
-_NOTHING = crc32(bytes(4))  # where a checksum belongs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +67,7 @@ def create(plan: Plan, staging: Path, dst: Path, workers: int, *, again: bool = 
 class Copy:
     """Writes parts: the staged files, and the accounts of all threads, kept under one lock.
 
-    `finishes`: who writes the whole of a file fills in its `Crc32` segments and flushes it.
+    `finishes`: who writes the whole of a file fills in its checksums and flushes it.
     """
 
     def __init__(
@@ -144,56 +141,55 @@ class Copy:
     ) -> None:
         """Put the unit's bytes into `view`, and their CRC-32s to the accounts.
 
-        With `shares` the units of the file come one after the other, so that its `Crc32` segments are known;
+        With `shares` the units of the file come one after the other, so that its checksums are known;
         what the source's checksums get is joined to the shares. Raises ValueError where one is not.
         """
-        at, crcs = unit.start, unit.file.crcs
-        many = len(unit.pieces) > _FEW  # then one CRC of all is made faster than it is joined from theirs
-        holes: list[int] = []
+        file = unit.file
+        claimed, known = _read_runs(view, unit, reader, scratch)
+        at = 0
         for segment, claims in unit.pieces:
-            start, nbytes = at, segment.nbytes
-            at += nbytes
-            part = source = view[start - unit.start : at - unit.start]
-            owners = crcs.owners(start)[1:] if many else crcs.owners(start)
+            part = view[at : at + segment.nbytes]
+            at += segment.nbytes
             match segment:
-                case Literal(data):
+                case ByteRange():
+                    pass
+                case Literal(data) | Sealed(data):
                     part[:] = data
-                    if not owners:
-                        continue
-                case Crc32():  # if not known now, then when the file is complete: `StagedFile.finish`
-                    known = unit.file.crc_at(start) if self._alone or shares is not None else None
-                    part[:] = known or bytes(4)
-                    if known is None:
-                        holes.append(start)
-                    if known is None or many:
-                        continue
                 case Cast() | Mean():
                     chunks = reads(segment)
                     source = scratch[: sum(chunk.nbytes for chunk in chunks)]
                     reader.fill(source, chunks)
                     part[:] = computed(segment, source).view("u1").data
+                    claimed += _sums(claims, source)
                 case chunk:
                     reader.fill(part, (chunk,))
-            sums = [crc32(source[claim.at : claim.at + claim.source.nbytes]) for claim in claims]
-            # The bytes of a plain copy are also those of its source: one pass serves both.
-            is_same = source is part and claims and claims[0].source.nbytes == nbytes
-            crc = sums[0] if is_same else crc32(part) if owners else 0
-            with self._lock:
-                for claim, source_crc in zip(claims, sums, strict=True):
-                    self.checks.add(claim.source, source_crc)
-                if shares is not None:
-                    for number, share in self.checks.take().items():
-                        shares[number] = joined(shares.get(number, (0, 0)), share)
-                crcs.add_to(owners, start, at, crc)
-        if holes and shares is not None:
-            raise ValueError(f"{unit.file.plan.path}: a checksum of bytes that come after it")
-        whole = crc32(view) if many else 0
+        sums = unit.sums(view, known)
         with self._lock:
-            if many:
-                crcs.add_to((0,), unit.start, at, whole)
-                for hole in holes:
-                    crcs.take_from((0,), hole, hole + 4, _NOTHING)
-            unit.file.holes += holes
+            for claim, crc in claimed:
+                self.checks.add(claim.source, crc)
+            if shares is not None:
+                for number, share in self.checks.take().items():
+                    shares[number] = joined(shares.get(number, (0, 0)), share)
+            for owners, start, end, crc in sums:
+                file.crcs.add_to(owners, start, end, crc)
+        holes = unit.holes()
+        if self._alone or shares is not None:
+            holes = [hole for hole in holes if not self._fill_in(hole, view, unit)]
+            if holes and shares is not None:
+                raise ValueError(f"{file.plan.path}: a checksum of bytes that come after it")
+        whole = known[0] if len(unit.pieces) == 1 and 0 in known else crc32(view)
+        with self._lock:
+            unit.add_whole(whole, holes)
+            file.holes += holes
+
+    def _fill_in(self, hole: tuple[int, int], view: memoryview, unit: Unit) -> bool:
+        """Put a checksum where it belongs, if all that it covers was added."""
+        at, k = hole
+        if unit.file.crcs.left[k]:
+            return False
+        at -= unit.start
+        view[at : at + 4] = unit.file.crcs.values[k].to_bytes(4, "little")
+        return True
 
     def _read(self, gaps: Iterable[ByteRange]) -> None:
         buffer = memoryview(bytearray(units.UNIT))
@@ -208,6 +204,34 @@ class Copy:
                 self._nbytes_read += reader.nbytes_read
 
 
+def _read_runs(
+    view: memoryview, unit: Unit, reader: Reader, scratch: memoryview
+) -> tuple[list[tuple[Claim, int]], dict[int, int]]:
+    """Put what is copied as it is into `view`: its claims with their CRC-32s, and those of whole pieces by
+    where they begin in the unit.
+    """
+    claimed: list[tuple[Claim, int]] = []
+    known: dict[int, int] = {}
+    for source, copies, claims in unit.runs:
+        at, nbytes = copies[0]
+        block = view[at : at + nbytes] if len(copies) == 1 else scratch[: source.nbytes]
+        reader.read(block, source.path, source.start)
+        sums = _sums(claims, block)
+        claimed += sums
+        if len(copies) > 1:
+            done = 0
+            for at, nbytes in copies:
+                view[at : at + nbytes] = block[done : done + nbytes]
+                done += nbytes
+        elif sums and claims[0].source.nbytes == nbytes:  # one pass serves both
+            known[at] = sums[0][1]
+    return claimed, known
+
+
+def _sums(claims: Iterable[Claim], block: memoryview) -> list[tuple[Claim, int]]:
+    return [(claim, crc32(block[claim.at : claim.at + claim.source.nbytes])) for claim in claims]
+
+
 def join(plan: Plan, written: Iterable[Written], staging: Path, dst: Path) -> tuple[int, ...]:
     """The CRC-32 of each file, from its parts; files that several have written get their checksums now.
 
@@ -218,15 +242,15 @@ def join(plan: Plan, written: Iterable[Written], staging: Path, dst: Path) -> tu
         for file, shares in zip(files, part.files, strict=True):
             file.crcs.join(shares)
     for file in files:
-        if file.crcs.left[0] == 4 * len(file.crc_ranges) and not any(file.crcs.left[1:]):
-            file.holes = [*file.crc_ranges]
-            if file.holes:
-                with write_errors(dst / file.plan.path):
-                    fd = os.open(file.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                    try:
-                        file.finish(fd)
-                    finally:
-                        os.close(fd)
-        elif any(file.crcs.left):
+        if not any(file.crcs.left):
+            continue
+        file.holes = file.all_holes()
+        if any(file.crcs.left[1:]) or file.crcs.left[0] != 4 * len(file.holes):
             raise ValueError("the parts do not make up the plan")
+        with write_errors(dst / file.plan.path):
+            fd = os.open(file.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                file.finish(fd)
+            finally:
+                os.close(fd)
     return tuple(file.crcs.values[0] for file in files)

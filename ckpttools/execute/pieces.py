@@ -17,7 +17,7 @@ from ckpttools.launch import Worker
 from ckpttools.location import Location
 from ckpttools.passes import threads
 from ckpttools.passes.read import Reader
-from ckpttools.plan import Crc32, Plan
+from ckpttools.plan import Plan
 from ckpttools.progress import Progress
 from ckpttools.tensors import ByteRange
 
@@ -135,12 +135,12 @@ def _add_what_is_there(unit: Unit, reader: Reader) -> None:
     """To the CRC-32s of its file, but for checksums, which come when all else is there."""
     view = memoryview(bytearray(unit.nbytes))
     reader.read(view, unit.file.path, unit.start)
-    at = 0
-    for segment, _ in unit.pieces:
-        if not isinstance(segment, Crc32):
-            end = at + segment.nbytes
-            unit.file.crcs.add(unit.start + at, unit.start + end, crc32(view[at:end]))
-        at += segment.nbytes
+    holes = unit.holes()
+    for at, _ in holes:
+        view[at - unit.start : at - unit.start + 4] = bytes(4)
+    for owners, start, end, crc in unit.sums(view, {}):
+        unit.file.crcs.add_to(owners, start, end, crc)
+    unit.add_whole(crc32(view), holes)
 
 
 def _batches(gaps: Iterator[ByteRange]) -> Iterator[tuple[int, list[ByteRange]]]:

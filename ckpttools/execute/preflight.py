@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from errno import EACCES
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from ckpttools.errors import UsageError
 from ckpttools.execute.system import write_errors
 from ckpttools.location import Location, Stat
 from ckpttools.passes.read import truncated
-from ckpttools.plan import Crc32, OutputFile, Plan, reads
+from ckpttools.plan import OutputFile, Plan, Sealed, reads
 from ckpttools.stores.files import entries, stat
 from ckpttools.tensors import spans
 
@@ -32,16 +33,23 @@ def validate(plan: Plan) -> None:
     if len(seen) < len(paths) or seen & folders:
         raise ValueError("two files of the plan have the same path, or one is the folder of another")
     for file in plan.files:
-        for segment in file.segments:
-            if isinstance(segment, Crc32):
-                _validate_crc(file, segment)
+        _validate_checksums(file)
 
 
-def _validate_crc(file: OutputFile, crc: Crc32) -> None:
-    if not 0 <= crc.first <= crc.last <= len(file.segments):
-        raise ValueError(f"{file.path}: a checksum of segments {crc.first} to {crc.last}")
-    if any(isinstance(segment, Crc32) for segment in file.segments[crc.first : crc.last]):
-        raise ValueError(f"{file.path}: a checksum of a checksum")
+def _validate_checksums(file: OutputFile) -> None:
+    sealed = [k for k, segment in enumerate(file.segments) if isinstance(segment, Sealed)]
+    for segment in file.segments:
+        if not isinstance(segment, Sealed):
+            continue
+        end = 0
+        for at, first, last in segment.holes:
+            if not end <= at <= at + 4 <= segment.nbytes:
+                raise ValueError(f"{file.path}: a checksum at byte {at} of {segment.nbytes}")
+            if not 0 <= first <= last <= len(file.segments):
+                raise ValueError(f"{file.path}: a checksum of segments {first} to {last}")
+            if bisect_left(sealed, first) < bisect_left(sealed, last):
+                raise ValueError(f"{file.path}: a checksum of a checksum")
+            end = at + 4
 
 
 def real_parent(dst: Path) -> Path:

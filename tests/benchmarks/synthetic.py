@@ -28,7 +28,7 @@ from ckpttools.containers.torch_file import (
 from ckpttools.execute import execute
 from ckpttools.formats.zero.flat import FlatGroup
 from ckpttools.formats.zero.optim_file import ADDRESS
-from ckpttools.plan import Cast, Crc32, Literal, OutputFile, Plan, Segment
+from ckpttools.plan import Cast, Literal, OutputFile, Plan, Sealed, Segment
 from ckpttools.tensors import BFLOAT16, FLOAT32, ByteRange, TensorRef, Zeros
 
 SAMPLE = Path(__file__).parents[2] / "fixtures/deepspeed-0.19.8/z2_bf16_ws2/global_step3"
@@ -157,30 +157,32 @@ def _write_sparse_file(file: OutputFile, path: Path) -> None:
     starts = [0]
     for segment in file.segments:
         starts.append(starts[-1] + segment.nbytes)
-    spans = list(dict.fromkeys((s.first, s.last) for s in file.segments if isinstance(s, Crc32)))
-    crcs = dict.fromkeys(spans, 0)
+    holes = [
+        (start + at, first, last)
+        for start, segment in zip(starts, file.segments, strict=False)
+        if isinstance(segment, Sealed)
+        for at, first, last in segment.holes
+    ]
+    crcs = dict.fromkeys(((first, last) for _, first, last in holes), 0)
     with path.open("wb") as out:
         out.truncate(file.nbytes)
         for i, (start, segment) in enumerate(zip(starts, file.segments, strict=False)):
-            if isinstance(segment, Crc32):
-                continue
             if isinstance(segment, Zeros):
                 crc = _crc32_of_zeros(segment.nbytes)
             else:
                 data = _small(segment)
                 os.pwrite(out.fileno(), data, start)
                 crc = crc32(data)
-            for first, last in spans:
+            for first, last in crcs:
                 if first <= i < last:
                     crcs[first, last] = crc32_combine(crcs[first, last], crc, segment.nbytes)
-        for start, segment in zip(starts, file.segments, strict=False):
-            if isinstance(segment, Crc32):
-                os.pwrite(out.fileno(), crcs[segment.first, segment.last].to_bytes(4, "little"), start)
+        for at, first, last in holes:
+            os.pwrite(out.fileno(), crcs[first, last].to_bytes(4, "little"), at)
 
 
 def _small(segment: Segment) -> bytes:
     """A header, or a scalar of the sample."""
-    if isinstance(segment, Literal):
+    if isinstance(segment, Literal | Sealed):
         return segment.data
     assert isinstance(segment, ByteRange)
     with segment.path.open("rb") as file:

@@ -25,9 +25,9 @@ from ckpttools.containers.archive import (
 )
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
-from ckpttools.plan import Crc32, Literal, OutputFile, Plan, Segment
+from ckpttools.plan import Literal, OutputFile, Plan, Segment
 from ckpttools.stores.files import opened
-from ckpttools.tensors import Zeros
+from ckpttools.tensors import ByteRange, Zeros
 
 
 def torch_zip(folder: Path, name: str = "small.pt") -> Path:
@@ -347,24 +347,13 @@ def test_ours_are_as_torch_writes_them(tmp_path: Path) -> None:
     assert ours.read_bytes() == source.read_bytes()
 
 
-def test_70_000_records(tmp_path: Path) -> None:
-    records: list[tuple[str, list[Segment]]] = [(f"data/{i}", [Literal(b"x")]) for i in range(70_000)]
-    segments = archive_segments("many", [*records, ("version", [Literal(b"3\n")])])
-    path = tmp_path / "many.pt"
-    # execute() writes such files too; here the layout counts
-    data: list[bytes] = []
-    for segment in segments:
-        match segment:
-            case Literal(raw):
-                data.append(raw)
-            case Crc32(first, last):
-                data.append(
-                    struct.pack(
-                        "<I",
-                        zlib.crc32(b"".join(s.data for s in segments[first:last] if isinstance(s, Literal))),
-                    )
-                )
-    path.write_bytes(b"".join(data))
+@pytest.mark.parametrize("known", [True, False], ids=["known", "computed"])
+def test_70_000_records(tmp_path: Path, known: bool) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 70_000)
+    data: list[Segment] = [Literal(b"x") if known else ByteRange(source, i, 1) for i in range(70_000)]
+    records: list[tuple[str, list[Segment]]] = [(f"data/{i}", [each]) for i, each in enumerate(data)]
+    path = write(tmp_path / "many.pt", [*records, ("version", [Literal(b"3\n")])])
     assert check(path) == []
     with zipfile.ZipFile(path) as oracle:
         assert len(oracle.namelist()) == 70_001

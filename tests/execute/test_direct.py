@@ -16,7 +16,7 @@ import pytest
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.execute import execute
 from ckpttools.passes.read import Reader
-from ckpttools.plan import Cast, Crc32, Literal, OutputFile, Plan, Segment, SourceCheck
+from ckpttools.plan import Cast, Literal, OutputFile, Plan, Sealed, Segment, SourceCheck
 from ckpttools.stores import direct
 from ckpttools.tensors import BFLOAT16, FLOAT32, ByteRange, Strided
 
@@ -91,7 +91,7 @@ def plan_of(source: Path, seed: int) -> tuple[Plan, bytes]:
                 parts.append(data[start : start + nbytes])
     body = b"".join(parts)
     crc = zlib.crc32(body).to_bytes(4, "little")
-    file = OutputFile(path="x", segments=(*segments, Crc32(0, len(segments))))
+    file = OutputFile(path="x", segments=(*segments, Sealed(bytes(4), ((0, 0, len(segments)),))))
     check = SourceCheck(ByteRange(source, 0, SIZE), zlib.crc32(data), "all")
     return Plan(files=(file,), checks=(check,)), body + crc
 

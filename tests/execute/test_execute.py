@@ -30,7 +30,7 @@ from ckpttools.errors import CkptError, UsageError
 from ckpttools.execute import Report, commit, execute, prepare, system, units, write
 from ckpttools.formats import locate, zero
 from ckpttools.formats import read as read_checkpoint
-from ckpttools.plan import Cast, Crc32, Literal, OutputFile, Plan, Segment, SourceCheck, copy_file
+from ckpttools.plan import Cast, Literal, OutputFile, Plan, Sealed, Segment, SourceCheck, copy_file
 from ckpttools.progress import progress_bar
 from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, Chunk, Strided, Zeros
 from ckpttools.transforms.reshard import reshard
@@ -63,19 +63,19 @@ def reference(file: OutputFile) -> bytes:
     parts: list[bytes] = []
     for segment in file.segments:
         match segment:
-            case Literal(data):
+            case Literal(data) | Sealed(data):
                 parts.append(data)
             case Cast(chunks, source, target):
                 block = np.frombuffer(b"".join(map(read, chunks)), source.name)
                 parts.append(cast(block, source, target).tobytes())
-            case Crc32():
-                parts.append(b"????")
             case chunk:
                 parts.append(read(chunk))
+    whole = parts[:]
     for k, segment in enumerate(file.segments):
-        if isinstance(segment, Crc32):
-            parts[k] = zlib.crc32(b"".join(parts[segment.first : segment.last])).to_bytes(4, "little")
-    return b"".join(parts)
+        for at, first, last in segment.holes if isinstance(segment, Sealed) else ():
+            crc = zlib.crc32(b"".join(parts[first:last])).to_bytes(4, "little")
+            whole[k] = whole[k][:at] + crc + whole[k][at + 4 :]
+    return b"".join(whole)
 
 
 # --- random plans ---
@@ -132,8 +132,12 @@ def output_files(draw: st.DrawFn, paths: tuple[Path, ...], name: str) -> OutputF
     segments: list[Segment] = list(draw(st.lists(data, max_size=8)))
     plain = len(segments)
     for _ in range(draw(st.integers(0, 3))):  # in front of, after and between what they sum up
-        first = draw(st.integers(0, plain))
-        segments.append(Crc32(first, draw(st.integers(first, plain))))
+        data, holes = draw(st.binary(max_size=70)), []
+        for _ in range(draw(st.integers(1, 4))):
+            first = draw(st.integers(0, plain))
+            holes.append((len(data), first, draw(st.integers(first, plain))))
+            data += bytes(4) + draw(st.binary(max_size=70))
+        segments.append(Sealed(data, tuple(holes)))
     order = draw(st.permutations(range(len(segments)))) if len(segments) > plain else range(plain)
     return OutputFile(path=name, segments=_reordered(segments, plain, list(order)))
 
@@ -145,13 +149,15 @@ def _reordered(segments: list[Segment], plain: int, order: list[int]) -> tuple[S
     for k in order:
         out.append(next(data) if k < plain else segments[k])
     runs = [(i, j) for i in range(len(out) + 1) for j in range(i, len(out) + 1)]
-    legal = [(i, j) for i, j in runs if not any(isinstance(s, Crc32) for s in out[i:j])]
-    spans = {
-        k: min(legal, key=lambda run: abs(run[0] - s.first) + abs(run[1] - s.last))
-        for k, s in enumerate(out)
-        if isinstance(s, Crc32)
-    }
-    return tuple(Crc32(*spans[k]) if k in spans else s for k, s in enumerate(out))
+    legal = [(i, j) for i, j in runs if not any(isinstance(s, Sealed) for s in out[i:j])]
+
+    def near(first: int, last: int) -> tuple[int, int]:
+        return min(legal, key=lambda run: abs(run[0] - first) + abs(run[1] - last))
+
+    return tuple(
+        Sealed(s.data, tuple((at, *near(i, j)) for at, i, j in s.holes)) if isinstance(s, Sealed) else s
+        for s in out
+    )
 
 
 @st.composite
@@ -327,10 +333,23 @@ def test_paths_that_leave_the_destination_or_meet(tmp_path, paths):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("crc", [Crc32(0, 3), Crc32(-1, 1), Crc32(1, 0), Crc32(0, 2)])
-def test_impossible_checksums(tmp_path, crc):
+@pytest.mark.parametrize(
+    "holes",
+    [
+        [(0, 0, 3)],
+        [(0, -1, 1)],
+        [(0, 1, 0)],
+        [(0, 0, 2)],
+        [(5, 0, 1)],
+        [(-1, 0, 1)],
+        [(0, 0, 1), (3, 0, 1)],
+        [(4, 0, 1), (0, 0, 1)],
+    ],
+)
+def test_impossible_checksums(tmp_path, holes):
+    sealed = Sealed(bytes(8), tuple(holes))
     with pytest.raises(ValueError, match="checksum"):
-        execute(Plan(files=(OutputFile(path="x", segments=(Literal(b"a"), crc)),)), tmp_path / "out")
+        execute(Plan(files=(OutputFile(path="x", segments=(Literal(b"a"), sealed)),)), tmp_path / "out")
 
 
 def test_too_little_space_is_said_before_anything_is_written(noise, tmp_path):
@@ -741,7 +760,7 @@ def test_two_processes_write_one_plan(tmp_path):
     found = locate(FIXTURES / "deepspeed-0.19.8/z2_groups_ws2")
     checkpoint = read_checkpoint(found)
     plan = zero.plan(checkpoint, reshard(checkpoint, 3))
-    assert any(isinstance(segment, Crc32) for file in plan.files for segment in file.segments)
+    assert any(isinstance(segment, Sealed) for file in plan.files for segment in file.segments)
     execute(plan, tmp_path / "one")
     with prepare(plan, tmp_path / "two") as staged, get_context("spawn").Pool(2) as pool:
         written = pool.starmap(write, [(staged, plan.part(rank, 2)) for rank in range(2)])

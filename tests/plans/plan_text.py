@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ckpttools import convert, extract, reshard
 from ckpttools.operations.writing import Writing
-from ckpttools.plan import Crc32, Literal, OutputFile, Plan, Segment, reads
+from ckpttools.plan import Literal, OutputFile, Plan, Sealed, Segment, reads
 from ckpttools.tensors import ByteRange, Cast, Mean, Strided, Tiles, Zeros, spans
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def _spans(segment: Segment) -> Iterator[ByteRange]:
 def _file(file: OutputFile, letters: Mapping[Path, str]) -> Iterator[str]:
     """A line for each place that bytes come from; what lies in between is the file's own."""
     at = 0
-    for own, segments in groupby(file.segments, key=lambda segment: isinstance(segment, Literal | Crc32)):
+    for own, segments in groupby(file.segments, key=lambda segment: isinstance(segment, Literal | Sealed)):
         part = list(segments)
         nbytes = sum(segment.nbytes for segment in part)
         if own:
@@ -97,10 +97,10 @@ def _digest(segments: list[Segment]) -> str:
     """Of literal bytes; of a checksum, which is not known yet, what it covers."""
     value = 0
     for segment in segments:
-        data = segment.data if isinstance(segment, Literal) else b""
-        if isinstance(segment, Crc32):
-            data = struct.pack("<II", segment.first, segment.last)
-        value = zlib.crc32(data, value)
+        assert isinstance(segment, Literal | Sealed)
+        value = zlib.crc32(segment.data, value)
+        for hole in segment.holes if isinstance(segment, Sealed) else ():
+            value = zlib.crc32(struct.pack("<III", *hole), value)
     return f"{value:08x}"
 
 
@@ -120,7 +120,7 @@ def _source(segment: Segment, letters: Mapping[Path, str]) -> str:
         case Tiles() as tiles:
             boxes = "; ".join(f"{letters[b.path]} from {b.start} {list(b.shape)}" for b in tiles.boxes)
             return f"of {list(tiles.shape)}, {tiles.numel} from {tiles.first}: {boxes}"
-        case Mean() | Literal() | Crc32():
+        case Mean() | Literal() | Sealed():
             raise AssertionError(segment)
 
 

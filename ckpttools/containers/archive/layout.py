@@ -19,6 +19,7 @@ ALIGNMENT = 64
 MAX_RECORDS = 1_000_000
 MAX_DIRECTORY = 256 << 20
 BIG = 0xFFFFFFFF
+CRC_AT = 16  # the checksum's place in a directory entry
 HAS_DESCRIPTOR, UTF8 = 0x0008, 0x0800
 SERIALIZATION_ID = ".data/serialization_id"
 STORAGE_ALIGNMENT = ".storage_alignment"

@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
-import struct
+import zlib
 from collections.abc import Sequence
 
-from ckpttools.containers.archive.layout import ALIGNMENT, DESCRIPTOR_MAGIC, end_of, entry_of, header_of, wide
-from ckpttools.plan import Crc32, Literal, Segment
+from ckpttools.containers.archive.layout import ALIGNMENT, CRC_AT, descriptor_of, end_of, entry_of, header_of
+from ckpttools.plan import Literal, Sealed, Segment
 
-_MAGIC = Literal(struct.pack("<I", DESCRIPTOR_MAGIC))
-_CRC = 16  # the checksum's place in a directory entry
+_SHORT = 4096  # data up to this length becomes one with what is around it
 
 
 def archive_segments(root: str, records: Sequence[tuple[str, Sequence[Segment]]]) -> tuple[Segment, ...]:
-    """A torch zip with these records, in this order; checksums are computed while it is written.
+    """A torch zip with these records, in this order; checksums of what is not known yet are computed while it
+    is written.
 
-    What lies between two of them is one segment: there may be hundreds of thousands.
+    What lies between the data of two records is one segment: there may be hundreds of thousands.
     """
     out: list[Segment] = []
-    central: list[Segment] = []
-    after, entries = bytearray(), bytearray()  # what follows the last of either, and has no segment yet
-    at = ncentral = 0
+    own, holes = bytearray(), list[tuple[int, int, int]]()  # what follows the last segment
+    directory, sums = bytearray(), list[tuple[int, int, int]]()
+    at = 0
     for name, data in records:
-        offset = at
         raw = f"{root}/{name}".encode()
         nbytes = sum(segment.nbytes for segment in data)
-        header = header_of(raw, offset, nbytes, ALIGNMENT)
-        entry = entry_of(raw, nbytes, offset, 0)
-        at += len(header) + nbytes
-        ncentral += len(entry)
-        if not nbytes:
-            after += header
-            entries += entry
-            continue
-        out.append(Literal(bytes(after + header)))
-        first = len(out)
-        out += data
-        crc = Crc32(first, len(out))
-        after = bytearray(struct.pack("<QQ" if wide(nbytes, offset) else "<II", nbytes, nbytes))
-        out += [_MAGIC, crc]
-        at += 8 + len(after)
-        central += [Literal(bytes(entries + entry[:_CRC])), crc]
-        entries = bytearray(entry[_CRC + 4 :])
-    end = end_of(len(records), ncentral, at)
-    return (*out, Literal(bytes(after)), *central, Literal(bytes(entries + end)))
+        header = header_of(raw, at, nbytes, ALIGNMENT)
+        own += header
+        crc = 0
+        known = [segment.data for segment in data if isinstance(segment, Literal)]
+        if len(known) == len(data):
+            for each in known:
+                crc = zlib.crc32(each, crc)
+        if len(known) == len(data) and nbytes <= _SHORT:
+            own += b"".join(known)
+        elif nbytes:
+            out.append(_segment(own, holes))
+            own, holes = bytearray(), []
+            first = len(out)
+            out += data
+            if len(known) < len(data):
+                holes.append((4, first, len(out)))
+                sums.append((len(directory) + CRC_AT, first, len(out)))
+        descriptor = descriptor_of(nbytes, at, crc)
+        own += descriptor
+        directory += entry_of(raw, nbytes, at, crc)
+        at += len(header) + nbytes + len(descriptor)
+    holes += [(len(own) + place, first, last) for place, first, last in sums]
+    own += directory
+    own += end_of(len(records), len(directory), at)
+    return (*out, _segment(own, holes))
+
+
+def _segment(data: bytearray, holes: list[tuple[int, int, int]]) -> Segment:
+    return Sealed(bytes(data), tuple(holes)) if holes else Literal(bytes(data))

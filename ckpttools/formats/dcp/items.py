@@ -12,7 +12,6 @@ each piece, so that 50,000 small tensors take seconds.
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ from ckpttools.containers.torch_file import (
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.dcp.metadata import Item
 from ckpttools.location import Location
-from ckpttools.plan import Crc32, Literal, Segment, SourceCheck
+from ckpttools.plan import Sealed, Segment, SourceCheck
 from ckpttools.stores.files import File, exists, opened
 from ckpttools.tensors import DType, Source, TensorRef, Zeros
 from ckpttools.tree import Value, leaves
@@ -189,18 +188,6 @@ def _opened(path: Location, key: str):  # type: ignore[no-untyped-def]
 # --- writing ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    """An item around its data: None in `tail` stands for the data's checksum."""
-
-    head: Literal
-    tail: tuple[Literal | None, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.head.nbytes + sum(4 if part is None else part.nbytes for part in self.tail)
-
-
 class Writer:
     """The segments of one data file, item after item. What equal items share is kept once in memory."""
 
@@ -208,72 +195,41 @@ class Writer:
         self.name = name
         self.segments: list[Segment] = []
         self.nbytes = 0
-        self._frames: dict[object, _Frame] = {}
+        self._frames: dict[object, tuple[Segment, ...]] = {}
 
     def tensor(self, ref: TensorRef) -> Item:
         """Add a tensor or a piece of one."""
         key = (ref.dtype.name, ref.shape)
         if key not in self._frames:
-            here = Zeros(ref.nbytes)
-            storage = new_storage(ref.dtype, ref.numel, (here,) if here.nbytes else ())
-            node = tensor_node(TensorRef(ref.dtype, ref.shape, ()), storage)
-            self._frames[key] = _frame(_segments(node), here)
-        return self._add(self._frames[key], ref.chunks, ref.nbytes)
+            storage = new_storage(ref.dtype, ref.numel, (Zeros(ref.nbytes),) if ref.nbytes else ())
+            self._frames[key] = _segments(tensor_node(TensorRef(ref.dtype, ref.shape, ()), storage))
+        return self._add(self._frames[key], ref.chunks)
 
     def value(self, value: Value) -> Item:
         """Add an object."""
         kinds = (type(None), bool, int, float, str, tuple, list, dict)
-        if all(type(leaf) in kinds for _, leaf in leaves(value)):
-            key = repr(value)
-            if key not in self._frames:
-                self._frames[key] = _frame(_segments(encode(value)), None)
-            return self._add(self._frames[key], (), 0)
-        first, segments = len(self.segments), _segments(encode(value))
-        for segment in segments:
-            if isinstance(segment, Crc32):
-                segment = Crc32(first + segment.first, first + segment.last)
-            self.segments.append(segment)
-        return self._placed(sum(segment.nbytes for segment in segments))
+        if not all(type(leaf) in kinds for _, leaf in leaves(value)):
+            return self._add(_segments(encode(value)))
+        key = repr(value)
+        if key not in self._frames:
+            self._frames[key] = _segments(encode(value))
+        return self._add(self._frames[key])
 
-    def _add(self, frame: _Frame, data: tuple[Segment, ...], nbytes: int) -> Item:
-        self.segments.append(frame.head)
-        first = len(self.segments)
-        self.segments += data
-        crc = Crc32(first, len(self.segments))
-        self.segments += [crc if part is None else part for part in frame.tail]
-        return self._placed(frame.nbytes + nbytes)
-
-    def _placed(self, nbytes: int) -> Item:
-        self.nbytes += nbytes
-        return Item(self.name, self.nbytes - nbytes, nbytes)
+    def _add(self, item: tuple[Segment, ...], data: tuple[Segment, ...] = ()) -> Item:
+        """Add an item; `data` takes the place of its zeros."""
+        start, here, more = self.nbytes, len(self.segments), max(len(data) - 1, 0)
+        for segment in item:
+            self.nbytes += segment.nbytes
+            match segment:
+                case Zeros() if data:
+                    self.segments += data
+                case Sealed(own, holes):
+                    moved = ((at, here + first, here + last + more) for at, first, last in holes)
+                    self.segments.append(Sealed(own, tuple(moved)))
+                case _:
+                    self.segments.append(segment)
+        return Item(self.name, start, self.nbytes - start)
 
 
 def _segments(node: Node) -> tuple[Segment, ...]:
     return write_torch_file(f"{ROOT}.pt", node).segments
-
-
-def _frame(segments: tuple[Segment, ...], data: Zeros | None) -> _Frame:
-    """The item with the checksums of everything but its data worked out, in as few parts as possible."""
-    parts: list[Literal | Zeros | None] = []
-    for segment in segments:
-        match segment:
-            case Crc32(first, last) if any(part is data for part in segments[first:last]):
-                parts.append(None)
-            case Crc32(first, last):
-                crc = 0
-                for covered in segments[first:last]:
-                    assert isinstance(covered, Literal)
-                    crc = zlib.crc32(covered.data, crc)
-                parts.append(Literal(struct.pack("<I", crc)))
-            case Literal() | Zeros():
-                parts.append(segment)
-    joined: list[Literal | Zeros | None] = []
-    for each in parts:
-        before = joined[-1] if joined else None
-        if isinstance(each, Literal) and isinstance(before, Literal):
-            joined[-1] = Literal(before.data + each.data)
-        else:
-            joined.append(each)
-    head, *rest = joined
-    assert isinstance(head, Literal)
-    return _Frame(head, tuple(part for part in rest if not isinstance(part, Zeros)))
