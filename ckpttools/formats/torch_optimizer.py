@@ -9,7 +9,7 @@ from ckpttools.checkpoint import FP32, PARAM_NAMES, STEP, Checkpoint, ParamGroup
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode, encode
 from ckpttools.containers.pickles import Dict, Node
-from ckpttools.containers.torch_file import TorchFile
+from ckpttools.containers.torch_file import TorchFile, tensor_node
 from ckpttools.errors import escape
 from ckpttools.formats.buffers import is_buffer
 from ckpttools.formats.counters import OPTIMIZER
@@ -231,4 +231,4 @@ def separate(value: Value) -> Node:
         return Dict.of((key, separate(inner)) for key, inner in value.items())
     if isinstance(value, list | tuple):
         return type(value)(map(separate, value))
-    return encode(value, {})
+    return tensor_node(value) if isinstance(value, TensorRef) else encode(value, {})

@@ -124,10 +124,10 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether a view with these strides lies on disk in C order without holes."""
-    if math.prod(shape) == 0:
+    if 0 in shape:
         return True
     expected = 1
-    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+    for n, stride in zip(shape[::-1], strides[::-1], strict=True):
         if n != 1:
             if stride != expected:
                 return False

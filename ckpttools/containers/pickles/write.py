@@ -22,8 +22,12 @@ def dumps(value: Node, persistent_id: Callable[[Node], Node] | None = None) -> b
 
 _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 _LEAVES = {str, int, bool, type(None), Global}
+_PLAIN = {*_LEAVES, tuple, list, Object, Dict, Set, Persistent, bytes, bytearray, float}
 _WIDE, _DEEP = 8, 4  # items of a tuple, and tuples and calls within each other, that are written at once
 _SUMMED = 1000  # pieces that are written between two looks at how much it is
+_GETS = tuple(b"h" + bytes([i]) for i in range(256))
+_PUTS = tuple(b"q" + bytes([i]) for i in range(256))
+_numbered = struct.Struct("<cI").pack
 
 
 class _Raw:
@@ -70,11 +74,11 @@ class _Writer:
     def put(self) -> int:
         i = self.count
         self.count += 1
-        self.out.append(b"q" + bytes([i]) if i < 256 else b"r" + struct.pack("<I", i))
+        self.out.append(_PUTS[i] if i < 256 else _numbered(b"r", i))
         return i
 
     def get(self, i: int) -> None:
-        self.out.append(b"h" + bytes([i]) if i < 256 else b"j" + struct.pack("<I", i))
+        self.out.append(_GETS[i] if i < 256 else _numbered(b"j", i))
 
     def need(self, protocol: int) -> None:
         self.protocol = max(self.protocol, protocol)
@@ -90,6 +94,8 @@ class _Writer:
                 self.out.append(b"\x88" if node else b"\x89")
             case int():
                 self.out.append(_int(node))
+            case Object() if self.write_tensor(node):
+                pass
             case tuple() | Object() if self.is_short(node, _DEEP):
                 self.write_short(node)
             case tuple():
@@ -139,6 +145,57 @@ class _Writer:
                     raise Reject(f"a {type(node).__name__} has no pickled form here")
                 self.kept.append(pid)  # memo entries go by identity: nothing may be freed meanwhile
                 todo += [_Raw(b"Q", node), pid]
+
+    def write_tensor(self, node: Object) -> bool:
+        """Write what most of a checkpoint is, a call as torch makes it for a tensor, in the order that `todo`
+        would give: of a name, with a storage, a number, two tuples of numbers, a bool, and an empty call.
+        False for all else.
+        """
+        args, memo = node.args, self.memo
+        if len(args) != 6 or not _is_call(node) or id(args) in memo or id(args) in self.open:
+            return False
+        storage, offset, shape, strides, flag, hooks = args
+        if type(offset) is not int or type(flag) is not bool or type(shape) is not tuple:
+            return False
+        if type(strides) is not tuple or not {int}.issuperset(map(type, (*shape, *strides))):
+            return False
+        if not isinstance(hooks, Object) or hooks.args or not _is_call(hooks) or id(hooks) in memo:
+            return False
+        if self.persistent_id is None or id(storage) in memo or type(storage) in _PLAIN:
+            return False
+        pid = self.persistent_id(storage)
+        if type(pid) is not tuple or len(pid) <= 3 or not _LEAVES.issuperset(map(type, pid)):
+            return False
+        out = self.out
+        self.kept.append(pid)
+        self.write_short(node.cls)
+        out.append(b"((")
+        for part in pid:
+            if type(part) is str and (known := self.texts.get(part)) is not None:
+                self.get(known)
+            else:
+                self.write_short(part)
+        out.append(b"t")
+        memo[id(pid)] = self.put()
+        out.append(b"Q")
+        memo[id(storage)] = self.put()
+        out.append(_int(offset))
+        for numbers in (shape, strides):
+            if numbers and id(numbers) not in memo:
+                out.append((b"(" if len(numbers) > 3 else b"") + b"".join(map(_int, numbers)))
+                out.append(_TUPLES.get(len(numbers), b"t"))
+                memo[id(numbers)] = self.put()
+            else:
+                self.write_short(numbers)
+        out.append(b"\x88" if flag else b"\x89")
+        self.write_short(hooks.cls)
+        out.append(b")R")
+        memo[id(hooks)] = self.put()
+        out.append(b"t")
+        memo[id(args)] = self.put()
+        out.append(b"R")
+        memo[id(node)] = self.put()
+        return True
 
     def is_short(self, node: Node, depth: int) -> bool:
         """Whether it is a tensor, or of the kind: calls of a few names and numbers, and storages."""
@@ -253,6 +310,12 @@ class _Writer:
                 todo.extend(reversed(node.args))
                 todo.append(node.cls)
                 todo.append(_Raw(b"("))
+
+
+def _is_call(node: Object) -> bool:
+    """Of a name, and nothing is set afterwards."""
+    plain = node.how == "reduce" and type(node.cls) is Global
+    return plain and not (node.pairs or node.items or node.has_state)
 
 
 def _items(values: list[Node], todo: list[Node], end: bytes) -> None:

@@ -10,9 +10,12 @@ from ckpttools.containers.pickles import Global, Node, Object, dumps, walk
 from ckpttools.containers.torch_file.legacy import legacy_segments
 from ckpttools.containers.torch_file.storages import Storage
 from ckpttools.plan import Literal, OutputFile, Segment
-from ckpttools.tensors import UINT8, DType, TensorRef, contiguous_strides
+from ckpttools.tensors import DTYPES, UINT8, DType, TensorRef, contiguous_strides
 
-_EMPTY_HOOKS = ("collections", "OrderedDict")
+_HOOKS = Global("collections", "OrderedDict")
+_REBUILD, _REBUILD_UNTYPED = (Global("torch._utils", f"_rebuild_tensor_v{i}") for i in (2, 3))
+_KINDS = {each: Global("torch", each.storage) for each in DTYPES.values() if each.storage is not None}
+_UNTYPED = Global("torch.storage", "UntypedStorage")
 
 
 def tensor_node(ref: TensorRef, storage: Storage | None = None) -> Object:
@@ -20,20 +23,17 @@ def tensor_node(ref: TensorRef, storage: Storage | None = None) -> Object:
     if storage is None:
         storage = new_storage(ref.dtype, ref.numel, ref.chunks)
     strides = contiguous_strides(ref.shape)
-    hooks = Object("reduce", Global(*_EMPTY_HOOKS), ())
+    args = (storage, 0, ref.shape, strides, False, Object("reduce", _HOOKS, ()))
     if ref.dtype.storage is None:
-        args = (storage, 0, ref.shape, strides, False, hooks, Global("torch", ref.dtype.name))
-        return Object("reduce", Global("torch._utils", "_rebuild_tensor_v3"), args)
-    args6 = (storage, 0, ref.shape, strides, False, hooks)
-    return Object("reduce", Global("torch._utils", "_rebuild_tensor_v2"), args6)
+        return Object("reduce", _REBUILD_UNTYPED, (*args, Global("torch", ref.dtype.name)))
+    return Object("reduce", _REBUILD, args)
 
 
 def new_storage(dtype: DType, numel: int, segments: Iterable[Segment]) -> Storage:
     """A storage to be written: `numel` elements of `dtype`, their bytes in `segments`."""
     if dtype.storage is None:
-        kind = Global("torch.storage", "UntypedStorage")
-        return Storage(kind, UINT8, numel * dtype.itemsize, tuple(segments))
-    return Storage(Global("torch", dtype.storage), dtype, numel, tuple(segments))
+        return Storage(_UNTYPED, UINT8, numel * dtype.itemsize, tuple(segments))
+    return Storage(_KINDS[dtype], dtype, numel, tuple(segments))
 
 
 def size_node(shape: Sequence[int]) -> Object:
