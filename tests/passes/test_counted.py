@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import xxhash
 from benchmarks.synthetic import write_random
 from commands import run as ckpt
 from support import FIXTURES
 
 import ckpttools
 from ckpttools.compare.content import content
+from ckpttools.passes.hashes import FileHash
 from ckpttools.tensors import TensorRef
 
 HEADERS = 1.02  # headers and pickles are read for themselves
@@ -177,3 +179,17 @@ def test_a_byte_that_goes_wrong_on_its_way_to_disk_is_caught(
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_digests_of_a_file_and_of_ranges_that_blocks_cut() -> None:
+    data = bytes(range(256)) * 4
+    ranges = {"in": (10, 20), "over": (90, 250), "all": (0, 1024), "none": (5, 0), "end": (1024, 0)}
+    hashed = FileHash(len(data), ranges)
+    for at in range(0, 1024, 100):
+        hashed.update(memoryview(data)[at : at + 100])
+    whole, parts = hashed.digests()
+    assert whole == xxhash.xxh3_128_hexdigest(data)
+    assert list(parts.items()) == [
+        (name, xxhash.xxh3_128_hexdigest(data[start : start + nbytes]))
+        for name, (start, nbytes) in ranges.items()
+    ]
