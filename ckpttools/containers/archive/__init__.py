@@ -17,11 +17,13 @@ from ckpttools.containers.archive.alike import Directory
 from ckpttools.containers.archive.directory import damaged, end_nbytes
 from ckpttools.containers.archive.layout import (
     BIG,
+    CRC_AT,
     DESCRIPTOR_MAGIC,
     END,
     SERIALIZATION_ID,
     Archive,
     Record,
+    entry_of,
 )
 from ckpttools.containers.archive.profile import around, belong_together, unexplained
 from ckpttools.containers.archive.read import ends_like_zip, is_zip, read_archive, read_record
@@ -29,6 +31,7 @@ from ckpttools.containers.archive.write import archive_segments
 
 __all__ = [
     "BIG",
+    "CRC_AT",
     "DESCRIPTOR_MAGIC",
     "END",
     "SERIALIZATION_ID",
@@ -41,6 +44,7 @@ __all__ = [
     "damaged",
     "end_nbytes",
     "ends_like_zip",
+    "entry_of",
     "is_zip",
     "read_archive",
     "read_record",

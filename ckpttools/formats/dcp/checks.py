@@ -18,7 +18,15 @@ from ckpttools.containers.torch_file import TorchFile, read_opened
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.dcp import megatron
-from ckpttools.formats.dcp.items import SMALL, Data, Wanted, foresee, read_piece, refuse_compressed
+from ckpttools.formats.dcp.items import (
+    SMALL,
+    Alike,
+    Data,
+    Wanted,
+    foresee,
+    read_piece,
+    refuse_compressed,
+)
 from ckpttools.formats.dcp.metadata import Item, Metadata, read_metadata
 from ckpttools.formats.dcp.names import NAME, SUFFIX, has_shards, parts
 from ckpttools.formats.dcp.pieces import check_pieces
@@ -27,9 +35,11 @@ from ckpttools.formats.dcp.shards import read_shards
 from ckpttools.formats.files import DANGEROUS
 from ckpttools.location import Location
 from ckpttools.stores.files import File, entries, exists, is_file, opened, stat
+from ckpttools.tensors import DType
 from ckpttools.tree import Value
 
 T = TypeVar("T")
+KINDS = 1000  # of pieces, whose bytes around the data are kept
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
 AGAIN = "copy .metadata and all data files again, from one save"
 
@@ -97,6 +107,7 @@ class _Part:
         self.folder, self.found = folder, found
         self.whole = True
         self.known: dict[bytes, Value] = {}
+        self.alike: dict[tuple[DType, tuple[int, ...], int], Alike | None] = {}
 
     def check(self) -> Part | None:
         if not exists(self.folder / NAME):
@@ -203,8 +214,14 @@ class _Part:
             if not all(wanted.shape):
                 self.archive(window, read_opened(window), wanted)
                 return None
+            kind = (wanted.dtype, wanted.shape, window.size)
+            alike = self.alike.get(kind)
+            if alike is not None and (known := alike.data(window, wanted)) is not None:
+                return known
             file, data = read_piece(window, wanted)
             self.archive(window, file, wanted)
+            if alike is None and len(self.alike) < KINDS:
+                self.alike[kind] = Alike.of(window, file, data)
             return data
         raw = window.read(0, window.size) if window.size <= SMALL else b""
         if raw in self.known:

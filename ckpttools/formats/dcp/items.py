@@ -15,7 +15,14 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckpttools.containers.archive import DESCRIPTOR_MAGIC, end_nbytes
+from ckpttools.containers.archive import (
+    CRC_AT,
+    DESCRIPTOR_MAGIC,
+    SERIALIZATION_ID,
+    end_nbytes,
+    entry_of,
+    unexplained,
+)
 from ckpttools.containers.nodes import decode, encode
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import (
@@ -146,6 +153,48 @@ def read_piece(window: File, wanted: Wanted) -> tuple[TorchFile, Data]:
     (chunk,) = view.ref.chunks
     check = next((c for c in file.checks() if c.source == chunk), None)
     return file, Data(chunk, check and SourceCheck(check.source, check.crc32, _what(wanted)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """An item of a piece that was looked at in full: its bytes around the data, which those of other items of
+    the same type, shape and length are, too. The data's checksum, twice in what comes after it, is left out.
+    """
+
+    head: bytes
+    tail: bytes
+    second: int  # where in the tail the directory has the checksum
+
+    @classmethod
+    def of(cls, window: File, file: TorchFile, data: Data) -> Alike | None:
+        """None where more than that checksum depends on the data, or it is a part of what is stored."""
+        archive = file.archive
+        record = archive.records.get("data/0") if archive is not None else None
+        if archive is None or record is None or SERIALIZATION_ID in archive.records or not record.crc32:
+            return None
+        if data.chunk != archive.range(record) or unexplained(window, archive) != []:
+            return None
+        after = record.start + record.nbytes
+        tail = window.read(after, window.size - after)
+        raw = f"{archive.root}/{record.name}".encode()
+        second = tail.index(entry_of(raw, record.nbytes, record.header, record.crc32)) + CRC_AT
+        return cls(window.read(0, record.start), _without(tail, second), second)
+
+    def data(self, window: File, wanted: Wanted) -> Data | None:
+        """The data of another item; None where that is not alike."""
+        nbytes = window.size - len(self.head) - len(self.tail)
+        tail = window.read(len(self.head) + nbytes, len(self.tail))
+        crc = tail[4:8]
+        if not any(crc) or tail[self.second : self.second + 4] != crc:
+            return None
+        if _without(tail, self.second) != self.tail or window.read(0, len(self.head)) != self.head:
+            return None
+        source = window.range(len(self.head), nbytes)
+        return Data(source, SourceCheck(source, int.from_bytes(crc, "little"), _what(wanted)))
+
+
+def _without(tail: bytes, second: int) -> bytes:
+    return tail[:4] + bytes(4) + tail[8:second] + bytes(4) + tail[second + 4 :]
 
 
 def foresee(file: File, wanted: Iterable[Wanted]) -> None:
