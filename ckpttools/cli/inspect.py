@@ -123,6 +123,8 @@ def _parameters(checkpoint: Any) -> str:
     params = _own(checkpoint, buffers)
     total = _elements(checkpoint, params)
     parts = [f"{'?' if total is None else render.count(total)} in {counted(len(params), 'tensor')}"]
+    if whole := [name for name in params if _is_whole(checkpoint.tensors[name])]:
+        parts.append(f"{len(whole)} of whole numbers (packed weights, or buffers)")
     if checkpoint.frozen:
         parts.append(f"{len(checkpoint.frozen)} frozen")
     if checkpoint.shared:
@@ -134,9 +136,17 @@ def _parameters(checkpoint: Any) -> str:
 
 
 def _elements(checkpoint: Any, params: list[str]) -> int | None:
-    """None where their names alone are there: ZeRO-3 that is not put together has tensors of no elements."""
+    """None where their names alone are there (ZeRO-3 that is not put together has tensors of no elements), or
+    where they are packed: an element of a quantised model's integers holds several weights.
+    """
+    if any(_is_whole(checkpoint.tensors[name]) for name in params):
+        return None
     total = sum(checkpoint.tensors[name].numel for name in params)
     return total if total or not params else None
+
+
+def _is_whole(ref: Any) -> bool:
+    return not ref.dtype.is_float and not ref.dtype.name.startswith("complex")
 
 
 def _buffers(checkpoint: Any) -> frozenset[str]:

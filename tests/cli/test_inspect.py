@@ -95,3 +95,12 @@ def test_buffers_are_no_parameters(tmp_path: Path, ckpt: Ckpt) -> None:
     found = json.loads(ckpt("inspect", tmp_path / "model.pth", "--json").out)
     assert found["parameters"] == own and len(found["buffers"]) == 3
     assert f"{own} in 4 tensors, 3 buffers" in ckpt("inspect", tmp_path / "model.pth").out
+
+
+def test_packed_weights_are_not_counted_as_parameters(ckpt: Ckpt, tmp_path: Path) -> None:
+    """bitsandbytes, GPTQ, AWQ: two or more weights lie in an element of a quantised model's integers."""
+    packed = {"a.weight": torch.zeros(8, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(4)}
+    torch.save({**packed, "norm.weight": torch.ones(4)}, tmp_path / "model.pt")
+    shown = ckpt("inspect", tmp_path / "model.pt").out
+    assert "parameters  ? in 3 tensors, 1 of whole numbers (packed weights, or buffers)" in shown
+    assert json.loads(ckpt("inspect", tmp_path / "model.pt", "--json").out)["parameters"] is None
