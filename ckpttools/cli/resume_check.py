@@ -13,7 +13,7 @@ import click
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, PATH, SRC, STATS, TAG, number, shown
 from ckpttools.cli.resume_report import document, show
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, UsageError
 from ckpttools.location import Location
 from ckpttools.stores.files import is_file, is_folder
 
@@ -133,8 +133,11 @@ def _installed() -> dict[str, str]:
 def _auto_resume(src: Location) -> Iterator[Any]:
     """The rule of `ckpt train --resume`, which runs where its checkpoints are."""
     from ckpttools.frameworks.rules import AutoResume
-    from ckpttools.trainer import folders, search
 
+    try:
+        from ckpttools.trainer import folders, search
+    except UsageError:  # the extra of `ckpt train` is not installed: nobody resumes by its rule here
+        return
     if isinstance(src, Path) and is_folder(src) and (found := folders.tags(src)):
         taken = next(iter(search.newest_first(src)), None)
         pointer = is_file(src / folders.POINTER)

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -473,3 +475,12 @@ def test_optimizer_state_of_ranks_that_is_not_joined() -> None:
     assert (code, found["verdict"]) == (0, "careful") and "optimizer" in found["unknown"]
     code, found = said(folder, "--world-size", "4")
     assert (code, found["verdict"]) == (1, "impossible")
+
+
+def test_without_the_extra_of_the_trainer() -> None:
+    """Whose rule of resuming is asked for in every folder."""
+    words = ["resume-check", str(FIXTURES / "hf-trainer/plain/checkpoint-4"), "--json"]
+    code = f"import sys; sys.modules['msgspec'] = None; sys.argv[1:] = {words}; "
+    code += "from ckpttools.cli.app import main; sys.exit(main())"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0 and json.loads(ran.stdout)["resumes"], ran.stdout + ran.stderr
