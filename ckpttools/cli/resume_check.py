@@ -154,6 +154,7 @@ def _auto_resume(src: Location) -> Iterator[Any]:
 def _verified(found: Any, target: Any, tag: str | None, full: bool, workers: int, *, quiet: bool) -> Any:
     from ckpttools.checks import verify
     from ckpttools.errors import Unsupported
+    from ckpttools.findings import ERROR, raised
     from ckpttools.resume import with_verdict
 
     try:
@@ -167,5 +168,7 @@ def _verified(found: Any, target: Any, tag: str | None, full: bool, workers: int
         )
     except Unsupported as reason:
         return with_verdict(found, None, f"not checked: {reason.message}")
+    if verdict.exit_code == 2:  # what may not be read is no damage, and no forecast either
+        raise raised(next(f for f in verdict.findings if f.severity == ERROR))
     read = "every byte was read" if full else "headers and files against each other; --full reads every byte"
     return with_verdict(found, verdict, read)

@@ -250,6 +250,17 @@ def test_no_permission_is_exit_code_2(closed: str, as_nobody: list[str], tmp_pat
     assert not wrong, wrong
 
 
+def test_a_closed_file_beside_the_weights_is_no_damage(as_nobody: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "above" / "checkpoint-4"
+    shutil.copytree(FIXTURES / "hf-trainer/plain/checkpoint-4", folder)
+    (folder / "optimizer.pt").chmod(0)
+    calls = [[name, str(folder)] for name in ("verify", "resume-check")]
+    command = [*as_nobody, sys.executable, "-c", SCRIPT, json.dumps(calls)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    for _, code, out, err in json.loads(ran.stdout):
+        assert code == 2 and "no-permission" in out + err
+
+
 def test_a_folder_that_may_not_be_written_is_exit_code_2(as_nobody: list[str], tmp_path: Path) -> None:
     shutil.copytree(GOOD, tmp_path / "run")
     (tmp_path / "shut").mkdir()
