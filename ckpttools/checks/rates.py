@@ -40,7 +40,7 @@ def _compare(saved: SavedSchedule, optimizer: OptimizerSettings) -> Iterator[Fin
     try:
         program = schedules.recognise(saved.framework, list(saved.states), groups, saved.about)
     except CkptError as error:
-        if error.id == "schedule-damaged" and saved.framework in ("torch", "transformers", "mmengine"):
+        if error.id == "schedule-damaged" and saved.framework in schedules.WHOLE:
             yield Finding(
                 id=error.id,
                 severity=WARNING,

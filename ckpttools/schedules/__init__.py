@@ -23,7 +23,9 @@ from ckpttools.errors import UsageError
 from ckpttools.schedules.lengths import Batch, Clock, Data, Steps
 from ckpttools.schedules.program import Program, Setting, damaged
 
-__all__ = ["Batch", "Clock", "Data", "Program", "Setting", "Steps", "recognise"]
+__all__ = ["WHOLE", "Batch", "Clock", "Data", "Program", "Setting", "Steps", "recognise"]
+
+WHOLE = ("torch", "transformers", "mmengine")  # whose files hold all: what cannot be read was damaged
 
 
 def recognise(
