@@ -143,8 +143,9 @@ class Training:
 
     def end(self) -> None:
         """The final checkpoint, where the last save was earlier; and the evaluation of the last model."""
-        epochs, steps = self.config.save.epochs, self.config.save.save_steps
-        if (epochs or steps) and not self.policy.only_best and self.saved_step != self.progress.iteration:
+        epochs = self.config.save.epochs
+        saves = epochs or self.config.save.save_steps or self.config.training.save_minutes is not None
+        if saves and not self.policy.only_best and self.saved_step != self.progress.iteration:
             names = folders.epoch_name if epochs else folders.step_name
             self.save(self._name(names, self.progress.epoch))
         if self.policy.at_end and not self.policy.best_at_end and self.progress.val_loss is None:

@@ -113,7 +113,8 @@ def test_an_experiment_goes_on_under_its_tag(launch: Launch, config: Path, tmp_p
         path.unlink()
     assert "longer" in own.train(tmp_path, *once)  # the same tag: nothing to do
     assert load(run / "ckpt/best_model.pt")["epoch"] == 1
-    again = own.train(tmp_path, "--extra-tag=a")
+    again = own.train(tmp_path, "--extra-tag=a", "--set=training.save_minutes=1e-6")  # after each update
+    assert len(list((run / "ckpt").glob("checkpoint_step_*.pth"))) == 11
     assert "Auto resumed from the latest checkpoint" in again
     assert list(losses(run)) == list(range(1, 23))
     other = own.train(tmp_path, "--extra-tag=b", "--max-steps=1")
@@ -126,9 +127,11 @@ def test_digits_are_learned(launch: Launch, tmp_path: Path) -> None:
     options += sets(training__label_smoothing=0.1, training__log_steps=10, save__save_steps=0)
     options += sets(batch__global_batch_size=32, batch__micro_batch_size=16, optimizer__lr=1e-2)
     options += ["--set=training.best_model_tracking.enabled=true", "--set=save.epochs=false"]
+    options += ["--set=training.save_minutes=600"]
     options += ["--set=training.evaluation.eval_best_model_only=true"]
     said = launch.train(tmp_path, *options, "--work-dir=run")
-    assert (tmp_path / "run/best_model.pt").exists() and "; nothing to resume from was saved" in said
+    assert (tmp_path / "run/best_model.pt").exists()
+    assert (tmp_path / "run/last_checkpoint").read_text() == "iter_000150.pth"  # at the end, in any case
     *_, epoch, best = records(tmp_path / "run")
     assert best["epoch"] == epoch["epoch"] == 3  # of 3
     assert best["val_loss_best"] == min(r["val_loss"] for r in records(tmp_path / "run") if "val_loss" in r)
