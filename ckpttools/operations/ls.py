@@ -10,6 +10,7 @@ from ckpttools import checks, runs
 from ckpttools.checks import Verdict, refused
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR
+from ckpttools.formats.files import DANGEROUS
 from ckpttools.location import Location
 from ckpttools.operations.writing import Bar
 from ckpttools.runs import needs, pins
@@ -23,6 +24,8 @@ from ckpttools.stores.once import once
 
 LATEST, BEST, PINNED, WEIGHTS = "latest", "best", "pinned", "weights only"
 DAMAGED, BAD, GOOD, UNKNOWN = "damaged (headers)", "damaged", "verified", "not checked"
+RUNS = "would run code"
+WRONG = frozenset((DAMAGED, BAD, RUNS))
 ORDERS: dict[str, Callable[[Entry], object]] = {
     "time": lambda entry: -entry.time,
     "size": lambda entry: -entry.nbytes,
@@ -52,9 +55,8 @@ class Run:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing damaged was seen."""
-        bad = {DAMAGED, BAD}
-        return self.latest is not None and not any(bad & set(each.marks) for each in self.checkpoints)
+        """Whether nothing damaged was seen, and nothing that would run code."""
+        return self.latest is not None and not any(WRONG & set(each.marks) for each in self.checkpoints)
 
 
 def ls(
@@ -136,9 +138,11 @@ def _state(entry: Entry, verify: Callable[[Location], Verdict] | None) -> Iterat
         verdict = verify(entry.path)
         bad = next((f for f in verdict.findings if f.severity == ERROR), None)
         mark = GOOD if verdict.ok else BAD if verdict.exit_code == 1 else UNKNOWN
+        mark = RUNS if bad is not None and bad.id == DANGEROUS else mark
         yield mark, f"{bad.message} [{bad.id}]" if bad is not None else ""
     elif problem is not None:
-        yield DAMAGED if problem.exit_code == 1 else UNKNOWN, f"{problem.message} [{problem.id}]"
+        mark = RUNS if problem.id == DANGEROUS else DAMAGED if problem.exit_code == 1 else UNKNOWN
+        yield mark, f"{problem.message} [{problem.id}]"
 
 
 def _verdict(path: Location, workers: int, bar: Bar | None) -> Verdict:

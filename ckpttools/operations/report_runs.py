@@ -14,7 +14,7 @@ from ckpttools.location import Location
 from ckpttools.operations.experiments import Experiment, Experiments, experiments
 from ckpttools.operations.figures import SAMPLES, forecast, over_samples
 from ckpttools.operations.logbook import result
-from ckpttools.operations.ls import BAD, DAMAGED, GOOD, LATEST, PINNED, UNKNOWN, WEIGHTS, Listed, Run, ls
+from ckpttools.operations.ls import GOOD, LATEST, PINNED, UNKNOWN, WEIGHTS, WRONG, Listed, Run, ls
 from ckpttools.operations.prune import Pruning, plan_of
 from ckpttools.operations.writing import Bar
 from ckpttools.pages import duration, size
@@ -80,7 +80,7 @@ def gather(
 
 def _summary(compared: Experiments, listed: Sequence[Run]) -> tuple[str, ...]:
     every = [each for run in listed for each in run.checkpoints]
-    damaged = sum(bool({DAMAGED, BAD} & set(each.marks)) for each in every)
+    damaged = sum(bool(WRONG & set(each.marks)) for each in every)
     nbytes = sum(each.entry.nbytes for each in every)
     pinned = sum(PINNED in each.marks for each in every)
     text = f"{counted(len(every), 'checkpoint')} in {counted(len(listed), 'run')}, {size(nbytes)}: "
@@ -97,7 +97,7 @@ def _latest(run: Run) -> str:
     if run.latest is None:
         return "nothing that is known"
     marks = next((each.marks for each in run.checkpoints if LATEST in each.marks), ())
-    but = [mark for mark in marks if mark in (WEIGHTS, DAMAGED, BAD, UNKNOWN)]
+    but = [mark for mark in marks if mark in (WEIGHTS, *WRONG, UNKNOWN)]
     return run.latest.name + (f" ({', '.join(but)})" if but else "")
 
 
@@ -134,12 +134,12 @@ def _place(each: Listed, of: Experiment, *, samples: bool) -> float | None:
 def _state(each: Listed, gone: set[Location]) -> tuple[State, str]:
     """What it is drawn as, and all of it in words."""
     marks, names = set(each.marks), [mark for mark in each.marks if mark != UNKNOWN]
-    if not marks & {DAMAGED, BAD, GOOD}:
+    if not marks & {*WRONG, GOOD}:
         names.append("not checked" if UNKNOWN in marks else "headers are good")
     if each.entry.path in gone:
         names.append("would be pruned")
     words = ", ".join(names)
-    if marks & {DAMAGED, BAD}:
+    if marks & WRONG:
         return "damaged", words
     if PINNED in marks:
         return "pinned", words
@@ -342,7 +342,7 @@ def _findings(listed: Sequence[Run], workers: int) -> tuple[list[Told], int, int
     many."""
     paths: list[Location] = []
     for run in listed:
-        bad = [each.entry.path for each in run.checkpoints if {DAMAGED, BAD} & set(each.marks)]
+        bad = [each.entry.path for each in run.checkpoints if WRONG & set(each.marks)]
         paths += [*([run.latest] if run.latest is not None else []), *bad]
     out: list[Told] = []
     paths = list(dict.fromkeys(paths))

@@ -264,7 +264,7 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
     except CkptError as error:
         return make(format=None, state=Training(), resumes=None, problem=_in_parts(path, error))
     resumes: bool | None
-    problem: CkptError | None = None
+    problem = _would_run(checkpoint)
     layout, state = checkpoint.layout, checkpoint.training
     try:
         brief = frameworks.brief(source, checkpoint, files)
@@ -272,7 +272,7 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
     except Unsupported as reason:
         resumes = False if reason.id == "weights-only" and not source.format.weights_alone else None
     except CkptError as error:
-        resumes, problem = None, error if error.exit_code == 1 else None
+        resumes, problem = None, problem or (error if error.exit_code == 1 else None)
     losses = (("train_loss", state.train_loss), ("val_loss", state.val_loss), *state.losses)
     return make(
         format=layout.format,
@@ -284,6 +284,16 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
         model=_model(checkpoint),
         problem=problem,
     )
+
+
+def _would_run(checkpoint: Checkpoint) -> CkptError | None:
+    """Nobody should go on from a file that runs something when it is loaded."""
+    found = next(((file.path, what) for file in checkpoint.files for what in file.dangers or ()), None)
+    if found is None:
+        return None
+    from ckpttools.formats.files import dangerous
+
+    return raised(dangerous(found[0], "", found[1]))
 
 
 def _in_parts(path: Location, reason: CkptError) -> CkptError:

@@ -143,3 +143,25 @@ def test_a_real_program_of_torchscript(tmp_path: Path, ckpt: Ckpt) -> None:
     path = tmp_path / "a.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
     assert ckpt("verify", path).code == 1
+
+
+def test_no_listing_shows_it_as_good(tmp_path: Path, ckpt: Ckpt) -> None:
+    class Bomb:
+        def __reduce__(self) -> object:
+            return print, ("ran",)
+
+    run = tmp_path / "run"
+    run.mkdir()
+    for epoch in range(1, 5):
+        extra = Bomb() if epoch == 4 else 0
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict()
+        saved = {"model": {"a.weight": torch.ones(2)}, "optimizer": optimizer, "epoch": epoch, "extra": extra}
+        torch.save(saved, run / f"epoch_{epoch}.pt")
+    listed = ckpt("ls", run)
+    assert listed.code == 1
+    assert next(line for line in listed.out.splitlines() if "epoch_4" in line).endswith(" would run code")
+    assert "epoch_4.pt: DANGEROUS: would run builtins.print('ran') [pickle-dangerous]" in listed.out
+    latest = ckpt("latest", run)
+    assert latest.out == f"{run / 'epoch_3.pt'}\n" and "DANGEROUS" in latest.err
+    assert ckpt("prune", run, "--keep-last", 1, "-y").code == 0
+    assert sorted(path.name for path in run.iterdir()) == ["epoch_3.pt", "epoch_4.pt"]
