@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ckpttools import frameworks
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats import read
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE
@@ -86,7 +87,11 @@ def new_run(wanted: Config, target: Target, run: NewRun, where: Path) -> NewRun:
     """The same for a configuration that was read already; `where` names its file in errors."""
     saved = target.saved
     ranks = run.world_size or (saved.ranks if saved is not None else 1)
-    size = saved.client.get("dataset_size") if saved is not None else None
+    size: object
+    if saved is not None:
+        size = saved.client.get("dataset_size")
+    else:
+        size = frameworks.read(target.source, read(target.source)).size
     total = wanted.schedule.total_steps
     if isinstance(size, int):  # as long as this run is, not as the saved one was
         updates = wanted.epochs * (size // wanted.batch.global_batch_size)
@@ -97,7 +102,7 @@ def new_run(wanted: Config, target: Target, run: NewRun, where: Path) -> NewRun:
                 "run-config",
                 "the length of the schedule is not in the configuration",
                 where=where,
-                why="the checkpoint is not one of ckpt train's, and does not say how many samples there are",
+                why="the checkpoint does not say how many samples there are, as one of ckpt train's does",
                 hint="set schedule.total_steps, or give a ds_config (JSON)",
             )
         total = wanted.epochs * (size // wanted.batch.global_batch_size)

@@ -76,6 +76,8 @@ def test_one_process_then_ddp_then_zero(launch: Launch, tmp_path: Path) -> None:
 
     (shown,) = ckpttools.experiments(tmp_path / "whole").runs
     assert (shown.framework, shown.batch, shown.step, shown.samples) == ("ckpt train", 16, 22, 352)
+    foretold = launch.ckpt(tmp_path, "resume-check", "whole/epoch_2_step_12.pt", "--config=whole/config.yaml")
+    assert "10 of 22 are left" in foretold.stdout, foretold.stderr
 
     launch.train(tmp_path, *whole, "--work-dir=run", "--max-steps=8", nproc=1)
     said = launch.train(tmp_path, *whole, "--work-dir=run", "--resume", "--max-steps=14")
