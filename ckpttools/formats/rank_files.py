@@ -126,7 +126,7 @@ def _other(where: Location, kind: str, layout: str, why: str) -> Unsupported:
         f"a {kind} checkpoint, which is recognised but not read yet",
         where=where,
         why=why,
-        hint="save with ZeRO stage 1 or 2, or consolidate it with DeepSpeed's own zero_to_fp32.py",
+        hint="ckpt verify checks its files one by one, and ckpt extract takes the weights of one file",
         layout=layout,
     )
 

@@ -143,7 +143,7 @@ def _group(checkpoint: Checkpoint, wanted: ParamGroup) -> ParamGroup:
     scalars: dict[str, dict[str, Value]] = {}
     paths = dict(wanted.paths)
     for group in checkpoint.groups:
-        for name in wanted.params.keys() & group.params.keys():
+        for name in (each for each in wanted.params if each in group.params):
             for kind, refs in group.state.items():
                 if name in refs:
                     state.setdefault(kind, {})[name] = refs[name]

@@ -204,7 +204,7 @@ def _rest(
     """Counters and what training code saved, by key, in the order of the file that was read."""
     state = checkpoint.training
     out: dict[str, Value] = dict(checkpoint.client)
-    for key in taken.keys() & out.keys():
+    for key in [each for each in out if each in taken]:
         if not _beside(checkpoint, key):
             notes.append(f"'{escape(key)}' among the client's values is not written: the name is taken")
         del out[key]

@@ -50,7 +50,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
 
 def _group(checkpoint: Checkpoint, group: ParamGroup) -> Iterator[OutputFile]:
     """The files of all parameters of a group."""
-    for kind in group.state.keys() | group.scalars.keys():
+    for kind in dict.fromkeys((*group.state, *group.scalars)):
         if group.paths.get(kind, (kind,)) != (kind,):
             raise _unfit(checkpoint, kind, "is nested, and load_universal sets it by a single name")
         if kind in group.scalars and kind != STEP:  # the optimizer would stop without it

@@ -200,7 +200,7 @@ def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
                     name,
                     f"rank {rank.dp_rank} says {_short(mine)}, rank 0 says {_short(theirs)}",
                 )
-        for name in {*rank.state.names()} ^ {*first.state.names()}:
+        for name in sorted({*rank.state.names()} ^ {*first.state.names()}, key=str):
             has, lacks = (rank, first) if name in rank.state else (first, rank)
             yield found(
                 "ranks-differ",
