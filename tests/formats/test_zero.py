@@ -262,7 +262,7 @@ def test_structure_equals_a_save_at_that_rank_count(
 
 def test_whether_frozen_weights_were_left_out_is_told() -> None:
     """Whoever loads what is made of it must load the frozen ones first, and is told so."""
-    samples = [path for path in NEWEST.iterdir() if path.name not in ("truth", "pp_ws2", "moe_ws2")]
+    samples = [p for p in NEWEST.iterdir() if p.name != "truth" and variant_of(p) not in REFUSED]
     told = {path.name for path in samples if open_checkpoint(path).excludes_frozen}
     assert told == {path.name for path in samples if "exclude" in path.name} and len(told) == 6
 
@@ -450,6 +450,7 @@ def test_other_layouts_are_recognised(path: Path) -> None:
     assert error.id == REFUSED[variant_of(path)]
     assert isinstance(error, Unsupported)
     words = {"moe": "mixture-of-experts", "pp": "pipeline"}
+    words |= {"autotp1": "tensor-parallel", "autoep2": words["moe"], "autoep3": "AutoEP"}
     assert words[variant_of(path)] in f"{error.message} {error.why}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +15,12 @@ from ckpttools.compare import digests as compared
 from ckpttools.errors import CkptError
 from ckpttools.execute import copy
 from ckpttools.formats import PLANS
+from ckpttools.location import Location
 from ckpttools.operations import digest as digesting
 from ckpttools.operations import kept, stated
 from ckpttools.operations.writing import Writing
 from ckpttools.passes.read import Reader, computed
-from ckpttools.plan import Plan, Source
+from ckpttools.plan import Plan
 
 SAMPLES = FIXTURES / "deepspeed-0.19.8"
 GROUPS = SAMPLES / "z2_groups_ws2"
@@ -89,8 +89,8 @@ def test_a_byte_of_an_unchecked_source_that_is_read_wrong_is_caught(
     changed: list[int] = []
 
     class Wrong(Reader):
-        def fill(self, view: memoryview, chunks: Iterable[Source]) -> None:
-            super().fill(view, chunks)
+        def read(self, view: memoryview, path: Location, start: int) -> None:
+            super().read(view, path, start)
             if len(view) > 64 and not changed:
                 changed.append(len(view))
                 view[9] ^= 4
