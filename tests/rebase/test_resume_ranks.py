@@ -94,10 +94,7 @@ DEFAULT = {
         *cases(("cosine-zero", "WarmupDecayLR-zero"), (DOUBLE,), (16,)),
         *cases(("cosine-zero",), (ACCUMULATED,), (3,)),
     ],
-    "accelerate": [
-        *cases(("CosineAnnealingLR",), (HALF,), (16,)),
-        *cases(("OneCycleLR",), (DOUBLE,), (3,)),
-    ],
+    "accelerate": [*cases(("OneCycleLR",), (DOUBLE,), (3,))],
 }
 MORE = (
     *(Batch(micro=n, ranks=2) for n in (1, 2, 3, 6, 8)),
