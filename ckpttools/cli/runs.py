@@ -63,13 +63,23 @@ def command(
     from ckpttools.operations.experiments import experiments
 
     if as_csv and as_json:
-        raise UsageError("bad-usage", "--csv and --json contradict each other", hint="use one of them")
+        raise UsageError(
+            "bad-usage",
+            "--csv and --json contradict each other",
+            where="--csv",
+            why="each is all of what is printed",
+            hint="use one of them",
+        )
     if plot is not None:
         from ckpttools.execute.small import PICTURES, check_place
         from ckpttools.operations.figures import check_picture
 
         check_picture(plot)
         check_place(plot, PICTURES, force=force)
+    if log is not None:
+        from ckpttools.operations.logbook import check_log
+
+        check_log(log)
     found = experiments(folder, only)
     if parent is not None and all(each.tag != parent for each in found.runs):
         raise UsageError(
@@ -79,6 +89,7 @@ def command(
             why="a run begins where its parent ended",
             hint="see ckpt runs",
         )
+    written = list(_written(found, plot, log, parent, force=force))  # an error is then all that is printed
     if as_json:
         render.document(_json(found))
     elif as_csv:
@@ -93,22 +104,26 @@ def command(
     for each in found.runs:
         for note in render.notes_text(each.notes):
             render.say(f"{escape(each.tag)}: {note}", quiet=quiet)
+    for text in written:
+        render.say(text, quiet=quiet)
+    return 1 if damaged else 0
+
+
+def _written(
+    found: Experiments, plot: Path | None, log: Path | None, parent: str | None, *, force: bool
+) -> Iterator[str]:
+    """Write the picture and the log; what to say of each."""
     if plot is not None:
-        _plot(found, plot, force=force, quiet=quiet)
+        from ckpttools.execute.small import put
+        from ckpttools.operations.figures import over_samples, picture
+
+        put(plot, picture(over_samples(found.runs), plot), force=force)
+        yield f"plotted {escape(plot)}"
     if log is not None:
         from ckpttools.operations.logbook import append
 
         rows = append(log, found.runs, parent)
-        render.say(f"{counted(len(rows), 'row')} added to {escape(log)}", quiet=quiet)
-    return 1 if damaged else 0
-
-
-def _plot(found: Experiments, plot: Path, *, force: bool, quiet: bool) -> None:
-    from ckpttools.execute.small import put
-    from ckpttools.operations.figures import over_samples, picture
-
-    put(plot, picture(over_samples(found.runs), plot), force=force)
-    render.say(f"plotted {escape(plot)}", quiet=quiet)
+        yield f"{counted(len(rows), 'row')} added to {escape(log)}"
 
 
 def _text(found: Experiments, top: int) -> Iterator[str]:

@@ -29,10 +29,7 @@ def append(path: Path, found: Sequence[Experiment], parent: str | None = None) -
     `parent` is the run to tell the changes against; else the one that the run was started from, else the one
     before it. Raises UsageError where the file is of another kind, or cannot be written.
     """
-    form = path.suffix.lower()
-    if form not in (".md", ".csv"):
-        raise UsageError("bad-usage", f"'{escape(path)}' is no log's name", hint="use FILE.md or FILE.csv")
-    text = _text(path)
+    text, form = check_log(path), path.suffix.lower()
     ordered = sorted(found, key=lambda each: each.span)
     rows = [_row(each, _parent(each, ordered, parent)) for each in ordered]
     lines = {line.strip() for line in text.splitlines()}
@@ -59,6 +56,19 @@ def _has_table(text: str, form: str) -> bool:
     if form == ".md":
         return bool(lines) and lines[-1].lstrip().startswith("|")
     return any(line.startswith(csv_line(COLUMNS).strip()) for line in lines)
+
+
+def check_log(path: Path) -> str:
+    """What is in the log so far. Raises UsageError where the file is of another kind."""
+    if path.suffix.lower() not in (".md", ".csv"):
+        raise UsageError(
+            "bad-usage",
+            f"'{escape(path)}' is no log's name",
+            where="--log",
+            why="the suffix says how rows are written",
+            hint="use FILE.md or FILE.csv",
+        )
+    return _text(path)
 
 
 def _text(path: Path) -> str:
