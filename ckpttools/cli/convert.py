@@ -76,6 +76,8 @@ def _rule(text: str) -> tuple[str, str]:
         raise UsageError(
             "bad-usage",
             f"'{escape(text)}' is no renaming",
+            where="--rename",
+            why="it has no = between what is sought and what takes its place",
             hint=r"a regular expression, = and its replacement: --rename '^model\.='",
         )
     return pattern, new

@@ -72,6 +72,12 @@ def command(
     from ckpttools.operations.extract import extract
 
     if safe_serialization and form == "pt":
-        raise UsageError("bad-usage", "--safe-serialization and --format pt contradict each other")
+        raise UsageError(
+            "bad-usage",
+            "--safe-serialization and --format pt contradict each other",
+            where="--format",
+            why="safe serialization is safetensors, and .pt is a pickle",
+            hint="leave one of them out",
+        )
     form = "safetensors" if safe_serialization else form
     write(extract, src, dst, form=form, max_shard_size=parse_size(max_shard_size), **options)

@@ -212,6 +212,12 @@ def parse_size(text: str) -> int:
     """`5GB` is 5 * 10^9 bytes, as in transformers; `5GiB` is 5 * 2^30."""
     match = _SIZE.fullmatch(text.strip())
     if not match or float(match[1]) <= 0:
-        raise UsageError("bad-usage", f"'{text}' is not a size", hint="write it as 5GB, 500MB or 2GiB")
+        raise UsageError(
+            "bad-usage",
+            f"'{text}' is not a size",
+            where="--max-shard-size",
+            why="a size is a number and its unit",
+            hint="write it as 5GB, 500MB or 2GiB",
+        )
     base = 1024 if match[3] else 1000
     return max(1, int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " ")))

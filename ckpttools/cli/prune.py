@@ -46,6 +46,7 @@ class _Prune(click.Command):
                 "bad-usage",
                 f"--keep-best took {escape(metric)} for the metric, and DIR is missing",
                 where=ctx.command_path,
+                why="what follows --keep-best is its metric, unless it begins with -",
                 hint="name DIR first: ckpt prune DIR --keep-best",
             ) from None
 

@@ -205,7 +205,11 @@ def _check_plot(plot: Path, src: Path) -> None:
     found = resolved(plot)
     if exists(plot) and resolved(src) in (found, *found.parents):
         raise UsageError(
-            "bad-usage", "the plot would overwrite the source", where=plot, hint="name another file"
+            "bad-usage",
+            "the plot would overwrite the source",
+            where=plot,
+            why="sources are only read",
+            hint="name another file",
         )
 
 

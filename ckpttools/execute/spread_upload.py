@@ -69,6 +69,7 @@ def spread_upload(
             "bad-usage",
             "many processes need a place of their own beside what they write",
             where=dst,
+            why="what is finished is noted there, and a bucket has nothing beside it",
             hint=f"name a folder or a file below {dst}",
         )
     with terminating_signals(), store_errors(dst):

@@ -178,6 +178,7 @@ class Source:
                 "bad-usage",
                 "--key says where the weights lie in a single file of torch.save",
                 where=self.target,
+                why="this is no single file, or one whose weights have one place only",
                 hint="leave it off",
             )
 

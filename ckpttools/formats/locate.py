@@ -67,7 +67,11 @@ def locate(path: Location, tag: str | None = None) -> Source:
             return _folder(path) if tag is None else _tagged(Folder.of(path), tag)
         if tag is not None:
             raise UsageError(
-                "bad-usage", "--tag needs a folder", where=path, hint="leave --tag out for a file"
+                "bad-usage",
+                "--tag needs a folder",
+                where=path,
+                why="a tag is a folder below DeepSpeed's save folder, and this is a file",
+                hint="leave --tag out for a file",
             )
         return _file(path)
 

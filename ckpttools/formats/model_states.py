@@ -94,6 +94,7 @@ def _read(path: Location, dp_rank: int) -> ModelStates:
             where=path,
             layout="pipeline",
             why="the weights lie in a file for each layer",
+            hint="ckpt verify checks its files one by one, and ckpt extract takes the weights of one file",
         )
     weights, extra = module_of(file, root)
     stated, frozen = root.get("param_shapes"), root.get("frozen_param_shapes")

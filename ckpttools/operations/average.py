@@ -51,6 +51,8 @@ def average(
         raise UsageError(
             "bad-usage",
             "the same checkpoint is named twice",
+            where=", ".join(map(str, paths)),
+            why="its weights would count twice",
             hint="give it more weight with --weights, in place of naming it again",
         )
     read = [check_before_use(source) for source in sources]
@@ -67,7 +69,11 @@ def _newest(paths: Sequence[Path], count: int) -> tuple[list[Path], list[str]]:
     """
     if len(paths) != 1:
         raise UsageError(
-            "bad-usage", "--last takes one run's folder", hint="name the run, or leave out --last"
+            "bad-usage",
+            "--last takes one run's folder",
+            where="--last",
+            why="which checkpoints are the last is a matter of one run",
+            hint="name the run, or leave out --last",
         )
     found = runs.runs(paths[0])
     if len(found) > 1:

@@ -59,7 +59,13 @@ def batch(
     given |= {"--new-bs": new_bs, "--new-gpus": new_gpus, "--new-accum": new_accum}
     check_sizes(given)
     if iteration is not None and iteration < 0:
-        raise UsageError("bad-usage", f"--iteration {iteration} makes no sense", hint="give 0 or more")
+        raise UsageError(
+            "bad-usage",
+            f"--iteration {iteration} makes no sense",
+            where="--iteration",
+            why="iterations are counted from 0",
+            hint="give 0 or more",
+        )
     training = None if src is None else _read(src, tag)
     known = Known(ranks=1, accumulation=1) if training is None else training.batch
     said = {"micro": bs, "ranks": gpus, "accumulation": accum}
@@ -69,6 +75,8 @@ def batch(
         raise UsageError(
             "batch-unknown",
             "no batch size is given" + (", and SRC does not say one" if src else ""),
+            where="--bs" if src is None else str(src),
+            why="all else is computed from the samples that one GPU takes in one step",
             hint="ckpt batch --bs 64 --gpus 2 --accum 2 --dataset-size 100000 --epochs 8",
         )
     unknown = frozenset(n for n, value in (("ranks", gpus), ("accumulation", accum)) if value is None)

@@ -248,29 +248,63 @@ def _check_usage(
         )
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise UsageError(
-            "bad-usage", f"'{escape(dtype)}' is not a dtype", hint=f"choose from {', '.join(DTYPE_NAMES)}"
+            "bad-usage",
+            f"'{escape(dtype)}' is not a dtype",
+            where="--dtype",
+            why="the elements of weights are cast to one of these",
+            hint=f"choose from {', '.join(DTYPE_NAMES)}",
         )
     if world_size is not None:
         check_ranks(world_size, "--world-size")
     if mesh is not None and to != "dcp":
-        raise UsageError("bad-usage", "--mesh is for --to dcp", hint="--world-size N, or --to dcp")
+        raise UsageError(
+            "bad-usage",
+            "--mesh is for --to dcp",
+            where="--mesh",
+            why="only distributed checkpoints are cut over more than one dimension",
+            hint="--world-size N, or --to dcp",
+        )
     if world_size is not None and to in ("pt", "hf", "zero0", UNIVERSAL):
         raise UsageError(
-            "bad-usage", f"{to} files are for any number of ranks", hint="leave out --world-size"
+            "bad-usage",
+            f"{to} files are for any number of ranks",
+            where="--world-size",
+            why="they are not cut over ranks",
+            hint="leave out --world-size",
         )
     if dcp_layout is not None and to != "dcp":
-        raise UsageError("bad-usage", "--dcp-layout is for --to dcp", hint="leave it out, or use --to dcp")
+        raise UsageError(
+            "bad-usage",
+            "--dcp-layout is for --to dcp",
+            where="--dcp-layout",
+            why="it names the keys of a distributed checkpoint",
+            hint="leave it out, or use --to dcp",
+        )
     if hf_config is not None and to != "hf":
-        raise UsageError("bad-usage", "--hf-config is for --to hf", hint="leave it out, or use --to hf")
+        raise UsageError(
+            "bad-usage",
+            "--hf-config is for --to hf",
+            where="--hf-config",
+            why="no other format has a place for a configuration",
+            hint="leave it out, or use --to hf",
+        )
 
 
 def _check_like(to: str, like: object, optimizer_class: str | None) -> None:
     if like is not None and to == "hf":
-        raise UsageError("bad-usage", "--like is for formats with an optimizer", hint="leave out --like")
+        raise UsageError(
+            "bad-usage",
+            "--like is for formats with an optimizer",
+            where="--like",
+            why="names, groups and settings of another run's optimizer have no place in these files",
+            hint="leave out --like",
+        )
     if like is not None and optimizer_class is not None:
         raise UsageError(
             "bad-usage",
             "--optimizer-class and --like both say what loads the groups",
+            where="--optimizer-class",
+            why="the class is taken from that checkpoint",
             hint="leave one of them out",
         )
 
@@ -365,6 +399,7 @@ def _renamed(checkpoint: Checkpoint, pattern: str, replacement: str) -> Checkpoi
                 "bad-usage",
                 f"'{rule}' fits no name",
                 where=checkpoint.path,
+                why="nothing would be renamed: a slip of the pattern is likely",
                 hint=f"the first name is {escape(next(iter(checkpoint.tensors), ''))}; "
                 "ckpt inspect --tensors lists them",
             )
@@ -373,6 +408,8 @@ def _renamed(checkpoint: Checkpoint, pattern: str, replacement: str) -> Checkpoi
         raise UsageError(
             "bad-usage",
             f"'{rule}' is no renaming: {escape(error)}",
+            where="--rename",
+            why="Python cannot compile it, or its replacement names a group that is not there",
             hint=r"a regular expression, = and its replacement: --rename '^model\.='",
         ) from error
 

@@ -18,10 +18,22 @@ def default_dst(src: Location, kind: str, suffix: str | None = None) -> Path:
     where what is written is no file of its kind; "" makes a folder of it.
     """
     if isinstance(src, Stored):
-        raise UsageError("bad-usage", "nothing is written beside what is in a store", hint="name a DST")
+        raise UsageError(
+            "bad-usage",
+            "nothing is written beside what is in a store",
+            where=src,
+            why="without DST the result lies beside its source, under a name of its own",
+            hint="name a DST",
+        )
     whole = resolved(src)
     if not whole.name:
-        raise UsageError("bad-usage", "there is no place beside the root folder", hint="name a DST")
+        raise UsageError(
+            "bad-usage",
+            "there is no place beside the root folder",
+            where=src,
+            why="without DST the result lies beside its source, under a name of its own",
+            hint="name a DST",
+        )
     same = re.match(r"[a-z]+", kind)
     assert same is not None
     name = re.sub(rf"^{same[0]}\d*-of-|\.{same[0]}\d*$", "", whole.name)

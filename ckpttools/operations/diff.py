@@ -109,7 +109,11 @@ def diff(
     wanted = [pair for pair in pairs(ours, theirs) if _matches(pair, only)]
     if not wanted:
         raise UsageError(
-            "bad-usage", "no tensor has such a name", hint="ckpt inspect --tensors lists the names"
+            "bad-usage",
+            "no tensor has such a name",
+            where="--only",
+            why="nothing would be compared, and nothing found to differ",
+            hint="ckpt inspect --tensors lists the names",
         )
     held = [_both(pair, ours.held, theirs.held) for pair in wanted]
     measured = [i for i, both in enumerate(held) if _is_measured(*both)]

@@ -125,7 +125,11 @@ def compare(left: Digested, right: Digested, kinds: Collection[str] = ()) -> Com
     for kind in kinds:
         if kind not in known:
             raise UsageError(
-                "bad-usage", f"neither holds '{escape(kind)}'", hint=f"they hold {', '.join(sorted(known))}"
+                "bad-usage",
+                f"neither holds '{escape(kind)}'",
+                where="--kind",
+                why="nothing would be compared",
+                hint=f"they hold {', '.join(sorted(known))}",
             )
     equal: dict[str, int] = {}
     different: list[Difference] = []

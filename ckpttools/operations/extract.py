@@ -72,6 +72,8 @@ def extract(
         raise UsageError(
             "bad-usage",
             "a configuration needs a folder as DST",
+            where=dst or "",
+            why="config.json lies beside the weights of a model folder",
             hint="leave the suffix off DST",
         )
     source = replace(find(src, tag), key=key)
@@ -139,6 +141,8 @@ def form_of(asked: Form | None, dst: Location | None) -> Form:
         raise UsageError(
             "bad-usage",
             f"DST is named like a {by_name} file, but {asked} is asked for",
+            where=dst or "",
+            why="loaders go by the suffix",
             hint="change the suffix of DST, or leave it off for a folder",
         )
     return asked or by_name or "safetensors"

@@ -124,7 +124,11 @@ def check_picture(path: Path) -> None:
     """What can be known before anything is read. Raises UsageError."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(
-            "bad-usage", f"'{escape(path)}' is not a picture's name", hint="use FILE.svg, .png or .pdf"
+            "bad-usage",
+            f"'{escape(path)}' is not a picture's name",
+            where="--plot",
+            why="the suffix says what is drawn",
+            hint="use FILE.svg, .png or .pdf",
         )
     if path.suffix.lower() != ".svg":
         png.check()

@@ -79,7 +79,13 @@ def ls(
     """
     folder = named(folder)
     if sort not in SORTS:
-        raise UsageError("bad-usage", f"{sort!r} is no order", hint=f"one of {', '.join(SORTS)}")
+        raise UsageError(
+            "bad-usage",
+            f"{sort!r} is no order",
+            where="--sort",
+            why="these are known of every checkpoint",
+            hint=f"one of {', '.join(SORTS)}",
+        )
     found = runs.runs(folder) if found is None else found
     if not found:
         raise runs.nothing(folder)

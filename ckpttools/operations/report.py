@@ -62,6 +62,8 @@ def report(
             raise UsageError(
                 "bad-usage",
                 f"a report is of one folder, or of two checkpoints, and {len(given)} paths are given",
+                where=", ".join(map(str, given)),
+                why="more than two are not set side by side layer by layer",
                 hint="ckpt report RUN, ckpt report RUNS, or ckpt report A B",
             )
     sections = [section for section in made.sections if not section.is_empty]

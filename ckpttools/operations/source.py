@@ -44,6 +44,8 @@ def tags_for(paths: Sequence[Location], tags: Sequence[str]) -> list[str | None]
         raise UsageError(
             "bad-usage",
             f"{len(tags)} tags for {len(paths)} checkpoints",
+            where="--tag",
+            why="which of them belongs to which checkpoint is not known",
             hint="give --tag once for all, or once for each in their order ('' for one without tags)",
         )
     return [tag or None for tag in tags]

@@ -39,12 +39,20 @@ class Policy:
             raise UsageError(
                 "bad-usage",
                 "nothing says what to keep",
+                where="ckpt prune",
+                why="a checkpoint that no rule keeps is removed",
                 hint="add --keep-last N, --keep-best, --keep-every K or --keep-within 7d",
             )
         for name, value in (("last", self.last), ("every", self.every), ("within", self.within)):
             if value is not None and not value > 0:
                 more = "a span such as 7d" if name == "within" else "1 or more"
-                raise UsageError("bad-usage", f"--keep-{name} {value} keeps nothing", hint=f"give {more}")
+                raise UsageError(
+                    "bad-usage",
+                    f"--keep-{name} {value} keeps nothing",
+                    where=f"--keep-{name}",
+                    why="no checkpoint would be kept by it",
+                    hint=f"give {more}",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +193,8 @@ def _metric(text: str) -> tuple[str, int]:
     raise UsageError(
         "bad-usage",
         f"whether less {escape(text)} is better is not known",
+        where="--keep-best",
+        why="the best would be a guess, and the others would be removed",
         hint=f"write --keep-best {escape(text)}:max or {escape(text)}:min",
     )
 

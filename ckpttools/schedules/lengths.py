@@ -207,6 +207,7 @@ def check_sizes(options: Mapping[str, int | None], most: int = MAX_SIZE) -> None
                 "bad-usage",
                 f"{option} {value} makes no sense",
                 why="sizes are counted from 1",
+                where=option,
                 hint=f"give a whole number from 1 to {most:,}",
             )
 

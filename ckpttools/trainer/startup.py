@@ -91,7 +91,13 @@ def _check(config: Config, options: Options) -> None:
     if options.evaluate is not None and (options.resume or options.resume_from):
         wrong = "--evaluate trains nothing: leave out --resume and --resume-from"
     if wrong:
-        raise UsageError("bad-usage", wrong, hint="ckpt train --help")
+        raise UsageError(
+            "bad-usage",
+            wrong,
+            where="ckpt train",
+            why="as they stand, the options and the configuration cannot all be followed",
+            hint="ckpt train --help",
+        )
 
 
 def _evaluated(path: Path) -> Start:

@@ -62,19 +62,29 @@ def _wide_enough(dtypes: set[DType]) -> DType:
 
 def _check_weights(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> None:
     if len(checkpoints) < 2:
-        raise UsageError("bad-usage", "a mean is of two checkpoints or more", hint="name another one")
+        raise UsageError(
+            "bad-usage",
+            "a mean is of two checkpoints or more",
+            where=checkpoints[0].path if checkpoints else "",
+            why="of one it would be a copy",
+            hint="name another one",
+        )
     if not weights:
         return
     if len(weights) != len(checkpoints):
         raise UsageError(
             "bad-usage",
             f"{len(weights)} weights for {len(checkpoints)} checkpoints",
+            where="--weights",
+            why="which of them belongs to which checkpoint is not known",
             hint="--weights takes one number for each, with commas between",
         )
     if not all(isfinite(each) for each in weights) or not isfinite(sum(weights)) or sum(weights) == 0:
         raise UsageError(
             "bad-usage",
             "the weights add up to nothing that can be divided by",
+            where="--weights",
+            why="a mean is divided by their sum",
             hint="give finite numbers whose sum is not 0",
         )
 

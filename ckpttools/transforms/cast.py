@@ -32,7 +32,11 @@ def dtype_named(name: str | None) -> DType | None:
     """What --dtype asks for. Raises UsageError."""
     if name is not None and name not in DTYPE_NAMES:
         raise UsageError(
-            "bad-usage", f"'{escape(name)}' is not a dtype", hint=f"choose from {', '.join(DTYPE_NAMES)}"
+            "bad-usage",
+            f"'{escape(name)}' is not a dtype",
+            where="--dtype",
+            why="the elements of weights are cast to one of these",
+            hint=f"choose from {', '.join(DTYPE_NAMES)}",
         )
     return DTYPE_NAMES[name] if name is not None else None
 

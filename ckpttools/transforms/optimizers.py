@@ -102,6 +102,8 @@ def for_class(checkpoint: Checkpoint, name: str | None = None) -> Checkpoint:
         raise UsageError(
             "bad-usage",
             f"the settings of the optimizer class '{escape(name)}' are not known",
+            where="--optimizer-class",
+            why="the groups would lack what that class asks for when it loads them",
             hint=did_you_mean(name, [*CLASSES]) or f"choose from {', '.join(CLASSES)}",
         )
     groups = checkpoint.groups

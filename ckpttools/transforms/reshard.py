@@ -63,6 +63,8 @@ def ranks_of(world_size: int | None, mesh: str | None) -> tuple[int | None, tupl
         raise UsageError(
             "bad-usage",
             f"'{escape(mesh)}' is no mesh",
+            where="--mesh",
+            why="a mesh is two numbers of ranks with an x between",
             hint="2x4: 2 data-parallel times 4 tensor-parallel ranks",
         )
     found = int(sizes[1]), int(sizes[2])
@@ -70,6 +72,8 @@ def ranks_of(world_size: int | None, mesh: str | None) -> tuple[int | None, tupl
         raise UsageError(
             "bad-usage",
             f"a mesh of {escape(mesh)} has {math.prod(found)} ranks, not {world_size}",
+            where="--mesh",
+            why="the number of ranks is the product of the mesh",
             hint="leave out --world-size",
         )
     return math.prod(found), found

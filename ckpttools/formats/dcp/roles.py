@@ -176,6 +176,7 @@ def _no_weights(where: Location, root: Mapping[Key, Value]) -> UsageError:
             "a distributed checkpoint without tensors",
             where=where,
             why="no model is in it",
+            hint="name the folder that holds the model, if it was saved apart",
         )
     return UsageError(
         "no-weights",

@@ -49,7 +49,13 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     style = layout.variant if layout.variant in STYLES else NESTED
     mesh = layout.mesh or (layout.dp_degree,)
     if min(mesh) < 1:
-        raise UsageError("bad-usage", f"parts for {' x '.join(map(str, mesh))} ranks make no sense")
+        raise UsageError(
+            "bad-usage",
+            f"parts for {' x '.join(map(str, mesh))} ranks make no sense",
+            where=checkpoint.path,
+            why="each part is a rank's",
+            hint="give numbers of ranks from 1 on",
+        )
     template = checkpoint.template if isinstance(checkpoint.template, Template) else None
     names = _names(style, template)
     notes: list[str] = []

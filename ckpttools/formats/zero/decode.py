@@ -103,6 +103,7 @@ def _refuse_old(path: Location, state: fields.Mapping) -> None:
             where=path,
             layout="zero3",
             why="the files are of different runs, or of a run whose stage was changed",
+            hint="move the files of the other run out of the folder",
         )
     if "local_sub_partitions_of_fp32_groups" in state:
         raise Unsupported(

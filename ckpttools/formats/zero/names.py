@@ -53,6 +53,7 @@ def find(folder: Location) -> ZeroFiles:
             where=folder,
             why=f"its parameters are partitioned one by one ({next(iter(found.stage3.values())).name})",
             layout="zero3",
+            hint="move the files of the other run out of the folder",
         )
     if not found.models:
         raise CkptError(

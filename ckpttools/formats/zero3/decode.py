@@ -55,6 +55,7 @@ def read_shard(path: Location, dp_rank: int) -> Shard:
             where=path,
             why="its expert parameters are cut over other ranks than the rest",
             layout="zero3",
+            hint="ckpt verify checks its files one by one",
         )
     flat = fields.sequence(path, state.get("fp32_flat_groups"), f"{at}.fp32_flat_groups")
     fp32 = tuple(_vector(file, node, f"{at}.fp32_flat_groups[{s}]") for s, node in enumerate(flat))
