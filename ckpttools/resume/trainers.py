@@ -100,10 +100,12 @@ def _unread(source: Source, checkpoint: Checkpoint, run: NewRun, missing: str) -
     saved, new = checkpoint.layout.ranks, run.world_size
     if new is not None and new != saved:
         return make(
-            old=saved, new=new, cls=IMPOSSIBLE,
+            old=saved,
+            new=new,
+            cls=IMPOSSIBLE,
             why="each rank loads the file of its own number and of the number of ranks",
             hint=f"resume on {saved} ranks, or join the weights: ckpt extract",
-        )  # fmt: skip
+        )
     return make(
         cls=CAREFUL,
         why=f"{source.format.name} reads it from files of {saved} ranks, which are checked and not read "
