@@ -26,7 +26,7 @@ from ckpttools.operations.source import find
 from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.stores.files import named
 from ckpttools.tensors import DType, TensorRef
-from ckpttools.transforms.cast import DTYPE_NAMES, cast
+from ckpttools.transforms.cast import cast, dtype_named
 from ckpttools.transforms.like import like as like_of
 from ckpttools.transforms.like import matched_names
 from ckpttools.transforms.optimizers import anew, for_class, refuse_quantised
@@ -77,8 +77,7 @@ def convert(
     ('run.pt', True)
     """
     src, dst = named(src), named(dst)
-    _check_usage(to, dtype, world_size, mesh, dcp_layout, hf_config)
-    _check_like(to, like, optimizer_class)
+    _check_usage(to, dtype, world_size, mesh, dcp_layout, hf_config, like, optimizer_class)
     world_size, sizes = ranks_of(world_size, mesh)
     source = replace(find(src, tag), key=key)
     how = how or Writing()
@@ -125,7 +124,7 @@ def convert(
         checkpoint = for_class(checkpoint, optimizer_class)
     if to in ("pt", "dcp"):
         notes += _replaced(checkpoint)
-    target = DTYPE_NAMES[dtype] if dtype is not None else None
+    target = dtype_named(dtype)
     ranks = world_size or checkpoint.layout.ranks or checkpoint.layout.dp_degree
     match to:
         case "pt":
@@ -236,6 +235,8 @@ def _check_usage(
     mesh: str | None,
     dcp_layout: str | None,
     hf_config: object,
+    like: object,
+    optimizer_class: str | None,
 ) -> None:
     """Options that do not fit together are refused, not passed over."""
     if to not in TARGETS:
@@ -246,67 +247,28 @@ def _check_usage(
             why="nothing was written",
             hint=f"choose from {', '.join(TARGETS)}",
         )
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UsageError(
-            "bad-usage",
-            f"'{escape(dtype)}' is not a dtype",
-            where="--dtype",
-            why="the elements of weights are cast to one of these",
-            hint=f"choose from {', '.join(DTYPE_NAMES)}",
-        )
+    dtype_named(dtype)
     if world_size is not None:
         check_ranks(world_size, "--world-size")
-    if mesh is not None and to != "dcp":
-        raise UsageError(
-            "bad-usage",
-            "--mesh is for --to dcp",
-            where="--mesh",
-            why="only distributed checkpoints are cut over more than one dimension",
-            hint="--world-size N, or --to dcp",
-        )
-    if world_size is not None and to in ("pt", "hf", "zero0", UNIVERSAL):
-        raise UsageError(
-            "bad-usage",
-            f"{to} files are for any number of ranks",
-            where="--world-size",
-            why="they are not cut over ranks",
-            hint="leave out --world-size",
-        )
-    if dcp_layout is not None and to != "dcp":
-        raise UsageError(
-            "bad-usage",
-            "--dcp-layout is for --to dcp",
-            where="--dcp-layout",
-            why="it names the keys of a distributed checkpoint",
-            hint="leave it out, or use --to dcp",
-        )
-    if hf_config is not None and to != "hf":
-        raise UsageError(
-            "bad-usage",
-            "--hf-config is for --to hf",
-            where="--hf-config",
-            why="no other format has a place for a configuration",
-            hint="leave it out, or use --to hf",
-        )
-
-
-def _check_like(to: str, like: object, optimizer_class: str | None) -> None:
-    if like is not None and to == "hf":
-        raise UsageError(
-            "bad-usage",
-            "--like is for formats with an optimizer",
-            where="--like",
-            why="names, groups and settings of another run's optimizer have no place in these files",
-            hint="leave out --like",
-        )
-    if like is not None and optimizer_class is not None:
-        raise UsageError(
-            "bad-usage",
-            "--optimizer-class and --like both say what loads the groups",
-            where="--optimizer-class",
-            why="the class is taken from that checkpoint",
-            hint="leave one of them out",
-        )
+    cut = to not in ("pt", "hf", "zero0", UNIVERSAL)
+    for option, given, fits, problem, why, hint in (
+        ("--mesh", mesh, to == "dcp", "--mesh is for --to dcp",
+         "only distributed checkpoints are cut over more than one dimension", "--world-size N, or --to dcp"),
+        ("--world-size", world_size, cut, f"{to} files are for any number of ranks",
+         "they are not cut over ranks", "leave out --world-size"),
+        ("--dcp-layout", dcp_layout, to == "dcp", "--dcp-layout is for --to dcp",
+         "it names the keys of a distributed checkpoint", "leave it out, or use --to dcp"),
+        ("--hf-config", hf_config, to == "hf", "--hf-config is for --to hf",
+         "no other format has a place for a configuration", "leave it out, or use --to hf"),
+        ("--like", like, to != "hf", "--like is for formats with an optimizer",
+         "names, groups and settings of another run's optimizer have no place in these files",
+         "leave out --like"),
+        ("--optimizer-class", optimizer_class, like is None,
+         "--optimizer-class and --like both say what loads the groups",
+         "the class is taken from that checkpoint", "leave one of them out"),
+    ):  # fmt: skip
+        if given is not None and not fits:
+            raise UsageError("bad-usage", problem, where=option, why=why, hint=hint)
 
 
 def _order(checkpoint: Checkpoint) -> Iterator[str]:
