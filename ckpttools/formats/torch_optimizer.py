@@ -188,22 +188,43 @@ def _group(
     paths: Mapping[str, Keys],
     tensors: Mapping[str, TensorRef],
 ) -> ParamGroup:
-    kept: dict[str, dict[str, TensorRef]] = {}
-    scalars: dict[str, dict[str, Value]] = {}
+    shapes = {name: tensors[name].shape for name in ids}
+    held: dict[str, dict[str, Value]] = {}
     for name, i in ids.items():
         for kind, value in state.get(i, {}).items():
-            if isinstance(value, TensorRef) and value.shape == tensors[name].shape and kind != STEP:
-                kept.setdefault(kind, {})[name] = value
-            else:
-                scalars.setdefault(kind, {})[name] = value
+            held.setdefault(kind, {})[name] = value
+    kept, scalars = whole_and_counts(held, shapes)
     return ParamGroup(
-        params={name: tensors[name].shape for name in ids},
+        params=shapes,
         state=kept,
         scalars=scalars,
         hyper={key: value for key, value in saved.items() if key not in ("params", PARAM_NAMES)},
         paths={kind: path for kind, path in paths.items() if kind in kept or kind in scalars},
         named=PARAM_NAMES in saved,
     )
+
+
+def whole_and_counts(
+    held: Mapping[str, Mapping[str, Value]], shapes: Mapping[str, Shape]
+) -> tuple[dict[str, dict[str, TensorRef]], dict[str, dict[str, Value]]]:
+    """State by kind and name: the tensors of their parameters' shapes, and all else.
+
+    A count beside a parameter without dimensions has its shape, and is one all the same where others have a
+    tensor without dimensions too.
+    """
+    whole: dict[str, dict[str, TensorRef]] = {}
+    rest: dict[str, dict[str, Value]] = {}
+    for kind, values in held.items():
+        count = kind == STEP or any(
+            isinstance(value, TensorRef) and not value.shape and shapes.get(name)
+            for name, value in values.items()
+        )
+        for name, value in values.items():
+            if isinstance(value, TensorRef) and value.shape == shapes.get(name) and not count:
+                whole.setdefault(kind, {})[name] = value
+            else:
+                rest.setdefault(kind, {})[name] = value
+    return whole, rest
 
 
 # --- written anew ---------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ckpttools.checkpoint import FP32, PARAM_NAMES, STEP, ParamGroup
+from ckpttools.checkpoint import FP32, PARAM_NAMES, ParamGroup
 from ckpttools.containers.fields import bad_field
 from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.dcp.names import NAME
+from ckpttools.formats.torch_optimizer import whole_and_counts
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, leaves, same
@@ -300,16 +301,7 @@ def _group(
             notes.append(f"the shape of '{escape(name)}', which has no state and no weight, is not known")
             continue
         params[name] = shape
-    state_of: dict[str, dict[str, TensorRef]] = {}
-    scalars: dict[str, dict[str, Value]] = {}
-    for kind, values in found.items():
-        # a step beside a parameter without dimensions has its shape, and is a scalar like all others
-        scalar = kind == STEP or any(
-            isinstance(v, TensorRef) and not v.shape and params.get(name) for name, v in values.items()
-        )
-        for name, value in values.items():
-            whole = isinstance(value, TensorRef) and value.shape == params.get(name) and not scalar
-            (state_of if whole else scalars).setdefault(kind, {})[name] = value
+    state_of, scalars = whole_and_counts(found, params)
     return ParamGroup(
         params=params,
         state=state_of,

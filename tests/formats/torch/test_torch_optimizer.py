@@ -145,6 +145,8 @@ def test_state_gets_its_names_and_goes_back(name: str, groups: str, tmp_path: Pa
         return
     expected = state_by_name(net, optimizer)
     assert equal(held(checkpoint), expected)
+    for group in checkpoint.groups:  # a count beside the parameter without dimensions is one as all others
+        assert not group.state.keys() & group.scalars.keys()
     assert checkpoint.frozen == {"fixed.weight", "fixed.bias"}
     assert checkpoint.buffers == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "mask"}
     result = written(replace(checkpoint, template=None), tmp_path / "again.pt")
