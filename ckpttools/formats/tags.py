@@ -99,17 +99,20 @@ def is_rest(folder: Folder) -> bool:
 
 
 def _tag(folder: Folder) -> Folder:
-    """The tag folder that `latest` names."""
-    name = plain_name(small_text(folder.path / LATEST, 256).strip(), folder.path / LATEST)
-    if name not in folder.folders:
-        raise CkptError(
-            "latest-dangling",
-            f"latest names {escape(name)}, which is not there",
-            where=folder.path / LATEST,
-            why="DeepSpeed would fail to resume from this folder",
-            hint=named_tags(folder),
-        )
-    return folder.inside(name)
+    """The tag folder that `latest` names: with folders in its name where training code gave it such a tag."""
+    pointer = folder.path / LATEST
+    name, tag = small_text(pointer, 256).strip(), folder
+    for part in name.split("/"):
+        if plain_name(part, pointer) not in tag.folders:
+            raise CkptError(
+                "latest-dangling",
+                f"latest names {escape(name)}, which is not there",
+                where=pointer,
+                why="DeepSpeed would fail to resume from this folder",
+                hint=named_tags(folder),
+            )
+        tag = tag.inside(part)
+    return tag
 
 
 def tags(folder: Folder) -> list[str]:

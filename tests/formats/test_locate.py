@@ -81,6 +81,26 @@ def test_all_frameworks_layouts_are_read() -> None:
         assert open_checkpoint(FIXTURES / path).tensors
 
 
+def test_a_tag_with_folders_in_its_name(tmp_path: Path) -> None:
+    """DeepSpeed joins the paths: it saves and loads `epoch_1/step 3`."""
+    shutil.copytree(ZERO / "global_step3", tmp_path / "epoch_1/step 3")
+    for name in (
+        "epoch_1/step 3",
+        "epoch_1/step 4",
+        "epoch_1/../epoch_1/step 3",
+        "epoch_1//step 3",
+        "/epoch_1",
+    ):
+        (tmp_path / "latest").write_text(name)
+        if name == "epoch_1/step 3":
+            assert locate(tmp_path).target == tmp_path / name
+            assert open_checkpoint(tmp_path).layout.tag == "step 3"
+            continue
+        with pytest.raises(CkptError) as refused:
+            locate(tmp_path)
+        assert refused.value.id == ("latest-dangling" if name.endswith("4") else "name-unsafe")
+
+
 def test_a_tag_that_is_asked_for(tmp_path: Path) -> None:
     shutil.copytree(ZERO, tmp_path / "run")
     shutil.copytree(ZERO / "global_step3", tmp_path / "run/global_step2")
