@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
 from ckpttools.compare.content import hyper, inside, plain, progress
 from ckpttools.compare.digests import shown
+from ckpttools.formats import counters
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value, leaves
 from ckpttools.tree import dotted as dotted_path
@@ -95,10 +96,14 @@ def _client(checkpoint: Checkpoint) -> Iterator[tuple[str, object]]:
 
 
 def _names(checkpoint: Checkpoint) -> Iterator[str]:
-    state = checkpoint.training
-    for name in ("step", "iteration", "epoch", "samples", "skipped_steps", "train_loss", "val_loss"):
-        if (said := getattr(state, name)) is not None and checkpoint.client.get(name) == said:
-            yield name
+    """The keys of the client's values that say what the counters and the schedule say, where they lie too."""
+    state, client = checkpoint.training, checkpoint.client
+    for field, names in counters.NAMES.items():
+        said = getattr(state, field)
+        yield from (name for name in (field, *names) if said is not None and _same(client.get(name), said))
+    yield from (
+        name for name in counters.SCHEDULER if state.scheduler and client.get(name) == state.scheduler
+    )
 
 
 def _known(value: Value) -> Value:

@@ -33,6 +33,16 @@ OPTIMIZER = ("optimizer_state_dict", "optimizer", "optim", "optimizer_state", "o
 TRAIN_LOSS = ("train_loss", "loss")
 VAL_LOSS = ("val_loss", "valid_loss", "eval_loss")
 SAMPLES = ("global_samples", "samples_seen", "consumed_samples")
+# the fields of Training that are numbers, and what training code calls them
+NAMES: dict[str, tuple[str, ...]] = {
+    "step": STEP,
+    "iteration": ITERATION,
+    "epoch": EPOCH,
+    "samples": SAMPLES,
+    "skipped_steps": ("skipped_steps",),
+    "train_loss": TRAIN_LOSS,
+    "val_loss": VAL_LOSS,
+}
 # how training code names the parts of a batch
 BATCH_NAMES: dict[str, What] = {
     "train_micro_batch_size_per_gpu": "micro",
@@ -60,14 +70,10 @@ def training(file: TorchFile | None, root: fields.Mapping, step_keys: tuple[str,
     `file` holds `root`, which may be empty where there is none.
     """
     wanted: dict[str, list[tuple[str, ...]]] = {
-        "step": [(key,) for key in step_keys],
-        "iteration": [*((key,) for key in ITERATION), ("meta", "iter")],  # meta: MMEngine
-        "epoch": [*((key,) for key in EPOCH), ("meta", "epoch")],
-        "samples": [(key,) for key in SAMPLES],
-        "skipped_steps": [("skipped_steps",)],
-        "train_loss": [(key,) for key in TRAIN_LOSS],
-        "val_loss": [(key,) for key in VAL_LOSS],
+        name: [(key,) for key in keys] for name, keys in {**NAMES, "step": step_keys}.items()
     }
+    wanted["iteration"].append(("meta", "iter"))  # MMEngine
+    wanted["epoch"].append(("meta", "epoch"))
     found: dict[str, Any] = {}
     keys: dict[str, tuple[str, ...]] = {}
     for name, paths in wanted.items():

@@ -11,22 +11,14 @@ from ckpttools.training import Training
 from ckpttools.tree import Path as Keys
 from ckpttools.tree import Value, at, put
 
-# a field of Training, the names that it is saved under, the type of its values
-_FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
-    "step": (counters.STEP, (int,)),
-    "iteration": (counters.ITERATION, (int,)),
-    "epoch": (counters.EPOCH, (int, float)),
-    "samples": (counters.SAMPLES, (int,)),
-    "skipped_steps": (("skipped_steps",), (int,)),
-    "train_loss": (counters.TRAIN_LOSS, (int, float)),
-    "val_loss": (counters.VAL_LOSS, (int, float)),
-}
+# what the values may be; those of the others are whole numbers
+_KINDS: dict[str, tuple[type, ...]] = dict.fromkeys(("epoch", "train_loss", "val_loss"), (int, float))
 
 
 def training(client: Mapping[str, Value]) -> Training:
     """What the client's values say about where training stood. Absent values are None."""
     found: dict[str, Any] = {}
-    for name in _FIELDS:
+    for name in counters.NAMES:
         value = next((value for _, value in _found(client, name)), None)
         if value is not None:
             found[name] = value
@@ -34,17 +26,21 @@ def training(client: Mapping[str, Value]) -> Training:
     return Training(**found, scheduler=client[scheduler] if scheduler else {})
 
 
-def with_state(client: Mapping[str, Value], state: Training) -> dict[str, Value]:
-    """The client's values with the progress as `state` has it: in its place, or under its first name."""
+def with_state(client: Mapping[str, Value], state: Training, *, own: bool) -> dict[str, Value]:
+    """The client's values with the progress as `state` has it: in its place, or under its first name.
+
+    `own`: the state was read from these values. Another format has counters of its own, and a value of the
+    training code that says otherwise is about something else, and stays.
+    """
     out: Value = dict(client)
     values = state.stated
-    for name, (names, _) in _FIELDS.items():
+    for name, names in counters.NAMES.items():
         value = values[name]
         held = list(_found(out, name))
         if name == "step" and held and held[0][0][-1] in counters.ITERATION and state.iteration != value:
             held = []  # that one counts iterations, of which there are several for each update
         if value is not None and (not held or held[0][1] != value):
-            out = put(out, held[0][0] if held else names[:1], value)
+            out = put(out, held[0][0] if held and own else names[:1], value)
     scheduler = next((key for key in counters.SCHEDULER if isinstance(client.get(key), Mapping)), None)
     if state.scheduler and (scheduler is None or client[scheduler] is not state.scheduler):
         out = put(out, (scheduler or counters.SCHEDULER[0],), state.scheduler)
@@ -52,7 +48,7 @@ def with_state(client: Mapping[str, Value], state: Training) -> dict[str, Value]
 
 
 def _found(client: Mapping[str, Value], name: str) -> Iterator[tuple[Keys, Value]]:
-    names, kinds = _FIELDS[name]
+    names, kinds = counters.NAMES[name], _KINDS.get(name, (int,))
     for place in counters.PLACES:
         for key in names:
             value = at(client, *place, key)

@@ -165,7 +165,8 @@ def _state(group: ParamGroup, name: str) -> Iterator[tuple[str, Value]]:
 
 
 def _client(checkpoint: Checkpoint, names: Names, notes: list[str]) -> Iterator[tuple[Keys, Value]]:
-    values = with_state(checkpoint.client, checkpoint.training)
+    own = checkpoint.layout.format == "dcp"
+    values = with_state(checkpoint.client, checkpoint.training, own=own)
     if checkpoint.loss_scaler:
         values[LOSS_SCALER] = dict(checkpoint.loss_scaler)
     for key, value in values.items():

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from ckpttools.checkpoint import Checkpoint, Layout, ParamGroup
 from ckpttools.checks import verify
+from ckpttools.compare import facts
 from ckpttools.errors import UsageError
 from ckpttools.execute import execute
 from ckpttools.findings import INFO
@@ -233,6 +234,17 @@ def test_from_a_zero_folder(name: str, tmp_path: Path) -> None:
         assert two.hyper.get("lr") == one.hyper.get("lr")
     assert again.shared == source.shared and again.training.step == source.training.step
     assert verify(tmp_path / "out", workers=1).ok
+
+
+def test_a_count_of_the_training_code_stays_beside_the_engines(tmp_path: Path) -> None:
+    """The counters and the schedule lie among the client's values then: no difference."""
+    source = open_checkpoint(FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2")
+    source = dataclasses.replace(source, client={**source.client, "step": 99})
+    execute(ours.plan(source), tmp_path / "out", source=source.path)
+    again = open_checkpoint(tmp_path / "out")
+    assert again.training.step == source.training.step == 3
+    assert again.client["step"] == 99
+    assert [fact.name for fact in facts.differences(source, again) if fact.part == facts.CLIENT] == []
 
 
 def test_keys_that_would_be_the_same_are_refused() -> None:
