@@ -55,7 +55,7 @@ def glance(found: Checkpoint, training: Training) -> Iterator[Finding]:
         return
     kinds, moments = _moments(found, training)
     try:
-        parts = _parts(moments)
+        parts = _parts(found, moments)
         zero = [path for path, part in parts.items() if not any(map(_shows, part[:LOOKED]))]
     except CkptError:
         return
@@ -85,7 +85,7 @@ def _check(found: Checkpoint, training: Training, done: int, reader: Reader) -> 
     from ckpttools.values import is_rounded, is_zero
 
     kinds, refs = _moments(found, training)
-    moments = _parts(refs)
+    moments = _parts(found, refs)
     zero = [path for path, part in moments.items() if _all(part, is_zero, reader)]
     for path in zero:
         yield _zero(path, kinds, done, alone=len(zero) < len(moments))
@@ -93,7 +93,7 @@ def _check(found: Checkpoint, training: Training, done: int, reader: Reader) -> 
     if dtype is None or done < WARMED:
         return
     masters = (ref for group in found.groups for ref in group.state.get(FP32, {}).values())
-    for path, part in _parts(ref for ref in masters if ref.dtype is FLOAT32).items():
+    for path, part in _parts(found, (ref for ref in masters if ref.dtype is FLOAT32)).items():
         if path in zero or not _all(part, partial(is_rounded, dtype=dtype), reader):
             continue  # without an update of its own a rank's master weights are what they were made from
         yield Finding(
@@ -126,16 +126,24 @@ def _moments(found: Checkpoint, training: Training) -> tuple[Collection[str], It
     return {kind for kind, _ in named}, (ref for _, ref in named)
 
 
-def _parts(refs: Iterable[TensorRef]) -> Part:
-    """The elements of these tensors by file, without files that hold too few."""
+def _parts(found: Checkpoint, refs: Iterable[TensorRef]) -> Part:
+    """The elements of these tensors by file, without files that hold too few.
+
+    Where there are more files than ranks, each is of single parameters, and one that no gradient ever reached
+    is zero in a good one: they count as one, which is named after the first.
+    """
     parts: Part = {}
-    numel: dict[Location, int] = {}
     for ref in refs:
         for chunk in ref.chunks if ref.dtype.is_float else ():
             if isinstance(chunk, ByteRange):
                 parts.setdefault(chunk.path, []).append((chunk, ref.dtype))
-                numel[chunk.path] = numel.get(chunk.path, 0) + chunk.nbytes // ref.dtype.itemsize
-    return {path: part for path, part in parts.items() if numel[path] >= LEAST_NUMEL}
+    if len(parts) > (found.layout.ranks or found.layout.dp_degree):
+        parts = {next(iter(parts)): [place for part in parts.values() for place in part]}
+    return {
+        path: part
+        for path, part in parts.items()
+        if sum(chunk.nbytes // dtype.itemsize for chunk, dtype in part) >= LEAST_NUMEL
+    }
 
 
 def _all(part: Iterable[tuple[ByteRange, DType]], holds: Callable[[Array], bool], reader: Reader) -> bool:

@@ -89,6 +89,8 @@ def test_what_nobody_trained_may_be_constant(tmp_path: Path) -> None:
             tree["optimizer_state_dict"]["state"][ids[0]][key].zero_()
 
     assert found(saved(tmp_path / "a.pt", unused)) == {}
+    alone = convert(tmp_path / "a.pt", tmp_path / "files", to="universal")  # a file for each parameter
+    assert found(alone.destination) == {}
 
     def first(tree: Any) -> None:
         tree["model_state_dict"]["emb.weight"].fill_(0)
