@@ -15,6 +15,7 @@
     ckpttools.extract("run/checkpoint-20", "weights", dtype="bf16")
     ckpttools.reshard("run/checkpoint-20", "four", world_size=4)
     ckpttools.rebase("run/checkpoint-20", "half", new_bs=32)
+    ckpttools.resume_check("run/checkpoint-20", config="ds.json").verdict
     ckpttools.digest("run/checkpoint-20").digests.state    # the same for "four"
     ckpttools.diff("run/checkpoint-10", "run/checkpoint-20").tensors
     ckpttools.prove("run/checkpoint-20", "four").verdict
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from ckpttools.operations.rebase import rebase
     from ckpttools.operations.report import Report, report
     from ckpttools.operations.reshard import reshard
+    from ckpttools.operations.resume_check import resume_check
     from ckpttools.operations.verify import verify
     from ckpttools.operations.writing import Writing, Written
     from ckpttools.plan import Plan
@@ -129,6 +131,7 @@ _PLACES = {
     "rebase": "operations.rebase",
     "report": "operations.report",
     "reshard": "operations.reshard",
+    "resume_check": "operations.resume_check",
     "unpin": "operations.pin",
     "verify": "operations.verify",
 }
@@ -173,6 +176,7 @@ __all__ = [
     "rebase",
     "report",
     "reshard",
+    "resume_check",
     "unpin",
     "verify",
 ]
