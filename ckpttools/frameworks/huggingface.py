@@ -265,7 +265,7 @@ def _of_arguments(folder: Location, saved: tuple[SavedSchedule, ...]) -> tuple[S
 
 def _of_trainer(saved: SavedSchedule, arguments: Mapping[str, object], total: int | None) -> SavedSchedule:
     """A LambdaLR of one of the Trainer's own functions, whose constants are in its arguments."""
-    names = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+    names = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "learning_rate")
     about = {name: arguments.get(name) for name in names}
     if about["lr_scheduler_type"] is None or not all("lr_lambdas" in state for state in saved.states):
         return saved

@@ -103,6 +103,24 @@ def test_goes_on_as_from_scratch(case: str, sizes: tuple[int, int]) -> None:
     print(f"\n{case:34} {cases} cases, all bit for bit; the rate moved by {worst:.3g} of a step")
 
 
+@pytest.mark.parametrize("case", ["polynomial", "cosine_with_min_lr", "cosine"])
+@pytest.mark.parametrize("rates_of_groups", [(0.01, 0.1), (0.1, 0.01), (0.01, 0.02)])
+def test_groups_of_their_own_rates(case: str, rates_of_groups: tuple[float, float]) -> None:
+    """A smaller rate for the embeddings, say: lr_end and min_lr are parts of the optimizer's default."""
+    args = arguments(case, 12)
+    opt = optimizer(2, "adam")
+    opt.defaults["lr"] = args["learning_rate"]
+    for group, lr in zip(opt.param_groups, rates_of_groups, strict=True):
+        group["lr"] = lr
+    made = get_scheduler(
+        args["lr_scheduler_type"], opt, args["warmup_steps"], args["max_steps"], args["lr_scheduler_kwargs"]
+    )
+    trace(made, opt, 50)
+    program = recognise("transformers", [plain_state(made)], plain_groups(opt), args)
+    assert program.explained and not program.notes
+    assert program.ahead(4) == rates(trace(made, opt, 3))
+
+
 def test_a_warmup_given_as_a_share_needs_no_setting() -> None:
     change = next(c for c in CHANGES if c.name == "x3/2 of 487")
     args = {**arguments("linear", change.old), "warmup_steps": 0.03}

@@ -209,7 +209,20 @@ def recognise_trainer(
     program = TrainerProgram(saved_states=(dict(state),), saved_groups=tuple(map(dict, groups)), about=about)
     if not program.total and name not in ("constant", "constant_with_warmup", "inverse_sqrt"):
         return recognise_torch(states, groups, about)
-    return program.compared(program._at(program.count).groups, by=f"{name} of {program.total} updates gives")
+    found = [
+        tried.compared(tried._at(program.count).groups, by=f"{name} of {program.total} updates gives")
+        for lr in _defaults(about, state["base_lrs"])
+        for tried in (replace(program, about={**about, "learning_rate": lr}),)
+    ]
+    return next((each for each in found if each.explained), found[0])
+
+
+def _defaults(about: Mapping[str, Any], bases: Sequence[float]) -> list[float]:
+    """What the optimizer's default learning rate may be, the likeliest first: min_lr and lr_end are parts of
+    it, whatever rates single groups were given. A rebase may have scaled all rates but the saved arguments.
+    """
+    given = _default_lr(about, bases)
+    return list(dict.fromkeys([given, *bases] if given in bases else [bases[0], given, *bases]))
 
 
 def warmup_of(about: Mapping[str, Any], total: int) -> int:
