@@ -22,6 +22,7 @@ SCHEDULER = (
     "lr_scheduler_state_dict",
     "lr_scheduler",
     "scheduler",
+    "schedulers",
     "lr_schedulers",
     "param_schedulers",
     "sched",
@@ -29,7 +30,14 @@ SCHEDULER = (
 COMMON = "common"  # the values of Megatron's common.pt
 # where training code keeps them within its values; train_state: torchtitan
 PLACES: tuple[Path, ...] = ((), ("train_state",), ("trainer_state",), ("meta",), (COMMON,))
-OPTIMIZER = ("optimizer_state_dict", "optimizer", "optim", "optimizer_state", "optimizer_states")
+OPTIMIZER = (
+    "optimizer_state_dict",
+    "optimizer",
+    "optim",
+    "optimizer_state",
+    "optimizer_states",
+    "optimizers",
+)
 TRAIN_LOSS = ("train_loss", "loss")
 VAL_LOSS = ("val_loss", "valid_loss", "eval_loss")
 SAMPLES = ("global_samples", "samples_seen", "consumed_samples")

@@ -182,20 +182,8 @@ def _optimizers(file: TorchFile) -> Iterator[OptimizerSettings]:
 
 
 def _schedules(file: TorchFile, optimizers: Sequence[OptimizerSettings]) -> Iterator[SavedSchedule]:
-    """One scheduler per optimizer is the rule; with other numbers the first optimizer has them all, but for
-    those that are at the rates of another.
-    """
     for found in parts.schedules(file, "torch", None, "lr_schedulers"):
-        each = len(found.states) == len(optimizers)
-        of = [parts.acts_on(state, optimizers, i if each else 0) for i, state in enumerate(found.states)]
-        for one in dict.fromkeys(of):
-            own = [i for i, optimizer in enumerate(of) if optimizer == one]
-            yield replace(
-                found,
-                states=tuple(found.states[i] for i in own),
-                places=tuple(found.places[i] for i in own),
-                optimizer=one,
-            )
+        yield from parts.shared_out(found, optimizers)
 
 
 def keys(root: fields.Mapping) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from ckpttools.containers import jsons
 from ckpttools.containers.edit import at, place, value
 from ckpttools.containers.nodes import decode
-from ckpttools.containers.pickles import as_mapping
+from ckpttools.containers.pickles import Node, as_mapping
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.frameworks.rules import CAREFUL, About, Lack
@@ -90,6 +90,18 @@ def optimizer(file: TorchFile, name: str, *keys: Key) -> OptimizerSettings | Non
     )
 
 
+def is_optimizer(node: Node) -> bool:
+    """Whether it is a torch optimizer's state_dict, under whatever name."""
+    return isinstance(at(node, "param_groups"), list) and at(node, "state") is not None
+
+
+def is_schedule(node: Node) -> bool:
+    """Whether it is the state of one of torch's schedulers."""
+    pairs = as_mapping(node)
+    names = pairs.names() if pairs is not None else []
+    return "last_epoch" in names and not {"_last_lr", "_schedulers", "num_bad_epochs"}.isdisjoint(names)
+
+
 def _held(file: TorchFile, *keys: Key) -> Held:
     groups, state = (decode(file, at(file.value, *keys, key)) for key in ("param_groups", "state"))
     listed = groups if isinstance(groups, list) else []
@@ -147,6 +159,24 @@ def acts_on(state: Mapping[str, Any], optimizers: Sequence[OptimizerSettings], u
         return usual
     alike = [i for i, each in enumerate(optimizers) if [group.get("lr") for group in each.groups] == last]
     return alike[0] if alike and usual not in alike else usual
+
+
+def shared_out(
+    found: SavedSchedule, optimizers: Sequence[OptimizerSettings], usual: int = 0
+) -> Iterator[SavedSchedule]:
+    """A list of schedulers by their optimizers. One for each is the rule; with other numbers the `usual` one
+    has them all, but for those that are at the rates of another.
+    """
+    each = len(found.states) == len(optimizers) > 1
+    of = [acts_on(state, optimizers, i if each else usual) for i, state in enumerate(found.states)]
+    for one in dict.fromkeys(of):
+        own = [i for i, optimizer in enumerate(of) if optimizer == one]
+        yield replace(
+            found,
+            states=tuple(found.states[i] for i in own),
+            places=tuple(found.places[i] for i in own),
+            optimizer=one,
+        )
 
 
 def marked(file: TorchFile) -> dict[str, Any]:

@@ -5,12 +5,13 @@ They lie under the usual names. Whether the step counts updates or batches is no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from shlex import quote
 
 from ckpttools.containers import fields
 from ckpttools.containers.edit import at
+from ckpttools.containers.pickles import Node, as_mapping
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.formats.counters import DATASET, EPOCH, OPTIMIZER, SCHEDULER, STEP, TOTAL
 from ckpttools.frameworks import parts
@@ -41,6 +42,7 @@ def _plain(file: TorchFile) -> Training:
     counts = [c for key in STEP for c in parts.counter(file, "update", key)]
     epoch = next((n for key in EPOCH if (n := parts.integer(file, key)) is not None), None)
     optimizers = tuple(_optimizers(file))
+    found = _schedules(file, optimizers)
     updates = [c.value for c in counts] + [o.steps for o in optimizers[:1] if o.steps is not None]
     return Training(
         framework="plain",
@@ -53,7 +55,7 @@ def _plain(file: TorchFile) -> Training:
             *(c for key in TOTAL for c in parts.counter(file, "update", key, role="total")),
         ),
         optimizers=optimizers,
-        schedules=tuple(_schedules(file, [epoch] if epoch is not None else [], updates)),
+        schedules=tuple(_own(s, [] if epoch is None else [epoch], updates) for s in found),
         batch_names=(
             ("micro", "the data loader's batch_size", CODE),
             ("accumulation", "gradient accumulation", CODE),
@@ -64,26 +66,46 @@ def _plain(file: TorchFile) -> Training:
 
 
 def _optimizers(file: TorchFile) -> Iterator[OptimizerSettings]:
-    for key in OPTIMIZER:
-        node = at(file.value, key)
-        if isinstance(node, list):
-            found = [parts.optimizer(file, f"{key}[{i}]", key, i) for i in range(len(node))]
-            known = [each for each in found if each is not None]
-        else:
-            one = parts.optimizer(file, key, key)
-            known = [one] if one is not None else []
-        if known:
-            yield from known
-            return
+    """Those under the usual names first, then what others hold: optimizer_g, optimizer_d ..."""
+    for name in _names(file, OPTIMIZER):
+        node = at(file.value, name)
+        below = [()] if parts.is_optimizer(node) else [(key,) for key in _each(node, parts.is_optimizer)]
+        for key in below:
+            found = parts.optimizer(file, name + "".join(f"[{k}]" for k in key), name, *key)
+            if found is not None:
+                yield found
 
 
-def _schedules(file: TorchFile, epochs: list[int], updates: list[int]) -> Iterator[SavedSchedule]:
-    for key in SCHEDULER:
-        keys: tuple[Key, ...] = (key,)
-        found = list(parts.schedules(file, "torch", None, *keys))
-        if found:
-            yield from (_own(each, epochs, updates) for each in found)
-            return
+def _schedules(file: TorchFile, optimizers: Sequence[OptimizerSettings]) -> Iterator[SavedSchedule]:
+    """Those under the usual names may be of any class; others are known by what torch's hold. A list is
+    stepped in its order, a dict has one for each optimizer.
+    """
+    places: list[tuple[Key, ...]] = []
+    for name in _names(file, SCHEDULER):
+        node = at(file.value, name)
+        each = [] if parts.is_schedule(node) else list(_each(node, parts.is_schedule))
+        if each and as_mapping(node) is not None:
+            places += [(name, key) for key in each]
+        elif each or name in SCHEDULER or parts.is_schedule(node):
+            places.append((name,))
+    found = [saved for keys in places for saved in parts.schedules(file, "torch", None, *keys)]
+    for i, saved in enumerate(found):
+        yield from parts.shared_out(saved, optimizers, i if len(found) == len(optimizers) else 0)
+
+
+def _names(file: TorchFile, usual: tuple[str, ...]) -> list[str]:
+    """The names at the top of a file, the usual ones first."""
+    root = as_mapping(file.value)
+    names = root.names() if root is not None else []
+    return [*(n for n in usual if n in names), *(n for n in names if n not in usual)]
+
+
+def _each(node: Node, is_one: Callable[[Node], bool]) -> Iterator[Key]:
+    """The keys of a list or dict that holds nothing but such states."""
+    pairs = as_mapping(node)
+    inside = list(enumerate(node)) if isinstance(node, list | tuple) else pairs.pairs if pairs else []
+    if inside and all(is_one(each) for _, each in inside):
+        yield from (key for key, _ in inside if isinstance(key, str | int))
 
 
 def _own(schedule: SavedSchedule, epochs: list[int], updates: list[int]) -> SavedSchedule:

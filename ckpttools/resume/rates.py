@@ -51,6 +51,8 @@ def rates(
     own = [s for s in training.schedules if s.optimizer == 0]
     if not own:
         return Rates(first=first, next=None, note=note or "no schedule is saved: what follows is the code's")
+    if len(own) > 1:
+        return Rates(first=first, note=f"not forecast: {together(len(own))}")
     try:
         base = () if optimizer.base_group is None else (optimizer.base_group,)
         groups = [*optimizer.groups, *base]
@@ -98,6 +100,11 @@ def _by_epoch(rate: float, *, known: bool) -> str:
     if known:
         return f"the schedule is stepped once per epoch{when}"
     return f"not forecast: whether the schedule is stepped by update, batch or epoch is not saved{when}"
+
+
+def together(schedules: int) -> str:
+    """Why nothing is foretold where several were saved apart."""
+    return f"{schedules} schedules act on one optimizer: in which order and when they step is not saved"
 
 
 def unexplained(program: Program) -> str:

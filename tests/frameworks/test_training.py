@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from support import FIXTURES, SAMPLES, name_of
+from transformers import get_scheduler
 
 from ckpttools import formats
 from ckpttools import frameworks as training
-from ckpttools.errors import CkptError, Unsupported
+from ckpttools.checks.rates import check_rates
+from ckpttools.errors import CkptError, Unsupported, UsageError
 from ckpttools.frameworks.progress import progress
 from ckpttools.resume.rates import rates
 from ckpttools.schedules.mmengine.config import settings
 from ckpttools.training import Training
+from ckpttools.transforms.rebase import Request, rebase
 
 # framework, unit, count, batch per GPU, accumulation, ranks, schedules' families of frameworks
 KNOWN: dict[str, tuple[object, ...]] = {
@@ -223,6 +226,32 @@ def test_the_trainers_part_of_an_epoch_is_no_whole_one(
     assert (found.epochs, found.updates) == (asked, known)
 
 
+def test_the_trainers_groups_of_their_own_rates(tmp_path: Path) -> None:
+    """lr_end is a part of the optimizer's default rate, which the arguments have, not of a group's."""
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(FIXTURES / "hf-trainer/plain/checkpoint-2", folder)
+    saved = torch.load(folder / "optimizer.pt", weights_only=False)
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in saved["param_groups"]]
+    groups = [{"params": [w], "lr": 1e-3 * 10**i} for i, w in enumerate(weights)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    arguments = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-3}, "max_steps": -1}
+    made = get_scheduler("polynomial", optimizer, 0, 6, {"lr_end": 1e-3})
+    for _ in range(2):
+        optimizer.step()
+        made.step()
+    for group, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        group |= {"lr": new["lr"], "initial_lr": new["initial_lr"]}
+    torch.save(saved, folder / "optimizer.pt")
+    torch.save(made.state_dict(), folder / "scheduler.pt")
+    torch.save({**arguments, "learning_rate": 1e-2, "num_train_epochs": 3.0}, folder / "training_args.bin")
+    state = json.loads((folder / "trainer_state.json").read_text()) | {"max_steps": 6}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert not list(check_rates(read(folder)))
+    optimizer.step()
+    made.step()
+    assert rates(read(folder)).next == tuple(group["lr"] for group in optimizer.param_groups)
+
+
 def lightning(path: Path, step: int, batches: int, *, last: bool, stepped: int) -> Any:
     """The fixture's tree after so many updates and micro-batches of a first epoch."""
     tree = torch.load(FIXTURES / "lightning/file/epoch=0-step=3.ckpt", weights_only=False)
@@ -265,3 +294,53 @@ def test_optimizers_of_which_one_steps_less_often(tmp_path: Path) -> None:
     tree["optimizer_states"] *= 2
     torch.save(tree, path)
     assert read(path).count == 3
+
+
+def stepped(optimizer: torch.optim.Optimizer, scheduler: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    return optimizer.state_dict(), scheduler.state_dict()
+
+
+def pair(step_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([weight], lr=step_size * 1e-2)
+    return stepped(optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size))
+
+
+@pytest.mark.parametrize("under", ["list", "dict", "names"])
+def test_several_optimizers_with_a_schedule_each(tmp_path: Path, under: str) -> None:
+    """As teams save a GAN: whatever the names, what is an optimizer's or a scheduler's state is told by what
+    it holds.
+    """
+    (one, first), (two, second) = pair(2), pair(5)
+    saved: dict[str, Any] = {
+        "list": {"optimizers": [one, two], "schedulers": [first, second]},
+        "dict": {"optimizer": {"g": one, "d": two}, "scheduler": {"g": first, "d": second}},
+        "names": {"optim_g": one, "optim_d": two, "sched_g": first, "sched_d": second},
+    }[under]
+    path = tmp_path / "gan.pt"
+    torch.save({"model": {"w": torch.ones(2)}, "step": 3, **saved}, path)
+    found = read(path)
+    assert [o.groups[0]["lr"] for o in found.optimizers] == [2e-3, 5e-2]
+    assert [(s.optimizer, s.states[0]["step_size"]) for s in found.schedules] == [(0, 2), (1, 5)]
+    assert rates(found).next == (2e-4,)  # the fourth step of the first one is a fall
+
+
+def test_two_schedules_of_one_optimizer_are_not_guessed_at(tmp_path: Path) -> None:
+    """A warmup beside the main one: in which order the code steps them, no file says."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 10)
+    main = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+    path = tmp_path / "two.pt"
+    saved = {"optimizer": optimizer.state_dict(), "step": 0, "model": {"w": torch.ones(2)}}
+    torch.save({**saved, "warmup_scheduler": warmup.state_dict(), "main_scheduler": main.state_dict()}, path)
+    found = read(path)
+    assert len(found.schedules) == 2
+    assert rates(found).next is None
+    assert "2 schedules" in rates(found).note
+    with pytest.raises(UsageError, match="2 schedules"):
+        rebase(found, Request(old_bs=2, new_bs=4, old_accum=1, old_gpus=1))

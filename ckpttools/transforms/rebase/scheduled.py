@@ -42,6 +42,15 @@ def scheduled(training: Training, line: Timeline, saved: SavedSchedule, request:
             why="the learning rate that it left behind, and the one to start from, are not known",
             hint="name the whole checkpoint; --counters-only moves the counters alone",
         )
+    beside = [other for other in training.schedules if other.optimizer == saved.optimizer]
+    if len(beside) > 1:
+        raise UsageError(
+            "schedule-unknown",
+            f"{len(beside)} schedules act on one optimizer: {', '.join(each.name for each in beside)}",
+            where=saved.places[0].file,
+            why="in which order and when each is stepped is not saved, so the rate after them is not known",
+            hint="--counters-only leaves them alone and moves the counters; then set them up anew",
+        )
     optimizer = training.optimizers[saved.optimizer]
     base = () if optimizer.base_group is None else (optimizer.base_group,)
     groups = (*optimizer.groups, *base)
