@@ -20,6 +20,14 @@ settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_save_is_going_on() -> None:
+    """What tests damage was written a moment ago: verify would wait whether it is still being written."""
+    from ckpttools.checks import changing
+
+    changing.PAUSE = 0.0
+
+
 SHARED_MEMORY = Path("/dev/shm")  # where DeepSpeed's ranks on one machine exchange gradients: 67 MB each
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from ckpttools.checks.beside import TENSOR_FILES
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR, Finding
 from ckpttools.frameworks import POINTERS
@@ -18,7 +20,7 @@ MAX_DEPTH = 4  # folders below a checkpoint
 # rewritten by every save of a run, also where the checkpoint at hand is left alone
 REWRITTEN = (*POINTERS, "checkpoint", "zero_to_fp32.py")
 
-EMPTY = "file-empty"  # what every file is between its opening and its first bytes
+READ = (*TENSOR_FILES, ".json")  # of what lies beside a checkpoint: logs grow, and say nothing of it
 # seconds: written so lately that a save may be going on; how often and how long each time it is waited for
 YOUNG, PAUSES, PAUSE = 2.0, 10, 0.1
 
@@ -42,21 +44,28 @@ class Watch:
         self._looks.append((look, look()))
 
     def changed(self, *, pointers: bool) -> Location | None:
-        """A file that appeared, vanished or was written to; of what lies beside a tag folder, only files."""
+        """A file that appeared, vanished or was written to; of what lies beside a tag folder, only what is
+        read, and pointers and other tags only where they are asked for.
+        """
         for number, (look, before) in enumerate(self._looks):
             now = look()
             for path in sorted(before.keys() | now.keys(), key=str):
-                beside = not number and not pointers
-                is_folder = (path in before and before[path] is None) or (path in now and now[path] is None)
-                if beside and (is_folder or path.name in REWRITTEN):
+                if path in before and path in now and before[path] == now[path]:
                     continue
-                if path not in before or path not in now or before[path] != now[path]:
+                is_folder = None in (before.get(path, 0), now.get(path, 0))
+                other = is_folder or path.name in REWRITTEN
+                if number or path == self._path or (pointers if other else path.name.endswith(READ)):
                     return path
         return None
 
     def _changed_soon(self) -> Location | None:
-        """A file that changes in a moment, where one was written a moment ago."""
-        stamps = (stamp for _, before in self._looks for stamp in before.values() if stamp is not None)
+        """A file that changes in a moment, where one was written a moment ago: a save may be slow to go on.
+        What lies in a store appears there whole.
+        """
+        if not isinstance(self._path, Path):
+            return None
+        _, before = self._looks[-1]
+        stamps = (stamp for stamp in before.values() if stamp is not None)
         newest = max((stamp.mtime_ns for stamp in stamps), default=0) / 1e9
         for _ in range(PAUSES):
             if time.time() - newest > YOUNG:
@@ -72,7 +81,7 @@ class Watch:
         """
         bad = [finding for finding in findings if finding.severity == ERROR]
         path = self.changed(pointers=bool(bad))
-        if path is None and any(finding.id == EMPTY for finding in bad):
+        if path is None and any(finding.exit_code == 1 for finding in bad):
             path = self._changed_soon()
         if path is not None:
             raise changing(path)
@@ -80,7 +89,7 @@ class Watch:
     def explain(self, error: CkptError | OSError) -> CkptError:
         """The error, unless a change is the reason for it."""
         path = self.changed(pointers=True)
-        if path is None and isinstance(error, CkptError) and error.id == EMPTY:
+        if path is None and isinstance(error, CkptError) and error.exit_code == 1:
             path = self._changed_soon()
         if path is not None:
             return changing(path)

@@ -65,7 +65,10 @@ def test_a_change_while_it_is_read(
     assert document["ok"] is False and "checkpoint-changing" in ran.out, ran
 
 
-def test_another_tag_and_the_pointer_are_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", ["", TAG])
+def test_another_tag_the_pointer_and_a_log_are_no_change(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = shutil.copytree(ZERO, tmp_path / "run")
     pread = os.pread
 
@@ -73,10 +76,13 @@ def test_another_tag_and_the_pointer_are_no_change(tmp_path: Path, monkeypatch: 
         (folder / "global_step9").mkdir(exist_ok=True)
         (folder / "global_step9" / "mp_rank_00_model_states.pt").write_bytes(b"half")
         (folder / "latest").write_text(TAG)
+        with (folder / "train.log").open("a") as log:
+            log.write("step\n")
         return pread(*args)
 
     monkeypatch.setattr(os, "pread", save)
-    assert run("verify", folder / TAG, "--json").code == 0
+    ran = run("verify", folder / named, "--json")
+    assert ran.code == 0, ran
 
 
 SAVES = """
@@ -97,16 +103,33 @@ for step in range(10**9):
 """
 
 
-def test_beside_a_process_that_saves_and_cleans_up(tmp_path: Path) -> None:
+REWRITES = """
+import sys, time
+from pathlib import Path
+source, folder = map(Path, sys.argv[1:])
+(folder / source.name).mkdir()
+while True:
+    for file in sorted(source.iterdir()):
+        with (folder / source.name / file.name).open("wb", buffering=0) as out:
+            data = file.read_bytes()
+            for at in range(0, len(data), len(data) // 3):
+                out.write(data[at : at + len(data) // 3])
+        time.sleep(0.02)
+    (folder / "latest").write_text(source.name)
+"""
+
+
+@pytest.mark.parametrize(("program", "codes"), [(SAVES, {0, 1, 2}), (REWRITES, {0, 2})])
+def test_beside_a_process_that_saves(program: str, codes: set[int], tmp_path: Path) -> None:
     """Whatever moment it meets: one document, with an answer or with the reason why there is none."""
     folder = tmp_path / "run"
     folder.mkdir()
-    saver = subprocess.Popen([sys.executable, "-c", SAVES, str(ZERO / TAG), str(folder)])
+    saver = subprocess.Popen([sys.executable, "-c", program, str(ZERO / TAG), str(folder)])
     try:
         while not (folder / "latest").exists():
             assert saver.poll() is None
         said = Counter[int]()
-        for _ in range(8):
+        for _ in range(4):
             done = ckpt_process("verify", folder, "--json", "--quick")
             assert "Traceback" not in done.stderr and "[internal]" not in done.stderr, done
             assert isinstance(json.loads(done.stdout), dict), done
@@ -115,19 +138,29 @@ def test_beside_a_process_that_saves_and_cleans_up(tmp_path: Path) -> None:
     finally:
         saver.kill()
         saver.wait()
-    assert said[2] and not set(said) - {0, 1, 2}, said
+    assert said[2] and not set(said) - codes, said
 
 
-def test_a_file_that_is_about_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opened by a save that was slow to go on: empty all the while that it was looked at."""
+WRITTEN: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda content: b"",
+    "a part": lambda content: content[:3000],
+    "over the old": lambda content: content[:3000] + bytes(len(content) - 3000),
+}
+
+
+@pytest.mark.parametrize("so_far", WRITTEN)
+def test_a_file_that_is_about_to_be_written(
+    so_far: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened by a save that was slow to go on: the same all the while that it was looked at."""
     folder = shutil.copytree(ZERO, tmp_path / "run")
     content = (folder / SHARD).read_bytes()
-    (folder / SHARD).write_bytes(b"")
+    (folder / SHARD).write_bytes(WRITTEN[so_far](content))
     monkeypatch.setattr("time.sleep", lambda _: (folder / SHARD).write_bytes(content))
     ran = run("verify", folder, "--json")
     assert ran.code == 2 and json.loads(ran.out)["error"]["id"] == "checkpoint-changing"
     assert run("verify", folder).code == 0
-    (folder / SHARD).write_bytes(b"")
+    (folder / SHARD).write_bytes(WRITTEN[so_far](content))
     monkeypatch.setattr("time.sleep", lambda _: None)
     assert run("verify", folder).code == 1  # nobody goes on
     os.utime(folder / SHARD, (1, 1))
