@@ -145,7 +145,7 @@ def _verify(
         checked = check_headers(source, in_parts=True, wanted="few" if quick and crcs is None else "each")
         findings, found = checked.findings, checked.checkpoint
         whole = whole and all(finding.id != IN_PARTS for finding in findings)
-        beside = check_beside(source, checked.files)
+        beside = check_beside(source, checked)
         findings += [*beside.findings, *pointers]
         checked = replace(checked, optimizers=tuple(beside.optimizers))
         if found is not None:
@@ -265,7 +265,7 @@ def check_before_use(source: Source, *, beside: bool = False, only_looks: bool =
     around = ""
     if beside and not any(finding.severity == ERROR for finding in findings):
         with within(source.root):
-            beside_it = check_beside(source, checked.files)
+            beside_it = check_beside(source, checked)
             findings, checks = beside_it.findings, beside_it.checks
             around = f"\nor leave out what lies around its tensors: give {escape(source.target, 1000)} alone"
     for finding in findings:

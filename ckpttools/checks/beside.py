@@ -13,8 +13,8 @@ from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, is_torch_file, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding, of_error
-from ckpttools.formats import FORMATS, Source
-from ckpttools.formats.files import check_file
+from ckpttools.formats import FORMATS, Checked, Source
+from ckpttools.formats.files import DANGEROUS, DATA, check_file, dangers_at, folders_of
 from ckpttools.formats.tags import LATEST, is_tag
 from ckpttools.frameworks import POINTERS, STATED
 from ckpttools.location import Location
@@ -44,23 +44,23 @@ class Beside:
     optimizers: list[TorchFile] = field(default_factory=list)
 
 
-def check_beside(source: Source, known: list[TorchFile]) -> Beside:
+def check_beside(source: Source, checked: Checked) -> Beside:
     """Check the files around a checkpoint: schedulers, random states, optimizers, configurations."""
     found = Beside()
     findings = found.findings
-    seen = {file.path for file in known}
-    root = source.root
-    for folder in dict.fromkeys((source.target, root, root / "hf_model", root / "hf_config")):
-        if not is_folder(folder):
-            continue
+    seen = {file.path for file in checked.files}
+    judged = {finding.file for finding in checked.findings if finding.id == DANGEROUS}
+    for folder in folders_of(source):
         names = [entry.name for entry in entries(folder) if is_file(entry)]
         for name in names:
             path = folder / name
             try:
-                if path not in seen and name.endswith(TENSOR_FILES):
-                    _tensor_file(path, found)
-                elif name in JSON_FILES or name.endswith(INDEX):
+                if name in JSON_FILES or name.endswith(INDEX):
                     jsons.read(path, allow_nan=True)
+                elif path in seen or (name.endswith(TENSOR_FILES) and _tensor_file(path, found)):
+                    continue
+                elif str(path) not in judged and not name.endswith(DATA):
+                    findings += dangers_at(path)
             except CkptError as error:
                 findings.append(of_error(error))
         for format in FORMATS:
@@ -137,15 +137,19 @@ def _last_checkpoint(path: Location, pointer: Location) -> Iterator[Finding]:
         )
 
 
-def _tensor_file(path: Location, found: Beside) -> None:
+def _tensor_file(path: Location, found: Beside) -> bool:
+    """Check one file; False where it is none of torch's, whatever its name is."""
     if path.name.endswith(".safetensors"):
         read_safetensors(path)
-    elif is_torch_file(path):
-        file = read_torch_file(path)
-        found.findings.extend(check_file(file))
-        found.checks.extend(file.checks())
-        if {"state", "param_groups"} <= set(_names(file)):
-            found.optimizers.append(file)
+        return True
+    if not is_torch_file(path):
+        return False
+    file = read_torch_file(path)
+    found.findings.extend(check_file(file))
+    found.checks.extend(file.checks())
+    if {"state", "param_groups"} <= set(_names(file)):
+        found.optimizers.append(file)
+    return True
 
 
 def _names(file: TorchFile) -> list[str]:

@@ -15,13 +15,27 @@ from ckpttools.containers.pickles.judge import judge
 from ckpttools.containers.torch_file import TorchFile, dangers_in
 from ckpttools.errors import CkptError, Unsupported, some
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
-from ckpttools.formats.format import Checked
+from ckpttools.formats.format import Checked, Source
 from ckpttools.location import Location, Stored
-from ckpttools.stores.files import opened
+from ckpttools.stores.files import entries, is_file, is_folder, opened
 
 T = TypeVar("T")
 DANGEROUS = "pickle-dangerous"
 DEPTH = 3  # folders in a checkpoint's folder that are looked into
+# of files that nobody unpickles
+DATA = (
+    ".safetensors",
+    ".distcp",
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".md",
+    ".log",
+    ".py",
+    ".yaml",
+    ".model",
+    ".jinja",
+)
 HEAD_NBYTES = 1 << 16  # of each storage, to see whether anything was written there
 
 
@@ -184,6 +198,21 @@ def dangerous(path: Location, where: str, what: str) -> Finding:
         message=f"DANGEROUS: {what}",
         hint="do not load this file with anything that unpickles; find out where it came from",
     )
+
+
+def beside_of(source: Source) -> Iterator[Location]:
+    """The files in a checkpoint's folders that may hold a pickle."""
+    for folder in folders_of(source):
+        for entry in entries(folder):
+            if is_file(entry) and not entry.name.endswith(DATA):
+                yield folder / entry.name
+
+
+def folders_of(source: Source) -> list[Location]:
+    """The folder of a checkpoint, the one that wraps it, and what a bundle has in it; [] of a single file."""
+    root = source.root
+    every = dict.fromkeys((source.target, root, root / "hf_model", root / "hf_config"))
+    return [folder for folder in every if is_folder(folder)]
 
 
 def dangers_at(path: Location) -> list[Finding]:

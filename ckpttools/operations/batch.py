@@ -66,7 +66,7 @@ def batch(
             why="iterations are counted from 0",
             hint="give 0 or more",
         )
-    training = None if src is None else _read(src, tag)
+    training, dangers = (None, ()) if src is None else _read(src, tag)
     known = Known(ranks=1, accumulation=1) if training is None else training.batch
     said = {"micro": bs, "ranks": gpus, "accumulation": accum}
     by = {} if training is None else {what: how for what, how in known.by.items() if not said.get(what)}
@@ -115,18 +115,21 @@ def batch(
         moves=moves if changed else [],
         unknown=unknown,
         by=by,
-        notes=known.notes,
+        notes=(*dangers, *known.notes),
     )
 
 
-def _read(src: Location, tag: str | None) -> Training:
-    """What a training checkpoint says."""
+def _read(src: Location, tag: str | None) -> tuple[Training, tuple[str, ...]]:
+    """What a training checkpoint says, and what loading its files would run."""
     from ckpttools import frameworks
     from ckpttools.formats import read
+    from ckpttools.operations.dangers import dangers, warning
     from ckpttools.operations.source import find
 
     source = find(src, tag)
-    return frameworks.read(source, read(source))
+    checkpoint = read(source)
+    said = tuple(warning(*danger) for danger in dangers(source, checkpoint))
+    return frameworks.read(source, checkpoint), said
 
 
 def _iteration(training: Training, accumulation: int | None) -> int | None:

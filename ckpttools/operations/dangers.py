@@ -8,7 +8,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import dangers_in, dangers_of
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import Source, read
-from ckpttools.formats.files import DANGEROUS, DEPTH
+from ckpttools.formats.files import DANGEROUS, DEPTH, beside_of
 from ckpttools.formats.unjoined import check_parts, in_parts
 from ckpttools.location import Location
 from ckpttools.operations.source import find
@@ -55,13 +55,14 @@ def _in_parts(source: Source, reason: Unsupported) -> tuple[Source, Checkpoint]:
 
 
 def dangers(source: Source, checkpoint: Checkpoint) -> Dangers:
-    """What loading each file of a checkpoint that was read would run."""
+    """What loading each file of a checkpoint that was read would run, and each that lies beside it."""
     with within(source.root):
-        return tuple(
-            (file.path, what)
+        own = {
+            file.path: dangers_of(file.path) if file.dangers is None else file.dangers
             for file in checkpoint.files
-            for what in (dangers_of(file.path) if file.dangers is None else file.dangers)
-        )
+        }
+        beside = {path: dangers_of(path) for path in beside_of(source) if path not in own}
+    return tuple((path, what) for path, found in (own | beside).items() for what in found)
 
 
 def warning(path: Location, what: str) -> str:

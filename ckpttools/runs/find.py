@@ -15,9 +15,11 @@ from functools import partial
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint
+from ckpttools.containers.torch_file import dangers_of
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, raised
-from ckpttools.formats import FORMATS, Folder, locate, read
+from ckpttools.formats import FORMATS, Folder, Source, locate, read
+from ckpttools.formats.files import beside_of, dangerous
 from ckpttools.formats.locate import checkpoints, holds_one
 from ckpttools.formats.tags import is_tag
 from ckpttools.location import Location, below
@@ -264,7 +266,7 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
     except CkptError as error:
         return make(format=None, state=Training(), resumes=None, problem=_in_parts(path, error))
     resumes: bool | None
-    problem = _would_run(checkpoint)
+    problem = _would_run(source, checkpoint)
     layout, state = checkpoint.layout, checkpoint.training
     try:
         brief = frameworks.brief(source, checkpoint, files)
@@ -286,14 +288,16 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
     )
 
 
-def _would_run(checkpoint: Checkpoint) -> CkptError | None:
-    """Nobody should go on from a file that runs something when it is loaded."""
-    found = next(((file.path, what) for file in checkpoint.files for what in file.dangers or ()), None)
-    if found is None:
-        return None
-    from ckpttools.formats.files import dangerous
-
-    return raised(dangerous(found[0], "", found[1]))
+def _would_run(source: Source, checkpoint: Checkpoint) -> CkptError | None:
+    """Nobody should go on from a file that runs something when it is loaded. `checkpoint` may be one whose
+    files are called as those of this one are, and say the same.
+    """
+    judged = {file.path.name: file for file in checkpoint.files if file.dangers is not None}
+    found = [(file.path, what) for file in judged.values() for what in file.dangers or ()]
+    if not found:
+        others = (path for path in beside_of(source) if path.name not in judged)
+        found = [(path, what) for path in others for what in dangers_of(path)]
+    return raised(dangerous(found[0][0], "", found[0][1])) if found else None
 
 
 def _in_parts(path: Location, reason: CkptError) -> CkptError:

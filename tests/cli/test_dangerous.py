@@ -58,15 +58,28 @@ def test_beside_good_weights(tmp_path: Path, ckpt: Ckpt) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_any_file_of_a_folder(tmp_path: Path, ckpt: Ckpt) -> None:
-    folder = tmp_path / "checkpoint-7"
-    folder.mkdir()
-    for source in (FIXTURES / "bundle" / "checkpoint-200" / "hf_model").iterdir():
-        shutil.copy(source, folder)
-    assert ckpt("inspect", folder).code == 0
-    hostile.torch_zip(folder / "optimizer.pt", hostile.payloads(folder)["reduce"])
-    shown = ckpt("inspect", folder)
-    assert shown.code == 1 and shown.out.startswith("DANGEROUS: loading optimizer.pt would run os.system(")
+BESIDE = {
+    "hf-trainer/plain/checkpoint-4": "training_args.bin",
+    "hf-trainer/deepspeed/checkpoint-4": "rng_state.pth",
+    "accelerate/plain": "random_states_0.pkl",
+    "bundle/checkpoint-200": "hf_model/pytorch_model.bin",
+    "deepspeed-0.19.8/z2_groups_ws2": "global_step3/state",
+}
+
+
+@pytest.mark.parametrize("sample", BESIDE)
+def test_what_lies_beside_the_weights(sample: str, tmp_path: Path, ckpt: Ckpt) -> None:
+    """A run's next start loads it too: no listing shows such a checkpoint as good."""
+    folder = tmp_path / "run" / Path(sample).name
+    shutil.copytree(FIXTURES / sample, folder)
+    made = hostile.torch_zip if sample.startswith("hf-trainer") else hostile.written  # a bare pickle
+    made(folder / BESIDE[sample], hostile.payloads(tmp_path)["reduce"])
+    for command in ("inspect", "verify", "ls", "resume-check"):
+        done = ckpt(command, folder)
+        assert done.code == 1 and "DANGEROUS: " in done.out + done.err, (command, done)
+    assert "DANGEROUS: " in ckpt("batch", folder, "--bs", 4).out
+    assert "DANGEROUS: " in ckpt("latest", folder).err
+    assert not (tmp_path / hostile.MARKER).exists()
 
 
 UNREADABLE = {
