@@ -10,7 +10,7 @@ from ckpttools import runs
 from ckpttools.checks import Verdict
 from ckpttools.checks.kept import PARTIAL
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
-from ckpttools.findings import ERROR, WARNING
+from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats import Source, locate, read
 from ckpttools.frameworks import framework_of
 from ckpttools.frameworks.rules import CAREFUL, SAFE, About, AutoResume
@@ -202,13 +202,23 @@ def with_verdict(found: Forecast, verdict: Verdict | None, how: str) -> Forecast
         for f in doubts
     )
     checks = [*lines, *found.checks]
-    for unsure in (f for f in verdict.findings if f.id == PARTIAL):
-        own = [c.about is About.OPTIMIZER and c.ok is True for c in checks]
-        checks = [
-            replace(c, ok=None, text=unsure.message) if o else c for c, o in zip(checks, own, strict=True)
-        ]
-    found = replace(found, checks=tuple(checks), damaged=bool(bad))
+    unsure = [_partial(f) for f in verdict.findings if f.id == PARTIAL]
+    for each in unsure:  # not known to be good, nor to be bad
+        own = (c.about is About.OPTIMIZER and c.ok is True for c in checks)
+        checks = [replace(c, ok=None, text=each.why) if o else c for c, o in zip(checks, own, strict=True)]
+    found = replace(found, checks=tuple(checks), differences=(*found.differences, *unsure), damaged=bool(bad))
     return _with(found, contradictions, About.STATE, "what is saved agrees with itself")
+
+
+def _partial(finding: Finding) -> Difference:
+    """What torch loads without a word, and takes for parameters that no update has reached."""
+    return Difference(
+        about=About.OPTIMIZER,
+        setting="optimizer state",
+        cls=CAREFUL,
+        why=f"{finding.message}; those that are trained begin with moments of zero",
+        hint="nothing where these are frozen; else compare with another save of the run: ckpt diff",
+    )
 
 
 # findings that say that something is not here, rather than wrong

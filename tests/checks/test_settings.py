@@ -346,8 +346,13 @@ def test_half_of_the_state(container: str, tmp_path: Path) -> None:
     assert said(path) == []
     (note,) = [f for f in verify(path).findings if f.id == "state-partial"]
     assert "have no state" in note.message
-    assert "optimizer" in forecast(path)["unknown"]
-    assert "optimizer" not in forecast(CONTAINERS[container][0])["unknown"]
+    told = forecast(path)
+    assert ("optimizer" in told["unknown"], told["verdict"]) == (True, "careful")
+    (row,) = [each for each in told["differences"] if each["setting"] == "optimizer state"]
+    assert " have no state: " in row["why"]
+    told = forecast(CONTAINERS[container][0])
+    assert "optimizer" not in told["unknown"]
+    assert not [each for each in told["differences"] if each["setting"] == "optimizer state"]
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
