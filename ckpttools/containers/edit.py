@@ -286,9 +286,9 @@ def _edited_json(file: Location, path: str, edits: Sequence[Edit]) -> OutputFile
             inner = inner[key]  # type: ignore[index]  # the places were found by walking this file
         assert isinstance(inner, dict | list)
         inner[edit.place.at[-1]] = edit.new  # type: ignore[index]
-    # as transformers and accelerate write their states
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    return OutputFile(path=path, segments=(Literal(text.encode("utf-8")),))
+    # as transformers and accelerate write their states, in ASCII
+    text = json.dumps(values, indent=2) + "\n"
+    return OutputFile(path=path, segments=(Literal(text.encode()),))
 
 
 def files_of(edits: Iterable[Edit]) -> dict[Location, list[Edit]]:

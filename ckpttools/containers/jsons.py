@@ -29,7 +29,11 @@ def damaged(path: Location, problem: str) -> CkptError:
 def parse(
     path: Location, raw: bytes, what: str = "the file", *, allow_nan: bool = False
 ) -> dict[str, object]:
-    """A JSON object. Raises CkptError for anything else, for duplicate keys and, unless allowed, for NaN."""
+    """A JSON object. Raises CkptError for anything else, for duplicate keys and, unless allowed, for NaN.
+
+    With `allow_nan` it is what Python writes: text, too, may hold bytes of a file name that are not UTF-8, as
+    os.fsdecode gives them.
+    """
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
         out = dict(items)
@@ -57,7 +61,8 @@ def parse(
         raise damaged(path, f"{what} is not a JSON object")
     if _SURROGATE.search(raw):
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            names = "surrogateescape" if allow_nan else "strict"
+            json.dumps(value, ensure_ascii=False).encode(errors=names)
         except UnicodeEncodeError:
             raise damaged(path, f"{what} holds half of a surrogate pair, which is no text") from None
     return value

@@ -197,6 +197,14 @@ def test_json_that_is_read() -> None:
     assert jsons.parse(Path("a"), b'{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
 
 
+def test_json_that_holds_the_name_of_a_file() -> None:
+    """Python gives bytes that are not UTF-8 as halves of surrogate pairs, and writes them as they are."""
+    value = {"best_model_checkpoint": os.fsdecode(b"/runs/\xe4/checkpoint-2")}
+    assert jsons.parse(Path("a"), json.dumps(value).encode(), allow_nan=True) == value
+    with pytest.raises(CkptError, match="surrogate"):
+        jsons.parse(Path("a"), b'{"a": "\\ud8ff"}', allow_nan=True)
+
+
 def test_json_of_any_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'{"a": 1}' + b" " * 1000)
