@@ -6,6 +6,16 @@ Exit codes: 0 done or clean, 1 the checkpoint has a problem, 2 could not run.
 
 from __future__ import annotations
 
-from ckpttools.cli.app import main
+import sys
 
 __all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console scripts `ckpt` and `ckpttools`; Ctrl-C while the program loads ends it."""
+    try:
+        from ckpttools.cli import app
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing was begun\n")
+        sys.exit(130)
+    app.main(argv)

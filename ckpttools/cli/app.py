@@ -175,7 +175,7 @@ class _Interrupts:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the console scripts `ckpt` and `ckpttools`."""
+    """Run one command and exit."""
     interrupts = _Interrupts()
     if sys.stdout is sys.__stdout__ and sys.stdout is not None:
         sys.stdout = _Output(sys.stdout)

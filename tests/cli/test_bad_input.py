@@ -237,10 +237,18 @@ def test_ctrl_c_leaves_nothing(folder: Path) -> None:
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
-        # -SIGINT: while Python still loaded the first modules
+        # -SIGINT: before `main` was there to meet it
         assert process.returncode in (0, 130, -signal.SIGINT), err
         left = names(folder.parent) - {folder.name}
         assert left <= {"out"}, left
         if left:
             assert ckpt_process("verify", destination).returncode == 0
     assert digest(folder) == before
+
+
+def test_ctrl_c_while_the_program_loads(tmp_path: Path) -> None:
+    """The first library that the command line imports is met by it."""
+    (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n", "utf-8")
+    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{CKPT_UP}"
+    ran = subprocess.run([sys.executable, "-c", start, "--help"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "up\n", "interrupted: nothing was begun\n")
