@@ -16,7 +16,7 @@ from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.frameworks import client, parts, plain
 from ckpttools.frameworks.framework import Framework, Saved
-from ckpttools.frameworks.rules import Rule
+from ckpttools.frameworks.rules import CAREFUL, SAFE, About, Rule, Setting
 from ckpttools.schedules.evidence import What, stated
 from ckpttools.training import BatchField, Counter, Role, Training, merge
 
@@ -106,6 +106,28 @@ def _fields(file: TorchFile) -> Iterator[BatchField]:
             )
 
 
+# what another value does to a single file that is gone on from
+SETTINGS = (
+    Setting(
+        pattern=r"batch\.global_batch_size", about=About.BATCH, cls=CAREFUL,
+        why="an update is of another number of samples, and the schedule counts updates",
+    ),
+    Setting(pattern=r"data\..*", about=About.DATA, cls=CAREFUL, why="the samples that come next are others"),
+    Setting(
+        pattern=r"epochs", about=About.LENGTH, cls=CAREFUL,
+        why="the schedule is made for the new length: the learning rate goes on along another curve",
+    ),
+    Setting(
+        pattern=r"optimizer\..*", about=About.OPTIMIZER, cls=CAREFUL,
+        why="betas, eps, weight decay and the rate of the first update are loaded as saved; clipping is"
+        " new, and the learning rate after that update",
+    ),
+    Setting(
+        pattern=r"schedule\..*", about=About.SCHEDULE, cls=CAREFUL,
+        why="it is made anew: the learning rate goes on at the old step along another curve",
+    ),
+    Setting(pattern=r".*", cls=SAFE, why=""),  # how an update is made of parts, what is saved and logged
+)  # fmt: skip
 FRAMEWORK = Framework(
     name="ckpt train",
     title="ckpt train",
@@ -116,5 +138,6 @@ FRAMEWORK = Framework(
         constants="the checkpoint, where the code loads it",
         prefix=False,
     ),
+    settings=SETTINGS,
     launch=lambda dst, n, tag: f"ckpt train CONFIG --nproc {n} --resume --resume-from {quote(str(dst))}",
 )

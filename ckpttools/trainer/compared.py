@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ckpttools import frameworks
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.formats import read
+from ckpttools.frameworks.reference import FRAMEWORK
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE
-from ckpttools.resume import NewRun, Target, foretell
+from ckpttools.resume import NewRun, Target, foretell, trainers
+from ckpttools.resume.forecast import Difference
 from ckpttools.resume.model import of_config
+from ckpttools.resume.new_run import Stated
 from ckpttools.trainer import config as settings
 from ckpttools.trainer.config import Config
 from ckpttools.trainer.ds_config import ds_config
 from ckpttools.trainer.split import split
 from ckpttools.trainer.text import VOCAB_SIZE
-from ckpttools.tree import dotted, leaves
+from ckpttools.training import Training
 
 
 def warnings(checkpoint: Path, config: Config, where: Path, world: int) -> Iterator[str]:
@@ -27,12 +31,13 @@ def warnings(checkpoint: Path, config: Config, where: Path, world: int) -> Itera
     """
     target = Target.find(checkpoint)
     if target.saved is None:
-        yield from _of_file(read(target.source).client.get("config"), config)
-        return
-    if not isinstance(target.saved.client.get("dataset_size"), int):
+        differences = tuple(_of_file(read(target.source).client.get("config"), config))
+    elif isinstance(target.saved.client.get("dataset_size"), int):
+        run = new_run(config, target, NewRun(world_size=world), where)
+        differences = foretell(target, run).differences
+    else:
         return  # not this trainer's: startup and the ranks say so
-    found = foretell(target, new_run(config, target, NewRun(world_size=world), where))
-    wrong = [d for d in found.differences if d.cls == IMPOSSIBLE]
+    wrong = [d for d in differences if d.cls == IMPOSSIBLE]
     if wrong:
         raise CkptError(
             "resume-failed",
@@ -42,34 +47,23 @@ def warnings(checkpoint: Path, config: Config, where: Path, world: int) -> Itera
             hint="\n".join(dict.fromkeys([d.hint for d in wrong if d.hint]))
             or "set it as the checkpoint has it",
         )
-    for d in found.differences:
+    for d in differences:
         if d.cls == CAREFUL:
             yield f"careful: {d.setting}: {_short(d.old)} -> {_short(d.new)}: {d.why}"
             yield from (f"  {line}" for line in d.hint.splitlines())
 
 
-# of the trainer's own settings: what another value does to a single file that is gone on from
-_CHANGED = {
-    "batch": "an update is of another number of samples, and the schedule counts updates",
-    "data": "the samples that come next are others",
-    "epochs": "the schedule is made for the new length: the learning rate goes on along another curve",
-    "optimizer": "betas, eps, weight decay and the rate of the first update are loaded as saved; clipping is"
-    " new, and the learning rate after that update",
-    "schedule": "it is made anew: the learning rate goes on at the old step along another curve",
-}
-
-
-def _of_file(saved: object, config: Config) -> Iterator[str]:
+def _of_file(saved: object, config: Config) -> Iterator[Difference]:
     """The same for plain torch, by the settings that the checkpoint was saved with."""
-    old, new = (dict(leaves(each)) for each in (saved if isinstance(saved, Mapping) else {}, config.plain()))
-    for path, value in new.items():
-        why = _CHANGED.get(str(path[0]))
-        if path[0] == "batch" and path[-1] != "global_batch_size":
-            continue  # how an update is made of parts
-        if path[0] == "epochs" and config.schedule.total_steps is not None:
-            continue
-        if why is not None and path in old and old[path] != value:
-            yield f"careful: {dotted(path)}: {_short(old[path])} -> {_short(value)}: {why}"
+    if isinstance(saved, Mapping):
+        old = Training(framework=FRAMEWORK.name, unit="update", configuration=saved)
+        yield from trainers.settings(old, NewRun(stated=Stated(values=_values(config, saved))))
+
+
+def _values(config: Config, saved: Mapping[Any, object]) -> dict[str, object]:
+    """What it says; where the schedule has a length of its own, the number of epochs changes nothing."""
+    epochs = config.epochs if config.schedule.total_steps is None else saved.get("epochs")
+    return {**config.plain(), "epochs": epochs}
 
 
 def _short(value: object) -> str:
@@ -86,12 +80,17 @@ def read_new_run(config: Path, target: Target, run: NewRun) -> NewRun:
 def new_run(wanted: Config, target: Target, run: NewRun, where: Path) -> NewRun:
     """The same for a configuration that was read already; `where` names its file in errors."""
     saved = target.saved
-    ranks = run.world_size or (saved.ranks if saved is not None else 1)
+    ranks = run.world_size or (saved.ranks if saved is not None else None)
     size: object
     if saved is not None:
         size = saved.client.get("dataset_size")
     else:
-        size = frameworks.read(target.source, read(target.source)).size
+        old = frameworks.read(target.source, read(target.source))
+        size = old.size
+        values = _values(wanted, old.configuration)
+        values["batch"] = old.configuration.get("batch", {})  # the numbers say it
+        stated = replace(run.stated, total=wanted.batch.global_batch_size, values=values)
+        run = replace(run, stated=stated)
     total = wanted.schedule.total_steps
     if isinstance(size, int):  # as long as this run is, not as the saved one was
         updates = wanted.epochs * (size // wanted.batch.global_batch_size)
@@ -130,7 +129,7 @@ def new_run(wanted: Config, target: Target, run: NewRun, where: Path) -> NewRun:
     }
     return replace(
         run,
-        config=ds_config(wanted, split(wanted.batch, ranks), total),
+        config=ds_config(wanted, split(wanted.batch, ranks), total) if ranks is not None else None,
         settings=wanted.plain(),
         world_size=ranks,
         freeze=run.freeze or tuple(wanted.freeze),

@@ -14,7 +14,8 @@ from support import FIXTURES
 from ckpttools import formats
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.frameworks import read as training_of
-from ckpttools.resume import NewRun, Target
+from ckpttools.frameworks.rules import About
+from ckpttools.resume import NewRun, Target, foretell
 from ckpttools.resume.lengths import planned
 from ckpttools.trainer import folders, search
 from ckpttools.trainer.compared import new_run, warnings
@@ -234,17 +235,28 @@ def test_what_goes_on_otherwise_from_a_single_file_is_said(tmp_path: Path) -> No
     """zero.stage 0: no engine's settings are saved, but the trainer's own."""
     config = like_sample(tmp_path, "zero.stage=0", "precision=fp32")
     state = {"model_state_dict": {"a.weight": torch.ones(2)}, "config": config.plain()}
-    torch.save({**state, "epoch": 1, "global_step": 9}, tmp_path / "epoch_1_step_9.pt")
+    ours = {"format_version": 1, "samples_in_epoch": 0, "dataset_size": 100, "iter": 9}
+    path = tmp_path / "epoch_1_step_9.pt"
+    torch.save({**state, **ours, "epoch": 1, "global_step": 9}, path)
 
     def said(*overrides: str) -> list[str]:
         other = like_sample(tmp_path, "zero.stage=0", "precision=fp32", *overrides)
-        return list(warnings(tmp_path / "epoch_1_step_9.pt", other, tmp_path / "a.yaml", 1))
+        return list(warnings(path, other, tmp_path / "a.yaml", 1))
+
+    def foretold(*overrides: str) -> set[str]:
+        """By resume-check, in the numbers of this run: how many ranks it has nobody said."""
+        other = like_sample(tmp_path, "zero.stage=0", "precision=fp32", *overrides)
+        target = Target.find(path)
+        found = foretell(target, new_run(other, target, NewRun(), tmp_path / "a.yaml"))
+        assert [c.ok for c in found.checks if c.about is About.BATCH] == [not overrides]
+        about = (About.BATCH, About.LENGTH, About.SCHEDULE, About.DATA)
+        return {d.setting for d in found.differences if d.about in about}
 
     assert said() == said("batch.micro_batch_size=1", "save.save_steps=7") == []
-    assert [line.split(": ")[1] for line in said("batch.global_batch_size=32", "epochs=9")] == [
-        "epochs",
-        "batch.global_batch_size",
-    ]
+    assert foretold() == set()
+    changes = ("batch.global_batch_size=32", "epochs=9")
+    assert [line.split(": ")[1] for line in said(*changes)] == ["batch.global_batch_size", "epochs"]
+    assert foretold(*changes) == {"effective batch", "epochs"}
     assert said("schedule.total_steps=8")[0].startswith("careful: schedule.total_steps: - -> 8: ")
     with pytest.raises(UsageError, match="no such file"):
         decide(config, resume(config, tmp_path / "gone.pt"), world=1)
