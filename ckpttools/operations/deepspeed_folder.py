@@ -16,6 +16,8 @@ from ckpttools.transforms.cast import cast, castable
 from ckpttools.tree import Value, at, put
 
 UNIVERSAL = "universal"
+# of zero_optimization: what decides the order and the gaps in flat groups, and is off in what is written
+ORDERS = ("round_robin_gradients", "parameter_alignment")
 PER_GROUP = {
     "base_lrs",
     "_last_lr",
@@ -62,6 +64,9 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
     settings = checkpoint.settings
     if stage is not None and at(settings, "zero_optimization", "stage") is not None:
         settings = put(settings, ("zero_optimization", "stage"), stage)
+    for key in ORDERS:
+        if at(settings, "zero_optimization", key) is True:
+            settings = put(settings, ("zero_optimization", key), False)
     state = checkpoint.training
     if old.zero_stage is None:
         if stage is not None:  # no number of ranks to keep the batch of

@@ -14,8 +14,9 @@ from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
 from ckpttools.formats.deepspeed import scheduler_state, sub_group_size
 from ckpttools.location import Location
+from ckpttools.operations.deepspeed_folder import ORDERS
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Opaque, Value, leaves, same
+from ckpttools.tree import Opaque, Value, at, leaves, same
 
 
 def single_file(checkpoint: Checkpoint, dst: Location, weights: str, optimizer: str) -> Iterator[str]:
@@ -42,6 +43,10 @@ def engine(checkpoint: Checkpoint, layout: Layout, dst: Location) -> Iterator[st
     """load_checkpoint of DeepSpeed, with the settings that the folder asks for."""
     if layout.zero_stage is not None:
         yield f'ds_config.setdefault("zero_optimization", {{}})["stage"] = {layout.zero_stage}'
+    if layout.zero_stage in (None, 1, 2):  # with another order DeepSpeed loads wrong weights without a word
+        for key in ORDERS:
+            if at(checkpoint.settings, "zero_optimization", key) is not None:
+                yield f'ds_config.setdefault("zero_optimization", {{}})["{key}"] = False'
     if layout.zero_stage == 3:  # DeepSpeed refuses a folder with other sub-groups
         limit = sub_group_size(checkpoint.settings)
         yield f'ds_config["zero_optimization"]["sub_group_size"] = {limit}'

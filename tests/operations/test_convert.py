@@ -219,3 +219,15 @@ def test_updates_and_iterations_stay_apart(tmp_path: Path) -> None:
         made = convert(source, tmp_path / to, to=to, digest=False)  # type: ignore[arg-type]
         state = open_checkpoint(made.destination).training
         assert (state.step, state.iteration) == (3, 1500), to
+
+
+@pytest.mark.parametrize("to", ["zero2", "universal"])
+def test_the_order_of_flat_groups_is_said_where_it_is_another(to: Any, tmp_path: Path) -> None:
+    """An engine that keeps the source's setting would load every weight as another one, without an error."""
+    made = convert(FIXTURES / "deepspeed-0.19.8/z2_round_robin_ws2", tmp_path / "out", to=to)
+    section = opened(made.destination).settings["zero_optimization"]
+    assert isinstance(section, dict) and section["round_robin_gradients"] is False
+    lines = [line for line in made.next if "round_robin_gradients" in line]
+    config: dict[str, Any] = {"zero_optimization": {"round_robin_gradients": True}}
+    exec(lines[0], {"ds_config": config})
+    assert config == {"zero_optimization": {"round_robin_gradients": False}}
