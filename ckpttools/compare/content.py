@@ -23,6 +23,14 @@ from ckpttools.tree import Opaque, Value
 WEIGHT, MASTER = "weight", "master"
 # of param_groups: how an implementation computes, or what a container needs, not what is computed
 NEUTRAL = frozenset({"params", PARAM_NAMES, "foreach", "fused", "capturable", "differentiable"})
+# what holds where nothing is said. torch's Adams all correct the bias, and DeepSpeed's know neither of the
+# next two (torch/optim/adam.py, deepspeed/ops/adam/fused_adam.py); only it counts updates that were left out
+UNSAID: Mapping[str, object] = {
+    "bias_correction": True,
+    "amsgrad": False,
+    "maximize": False,
+    "skipped_steps": 0,
+}
 # in how many parts a batch is worked on: follows from the number of ranks
 DIVISION = frozenset({"micro", "accumulation"})
 
@@ -124,6 +132,15 @@ def hyper(checkpoint: Checkpoint, read: Read) -> Iterator[tuple[frozenset[str], 
     for group in checkpoint.groups:
         kept = {key: value for key, value in group.hyper.items() if key not in NEUTRAL and value is not None}
         yield frozenset(group.params), {key: plain(value, read) for key, value in kept.items()}
+
+
+def told(values: Mapping[str, object]) -> dict[str, object]:
+    """Settings or counters without those that say what holds where nothing is said."""
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in UNSAID or (type(value), value) != (type(UNSAID[key]), UNSAID[key])
+    }
 
 
 def progress(checkpoint: Checkpoint, read: Read) -> dict[str, dict[str, object]]:

@@ -12,7 +12,8 @@ weight, a master, a moment or a step therefore changes `state`; paddings and the
 
 Apart from `state`: `settings` (the hyper-parameters of each set of parameters, without how an implementation
 computes: foreach, fused, capturable, differentiable) and `counters` (counters, losses, schedule, global
-batch, loss scale, class of the optimizer). xxh3 guards against accidents, not against intent.
+batch, loss scale, class of the optimizer), both without what holds where nothing is said (content.UNSAID).
+xxh3 guards against accidents, not against intent.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ckpttools.compare.content import (
     number,
     plain,
     progress,
+    told,
 )
 from ckpttools.compare.stream import Stream, in_threads, place, refuse_links
 from ckpttools.passes.read import Reader, load
@@ -156,11 +158,11 @@ def of_tensors(
     checkpoint: Checkpoint, tensors: Mapping[str, Mapping[str, str]], apart: tuple[str, ...], checked: int
 ) -> Digests:
     """The digests of a checkpoint of which those of its tensors are known; its headers say the rest."""
-    found = content(checkpoint)
+    found, groups = content(checkpoint), hyper(checkpoint, shown)
     return Digests(
         state=_state(tensors, apart),
-        settings=_hash(sorted(_line([sorted(names), sets]) for names, sets in hyper(checkpoint, shown))),
-        counters=_hash([_line(progress(checkpoint, shown))]),
+        settings=_hash(sorted(_line([sorted(names), told(each)]) for names, each in groups)),
+        counters=_hash([_line({part: told(each) for part, each in progress(checkpoint, shown).items()})]),
         kinds={kind: _hash(_lines(kind, named)) for kind, named in tensors.items()},
         tensors=tensors,
         dtypes={

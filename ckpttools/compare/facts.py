@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
-from ckpttools.compare.content import hyper, inside, plain, progress
+from ckpttools.compare.content import hyper, inside, plain, progress, told
 from ckpttools.compare.digests import shown
 from ckpttools.formats import counters
 from ckpttools.tensors import TensorRef
@@ -72,7 +72,8 @@ def _unequal(
     flat, other = _flat(left), _flat(right)
     for key in dict.fromkeys((*flat, *other)):
         one, two = flat.get(key, UNKNOWN), other.get(key, UNKNOWN)
-        if not _same(one, two):
+        unsaid = UNKNOWN in (one, two) and not told({key: two if one is UNKNOWN else one})
+        if not _same(one, two) and not (unsaid and part != CLIENT):
             yield Fact(part=part, name=f"{prefix}{key}", left=one, right=two)
 
 

@@ -138,6 +138,26 @@ def test_counters_and_settings_are_named(tmp_path: Path) -> None:
     assert document["verdict"] == "except" and document["digests"][0] == document["digests"][1]
 
 
+@pytest.mark.parametrize("change", [None, ("amsgrad", True), ("bias_correction", False)])
+def test_what_holds_unsaid_is_no_difference(change: tuple[str, bool] | None, tmp_path: Path) -> None:
+    """DeepSpeed's classes ask for settings that torch's do not know, and it counts what it left out."""
+    source, made = FIXTURES / "dcp/fsdp2_ws2", tmp_path / "made"
+    ckpttools.convert(source, made, to="zero0")
+    if change is not None:
+        (path,) = made.glob("*/mp_rank_00_model_states.pt")
+        saved = torch.load(path, weights_only=False)
+        saved["optimizer"]["param_groups"][0][change[0]] = change[1]
+        torch.save(saved, path)
+    ran = run("prove", source, made)
+    if change is None:
+        assert ran.code == 0 and ran.out.startswith("the same training state\n"), ran
+        assert run("diff", source, made).code == 0
+        compared = run("digest", source, "--compare", made).out
+        assert "hyper-parameters: equal" in compared and "counters and schedule: equal" in compared
+    else:
+        assert ran.out.startswith(f"identical except hyper-parameters (group 0: {change[0]})\n"), ran
+
+
 def test_what_nobody_found_is_not_called_the_same() -> None:
     plain = FIXTURES / "hf-trainer/plain/checkpoint-2"
     proof = ckpttools.prove(plain, plain)
