@@ -126,13 +126,18 @@ def _parameters(checkpoint: Any) -> str:
     if whole := [name for name in params if _is_whole(checkpoint.tensors[name])]:
         parts.append(f"{len(whole)} of whole numbers (packed weights, or buffers)")
     if checkpoint.frozen:
-        parts.append(f"{len(checkpoint.frozen)} frozen")
+        parts.append(f"{len(checkpoint.frozen)} {_frozen(checkpoint)}")
     if checkpoint.shared:
         parts.append(f"{len(checkpoint.shared)} tied")
     if buffers:
         by = "" if checkpoint.buffers else " by type and name"
         parts.append(f"{len(buffers)} buffers{by}")
     return ", ".join(parts)
+
+
+def _frozen(checkpoint: Any) -> str:
+    """What no optimizer trains, and is no buffer by type or name; a file may not tell the two apart."""
+    return "frozen or buffers" if checkpoint.roles_guessed else "frozen"
 
 
 def _elements(checkpoint: Any, params: list[str]) -> int | None:
@@ -202,7 +207,7 @@ def _tensors(checkpoint: Any) -> Iterator[tuple[object, ...]]:
             if name in checkpoint.shared
             else "buffer"
             if name in buffers
-            else "frozen"
+            else _frozen(checkpoint)
             if name in checkpoint.frozen
             else ""
         )
@@ -260,6 +265,7 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
         "scheduler": _schedulers(state.scheduler),
         "parameters": _elements(checkpoint, _own(checkpoint, buffers)),
         "frozen": sorted(checkpoint.frozen),
+        "frozen_or_buffers": checkpoint.roles_guessed and bool(checkpoint.frozen),
         "shared": dict(checkpoint.shared),
         "buffers": sorted(buffers),
         "groups": [

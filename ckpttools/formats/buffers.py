@@ -39,3 +39,12 @@ def told(checkpoint: Checkpoint) -> list[str] | None:
     guessed = untrained(checkpoint.tensors, trained, checkpoint.shared)[1]
     sure = bool(checkpoint.frozen) and not checkpoint.roles_guessed
     return sorted(checkpoint.buffers) if sure or guessed != checkpoint.buffers else None
+
+
+def listed(checkpoint: Checkpoint) -> list[str]:
+    """What DeepSpeed's buffer_names gets. A tensor that may be a frozen weight or a buffer is there and among
+    the frozen weights: DeepSpeed, which takes from either what its model has, loads it as both, and a reader
+    knows that nobody knew.
+    """
+    unsure = checkpoint.frozen if checkpoint.roles_guessed else frozenset()
+    return [name for name in checkpoint.tensors if name in checkpoint.buffers or name in unsure]

@@ -14,6 +14,7 @@ from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode, encode, encode_tensor, ordered
 from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, size, size_node
+from ckpttools.formats.buffers import listed
 from ckpttools.formats.counters import BATCH, training
 from ckpttools.formats.notes import holds_for
 from ckpttools.location import Location
@@ -186,7 +187,7 @@ def new_root(
     fragments = {key: own[key] for key in ("frozen_param_fragments",) if key in own}
     values: dict[str, Node] = {
         "module": ordered(pairs),
-        "buffer_names": [name for name in checkpoint.tensors if name in checkpoint.buffers],
+        "buffer_names": [*listed(checkpoint)],
         "optimizer": None,
         "param_shapes": [shapes_node(group.params) for group in checkpoint.groups],
         "frozen_param_shapes": shapes_node(frozen_shapes(checkpoint)),

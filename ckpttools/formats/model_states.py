@@ -137,7 +137,8 @@ def described(model: ModelStates, tensors: Mapping[str, TensorRef], layout: Layo
         left_out={name: shape for name, shape in model.frozen_shapes.items() if name not in tensors},
         excludes_frozen=excludes_frozen(model.root, tensors, stage),
         extra_state=model.extra_state,
-        buffers=model.buffers,
+        buffers=model.buffers - model.frozen,
+        roles_guessed=not model.buffers.isdisjoint(model.frozen & tensors.keys()),  # ours: formats.buffers
         optimizer=optimizer_class(settings),
         client=client(model.file, model.root),
         settings=settings,

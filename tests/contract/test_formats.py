@@ -62,7 +62,7 @@ DROPPED: Mapping[str, Mapping[str, str]] = {
     "zero3": {},
     "universal": {},
     "pt": SETTINGS,
-    "dcp": {**SETTINGS, "frozen": "frozen", "left_out": "weights of the model"},
+    "dcp": {**SETTINGS, "left_out": "weights of the model"},
     "dcp/accelerate_ws2": dict.fromkeys(("client", *COUNTS), ACCELERATES),
     "hf": {
         "settings": "settings",

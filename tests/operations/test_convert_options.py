@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -728,6 +729,24 @@ def test_buffers_and_frozen_weights_are_told_apart_in_a_single_file(tmp_path: Pa
     assert (made.buffers, made.frozen) == (source.buffers, source.frozen)
     assert "buffer_names" not in made.client
     assert all(isinstance(ref, TensorRef) for ref in made.tensors.values())
+
+
+@pytest.mark.parametrize("to", ["zero0", "zero1", "zero2", "universal"])
+def test_what_may_be_frozen_or_a_buffer_stays_unknown(to: Any, tmp_path: Path) -> None:
+    """A float buffer and a frozen weight look alike in a file of torch: no format makes either of it."""
+    source = FIXTURES / "dcp/fsdp2_ws2"
+    unsure = {"frozen", "mean"}
+    made = convert(source, tmp_path / "z", to=to, digest=False).destination
+    found = open_checkpoint(made)
+    assert found.roles_guessed and found.frozen == unsure and not found.buffers & unsure
+    (model,) = made.glob("*/mp_rank_00_model_states.pt")
+    saved = torch.load(model, weights_only=False)
+    assert unsure <= {*saved["buffer_names"]} and unsure <= saved["frozen_param_shapes"].keys()
+    assert "2 frozen or buffers" in run("inspect", made).out
+    assert json.loads(run("inspect", made, "--json").out)["frozen_or_buffers"]
+    ran = run("convert", made, tmp_path / "z3", "--to", "zero3")
+    assert ran.code == 2 and "a frozen parameter or a buffer?" in ran.err and "zero2" in ran.err
+    assert verify(made).ok and not open_checkpoint(SAMPLES / "z2_frozen_ws2").roles_guessed
 
 
 def test_no_line_loads_more_than_weights(tmp_path: Path) -> None:

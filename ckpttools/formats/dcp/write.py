@@ -73,7 +73,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     ]
     notes += _not_held(checkpoint)
     buffers = told(checkpoint) if style != ACCELERATE else None
-    if checkpoint.frozen and buffers is None:
+    if checkpoint.frozen and buffers is None and not checkpoint.roles_guessed:  # which a reader does again
         notes.append(f"which {len(checkpoint.frozen)} weights are frozen has no place in the format")
     if style == ACCELERATE:
         # left_out says the one that is ours

@@ -77,7 +77,8 @@ def _not_held(checkpoint: Checkpoint, *, uncounted: bool) -> Iterator[str]:
     if state.saved_batch:
         lost.append("the batch sizes")
     if checkpoint.frozen:
-        lost.append(f"which weights are frozen ({len(checkpoint.frozen)})")
+        or_buffers = " or buffers" if checkpoint.roles_guessed else ""
+        lost.append(f"which weights are frozen{or_buffers} ({len(checkpoint.frozen)})")
     if checkpoint.buffers:
         lost.append(f"which tensors are buffers ({len(checkpoint.buffers)})")
     if checkpoint.settings:

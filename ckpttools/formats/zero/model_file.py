@@ -9,6 +9,7 @@ from ckpttools.containers import fields
 from ckpttools.containers.nodes import ORDERED, decode, encode, encode_tensor, kept, ordered
 from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, size, size_node, write_torch_file
+from ckpttools.formats.buffers import listed
 from ckpttools.formats.deepspeed import (
     OWN_KEYS,
     client_values,
@@ -48,8 +49,9 @@ def _values(to: Target, template: ModelStates | None, storages: dict[object, Sto
     checkpoint = to.checkpoint
     root: Dict | Object = template.root if template is not None else Dict()
     out: dict[str, Node] = {"module": _module(checkpoint, template, storages)}
-    if template is None or checkpoint.buffers != template.buffers:
-        out["buffer_names"] = [name for name in checkpoint.tensors if name in checkpoint.buffers]
+    buffers = listed(checkpoint)
+    if template is None or template.buffers != set(buffers):
+        out["buffer_names"] = [*buffers]
     if template is None or root.get("param_shapes") is not None:
         out["param_shapes"] = param_shapes(to, root.get("param_shapes"))
     if template is None or checkpoint.frozen != template.frozen:

@@ -64,12 +64,13 @@ def read(folder: Location) -> Checkpoint:
         raise _no_optimizer(folder, file.path)
     tensors, extra = module_of(file, root)
     shared = tied(tensors)
-    buffers = names_of(root.get("buffer_names"))
+    stated = shapes_of(file.path, root.get(FROZEN), FROZEN) if root.get(FROZEN) is not None else {}
+    named = names_of(root.get("buffer_names"))
+    buffers = named - stated.keys()
     params = {name: ref for name, ref in tensors.items() if name not in buffers}
     order = _order(file, root)
     groups, problem = _groups(file, root, params, shared, order)
     trained = {name for group in groups for name in group.params}
-    stated = shapes_of(file.path, root.get(FROZEN), FROZEN) if root.get(FROZEN) is not None else {}
     frozen = frozenset(stated) & params.keys() if order else untrained(params, trained, shared)[0]
     settings = settings_of(file, root)
     notes = [*unchecked([file]), *slices(root.get(SLICED))]
@@ -96,6 +97,7 @@ def read(folder: Location) -> Checkpoint:
         shared=shared,
         frozen=frozen,
         buffers=buffers & tensors.keys(),
+        roles_guessed=not named.isdisjoint(stated.keys() & tensors.keys()),
         left_out={name: shape for name, shape in stated.items() if name not in tensors},
         excludes_frozen=excludes_frozen(root, tensors, 0),
         extra_state=extra,

@@ -107,7 +107,8 @@ def _buffers(checkpoint: Checkpoint) -> frozenset[str]:
                 f"{escape(name)} is in no parameter group: a frozen parameter or a buffer?",
                 where=checkpoint.path,
                 why="ZeRO-3 cuts parameters and keeps buffers whole, and DeepSpeed loads them strictly",
-                hint="--like CHECKPOINT takes it from a DeepSpeed checkpoint of the same model",
+                hint="--like CHECKPOINT takes it from a DeepSpeed checkpoint of the same model; zero0, zero1 "
+                "and zero2 load it as either",
             )
         guessed.add(name)
     return checkpoint.buffers | guessed
