@@ -6,17 +6,28 @@ deepspeed.initialize makes of it. Lines that name `engine` come after it was mad
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from math import isfinite
+from typing import Any
 
 from ckpttools.checkpoint import STEP, Checkpoint, Layout
+from ckpttools.containers.pickles import Global, walk
+from ckpttools.containers.pickles.names import name_of
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.errors import escape
+from ckpttools.errors import escape, some
 from ckpttools.formats.deepspeed import scheduler_state, sub_group_size
 from ckpttools.location import Location
 from ckpttools.operations.deepspeed_folder import ORDERS
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Opaque, Value, at, leaves, same
+
+# what torch.load takes with weights_only=True (torch/_weights_only_unpickler.py, 2.13)
+ALLOWED = re.compile(
+    r"collections\.(OrderedDict|Counter)|builtins\.(bytearray|set|complex)|_codecs\.encode|torch\.(Size|Tensor|device"
+    r"|nn\.parameter\.Parameter|serialization\._get_layout|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2"
+    r"|(storage\.)?\w+Storage|bool|q?u?int\d+|b?float\w+|complex\d+)"
+)
 
 
 def single_file(checkpoint: Checkpoint, dst: Location, weights: str, optimizer: str) -> Iterator[str]:
@@ -100,12 +111,20 @@ def _stage3(checkpoint: Checkpoint) -> Iterator[str]:
 def _own_classes(checkpoint: Checkpoint, file: Location) -> Iterator[str]:
     """What to do first where weights_only=True refuses the client's values: no line loads without it."""
     held = (checkpoint.client, checkpoint.extra_state, checkpoint.training.scheduler)
-    if any(isinstance(leaf, Opaque) for value in held for _, leaf in leaves(value)):
+    objects = (leaf for value in held for _, leaf in leaves(value) if isinstance(leaf, Opaque))
+    names = dict.fromkeys(name for each in objects for name in _names(each) if not ALLOWED.fullmatch(name))
+    if names:
         yield (
-            "# it holds classes of your training code: "
-            f"torch.serialization.get_unsafe_globals_in_checkpoint({str(file)!r}) names them, and "
+            f"# it holds {some(names)}, which weights_only=True refuses: "
+            f"torch.serialization.get_unsafe_globals_in_checkpoint({str(file)!r}) names all, and "
             "torch.serialization.add_safe_globals takes those that you know"
         )
+
+
+def _names(value: Opaque) -> Iterator[str]:
+    """The classes and functions in an object of a torch file."""
+    node: Any = value.node
+    yield from (name_of(each) for each in walk(node) if isinstance(each, Global))
 
 
 def _is_literal(value: Value) -> bool:

@@ -770,6 +770,17 @@ def test_no_line_loads_more_than_weights(tmp_path: Path) -> None:
     assert trained(fresh, again) == trained(optimizer, model)
 
 
+@pytest.mark.parametrize("source", ["dcp/step-3", "dcp/fsdp2_ws2", "monolithic/timm/checkpoint-5.pth.tar"])
+def test_classes_are_said_where_torch_refuses_them(source: str, tmp_path: Path) -> None:
+    """Bytes and types of torch are objects in a pickle, and weights_only=True takes them."""
+    made = convert(FIXTURES / source, tmp_path / "b.pt", to="pt", digest=False)
+    refused = torch.serialization.get_unsafe_globals_in_checkpoint(made.destination)
+    said = [line for line in made.next if line.startswith("#")]
+    assert len(said) == bool(refused) and all(name in said[0] for name in refused)
+    if not refused:
+        assert torch.load(made.destination, weights_only=True)
+
+
 def test_settings_of_groups_that_differ_are_said_as_values(tmp_path: Path) -> None:
     """Stage 3 takes those of the first group for all: the line gives each group its own."""
     model = net()
