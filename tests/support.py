@@ -22,7 +22,9 @@ from ckpttools.transforms.reshard import reshard
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # recognised and refused
-REFUSED = dict.fromkeys(("moe", "pp", "autotp1", "autoep2", "autoep3"), "layout-unsupported")
+REFUSED = dict.fromkeys(
+    ("moe", "pp", "autotp1", "autotp3", "autoep2", "autoep3", "folded2"), "layout-unsupported"
+)
 # whose optimizers keep state of single ranks, which no other number of ranks can be given
 RANK_LOCAL = ("z2_ranklocal", "z2_ranknumber", "z2_bnb_adamw8", "z2_bnb_lion8", "z2_muon", "z1_muon_fp32")
 

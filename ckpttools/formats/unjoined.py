@@ -23,9 +23,9 @@ from ckpttools.findings import ERROR, INFO, Finding, of_error
 from ckpttools.formats.counters import training
 from ckpttools.formats.files import archive_roots, check_files, dangers_at
 from ckpttools.formats.format import Checked, Format, Source, no_file
-from ckpttools.formats.rank_files import LAYER, MODEL, OPTIM, PADDED
+from ckpttools.formats.rank_files import LAYER, MODEL, OPTIM, PADDED, STAGE3_MODEL
 from ckpttools.formats.tags import ANY
-from ckpttools.location import Location
+from ckpttools.location import Location, below
 from ckpttools.stores.files import entries, is_file, is_folder, size_of
 
 NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\d+(?=-model)")
@@ -37,6 +37,7 @@ RANKS = {"pp_rank": "dp_world_size", "rank": "mp_world_size"}  # by the word bef
 MODEL_STATES = "_model_states.pt"
 IN_PARTS = "layout-in-parts"
 MOST = 65_536  # experts or layers that are counted
+ZERO = "zero"  # of a universal checkpoint: a folder for each parameter
 CUT = "zero3_partitioned"  # how AutoEP keeps the experts under ZeRO-3: cut over the ranks, like all else
 COUNTERS = ("global_steps", "dp_world_size", "mp_world_size", "ds_version")
 
@@ -88,7 +89,9 @@ def check_parts(folder: Location, reason: Unsupported) -> Checked:
     findings += _counters(files)
     findings += _experts(folder, files)
     findings += _no_module(folder, files)
-    if not any(path.name.endswith("optim_states.pt") for path in here):
+    states = [path for path in paths if folder / ZERO in path.parents]
+    findings += _states(folder, states, roots)
+    if not states and not any(path.name.endswith("optim_states.pt") for path in here):
         findings += _no_optimizer(files)
     found = Checkpoint(
         path=folder,
@@ -120,6 +123,8 @@ def _role(name: str) -> str:
         return "weights of a pipeline layer"
     if MODEL.fullmatch(name):
         return "counters, client state, and the weights where they are not in files of their own"
+    if STAGE3_MODEL.fullmatch(name):
+        return "names and shapes of the weights, buffers, counters, client state"
     return "a rank's part of the optimizer's state" if OPTIM.fullmatch(name) else ""
 
 
@@ -140,6 +145,7 @@ def _gaps(folder: Location, paths: Iterable[Location], model: fields.Mapping | N
         axis: (fields.integer(model.get(key)) if model is not None else None) or 1
         for axis, key in RANKS.items()
     }
+    folded = _folded(model) if model is not None else None
     kinds: dict[str, set[tuple[int, ...]]] = {}
     for path in paths:
         if ANY.fullmatch(path.name):
@@ -152,6 +158,8 @@ def _gaps(folder: Location, paths: Iterable[Location], model: fields.Mapping | N
         ]
         wanted = list(islice(product(*(range(min(n, 65_536)) for n in sizes)), 1_000_000))
         missing = [numbers for numbers in wanted if numbers not in found]
+        if folded is not None and kind.startswith("expp_rank_"):
+            missing = [(expp, mp) for expp, mp in missing if (mp, expp) in folded[1]]
         if missing and not kind.startswith("layer_"):  # not every layer has weights
             yield Finding(
                 id="shard-missing",
@@ -221,11 +229,15 @@ def _experts(folder: Location, files: list[TorchFile]) -> Iterator[Finding]:
     fullest = max((1 + max(experts) for experts in held.values()), default=0)
     ranks = max((mp + 1 for mp, _ in held), default=1)
     ranks = max(ranks, fields.integer(root.get("mp_world_size")) or 1)
-    layers_of = range(min(max(len(stated), most), MOST))
+    layers_of, folded = range(min(max(len(stated), most), MOST)), _folded(root)
     for mp, layer in islice(product(range(min(ranks, MOST)), layers_of), MOST):
         said = stated[layer] if layer < len(stated) else 0
-        experts = held.get((mp, layer), set())
-        missing = [n for n in range(min(said or fullest, MOST)) if n not in experts]
+        experts, wanted = held.get((mp, layer), set()), range(min(said or fullest, MOST))
+        missing = [
+            n
+            for n in wanted
+            if n not in experts and (folded is None or (mp, n * folded[0] // len(wanted)) in folded[1])
+        ]
         if missing:
             yield Finding(
                 id="experts-missing",
@@ -236,6 +248,46 @@ def _experts(folder: Location, files: list[TorchFile]) -> Iterator[Finding]:
                 f"{some(missing)}",
                 hint="copy the missing files from the expert-parallel ranks that wrote them",
             )
+
+
+def _folded(root: fields.Mapping) -> tuple[int, set[tuple[int, int]]] | None:
+    """Of AutoEP folded into AutoTP: how many expert-parallel ranks there are, and for which of them each
+    model-parallel rank writes, as (model-parallel, expert-parallel). Ranks are numbered through both, and the
+    first data-parallel ones write (expected_folding_group_tables, _save_moe_checkpoint of DeepSpeed 0.19.8).
+    """
+    folding = fields.as_mapping(root.get("folding")) or Dict()
+    tp, ep = (fields.integer(folding.get(key)) or 1 for key in ("tp_size", "ep_size"))
+    if min(tp, ep) < 2:
+        return None
+    writers = min(tp * min(fields.integer(root.get("dp_world_size")) or 1, ep), MOST)
+    return ep, {(rank % tp, rank % ep) for rank in range(writers)}
+
+
+def _states(folder: Location, paths: list[Location], roots: list[fields.Mapping | None]) -> Iterator[Finding]:
+    """Of a universal checkpoint, below zero/: each parameter that the model files name has a folder, and each
+    has the files that others have.
+    """
+    held: dict[str, set[str]] = {}
+    for path in paths:
+        if path.parent != folder / ZERO:
+            held.setdefault(below(path.parent, folder / ZERO), set()).add(path.name)
+    shapes = (root.get("param_shapes") for root in roots if root is not None and paths)
+    groups = (fields.as_mapping(group) for each in shapes if isinstance(each, list) for group in each)
+    wanted = {name: None for group in groups if group is not None for name in group.names()}
+    every = {name for names in held.values() for name in names}
+    lacking = {name: sorted(every - held.get(name, set())) for name in (*wanted, *held)}
+    lacking = {name: names for name, names in lacking.items() if names}
+    if lacking:
+        first, names = next(iter(lacking.items()))
+        yield Finding(
+            id="shard-missing",
+            severity=ERROR,
+            file=str(folder),
+            where=f"{ZERO}/{first}",
+            message=f"{len(lacking)} of {len({**wanted, **held})} parameters have not all files that others "
+            f"have: the first lacks {some(names)}",
+            hint="make the universal checkpoint again from the folder that it was made from",
+        )
 
 
 def _no_optimizer(files: list[TorchFile]) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from ckpttools.checks.verdict import Verdict
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.findings import ERROR
 from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location, below
@@ -160,7 +160,9 @@ def _behind(path: Location, found: list[Entry]) -> Iterator[str]:
     named = next((entry for entry in found if entry.path == path), None)
     if named is None:
         return
-    if not _could(named):
+    if isinstance(named.problem, Unsupported):
+        yield f"whether what the pointer names can be resumed from is not known: {_reason(named)}"
+    elif not _could(named):
         yield f"what the pointer names cannot be resumed from: {_reason(named)}; ckpt latest --verified"
     further = next(filter(_could, found), named)
     if _at_one(further, named):
@@ -180,7 +182,9 @@ def _at_one(one: Entry, other: Entry) -> bool:
 def _unfit(found: list[Entry], path: Location) -> Iterator[str]:
     """That the one that is furthest cannot be resumed from, where none can be."""
     for entry in found:
-        if entry.path == path and not _could(entry):
+        if entry.path == path and isinstance(entry.problem, Unsupported):
+            yield f"whether {escape(path.name)} can be resumed from is not known: {_reason(entry)}"
+        elif entry.path == path and not _could(entry):
             yield f"{escape(path.name)} cannot be resumed from: {_reason(entry)}"
 
 

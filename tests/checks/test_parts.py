@@ -27,9 +27,9 @@ def ids(path: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def universal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A universal checkpoint, made by DeepSpeed's own converter."""
+    """A universal checkpoint of a tensor-parallel run, made by DeepSpeed's own converter."""
     out = tmp_path_factory.mktemp("universal") / "out"
-    source = ZERO / "z2_bf16_ws2"
+    source = ZERO / "autotp1_ws2"
     tag = (source / "latest").read_text()
     options = ["--inject_missing_state", "--input_folder", str(source / tag), "--output_folder", str(out)]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options]
@@ -50,7 +50,7 @@ def test_good_ones_of_deepspeed(path: Path, tmp_path: Path) -> None:
         assert ran.code == 2 and ran.err.startswith("error["), ran
 
 
-PARTS = ["pp_ws2", "moe_ws2", "autotp1_ws2", "autoep2_ws2", "autoep3_ws2"]
+PARTS = ["pp_ws2", "moe_ws2", "autotp1_ws2", "autotp3_ws2", "autoep2_ws2", "autoep3_ws2", "folded2_ws2"]
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -71,7 +71,15 @@ def test_none_of_their_files_may_be_missing(name: str, tmp_path: Path) -> None:
     assert "shard-missing" in ids(folder)
 
 
-@pytest.mark.parametrize(("name", "gone"), [("autotp1_ws2", "*mp_rank_01*"), ("autoep3_ws2", "*pp_rank_1_*")])
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("autotp1_ws2", "*mp_rank_01*"),
+        ("autotp3_ws2", "*mp_rank_01*"),
+        ("autoep3_ws2", "*pp_rank_1_*"),
+        ("folded2_ws2", "*mp_rank_01*"),  # and with it the experts of the other expert-parallel rank
+    ],
+)
 def test_a_rank_with_all_its_files_is_missed(name: str, gone: str, tmp_path: Path) -> None:
     """What is left looks like a folder of fewer ranks, and of a smaller model."""
     folder = shutil.copytree(ZERO / name, tmp_path / "run")
@@ -113,6 +121,8 @@ def test_one_model_parallel_rank_is_no_smaller_model(name: str, tmp_path: Path) 
         ("pp_ws2", "weights of a pipeline layer", 252),
         ("moe_ws2", "weights of expert 1 of MoE layer 0", 475),
         ("autotp1_ws2", "a rank's part of the optimizer's state", 976),  # each rank's slices
+        ("autotp3_ws2", "names and shapes of the weights, buffers, counters, client state", None),
+        ("folded2_ws2", "weights of expert 3 of MoE layer 0", 2096),
         ("autoep2_ws2", "weights of expert 3 of MoE layer 0", 1752),
         ("autoep3_ws2", "a rank's part of the optimizer's state", None),  # they are in the optimizer files
     ],
@@ -122,7 +132,7 @@ def test_inspect_shows_each_file_and_extract_takes_one(
 ) -> None:
     path = ZERO / name
     shown = json.loads(run("inspect", path, "--json", "--tensors").out)
-    assert (shown["step"], shown["epoch"], shown["parameters"]) == (2 if "auto" in name else 3, 1, numel)
+    assert (shown["step"], shown["epoch"], shown["parameters"]) == (3 if name in PARTS[:2] else 2, 1, numel)
     assert roles in {file["role"] for file in shown["files"]}
     ran = run("inspect", path)
     assert ran.code == 0 and "each file is shown by itself" in ran.out and roles in ran.out
@@ -130,7 +140,7 @@ def test_inspect_shows_each_file_and_extract_takes_one(
     assert ran.code == 0 and "no optimizer" not in ran.out and "warning" not in ran.out, ran
     for file in path.glob("*/*model_states.pt"):
         saved = torch.load(file, weights_only=False)
-        held = saved.get("module", saved)
+        held = {n: t for n, t in (saved.get("module", saved) or {}).items() if isinstance(t, torch.Tensor)}
         if not held:  # of a layer without weights, too
             continue
         if file.name.startswith("zero_pp"):  # ZeRO-3: the weights' names, and no element of them
@@ -238,14 +248,33 @@ def test_all_optimizer_files_missing_is_no_stage_0(tmp_path: Path) -> None:
     assert verify(ZERO / "z0_bf16_ws2").ok
 
 
-def test_universal(universal: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", ["exp_avg.pt", "*.pt"])
+def test_universal_of_a_tensor_parallel_run(universal: Path, gone: str, tmp_path: Path) -> None:
+    """Its optimizer files are those of the parameters: no rank has one of its own."""
     assert ids(universal) == set()
     folder = shutil.copytree(universal, tmp_path / "u")
-    parameter = sorted(p for p in (folder / "zero").iterdir() if p.is_dir())[0]
-    (parameter / "exp_avg.pt").unlink()
-    assert "moment-missing" in ids(folder)
-    os.truncate(parameter / "fp32.pt", 300)
+    first, second, *_ = sorted(p for p in (folder / "zero").iterdir() if p.is_dir())
+    for path in first.glob(gone):
+        path.unlink()
+    assert ids(folder) == {"shard-missing"} and first.name in run("verify", folder).out
+    os.truncate(second / "fp32.pt", 300)
     assert "file-truncated" in ids(folder)
+
+
+def test_a_pointer_to_what_is_not_read_is_no_alarm() -> None:
+    """DeepSpeed resumes from it: whether it could is only not known here."""
+    for command in ("ls", "latest"):
+        ran = run(command, ZERO / "autotp1_ws2")
+        said = ran.out + ran.err
+        assert ran.code == 0 and "can be resumed from is not known" in said and "cannot be" not in said, ran
+
+
+def test_experts_that_are_folded_into_tensor_parallel_ranks(tmp_path: Path) -> None:
+    """Each such rank writes its own experts: with four ranks of which two are data-parallel as with two."""
+    folder = shutil.copytree(ZERO / "folded2_ws2", tmp_path / "run")
+    gone = next(folder.glob("*/layer_0_expert_2_mp_rank_01_*"))
+    gone.rename(gone.with_name(gone.name.replace("rank_01", "rank_00")))
+    assert "experts-missing" in ids(folder)
 
 
 def test_the_numbers_in_a_name_are_no_measure(tmp_path: Path) -> None:

@@ -450,7 +450,8 @@ def test_other_layouts_are_recognised(path: Path) -> None:
     assert error.id == REFUSED[variant_of(path)]
     assert isinstance(error, Unsupported)
     words = {"moe": "mixture-of-experts", "pp": "pipeline"}
-    words |= {"autotp1": "tensor-parallel", "autoep2": words["moe"], "autoep3": "AutoEP"}
+    words |= dict.fromkeys(("autotp1", "autotp3"), "tensor-parallel")
+    words |= {"autoep2": words["moe"], "autoep3": "AutoEP", "folded2": words["moe"]}
     assert words[variant_of(path)] in f"{error.message} {error.why}"
 
 

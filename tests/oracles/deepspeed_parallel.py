@@ -1,8 +1,9 @@
-"""Tiny folders as DeepSpeed saves models that it has split: by tensors (AutoTP), by experts (AutoEP).
+"""Tiny folders as DeepSpeed saves models that it has split: by tensors (AutoTP), experts (AutoEP) or both.
 
     torchrun --standalone --nproc_per_node=2 deepspeed_parallel.py KIND OUT
 
-KIND is autotp or autoep, with the ZeRO stage: autotp1, autoep2, autoep3. OUT is DeepSpeed's save folder.
+KIND is autotp, autoep or folded (both), with the ZeRO stage: autotp1, autoep3, folded2. OUT is DeepSpeed's
+save folder.
 """
 
 import faulthandler
@@ -31,9 +32,12 @@ config = {
     "zero_optimization": {"stage": stage},
     "zero_force_ds_cpu_optimizer": False,
 }
+if not kind.startswith("autoep"):
+    config["tensor_parallel"] = {"autotp_size": 2}
+if kind.startswith("folded"):
+    config["tensor_parallel"]["preset_model"] = "mixtral"
 if kind.startswith("autotp"):
     model = LlamaForCausalLM(LlamaConfig(**size, **heads))
-    config["tensor_parallel"] = {"autotp_size": 2}
 else:
     model = MixtralForCausalLM(MixtralConfig(**size, **heads, num_local_experts=4, num_experts_per_tok=2))
     config["expert_parallel"] = {
