@@ -172,7 +172,7 @@ def _client(checkpoint: Checkpoint, names: Names, notes: list[str]) -> Iterator[
     for key, value in values.items():
         if names.model is None and isinstance(value, TensorRef):
             notes.append(f"'{escape(key)}' is not written: tensors at the top are the model's in this layout")
-        elif key in (names.model, names.optimizer):
+        elif key == names.model or (key == names.optimizer and checkpoint.groups):
             notes.append(f"'{key}' among the client's values is not written: the name is taken")
         else:
             yield from _flattened((key,), value, notes)
