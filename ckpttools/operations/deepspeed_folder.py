@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 
-from ckpttools.checkpoint import FP32, PARAM_NAMES, Checkpoint, Layout, ParamGroup, common_dtype
+from ckpttools.checkpoint import FP32, PARAM_NAMES, STEP, Checkpoint, Layout, ParamGroup, common_dtype
 from ckpttools.errors import Unsupported, escape
 from ckpttools.formats import PLANS
 from ckpttools.formats.deepspeed import LR_SCHEDULER, NEW_SCALER
+from ckpttools.formats.engine import number_of
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import FLOAT32, DType, TensorRef
 from ckpttools.transforms.cast import cast, castable
@@ -29,7 +30,7 @@ PER_GROUP = {
 
 def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -> tuple[Checkpoint, Layout]:
     """What the folder's format is to write, and how: masters from the best copy, weights in `dtype`."""
-    checkpoint = _of_32_bits(checkpoint)
+    checkpoint = _counted(_of_32_bits(checkpoint))
     best, old = checkpoint.best_copies(), checkpoint.layout
     odd = (n for group in checkpoint.groups for n in group.params if not castable(best[n].dtype))
     if to != "zero0" and (name := next(odd, None)) is not None:
@@ -88,6 +89,20 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
         writer=old.writer,
     )
     return made, layout
+
+
+def _counted(checkpoint: Checkpoint) -> Checkpoint:
+    """With the updates that the optimizer has counted as the engine's, where nothing else says how many: the
+    engine loads no folder without.
+    """
+    first = ([*group.scalars.get(STEP, {}).values()][:1] for group in checkpoint.groups)
+    steps = [n for values in first for value in values if (n := number_of(value)) is not None]
+    if checkpoint.training.step is not None or not steps or not 0 <= max(steps) < 2**53:
+        return checkpoint
+    step = int(max(steps))
+    note = f"global_steps is {step}, which the optimizer has counted: nothing else says it"
+    state = replace(checkpoint.training, step=step)
+    return replace(checkpoint, training=state, notes=(*checkpoint.notes, note))
 
 
 def _of_groups(value: Value, kept: Sequence[bool]) -> Value:

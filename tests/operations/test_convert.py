@@ -231,3 +231,22 @@ def test_the_order_of_flat_groups_is_said_where_it_is_another(to: Any, tmp_path:
     config: dict[str, Any] = {"zero_optimization": {"round_robin_gradients": True}}
     exec(lines[0], {"ds_config": config})
     assert config == {"zero_optimization": {"round_robin_gradients": False}}
+
+
+@pytest.mark.parametrize("to", ["zero0", "zero1", "zero2", "zero3", "universal"])
+@pytest.mark.parametrize(("optimizer", "step"), [(torch.optim.AdamW, 3), (torch.optim.SGD, 0)])
+def test_without_counters_the_optimizers_are_taken(
+    to: Any, optimizer: Any, step: int, tmp_path: Path
+) -> None:
+    """Model and optimizer alone, as torch's tutorials save them: the engine loads nothing without a count."""
+    net = torch.nn.Linear(3, 4)
+    own = optimizer(net.parameters(), lr=0.1)
+    for _ in range(3):
+        net(torch.ones(1, 3)).sum().backward()
+        own.step()
+    torch.save({"model": net.state_dict(), "optimizer": own.state_dict()}, tmp_path / "run.pt")
+    made = convert(tmp_path / "run.pt", tmp_path / "out", to=to)
+    assert any(note.startswith("global_steps is") for note in made.notes)
+    (first, *_) = sorted(made.destination.glob("*/*_model_states.pt"))
+    assert torch.load(first, weights_only=False)["global_steps"] == step
+    assert [f for f in verify(made.destination).findings if f.severity == "warning"] == []

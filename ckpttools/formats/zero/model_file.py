@@ -65,6 +65,8 @@ def _values(to: Target, template: ModelStates | None, storages: dict[object, Sto
     if template is None or (own and (scheduler or root.get("lr_scheduler"))):
         out["lr_scheduler"] = _kept(template, "lr_scheduler", scheduler)
     out |= counter_values(checkpoint)
+    if template is None:
+        out.setdefault("global_steps", 0)  # DeepSpeed loads nothing without
     out["dp_world_size"] = to.ranks
     if template is None:
         out |= {"mp_world_size": 1, "ds_version": version_of(to.checkpoint)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.formats.deepspeed import kept_batch
-from ckpttools.formats.notes import left_out
+from ckpttools.formats.notes import left_out, unsaid
 from ckpttools.formats.zero import model_file, optim_file
 from ckpttools.formats.zero.target import target
 from ckpttools.plan import Plan, copy_file
@@ -26,4 +26,5 @@ def plan(checkpoint: Checkpoint, layout: Layout) -> Plan:
     files = [model_file.output(to, settings), *optim_file.outputs(to, settings)]
     if to.template is not None:
         files += [copy_file(path, path.name, size_of(path)) for path in to.template.files.others]
-    return Plan(files=tuple(files), notes=(*notes, *left_out(checkpoint)), checks=checkpoint.checks)
+    lacks = unsaid if to.template is None else left_out
+    return Plan(files=tuple(files), notes=(*notes, *lacks(checkpoint)), checks=checkpoint.checks)
