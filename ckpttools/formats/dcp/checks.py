@@ -154,7 +154,8 @@ class _Part:
         by_file: dict[str, dict[object, Wanted]] = {}
         for each in _wanted(metadata):  # tied weights may share an item, if it is what both are said to be
             by_file.setdefault(each.item.file, {}).setdefault((each.item, each.dtype, each.shape), each)
-        for name in sorted(n for n in there if n.endswith(SUFFIX) and n not in by_file):
+        # a rank that has nothing to save leaves an empty file (filesystem.py: write_data)
+        for name in sorted(n for n in there if n.endswith(SUFFIX) and n not in by_file and there[n]):
             message = f"{NAME} does not name this file: it is left over from another save"
             self.found.add(
                 "shard-extra", ERROR, self.folder / name, NAME, message, "move it out of the folder"
