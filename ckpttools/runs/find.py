@@ -292,9 +292,9 @@ def _would_run(source: Source, checkpoint: Checkpoint) -> CkptError | None:
     """Nobody should go on from a file that runs something when it is loaded. `checkpoint` may be one whose
     files are called as those of this one are, and say the same.
     """
-    judged = {file.path.name: file for file in checkpoint.files if file.dangers is not None}
-    found = [(file.path, what) for file in judged.values() for what in file.dangers or ()]
+    found = [(file.path, what) for file in checkpoint.files for what in file.dangers or ()]
     if not found:
+        judged = {file.path.name for file in checkpoint.files if file.dangers is not None}
         others = (path for path in beside_of(source) if path.name not in judged)
         found = [(path, what) for path in others for what in dangers_of(path)]
     return raised(dangerous(found[0][0], "", found[0][1])) if found else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -118,6 +119,21 @@ def test_what_is_recognised_and_not_read_is_judged_too(tmp_path: Path, ckpt: Ckp
     named = {each["file"] for each in findings if each["id"] == "pickle-dangerous"}
     assert named == {str(rank), str(other)}
     assert not (tmp_path / hostile.MARKER).exists()
+
+
+def test_the_metadata_of_one_of_two_distributed_checkpoints(tmp_path: Path, ckpt: Ckpt) -> None:
+    class Bomb:
+        def __reduce__(self) -> object:
+            return print, ("ran",)
+
+    folder = shutil.copytree(FIXTURES / "dcp/accelerate_ws2", tmp_path / "run/step_3")
+    path = folder / "optimizer_0/.metadata"
+    saved = pickle.loads(path.read_bytes())
+    saved.extra = Bomb()
+    path.write_bytes(pickle.dumps(saved))
+    for command in ("inspect", "verify", "ls"):
+        done = ckpt(command, folder)
+        assert done.code == 1 and "DANGEROUS: " in done.out + done.err, (command, done)
 
 
 def test_the_library_says_it_too(tmp_path: Path) -> None:

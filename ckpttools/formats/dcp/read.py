@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, common_dtype
+from ckpttools.containers.pickles.judge import dangers
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.dcp.counters import training
@@ -251,7 +252,10 @@ def _files(each: Part) -> Iterator[FileRole]:
         kinds.setdefault(item.file, [0, 0])[key in mine.objects] += 1
     what = {MODEL_FOLDER: " of the model", OPTIMIZER_FOLDER: " of the optimizer"}.get(each.folder.name, "")
     yield FileRole(
-        path=each.folder / NAME, nbytes=mine.nbytes, role=f"says where each part{what} lies; written last"
+        path=each.folder / NAME,
+        nbytes=mine.nbytes,
+        role=f"says where each part{what} lies; written last",
+        dangers=dangers(mine.judgements),
     )
     for name, (tensors, objects) in sorted(kinds.items()):
         path = each.folder / name
