@@ -27,7 +27,7 @@ import torch
 
 from ckpttools.containers.pickles import Dict, Global, Object, Reject, loads
 from ckpttools.containers.pickles.arguments import CHECKS
-from ckpttools.containers.pickles.judge import Verdict, judge, judge_calls
+from ckpttools.containers.pickles.judge import Verdict, dangers, judge, judge_calls
 from ckpttools.containers.pickles.known import ARGUMENTS_DECIDE, BY_ARGUMENTS, KNOWN
 from ckpttools.containers.torch_file import read_torch_file
 
@@ -283,3 +283,20 @@ def test_pickles_of_torch_in_other_protocols() -> None:
         torch.save({"a": torch.ones(2, dtype=torch.uint16)}, out, pickle_protocol=protocol)
         with zipfile.ZipFile(out) as archive:
             assert set(verdicts(archive.read("archive/data.pkl")).values()) == {Verdict.KNOWN}
+
+
+def test_a_tensor_in_a_plain_pickle() -> None:
+    """Its storage is what torch.save wrote before zips, which loading unpickles again."""
+
+    class Run:
+        def __reduce__(self) -> object:
+            return print, ("ran",)
+
+    saved = {"mean": torch.arange(3.0), "std": torch.ones(2, dtype=torch.bfloat16)}
+    for protocol in (2, 4):
+        assert dangers(judge(loads(pickle.dumps(saved, protocol)))) == ()
+    inner = io.BytesIO()
+    torch.save({"w": Run()}, inner, _use_new_zipfile_serialization=False)
+    for raw in (inner.getvalue(), inner.getvalue()[:40], b"PK\x03\x04", pickle.dumps(saved)):
+        (judged,) = judge_calls([call("torch.storage._load_from_bytes", raw)])
+        assert judged.verdict is Verdict.DANGEROUS

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from ckpttools.containers.pickles.known import RUNNING, STDLIB
 from ckpttools.containers.pickles.names import ONE_CYCLE, Verdict, judge_global, name_of, special
 from ckpttools.containers.pickles.nodes import Global, Node, Object
+from ckpttools.containers.pickles.read import loads
+from ckpttools.errors import CkptError
+
+STORAGE = "torch.storage._load_from_bytes"
 
 
 def computed(cls: Object, call: Object) -> Verdict:
@@ -62,6 +66,30 @@ def _bytes(call: Object) -> Verdict:
         for x in call.args
     )
     return Verdict.KNOWN if plain else Verdict.DANGEROUS
+
+
+def _storage(call: Object) -> Verdict:
+    """A tensor's storage within a plain pickle: what torch.save wrote before zips, of which torch.load reads
+    four pickles more than the magic number. None of them holds another one.
+    """
+    from ckpttools.containers.pickles.judge import judge
+
+    raw = call.args[0] if len(call.args) == 1 else None
+    if isinstance(raw, Object) and name_of(raw.cls) == "_codecs.encode" and _encode(raw) is Verdict.KNOWN:
+        text = raw.args[0]
+        raw = text.encode("latin1", "replace") if isinstance(text, str) else None
+    if not isinstance(raw, bytes):
+        return Verdict.DANGEROUS
+    verdicts, at = [Verdict.KNOWN], 0
+    try:
+        for _ in range(5):
+            pickle = loads(raw, start=at, exact=False)
+            at = pickle.end
+            nested = any(name_of(each.cls) == STORAGE for each in pickle.calls)
+            verdicts += [Verdict.DANGEROUS] if nested else [each.verdict for each in judge(pickle)]
+    except CkptError:
+        return Verdict.DANGEROUS
+    return _worst(*verdicts)
 
 
 def _only_one(call: Object) -> Verdict:
@@ -147,6 +175,7 @@ CHECKS: dict[str, Callable[[Object], Verdict]] = {
     "functools.partial": _holder,
     "logging.getLogger": _plain_text,
     "zoneinfo.ZoneInfo._unpickle": _plain_text,
+    STORAGE: _storage,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type": _from_type,
     "torch._tensor._rebuild_from_type_v2": _from_type,

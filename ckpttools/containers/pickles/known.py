@@ -83,6 +83,7 @@ _DECIDED = {
     "logging": "getLogger",
     "zoneinfo": "ZoneInfo._unpickle",
     "torch._utils": "_rebuild_parameter_with_state",
+    "torch.storage": "_load_from_bytes",
     "torch._tensor": "_rebuild_from_type _rebuild_from_type_v2",
     "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
 }
