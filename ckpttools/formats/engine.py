@@ -237,10 +237,11 @@ def odd_settings(group: fields.Mapping | Mapping[str, Any]) -> Iterator[tuple[st
         value = fields.number(beta)
         if (value is None and isinstance(beta, str)) or (value is not None and not 0 <= value < 1):
             yield f"betas[{i}]", beta, ERROR
-    for key in ("eps", "weight_decay"):
+    # Adam divides by eps, and by the gradients beside it: next to this one they are nothing
+    for key, most in (("eps", 1e4), ("weight_decay", math.inf)):
         given = group.get(key)
         value = fields.number(given)
-        if value is not None and not 0 <= value < math.inf:
+        if value is not None and not 0 <= value < most:
             yield key, value, WARNING
         elif key in group and "betas" in group and (given is None or isinstance(given, str)):
             yield key, given, ERROR

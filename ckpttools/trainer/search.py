@@ -13,7 +13,8 @@ from ckpttools import runs
 from ckpttools.checks import verify
 from ckpttools.errors import CkptError, UsageError, counted, escape
 from ckpttools.findings import Finding, errors, of_error
-from ckpttools.stores.files import local
+from ckpttools.formats.tags import LATEST
+from ckpttools.stores.files import is_file, local, small_text
 from ckpttools.trainer import folders
 
 SHOWN = 8  # names of checkpoints, before the rest is only counted
@@ -32,10 +33,10 @@ def search(folder: Path) -> Found:
 
     Raises CkptError where there are checkpoints and all are damaged: starting anew would hide the loss.
     """
-    found = newest_first(folder)
+    found, behind = _ordered(folder)
     if not found:
         return Found(path=None, notes=(f"No checkpoint found under {folder}: starting from step 0",))
-    notes = [f"Searched {folder}: {_listed(found, folder)}"]
+    notes = [f"Searched {folder}: {_listed(found, folder)}", *behind]
     for path in found:
         if not (damage := damaged(path)):
             newest = " of those that verify" if path != found[0] else ""
@@ -54,18 +55,40 @@ def search(folder: Path) -> Found:
 def newest_first(folder: Path) -> list[Path]:
     """The trainer's checkpoints below a folder: what a resume takes, then the others, newest first. Damaged
     ones that are newer than that stand in front, for the search to pass over."""
+    return _ordered(folder)[0]
+
+
+def _ordered(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The same, and what is said of a pointer that is followed and does not name the furthest."""
     if not folder.is_dir():
-        return []
+        return [], ()
     entries = [(entry, path) for entry in runs.find(folder) if (path := folders.resumable(entry)) is not None]
     found = [path for _, path in entries]
     try:
         taken = local(runs.newest(folder).path)
     except CkptError:  # a pointer that leads nowhere, or nothing at all: what is there counts
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(found)), ()
     taken = folders.tag_of(taken) or taken
-    newer = entries[: found.index(taken)] if taken in found else []
+    if taken not in found:
+        named = [name for name in (folders.POINTER, LATEST) if taken.name == _text(taken.parent / name)]
+        note = (
+            f"Passed over {taken}, which {' and '.join(named)} names: it holds no checkpoint to resume from"
+        )
+        return list(dict.fromkeys(found)), (note,) if named and found else ()
+    at = found.index(taken)
+    one, newer = entries[at][0], entries[:at]
     lost = [path for entry, path in newer if entry.problem is not None]
-    return list(dict.fromkeys(path for path in (*lost, taken, *found) if path in found))
+    ahead = [(entry, path) for entry, path in newer if entry.problem is None and entry.at != one.at]
+    notes = (
+        f"careful: {escape(path.name)} is further on ({entry.at or '?'}) than what the pointer names, "
+        f"{escape(taken.name)} ({one.at or '?'}): what came in between is trained again"
+        for entry, path in ahead[:1]
+    )
+    return list(dict.fromkeys((*lost, taken, *found))), tuple(notes)
+
+
+def _text(pointer: Path) -> str | None:
+    return Path(small_text(pointer, 4096).strip()).name if is_file(pointer) else None
 
 
 def check(checkpoint: Path, *, weights_only: bool) -> None:

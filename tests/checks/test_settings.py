@@ -33,6 +33,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "lr below zero": ({"lr": -0.1}, WARNING, "lr"),
     "beta above one": ({"betas": (0.9, 1.5)}, ERROR, "betas[1]"),
     "eps below zero": ({"eps": -1e-8}, WARNING, "eps"),
+    "eps beyond all gradients": ({"eps": 1e12}, WARNING, "eps"),
     "decay NaN": ({"weight_decay": math.nan}, WARNING, "weight_decay"),
     "no eps": ({"eps": None}, ERROR, "eps"),
     "a ruinous decay": ({"weight_decay": 1e6}, WARNING, "weight_decay"),

@@ -75,6 +75,9 @@ def test_newest_is_what_last_checkpoint_names(tmp_path: Path) -> None:
     assert search.newest_first(tmp_path) == [first, ten]
     (tmp_path / "last_checkpoint").write_text("/moved/from/here/iter_000002.pth")
     assert search.newest_first(tmp_path) == [first, ten]
+    _, careful, chosen = search.search(tmp_path).notes
+    assert careful.startswith("careful: iter_000010.pth is further on (step 10) than what the pointer names")
+    assert chosen == f"Auto resumed from the latest checkpoint {first}"
 
 
 def test_newest_by_step_without_last_checkpoint(tmp_path: Path) -> None:
@@ -84,6 +87,9 @@ def test_newest_by_step_without_last_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "iter_000099.pth").mkdir()  # nothing in it
     (tmp_path / "last_checkpoint").write_text("iter_000099.pth")
     assert search.newest_first(tmp_path) == [ten, nine]
+    _, passed, chosen = search.search(tmp_path).notes
+    assert passed.startswith(f"Passed over {tmp_path / 'iter_000099.pth'}, which last_checkpoint names: ")
+    assert chosen == f"Auto resumed from the latest checkpoint {ten}"
     epoch = at(copied(tmp_path, "epoch_002.pth", age=9), 12)
     assert search.newest_first(tmp_path) == [epoch, ten, nine]
 
