@@ -29,6 +29,7 @@ from ckpttools.containers.pickles import Dict, Global, Object, Reject, loads
 from ckpttools.containers.pickles.arguments import CHECKS
 from ckpttools.containers.pickles.judge import Verdict, dangers, judge, judge_calls
 from ckpttools.containers.pickles.known import ARGUMENTS_DECIDE, BY_ARGUMENTS, KNOWN
+from ckpttools.containers.pickles.names import STORAGE
 from ckpttools.containers.torch_file import read_torch_file
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -238,7 +239,7 @@ def test_every_function_of_the_standard_library_outside_the_table() -> None:
 
 def test_tables_agree() -> None:
     # the reader keeps every call of those whose arguments decide
-    assert set(CHECKS) == BY_ARGUMENTS
+    assert {*CHECKS, STORAGE} == BY_ARGUMENTS
     for name in CHECKS:
         assert any(name.endswith("." + last) for last in ARGUMENTS_DECIDE), name
     assert not KNOWN & set(CHECKS)

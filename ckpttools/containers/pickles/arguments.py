@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ckpttools.containers.pickles.known import RUNNING, STDLIB
-from ckpttools.containers.pickles.names import ONE_CYCLE, Verdict, judge_global, name_of, special
-from ckpttools.containers.pickles.nodes import Global, Node, Object
+from ckpttools.containers.pickles.names import ONE_CYCLE, STORAGE, Verdict, judge_global, name_of, special
+from ckpttools.containers.pickles.nodes import Global, Node, Object, Pickle
 from ckpttools.containers.pickles.read import loads
 from ckpttools.errors import CkptError
-
-STORAGE = "torch.storage._load_from_bytes"
 
 
 def computed(cls: Object, call: Object) -> Verdict:
@@ -68,28 +66,24 @@ def _bytes(call: Object) -> Verdict:
     return Verdict.KNOWN if plain else Verdict.DANGEROUS
 
 
-def _storage(call: Object) -> Verdict:
-    """A tensor's storage within a plain pickle: what torch.save wrote before zips, of which torch.load reads
-    four pickles more than the magic number. None of them holds another one.
+def stored(call: Object) -> list[Pickle] | None:
+    """What STORAGE is given in a plain pickle of tensors, and loads: what torch.save wrote before zips, which
+    begins with five pickles, none with another one within. None for anything else.
     """
-    from ckpttools.containers.pickles.judge import judge
-
-    raw = call.args[0] if len(call.args) == 1 else None
+    raw = call.args[0] if len(call.args) == 1 and not call.kwargs.pairs else None
     if isinstance(raw, Object) and name_of(raw.cls) == "_codecs.encode" and _encode(raw) is Verdict.KNOWN:
         text = raw.args[0]
         raw = text.encode("latin1", "replace") if isinstance(text, str) else None
     if not isinstance(raw, bytes):
-        return Verdict.DANGEROUS
-    verdicts, at = [Verdict.KNOWN], 0
+        return None
+    found: list[Pickle] = []
     try:
         for _ in range(5):
-            pickle = loads(raw, start=at, exact=False)
-            at = pickle.end
-            nested = any(name_of(each.cls) == STORAGE for each in pickle.calls)
-            verdicts += [Verdict.DANGEROUS] if nested else [each.verdict for each in judge(pickle)]
+            found.append(loads(raw, start=found[-1].end if found else 0, exact=False))
     except CkptError:
-        return Verdict.DANGEROUS
-    return _worst(*verdicts)
+        return None
+    nested = any(name_of(inner.cls) == STORAGE for each in found for inner in each.calls)
+    return None if nested else found
 
 
 def _only_one(call: Object) -> Verdict:
@@ -106,7 +100,7 @@ def _reconstructor(call: Object) -> Verdict:
     # calls base.__init__(object, state) unless the base is object
     if len(call.args) != 3:
         return Verdict.DANGEROUS
-    return _worst(_argument(call.args[0]), _argument(call.args[1]))
+    return worst(_argument(call.args[0]), _argument(call.args[1]))
 
 
 def _from_type(call: Object) -> Verdict:
@@ -120,7 +114,7 @@ def _from_type(call: Object) -> Verdict:
         or not name_of(func).startswith("torch._utils._rebuild_")
     ):
         return Verdict.DANGEROUS
-    return _worst(_argument(func), _argument(kind))
+    return worst(_argument(func), _argument(kind))
 
 
 def _holder(call: Object) -> Verdict:
@@ -156,7 +150,7 @@ def _argument(node: Node) -> Verdict:
     return judge_global(node) if isinstance(node, Global) else Verdict.DANGEROUS
 
 
-def _worst(*verdicts: Verdict) -> Verdict:
+def worst(*verdicts: Verdict) -> Verdict:
     order = (Verdict.DANGEROUS, Verdict.UNKNOWN, Verdict.KNOWN)
     return min(verdicts, key=order.index)
 
@@ -175,7 +169,6 @@ CHECKS: dict[str, Callable[[Object], Verdict]] = {
     "functools.partial": _holder,
     "logging.getLogger": _plain_text,
     "zoneinfo.ZoneInfo._unpickle": _plain_text,
-    STORAGE: _storage,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type": _from_type,
     "torch._tensor._rebuild_from_type_v2": _from_type,

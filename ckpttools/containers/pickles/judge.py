@@ -17,9 +17,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckpttools.containers.pickles.arguments import CHECKS, computed
+from ckpttools.containers.pickles.arguments import CHECKS, computed, stored, worst
 from ckpttools.containers.pickles.known import FILLED
-from ckpttools.containers.pickles.names import Verdict, is_known, judge_global, judge_held, name_of, special
+from ckpttools.containers.pickles.names import (
+    STORAGE,
+    Verdict,
+    is_known,
+    judge_global,
+    judge_held,
+    name_of,
+    special,
+)
 from ckpttools.containers.pickles.nodes import Dict, Global, Node, Object, Persistent, Pickle, Set, walk
 from ckpttools.errors import escape
 
@@ -106,6 +114,10 @@ def _verdict(call: Object) -> Verdict:
         return computed(cls, call)
     if not isinstance(cls, Global):
         return Verdict.DANGEROUS  # calls a value that is no function
+    if name_of(cls) == STORAGE:
+        pickles = stored(call)
+        found = (each.verdict for pickle in pickles or () for each in judge(pickle))
+        return Verdict.DANGEROUS if pickles is None else worst(Verdict.KNOWN, *found)
     check = CHECKS.get(name_of(cls))
     if check is None:
         return judge_global(cls)

@@ -27,6 +27,7 @@ ONE_CYCLE = (
     "mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler",
     "torch.optim.lr_scheduler.OneCycleLR",
 )
+STORAGE = "torch.storage._load_from_bytes"  # unpickles what it is given
 
 
 class Verdict(StrEnum):
@@ -77,7 +78,7 @@ def _judge_name(name: str, *, held: bool = False) -> Verdict:
 def judge_global(node: Global) -> Verdict:
     """The verdict on a name that is called."""
     name = name_of(node)
-    if name in ("builtins.getattr", "builtins.type", "builtins.iter", "torch.storage._load_from_bytes"):
+    if name in ("builtins.getattr", "builtins.type", "builtins.iter", STORAGE):
         return Verdict.DANGEROUS  # as somebody's argument: what it does depends on what it is given
     return Verdict.DANGEROUS if _reaches_through(node) else _judge_name(name)
 
