@@ -13,10 +13,19 @@ from ckpttools.formats.dcp.counters import training
 from ckpttools.formats.dcp.items import Data, Items, Wanted
 from ckpttools.formats.dcp.megatron import with_common
 from ckpttools.formats.dcp.metadata import Item, Metadata, read_metadata
-from ckpttools.formats.dcp.names import DATA, MODEL_FOLDER, NAME, OPTIMIZER_FOLDER, has_shards, parts
+from ckpttools.formats.dcp.names import (
+    DATA,
+    MODEL_FOLDER,
+    NAME,
+    OPTIMIZER_FOLDER,
+    SUFFIX,
+    has_shards,
+    parts,
+)
 from ckpttools.formats.dcp.pieces import assembled, check_pieces
 from ckpttools.formats.dcp.roles import ACCELERATE, Names, guessed, roles, tree
 from ckpttools.formats.dcp.shards import read_shards
+from ckpttools.formats.format import Folder
 from ckpttools.formats.notes import holds_for
 from ckpttools.location import Location
 from ckpttools.stores.files import exists, size_of
@@ -263,3 +272,8 @@ def _files(each: Part) -> Iterator[FileRole]:
         by = f" written by rank {named[1]}" if named else ""
         held = [f"{tensors} parts of tensors"] * bool(tensors) + [f"{objects} values"] * bool(objects)
         yield FileRole(path=path, nbytes=size_of(path), role=f"{' and '.join(held)}{by}")
+    for name in Folder.of(each.folder).names:
+        if name.endswith(SUFFIX) and name not in kinds:
+            nbytes = size_of(each.folder / name)
+            role = f"{NAME} does not name it" if nbytes else "empty: of a rank that had nothing to save"
+            yield FileRole(path=each.folder / name, nbytes=nbytes, role=role)

@@ -264,6 +264,7 @@ def test_what_a_good_one_holds(folder: Path) -> None:
     (folder / "__2_0.distcp").touch()  # of a rank that had nothing to save, as with full_state_dict=True
     out = run("verify", folder).out
     assert ": good (" in out
+    assert run("reshard", folder, folder.parent / "three", "--world-size", 3).code == 0
     assert "step 3, epoch 1" in out and "no optimizer" not in out and "no scheduler" in out
     assert run("verify", FIXTURES / "dcp/step-3").out.count("no ") == 0
 
