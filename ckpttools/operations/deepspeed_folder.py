@@ -19,6 +19,10 @@ from ckpttools.tree import Value, at, put
 UNIVERSAL = "universal"
 # of zero_optimization: what decides the order and the gaps in flat groups, and is off in what is written
 ORDERS = ("round_robin_gradients", "parameter_alignment")
+_ROUNDED = (
+    "master weights are made from those of {}, as the source has no others: verify warns of it until "
+    "training changes them"
+)
 PER_GROUP = {
     "base_lrs",
     "_last_lr",
@@ -49,13 +53,18 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
             hyper={key: value for key, value in group.hyper.items() if key != PARAM_NAMES},
         )
         for group in checkpoint.groups
-        if group.params  # DeepSpeed leaves out groups without any, and loads as many as are left
+        # DeepSpeed leaves out groups without any, and loads as many as are left; stage 3 keeps those that are
+        # frozen whole
+        if group.params or (to == "zero3" and old.zero_stage == 3)
     )
     if empty := len(checkpoint.groups) - len(groups):
         note = f"{empty} parameter groups without parameters are left out, as DeepSpeed does"
         every = [bool(group.params) for group in checkpoint.groups]
         state = replace(checkpoint.training, scheduler=_of_groups(checkpoint.training.scheduler, every))
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note), training=state)
+    if rounded := {best[n].dtype.short for group in groups for n in group.params} & {"bf16", "fp16"}:
+        note = _ROUNDED.format(" and ".join(sorted(rounded)))
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     trained = {name for group in groups for name in group.params}
     if dtype is not None:
         checkpoint = _cast(checkpoint, dtype, trained)

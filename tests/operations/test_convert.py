@@ -250,3 +250,12 @@ def test_without_counters_the_optimizers_are_taken(
     (first, *_) = sorted(made.destination.glob("*/*_model_states.pt"))
     assert torch.load(first, weights_only=False)["global_steps"] == step
     assert [f for f in verify(made.destination).findings if f.severity == "warning"] == []
+    assert not any("master weights are made" in note for note in made.notes)
+
+
+def test_masters_of_16_bits_are_said(tmp_path: Path) -> None:
+    net = torch.nn.Linear(3, 4).bfloat16()
+    own = torch.optim.SGD(net.parameters(), lr=0.1)
+    torch.save({"model": net.state_dict(), "optimizer": own.state_dict(), "step": 0}, tmp_path / "run.pt")
+    made = convert(tmp_path / "run.pt", tmp_path / "out", to="zero2")
+    assert any(note.startswith("master weights are made from those of bf16") for note in made.notes)

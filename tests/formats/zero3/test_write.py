@@ -14,6 +14,7 @@ from ckpttools.checks import verify
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
 from ckpttools.formats import open_checkpoint, zero3
+from ckpttools.operations.convert import convert
 from ckpttools.tree import plain
 
 SAMPLES = FIXTURES / "deepspeed-0.19.8"
@@ -70,6 +71,8 @@ def test_a_group_of_which_every_parameter_is_frozen_stays_empty(tmp_path: Path) 
     made = open_checkpoint(tmp_path / "tag")
     assert [list(group.params) for group in made.groups] == [[], *(list(group.params) for group in rest)]
     assert [f for f in verify(tmp_path / "tag").findings if "sub_group_size" in f.where] == []
+    again = convert(tmp_path / "tag", tmp_path / "again", to="zero3", world_size=2)
+    assert len(open_checkpoint(again.destination).groups) == len(made.groups)
 
 
 @pytest.mark.parametrize(
