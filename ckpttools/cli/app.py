@@ -189,8 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     # numpy's linear algebra is never used here: without its threads it loads in two thirds of the time
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # headers are millions of small values that live to the end: to look for cycles among them again and
-    # again would take a quarter of the time
-    gc.set_threshold(200_000, 10, 10)
+    # again would take a quarter of the time; of one checkpoint about a hundred values are in cycles
+    gc.set_threshold(10_000_000, 10, 10)
     debug, as_json = "--debug" in head, "--json" in head
     head = [_dashes(a) for a in head if a != "--debug"]
     try:
