@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 
 import xxhash
@@ -40,7 +41,7 @@ from ckpttools.compare.content import (
 from ckpttools.compare.stream import Stream, in_threads, place, refuse_links
 from ckpttools.passes.read import Reader, load
 from ckpttools.progress import Progress
-from ckpttools.tensors import ByteRange, DType, TensorRef
+from ckpttools.tensors import ByteRange, Chunk, DType, TensorRef
 from ckpttools.tree import Value
 from ckpttools.values import Array, cast, comparable, nonfinite, numpy_array
 
@@ -66,16 +67,16 @@ class Digests:
     checked: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """A tensor to be read once; `rounded` asks for the digest of its elements in another type too.
 
     Known by its identity: to hash what it says of each of many small tensors costs more than to read them.
     """
 
-    ref: TensorRef
-    number: bool
-    rounded: DType | None = None
+    __slots__ = ("number", "ref", "rounded")
+
+    def __init__(self, ref: TensorRef, number: bool, rounded: DType | None = None) -> None:
+        self.ref, self.number, self.rounded = ref, number, rounded
 
     def rounding_to(self, dtype: DType | None) -> Job:
         """The same tensor, with the digest in another type."""
@@ -103,16 +104,16 @@ def jobs_of(checkpoint: Checkpoint) -> Jobs:
             if isinstance(ref, TensorRef):
                 rounded = _rounds_to(ref, weights.get(name)) if kind == MASTER else None
                 job = Job(ref, counts and is_number(ref), rounded)
-                key = (_bytes(ref), ref.dtype, ref.shape, job.number, rounded)
+                key = (place_key(ref.chunks), ref.dtype, ref.shape, job.number, rounded)
                 jobs[kind, name] = once.setdefault(key, job)
     return jobs
 
 
-def _bytes(ref: TensorRef) -> object:
-    """What two refs of the same bytes have in common; a path is one object in all refs of a file."""
-    if len(ref.chunks) == 1 and isinstance(chunk := ref.chunks[0], ByteRange):
+def place_key(chunks: tuple[Chunk, ...]) -> object:
+    """What chunks of the same bytes have in common; a path is one object in all refs of a file."""
+    if len(chunks) == 1 and isinstance(chunk := chunks[0], ByteRange):
         return id(chunk.path), chunk.start, chunk.nbytes
-    return ref.chunks
+    return chunks
 
 
 def digests(
@@ -248,6 +249,7 @@ class Passing:
             self.result, self._running = self._running.result(), None
 
 
+@lru_cache(maxsize=4096)  # of many tensors, most have one of a few shapes
 def _head(dtype: DType, shape: tuple[int, ...]) -> bytes:
     return f"{dtype.name} {','.join(map(str, shape))}\n".encode()
 

@@ -9,8 +9,7 @@ as safetensors folders do, is held by the name that it is tied to.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ckpttools.compare.content import MASTER, WEIGHT, Content, Held
 from ckpttools.tensors import TensorRef
@@ -20,8 +19,9 @@ from ckpttools.tree import Value
 As = Literal["own", "single", "rounded", "absent"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class Pair(NamedTuple):
+    """One for each tensor: hundreds of thousands are made."""
+
     kind: str
     name: str
     left: As = "own"
@@ -63,13 +63,13 @@ def value(held: Held, pair: Pair, side: As, other: TensorRef | Value) -> TensorR
 
 
 def _as(kind: str, name: str, side: Content, other: Content) -> As:
-    if _keeps_one(name, side, other):
+    if kind in (WEIGHT, MASTER) and _keeps_one(name, side, other):
         weight, theirs = side.held[WEIGHT][name], other.held.get(WEIGHT, {}).get(name)
         if kind == MASTER:
             return "single"
-        if kind == WEIGHT and not isinstance(theirs, TensorRef):
+        if not isinstance(theirs, TensorRef):
             return "absent"  # the master says it all
-        if kind == WEIGHT and _type(theirs) != _type(weight):
+        if _type(theirs) != _type(weight):
             return "rounded"
     return "own" if name in side.held.get(kind, {}) else "absent"
 

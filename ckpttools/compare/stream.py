@@ -31,7 +31,7 @@ class Stream:
 
     def blocks(self, ref: TensorRef, reader: Reader) -> Iterator[Array]:
         """The elements in 1-D arrays of at most some MiB, each valid until the next one is asked for."""
-        whole = any(isinstance(chunk, Strided | Tiles) for chunk in ref.chunks)
+        whole = any(isinstance(chunk, (Strided, Tiles)) for chunk in ref.chunks)
         size = min(_GATHER if whole else BLOCK_NBYTES, ref.nbytes)
         buffer = memoryview(bytearray(max(size, ref.dtype.itemsize)))
         for dtype, chunks in _runs(ref):

@@ -21,7 +21,7 @@ from pathlib import Path
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import check_before_use
 from ckpttools.compare.content import MASTER, WEIGHT
-from ckpttools.compare.digests import Job, Jobs, Passing, Results, digests, jobs_of, nbytes_of
+from ckpttools.compare.digests import Job, Jobs, Passing, Results, digests, jobs_of, nbytes_of, place_key
 from ckpttools.errors import escape
 from ckpttools.formats import Source
 from ckpttools.location import Location
@@ -98,14 +98,17 @@ def asked(asked: bool | None, source: Source, dst: Location, how: Writing) -> bo
 
 
 def _same(wanted: Jobs, made: Jobs, origins: Origins) -> dict[Job, Job]:
-    """The tensors that are to be written, and those of the result that were made from the same bytes."""
+    """The tensors that are to be written, and those of the result that were made from the same bytes.
+
+    One that is missed is read.
+    """
     of = {
-        (job.ref.dtype, job.ref.shape, chunks): job
+        (job.ref.dtype, job.ref.shape, place_key(chunks)): job
         for job in dict.fromkeys(made.values())
         if not job.number and (chunks := origins.of(job.ref)) is not None
     }
     found = {
-        job: of.get((job.ref.dtype, job.ref.shape, join_chunks(job.ref.chunks)))
+        job: of.get((job.ref.dtype, job.ref.shape, place_key(join_chunks(job.ref.chunks))))
         for job in dict.fromkeys(wanted.values())
         if not job.number
     }

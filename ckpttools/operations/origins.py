@@ -26,24 +26,26 @@ class Origins:
     """Of a plan whose files lie at `staged`."""
 
     def __init__(self, plan: Plan, staged: Location) -> None:
-        self._files = {staged / file.path: file for file in plan.files}
-        self._starts = {
-            path: list(accumulate((segment.nbytes for segment in file.segments), initial=0))
-            for path, file in self._files.items()
+        self._files = {
+            staged / file.path: (
+                list(accumulate((segment.nbytes for segment in file.segments), initial=0)),
+                file.segments,
+            )
+            for file in plan.files
         }
-        self._checked, _ = _merged(check.source for check in plan.checks)
+        checked, _ = _merged(check.source for check in plan.checks)
         segments = (segment for file in plan.files for segment in file.segments)
-        _, self._again = _merged(
-            span for segment in segments for chunk in reads(segment) for span in spans(chunk)
-        )
+        _, again = _merged(span for segment in segments for chunk in reads(segment) for span in spans(chunk))
+        self._sources = {path: (held, again.get(path, [])) for path, held in checked.items()}
 
     def of(self, ref: TensorRef) -> tuple[Chunk, ...] | None:
         """The proved bytes that a tensor of the result is a copy of; None where it is more, or other."""
         out: list[ByteRange] = []
         for chunk in ref.chunks:
-            if not isinstance(chunk, ByteRange) or chunk.path not in self._files:
+            found = self._files.get(chunk.path) if isinstance(chunk, ByteRange) else None
+            if not isinstance(chunk, ByteRange) or found is None:
                 return None
-            starts, segments = self._starts[chunk.path], self._files[chunk.path].segments
+            starts, segments = found
             i = bisect_right(starts, chunk.start) - 1
             while i < len(segments) and starts[i] < chunk.end:
                 low, high = max(chunk.start, starts[i]) - starts[i], min(chunk.end, starts[i + 1]) - starts[i]
@@ -58,9 +60,11 @@ class Origins:
         return join_chunks(out)
 
     def _proved(self, part: ByteRange) -> bool:
-        held = _first(self._checked, part)
-        again = _first(self._again, part)
-        return held is not None and held[0] <= part.start and part.end <= held[1] and again is None
+        checked, again = self._sources.get(part.path, ([], []))
+        held = _first(checked, part)
+        if held is None or part.start < held[0] or held[1] < part.end:
+            return False
+        return _first(again, part) is None
 
 
 def _merged(ranges: Iterable[ByteRange]) -> tuple[Ranges, Ranges]:
@@ -87,9 +91,8 @@ def _add(held: list[tuple[int, int]], start: int, end: int) -> None:
         held.append((start, end))
 
 
-def _first(ranges: Ranges, part: ByteRange) -> tuple[int, int] | None:
-    """The first of them that overlaps a part."""
-    held = ranges.get(part.path, [])
+def _first(held: list[tuple[int, int]], part: ByteRange) -> tuple[int, int] | None:
+    """The first of the ranges of its file that overlaps a part."""
     i = bisect_right(held, part.start, key=_end)
     return held[i] if i < len(held) and held[i][0] < part.end else None
 

@@ -67,7 +67,8 @@ def described(contents: bytes, place: Location, checkpoint: Checkpoint, found: D
 
 def files_of(checkpoint: Checkpoint) -> frozenset[Location]:
     """The files that a digest is of: those with the tensors, and the pickles or headers that name them."""
-    return frozenset((*_data(checkpoint), *(role.path for role in checkpoint.files)))
+    data = {id(path): path for path in _data(checkpoint)}  # to hash a path for each tensor takes longer
+    return frozenset((*data.values(), *(role.path for role in checkpoint.files)))
 
 
 def _data(checkpoint: Checkpoint) -> Iterator[Location]:
