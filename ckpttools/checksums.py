@@ -124,17 +124,18 @@ class RangeCrcs:
 
 def _owners(ranges: Sequence[tuple[int, int]], cuts: Sequence[int]) -> list[tuple[int, ...]]:
     """For each cut, the ranges that hold the bytes from it to the next cut."""
-    opened: dict[int, list[int]] = {}
-    closed: dict[int, list[int]] = {}
-    for k, (start, end) in enumerate(ranges):
-        opened.setdefault(start, []).append(k)
-        closed.setdefault(end, []).append(k)
+    opening = sorted(range(len(ranges)), key=lambda k: ranges[k][0])
+    closing = sorted(range(len(ranges)), key=lambda k: ranges[k][1])
     active: dict[int, None] = {}
     owners = []
-    for cut in cuts:
-        active.update(dict.fromkeys(opened.get(cut, ())))
-        for k in closed.get(cut, ()):
-            active.pop(k, None)
+    i = j = 0
+    for cut in cuts:  # among which each start and end is
+        while i < len(opening) and ranges[opening[i]][0] == cut:
+            active[opening[i]] = None
+            i += 1
+        while j < len(closing) and ranges[closing[j]][1] == cut:
+            active.pop(closing[j], None)
+            j += 1
         owners.append(tuple(active))
     return owners
 

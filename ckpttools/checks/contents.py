@@ -112,7 +112,7 @@ def _scans(found: Checkpoint, checked: Checked, claims: Claims) -> Iterator[data
         padding = name.startswith(checked.padded)
         dtype, squares = None if padding else ref.dtype, name.endswith(SQUARES)
         for chunk in ref.chunks:
-            for span in spans(chunk) if isinstance(chunk, ByteRange | Tiles) else ():
+            for span in spans(chunk) if isinstance(chunk, (ByteRange, Tiles)) else ():
                 if not claims.covers(span):
                     yield data.Scan(source=span, dtype=dtype, name=name, squares=squares)
 

@@ -27,7 +27,7 @@ def bad_field(path: Location, field: str, problem: str) -> CkptError:
 def as_mapping(node: Node) -> Mapping | None:
     """The node if it is a dict, an OrderedDict ..., else None."""
     pairs = _as_mapping(node)
-    assert pairs is None or isinstance(pairs, Dict | Object)
+    assert pairs is None or isinstance(pairs, (Dict, Object))
     return pairs
 
 

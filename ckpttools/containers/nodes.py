@@ -29,6 +29,7 @@ def decode(file: TorchFile, node: Node) -> Value:
     return _Decoder(file).value(node, MAX_DEPTH)
 
 
+_PLAIN, _CONTAINERS = (str, int, float, bytes, type(None)), (list, tuple, dict)
 _UNFOLDED, _FOLDS = 100_000, 16  # items of a value in which nothing is shared, and times each may be reached
 
 
@@ -44,15 +45,16 @@ class _Decoder:
         self.read = 0  # items of all of them, each once
 
     def value(self, node: Node, depth: int) -> Value:
-        if node is None or isinstance(node, bool | int | float | str | bytes):
+        if isinstance(node, _PLAIN):
             return node
-        if id(node) not in self.known:
-            self.known[id(node)] = Opaque(node, "a value that holds itself")
+        key = id(node)
+        if key not in self.known:
+            self.known[key] = Opaque(node, "a value that holds itself")
             made = self.made(node, depth - 1)
-            if isinstance(made, list | tuple | dict) and self.unfolds(made):
+            if isinstance(made, _CONTAINERS) and self.unfolds(made):
                 made = Opaque(node, "a value that holds the same parts too often")
-            self.known[id(node)] = made
-        return self.known[id(node)]
+            self.known[key] = made
+        return self.known[key]
 
     def unfolds(self, made: list[Value] | tuple[Value, ...] | dict[Key, Value]) -> bool:
         """Whether a walk meets far more items in it than were read."""

@@ -138,12 +138,18 @@ def may_write(dst: Path) -> None:
 
 def source_ends(plan: Plan) -> dict[Location, int]:
     """Every source file, with the byte that the plan reads up to."""
-    ends: dict[Location, int] = {}
+    # by identity, since a path is one object in all ranges of a file: to hash it for each takes longer
+    found: dict[int, tuple[Location, int]] = {}
     for file in plan.files:
         for segment in file.segments:
             for chunk in reads(segment):
                 for span in spans(chunk) if chunk.nbytes else ():
-                    ends[span.path] = max(ends.get(span.path, 0), span.end)
+                    _, end = found.get(id(span.path), (None, -1))
+                    if end < span.end:
+                        found[id(span.path)] = span.path, span.end
+    ends: dict[Location, int] = {}
+    for path, end in found.values():
+        ends[path] = max(ends.get(path, 0), end)
     return ends
 
 

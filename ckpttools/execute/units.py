@@ -18,6 +18,7 @@ from ckpttools.stores.direct import SMALLEST_FILE
 from ckpttools.tensors import ByteRange, Cast, Mean, Strided, Term, Tiles
 from ckpttools.values import BLOCK_NBYTES
 
+_PLAIN = (ByteRange, Sealed, Literal)  # bytes that are written as they are
 UNIT = 1024 * 1024  # the fastest of 256 KiB to 4 MiB: a buffer that is still in the cache for its CRC
 _GATHER = 4 * UNIT  # views are copied in larger parts: the runs that they read get longer with the part
 _SLACK = 64  # bytes: an element or a checksum may reach over the end of a unit
@@ -158,7 +159,7 @@ def _units(file: StagedFile, checks: SourceChecks) -> Iterator[Unit]:
     copies: list[tuple[ByteRange, int]] = []
     start = at = 0
     for segment in file.plan.segments:
-        is_one = isinstance(segment, ByteRange | Sealed | Literal) and _ends_in_unit(at, segment.nbytes)
+        is_one = isinstance(segment, _PLAIN) and _ends_in_unit(at, segment.nbytes)
         for part in (segment,) if is_one else _parts(segment, at):
             if at // UNIT > start // UNIT:
                 yield Unit(file, start, at - start, pieces, _runs(copies, checks))
@@ -166,7 +167,7 @@ def _units(file: StagedFile, checks: SourceChecks) -> Iterator[Unit]:
             claims: tuple[Claim, ...] = ()
             if isinstance(part, ByteRange):
                 copies.append((part, at - start))
-            elif not isinstance(part, Sealed | Literal):
+            elif not isinstance(part, _PLAIN):
                 claims = checks.claims(reads(part))
             pieces.append(Piece(part, claims))
             at += part.nbytes

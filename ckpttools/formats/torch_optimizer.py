@@ -83,9 +83,12 @@ def read(
     if not all(isinstance(each, dict) and all(type(k) is str for k in each) for each in state.values()):
         return Saved(path=path, problem="its state is not kept per parameter")
     # as ZeRO's: bitsandbytes keeps its moments one level deeper, other optimizers in lists
-    flat_state = {i: dict(leaves(each)) if each else {} for i, each in state.items()}
-    values = {i: {dotted(p): value for p, value in each.items()} for i, each in flat_state.items()}
-    paths = {dotted(p): p for each in flat_state.values() for p in each if len(p) > 1}
+    nested = {i: dict(leaves(each)) for i, each in state.items() if any(map(_holds, each.values()))}
+    values = {
+        i: {dotted(p): value for p, value in nested[i].items()} if i in nested else each
+        for i, each in state.items()
+    }
+    paths = {dotted(p): p for each in nested.values() for p in each if len(p) > 1}
     found = _names(groups, values, tensors, shared, order)
     if found.problem is not None:
         return Saved(path=path, problem=found.problem)
@@ -100,6 +103,10 @@ def read(
         ),
         rest={key: each for key, each in value.items() if key not in ("state", "param_groups")},
     )
+
+
+def _holds(value: Value) -> bool:
+    return isinstance(value, (dict, list, tuple))
 
 
 def _names(
@@ -238,18 +245,23 @@ def state_of(group: ParamGroup, name: str, order: Sequence[str] = ()) -> dict[Ke
         for kind, values in held.items()
         if name in values and kind != FP32
     }
-    found: Value = {}
+    found: dict[Key, Value] = {}
     for kind in dict.fromkeys((*order, *kinds)):
         if kind in kinds:
-            found = put(found, group.paths.get(kind, (kind,)), kinds[kind])
-    assert isinstance(found, dict)
+            path = group.paths.get(kind)
+            if path is None:
+                found[kind] = kinds[kind]
+            else:
+                found = put(found, path, kinds[kind])
     return found
 
 
 def separate(value: Value) -> Node:
     """The node of a value in which every tensor has a storage of its own: torch counts steps in place."""
+    if isinstance(value, TensorRef):
+        return tensor_node(value)
     if isinstance(value, Mapping):
         return Dict.of((key, separate(inner)) for key, inner in value.items())
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return type(value)(map(separate, value))
-    return tensor_node(value) if isinstance(value, TensorRef) else encode(value, {})
+    return encode(value, {})

@@ -94,7 +94,10 @@ class File:
             self._held.append((start, self.read(start, nbytes)))
 
     def holds(self, start: int, nbytes: int) -> bool:
-        return any(at <= start and start + nbytes <= at + len(held) for at, held in self._held)
+        for at, held in self._held:  # noqa: SIM110  asked for every record of an archive
+            if at <= start and start + nbytes <= at + len(held):
+                return True
+        return False
 
     def pieces(self, wanted: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         """The bytes of ranges (start, nbytes) that come in ascending order; neighbours by one call."""

@@ -248,7 +248,7 @@ def join_chunks(chunks: Iterable[C]) -> tuple[C, ...]:
         for chunk in run:
             match out[-1] if out else None, chunk:
                 case ByteRange(path, start, nbytes), ByteRange(path2, start2, nbytes2) if (
-                    path == path2 and start + nbytes == start2
+                    start + nbytes == start2 and (path is path2 or path == path2)
                 ):
                     out[-1] = ByteRange(path, start, nbytes + nbytes2)
                 case Zeros(nbytes), Zeros(nbytes2):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from ckpttools.location import Location
 from ckpttools.tensors import ByteRange
@@ -28,9 +30,8 @@ STORAGE_ALIGNMENT = ".storage_alignment"
 Entry = tuple[str, int, int, int, int, int, int]  # name, offset, flags, method, crc32, nbytes, size
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One record: `start` and `nbytes` locate its data in the file."""
+class Record(NamedTuple):
+    """One record: `start` and `nbytes` locate its data in the file. Hundreds of thousands are made."""
 
     name: str  # without the root
     header: int
@@ -87,19 +88,26 @@ def wide(nbytes: int, at: int) -> bool:
 
 def extra64_of(nbytes: int, stored: int, at: int) -> bytes:
     """The zip64 extra of a record. In its header, torch gives 0 for the size as stored."""
+    if nbytes < BIG and at < BIG:  # of almost every record
+        return b""
     values = [nbytes, stored] if nbytes >= BIG else []
     if at >= BIG:
         values.append(at)
-    return struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+    return struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values)
 
 
 def header_of(raw: bytes, at: int, nbytes: int, alignment: int) -> bytes:
     """The local header, name and padding of a record that begins at byte `at`."""
     extra64 = extra64_of(nbytes, 0, at)
     pad = -(at + LOCAL.size + len(raw) + len(extra64) + 4) % alignment
-    extra = extra64 + b"FB" + struct.pack("<H", pad) + b"Z" * pad
+    extra = extra64 + _padding(pad)
     header = LOCAL.pack(LOCAL_MAGIC, 0, flags_of(nbytes), 0, 0, 0, 0, 0, 0, len(raw), len(extra))
     return header + raw + extra
+
+
+@lru_cache
+def _padding(nbytes: int) -> bytes:
+    return b"FB" + struct.pack("<H", nbytes) + b"Z" * nbytes
 
 
 def header_nbytes(raw: bytes, at: int, nbytes: int, alignment: int) -> int:

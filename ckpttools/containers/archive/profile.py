@@ -31,30 +31,29 @@ def unexplained(file: File, archive: Archive) -> list[str] | None:
     """
     alignment = stated_alignment(file, archive.records.get(STORAGE_ALIGNMENT))
     problems: list[str] = []
-    central: list[bytes] = []
+    of_directory: list[str] = []
     odd = 0
     is_torch = False
+    start = max(record.end for record in archive.records.values())
+    directory, at = file.read(start, file.size - start), 0
     for record, (header, after) in zip(archive.records.values(), _around(file, archive), strict=True):
-        shown = escape(record.name)
         raw = f"{archive.root}/{record.name}".encode()
         if header != header_of(raw, record.header, record.nbytes, alignment):
             odd += 1
-            problems.append(f"the header or padding of record '{shown}'")
+            problems.append(f"the header or padding of record '{escape(record.name)}'")
             is_torch = is_torch or not _is_proven(file, archive, record)
         if record.method or (
             record.nbytes and after != descriptor_of(record.nbytes, record.header, record.crc32)
         ):
-            problems.append(f"the descriptor of record '{shown}'")
-        central.append(entry_of(raw, record.nbytes, record.header, record.crc32))
+            problems.append(f"the descriptor of record '{escape(record.name)}'")
+        entry = entry_of(raw, record.nbytes, record.header, record.crc32)
+        if not directory.startswith(entry, at):
+            of_directory.append(f"the directory entry of record '{escape(record.name)}'")
+        at += len(entry)
     if odd * 2 > len(archive.records) and not is_torch:
         return None
-    start = max(record.end for record in archive.records.values())
-    directory, at = file.read(start, file.size - start), 0
-    for record, entry in zip(archive.records.values(), central, strict=True):
-        if directory[at : at + len(entry)] != entry:
-            problems.append(f"the directory entry of record '{escape(record.name)}'")
-        at += len(entry)
-    if directory[at:] != end_of(len(central), at, start):
+    problems += of_directory
+    if directory[at:] != end_of(len(archive.records), at, start):
         problems.append("the end record")
     return problems
 

@@ -112,18 +112,8 @@ def _predicted(file: File, entry: Entry, following: int, alignment: int) -> Reco
 
 def _made(entry: Entry, start: int, end: int, *, predicted: bool = False) -> Record:
     name, header, flags, method, crc32, nbytes, size = entry
-    return Record(
-        name=name.partition("/")[2],
-        header=header,
-        start=start,
-        nbytes=nbytes,
-        size=size,
-        crc32=crc32,
-        method=method,
-        flags=flags,
-        end=end,
-        predicted=predicted,
-    )
+    rest = name.partition("/")[2]
+    return Record(rest, header, start, nbytes, size, crc32, method, flags, end, predicted)
 
 
 def read_header(file: File, entry: Entry, limit: int) -> Record:

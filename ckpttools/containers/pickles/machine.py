@@ -156,7 +156,7 @@ class Machine(Cursor):
             target.extend(items)
         elif isinstance(target, Object):
             self.change(target)
-            target.items.extend(items)
+            target.append(items)
         else:
             raise Reject("APPEND on something that is not a list", self.pos)
 

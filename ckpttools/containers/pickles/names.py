@@ -98,5 +98,8 @@ def _reaches_through(node: Global) -> bool:
 def special(state: Node) -> bool:
     """Whether a state sets what Python itself looks up, such as `__class__`."""
     parts = state if isinstance(state, tuple) else (state,)
-    dicts = [part for part in parts[:4] if isinstance(part, Dict)]
-    return any(isinstance(key, str) and key in SPECIAL for part in dicts for key, _ in part.pairs)
+    for part in parts[:4]:
+        for key, _ in part.pairs if isinstance(part, Dict) else ():
+            if isinstance(key, str) and key in SPECIAL:
+                return True
+    return False

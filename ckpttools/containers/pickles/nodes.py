@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ckpttools.errors import CkptError
@@ -37,13 +37,14 @@ FEW = 4  # pairs among which one is found as fast without an index
 class Pairs:
     """Key and value pairs in file order. Only strings and ints can be looked up: the rest is carried.
 
-    A dict in a pickle may repeat a key: as in Python, the last value counts.
+    A dict in a pickle may repeat a key: as in Python, the last value counts. Most have none at all, of
+    hundreds of thousands: `pairs` is a list once there are some.
     """
 
     __slots__ = ("_index", "pairs")
 
     def __init__(self) -> None:
-        self.pairs: list[tuple[Node, Node]] = []
+        self.pairs: Sequence[tuple[Node, Node]] = ()
         self._index: dict[str, Node] | None = None
 
     def get(self, key: str | int, default: Node = None) -> Node:
@@ -65,7 +66,10 @@ class Pairs:
         return self.get(key, MISSING) is not MISSING
 
     def extend(self, pairs: Iterable[tuple[Node, Node]]) -> None:
-        self.pairs.extend(pairs)
+        if isinstance(self.pairs, list):
+            self.pairs.extend(pairs)
+        else:
+            self.pairs = [*self.pairs, *pairs]
         self._index = None
 
     def names(self) -> list[str]:
@@ -74,7 +78,7 @@ class Pairs:
 
     def named(self) -> Iterator[tuple[str, Node]]:
         """The pairs whose key is a string."""
-        return ((name, self.get(name)) for name in self.names())
+        return iter({key: value for key, value in self.pairs if isinstance(key, str)}.items())
 
     def with_values(self, values: dict[str, Node], drop: Iterable[str] = ()) -> list[tuple[Node, Node]]:
         """The pairs with some string keys' values replaced in place, new keys appended, others dropped."""
@@ -100,7 +104,7 @@ class Dict(Pairs):
     @classmethod
     def of(cls, pairs: Iterable[tuple[Node, Node]]) -> Dict:
         node = cls()
-        node.pairs.extend(pairs)
+        node.pairs = list(pairs)
         return node
 
     def replace(self, values: dict[str, Node], drop: Iterable[str] = ()) -> Dict:
@@ -117,14 +121,21 @@ class Object(Pairs):
     __slots__ = ("args", "cls", "how", "items", "kwargs", "state")
 
     def __init__(self, how: str, cls: Node, args: tuple[Node, ...], kwargs: Dict = NO_KEYWORDS) -> None:
-        self.pairs = []  # without the call of super(): checkpoints hold hundreds of thousands
+        self.pairs = ()  # without the call of super(): checkpoints hold hundreds of thousands
         self._index = None
         self.how = how  # "reduce", "newobj", "newobj_ex", "obj" or "inst"
         self.cls = cls
         self.args = args
         self.kwargs = kwargs
-        self.items: list[Node] = []
+        self.items: Sequence[Node] = ()
         self.state: Node = MISSING
+
+    def append(self, items: Iterable[Node]) -> None:
+        """Further items: of a list, a deque."""
+        if isinstance(self.items, list):
+            self.items.extend(items)
+        else:
+            self.items = [*self.items, *items]
 
     @property
     def has_state(self) -> bool:
@@ -200,15 +211,20 @@ def as_mapping(node: Node) -> Pairs | None:
     return None
 
 
+# a tuple of types: isinstance takes several times as long with a union, and is asked for each node
+_PLAIN = (str, int, float, bytes, bytearray, type(None))
+
+
 def walk(value: Node) -> Iterator[Node]:
     """Every node that can be reached, shared ones once, parents first; iterative."""
     seen: set[int] = set()
     todo: list[Node] = [value]
     while todo:
         node = todo.pop()
-        if isinstance(node, str | int | float | bytes | bytearray | Global) or node is None:
-            if isinstance(node, Global):
-                yield node
+        if isinstance(node, _PLAIN):
+            continue
+        if isinstance(node, Global):
+            yield node
             continue
         if id(node) in seen:
             continue

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from ckpttools.containers.pickles import machine as limited
 from ckpttools.containers.pickles.cursor import unpack_i32, unpack_u16, unpack_u32
 from ckpttools.containers.pickles.machine import Machine
-from ckpttools.containers.pickles.nodes import Node, Object, Persistent, Pickle, Reject
+from ckpttools.containers.pickles.nodes import Dict, Node, Object, Persistent, Pickle, Reject
 from ckpttools.containers.pickles.opcodes import STOP, TABLE
 
 MAX_BYTES = 256 << 20
 # 400,000 tensors or 20 million logged numbers: the rest of the work is bounded with them
 MAX_OPCODES = 20_000_000
-_FREQUENT = b"rhRKX(t\x86M)\x89j\x85J"
+_FREQUENT = b"rhRKX(Qt\x86M)\x89j\x85J\x81}ub"
 _INTEGERS = re.compile(rb"(?:K.)+", re.DOTALL)
 
 
@@ -52,6 +52,7 @@ def _carry_out(machine: Machine) -> None:
     """
     data, end, table = machine.data, machine.end, TABLE
     memo, far, memo_limit = machine.memo, machine.far, machine.limits * limited.MAX_MEMO
+    persistent = machine.persistent
     called, most_calls = machine.called, machine.limits * limited.MAX_CALLS
     room, marks, most = limited.MAX_STACK, machine.marks, limited.MAX_MARKS
     pos, before, frame_end, stack = machine.pos, machine.pos, machine.frame_end, machine.stack
@@ -75,7 +76,7 @@ def _carry_out(machine: Machine) -> None:
                     stack.append(memo[i])
                     pos += 2
                     continue
-            elif opcode == 0x52:  # REDUCE, of a name whose first call tells all
+            elif opcode in (0x52, 0x81):  # REDUCE and NEWOBJ, of a name whose first call tells all
                 if (
                     len(stack) > 1
                     and machine.ncalls < most_calls
@@ -83,7 +84,7 @@ def _carry_out(machine: Machine) -> None:
                     and id(stack[-2]) in called
                 ):
                     stack.pop()
-                    stack[-1] = Object("reduce", stack[-1], args)
+                    stack[-1] = Object("reduce" if opcode == 0x52 else "newobj", stack[-1], args)
                     machine.ncalls += 1
                     pos += 1
                     continue
@@ -111,6 +112,10 @@ def _carry_out(machine: Machine) -> None:
                     stack = machine.stack = []
                     pos += 1
                     continue
+            elif opcode == 0x51 and stack:  # BINPERSID
+                stack[-1] = persistent(stack[-1])
+                pos += 1
+                continue
             elif opcode == 0x74:  # TUPLE
                 if marks and len(marks[-1]) < room:
                     items = tuple(stack)
@@ -150,6 +155,26 @@ def _carry_out(machine: Machine) -> None:
                     stack.append(memo[i])
                     pos += 5
                     continue
+            elif opcode == 0x7D:  # EMPTY_DICT
+                stack.append(Dict())
+                pos += 1
+                continue
+            elif opcode == 0x75:  # SETITEMS, of a dict
+                if marks and marks[-1] and type(filled := marks[-1][-1]) is Dict and not len(stack) % 2:
+                    filled.extend(zip(stack[::2], stack[1::2], strict=True))
+                    stack = machine.stack = marks.pop()
+                    pos += 1
+                    continue
+            elif (
+                opcode == 0x62  # BUILD, of an object that was only made
+                and len(stack) > 1
+                and type(made := stack[-2]) is Object
+                and not (made.has_state or made.items or made.pairs)
+            ):
+                machine.changed.append(made)
+                made.state = stack.pop()
+                pos += 1
+                continue
         operation = table[opcode]
         if operation is None:
             raise Reject(f"opcode 0x{opcode:02x} is unknown or not allowed", pos)

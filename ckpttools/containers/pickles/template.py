@@ -188,11 +188,9 @@ def _filled(node: Node, trail: Trail, numbers: list[Node]) -> Node:
         else:
             out = Dict()
         assert isinstance(out, Pairs)
-        out.pairs = list(node.pairs)
+        pairs = list(node.pairs)
         for i, inner in into.items():
-            key, value = out.pairs[i]
-            out.pairs[i] = (
-                key,
-                numbers[inner] if isinstance(inner, int) else _filled(value, inner, numbers),
-            )
+            key, value = pairs[i]
+            pairs[i] = (key, numbers[inner] if isinstance(inner, int) else _filled(value, inner, numbers))
+        out.pairs = pairs
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ckpttools.containers.pickles.nodes import MISSING, Dict, Global, Node, Object, Persistent, Reject, Set
@@ -24,7 +24,7 @@ _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 _LEAVES = {str, int, bool, type(None), Global}
 _PLAIN = {*_LEAVES, tuple, list, Object, Dict, Set, Persistent, bytes, bytearray, float}
 _WIDE, _DEEP = 8, 4  # items of a tuple, and tuples and calls within each other, that are written at once
-_SUMMED = 1000  # pieces that are written between two looks at how much it is
+_SUMMED = 1000  # pieces that are written between two looks at how much it is: each takes 40 bytes in memory
 _GETS = tuple(b"h" + bytes([i]) for i in range(256))
 _PUTS = tuple(b"q" + bytes([i]) for i in range(256))
 _numbered = struct.Struct("<cI").pack
@@ -53,13 +53,13 @@ class _Writer:
 
     def run(self, value: Node) -> bytes:
         todo: list[Node] = [value]
-        summed = nbytes = 0
+        done = bytearray()
         while todo:
-            # values that a pickle shares without a memo entry, such as long ints, can multiply
-            if len(self.out) >= summed + _SUMMED:
-                nbytes += sum(map(len, self.out[summed:]))
-                summed = len(self.out)
-                if nbytes > MAX_BYTES:
+            if len(self.out) >= _SUMMED:
+                done += b"".join(self.out)
+                self.out.clear()
+                # values that a pickle shares without a memo entry, such as long ints, can multiply
+                if len(done) > MAX_BYTES:
                     raise Reject(f"the pickle to write is over the limit of {MAX_BYTES} bytes")
             node = todo.pop()
             if isinstance(node, _Raw):
@@ -69,7 +69,7 @@ class _Writer:
                     self.memo[id(node.put)] = self.put()
             else:
                 self.write(node, todo)
-        return b"\x80" + bytes([self.protocol]) + b"".join(self.out) + b"."
+        return b"".join((b"\x80", bytes([self.protocol]), done, *self.out, b"."))
 
     def put(self) -> int:
         i = self.count
@@ -94,7 +94,7 @@ class _Writer:
                 self.out.append(b"\x88" if node else b"\x89")
             case int():
                 self.out.append(_int(node))
-            case Object() if self.write_tensor(node):
+            case Object() if self.write_tensor(node) or self.write_numbers(node):
                 pass
             case tuple() | Object() if self.is_short(node, _DEEP):
                 self.write_short(node)
@@ -161,24 +161,25 @@ class _Writer:
             return False
         if not isinstance(hooks, Object) or hooks.args or not _is_call(hooks) or id(hooks) in memo:
             return False
-        if self.persistent_id is None or id(storage) in memo or type(storage) in _PLAIN:
+        if self.persistent_id is None or type(storage) in _PLAIN:
             return False
         pid = self.persistent_id(storage)
         if type(pid) is not tuple or len(pid) <= 3 or not _LEAVES.issuperset(map(type, pid)):
             return False
         out = self.out
-        self.kept.append(pid)
         self.write_short(node.cls)
-        out.append(b"((")
-        for part in pid:
-            if type(part) is str and (known := self.texts.get(part)) is not None:
-                self.get(known)
-            else:
+        out.append(b"(")
+        if (known := memo.get(id(storage))) is not None:
+            self.get(known)
+        else:
+            self.kept.append(pid)
+            out.append(b"(")
+            for part in pid:
                 self.write_short(part)
-        out.append(b"t")
-        memo[id(pid)] = self.put()
-        out.append(b"Q")
-        memo[id(storage)] = self.put()
+            out.append(b"t")
+            memo[id(pid)] = self.put()
+            out.append(b"Q")
+            memo[id(storage)] = self.put()
         out.append(_int(offset))
         for numbers in (shape, strides):
             if numbers and id(numbers) not in memo:
@@ -195,6 +196,29 @@ class _Writer:
         memo[id(args)] = self.put()
         out.append(b"R")
         memo[id(node)] = self.put()
+        return True
+
+    def write_numbers(self, node: Object) -> bool:
+        """Write an object without arguments whose state are integers by name, in the order that `todo` would
+        give: DeepSpeed keeps an address for each parameter. False for all else.
+        """
+        state = node.state
+        if node.how != "newobj" or node.args or node.pairs or node.items or type(node.cls) is not Global:
+            return False
+        if type(state) is not Dict or not state.pairs or id(state) in self.memo:
+            return False
+        if not all(type(key) is str and type(value) is int for key, value in state.pairs):
+            return False
+        self.write_name(node.cls)
+        self.out.append(b")\x81")
+        self.memo[id(node)] = self.put()
+        self.out.append(b"}")
+        self.memo[id(state)] = self.put()
+        self.out.append(b"(")
+        for key, value in state.pairs:
+            self.write_short(key)
+            self.write_short(value)
+        self.out.append(b"ub")
         return True
 
     def is_short(self, node: Node, depth: int) -> bool:
@@ -318,7 +342,7 @@ def _is_call(node: Object) -> bool:
     return plain and not (node.pairs or node.items or node.has_state)
 
 
-def _items(values: list[Node], todo: list[Node], end: bytes) -> None:
+def _items(values: Sequence[Node], todo: list[Node], end: bytes) -> None:
     if values:
         todo.append(_Raw(end))
         todo.extend(reversed(values))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ckpttools.containers.archive import Archive, Record
@@ -19,42 +19,57 @@ from ckpttools.stores.files import bytes_of
 from ckpttools.tensors import DTYPES, ByteRange, Chunk, DType, Literal, Strided, TensorRef, is_contiguous
 
 MAX_DIMS = 64
+_LISTS, _MAPPINGS = (tuple, list), (Object, Dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """A tensor of a torch file: a view of a storage, all in elements."""
+    """A tensor of a torch file: a view of a storage, all in elements. A file has hundreds of thousands."""
 
-    storage: Storage
-    dtype: DType
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    __slots__ = ("_ref", "dtype", "offset", "shape", "storage", "strides")
+
+    def __init__(
+        self,
+        storage: Storage,
+        dtype: DType,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+    ) -> None:
+        self.storage, self.dtype, self.offset = storage, dtype, offset
+        self.shape, self.strides = shape, strides
+        self._ref: TensorRef | None = None
+
+    def of(self, storage: Storage) -> View:
+        """The same of another storage."""
+        return View(storage, self.dtype, self.offset, self.shape, self.strides)
 
     @property
     def ref(self) -> TensorRef:
-        """The value as byte ranges; strided where the view is not contiguous."""
+        """The value as byte ranges; strided where the view is not contiguous. Whoever asks gets the same."""
+        if self._ref is None:
+            self._ref = TensorRef(self.dtype, self.shape, self._chunks())
+        return self._ref
+
+    def _chunks(self) -> tuple[Chunk, ...]:
         numel = math.prod(self.shape)
         item = self.dtype.itemsize
         if numel == 0:
-            return TensorRef(self.dtype, self.shape, ())
+            return ()
         (source,) = self.storage.chunks
         assert isinstance(source, ByteRange)
         start = source.start + self.offset * item
-        chunk: Chunk
         if is_contiguous(self.shape, self.strides):
-            chunk = ByteRange(source.path, start, numel * item)
-        else:
-            chunk = Strided(
-                path=source.path,
-                start=start,
-                itemsize=item,
-                shape=self.shape,
-                strides=self.strides,
-                first=0,
-                numel=numel,
-            )
-        return TensorRef(self.dtype, self.shape, (chunk,))
+            return (ByteRange(source.path, start, numel * item),)
+        view = Strided(
+            path=source.path,
+            start=start,
+            itemsize=item,
+            shape=self.shape,
+            strides=self.strides,
+            first=0,
+            numel=numel,
+        )
+        return (view,)
 
 
 class Deflations(Protocol):
@@ -136,7 +151,7 @@ class TorchFile:
                 raise
             if known is not None:
                 if self.borrowed:
-                    known = replace(known, storage=known.storage.moved(self.path))
+                    known = known.of(known.storage.moved(self.path))
                 self._views[id(node)] = known
         return known
 
@@ -171,13 +186,15 @@ def _rebuilt(node: Object, depth: int = 0) -> View | None:
     dims, steps = _ints(shape), _ints(strides)
     (start,) = _ints((offset,))
     dtype = dtype or storage.dtype
-    if len(dims) != len(steps) or len(dims) > MAX_DIMS or math.prod(dims) >= 2**63:
+    if len(dims) != len(steps) or len(dims) > MAX_DIMS or (numel := math.prod(dims)) >= 2**63:
         raise Reject("a tensor has an impossible shape")
-    if math.prod(dims):
-        last = start + sum((n - 1) * step for n, step in zip(dims, steps, strict=True))
+    if numel:
+        last = start
+        for n, step in zip(dims, steps, strict=True):
+            last += (n - 1) * step
         if (last + 1) * dtype.itemsize > storage.nbytes:
             raise Reject(f"a tensor reaches to element {last} of a storage of {storage.numel}")
-    return View(storage=storage, dtype=dtype, offset=start, shape=dims, strides=steps)
+    return View(storage, dtype, start, dims, steps)
 
 
 def _dtype(node: Node) -> DType:
@@ -197,14 +214,12 @@ def size(node: Node) -> tuple[int, ...]:
 def _ints(node: Node) -> tuple[int, ...]:
     if isinstance(node, Object) and node.is_a("torch", "Size") and len(node.args) == 1:
         node = node.args[0]
-    if not isinstance(node, tuple | list):
+    if not isinstance(node, _LISTS):
         raise Reject("a shape is not a tuple")
-    sizes: list[int] = []
     for n in node:
         if type(n) is not int or not 0 <= n < 2**63:  # True is none
             raise Reject("a shape holds something other than sizes")
-        sizes.append(n)
-    return tuple(sizes)
+    return (*node,)  # a tuple of its own: what a pickle shares is shared where it is written, too
 
 
 def labelled(file: TorchFile) -> Iterator[tuple[str, View]]:
@@ -222,9 +237,9 @@ def labelled(file: TorchFile) -> Iterator[tuple[str, View]]:
         if len(label) > 1000:  # of a hostile file: a label per level would need memory by the square
             label = "…"
         inside: list[tuple[str, Node]] = []
-        if isinstance(node, list | tuple):
+        if isinstance(node, _LISTS):
             inside = [(f"{label}[{i}]", value) for i, value in enumerate(node) if _holds(value)]
-        elif isinstance(node, Dict | Object):
+        elif isinstance(node, _MAPPINGS):
             for key, value in node.pairs:
                 if not _holds(value):
                     continue
@@ -237,7 +252,7 @@ def labelled(file: TorchFile) -> Iterator[tuple[str, View]]:
 
 def _holds(node: Node) -> bool:
     """Whether there may be tensors in it: most of what a file holds are numbers and names."""
-    return isinstance(node, Dict | Object) or (isinstance(node, list | tuple) and len(node) > 0)
+    return isinstance(node, _MAPPINGS) or (isinstance(node, _LISTS) and len(node) > 0)
 
 
 # how the numbers lie that are read and changed by themselves: counters, steps, learning rates

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, Layout
-from ckpttools.containers.pickles import Dict, Global, Node, Object
+from ckpttools.containers.nodes import ordered
+from ckpttools.containers.pickles import Dict, Node
 from ckpttools.containers.safetensors import safetensors_file
 from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
 from ckpttools.errors import escape, some
@@ -115,14 +116,14 @@ def _folder(
 
 
 def _state_dict(tensors: Tensors, ties: Ties) -> Node:
-    node = Object("reduce", Global("collections", "OrderedDict"), ())
+    pairs: list[tuple[Node, Node]] = []
     storages: dict[str, Storage] = {}
     for name, ref in tensors.items():
         owner = ties.get(name, name)
         if owner not in storages:
             storages[owner] = new_storage(ref.dtype, ref.numel, ref.chunks)
-        node.pairs.append((name, tensor_node(TensorRef(ref.dtype, ref.shape, ()), storages[owner])))
-    return node
+        pairs.append((name, tensor_node(TensorRef(ref.dtype, ref.shape, ()), storages[owner])))
+    return ordered(pairs)
 
 
 def shard(tensors: Tensors, ties: Ties, limit: int) -> list[list[str]]:

@@ -106,11 +106,13 @@ def _module(checkpoint: Checkpoint, template: Template | None, notes: list[str])
         made.state = old.state  # the versions of the modules (_metadata)
     storages: dict[object, Storage] = {}
     nodes: dict[TensorRef, Node] = {}
+    pairs: list[tuple[Node, Node]] = []
     if template is not None and old is not None:
         nodes = {view.ref: node for _, node in old.named() if (view := template.file.view(node)) is not None}
     for name, value in values.items():
         known = nodes.get(value) if isinstance(value, TensorRef) else None
-        made.pairs.append((name, encode(value, storages) if known is None else known))
+        pairs.append((name, encode(value, storages) if known is None else known))
+    made.pairs = pairs
     return made
 
 

@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckpttools.containers import fields
-from ckpttools.containers.pickles import Node, Object
+from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import TorchFile, View, read_torch_file
 from ckpttools.errors import Unsupported
 from ckpttools.formats.deepspeed import stage_of
 from ckpttools.location import Location
 
+MOST = 1 << 62  # elements of a partition
 Addresses = dict[str, tuple[int, int]]  # name -> (numel, start) within a rank's partition
 
 
@@ -169,9 +170,20 @@ def _mappings(path: Location, node: Node) -> tuple[Addresses, ...] | None:
     for g, group in enumerate(fields.sequence(path, node, field)):
         found: Addresses = {}
         for name, value in fields.mapping(path, group, f"{field}[{g}]").named():
-            found[name] = _address(path, value, f"{field}[{g}].{name}")
+            found[name] = _plain(value) or _address(path, value, f"{field}[{g}].{name}")
         out.append(found)
     return tuple(out)
+
+
+def _plain(node: Node) -> tuple[int, int] | None:
+    """An address as it usually is: a file has one for each parameter. None for any other."""
+    state = node.state if isinstance(node, Object) else None
+    if not isinstance(state, Dict):
+        return None
+    numel, start = state.get("numel"), state.get("start")
+    if type(numel) is int and type(start) is int and 0 <= numel <= MOST and 0 <= start <= MOST:
+        return numel, start
+    return None
 
 
 def _address(path: Location, node: Node, field: str) -> tuple[int, int]:
@@ -180,8 +192,8 @@ def _address(path: Location, node: Node, field: str) -> tuple[int, int]:
     if state is None:
         raise fields.bad_field(path, field, "is not a fragment address")
     return (
-        fields.count(path, state.get("numel"), f"{field}.numel", 1 << 62),
-        fields.count(path, state.get("start"), f"{field}.start", 1 << 62),
+        fields.count(path, state.get("numel"), f"{field}.numel", MOST),
+        fields.count(path, state.get("start"), f"{field}.start", MOST),
     )
 
 

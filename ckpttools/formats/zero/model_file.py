@@ -88,13 +88,15 @@ def _module(checkpoint: Checkpoint, template: ModelStates | None, storages: dict
     old = fields.as_mapping(template.root.get("module")) if template is not None else None
     nodes: dict[TensorRef, Node] = {}
     made = Object("reduce", ORDERED, ())
+    pairs: list[tuple[Node, Node]] = []
     if template is not None and old is not None:
         nodes = {view.ref: node for _, node in old.named() if (view := template.file.view(node)) is not None}
         if isinstance(old, Object):
             made.state = old.state
     for name, ref in checkpoint.tensors.items():
-        made.pairs.append((name, nodes.get(ref) or encode_tensor(ref, storages)))
-    made.pairs += [(name, encode(value, storages)) for name, value in checkpoint.extra_state.items()]
+        pairs.append((name, nodes.get(ref) or encode_tensor(ref, storages)))
+    pairs += [(name, encode(value, storages)) for name, value in checkpoint.extra_state.items()]
+    made.pairs = pairs
     return made
 
 
@@ -107,12 +109,12 @@ def param_shapes(to: Target, old: Node) -> Node:
             entries[name] = (node, size(node))
     out: list[Node] = []
     for group, flat in zip(to.checkpoint.groups, to.groups, strict=True):
-        new = Object("reduce", ORDERED, ())
+        shapes: list[tuple[Node, Node]] = []
         for name in flat.names:
             node, shape = entries.get(name, (None, None))
             wanted = group.params[name]
-            new.pairs.append((name, node if shape == wanted else size_node(wanted)))
-        out.append(new)
+            shapes.append((name, node if shape == wanted else size_node(wanted)))
+        out.append(ordered(shapes))
     return out
 
 

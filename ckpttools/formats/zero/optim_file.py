@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from ckpttools.checkpoint import FP32
 from ckpttools.containers import fields
 from ckpttools.containers.edit import at
-from ckpttools.containers.nodes import ORDERED, encode, kept, put_node
+from ckpttools.containers.nodes import encode, kept, ordered, put_node
 from ckpttools.containers.pickles import Dict, Global, Node, Object
 from ckpttools.containers.torch_file import new_storage, tensor_node, write_torch_file
 from ckpttools.formats.deepspeed import STAGE, new_scaler, version_of
@@ -203,12 +203,12 @@ def _mappings(to: Target, rank: int) -> list[Node]:
 
 def _mapping(to: Target, g: int, rank: int) -> Object:
     template = _address(to.template) if to.template is not None else Object("newobj", ADDRESS, ())
-    new = Object("reduce", ORDERED, ())
+    pairs: list[tuple[Node, Node]] = []
     for name, (numel, start) in to.groups[g].mapping(rank, to.slices[g]).items():
         address = Object(template.how, template.cls, template.args)
         address.state = Dict.of([("numel", numel), ("start", start)])
-        new.pairs.append((name, address))
-    return new
+        pairs.append((name, address))
+    return ordered(pairs)
 
 
 def _address(source: ZeroFolder) -> Object:
