@@ -11,8 +11,10 @@ import click
 from ckpttools import tree
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, JSON, KEY, QUIET, SRC, STATS, TAG
+from ckpttools.containers.torch_file import scalar
 from ckpttools.errors import counted, escape
 from ckpttools.location import Location
+from ckpttools.tensors import TensorRef
 
 if TYPE_CHECKING:
     from ckpttools.frameworks.progress import Progress
@@ -192,7 +194,13 @@ SETTINGS = ("name", "lr", "initial_lr", "betas", "momentum", "eps", "weight_deca
 def _groups(checkpoint: Any) -> Iterator[tuple[object, ...]]:
     for g, group in enumerate(checkpoint.groups):
         numel = sum(math.prod(shape) for shape in group.params.values())
-        yield g, len(group.params), render.count(numel), ", ".join(group.state), _settings(group.hyper)
+        yield g, len(group.params), render.count(numel), ", ".join(group.state), _settings(_hyper(group))
+
+
+def _hyper(group: Any) -> dict[str, object]:
+    """A group's settings, of which a learning rate may be a tensor of one element."""
+    numbers = {key: scalar(value) for key, value in group.hyper.items() if isinstance(value, TensorRef)}
+    return {**group.hyper, **{key: number for key, number in numbers.items() if number is not None}}
 
 
 def _settings(group: Mapping[str, object]) -> str:
@@ -269,7 +277,7 @@ def _json(source: Any, checkpoint: Any, tensors: bool) -> dict[str, object]:
         "shared": dict(checkpoint.shared),
         "buffers": sorted(buffers),
         "groups": [
-            {"parameters": len(g.params), "state": list(g.state), "settings": tree.plain(g.hyper)}
+            {"parameters": len(g.params), "state": list(g.state), "settings": tree.plain(_hyper(g))}
             for g in checkpoint.groups
         ],
         "files": [{"path": str(f.path), "nbytes": f.nbytes, "role": f.role} for f in checkpoint.files],

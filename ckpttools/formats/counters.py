@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from ckpttools.containers import fields
+from ckpttools.containers.edit import value as plain
 from ckpttools.containers.nodes import decode
-from ckpttools.containers.pickles import Node
+from ckpttools.containers.pickles import Node, Object
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.schedules.evidence import What
 from ckpttools.training import Training
 from ckpttools.tree import Path
 
-STEP = ("global_step", "step", "global_steps", "total_steps", "iteration", "iter", "it")
-ITERATION = ("iteration", "iter", "it")
+STEP = ("global_step", "step", "global_steps", "total_steps", "iteration", "iter", "iter_num", "it")
+ITERATION = ("iteration", "iter", "iter_num", "it")
 EPOCH = ("epoch", "current_epoch")
 TOTAL = ("max_steps", "total_iters", "max_iters")
 DATASET = ("dataset_size", "num_train_samples", "train_samples")
@@ -87,7 +88,9 @@ def training(file: TorchFile | None, root: fields.Mapping, step_keys: tuple[str,
     for name, paths in wanted.items():
         whole = name in ("step", "iteration", "samples", "skipped_steps")
         for path in paths:
-            value = fields.number(_at(root, path))
+            node = _at(root, path)
+            number = plain(file, node) if file is not None and isinstance(node, Object) else node
+            value = fields.number(number) if isinstance(number, int | float) else None
             if value is not None:
                 if isinstance(value, int) or not whole:
                     found[name], keys[name] = value, path

@@ -104,3 +104,27 @@ def test_packed_weights_are_not_counted_as_parameters(ckpt: Ckpt, tmp_path: Path
     shown = ckpt("inspect", tmp_path / "model.pt").out
     assert "parameters  ? in 3 tensors, 1 of whole numbers (packed weights, or buffers)" in shown
     assert json.loads(ckpt("inspect", tmp_path / "model.pt", "--json").out)["parameters"] is None
+
+
+def test_numbers_that_are_tensors_are_shown_as_numbers(ckpt: Ckpt, tmp_path: Path) -> None:
+    """A capturable optimizer's learning rate, torch's tutorial's `loss`, counters of some teams."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.Adam([weight], lr=torch.tensor(0.5))
+    optimizer.step()
+    saved = {"step": torch.tensor(7), "epoch": torch.tensor(2), "loss": torch.tensor(0.25)}
+    path = tmp_path / "a.pt"
+    torch.save({"model": {"w": weight.detach()}, "optimizer": optimizer.state_dict(), **saved}, path)
+    shown = ckpt("inspect", path)
+    assert "step 7 (epoch 2), lr 0.5 (1 group), train loss 0.25" in shown.out
+    assert "lr 0.5, betas" in shown.out
+    found = json.loads(ckpt("inspect", path, "--json").out)
+    assert (found["step"], found["epoch"], found["train_loss"]) == (7, 2, 0.25)
+    assert found["groups"][0]["settings"]["lr"] == 0.5
+    assert "step 7, train_loss 0.25, optimizer" in ckpt("verify", path).out
+
+
+def test_nanogpts_name_of_the_step(ckpt: Ckpt, tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    torch.save({"model": {"_orig_mod.w": torch.ones(2)}, "iter_num": 7}, path)
+    assert "step 7" in ckpt("inspect", path).out
