@@ -32,6 +32,7 @@ from ckpttools.stores.links import resolved
 from ckpttools.training import Counter, OptimizerSettings, SavedSchedule, Training
 
 CONFIG = "the MMEngine config"
+KIND = "MMEngine config"
 OUTSIDE = "val_interval, and the intervals of hooks that count iterations"
 STAYS = (
     "meta.cfg (the old run's configuration, as text) and the histories in message_hub.log_scalars stay as "
@@ -207,8 +208,11 @@ def _schedules(file: TorchFile, batches: int | None) -> Iterator[SavedSchedule]:
         for found in parts.schedules(file, "mmengine", "micro", "param_schedulers"):
             yield replace(found, about=about)
         return
+    kept = as_mapping(at(file.value, "optimizer"))
+    order = kept.names() if kept is not None else []
     for i, name in enumerate(names):
-        for found in parts.schedules(file, "mmengine", "micro", "param_schedulers", name, optimizer=i):
+        own = order.index(name) if name in order else i
+        for found in parts.schedules(file, "mmengine", "micro", "param_schedulers", name, optimizer=own):
             yield replace(found, about=about)
 
 
@@ -302,6 +306,7 @@ FRAMEWORK = Framework(
     launch=lambda dst, n, tag: (
         f"load_from = {str(dst)!r} and resume = True in the configuration, on {n} ranks"
     ),
+    config=KIND,
     settings=SETTINGS,
     keys=keys,
     takes=takes,

@@ -194,6 +194,12 @@ def test_an_iteration_based_run_with_an_optimizer_by_name(tmp_path: Path) -> Non
     assert [s.optimizer for s in found.state.schedules] == [0, 1]
     assert found.schedules == ("ExponentialLR 0-, at 12",) * 2
     assert found.state.epoch is None and found.state.iteration == 12
+    tree["param_schedulers"] = dict(reversed(tree["param_schedulers"].items()))  # type: ignore[attr-defined]
+    torch.save(tree, tmp_path / "iter_12.pth")
+    assert [(s.name, s.optimizer) for s in read(tmp_path / "iter_12.pth").schedules] == [
+        ("param_schedulers.critic", 1),
+        ("param_schedulers.generator", 0),
+    ]
     del tree["meta"]["cfg"]  # type: ignore[attr-defined]
     torch.save(tree, tmp_path / "iter_12.pth")
     assert read(tmp_path / "iter_12.pth").epoch is None
