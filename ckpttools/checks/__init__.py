@@ -16,7 +16,7 @@ from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks.beside import check_beside, check_last_checkpoint, check_pointer
 from ckpttools.checks.causes import TENSORS, by_cause
 from ckpttools.checks.changing import Watch
-from ckpttools.checks.copies import check_copies, check_rounded, missing_state
+from ckpttools.checks.copies import check_copies, check_rounded, missing_state, unfinished
 from ckpttools.checks.headers import check_headers
 from ckpttools.checks.held import KEYS, Held, check_held, holds, lacks
 from ckpttools.checks.incidents import check_incidents
@@ -165,7 +165,7 @@ def _verify(
                     *check_settings(source, found, state, rates=bool(rates)),
                 ]
                 differ, copies = check_copies(source, found, state)
-                findings += [*differ, *missing_state(path)]
+                findings += [*differ, *missing_state(path), *unfinished(source.root)]
             found = replace(found, checks=(*found.checks, *beside.checks))
             checked = replace(checked, checkpoint=found)
         nbytes = 0

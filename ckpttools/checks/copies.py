@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
+from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields, jsons
 from ckpttools.errors import CkptError, some
@@ -24,7 +25,6 @@ from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.formats import FORMATS, Folder, Format, Source
 from ckpttools.formats.buffers import is_buffer
 from ckpttools.formats.format import Copy
-from ckpttools.frameworks import STATED
 from ckpttools.location import Location
 from ckpttools.stores.files import is_file, is_folder
 from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, TensorRef
@@ -53,7 +53,7 @@ def check_copies(source: Source, found: Checkpoint, training: Training) -> tuple
 
 def missing_state(path: Location) -> Iterator[Finding]:
     """A bundle whose deepspeed/ is gone reads as a model: its optimizer state and shards are lost."""
-    info = next((name for name in STATED if is_file(path / name)), None)
+    info = next((name for name in frameworks.STATED if is_file(path / name)), None)
     if is_folder(path / MODEL) and info and not is_folder(path / BUNDLE):
         yield Finding(
             id="bundle-incomplete",
@@ -62,6 +62,19 @@ def missing_state(path: Location) -> Iterator[Finding]:
             where=BUNDLE,
             message=f"{MODEL}/ and {info} are here, and {BUNDLE}/ is not: no training can be resumed",
             hint=f"copy {BUNDLE}/ from where the checkpoint was saved; the weights are in {path / MODEL}",
+        )
+
+
+def unfinished(path: Location) -> Iterator[Finding]:
+    """A save that its framework's own marks call not finished."""
+    if why := frameworks.unfinished(path):
+        yield Finding(
+            id="save-unfinished",
+            severity=ERROR,
+            file=str(path),
+            message="the save was not finished",
+            why=why,
+            hint="use an older checkpoint; the weights may be whole: ckpt extract reads them",
         )
 
 
@@ -234,7 +247,7 @@ def _differs(file: str, name: str, message: str) -> Finding:
 
 def _stated(source: Source, found: Checkpoint) -> Iterator[Finding]:
     """The framework's own file against the client state of DeepSpeed's model file, key by key."""
-    path = next((p for name in STATED if is_file(p := source.root / name)), None)
+    path = next((p for name in frameworks.STATED if is_file(p := source.root / name)), None)
     if not source.format.tagged or path is None:
         return
     try:

@@ -58,7 +58,8 @@ class Framework:
     """`name` is the `framework` of the Training that `read` gives; `title` is for people. `brief` reads less;
     it is given no `engine`, and None where it is part of what `read` finds.
 
-    `rule` is what it does with a resumed run, `settings` what other values of its configuration do. `keys`
+    `rule` is what it does with a resumed run, `settings` what other values of its configuration do,
+    which is of the kind `config`. `keys`
     are those that its writer always saves and a file's top level lacks. `takes` is its own automatic resume
     in a folder, by the `pointers` that it leaves there. `wraps` tells a folder of its own around
     DeepSpeed's; `unfinished` why a save is not whole. `stated` are its JSON files
@@ -74,6 +75,7 @@ class Framework:
     rule: Rule
     launch: Callable[[Location, object, bool], str]
     brief: Callable[[Saved], Brief] | None = None
+    config: str = ""
     settings: tuple[Setting, ...] = ()
     keys: Callable[[fields.Mapping], Iterator[str]] = lambda root: iter(())
     takes: Callable[[Location], Iterator[AutoResume]] = lambda folder: iter(())

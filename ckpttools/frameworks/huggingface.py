@@ -16,11 +16,10 @@ from dataclasses import replace
 from ckpttools.containers import jsons
 from ckpttools.containers.archive import is_zip
 from ckpttools.containers.archive.directory import read_directory
-from ckpttools.containers.edit import Opaque, value
-from ckpttools.containers.pickles import Object
-from ckpttools.containers.torch_file import is_torch_file, read_torch_file
+from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.frameworks import parts
+from ckpttools.frameworks.arguments import KIND, SETTINGS, configuration, read_arguments
 from ckpttools.frameworks.framework import Brief, Framework, Saved, damage, shown
 from ckpttools.frameworks.parts import MARKER_FILE, marked_beside, torch_optimizer
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, About, AutoResume, Lack, Rule
@@ -48,7 +47,6 @@ NUMBERED = re.compile(r"checkpoint-(\d+)")
 # its marks of a save that was not finished
 UNFINISHED = re.compile(r"tmp-checkpoint-.*")
 INCOMPLETE = "checkpoint-is-incomplete.txt"
-_PLAIN = (str, int, float, bool)  # of the arguments: what a person set
 
 
 def is_trainer(folder: Location) -> bool:
@@ -60,7 +58,7 @@ def read(saved: Saved) -> Training:
     folder = saved.place
     if saved.engine is None:
         return _read(folder, deepspeed=False)
-    own = replace(saved.engine, schedules=_of_arguments(folder, saved.engine.schedules))
+    own = replace(saved.engine, schedules=_ofread_arguments(folder, saved.engine.schedules))
     return merge(_read(folder, deepspeed=True), own)
 
 
@@ -68,7 +66,7 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
     """`deepspeed`: the optimizer is in a ZeRO folder below."""
     path = folder / STATE
     state = jsons.read(path, allow_nan=True)
-    arguments = _arguments(folder / ARGUMENTS)
+    arguments = read_arguments(folder / ARGUMENTS)
     step, total = _whole(state.get("global_step")), _whole(state.get("max_steps"))
     epochs = _epochs(_whole(state.get("num_train_epochs")), arguments)
     planned = arguments.get("max_steps")
@@ -107,7 +105,7 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
             ("micro", "per_device_train_batch_size", "TrainingArguments"),
             ("accumulation", "gradient_accumulation_steps", "TrainingArguments"),
         ),
-        configuration={key: each for key, each in arguments.items() if isinstance(each, _PLAIN)},
+        configuration=configuration(arguments),
         outside=("save_steps, eval_steps and logging_steps, where they are numbers of steps",),
         notes=() if arguments else (f"{ARGUMENTS} is not here: which schedule it was is not known",),
         # DeepSpeed's model file holds the note where there is one
@@ -203,31 +201,6 @@ def _ranks(folder: Location) -> int | None:
     return len(found) if found == set(range(len(found))) else None
 
 
-def _arguments(path: Location) -> dict[str, object]:
-    """TrainingArguments as data: the plain attributes of the pickled object, {} where they cannot be read."""
-    if not is_file(path) or not is_torch_file(path):
-        return {}
-    try:
-        file = read_torch_file(path)
-    except CkptError:
-        return {}
-    node = file.value
-    found = value(file, node.state if isinstance(node, Object) and node.has_state else node)
-    plain = dict(found) if isinstance(found, dict) else {}
-    kind = plain.get("lr_scheduler_type")
-    if kind is not None and not isinstance(kind, str):
-        plain["lr_scheduler_type"] = _enum(kind)
-    return {key: item for key, item in plain.items() if isinstance(key, str)}
-
-
-def _enum(found: object) -> str | None:
-    """SchedulerType("linear") as its text: enum members are pickled as a call of the class."""
-    node = found.node if isinstance(found, Opaque) else None
-    if isinstance(node, Object) and len(node.args) == 1 and isinstance(node.args[0], str):
-        return node.args[0]
-    return None
-
-
 def _batches(updates: int | None, accumulation: int | None, log: list[dict[str, object]]) -> list[int]:
     """The micro-batches per epoch that agree with every `epoch` and `step` of the log.
 
@@ -256,9 +229,9 @@ def _schedule(path: Location, arguments: Mapping[str, object], total: int | None
             yield _of_trainer(found, arguments, total)
 
 
-def _of_arguments(folder: Location, saved: tuple[SavedSchedule, ...]) -> tuple[SavedSchedule, ...]:
+def _ofread_arguments(folder: Location, saved: tuple[SavedSchedule, ...]) -> tuple[SavedSchedule, ...]:
     """Schedules that DeepSpeed saved for the Trainer, with what the Trainer's arguments say of them."""
-    arguments = _arguments(folder / ARGUMENTS)
+    arguments = read_arguments(folder / ARGUMENTS)
     total = _whole(jsons.read(folder / STATE, allow_nan=True).get("max_steps"))
     return tuple(_of_trainer(each, arguments, total) for each in saved)
 
@@ -315,7 +288,11 @@ def takes(folder: Location) -> Iterator[AutoResume]:
 def unfinished(path: Location) -> str | None:
     if UNFINISHED.fullmatch(path.name) or is_file(path / INCOMPLETE):
         return "the Trainer gives the folder its name, or takes the mark away, when all is written"
-    return None
+    if NUMBERED.fullmatch(path.name) is None or not is_folder(path):
+        return None
+    names = {entry.name for entry in entries(path)}
+    begun = not names.isdisjoint((OPTIMIZER, "scheduler.pt")) or any(n.startswith("rng_state") for n in names)
+    return f"{STATE}, which the Trainer writes last, is missing" if begun and STATE not in names else None
 
 
 def _best(state: Mapping[str, object]) -> tuple[Best, ...]:
@@ -362,6 +339,8 @@ FRAMEWORK = Framework(
     launch=lambda dst, n, tag: (
         f"torchrun --nproc-per-node {n} ...: trainer.train(resume_from_checkpoint={str(dst)!r})"
     ),
+    config=KIND,
+    settings=SETTINGS,
     takes=takes,
     wraps=is_trainer,
     unfinished=unfinished,

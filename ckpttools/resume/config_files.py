@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.frameworks import arguments, mmengine
 from ckpttools.resume.new_run import NewRun, Stated, leaves, real, section, whole
 from ckpttools.schedules.mmengine.config import TEXT, settings
 from ckpttools.stores.files import is_file, is_folder, small_text
@@ -74,7 +76,8 @@ def of_arguments(values: Mapping[str, object]) -> NewRun:
     inner = values.get("deepspeed")
     own = {key: value for key, value in values.items() if key != "deepspeed"}
     config = inner if isinstance(inner, Mapping) else None
-    return NewRun(config=config, arguments=values, stated=_stated("TrainingArguments", own))
+    stated = replace(_stated(arguments.KIND, own), values=arguments.configuration(own))
+    return NewRun(config=config, arguments=values, stated=stated)
 
 
 def _unusable(path: Path, message: str) -> UsageError:
@@ -107,7 +110,7 @@ def _mmengine(path: Path) -> NewRun:
         overlay["train_micro_batch_size_per_gpu"] = micro
     return NewRun(
         stated=Stated(
-            kind="MMEngine config",
+            kind=mmengine.KIND,
             micro=whole(micro),
             # MMEngine's own default, unless a base that might say otherwise was not read
             accumulation=1 if steps is None and not unread and not zero else whole(steps),

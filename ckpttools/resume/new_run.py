@@ -16,8 +16,8 @@ class Stated:
     """What a configuration says in the terms of any trainer; None: it does not say.
 
     `micro` is the batch per rank, `steps` the length in the trainer's own unit. `values` is all of an
-    MMEngine configuration and `overlay` what its strategy sets in DeepSpeed's; `unread` are its bases that
-    were not.
+    MMEngine configuration or of TrainingArguments, `overlay` what its strategy sets for DeepSpeed; `unread`
+    are the bases that were not.
     """
 
     kind: str = ""

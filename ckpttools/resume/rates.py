@@ -68,7 +68,7 @@ def rates(
             return Rates(first=first, note=_by_epoch(float(machine.groups[0]["lr"]), known=unit is not None))
         skipped = ahead(training, replace(own[0], unit=unit), engine=engine)
         if skipped is None:
-            return Rates(note="not forecast: how many micro-batches make an update is not known")
+            return Rates(note="how many micro-batches make an update is not known")
         parts = (training.batch.accumulation or 1) if unit == "micro" else _repeats(training, own[0], ranks)
         for _ in range(skipped):
             machine.step()

@@ -149,7 +149,10 @@ def _driven(target: Target, run: NewRun, found: Forecast) -> Forecast:
     if training.framework in ("deepspeed", "ckpt train"):
         return replace(found, differences=tuple(differences), checks=tuple(checks))
     differences = [d for d in differences if d.about is not About.BATCH or d.refusal is not None]
-    differences += [*trainers.batch(target.one, training, run), *trainers.settings(training, run)]
+    differences += trainers.batch(target.one, training, run)
+    own_optimizer = "optimizer" in target.saved.config  # DeepSpeed's, whatever the framework names
+    settings = trainers.settings(training, run)
+    differences += (d for d in settings if d.about is not About.OPTIMIZER or not own_optimizer)
     epoch = found.epoch if found.epoch is not None else training.epoch
     own = target.saved.scheduler is not None or not training.schedules
     rule = framework_of(training).rule
@@ -166,7 +169,7 @@ def _driven(target: Target, run: NewRun, found: Forecast) -> Forecast:
         good = f"saved by {training.framework}" if has else "none is saved"
         lines[About.SCHEDULE] = check(About.SCHEDULE, good, differences, known=has)
     if not own:
-        if not rule.saved and any(d.cls != SAFE and d.about is About.BATCH for d in differences):
+        if not rule.saved and any(d.cls != SAFE and d.about in trainers.RECOMPUTED for d in differences):
             rates = replace(rates, next=None, note=trainers.ANEW)
         notes = [note for note in notes if note != deepspeed.OUTSIDE]
     return replace(

@@ -17,7 +17,7 @@ from ckpttools import frameworks as training_of
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError, counted, escape
 from ckpttools.formats import Source, read
-from ckpttools.frameworks import framework_of
+from ckpttools.frameworks import arguments, framework_of
 from ckpttools.frameworks.framework import Framework
 from ckpttools.frameworks.rules import CAREFUL, CLASSES, IMPOSSIBLE, SAFE, About, Setting
 from ckpttools.location import Location
@@ -39,6 +39,7 @@ from ckpttools.resume.rates import rates
 from ckpttools.stores.files import entries, is_folder
 from ckpttools.training import Training
 
+RECOMPUTED = (About.BATCH, About.LENGTH, About.SCHEDULE)  # what a schedule is computed anew from
 ANEW = "not forecast: the framework computes it from the new settings"
 
 
@@ -70,7 +71,7 @@ def forecast(path: Location, source: Source, run: NewRun) -> Forecast:
     done = training.count if training is not None else None
     left = total - done if total is not None and done is not None else None
     lr = rates(training, ranks=run.world_size, left=left)
-    if not rule.saved and any(d.cls != SAFE and d.about in (About.BATCH, About.LENGTH) for d in differences):
+    if not rule.saved and any(d.cls != SAFE and d.about in RECOMPUTED for d in differences):
         lr = replace(lr, next=None, note=ANEW, last=False)
     state = training if training is not None else checkpoint.training
     return Forecast(
@@ -175,11 +176,23 @@ def _shown(numbers: Sequence[int | None]) -> str:
 
 def settings(training: Training, run: NewRun) -> Iterator[Difference]:
     """Every other setting of a configuration, where the checkpoint holds the old one."""
-    if not run.stated.values or not training.configuration:
+    framework, kind = framework_of(training), run.stated.kind
+    partial = kind == arguments.KIND  # what is not given there is not known
+    if not run.stated.values or kind != framework.config:
+        if run.stated.values and not partial:
+            yield Difference(
+                about=About.SETTING,
+                setting="--config",
+                new=kind,
+                cls=CAREFUL,
+                why=f"the checkpoint is of {framework.title}: only batch, rate and length are compared",
+            )
+        return
+    if not training.configuration and not partial:
         return
     old, new = dict(leaves(training.configuration)), dict(leaves(run.stated.values))
-    for key in sorted({*old, *new} - {"_base_"}):
-        known = _setting(framework_of(training), key)
+    for key in sorted((set(new) if partial else {*old, *new}) - {"_base_"}):
+        known = _setting(framework, key)
         if old.get(key) != new.get(key) and known.why:
             yield Difference(
                 about=known.about,

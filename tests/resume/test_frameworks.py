@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from ckpttools.resume import Forecast, NewRun, Target, foretell
-from ckpttools.resume.config_files import of_arguments
+from ckpttools.resume.config_files import of_arguments, read_config
 from ckpttools.resume.model import Model, Tensor
 
 STEPS, SAVED, BATCH = 8, 4, 2
@@ -113,6 +114,58 @@ def test_a_larger_batch_may_leave_nothing_of_the_run(tmp_path: Path) -> None:
         )
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({"lr_scheduler_type": "linear"}, "careful"),
+        ({"warmup_steps": 4}, "careful"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 1.5}}, "careful"),
+        ({"weight_decay": 0.1, "adam_beta2": 0.9, "logging_steps": 3}, "safe"),
+        ({"optim": "sgd"}, "impossible"),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else None,
+)
+def test_the_trainers_other_arguments(tmp_path: Path, changed: dict[str, Any], verdict: str) -> None:
+    train(tmp_path / "run", save_steps=SAVED)
+    saved = tmp_path / f"run/checkpoint-{SAVED}"
+    forecast = foretold(saved, of_arguments({"output_dir": "x", **changed}))
+    assert forecast.verdict == verdict
+    logged = {"logging_steps"}  # no part of what is saved
+    assert {d.setting.partition(".")[0] for d in forecast.differences} == changed.keys() - logged
+    if verdict == "impossible":
+        with pytest.raises(KeyError):
+            train(tmp_path / "again", resume=saved, **changed)
+        return
+    rates = train(tmp_path / "again", resume=saved, **changed)
+    assert rates[0] == pytest.approx(forecast.rates.first[0], rel=1e-12)
+    if verdict == "safe":
+        assert forecast.rates.next is not None
+        assert rates[1] == pytest.approx(forecast.rates.next[0], rel=1e-12)
+    else:
+        assert forecast.rates.next is None and "new settings" in forecast.rates.note
+
+
+def test_all_arguments_of_the_same_run_differ_in_nothing(tmp_path: Path) -> None:
+    """As TrainingArguments.to_json_string writes them."""
+    transformers = pytest.importorskip("transformers")
+    train(tmp_path / "run")
+    saved = tmp_path / f"run/checkpoint-{SAVED}"
+    own = torch.load(saved / "training_args.bin", weights_only=False)
+    assert isinstance(own, transformers.TrainingArguments)
+    forecast = foretold(saved, of_arguments(json.loads(own.to_json_string())))
+    assert (forecast.verdict, forecast.differences) == ("safe", ())
+
+
+def test_a_configuration_of_another_framework_is_no_error_of_ours(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    config = tmp_path / "config.py"
+    config.write_text(
+        "train_dataloader = dict(batch_size=2)\ntrain_cfg = dict(by_epoch=True, max_epochs=1)\n"
+    )
+    forecast = foretold(tmp_path / f"run/checkpoint-{SAVED}", read_config(config))
+    assert [(d.setting, d.cls) for d in forecast.differences] == [("--config", "careful")]
 
 
 def test_the_trainer_refuses_another_width(tmp_path: Path) -> None:

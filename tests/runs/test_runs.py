@@ -14,6 +14,8 @@ from commands import run
 from support import FIXTURES
 
 from ckpttools import runs
+from ckpttools.checks import verify
+from ckpttools.findings import ERROR
 
 SAMPLE = FIXTURES / "deepspeed-0.19.8" / "z2_bf16_ws2"
 MMENGINE = FIXTURES / "mmengine" / "run" / "iter_1500.pth"  # global_steps 3, iteration 1500
@@ -225,6 +227,20 @@ def test_an_unfinished_save_of_the_trainer_is_passed_over(tmp_path: Path) -> Non
     choice = runs.newest(folder)
     assert choice.path.name == "checkpoint-2"
     assert {path.name for path, _ in choice.passed_over} == {"checkpoint-4", "tmp-checkpoint-6"}
+    for path, _ in choice.passed_over:
+        assert [f.id for f in verify(path, quick=True).findings if f.severity == ERROR] == ["save-unfinished"]
+
+
+def test_a_save_of_the_trainer_without_what_it_writes_last(tmp_path: Path) -> None:
+    """Killed after optimizer.pt: a resume would load it, and begin at step 0."""
+    folder = tmp_path / "out"
+    shutil.copytree(FIXTURES / "hf-trainer" / "plain", folder)
+    (folder / "checkpoint-4" / "trainer_state.json").unlink()
+    choice = runs.newest(folder)
+    assert choice.path.name == "checkpoint-2"
+    assert "save-unfinished" in choice.passed_over[0][1]
+    (found,) = (f for f in verify(folder / "checkpoint-4").findings if f.severity == ERROR)
+    assert found.id == "save-unfinished" and "trainer_state.json" in found.why
 
 
 @pytest.mark.parametrize("name", ["accelerate/plain", "hf-trainer/deepspeed/checkpoint-4", "hf/sharded"])
