@@ -161,6 +161,20 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     assert len(data) > 1500
 
 
+def test_an_empty_record_with_a_checksum_is_found(tmp_path: Path) -> None:
+    """It has no bytes that would be held against it, so the directory alone says that it is wrong."""
+    path = tmp_path / "flipped.pt"
+    data = (FIXTURES / "torch-writers/1.13.1/weights.pt").read_bytes()
+    entry = data.rindex(b"weights/data/1") - 46  # the last place is the directory's; its CRC-32 is at 16
+    assert data[entry : entry + 4] == b"PK\x01\x02" and data[entry + 16 : entry + 28] == bytes(12)
+    for bit in range(32):
+        changed = bytearray(data)
+        changed[entry + 16 + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with opened(path) as file, pytest.raises(CkptError):
+            read_archive(file)
+
+
 def test_inserted_and_appended_bytes_are_found(tmp_path: Path) -> None:
     data = torch_zip(tmp_path).read_bytes()
     path = tmp_path / "longer.pt"

@@ -37,7 +37,17 @@ def _expected(path: Path) -> Expectation:
     return names_file(path, path.parent, parts=(path.parent.name,))
 
 
-def _in_tensor(name: str, change: Callable[[Any, Random], Any], *kinds: str, shown: bool = True) -> None:
+def _has_weights(copy: Copy) -> bool:
+    """Whether the engine's own weights are there too; ZeRO-3, with a model file for each rank, keeps none."""
+    return (copy.folder / "mp_rank_00_model_states.pt").exists()
+
+
+def _in_tensor(
+    name: str,
+    change: Callable[[Any, Random], Any],
+    *kinds: str,
+    shown: Callable[[Copy], bool] = lambda _: True,
+) -> None:
     def damage(copy: Copy, rng: Random) -> Expectation | None:
         path = pick(rng, tensors(copy, *kinds))
         if path is None:
@@ -47,7 +57,7 @@ def _in_tensor(name: str, change: Callable[[Any, Random], Any], *kinds: str, sho
         if isinstance(new, torch.Tensor) and isinstance(value, dict):
             new = {**value, "param": new}
         torch.save(new, path)
-        return _expected(path) if shown else only_by_manifest(path)
+        return _expected(path) if shown(copy) else only_by_manifest(path)
 
     damage.__name__ = f"universal_{name}"
     fault(LEVEL, UNIVERSAL)(damage)
@@ -70,9 +80,9 @@ _in_tensor("tensor_of_integers", lambda t, rng: t.long())
 _in_tensor("tensor_no_dict", lambda t, rng: [1, 2])
 _in_tensor("tensor_no_param", lambda t, rng: {"cat_dim": 0})
 _in_tensor("tensor_is_text", lambda t, rng: {"param": "lost"})
-_in_tensor("master_edited", _with(1e4), "fp32")
+_in_tensor("master_edited", _with(1e4), "fp32", shown=_has_weights)
 _in_tensor("second_moment_negative", _with(-1.0), "exp_avg_sq")
-_in_tensor("first_moment_edited", lambda t, rng: t * 1.5 + 1e-3, "exp_avg", shown=False)
+_in_tensor("first_moment_edited", lambda t, rng: t * 1.5 + 1e-3, "exp_avg", shown=lambda _: False)
 
 
 @fault(LEVEL, UNIVERSAL)
@@ -84,7 +94,8 @@ def universal_kind_missing(copy: Copy, rng: Random) -> Expectation:
 
 @fault(LEVEL, UNIVERSAL)
 def universal_parameter_missing(copy: Copy, rng: Random) -> Expectation:
-    folder = rng.choice(sorted(p for p in zero(copy).iterdir() if p.is_dir()))
+    folder = pick(rng, sorted({path.parent for path in tensors(copy, "fp32")}))  # no load reads a frozen one
+    assert folder is not None
     shutil.rmtree(folder)
     return names_file(folder, *(folder / n for n in ("fp32.pt", "exp_avg.pt")), parts=(folder.name,))
 
@@ -165,6 +176,8 @@ def universal_settings_are_no_dict(copy: Copy, rng: Random) -> Expectation:
 def _model(name: str, change: Callable[[Any, Random], str | None], *, warning: bool = False) -> None:
     def damage(copy: Copy, rng: Random) -> Expectation | None:
         path = copy.folder / "mp_rank_00_model_states.pt"
+        if not _has_weights(copy):
+            return None
         said: list[str | None] = []
         edited(path, lambda root: said.append(change(root, rng)))
         if said[0] is None:

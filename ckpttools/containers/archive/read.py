@@ -100,7 +100,7 @@ def _predicted(file: File, entry: Entry, following: int, alignment: int) -> Reco
     """A record that torch wrote, without a look at its header; None where that has been read, or must be."""
     name, offset, flags, method, crc32, nbytes, _ = entry
     raw = name.encode()
-    if method or flags != flags_of(nbytes) or (nbytes and not crc32):
+    if method or flags != flags_of(nbytes) or bool(nbytes) != bool(crc32):
         return None
     if file.holds(offset, LOCAL.size + len(raw)):
         return None
