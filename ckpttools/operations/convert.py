@@ -30,7 +30,7 @@ from ckpttools.transforms.cast import cast, dtype_named
 from ckpttools.transforms.like import like as like_of
 from ckpttools.transforms.like import matched_names
 from ckpttools.transforms.optimizers import anew, for_class, refuse_quantised
-from ckpttools.transforms.rename import rename as renamed
+from ckpttools.transforms.rename import rename as rename_all
 from ckpttools.transforms.rename import unwrapped
 from ckpttools.transforms.reshard import check_ranks, ranks_of, without_positions
 from ckpttools.transforms.select import select, weights_only
@@ -90,22 +90,29 @@ def convert(
             why="its optimizer's state would be lost",
             hint="--to hf, or --reset-optimizer to begin the optimizer anew",
         )
-    read = checkpoint.notes
-    notes = [*slices(checkpoint.client.get(SLICED)), *_order(checkpoint)]
+    read, saved = checkpoint.notes, torch_optimizer.of(checkpoint)
+    notes = [*slices(checkpoint.client.get(SLICED)), *_order(saved)]
     checkpoint, counted = _counted(checkpoint, source)
     notes += counted
     names = list(checkpoint.tensors)
     checkpoint = select(checkpoint, include=include, exclude=exclude)
+    selected = list(checkpoint.tensors)
     for pattern, replacement in rename:
         checkpoint = _renamed(checkpoint, pattern, replacement)
     if to != "hf" and not reset_optimizer:
         refuse_rank_local(checkpoint)
+    if like is not None:
+        other = check_before_use(find(Path(like), None))
+        if saved is not None and (saved.by_place or not saved.groups) and not reset_optimizer:
+            called = dict(zip(selected, checkpoint.tensors, strict=True))
+            checkpoint = _ordered(checkpoint, source, other, called)
+        checkpoint = like_of(checkpoint, other, fresh=reset_optimizer)
+        if to in PREPARED or not other.master:  # else that run's single copy would be the masters, too
+            dtype = dtype or other.layout.dtype
     if reset_optimizer:
         checkpoint = anew(checkpoint)
         anew_from = ": they start anew from these settings" if checkpoint.groups else ""
         notes.append(f"optimizer and schedule are left out, as asked for{anew_from}")
-    if like is not None:
-        checkpoint, dtype = _like(checkpoint, source, Path(like), dtype)
     checkpoint = _saying_what_is_left_out(checkpoint)
     if (to in PREPARED) != (checkpoint.layout.zero_stage is not None) or to == "dcp":
         checkpoint = _one_schedule(checkpoint)
@@ -263,6 +270,9 @@ def _check_usage(
         ("--like", like, to != "hf", "--like is for formats with an optimizer",
          "names, groups and settings of another run's optimizer have no place in these files",
          "leave out --like"),
+        ("--optimizer-class", optimizer_class, to != "hf",
+         "--optimizer-class is for formats with an optimizer",
+         "no settings of groups have a place in these files", "leave it out"),
         ("--optimizer-class", optimizer_class, like is None,
          "--optimizer-class and --like both say what loads the groups",
          "the class is taken from that checkpoint", "leave one of them out"),
@@ -271,9 +281,8 @@ def _check_usage(
             raise UsageError("bad-usage", problem, where=option, why=why, hint=hint)
 
 
-def _order(checkpoint: Checkpoint) -> Iterator[str]:
+def _order(saved: torch_optimizer.Saved | None) -> Iterator[str]:
     """How the optimizer's parameters got their names, where it does not name them itself."""
-    saved = torch_optimizer.of(checkpoint)
     if saved is not None and saved.by_place and saved.groups:
         names = [name for group in saved.groups for name in group.params]
         yield (
@@ -338,18 +347,20 @@ def _refuse_unnamed(checkpoint: Checkpoint) -> None:
         )
 
 
-def _like(
-    checkpoint: Checkpoint, source: Source, path: Path, dtype: str | None
-) -> tuple[Checkpoint, str | None]:
-    """The checkpoint as the run of the one at `path` would have it, and the dtype of its weights."""
-    other = check_before_use(find(path, None))
-    saved = torch_optimizer.of(checkpoint)
-    if saved is not None and (saved.by_place or not saved.groups) and other.groups:
-        names = {new: old for old, new in matched_names(checkpoint, other).items()}
-        order = [[names.get(name, name) for name in group.params] for group in other.groups]
-        known = read(replace(source, order=order))
-        checkpoint = replace(checkpoint, groups=known.groups, client=known.client)
-    return like_of(checkpoint, other), dtype or other.layout.dtype
+def _ordered(
+    checkpoint: Checkpoint, source: Source, other: Checkpoint, called: Mapping[str, str]
+) -> Checkpoint:
+    """With an optimizer that numbers its parameters as in the order of the other run. `called` says what the
+    file's names have become.
+    """
+    theirs = {new: old for old, new in matched_names(checkpoint, other).items()}
+    in_file = {new: old for old, new in called.items()}
+    ours = [[theirs.get(name, name) for name in group.params] for group in other.groups]
+    if not ours:
+        return checkpoint
+    known = read(replace(source, order=[[in_file.get(name, name) for name in names] for names in ours]))
+    known = rename_all(known, lambda name: called.get(name, name))
+    return replace(checkpoint, groups=known.groups, client=known.client)
 
 
 def _renamed(checkpoint: Checkpoint, pattern: str, replacement: str) -> Checkpoint:
@@ -365,7 +376,7 @@ def _renamed(checkpoint: Checkpoint, pattern: str, replacement: str) -> Checkpoi
                 hint=f"the first name is {escape(next(iter(checkpoint.tensors), ''))}; "
                 "ckpt inspect --tensors lists them",
             )
-        return renamed(checkpoint, lambda name: re.sub(pattern, replacement, name))
+        return rename_all(checkpoint, lambda name: re.sub(pattern, replacement, name))
     except (re.error, IndexError, OverflowError, RecursionError) as error:
         raise UsageError(
             "bad-usage",

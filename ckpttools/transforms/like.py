@@ -20,8 +20,9 @@ Shape = tuple[int, ...]
 BLOCK = 1 << 22  # elements
 
 
-def like(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """The checkpoint as the run of `other` would have saved it.
+def like(checkpoint: Checkpoint, other: Checkpoint, *, fresh: bool = False) -> Checkpoint:
+    """The checkpoint as the run of `other` would have saved it; `fresh`: with its groups even where this one
+    has no optimizer with names.
 
     Raises UsageError where the two are of different models, or names fit in more than one way.
     """
@@ -37,7 +38,10 @@ def like(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
             raise _apart(checkpoint, other, f"{escape(name)} is {list(have.shape)}, there {list(ref.shape)}")
     _refuse_untied(checkpoint, other)
     notes = list(_notes(checkpoint, other, names, left))
-    groups = tuple(_group(checkpoint, group) for group in other.groups) if checkpoint.groups else ()
+    groups = tuple(_group(checkpoint, g) for g in other.groups) if checkpoint.groups or fresh else ()
+    if groups and other.groups:
+        there = escape(other.path.name)
+        notes.append(f"{len(groups)} parameter groups and their settings are those of {there}")
     state = checkpoint.training
     place = other.training.keys.get("scheduler")
     if place is not None and state.scheduler:
@@ -185,4 +189,3 @@ def _notes(
             yield f"not carried: the optimizer's state of {some(dropped)}, which that run does not train"
         if fresh:
             yield f"without optimizer state: {some(fresh)}, which that run trains and this one did not"
-        yield f"{len(other.groups)} parameter groups and their settings are those of {there}"

@@ -59,7 +59,7 @@ def ranks_of(world_size: int | None, mesh: str | None) -> tuple[int | None, tupl
     if mesh is None:
         return world_size, ()
     sizes = re.fullmatch(r"(\d{1,6})[x×*,](\d{1,6})", mesh.strip())
-    if sizes is None or "0" in sizes.groups():
+    if sizes is None or 0 in map(int, sizes.groups()):
         raise UsageError(
             "bad-usage",
             f"'{escape(mesh)}' is no mesh",
@@ -68,6 +68,7 @@ def ranks_of(world_size: int | None, mesh: str | None) -> tuple[int | None, tupl
             hint="2x4: 2 data-parallel times 4 tensor-parallel ranks",
         )
     found = int(sizes[1]), int(sizes[2])
+    check_ranks(math.prod(found), "--mesh")
     if world_size not in (None, math.prod(found)):
         raise UsageError(
             "bad-usage",

@@ -91,6 +91,48 @@ def test_an_ambiguous_order_is_refused_and_like_gives_it(tmp_path: Path) -> None
     assert any("parameter groups and their settings are those of b.pt" in note for note in made.notes)
 
 
+@pytest.mark.parametrize("to", ["pt", "zero2"])
+def test_like_with_names_or_without_state(to: Any, tmp_path: Path) -> None:
+    """An optimizer that numbers its parameters: its order is read for the names that they get, and its state
+    stays away where that is asked for.
+    """
+    torch.manual_seed(0)
+    model = net()
+    optimizer = torch.optim.AdamW(groups_of(model), lr=0.1)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    named = [(f"new.{n}", p) for n, p in model.named_parameters()]
+    matrices = [pair for pair in named if pair[1].ndim == 2][::-1]
+    other = torch.optim.AdamW([{"params": matrices}, {"params": [x for x in named if x[1].ndim < 2]}])
+    other.param_groups[0] |= {"lr": 0.1, "initial_lr": 0.5}
+    wrapped = nn.ModuleDict({"new": model})
+    target = saved(tmp_path / "b.pt", wrapped, other)
+    rename = [("^3.bias", "new.3.bias"), (r"^(\d)", r"new.\1")]  # two shapes are there twice
+    made = convert(source, tmp_path / "made", to=to, like=target, rename=rename).destination
+    state = {name: optimizer.state[p]["exp_avg"] for name, p in named}
+    groups = open_checkpoint(made).groups
+    kept = {name: as_torch(ref) for group in groups for name, ref in group.state["exp_avg"].items()}
+    assert kept.keys() == state.keys() and all(identical(kept[name], state[name]) for name in state)
+    fresh = convert(
+        source, tmp_path / "fresh", to=to, like=target, rename=rename, reset_optimizer=True
+    ).destination
+    groups = open_checkpoint(fresh).groups
+    assert list(groups[0].params) == [name for name, _ in matrices]
+    assert groups[0].hyper["lr"] == 0.5
+    assert not any(group.scalars or group.state.keys() - {"fp32"} for group in groups)
+
+
+@pytest.mark.parametrize("to", ["pt", "dcp"])
+def test_the_masters_stay_where_the_run_has_masters(to: Any, tmp_path: Path) -> None:
+    """The dtype of the other run is that of its engine, and one copy of each weight is the master."""
+    source = SAMPLES / "z2_bf16_ws2"
+    made = convert(source, tmp_path / "made", to=to, like=source)
+    assert not any("master" in note and "left out" in note for note in made.notes)
+    masters = open_checkpoint(source).master
+    found = open_checkpoint(made.destination).tensors
+    assert masters and all(identical(as_torch(found[n]), as_torch(ref)) for n, ref in masters.items())
+
+
 def test_names_of_the_run_that_goes_on(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = net()
@@ -692,6 +734,8 @@ def test_configuration_and_tokenizer_come_along(tmp_path: Path) -> None:
         ("--to pt --dtype int4", "'int4' is not a dtype"),
         ("--to zero2 --mesh 2x2", "--mesh is for --to dcp"),
         ("--to dcp --mesh 2", "mesh"),
+        ("--to dcp --mesh 100000x100000", "10000000000 makes no sense"),
+        ("--to dcp --mesh 00x2", "is no mesh"),
         ("--to pt --world-size 2", "pt files are for any number of ranks"),
         ("--to universal --world-size 2", "universal files are for any number of ranks"),
         ("--to zero2 --world-size 0", "0"),
@@ -704,6 +748,7 @@ def test_configuration_and_tokenizer_come_along(tmp_path: Path) -> None:
         ("--to pt --include nothing*", "nothing"),
         ("--to pt --optimizer-class Adom", "did you mean Adam"),
         ("--to zero2 --optimizer-class SGD", "optimizer"),
+        ("--to hf --optimizer-class AdamW", "for formats with an optimizer"),
         ("--to pt --like /does/not/exist", "does/not/exist"),
         ("", "--to"),
     ],
@@ -729,6 +774,20 @@ def test_buffers_and_frozen_weights_are_told_apart_in_a_single_file(tmp_path: Pa
     assert (made.buffers, made.frozen) == (source.buffers, source.frozen)
     assert "buffer_names" not in made.client
     assert all(isinstance(ref, TensorRef) for ref in made.tensors.values())
+
+
+@pytest.mark.parametrize("to", ["pt", "zero2", "dcp"])
+def test_tied_names_change_places(to: Any, tmp_path: Path) -> None:
+    """The same bytes under the same names, and the optimizer's state is the other's."""
+    source = convert(SAMPLES / "z2_tied_ws2", tmp_path / "a.pt", to="pt").destination
+    ((alias, owner),) = open_checkpoint(source).shared.items()
+    swapped = [(f"^{alias}$", "t"), (f"^{owner}$", alias), ("^t$", owner)]
+    made = convert(source, tmp_path / "b.pt", to=to, rename=swapped, digest=True)
+    found = open_checkpoint(made.destination)
+    assert found.shared == {owner: alias} and alias in found.groups[0].params
+    tree = torch.load(source, weights_only=False)
+    tensors = {name: as_torch(ref) for name, ref in found.tensors.items()}
+    assert all(identical(tensors[name], ref) for name, ref in tree["model_state_dict"].items())
 
 
 @pytest.mark.parametrize("to", ["zero0", "zero1", "zero2", "universal"])

@@ -92,14 +92,14 @@ def _module(checkpoint: Checkpoint, template: Template | None, notes: list[str])
     best = checkpoint.best_copies()
     notes += one_copy(checkpoint)
     prefix = template.prefix if template else ""
-    values = {prefix + name: ref for name, ref in best.items()}
+    values: dict[str, Value] = {prefix + name: ref for name, ref in best.items()}
+    names = dict.fromkeys(values)  # of tied ones the first has the optimizer's state
     values |= {prefix + name: value for name, value in checkpoint.extra_state.items()}
     old = fields.as_mapping(template.root.get(template.weights)) if template else None
     if template is not None and old is not None:
         before = {name: decode(template.file, node) for name, node in old.named()}
-        if before.keys() == values.keys() and all(
-            same(before[name], value) for name, value in values.items()
-        ):
+        in_order = before.keys() == values.keys() and [n for n in before if n in names] == [*names]
+        if in_order and all(same(before[name], value) for name, value in values.items()):
             return template.root.get(template.weights)
     made = Object("reduce", ORDERED, ())
     if isinstance(old, Object):
