@@ -136,10 +136,12 @@ def held(run: Path) -> int:
 def resumable(entry: Entry) -> Path | None:
     """A checkpoint of this trainer that a run below holds, None for any other."""
     path = local(entry.path)
+    ours = kind(entry) in ("step", "epoch")
     if path.is_dir():
-        return path if (path / BUNDLE).is_dir() else tag_of(path)
+        lost = path if ours and entry.damaged else None  # without its model file
+        return path if (path / BUNDLE).is_dir() else tag_of(path) or lost
     # of a damaged file it is not known: the search looks at it and says so
-    return path if entry.resumes is not False and kind(entry) in ("step", "epoch") else None
+    return path if entry.resumes is not False and ours else None
 
 
 def inner(checkpoint: Path) -> Path:

@@ -159,16 +159,18 @@ def test_damaged_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:
     flipped = copied(run, "iter_000004.pth", age=5)
     model = flipped / "mp_rank_00_model_states.pt"
     model.write_bytes(model.read_bytes().replace(b"\x3f", b"\x3e", 1))
+    lost = copied(run, "iter_000005.pth", age=3)
+    (lost / model.name).unlink()
     newest = torn(copied(run, "epoch_001.pth", age=1))
     (run / "last_checkpoint").write_text("epoch_001.pth")
     start = decide(config, resume(config), world=2)
     assert start.checkpoint == good
     searched, *passed, chosen = start.notes
-    assert searched.startswith(
-        f"Searched {tmp_path}/e: 4 checkpoints, newest first: {run.name}/epoch_001.pth"
-    )
-    for note, path in zip(passed, (newest, flipped), strict=True):
+    assert searched.startswith(f"Searched {tmp_path}/e: 5 checkpoints, newest first: {run.name}/")
+    passed.sort()
+    for note, path in zip(passed, (newest, flipped, lost), strict=True):
         assert note.startswith(f"Passed over {path}: ")
+    assert "[model-missing]" in passed[2]
     assert "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt: " in passed[0]
     assert "[file-truncated]" in passed[0]
     assert chosen == f"Auto resumed from the latest checkpoint of those that verify {good}"
