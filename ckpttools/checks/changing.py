@@ -22,7 +22,7 @@ REWRITTEN = (*POINTERS, "checkpoint", "zero_to_fp32.py")
 
 READ = (*TENSOR_FILES, ".json")  # of what lies beside a checkpoint: logs grow, and say nothing of it
 # seconds: written so lately that a save may be going on; how often and how long each time it is waited for
-YOUNG, PAUSES, PAUSE = 2.0, 10, 0.1
+YOUNG, PAUSES, PAUSE = 2.0, 10, 0.05
 
 Stamps = dict[Location, Stat | None]  # None for a folder
 
