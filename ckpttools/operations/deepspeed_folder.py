@@ -12,7 +12,7 @@ from ckpttools.formats import PLANS
 from ckpttools.formats.deepspeed import LR_SCHEDULER, NEW_SCALER
 from ckpttools.formats.engine import number_of
 from ckpttools.plan import Literal, OutputFile, Plan
-from ckpttools.tensors import FLOAT32, DType, TensorRef
+from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, DType, TensorRef
 from ckpttools.transforms.cast import cast, castable
 from ckpttools.tree import Value, at, put
 
@@ -34,7 +34,7 @@ PER_GROUP = {
 
 def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -> tuple[Checkpoint, Layout]:
     """What the folder's format is to write, and how: masters from the best copy, weights in `dtype`."""
-    checkpoint = _counted(_of_32_bits(checkpoint))
+    checkpoint = _counted(_whole(_of_32_bits(checkpoint)))
     best, old = checkpoint.best_copies(), checkpoint.layout
     odd = (n for group in checkpoint.groups for n in group.params if not castable(best[n].dtype))
     if to != "zero0" and (name := next(odd, None)) is not None:
@@ -98,6 +98,19 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
         writer=old.writer,
     )
     return made, layout
+
+
+def _whole(checkpoint: Checkpoint) -> Checkpoint:
+    """With the weights of which masters alone are there: what was frozen after the engine was built, and left
+    out (exclude_frozen_parameters).
+    """
+    masters = {n: ref for n, ref in checkpoint.best_copies().items() if n not in checkpoint.tensors}
+    if not masters:
+        return checkpoint
+    engine = next((each for each in (BFLOAT16, FLOAT16) if each.short == checkpoint.layout.dtype), FLOAT32)
+    note = f"{len(masters)} weights are made from their masters, the first {escape(next(iter(masters)))}"
+    tensors = {**checkpoint.tensors, **{n: ref.cast(engine) for n, ref in masters.items()}}
+    return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
 
 
 def _counted(checkpoint: Checkpoint) -> Checkpoint:

@@ -17,6 +17,7 @@ from support import FIXTURES, identical
 
 from ckpttools.checks import verify
 from ckpttools.findings import INFO
+from ckpttools.formats import open_checkpoint
 
 NEWEST = FIXTURES / "deepspeed-0.19.8"
 PEFT = FIXTURES / "hf-trainer/peft/checkpoint-2"
@@ -120,6 +121,10 @@ def test_what_was_frozen_after_the_engine_was_built_is_not_lost(tmp_path: Path) 
     assert ran.code == 0, ran.err
     assert name in torch.load(tmp_path / "w.pt", weights_only=True)["model_state_dict"]
     assert run("verify", tmp_path / "w.pt").code == 0
+    for to in ("zero0", "zero1", "zero3"):
+        assert run("convert", folder, tmp_path / to, "--to", to).code == 0
+        made = open_checkpoint(tmp_path / to)
+        assert name in made.tensors and name in made.groups[0].params
     # under another name it is no frozen parameter: something was renamed
     root["module"]["another"] = torch.zeros(3)
     torch.save(root, path)
