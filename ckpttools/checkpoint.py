@@ -38,6 +38,15 @@ class ParamGroup:
     paths: Mapping[str, tuple[Key, ...]] = field(default_factory=dict)
     named: bool = False
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """Kinds of state that the optimizer makes and never looks at.
+
+        DeepSpeedCPULion, with betas and no eps, leaves exp_avg_sq as it began (deepspeed/ops/lion).
+        """
+        unread = "betas" in self.hyper and "eps" not in self.hyper
+        return frozenset(("exp_avg_sq",)) if unread else frozenset()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:

@@ -98,7 +98,7 @@ def _pairs(found: Checkpoint) -> Iterator[data.Pair]:
         if name in found.tensors and found.tensors[name].chunks != master.chunks:
             yield from data.pair(name, master, found.tensors[name])
     for group in found.groups:
-        second = group.state.get("exp_avg_sq", {})
+        second = group.state.get("exp_avg_sq", {}) if "exp_avg_sq" not in group.idle else {}
         for name, mean in group.state.get("exp_avg", {}).items():
             if name in second:
                 yield from data.moments(name, mean, second[name])

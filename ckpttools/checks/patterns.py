@@ -159,7 +159,7 @@ def _weights(
 
 def _moments(found: Checkpoint, constant: dict[str, tuple[Location, float]]) -> Iterator[Finding]:
     """A moment that is zero for every parameter."""
-    for kind in sorted({kind for group in found.groups for kind in group.state} - {FP32}):
+    for kind in sorted({kind for group in found.groups for kind in group.state.keys() - group.idle} - {FP32}):
         refs = {n: ref for group in found.groups for n, ref in group.state.get(kind, {}).items() if ref.numel}
         large = [f"{name} ({kind})" for name, ref in refs.items() if ref.numel >= RUN]
         small = [ref for ref in refs.values() if ref.numel < RUN]

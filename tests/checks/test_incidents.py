@@ -109,6 +109,19 @@ def test_moments_that_are_zero_everywhere(tmp_path: Path) -> None:
         assert found(path).keys() == {"moments-zero"}
 
 
+def test_what_lion_makes_and_never_looks_at_may_be_zero(tmp_path: Path) -> None:
+    """DeepSpeed's on the CPU has a mean of squares too; its groups have betas and no eps."""
+
+    def lion(tree: Any) -> None:
+        for group in tree["optimizer_state_dict"]["param_groups"]:
+            del group["eps"]
+        for state in tree["optimizer_state_dict"]["state"].values():
+            state["exp_avg"].add_(0.5)
+            state["exp_avg_sq"].zero_()
+
+    assert found(saved(tmp_path / "a.pt", lion)) == {}
+
+
 def test_a_flood_of_denormals(tmp_path: Path) -> None:
     def flood(tree: Any) -> None:
         weight = tree["model_state_dict"]["emb.weight"]
