@@ -48,9 +48,8 @@ def everywhere(path: Path) -> list[Path]:
     """The same as a `.pt`, in DeepSpeed's folders, and as a distributed checkpoint."""
     made = [path]
     for to, ranks in (("dcp", 3), ("zero2", 2), ("zero0", None), ("zero3", 2), ("universal", None)):
-        source = made[-1] if to == "zero3" else path  # stage 3 must know what is frozen: the others say it
         out = path.with_name(f"{path.stem}-{to}")
-        made.append(convert(source, out, to=to, world_size=ranks, digest=False).destination)
+        made.append(convert(path, out, to=to, world_size=ranks, digest=False).destination)
     return made
 
 
@@ -220,7 +219,8 @@ def trained(path: Path, weights: dict[str, torch.Tensor], beside: dict[str, torc
     hyper = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
     group = hyper | {"params": list(range(len(weights))), "param_names": list(weights)}
     optimizer = {"state": state, "param_groups": [group]}
-    torch.save({"model": {**weights, **beside}, "optimizer": optimizer, "global_step": 3}, path)
+    said = {"buffer_names": [name for name in beside if "lora" not in name], "global_step": 3}
+    torch.save({"model": {**weights, **beside}, "optimizer": optimizer, **said}, path)
     return path
 
 
