@@ -24,6 +24,7 @@ READ = (*TENSOR_FILES, ".json")  # of what lies beside a checkpoint: logs grow, 
 # seconds: written so lately that a save may be going on; how often and how long each time it is waited for
 YOUNG, PAUSES, PAUSE = 2.0, 10, 0.05
 
+CHANGING = "checkpoint-changing"
 Stamps = dict[Location, Stat | None]  # None for a folder
 
 
@@ -106,7 +107,7 @@ class Watch:
 
 def changing(path: Location) -> UsageError:
     return UsageError(
-        "checkpoint-changing",
+        CHANGING,
         "the checkpoint changed while it was read",
         where=path,
         why="it is neither good nor damaged: a save or a clean-up is going on",

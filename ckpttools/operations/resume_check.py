@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ckpttools import resume
 from ckpttools.checks import verify
+from ckpttools.checks.changing import CHANGING
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.findings import ERROR, raised
 from ckpttools.frameworks.rules import AutoResume
@@ -73,18 +74,33 @@ def resume_check(
         strict=strict,
         versions=_installed(),
     )
-    try:
+
+    def foretold() -> tuple[Target, Forecast]:
         target = Target.find(src, tag)
-        if config is not None and ours is not None:
-            run = ours.read(config, target, run)
-        found = resume.foretell(target, run)
+        wanted = run if config is None or ours is None else ours.read(config, target, run)
+        return target, resume.foretell(target, wanted)
+
+    try:
+        target, found = foretold()
     except CkptError as error:
         if error.exit_code != 1:
             raise
-        return resume.unreadable(src, error)
+        if not _is_whole(src, tag):
+            return resume.unreadable(src, error)
+        target, found = foretold()  # a save has ended meanwhile
     own = () if trainer is None else trainer.auto_resume(src)
     found = replace(found, auto_resume=(*found.auto_resume, *own))
     return _verified(found, target, tag, full, workers, bar or partial(progress_bar, enabled=False))
+
+
+def _is_whole(src: Location, tag: str | None) -> bool:
+    """Whether nothing is wrong with what could not be read. Raises UsageError where it is being written."""
+    try:
+        return verify(src, tag, quick=True).ok
+    except CkptError as reason:
+        if reason.id == CHANGING:
+            raise
+        return False
 
 
 def _installed() -> dict[str, str]:
