@@ -17,15 +17,26 @@ from ckpttools.checkpoint import PARAM_NAMES, Checkpoint, ParamGroup
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import read_torch_file
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, some
 from ckpttools.formats import Source
+from ckpttools.formats.locate import SIDE_FILES
 from ckpttools.plan import SourceCheck
+from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.stores.links import within
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Place
 from ckpttools.tree import Key, Value, dotted, leaves
 
 Opened = tuple[Source, Checkpoint]
+
+
+def left_behind(source: Source) -> Iterator[str]:
+    """A note that names the files of the run beside a folder's weights: they are not read."""
+    if source.format.resumes or not is_folder(source.target):
+        return
+    names = (entry.name for entry in entries(source.target) if is_file(entry))
+    if held := sorted(filter(SIDE_FILES.fullmatch, names)):
+        yield f"not carried: {some(held, 12)}, the run's files beside the weights"
 
 
 def both(one: Opened, two: Opened) -> tuple[Checkpoint, Checkpoint, tuple[str, ...]]:

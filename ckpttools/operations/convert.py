@@ -19,6 +19,7 @@ from ckpttools.formats.deepspeed import SLICED, slices
 from ckpttools.formats.notes import counts
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
+from ckpttools.operations.beside import left_behind
 from ckpttools.operations.deepspeed_folder import UNIVERSAL, moments, prepared
 from ckpttools.operations.deepspeed_folder import plan as folder_plan
 from ckpttools.operations.extract import with_config
@@ -91,9 +92,8 @@ def convert(
             hint="--to hf, or --reset-optimizer to begin the optimizer anew",
         )
     read, saved = checkpoint.notes, torch_optimizer.of(checkpoint)
-    notes = [*slices(checkpoint.client.get(SLICED)), *_order(saved)]
     checkpoint, counted = _counted(checkpoint, source)
-    notes += counted
+    notes = [*slices(checkpoint.client.get(SLICED)), *_order(saved), *left_behind(source), *counted]
     names = list(checkpoint.tensors)
     checkpoint = select(checkpoint, include=include, exclude=exclude)
     selected = list(checkpoint.tensors)

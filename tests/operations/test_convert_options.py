@@ -1028,6 +1028,18 @@ def test_the_step_of_the_files_beside_it_is_carried(tmp_path: Path) -> None:
     assert "counters and schedule: neither holds any" in ran.out
 
 
+@pytest.mark.parametrize("to", ["hf", "pt", "dcp"])
+def test_files_of_the_run_beside_the_weights_are_named(to: Any, tmp_path: Path) -> None:
+    """The Trainer without DeepSpeed: its optimizer is not in the file of weights."""
+    source = FIXTURES / "hf-trainer/plain/checkpoint-2"
+    (note,) = [
+        n for n in convert(source, tmp_path / "x", to=to, digest=False).notes if "beside" in n and "not" in n
+    ]
+    assert "optimizer.pt" in note and "scheduler.pt" in note and "rng_state.pth" in note
+    again = convert(FIXTURES / "hf/single", tmp_path / "y", to=to, digest=False)
+    assert not any("beside the weights" in note for note in again.notes)
+
+
 def test_names_of_a_compiled_model_become_those_that_a_file_is_read_with(tmp_path: Path) -> None:
     """torch.compile's `_orig_mod.` is removed by whoever reads a single file: the result must verify."""
     model = net()
