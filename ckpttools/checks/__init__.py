@@ -165,7 +165,7 @@ def _verify(
                     *check_settings(source, found, state, rates=bool(rates)),
                 ]
                 differ, copies = check_copies(source, found, state)
-                findings += [*differ, *missing_state(path), *unfinished(source.root)]
+                findings += [*differ, *missing_state(path), *unfinished(source.root, path)]
             found = replace(found, checks=(*found.checks, *beside.checks))
             checked = replace(checked, checkpoint=found)
         nbytes = 0

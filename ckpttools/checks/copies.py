@@ -65,15 +65,15 @@ def missing_state(path: Location) -> Iterator[Finding]:
         )
 
 
-def unfinished(path: Location) -> Iterator[Finding]:
-    """A save that its framework's own marks call not finished."""
-    if why := frameworks.unfinished(path):
+def unfinished(*paths: Location) -> Iterator[Finding]:
+    """A save that its framework's own marks call not finished: of the first of these folders that has one."""
+    if path := next(filter(frameworks.unfinished, paths), None):
         yield Finding(
             id="save-unfinished",
             severity=ERROR,
             file=str(path),
             message="the save was not finished",
-            why=why,
+            why=frameworks.unfinished(path) or "",
             hint="use an older checkpoint; the weights may be whole: ckpt extract reads them",
         )
 

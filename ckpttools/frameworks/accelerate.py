@@ -26,6 +26,13 @@ ASSUMED = (
     "loader splits its batches"
 )
 RANDOM = re.compile(r"random_states_\d+\.pkl")
+# of each prepared model, optimizer, scheduler and registered object, in the order of preparing
+SEVERAL = (
+    re.compile(r"(?:pytorch_)?model(?:_(\d{1,4}))?\.(?:safetensors|bin)(?:\.index\.json)?"),
+    re.compile(r"optimizer(?:_(\d{1,4}))?\.bin"),
+    re.compile(r"scheduler(?:_(\d{1,4}))?\.bin"),
+    re.compile(r"custom_checkpoint_(\d{1,4})\.pkl"),
+)
 STATE = re.compile(r"checkpoint_(\d+)")
 
 
@@ -116,6 +123,19 @@ def _numbered(folder: Location, names: list[str], stem: str) -> list[Location]:
     return [path for _, path in sorted(found)]
 
 
+def unfinished(path: Location) -> str | None:
+    """One of several is gone: each kind is numbered without gaps, the first without a number."""
+    names = {entry.name for entry in entries(path)} if is_folder(path) else set()
+    if not any(name.startswith(("optimizer", "random_states")) for name in names):
+        return None
+    for pattern in SEVERAL:
+        kept = {int(match[1] or 0): match[0] for name in names if (match := pattern.fullmatch(name))}
+        gone = max(kept, default=-1) + 1 - len(kept)
+        if gone:
+            return f"{kept[max(kept)]} is here, and of those numbered before it {gone} not"
+    return None
+
+
 def takes(folder: Location) -> Iterator[AutoResume]:
     place = inner(folder, "checkpoints")
     found = [e.name for e in entries(place) if is_folder(e) and STATE.fullmatch(e.name)]
@@ -145,6 +165,7 @@ FRAMEWORK = Framework(
     ),
     takes=takes,
     wraps=is_accelerate,
+    unfinished=unfinished,
     lacks=lambda names: parts.random_lacks(names, "random_states"),
     random=RANDOM.pattern,
 )

@@ -288,11 +288,16 @@ def takes(folder: Location) -> Iterator[AutoResume]:
 def unfinished(path: Location) -> str | None:
     if UNFINISHED.fullmatch(path.name) or is_file(path / INCOMPLETE):
         return "the Trainer gives the folder its name, or takes the mark away, when all is written"
+    return f"{STATE}, which the Trainer writes last, is missing" if _lacks_state(path) else None
+
+
+def _lacks_state(path: Location) -> bool:
+    """Whether a checkpoint-N has files of training state, and not the last one."""
     if NUMBERED.fullmatch(path.name) is None or not is_folder(path):
-        return None
+        return False
     names = {entry.name for entry in entries(path)}
     begun = not names.isdisjoint((OPTIMIZER, "scheduler.pt")) or any(n.startswith("rng_state") for n in names)
-    return f"{STATE}, which the Trainer writes last, is missing" if begun and STATE not in names else None
+    return begun and STATE not in names
 
 
 def _best(state: Mapping[str, object]) -> tuple[Best, ...]:
@@ -342,7 +347,7 @@ FRAMEWORK = Framework(
     config=KIND,
     settings=SETTINGS,
     takes=takes,
-    wraps=is_trainer,
+    wraps=lambda folder: is_trainer(folder) or _lacks_state(folder),
     unfinished=unfinished,
     stated=(STATE,),
     lacks=lacks,

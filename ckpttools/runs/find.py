@@ -207,6 +207,8 @@ def _runs(folder: Location, depth: int) -> Iterator[tuple[Location, list[Locatio
 
 def _lost(path: Location) -> bool:
     """Whether a framework's files are in a folder, and the weights that they were saved with are not."""
+    if frameworks.unfinished(path):
+        return True
     if not frameworks.wraps(path) or checkpoints(path):
         return False
     folder = Folder.of(path)
@@ -214,11 +216,11 @@ def _lost(path: Location) -> bool:
 
 
 def _whole(path: Location) -> bool:
-    """Whether the folder is one checkpoint: DeepSpeed's save folder is not, unless a framework's files are in
-    it (the Trainer's, accelerate's), or it is Lightning's."""
+    """Whether the folder is one checkpoint, or what is left of one: DeepSpeed's save folder is not, unless a
+    framework's files are in it (the Trainer's, accelerate's), or it is Lightning's."""
     names = {entry.name for entry in entries(path)}
     if "latest" not in names or is_tag(path):
-        return holds_one(path)
+        return holds_one(path) or frameworks.unfinished(path) is not None
     return frameworks.wraps(path)
 
 

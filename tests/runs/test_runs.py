@@ -243,6 +243,30 @@ def test_a_save_of_the_trainer_without_what_it_writes_last(tmp_path: Path) -> No
     assert found.id == "save-unfinished" and "trainer_state.json" in found.why
 
 
+@pytest.mark.parametrize("lost", ["model.safetensors", "optimizer.bin", "scheduler.bin"])
+def test_one_of_several_parts_of_accelerates_save_is_gone(tmp_path: Path, lost: str) -> None:
+    """load_state asks for each; the second of each is a copy of the first here."""
+    folder = tmp_path / "checkpoint_1"
+    shutil.copytree(FIXTURES / "accelerate" / "plain", folder)
+    for name in ("model.safetensors", "optimizer.bin", "scheduler.bin"):
+        stem, _, suffix = name.partition(".")
+        shutil.copy(folder / name, folder / f"{stem}_1.{suffix}")
+    assert verify(folder).ok
+    (folder / lost).unlink()
+    (found,) = (f for f in verify(folder).findings if f.severity == ERROR)
+    assert found.id == "save-unfinished" and "_1." in found.why
+    for place in (folder, tmp_path):
+        assert [(e.path, e.problem and e.problem.id) for e in runs.find(place)] == [(folder, found.id)]
+
+
+def test_the_trainers_zero_folder_without_what_it_writes_last(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(FIXTURES / "hf-trainer" / "deepspeed" / "checkpoint-4", folder)
+    (folder / "trainer_state.json").unlink()
+    assert [entry.path for entry in runs.find(folder)] == [folder]
+    assert "save-unfinished" in {f.id for f in verify(folder).findings}
+
+
 @pytest.mark.parametrize("name", ["accelerate/plain", "hf-trainer/deepspeed/checkpoint-4", "hf/sharded"])
 def test_a_folder_that_is_one_checkpoint_is_its_own_newest(name: str) -> None:
     assert runs.newest(FIXTURES / name).path == FIXTURES / name
