@@ -421,6 +421,24 @@ def test_deepspeed_classes() -> None:
     assert pickle.loads(dumps(loads(by_name).value)) is ZeroStageEnum.gradients  # noqa: S301
 
 
+class Address:
+    def __init__(self, numel: int, start: int) -> None:
+        self.numel, self.start = numel, start
+
+
+def test_addresses_of_parameters_are_written_as_python_writes_them() -> None:
+    """An object with integers by name, of which DeepSpeed has one for each parameter: in one go, and byte by
+    byte what the long way makes; one whose state is shared, or holds anything else, goes the long way.
+    """
+    plain = [Address(i, 70_000 * i) for i in range(300)]
+    sharing = Address(1, 2)
+    sharing.__dict__ = plain[0].__dict__
+    odd = Address(True, 2.5)  # type: ignore[arg-type]
+    addresses = {f"layer.{i}": each for i, each in enumerate([*plain, sharing, odd, plain[3]])}
+    data = pickle.dumps(addresses, 2)
+    assert dumps(loads(data).value) == data
+
+
 def test_persistent_ids() -> None:
     data = b"\x80\x02](U\x01aQU\x01bQe."
     assert loads(data).value[0].pid == "a"  # type: ignore[index]
