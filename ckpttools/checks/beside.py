@@ -83,7 +83,8 @@ def check_pointer(path: Location, source: Source) -> Iterator[Finding]:
         return
     pointer, tag = source.format.pointer, source.target.name
     named = (pointer, *(name for name in POINTERS if name != LATEST))
-    if not any(exists(folder / name) for name in named):
+    places = dict.fromkeys((folder, source.root))  # a tag may be a path
+    if not any(exists(place / name) for place in places for name in named):
         yield Finding(
             id="latest-missing",
             severity=WARNING,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.format import Folder, Found, Inner
 from ckpttools.formats.rank_files import EXPERT, LAYER, MODEL, OPTIM, PART, STAGE3_MODEL
-from ckpttools.location import Location
+from ckpttools.location import Location, below
 from ckpttools.numbered import by_number
 from ckpttools.stores.files import small_text
 from ckpttools.stores.links import plain_name
@@ -55,7 +55,7 @@ def recognise(folder: Folder, holds: Callable[[Folder], bool]) -> Found | Inner 
     if LATEST not in folder.names:
         return None
     tag = _tag(folder)
-    return Found(tag.path, f"latest names {escape(tag.path.name)}") if holds(tag) else None
+    return Found(tag.path, f"latest names {escape(below(tag.path, folder.path))}") if holds(tag) else None
 
 
 def last_word(folder: Folder) -> Inner | None:

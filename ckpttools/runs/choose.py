@@ -254,8 +254,12 @@ def _pointed(folder: Location, name: str) -> Choice:
 
 
 def _readings(folder: Location, text: str) -> Iterator[tuple[Location, str]]:
-    """What a pointer's text can mean: a name beside it, or a path whose last part lies beside it."""
-    base = PurePath(text).name
+    """What a pointer's text can mean: a name beside it, a path from there (DeepSpeed's tags may be such), or
+    a path whose last part lies beside it.
+    """
+    base, parts = PurePath(text).name, PurePath(text).parts
+    if len(parts) > 1 and not PurePath(text).is_absolute() and ".." not in parts and text.isprintable():
+        yield folder / "/".join(parts), ""
     if base and base not in (".", "..") and base.isprintable():
         in_place = text == base or PurePath(text) == absolute(folder) / base
         moved = "" if in_place else ", found beside the pointer"

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from support import FIXTURES, REFUSED_SAMPLES, ZERO3_SAMPLES, ZERO_FIXTURES, name_of, resharded
 
+from ckpttools.checks import verify
 from ckpttools.errors import CkptError, Unsupported, UsageError
 from ckpttools.formats import locate, open_checkpoint
 from ckpttools.formats.locate import Several
 from ckpttools.operations.source import find
+from ckpttools.runs import newest
 from ckpttools.stores.links import followed
 
 ZERO = FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2"
@@ -95,6 +97,8 @@ def test_a_tag_with_folders_in_its_name(tmp_path: Path) -> None:
         if name == "epoch_1/step 3":
             assert locate(tmp_path).target == tmp_path / name
             assert open_checkpoint(tmp_path).layout.tag == "step 3"
+            assert newest(tmp_path).path == tmp_path / name
+            assert [f.id for f in verify(tmp_path).findings if f.severity != "info"] == []
             continue
         with pytest.raises(CkptError) as refused:
             locate(tmp_path)
