@@ -79,6 +79,8 @@ def _ordered(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
     one, newer = entries[at][0], entries[:at]
     lost = [path for entry, path in newer if entry.problem is not None]
     ahead = [(entry, path) for entry, path in newer if entry.problem is None and entry.at != one.at]
+    if one.problem is not None:  # it is passed over itself
+        ahead = []
     notes = (
         f"careful: {escape(path.name)} is further on ({entry.at or '?'}) than what the pointer names, "
         f"{escape(taken.name)} ({one.at or '?'}): what came in between is trained again"

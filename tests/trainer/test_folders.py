@@ -78,6 +78,9 @@ def test_newest_is_what_last_checkpoint_names(tmp_path: Path) -> None:
     _, careful, chosen = search.search(tmp_path).notes
     assert careful.startswith("careful: iter_000010.pth is further on (step 10) than what the pointer names")
     assert chosen == f"Auto resumed from the latest checkpoint {first}"
+    torn(first)
+    _, passed, chosen = search.search(tmp_path).notes
+    assert passed.startswith(f"Passed over {first}: ") and chosen.endswith(f" {ten}")
 
 
 def test_newest_by_step_without_last_checkpoint(tmp_path: Path) -> None:
