@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, plain
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
-from ckpttools.findings import WARNING, Finding
+from ckpttools.findings import INFO, WARNING, Finding
 from ckpttools.formats.deepspeed import settings_of, sub_group_size
 from ckpttools.formats.engine import Engine, check_engine, number_of
 from ckpttools.formats.engine import Shard as EngineShard
@@ -164,9 +165,16 @@ def names(folder: Zero3Folder) -> Findings:
     if stray:
         message = f"{len(stray)} tensors of module are neither trainable, frozen, shared nor buffers"
         yield found("tensor-unknown", first.file.path, stray[0], message, severity=WARNING, hint="")
+    # frozen_param_shapes is there, unless exclude_frozen_parameters was asked for
+    all_named = fields.as_mapping(first.root.get("frozen_param_shapes")) is not None
     for alias, owner in first.shared.items():
-        if owner not in folder.trainable and owner not in first.weights:
+        if owner in folder.trainable or owner in first.weights:
+            continue
+        if all_named:
             yield found("tied-mismatch", first.file.path, alias, f"tied to {owner}, which does not exist")
+        else:
+            message = f"stands for {owner}, which is not in module (exclude_frozen_parameters)"
+            yield found("frozen-excluded", first.file.path, alias, message, severity=INFO, hint="")
 
 
 def groups(folder: Zero3Folder) -> Findings:

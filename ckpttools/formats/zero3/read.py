@@ -84,8 +84,9 @@ def _tensors(folder: Zero3Folder, masters: dict[str, TensorRef], dtype: DType | 
         owner = model.shared.get(name, name)
         if owner in masters:
             out[name] = weight(owner)
-        else:
+        elif owner in frozen or ref.numel or owner == name:
             out[name] = frozen.get(owner, ref)
+        # else a placeholder: exclude_frozen_parameters leaves out the owner alone
     return out | {name: weight(name) for name in masters if name not in out}
 
 

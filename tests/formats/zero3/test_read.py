@@ -314,3 +314,20 @@ def test_what_all_ranks_keep_alike_is_moved(tmp_path: Path) -> None:
     source = with_state(tmp_path / "save", lambda state, rank: state.update(scale=torch.ones(3), beta=0.5))
     assert [f.id for f in verify(source).findings if f.id == "rank-local-state"] == []
     assert run("reshard", source, tmp_path / "out", "--world-size", 3).code == 0
+
+
+def test_a_tied_pair_whose_frozen_owner_was_left_out(tmp_path: Path) -> None:
+    """PEFT on a tied model: module keeps a placeholder under the other name, and DeepSpeed loads it."""
+    path = tmp_path / "run"
+    shutil.copytree(FIXTURES / "deepspeed-0.19.8/z3_exclude_frozen_ws2", path)
+    before = set(open_checkpoint(path).tensors)
+    for file in tag_of(path).glob("*model_states.pt"):
+        saved = torch.load(file, weights_only=False)
+        assert saved["frozen_param_shapes"] is None
+        saved["module"]["head.weight"] = torch.empty(0, dtype=torch.bfloat16)
+        saved["shared_params"]["head.weight"] = "embed.weight"
+        torch.save(saved, file)
+    found = verify(path)
+    assert found.ok
+    assert "frozen-excluded" in {f.id for f in found.findings}
+    assert set(open_checkpoint(path).tensors) == before
