@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import FIXTURES, RANK_LOCAL, REFUSED, as_torch, identical, name_of
 
 from ckpttools.checkpoint import Checkpoint
@@ -60,15 +61,15 @@ class Written:
             sources.pathological(self.source, names=name == "pathological")
         else:
             sources.save(name, self.source)
-        held = open_checkpoint(self.source)
-        self.guessed = held.roles_guessed and bool(held.frozen)
+        # a file of torch does not tell buffers from frozen weights, and ZeRO-3 must know
+        stated = {"buffer_names": sorted(open_checkpoint(self.source).buffers)}
+        torch.save(torch.load(self.source, weights_only=False) | stated, self.source)
         self._made: dict[str, Path] = {}
         self._digests: dict[Path, Digested] = {}
 
     def __getitem__(self, to: str) -> Path:
         if to not in self._made:
-            source = self["zero2"] if to == "zero3" else self.source  # which says what is frozen
-            self._made[to] = write(source, self.folder / to, to, dtype=self.dtype)
+            self._made[to] = write(self.source, self.folder / to, to, dtype=self.dtype)
         return self._made[to]
 
     def digest(self, path: Path) -> Digested:
@@ -104,15 +105,15 @@ def counters_lost(before: Digested, after: Digested) -> list[str]:
 
 
 def refused(model: Written, a: str | None, b: str) -> str | None:
-    """The id with which a pair is refused before anything is written: ZeRO-3 must know whether a tensor is
-    frozen or a buffer, which no file of torch's says; universal checkpoints have a folder of each parameter's
-    name; what has no groups makes no folder of DeepSpeed's. None for `a` is a format that holds all of it.
+    """The id with which a pair is refused before anything is written: universal checkpoints have a folder of
+    each parameter's name; what has no groups makes no folder of DeepSpeed's. None for `a` is a format that
+    holds all of it.
     """
     if a == "hf" and b not in ("hf", "pt", "dcp"):
         return "no-groups"
     if b == "universal" and model.name == "pathological":
         return "name-unsafe"
-    return "tensor-unknown" if b == "zero3" and a in ("pt", "dcp") and model.guessed else None
+    return None
 
 
 def write_or_refuse(src: Path, folder: Path, model: Written, a: str, b: str, ranks: int = 3) -> Path | None:
