@@ -152,10 +152,19 @@ def _named(root: fields.Mapping, key: str) -> Iterable[tuple[str, Node]]:
 
 def frozen_weights(models: Sequence[ModelStates]) -> dict[str, TensorRef]:
     """The frozen parameters of stage 3, put together from the parts of all ranks, in their order; the last
-    ones are padded. Raises CkptError where a part has another size than the shape makes it.
+    ones are padded. Raises CkptError where a part has another size than the shape makes it, or ranks state
+    other shapes.
     """
     out: dict[str, TensorRef] = {}
-    for name, shape in models[0].frozen_shapes.items():
+    stated = models[0].frozen_shapes
+    for model in models:
+        mine = model.frozen_shapes
+        for name in [name for name in {**stated, **mine} if mine.get(name) != stated.get(name)]:
+            problem = "is missing" if name not in mine else f"is {list(mine[name])}"
+            raise fields.bad_field(
+                model.file.path, f"frozen_param_shapes.{name}", f"{problem}, unlike rank 0's"
+            )
+    for name, shape in stated.items():
         numel = math.prod(shape)
         wanted = -(-numel // len(models))
         parts: list[TensorRef] = []

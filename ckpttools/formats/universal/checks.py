@@ -16,7 +16,7 @@ from ckpttools.containers import fields
 from ckpttools.containers.pickles import plain
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError, escape
-from ckpttools.findings import INFO, WARNING, Finding, of_error
+from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
 from ckpttools.formats.engine import number_of
 from ckpttools.formats.files import Attempts, archive_roots, check_files, dangers_at
 from ckpttools.formats.format import Checked
@@ -69,6 +69,18 @@ def finished(found: Universal) -> Findings:
         message = "tmp/ holds fragments of a conversion that was not finished"
         hint = "remove tmp/ if the conversion was repeated since; else convert the ZeRO folder anew"
         yield _found("save-unfinished", found.files.folder, "tmp", message, severity=WARNING, hint=hint)
+
+
+def model_files(found: Universal) -> Findings:
+    """ZeRO-3 writes one for each rank, with its parts of frozen weights; DeepSpeed loads that of rank 0."""
+    model = found.models[0]
+    if found.files.model is not None:
+        return
+    for rank in sorted(set(range(model.dp_world_size or 1)) - found.files.stage3.keys()):
+        lost = f": {len(model.frozen_shapes)} frozen weights are lost with it" if model.frozen_shapes else ""
+        path = found.files.folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+        message = f"the model file of dp rank {rank} is missing{lost}"
+        yield _found("shard-missing", path, "", message, severity=ERROR if lost or not rank else WARNING)
 
 
 def same_counters(found: Universal) -> Findings:
@@ -177,6 +189,7 @@ def strays(found: Universal) -> Findings:
 
 CHECKS: tuple[Callable[[Universal], Findings], ...] = (
     finished,
+    model_files,
     same_counters,
     fields_present,
     kinds,

@@ -14,7 +14,7 @@ from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, plain
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
-from ckpttools.findings import INFO, WARNING, Finding
+from ckpttools.findings import ERROR, INFO, WARNING, Finding
 from ckpttools.formats.deepspeed import settings_of, sub_group_size
 from ckpttools.formats.engine import Engine, check_engine, number_of
 from ckpttools.formats.engine import Shard as EngineShard
@@ -113,14 +113,18 @@ def of_single_ranks(folder: Zero3Folder) -> Findings:
 
 
 def second_moment(folder: Zero3Folder) -> Findings:
-    """Adam keeps exp_avg_sq (Adamax: exp_inf) wherever it keeps exp_avg."""
+    """Adam keeps exp_avg_sq (Adamax: exp_inf) wherever it keeps exp_avg. An optimizer without any may be
+    another; one that lacks it here and there ends at its first update.
+    """
     shard = folder.shards[0]
+    kept = any({"exp_avg_sq", "exp_inf"} & state.keys() for state in shard.states)
     for g, members in enumerate(shard.members):
         for s in members:
             adam = "eps" in shard.groups[g] and "exp_avg" in shard.states[s]
             if adam and not {"exp_avg_sq", "exp_inf"} & shard.states[s].keys():
                 where, message = f"sub-group {s}", "has no exp_avg_sq"
-                yield found("moment-missing", shard.file.path, where, message, severity=WARNING)
+                severity = ERROR if kept else WARNING
+                yield found("moment-missing", shard.file.path, where, message, severity=severity)
 
 
 def steps(folder: Zero3Folder) -> Findings:

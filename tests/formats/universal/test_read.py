@@ -173,6 +173,14 @@ def test_a_conversion_that_was_killed_is_said(tmp_path: Path) -> None:
     assert "save-unfinished" in [f.id for f in verify(folder).findings]
 
 
+def test_a_rank_whose_model_file_is_gone_is_missed(tmp_path: Path) -> None:
+    """No load needs it, but its part of the frozen weights lies nowhere else."""
+    folder = shutil.copytree(UNIVERSAL / "z3_groups", tmp_path / "u")
+    (folder / "global_step3_universal/zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+    [found] = [f for f in verify(folder).findings if f.severity == ERROR]
+    assert found.id == "shard-missing" and found.file.endswith("zero_pp_rank_1_mp_rank_00_model_states.pt")
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch evil",)

@@ -161,6 +161,10 @@ def drop(folder: Path, what: str) -> None:
             changed(model(folder, 1), lambda v: v.update(global_steps=2))
         case "shapes":
             changed(model(folder, 1), lambda v: v["param_shapes"][0].update({"emb.weight": torch.Size([66])}))
+        case "frozen-shape":
+            changed(
+                model(folder, 1), lambda v: v["frozen_param_shapes"].update({"ln.weight": torch.Size([6, 1])})
+            )
         case "fragment":
             changed(model(folder, 1), lambda v: v["frozen_param_fragments"].pop("ln.weight"))
         case "placeholder":
@@ -197,6 +201,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "other ranks stated": ("rank-count", lambda f: drop(f, "count")),
     "another counter": ("ranks-differ", lambda f: drop(f, "steps")),
     "another shape": ("shape-mismatch", lambda f: drop(f, "shapes")),
+    "another frozen shape": ("field-damaged", lambda f: drop(f, "frozen-shape")),
     "a frozen part less": ("field-damaged", lambda f: drop(f, "fragment")),
     "a parameter whole in module": ("shape-mismatch", lambda f: drop(f, "placeholder")),
 }
@@ -210,6 +215,15 @@ def test_damage_is_found(name: str, tmp_path: Path) -> None:
     assert id in bad(folder), verify(folder).findings
     ran = run("extract", folder, tmp_path / "x")
     assert ran.code == 1 and ran.err.startswith("error[") and not (tmp_path / "x").exists()
+
+
+def test_a_second_moment_that_one_sub_group_lacks(tmp_path: Path) -> None:
+    """On every rank, so that no rank contradicts another; an optimizer without any is another."""
+    folder = shutil.copytree(GROUPS, tmp_path / "run")
+    for rank in range(3):
+        changed(optim(folder, rank), lambda v: inner(v)["state"][0].pop("exp_avg_sq"))
+    [found] = [f for f in verify(folder).findings if f.id == "moment-missing"]
+    assert (found.severity, found.where) == ("error", "sub-group 0")
 
 
 @pytest.mark.parametrize("at", [0.02, 0.3, 0.5, 0.7, 0.95])
