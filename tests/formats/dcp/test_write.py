@@ -204,13 +204,16 @@ def test_what_the_format_cannot_hold_is_said() -> None:
             c,
             optimizer="SGD",
             frozen=frozenset({"frozen"}),
+            roles_guessed=False,
             client={**c.client, "model": 3, "nothing": {}},
             training=dataclasses.replace(c.training, saved_batch={"global": 8}),
         )
     )
     notes = "\n".join(ours.plan(checkpoint).notes)
-    for what in ("SGD", "frozen", "'model'", "'nothing'", "batch"):
+    for what in ("SGD", "'model'", "'nothing'", "batch"):
         assert what in notes
+    accelerates = ours.plan(checkpoint, dataclasses.replace(checkpoint.layout, variant="accelerate"))
+    assert "which 1 weights are frozen has no place in the format" in accelerates.notes
     flat = ours.plan(checkpoint, dataclasses.replace(checkpoint.layout, variant="flat"))
     assert any("which parameters make a group is not kept" in note for note in flat.notes)
 
