@@ -84,11 +84,15 @@ def last_word(folder: Folder) -> Inner | None:
 
 
 def is_bundle(folder: Folder) -> bool:
-    """Whether `deepspeed/` is a part of it. It may also be a run: of experiments with DeepSpeed, say."""
+    """Whether `deepspeed/` is a part of it. It may also be a run: of experiments with DeepSpeed, say, or one
+    of several that lie beside each other.
+    """
     if BUNDLE not in folder.folders:
         return False
     if any(name in folder.names for name in BUNDLED):
         return True
+    if len(folder.folders) > 1:
+        return False
     inner = folder.inside(BUNDLE)
     return LATEST in inner.names or holds_states(inner)
 

@@ -151,6 +151,9 @@ def test_a_folder_named_deepspeed_makes_no_bundle() -> None:
         find(FIXTURES / "hf-trainer")
     runs = {found.parent.name for found in caught.value.found}
     assert {"deepspeed", "plain"} <= runs
+    with pytest.raises(Several) as caught:  # deepspeed/ is a checkpoint itself, and one of two
+        find(FIXTURES / "accelerate")
+    assert [found.name for found in caught.value.found] == ["plain", "deepspeed"]
 
 
 def test_tag_folders_without_latest(tmp_path: Path) -> None:
