@@ -58,7 +58,7 @@ def read(saved: Saved) -> Training:
     folder = saved.place
     if saved.engine is None:
         return _read(folder, deepspeed=False)
-    own = replace(saved.engine, schedules=_ofread_arguments(folder, saved.engine.schedules))
+    own = replace(saved.engine, schedules=_of_arguments(folder, saved.engine.schedules))
     return merge(_read(folder, deepspeed=True), own)
 
 
@@ -229,7 +229,7 @@ def _schedule(path: Location, arguments: Mapping[str, object], total: int | None
             yield _of_trainer(found, arguments, total)
 
 
-def _ofread_arguments(folder: Location, saved: tuple[SavedSchedule, ...]) -> tuple[SavedSchedule, ...]:
+def _of_arguments(folder: Location, saved: tuple[SavedSchedule, ...]) -> tuple[SavedSchedule, ...]:
     """Schedules that DeepSpeed saved for the Trainer, with what the Trainer's arguments say of them."""
     arguments = read_arguments(folder / ARGUMENTS)
     total = _whole(jsons.read(folder / STATE, allow_nan=True).get("max_steps"))
