@@ -264,8 +264,8 @@ def _folded(root: fields.Mapping) -> tuple[int, set[tuple[int, int]]] | None:
 
 
 def _states(folder: Location, paths: list[Location], roots: list[fields.Mapping | None]) -> Iterator[Finding]:
-    """Of a universal checkpoint, below zero/: each parameter that the model files name has a folder, and each
-    has the files that others have.
+    """Of a universal checkpoint: each trained parameter of the model files has a folder below zero/, with the
+    files that others have.
     """
     held: dict[str, set[str]] = {}
     for path in paths:
@@ -275,7 +275,8 @@ def _states(folder: Location, paths: list[Location], roots: list[fields.Mapping 
     groups = (fields.as_mapping(group) for each in shapes if isinstance(each, list) for group in each)
     wanted = {name: None for group in groups if group is not None for name in group.names()}
     every = {name for names in held.values() for name in names}
-    lacking = {name: sorted(every - held.get(name, set())) for name in (*wanted, *held)}
+    expected = wanted or held  # a frozen one is copied, too, and has no state
+    lacking = {name: sorted(every - held.get(name, set())) for name in expected}
     lacking = {name: names for name, names in lacking.items() if names}
     if lacking:
         first, names = next(iter(lacking.items()))
@@ -284,7 +285,7 @@ def _states(folder: Location, paths: list[Location], roots: list[fields.Mapping 
             severity=ERROR,
             file=str(folder),
             where=f"{ZERO}/{first}",
-            message=f"{len(lacking)} of {len({**wanted, **held})} parameters have not all files that others "
+            message=f"{len(lacking)} of {len(expected)} parameters have not all files that others "
             f"have: the first lacks {some(names)}",
             hint="make the universal checkpoint again from the folder that it was made from",
         )

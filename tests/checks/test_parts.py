@@ -254,6 +254,9 @@ def test_universal_of_a_tensor_parallel_run(universal: Path, gone: str, tmp_path
     assert ids(universal) == set()
     folder = shutil.copytree(universal, tmp_path / "u")
     first, second, *_ = sorted(p for p in (folder / "zero").iterdir() if p.is_dir())
+    (folder / "zero/tower.weight").mkdir()  # a frozen one, which ds_to_universal copies from the model file
+    shutil.copy(second / "fp32.pt", folder / "zero/tower.weight/fp32.pt")
+    assert ids(folder) == set()
     for path in first.glob(gone):
         path.unlink()
     assert ids(folder) == {"shard-missing"} and first.name in run("verify", folder).out
