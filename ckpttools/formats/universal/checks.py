@@ -76,11 +76,14 @@ def model_files(found: Universal) -> Findings:
     model = found.models[0]
     if found.files.model is not None:
         return
-    for rank in sorted(set(range(model.dp_world_size or 1)) - found.files.stage3.keys()):
-        lost = f": {len(model.frozen_shapes)} frozen weights are lost with it" if model.frozen_shapes else ""
-        path = found.files.folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
-        message = f"the model file of dp rank {rank} is missing{lost}"
-        yield _found("shard-missing", path, "", message, severity=ERROR if lost or not rank else WARNING)
+    ranks = model.dp_world_size or 1
+    gone = sorted(set(range(ranks)) - found.files.stage3.keys())
+    if gone:
+        path = found.files.folder / f"zero_pp_rank_{gone[0]}_mp_rank_00_model_states.pt"
+        lost = f": {len(model.frozen_shapes)} frozen weights are lost" if model.frozen_shapes else ""
+        message = f"{len(gone)} of {ranks} ranks' model files are missing{lost}"
+        severity = ERROR if lost or not gone[0] else WARNING
+        yield _found("shard-missing", path, "", message, severity=severity)
 
 
 def same_counters(found: Universal) -> Findings:
