@@ -340,6 +340,7 @@ FRAMEWORK = Framework(
         strict=False,
         recounts=True,
         apart=True,
+        looks_after=True,
     ),
     launch=lambda dst, n, tag: (
         f"torchrun --nproc-per-node {n} ...: trainer.train(resume_from_checkpoint={str(dst)!r})"

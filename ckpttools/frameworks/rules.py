@@ -55,7 +55,9 @@ class Rule:
     that DDP's `module.` is removed before; `needs_optimizer` that weights alone are refused; `recounts` that
     a resume finds its place by the number of updates of the new batch; `apart` that the optimizer lies in a
     file of its own; `anew` that a resume within an epoch begins that epoch anew and counts on, so that a run
-    of epochs ends with its epochs. `equal` are counters that are the same in every save.
+    of epochs ends with its epochs; `looks_after` that it looks only after an update whether all are made, so
+    that a finished run, resumed within its last epoch, makes another. `equal` are counters that are the same
+    in every save.
     """
 
     batch: str
@@ -67,6 +69,7 @@ class Rule:
     recounts: bool = False
     apart: bool = False
     anew: bool = False
+    looks_after: bool = False
     equal: tuple[str, ...] = ()
 
 

@@ -29,16 +29,20 @@ def planned(training: Training, run: NewRun) -> int | None:
     if run.stated.steps is not None:
         return run.stated.steps
     epochs = training.epochs if run.stated.epochs is None else run.stated.epochs
-    known, parts = training.batch, given(run)
-    same = zip((known.micro, known.accumulation, known.ranks), parts, strict=True)
-    if epochs is not None and not all(None in (was, now) or was == now for was, now in same):
-        return _recounted(training, parts, epochs)
+    if epochs is not None and _is_another_batch(training, run):
+        return _recounted(training, given(run), epochs)
     if run.stated.epochs is not None:
         per_epoch = training.batches if training.unit == "micro" else training.updates
         return None if per_epoch is None else math.ceil(run.stated.epochs * per_epoch)
     if training.total_count is not None:
         return training.total_count
     return next((c.value for c in training.counters if c.role == "total"), None)
+
+
+def _is_another_batch(training: Training, run: NewRun) -> bool:
+    known = training.batch
+    same = zip((known.micro, known.accumulation, known.ranks), given(run), strict=True)
+    return not all(None in (was, now) or was == now for was, now in same)
 
 
 def _recounted(
@@ -87,7 +91,8 @@ def length(training: Training, run: NewRun) -> Iterator[Difference]:
             about=About.LENGTH,
             setting="what is left",
             cls=CAREFUL,
-            why=f"nothing, {training.count} of {total} are done: the run is finished, a resume ends at once",
+            why=f"nothing, {training.count} of {total} are done: the run is finished, "
+            f"{_after_the_end(training, run, total)}",
             hint="to train longer, give the new run more epochs or iterations; look at its schedule",
         )
     for key, counted, was in training.lengths:
@@ -101,6 +106,18 @@ def length(training: Training, run: NewRun) -> Iterator[Difference]:
                 cls=CAREFUL,
                 why="the schedule is computed anew for the new length and continued at the old step",
             )
+
+
+def _after_the_end(training: Training, run: NewRun, total: int) -> str:
+    """What a resume of a finished run does."""
+    done, epoch, owner = training.count, training.epoch, framework_of(training)
+    if not owner.rule.looks_after or not done:
+        return "a resume ends at once"
+    if epoch is None or not 0 <= epoch <= 1e9 or _is_another_batch(training, run):
+        return f"a resume ends at once; only within its last epoch {owner.title} makes another update first"
+    if math.floor(epoch) < math.ceil(total * epoch / done):
+        return f"and yet {owner.title}, within its last epoch, makes another update before it ends"
+    return "a resume ends at once"
 
 
 def _begun(training: Training) -> int:

@@ -116,6 +116,16 @@ def test_a_larger_batch_may_leave_nothing_of_the_run(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("steps", "after"), [(6, 1), (8, 0)])
+def test_a_finished_run_of_the_trainer(tmp_path: Path, steps: int, after: int) -> None:
+    """It looks only after an update whether all are made: within an epoch a resume makes one more."""
+    train(tmp_path / "run", max_steps=steps, save_steps=steps)
+    saved = tmp_path / f"run/checkpoint-{steps}"
+    (left,) = (d for d in foretold(saved).differences if d.setting == "what is left")
+    assert ("another update" in left.why, "ends at once" in left.why) == (bool(after), not after)
+    assert len(train(tmp_path / "again", resume=saved, max_steps=steps, save_steps=steps)) == after
+
+
 @pytest.mark.parametrize(
     ("changed", "verdict"),
     [
