@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import click
@@ -37,4 +39,6 @@ def command(folder: Location, **options: Any) -> None:
     render.say(escape(choice.why, 1000), quiet=quiet)
     for note in render.notes_text(choice.notes):
         render.say(note, quiet=quiet)
-    click.echo(escape(choice.path, 4000))
+    # a script opens what it reads: only a terminal must not be told what to do by a name
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    click.echo(escape(choice.path, 4000) if terminal else os.fsencode(str(choice.path)))

@@ -388,6 +388,21 @@ def test_one_folder_that_may_not_be_listed_does_not_hide_the_others(
         (tmp_path / "tree/shut").chmod(0o755)
 
 
+def test_a_script_opens_the_path_that_latest_prints(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 and control characters as they are, but for a terminal."""
+    run = os.fsencode(tmp_path) + b"/caf\xe9 \x1b[31m"
+    shutil.copytree(os.fsencode(FIXTURES / "hf-trainer/plain"), run)
+    command = [sys.executable, "-m", "ckpttools.cli", "latest", os.fsdecode(run)]
+    ran = subprocess.run(command, capture_output=True, check=True)
+    assert Path(os.fsdecode(ran.stdout.removesuffix(b"\n"))).is_dir()
+    master, end = os.openpty()
+    subprocess.run(command, stdout=end, stderr=subprocess.DEVNULL, check=True)
+    os.close(end)
+    seen = os.read(master, 10_000)
+    os.close(master)
+    assert b"checkpoint-" in seen and b"\x1b" not in seen
+
+
 def test_a_file_where_a_folder_is_needed_is_called_one() -> None:
     file = FIXTURES / "monolithic/full/epoch_2_step_40.pt"
     for command in ("latest", "ls", "runs", "prune"):
