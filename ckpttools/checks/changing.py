@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ckpttools.checks.beside import TENSOR_FILES
@@ -103,6 +104,24 @@ class Watch:
             why="it was there when the folder was listed",
             hint="check permissions and the file system, then run it again",
         )
+
+
+@contextmanager
+def watched(*paths: Location) -> Iterator[tuple[Watch, ...]]:
+    """Watch checkpoints while they are read for an answer about what they hold.
+
+    Raises UsageError where one changed meanwhile, instead of what else was raised.
+    """
+    watches = tuple(Watch(path) for path in paths)
+    try:
+        yield watches
+    except (CkptError, OSError) as error:
+        for watch in watches:
+            if (reason := watch.explain(error)) is not error:
+                raise reason from error
+        raise
+    for watch in watches:
+        watch.refuse(())
 
 
 def changing(path: Location) -> UsageError:

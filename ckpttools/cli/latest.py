@@ -39,6 +39,7 @@ def command(folder: Location, **options: Any) -> None:
     render.say(escape(choice.why, 1000), quiet=quiet)
     for note in render.notes_text(choice.notes):
         render.say(note, quiet=quiet)
+    name, shown = str(choice.path), escape(choice.path, 4000)
     # a script opens what it reads: only a terminal must not be told what to do by a name
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    click.echo(escape(choice.path, 4000) if terminal else os.fsencode(str(choice.path)))
+    to_script = name != shown and sys.stdout is not None and not sys.stdout.isatty()
+    click.echo(os.fsencode(name) if to_script else shown)

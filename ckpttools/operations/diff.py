@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import check_before_use
+from ckpttools.checks.changing import watched
 from ckpttools.compare.apart import Apart, measure
 from ckpttools.compare.content import Content, Held, content, is_number, plain
 from ckpttools.compare.digests import shown
@@ -96,15 +97,28 @@ def diff(
     the rest is. `only` are globs for names of tensors; settings and counters are then left out. `tags` are
     the tag folders to take: one for both, or one for each.
 
-    Raises CkptError where one is damaged, UsageError where nothing matches.
+    Raises CkptError where one is damaged, UsageError where nothing matches or one changes meanwhile.
 
     >>> found = diff("fixtures/hf-trainer/plain/checkpoint-2", "fixtures/hf-trainer/plain/checkpoint-4")
     >>> found.same, found.tensors[-1].what, found.tensors[-1].apart.cosine > 0.9
     (False, 'changed', True)
     """
     chosen = tags_for([named(left), named(right)], tags)
-    (first, a), (second, b) = _open(left, chosen[0], key), _open(right, chosen[1], key)
-    a, b, unnamed = both((first, a), (second, b))
+    with watched(named(left), named(right)) as watches:
+        one, two = _open(left, chosen[0], key), _open(right, chosen[1], key)
+        for watch, (source, _) in zip(watches, (one, two), strict=True):
+            watch.below(source.target)
+        return _diff(one, two, only, workers, bar)
+
+
+def _diff(
+    one: tuple[Source, Checkpoint],
+    two: tuple[Source, Checkpoint],
+    only: Collection[str],
+    workers: int,
+    bar: Bar | None,
+) -> Diff:
+    a, b, unnamed = both(one, two)
     ours, theirs = content(a), content(b)
     wanted = [pair for pair in pairs(ours, theirs) if _matches(pair, only)]
     if not wanted:
@@ -119,10 +133,10 @@ def diff(
     measured = [i for i, both in enumerate(held) if _is_measured(*both)]
     refs = [_refs(*held[i]) for i in measured]
     streams = Stream(a.checks), Stream(b.checks)
-    for source, side in ((first, 0), (second, 1)):
+    for side, (source, _) in enumerate((one, two)):
         with within(source.root):
             refuse_links(pair[side] for pair in refs)
-    nbytes = sum(one.nbytes + two.nbytes for one, two in refs)
+    nbytes = sum(ref.nbytes for pair in refs for ref in pair)
     with bar(nbytes, "diff") if bar is not None else nullcontext() as progress:
         found = dict(zip(measured, measure(refs, *streams, workers=workers, bar=progress), strict=True))
     checked = sum(stream.finish(workers) for stream in streams)
@@ -130,11 +144,11 @@ def diff(
     equal: dict[str, int] = {}
     changed: list[Changed] = []
     for i, pair in enumerate(wanted):
-        one = _changed(pair, *held[i], found.get(i), counted=pair.kind in counts)
-        if one is None:
+        apart = _changed(pair, *held[i], found.get(i), counted=pair.kind in counts)
+        if apart is None:
             equal[pair.kind] = equal.get(pair.kind, 0) + 1
         else:
-            changed.append(one)
+            changed.append(apart)
     return Diff(
         left=a,
         right=b,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import check_before_use
+from ckpttools.checks.changing import watched
 from ckpttools.compare.content import Content, content
 from ckpttools.compare.digests import Digests, digests, jobs_of, nbytes_of
 from ckpttools.compare.pairs import Pair, pairs
@@ -80,7 +81,7 @@ def digest(
 
     They are equal for every layout of the same content: any number of ranks, ZeRO, distributed, one file.
     Where a manifest states them and the files are still those that it describes, they are taken from it.
-    Raises CkptError where the checkpoint is damaged.
+    Raises CkptError where the checkpoint is damaged, UsageError where it changes meanwhile.
 
     >>> found = digest("fixtures/trainer/z2_bf16_2")
     >>> list(found.digests.kinds)[:4]
@@ -91,8 +92,10 @@ def digest(
     >>> digest(out / "ws3").digests.state == found.digests.state
     True
     """
-    source, checkpoint = opened(path, tag, key)
-    return digested(path, source, checkpoint, workers=workers, bar=bar)
+    with watched(named(path)) as (watch,):
+        source, checkpoint = opened(path, tag, key)
+        watch.below(source.target)
+        return digested(path, source, checkpoint, workers=workers, bar=bar)
 
 
 def opened(path: str | Location, tag: str | None, key: str | None) -> tuple[Source, Checkpoint]:

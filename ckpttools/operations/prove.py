@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ckpttools.checks.changing import watched
 from ckpttools.compare.facts import RANDOM, Fact, differences, opaque, random_states
 from ckpttools.formats import Source
 from ckpttools.location import Location
@@ -68,16 +69,19 @@ def prove(
     schedule, counters, and what training code saved. Every byte of both is read once. `tags` are the tag
     folders to take: one for both, or one for each.
 
-    Raises CkptError where one is damaged.
+    Raises CkptError where one is damaged, UsageError where one changes meanwhile.
 
     >>> prove("fixtures/trainer/z2_bf16_2", "fixtures/trainer/z2_bf16_2").verdict
     'same'
     """
     chosen = zip((left, right), tags_for([named(left), named(right)], tags), strict=True)
-    one, two = (opened(path, tag, _key(path, key)) for path, tag in chosen)
-    ours, theirs, unnamed = both(one, two)
-    a = digested(left, one[0], ours, workers=workers, bar=bar)
-    b = digested(right, two[0], theirs, workers=workers, bar=bar)
+    with watched(named(left), named(right)) as watches:
+        one, two = (opened(path, tag, _key(path, key)) for path, tag in chosen)
+        for watch, (source, _) in zip(watches, (one, two), strict=True):
+            watch.below(source.target)
+        ours, theirs, unnamed = both(one, two)
+        a = digested(left, one[0], ours, workers=workers, bar=bar)
+        b = digested(right, two[0], theirs, workers=workers, bar=bar)
     found = differences(a.checkpoint, b.checkpoint)
     return Proof(
         compared=compare(a, b),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import ckpt_process, run
+from commands import Ran, ckpt_process, run
 from support import FIXTURES
 
 from ckpttools.operations.verify import verify_all
@@ -38,9 +38,32 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 def test_a_change_while_it_is_read(
     change: str, before_last: int, quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right before one of the last reads: the first ones only find out which checkpoint is meant."""
     folder = shutil.copytree(ZERO, tmp_path / "run")
-    options = ["--json", "--workers", "1", *["--quick"] * quick]
+    ran = change_before(
+        before_last, change, monkeypatch, folder, "verify", folder, "--json", *["--quick"] * quick
+    )
+    document = json.loads(ran.out)
+    assert ran.code == 2 and "Traceback" not in ran.err, ran
+    assert document["ok"] is False and "checkpoint-changing" in ran.out, ran
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("command", ["digest", "diff", "prove"])
+def test_a_change_while_its_content_is_read(
+    command: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No digest of a mixture, and no difference or damage that was never there."""
+    folder = shutil.copytree(ZERO, tmp_path / "run")
+    paths = [folder] if command == "digest" else [ZERO, folder]
+    ran = change_before(2, change, monkeypatch, folder, command, *paths)
+    assert (ran.code, ran.out) == (2, "") and "checkpoint-changing" in ran.err, ran
+
+
+def change_before(
+    before_last: int, change: str, monkeypatch: pytest.MonkeyPatch, folder: Path, *args: object
+) -> Ran:
+    """Right before one of the last reads: the first ones only find out which checkpoint is meant."""
+    args = (*args, "--workers", "1")
     pread, preadv = os.pread, os.preadv
     reads = 0
 
@@ -57,12 +80,9 @@ def test_a_change_while_it_is_read(
         monkeypatch.setattr(os, "preadv", lambda *args: (count(at), preadv(*args))[1])
 
     watch(0)
-    assert run("verify", folder, *options).code == 0
+    assert run(*args).code == 0
     watch(reads - before_last)
-    ran = run("verify", folder, *options)
-    document = json.loads(ran.out)
-    assert ran.code == 2 and "Traceback" not in ran.err, ran
-    assert document["ok"] is False and "checkpoint-changing" in ran.out, ran
+    return run(*args)
 
 
 @pytest.mark.parametrize("named", ["", TAG])
