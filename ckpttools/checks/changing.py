@@ -88,13 +88,17 @@ class Watch:
         if path is not None:
             raise changing(path)
 
-    def explain(self, error: CkptError | OSError) -> CkptError:
-        """The error, unless a change is the reason for it."""
+    def change(self, error: CkptError | OSError) -> UsageError | None:
+        """A change, where it may be the reason for the error."""
         path = self.changed(pointers=True)
         if path is None and isinstance(error, CkptError) and error.exit_code == 1:
             path = self._changed_soon()
-        if path is not None:
-            return changing(path)
+        return changing(path) if path is not None else None
+
+    def explain(self, error: CkptError | OSError) -> CkptError:
+        """The error, unless a change is the reason for it."""
+        if (change := self.change(error)) is not None:
+            return change
         if isinstance(error, CkptError):
             return error
         return UsageError(
@@ -117,8 +121,8 @@ def watched(*paths: Location) -> Iterator[tuple[Watch, ...]]:
         yield watches
     except (CkptError, OSError) as error:
         for watch in watches:
-            if (reason := watch.explain(error)) is not error:
-                raise reason from error
+            if (change := watch.change(error)) is not None:
+                raise change from error
         raise
     for watch in watches:
         watch.refuse(())
