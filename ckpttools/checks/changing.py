@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from ckpttools.checks.beside import TENSOR_FILES
@@ -61,21 +62,11 @@ class Watch:
         return None
 
     def _changed_soon(self) -> Location | None:
-        """A file that changes in a moment, where one was written a moment ago: a save may be slow to go on.
-        What lies in a store appears there whole.
-        """
-        if not isinstance(self._path, Path):
-            return None
+        """A file that changes in a moment, where one was written a moment ago."""
         _, before = self._looks[-1]
         stamps = (stamp for stamp in before.values() if stamp is not None)
-        newest = max((stamp.mtime_ns for stamp in stamps), default=0) / 1e9
-        for _ in range(PAUSES):
-            if time.time() - newest > YOUNG:
-                return None
-            time.sleep(PAUSE)
-            if (path := self.changed(pointers=True)) is not None:
-                return path
-        return None
+        newest = max((stamp.mtime_ns for stamp in stamps), default=0)
+        return in_a_moment(partial(self.changed, pointers=True), self._path, newest)
 
     def refuse(self, findings: tuple[Finding, ...]) -> None:
         """Raise UsageError where something changed; pointers and other tags count if they may explain an
@@ -126,6 +117,19 @@ def watched(*paths: Location) -> Iterator[tuple[Watch, ...]]:
         raise
     for watch in watches:
         watch.refuse(())
+
+
+def in_a_moment(look: Callable[[], Location | None], path: Location, written: int) -> Location | None:
+    """What `look` finds to have changed, as long as what was written last (ns) is young: a save may be slow
+    to go on. What lies in a store appears there whole.
+    """
+    for _ in range(PAUSES if isinstance(path, Path) else 0):
+        if time.time() - written / 1e9 > YOUNG:
+            return None
+        time.sleep(PAUSE)
+        if (found := look()) is not None:
+            return found
+    return None
 
 
 def changing(path: Location) -> UsageError:

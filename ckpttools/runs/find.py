@@ -29,7 +29,7 @@ from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
 from ckpttools.stores.files import entries, is_file, is_folder, stat
 from ckpttools.stores.links import within
-from ckpttools.stores.once import once
+from ckpttools.stores.once import anew, once
 from ckpttools.training import Best, Training
 
 MAX_DEPTH = 8
@@ -266,7 +266,8 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
             checkpoint = read(source)
             kinds.learn((path, run), source, checkpoint)
     except CkptError as error:
-        return make(format=None, state=Training(), resumes=None, problem=_in_parts(path, error))
+        damage = _unless_written(path, (time, nbytes), _in_parts(path, error))
+        return make(format=None, state=Training(), resumes=None, problem=damage)
     resumes: bool | None
     problem = _would_run(source, checkpoint)
     layout, state = checkpoint.layout, checkpoint.training
@@ -276,7 +277,9 @@ def _entry(path: Location, run: Location, kinds: Kinds) -> Entry:
     except Unsupported as reason:
         resumes = False if reason.id == "weights-only" and not source.format.weights_alone else None
     except CkptError as error:
-        resumes, problem = None, problem or (error if error.exit_code == 1 else None)
+        resumes = None
+        if problem is None and error.exit_code == 1:
+            problem = _unless_written(path, (time, nbytes), error)
     losses = (("train_loss", state.train_loss), ("val_loss", state.val_loss), *state.losses)
     return make(
         format=layout.format,
@@ -314,6 +317,21 @@ def _in_parts(path: Location, reason: CkptError) -> CkptError:
         return reason
     # what only could not be read, for want of a permission, is no damage
     return raised(min(bad, key=lambda finding: finding.exit_code)) if bad else reason
+
+
+def _unless_written(path: Location, before: tuple[int, int], problem: CkptError) -> CkptError:
+    """The problem, unless a save is going on, which is no damage. `before` is its extent before it was
+    read.
+    """
+    if problem.exit_code != 1:
+        return problem
+    from ckpttools.checks.changing import changing, in_a_moment
+
+    def look() -> Location | None:
+        with anew():
+            return path if extent(path) != before else None
+
+    return changing(path) if look() or in_a_moment(look, path, before[0]) else problem
 
 
 def _model(checkpoint: Checkpoint) -> int | None:

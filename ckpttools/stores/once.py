@@ -29,6 +29,16 @@ def once() -> Iterator[None]:
         _answers.reset(token)
 
 
+@contextmanager
+def anew() -> Iterator[None]:
+    """Nothing is kept meanwhile, and no kept answer taken: for a look at what may have changed since."""
+    token = _answers.set(None)
+    try:
+        yield
+    finally:
+        _answers.reset(token)
+
+
 def kept(look: Callable[[P], T]) -> Callable[[P], T]:
     """A function of a place whose answers `once` keeps. An error is no answer."""
 

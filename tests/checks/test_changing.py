@@ -177,11 +177,13 @@ def test_a_file_that_is_about_to_be_written(
     content = (folder / SHARD).read_bytes()
     (folder / SHARD).write_bytes(WRITTEN[so_far](content))
     monkeypatch.setattr("time.sleep", lambda _: (folder / SHARD).write_bytes(content))
-    for command in ("verify", "resume-check"):
-        ran = run(command, folder, "--json")
-        assert ran.code == 2 and json.loads(ran.out)["error"]["id"] == "checkpoint-changing"
-        assert run(command, folder).code == 0
-        (folder / SHARD).write_bytes(WRITTEN[so_far](content))
+    ran = run("verify", folder, "--json")
+    assert ran.code == 2 and json.loads(ran.out)["error"]["id"] == "checkpoint-changing"
+    assert run("verify", folder).code == 0
+    (folder / SHARD).write_bytes(WRITTEN[so_far](content))
+    ran = run("resume-check", folder)  # may wait for it when it looks at the run
+    assert ran.code == 0 or "checkpoint-changing" in ran.err, ran
+    (folder / SHARD).write_bytes(WRITTEN[so_far](content))
     monkeypatch.setattr("time.sleep", lambda _: None)
     assert run("verify", folder).code == 1  # nobody goes on
     os.utime(folder / SHARD, (1, 1))
@@ -189,6 +191,29 @@ def test_a_file_that_is_about_to_be_written(
         os.utime(path, (1, 1))
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it is old: there is nothing to wait for"))
     assert run("verify", folder).code == 1
+
+
+def test_a_listing_beside_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is being written is passed over, and is no damage; what nobody writes to is."""
+    folder = shutil.copytree(FIXTURES / "hf-trainer/plain", tmp_path / "run")
+    file = next((folder / "checkpoint-4").glob("*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[:100])
+    for again in (file, folder / "checkpoint-4/new.safetensors"):  # goes on, or another file appears
+        monkeypatch.setattr("time.sleep", lambda _, again=again: again.write_bytes(content))
+        ran = run("ls", folder, "--json")
+        (listed,) = json.loads(ran.out)["runs"]
+        assert ran.code == 0 and listed["checkpoints"][0]["marks"] == ["not checked"], ran
+        assert listed["checkpoints"][1]["marks"] == ["latest"], ran
+        file.write_bytes(content[:100])
+        ran = run("latest", folder)
+        assert ran.out == f"{folder / 'checkpoint-2'}\n" and "checkpoint-changing" in ran.err, ran
+        file.write_bytes(content[:100])
+        again.unlink()
+        file.write_bytes(content[:100])
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    ran = run("ls", folder, "--json")
+    assert ran.code == 1 and "damaged (headers)" in ran.out, ran
 
 
 def test_a_checkpoint_that_a_clean_up_took_since_the_folder_was_listed(tmp_path: Path) -> None:
