@@ -72,7 +72,8 @@ def _text(found: Diff, top: int) -> list[str]:
         lines.append(render.table(map(_row, found.tensors[:top]), headers))
     if len(found.tensors) > top:
         lines.append(f"and {len(found.tensors) - top} more; --top {len(found.tensors)} lists them")
-    if not found.left.groups and not found.right.groups and not found.uncompared:
+    sides = (found.left, found.right)
+    if not any(side.groups or side.unnamed for side in sides) and not found.uncompared:
         lines.append("note: optimizer state was found in neither")
     lines += [f"note: not compared: {escape(name)}" for name in found.uncompared]
     lines.append(found.verdict)

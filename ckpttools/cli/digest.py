@@ -86,6 +86,7 @@ def _text(found: Digested, *, tensors: bool) -> list[str]:
             f"note: {len(digests.apart)} weights are not their rounded masters, the first "
             f"{escape(digests.apart[0])}; ckpt verify says more"
         )
+    lines += [f"note: not in the digests: {what}" for what in found.unnamed]
     if tensors:
         each = [
             (digest, kind, name) for kind, named in digests.tensors.items() for name, digest in named.items()
@@ -112,6 +113,7 @@ def _json(found: Digested) -> dict[str, object]:
         "kinds": dict(digests.kinds),
         "tensors": {kind: dict(named) for kind, named in digests.tensors.items()},
         "apart": list(digests.apart),
+        "not_in_digests": list(found.unnamed),
         "checksums_verified": digests.checked,
     }
 
@@ -130,19 +132,27 @@ def compared(result: Compared) -> list[str]:
     for kind, is_left in result.one_sided.items():
         side = result.left if is_left else result.right
         lines.append(f"NOT COMPARED: {kind}, which only {escape(side.path)} holds")
+    lines += [f"NOT COMPARED: {what}; ckpt prove does" for what in result.uncompared]
     both = (result.left.checkpoint, result.right.checkpoint)
-    if keys := list(dict.fromkeys(key for side in both for key in client_tensors(side))):
+    named = (key for side in both for key in client_tensors(side) if key not in side.unnamed)
+    if keys := list(dict.fromkeys(named)):
         shown = ", ".join(map(escape, keys[:SHOWN]))
         lines.append(f"NOT COMPARED: tensors that training code keeps under {shown}; ckpt prove does")
     if keys := list(dict.fromkeys(key for side in both for key in side.extra_state)):
         shown = ", ".join(map(escape, keys[:SHOWN]))
         lines.append(f"NOT COMPARED: what the model's state holds beside tensors: {shown}; ckpt prove does")
-    for what, same in (("hyper-parameters", result.settings), ("counters and schedule", result.counters)):
-        lines.append(f"{what}: {'equal' if same else 'not the same; ckpt diff names them'}")
+    for what, same in (("hyper-parameters", _settings(result)), ("counters and schedule", result.counters)):
+        said = {True: "equal", False: "not the same; ckpt diff names them", None: "not compared"}[same]
+        lines.append(f"{what}: {said}")
     if not any(value not in (None, {}, []) for side in both for value in side.training.stated.values()):
         lines[-1] = "counters and schedule: neither holds any"
     lines.append(_verdict(result))
     return lines
+
+
+def _settings(result: Compared) -> bool | None:
+    """Whether the hyper-parameters are the same; None where those of some optimizer are not compared."""
+    return None if result.settings and result.uncompared else result.settings
 
 
 def _only(left: str, right: str) -> str:
@@ -167,6 +177,8 @@ def _same(result: Compared) -> str:
     known = dict.fromkeys((*result.left.content.kinds, *result.right.content.kinds))
     if others := [kind for kind in known if kind not in result.equal]:
         return f"the same in {', '.join(result.equal)}; not asked for: {', '.join(others)}"
+    if rest := dict.fromkeys((*result.left.unnamed, *result.right.unnamed)):
+        return f"the same in {', '.join(result.equal)}; not asked for: {', '.join(rest)}"
     if known.keys() <= {WEIGHT, MASTER}:
         return "the same weights; neither holds any optimizer state"
     return "the same weights and optimizer state"
@@ -186,6 +198,7 @@ def _compared_json(result: Compared) -> dict[str, object]:
             kind: str((result.left if is_left else result.right).path)
             for kind, is_left in result.one_sided.items()
         },
-        "settings_equal": result.settings,
+        "not_compared": list(result.uncompared),
+        "settings_equal": _settings(result),
         "counters_equal": result.counters,
     }

@@ -17,7 +17,7 @@ from ckpttools.checkpoint import PARAM_NAMES, Checkpoint, ParamGroup
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import read_torch_file
-from ckpttools.errors import CkptError, some
+from ckpttools.errors import CkptError, escape, some
 from ckpttools.formats import Source
 from ckpttools.formats.locate import SIDE_FILES
 from ckpttools.plan import SourceCheck
@@ -39,6 +39,23 @@ def left_behind(source: Source) -> Iterator[str]:
         yield f"not carried: {some(held, 12)}, the run's files beside the weights"
 
 
+def unnamed(source: Source, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The optimizers whose parameters have no names, in its values or in files of their own, and what else is
+    kept of an optimizer that is not read: what a digest by name cannot hold.
+    """
+    inside = (f"the optimizer under {escape(key)}" for key in checkpoint.unnamed)
+    files = (place.file for place in _places(source, checkpoint) if place.file != source.target)
+    beside = (escape(file.name) for file in files)
+    found = (f"{what} (its parameters have no names)" for what in (*inside, *beside))
+    return tuple(dict.fromkeys((*found, *_unjoined(source))))
+
+
+def _unjoined(source: Source) -> Iterator[str]:
+    if source.format.weights_alone:
+        kept = f"what {source.format.name} keeps beside the weights"
+        yield f"{kept} (the optimizer's state of ranks is not joined)"
+
+
 def both(one: Opened, two: Opened) -> tuple[Checkpoint, Checkpoint, tuple[str, ...]]:
     """The two checkpoints, with these files' state where neither has another; what cannot be compared.
 
@@ -53,11 +70,7 @@ def both(one: Opened, two: Opened) -> tuple[Checkpoint, Checkpoint, tuple[str, .
     alone = (f"{place.file.name} (its parameters have no names)" for places in known for place in places)
     if not one[1].groups and not two[1].groups:  # in the files themselves they are values like others
         alone = (said for said, place in zip(alone, chain(*known), strict=True) if place in chain(*found))
-    unread = (
-        f"what {source.format.name} keeps beside the weights (the optimizer's state of ranks is not joined)"
-        for source, _ in (one, two)
-        if source.format.weights_alone
-    )
+    unread = chain.from_iterable(_unjoined(source) for source, _ in (one, two))
     return one[1], two[1], tuple(dict.fromkeys((*alone, *unread)))
 
 

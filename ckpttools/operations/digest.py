@@ -15,6 +15,7 @@ from ckpttools.compare.pairs import Pair, pairs
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import Source
 from ckpttools.location import Location
+from ckpttools.operations.beside import unnamed
 from ckpttools.operations.source import find
 from ckpttools.operations.stated import stated
 from ckpttools.operations.writing import Bar
@@ -35,6 +36,11 @@ class Digested:
     def content(self) -> Content:
         return content(self.checkpoint)
 
+    @property
+    def unnamed(self) -> tuple[str, ...]:
+        """What it keeps of optimizers that the digests do not hold."""
+        return unnamed(self.source, self.checkpoint)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
@@ -52,7 +58,7 @@ class Compared:
 
     `one_sided` are the kinds that one side does not hold at all, with True where it is the left one that
     holds them: they are not counted as equal. `settings` and `counters` say whether those are the same, and
-    do not count for `same`.
+    do not count for `same`. `partial`: only some kinds were asked for.
     """
 
     left: Digested
@@ -62,11 +68,17 @@ class Compared:
     one_sided: dict[str, bool]
     settings: bool
     counters: bool
+    partial: bool = False
+
+    @property
+    def uncompared(self) -> tuple[str, ...]:
+        """Optimizers of either that no digest holds, unless they were not asked for."""
+        return () if self.partial else tuple(dict.fromkeys((*self.left.unnamed, *self.right.unnamed)))
 
     @property
     def same(self) -> bool:
         """Whether each side holds all that the other does, and all of it is equal."""
-        return not self.different and not self.one_sided and bool(self.equal)
+        return not (self.different or self.one_sided or self.uncompared) and bool(self.equal)
 
 
 def digest(
@@ -154,6 +166,7 @@ def compare(left: Digested, right: Digested, kinds: Collection[str] = ()) -> Com
         one_sided=one_sided,
         settings=left.digests.settings == right.digests.settings,
         counters=left.digests.counters == right.digests.counters,
+        partial=bool(kinds),
     )
 
 

@@ -46,8 +46,11 @@ class Proof:
 
     @property
     def unread(self) -> bool:
-        """Whether no optimizer state was found in either: there is none, or none that is read."""
-        return not (self.compared.left.checkpoint.groups or self.compared.right.checkpoint.groups)
+        """Whether no optimizer state was found in either: there is none, or none that is read. That of
+        optimizers without names is compared as the values that it is.
+        """
+        sides = (self.compared.left.checkpoint, self.compared.right.checkpoint)
+        return not any(side.groups or (side.unnamed and not self.unnamed) for side in sides)
 
     @property
     def uncounted(self) -> bool:

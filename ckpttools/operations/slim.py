@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ckpttools import checks
 from ckpttools.checks import check_before_use
+from ckpttools.compare.content import WEIGHT
 from ckpttools.compare.digests import digests
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.operations.destination import default_dst
@@ -65,7 +66,7 @@ def _refuse_other(path: Path, dst: Path, workers: int = 0) -> None:
     """Raises CkptError unless `dst` is good and holds all weights of the checkpoint, and nothing else."""
     if (
         not checks.verify(dst, quick=True).ok
-        or not compare(_weights(path, workers), _weights(dst, workers)).same
+        or not compare(_weights(path, workers), _weights(dst, workers), (WEIGHT,)).same
     ):
         raise UsageError(
             "destination-exists",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -258,3 +259,49 @@ def test_what_the_models_state_holds_beside_tensors_is_compared_or_said_not_to_b
     ran = run("prove", tmp_path / "a.pt", tmp_path / "b.pt")
     assert ran.code == 1 and "w._extra_state.scale  1  2" in ran.out
     assert run("diff", tmp_path / "a.pt", tmp_path / "b.pt").code == 1
+
+
+@pytest.mark.parametrize("kind", ["alike groups", "sgd", "two", "lbfgs"])
+def test_an_optimizer_without_names_is_never_called_equal(kind: str, tmp_path: Path) -> None:
+    """Its state is in no digest: that is said, and `prove` compares it."""
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    for path, factor in zip(paths, (1, 2), strict=True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        halves = [{"params": list(part.parameters())} for part in model]
+        made: dict[str, torch.optim.Optimizer] = {"optimizer": torch.optim.SGD(halves, lr=0.1 * factor)}
+        if kind == "lbfgs":
+            made = {"optimizer": torch.optim.LBFGS(model.parameters(), lr=0.1 * factor)}
+        elif kind != "sgd":
+            names = ["optimizer"] if kind == "alike groups" else ["optimizer_g", "optimizer_d"]
+            made = {name: torch.optim.AdamW(halves, lr=0.1) for name in names}
+        saved = copy.deepcopy(model.state_dict())
+        model(torch.ones(1, 2)).sum().backward()
+        for name, optimizer in made.items():
+            optimizer.step(lambda: torch.tensor(0.0))
+            state = optimizer.state_dict()
+            for held in state["state"].values():
+                if "exp_avg" in held:
+                    held["exp_avg"] *= factor
+            made[name] = state  # type: ignore[assignment]
+        torch.save({"model": saved, **made}, path)
+    key = "optimizer" if kind != "two" else "optimizer_g"
+    ran = run("digest", paths[0], "--compare", paths[1])
+    assert ran.code == 1 and f"NOT COMPARED: the optimizer under {key}" in ran.out, ran
+    assert "hyper-parameters: not compared" in ran.out and "neither holds" not in ran.out.splitlines()[-1]
+    document = json.loads(run("digest", paths[0], "--compare", paths[1], "--json").out)
+    assert not document["ok"] and document["settings_equal"] is None and document["not_compared"]
+    ran = run("digest", paths[0], "--compare", paths[1], "--kind", "weight")
+    assert ran.code == 0 and f"not asked for: the optimizer under {key}" in ran.out, ran
+    assert f"not in the digests: the optimizer under {key}" in run("digest", paths[0]).out
+    assert run("prove", paths[0], paths[0]).out.startswith("the same training state")
+    ran = run("prove", *paths)
+    assert ran.code == 1 and f"{key}." in ran.out and "found in neither" not in ran.out, ran
+    assert "found in neither" not in run("diff", *paths).out
+
+
+def test_the_optimizer_beside_a_trainers_model_is_not_compared() -> None:
+    folder = FIXTURES / "hf-trainer/plain/checkpoint-2"
+    ran = run("digest", folder, "--compare", folder)
+    assert ran.code == 1 and "NOT COMPARED: optimizer.pt (its parameters have no names)" in ran.out, ran
+    assert run("digest", folder, "--compare", folder, "--kind", "weight").code == 0
