@@ -8,10 +8,11 @@ knows no mathematics of schedules, and `transforms.rebase` knows no file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from ckpttools.errors import escape
 from ckpttools.location import Location
 from ckpttools.schedules.evidence import Fact, Known, What, known, of_counters, of_samples, stated
 from ckpttools.schedules.lengths import Remainder, Unit
@@ -118,6 +119,13 @@ class OptimizerSettings:
         """The updates that Adam counted; None where it does not say. Raises CkptError."""
         whole = (n for n in self.counts() if isinstance(n, int) or n.is_integer())
         return max((int(n) for n in whole if n >= 0), default=None)
+
+
+def first_of(optimizers: Sequence[OptimizerSettings]) -> str:
+    """Whose settings are shown where there are several optimizers; "" where there is one."""
+    if len(optimizers) < 2:
+        return ""
+    return f"of {escape(optimizers[0].name)}, the first of {len(optimizers)} optimizers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

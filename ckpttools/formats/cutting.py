@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.pickles import plain
-from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.errors import CkptError, Unsupported, escape, some
 from ckpttools.stores.files import bytes_of
 from ckpttools.tensors import ByteRange, TensorRef, Zeros, cut_chunks
 from ckpttools.tree import Opaque, Value, same
@@ -15,6 +15,14 @@ _BLOCK = 1 << 20
 
 
 def no_groups(checkpoint: Checkpoint, made: str = "a ZeRO folder") -> CkptError:
+    if checkpoint.unnamed:
+        return Unsupported(
+            "no-groups",
+            f"which parameters the optimizers under {some(checkpoint.unnamed)} have is not known",
+            where=checkpoint.path,
+            why=f"{made} is made of the parameter groups of one optimizer, by name",
+            hint="--reset-optimizer leaves their state out",
+        )
     return Unsupported(
         "no-groups",
         f"the checkpoint has no parameter groups, and {made} is made of them",

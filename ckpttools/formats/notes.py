@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sized
 
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.errors import some
+from ckpttools.errors import escape, some
 
 
 def counts(checkpoint: Checkpoint) -> int:
@@ -30,6 +30,13 @@ def left_out(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{len(checkpoint.left_out)} weights of the model are not in the source ({names}): {then}"
     elif checkpoint.excludes_frozen:
         yield f"frozen weights are not in the source, nor their names (exclude_frozen_parameters): {then}"
+
+
+def unnamed(checkpoint: Checkpoint) -> Iterator[str]:
+    """Optimizers that only fit the tensors as they are, in their order."""
+    if checkpoint.unnamed:
+        keys = ", ".join(map(escape, checkpoint.unnamed))
+        yield f"carried as it is: the optimizer's state under {keys}, whose parameters have no names"
 
 
 def unsaid(checkpoint: Checkpoint) -> Iterator[str]:

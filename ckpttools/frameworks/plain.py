@@ -10,15 +10,16 @@ from dataclasses import replace
 from shlex import quote
 
 from ckpttools.containers import fields
-from ckpttools.containers.edit import at
+from ckpttools.containers.edit import at, place
 from ckpttools.containers.pickles import Node, as_mapping
 from ckpttools.containers.torch_file import TorchFile
-from ckpttools.formats.counters import DATASET, EPOCH, OPTIMIZER, SCHEDULER, STEP, TOTAL
+from ckpttools.formats.counters import BATCH_NAMES, DATASET, EPOCH, OPTIMIZER, SCHEDULER, STEP, TOTAL
 from ckpttools.frameworks import parts
 from ckpttools.frameworks.framework import Framework, Saved
 from ckpttools.frameworks.rules import Rule
+from ckpttools.schedules.evidence import stated
 from ckpttools.schedules.lengths import Unit
-from ckpttools.training import OptimizerSettings, SavedSchedule, Training
+from ckpttools.training import BatchField, OptimizerSettings, SavedSchedule, Training
 from ckpttools.tree import Key
 
 CODE = "your training code"
@@ -43,6 +44,7 @@ def _plain(file: TorchFile) -> Training:
     epoch = next((n for key in EPOCH if (n := parts.integer(file, key)) is not None), None)
     optimizers = tuple(_optimizers(file))
     found = _schedules(file, optimizers)
+    batch = {k: n for k in BATCH_NAMES if (n := parts.integer(file, k)) is not None and n > 0}
     updates = [c.value for c in counts] + [o.steps for o in optimizers[:1] if o.steps is not None]
     return Training(
         framework="plain",
@@ -56,6 +58,13 @@ def _plain(file: TorchFile) -> Training:
         ),
         optimizers=optimizers,
         schedules=tuple(_own(s, [] if epoch is None else [epoch], updates) for s in found),
+        evidence=tuple(
+            fact for k, n in batch.items() for fact in stated(BATCH_NAMES[k], n, f"the file's {k}")
+        ),
+        batch_fields=tuple(
+            BatchField(name=k, which=BATCH_NAMES[k], value=n, places=(place(file, k),))
+            for k, n in batch.items()
+        ),
         batch_names=(
             ("micro", "the data loader's batch_size", CODE),
             ("accumulation", "gradient accumulation", CODE),

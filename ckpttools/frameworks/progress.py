@@ -17,7 +17,7 @@ from ckpttools.errors import CkptError
 from ckpttools.formats.format import Source
 from ckpttools.frameworks import read
 from ckpttools.schedules.evidence import Known
-from ckpttools.training import SavedSchedule, Training
+from ckpttools.training import SavedSchedule, Training, first_of
 
 UNITS = {"micro": "iteration", "update": "step"}
 
@@ -82,6 +82,7 @@ def _progress(checkpoint: Checkpoint, training: Training) -> Progress:
     batch = training.batch
     groups = training.optimizers[0].groups if training.optimizers else [g.hyper for g in checkpoint.groups]
     rates = [group.get("lr") for group in groups]
+    whose = first_of(training.optimizers)
     losses = {"train loss": training.train_loss, "val loss": training.val_loss} | dict(training.losses)
     return Progress(
         unit=UNITS[training.unit],
@@ -96,7 +97,7 @@ def _progress(checkpoint: Checkpoint, training: Training) -> Progress:
         schedules=tuple(_words(training, each) for each in training.schedules),
         settings=tuple(groups),
         framework=training.framework,
-        notes=batch.notes,
+        notes=(*batch.notes, *([f"learning rate and settings are {whose}"] if whose else [])),
     )
 
 

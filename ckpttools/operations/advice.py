@@ -51,11 +51,12 @@ def weights(
     return (verify(dst), load)
 
 
-def distributed(variant: str | None, dst: Location, *, partial: bool = False) -> str:
+def distributed(variant: str | None, dst: Location, *, partial: bool = False, optimizer: bool = True) -> str:
     """The code that loads a distributed checkpoint, by the layout of its state (formats.dcp.roles), `partial`
-    where what is frozen is not in it.
+    where what is frozen is not in it, `optimizer` where the state of one is.
     """
     path = repr(str(dst))
+    strict = ", options=StateDictOptions(strict=False)" if partial else ""
     if variant == "accelerate":
         return (
             f"accelerator.load_state({path}), with its other files of your run in it (scheduler.bin ...); "
@@ -63,6 +64,12 @@ def distributed(variant: str | None, dst: Location, *, partial: bool = False) ->
         )
     if variant == "titan":
         return f"torchtitan: its checkpoint.folder takes {path} under the name step-N"
+    if not optimizer:  # torch asks for all that the optimizer has
+        return (
+            "model_state = get_model_state_dict(model); "
+            f"torch.distributed.checkpoint.load({{'model': model_state}}, checkpoint_id={path}); "
+            f"set_model_state_dict(model, model_state{strict}), and a new optimizer"
+        )
     asked = {"flatten_optimizer_state_dict": variant == "flat", "ignore_frozen_params": partial}
     wanted = [f"{key}=True" for key, value in asked.items() if value] + ["strict=False"] * partial
     options = f", options=StateDictOptions({', '.join(wanted)})" if wanted else ""

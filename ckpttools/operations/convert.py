@@ -148,7 +148,8 @@ def convert(
             checkpoint = _single(checkpoint, target)
             plan = PLANS[to](checkpoint, layout)
             partial = bool(checkpoint.left_out) or checkpoint.excludes_frozen
-            lines = iter([advice.distributed(dcp_layout, dst, partial=partial)])
+            found = resuming.finds_state(checkpoint)
+            lines = iter([advice.distributed(dcp_layout, dst, partial=partial, optimizer=found)])
         case "hf":
             checkpoint = weights_only(checkpoint)
             checkpoint = cast(checkpoint, target) if target is not None else checkpoint
@@ -297,13 +298,13 @@ def _needs_names(checkpoint: Checkpoint) -> None:
         return
     saved = torch_optimizer.of(checkpoint)
     problem = saved.problem if saved is not None else None
+    order = "--like CHECKPOINT takes their order from a checkpoint of a run with the same groups; "
     raise Unsupported(
         "no-groups",
         f"which parameters the optimizer has is not known{f': {problem}' if problem else ''}",
         where=checkpoint.path,
         why="it numbers them, and master weights and state are saved by name",
-        hint="--like CHECKPOINT takes their order from a checkpoint of a run with the same groups; "
-        "--reset-optimizer leaves the state out",
+        hint=f"{order if saved is not None else ''}--reset-optimizer leaves the state out",
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from math import isfinite
 from typing import Any
 
-from ckpttools.checkpoint import STEP, Checkpoint, Layout
+from ckpttools.checkpoint import FP32, STEP, Checkpoint, Layout
 from ckpttools.containers.pickles import Global, walk
 from ckpttools.containers.pickles.names import name_of
 from ckpttools.containers.torch_file import TorchFile
@@ -133,3 +133,10 @@ def _is_literal(value: Value) -> bool:
         isinstance(leaf, Opaque | TensorRef) or (isinstance(leaf, float) and not isfinite(leaf))
         for _, leaf in leaves(value)
     )
+
+
+def finds_state(checkpoint: Checkpoint) -> bool:
+    """Whether an optimizer of its class finds all that it has: SGD without momentum keeps no state."""
+    groups = checkpoint.groups
+    held = any(group.scalars or group.state.keys() - {FP32} for group in groups)
+    return held or (bool(groups) and all(group.hyper.get("momentum") == 0 for group in groups))

@@ -10,7 +10,7 @@ from ckpttools.errors import CkptError
 from ckpttools.resume.forecast import Rates
 from ckpttools.resume.new_run import real
 from ckpttools.schedules import Program
-from ckpttools.training import SavedSchedule, Training
+from ckpttools.training import SavedSchedule, Training, first_of
 from ckpttools.transforms.rebase.scheduled import stepped
 
 ENDS = "none: the run ends with that update"
@@ -42,6 +42,12 @@ def rates(
     """
     if training is None or not training.optimizers:
         return Rates(note="no optimizer's settings are in the checkpoint")
+    found = _of_first(training, engine=engine, ranks=ranks, left=left)
+    notes = filter(None, (first_of(training.optimizers), found.note))
+    return replace(found, note="; ".join(notes))
+
+
+def _of_first(training: Training, *, engine: bool, ranks: int | None, left: int | None) -> Rates:
     optimizer = training.optimizers[0]
     found = [real(group.get("lr")) for group in optimizer.groups]
     if not found or any(lr is None for lr in found):

@@ -21,6 +21,8 @@ BEFORE_THE_FIRST: Mapping[str, Value] = {"last_batch_iteration": -1}  # deepspee
 _TORCH: Mapping[str, Value] = {"maximize": False, "foreach": None, "differentiable": False}
 _FUSED: Mapping[str, Value] = {**_TORCH, "fused": None}
 _ADAM: Mapping[str, Value] = {"amsgrad": False, "capturable": False, **_FUSED}
+# what schedule-free and Prodigy optimizers count in their groups
+COUNTED = frozenset(("k", "weight_sum", "lr_max", "scheduled_lr", "d", "d_max", "d_numerator", "d_denom"))
 _MOMENTS = frozenset(("exp_avg", "exp_avg_sq"))
 
 
@@ -158,15 +160,14 @@ def counted(steps: Mapping[str, Value], *, tensor: bool) -> dict[str, Value]:
 
 
 def anew(checkpoint: Checkpoint) -> Checkpoint:
-    """Weights and settings, with optimizer and schedule as before the first step: a learning rate that was
-    scheduled is the first one again, and the counters of updates are 0. Optimizers and schedules among the
-    client's values go too, and a note names them.
+    """Weights and settings, with optimizer and schedule as before the first step: a learning rate or momentum
+    that was scheduled is the first one again, and the counters of updates are 0. Optimizers and schedules
+    among the client's values go too, and a note names them; so it does what a group counts for itself.
     """
 
     def fresh(group: ParamGroup) -> ParamGroup:
         masters = {kind: refs for kind, refs in group.state.items() if kind == FP32}
-        first = {"lr": group.hyper["initial_lr"]} if "initial_lr" in group.hyper else {}
-        return replace(group, state=masters, scalars={}, paths={}, hyper={**group.hyper, **first})
+        return replace(group, state=masters, scalars={}, paths={}, hyper=_first(group.hyper))
 
     state = checkpoint.training
     # DeepSpeed's own schedulers, which ds_config names: it fails to load them without a state
@@ -177,10 +178,12 @@ def anew(checkpoint: Checkpoint) -> Checkpoint:
     one = "step" in state.keys and state.keys.get("iteration") == state.keys["step"]
     dropped = {*checkpoint.unnamed, *checkpoint.schedules}
     note = f"not carried from the client's values: {_shown(dropped)} (optimizers and schedules)"
+    own_counts = {key for group in checkpoint.groups for key in group.hyper if key in COUNTED}
+    kept = f"the groups keep what their optimizer counted there: {_shown(own_counts)}"
     return replace(
         checkpoint,
         client={key: value for key, value in checkpoint.client.items() if key not in dropped},
-        notes=(*checkpoint.notes, *([note] if dropped else [])),
+        notes=(*checkpoint.notes, *[note] * bool(dropped), *[kept] * bool(own_counts)),
         groups=tuple(fresh(group) for group in checkpoint.groups),
         training=replace(
             state,
@@ -191,6 +194,22 @@ def anew(checkpoint: Checkpoint) -> Checkpoint:
             samples=samples,
         ),
     )
+
+
+def _first(hyper: Mapping[str, Value]) -> dict[str, Value]:
+    """Settings as before the first step. Cycled momentum begins at its largest (torch's OneCycleLR and
+    CyclicLR, torch/optim/lr_scheduler.py); older Adams of apex and DeepSpeed count in the group.
+    """
+    first = {key: value for key, value in hyper.items() if key != STEP}
+    if "initial_lr" in hyper:
+        first["lr"] = hyper["initial_lr"]
+    if (most := hyper.get("max_momentum")) is not None:
+        betas = hyper.get("betas")
+        if isinstance(betas, list | tuple) and betas:
+            first["betas"] = type(betas)((most, *betas[1:]))
+        elif "momentum" in hyper:
+            first["momentum"] = most
+    return first
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:

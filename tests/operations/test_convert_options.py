@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from argparse import Namespace
@@ -267,6 +268,39 @@ def test_an_optimizer_without_names_is_carried_to_the_same_tensors_only(tmp_path
     assert done.code == 0
 
 
+CYCLES: dict[str, Any] = {
+    "onecycle": (torch.optim.AdamW, torch.optim.lr_scheduler.OneCycleLR, {"total_steps": 20}),
+    "cyclic": (
+        lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+        torch.optim.lr_scheduler.CyclicLR,
+        {"base_lr": 0.001, "step_size_up": 10},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CYCLES)
+def test_cycled_momentum_and_counts_in_groups_start_anew(kind: str, tmp_path: Path) -> None:
+    """As before the first step: what the schedule made of the settings, and no count of an older Adam."""
+    make, schedule, options = CYCLES[kind]
+    model = net()
+    optimizer = make(model.parameters(), lr=0.01)
+    scheduler = schedule(optimizer, max_lr=0.01, **options)
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    for _ in range(5):
+        trained(optimizer, model)
+        scheduler.step()
+    assert optimizer.state_dict()["param_groups"] != before
+    optimizer.param_groups[0]["step"] = 500
+    optimizer.param_groups[0]["weight_sum"] = 0.5
+    made = convert(
+        saved(tmp_path / "a.pt", model, optimizer), tmp_path / "b.pt", to="pt", reset_optimizer=True
+    )
+    (group,) = torch.load(tmp_path / "b.pt", weights_only=True)["optimizer_state_dict"]["param_groups"]
+    assert group.pop("weight_sum") == 0.5
+    assert any("keep what their optimizer counted there: weight_sum" in note for note in made.notes)
+    assert group == {**before[0], "lr": pytest.approx(before[0]["lr"])}
+
+
 @pytest.mark.parametrize("key", ["iter", "iteration", "it"])
 def test_one_count_of_updates_and_iterations_starts_anew(key: str, tmp_path: Path) -> None:
     torch.save({"model_state_dict": net().state_dict(), key: 500, "epoch": 3}, tmp_path / "a.pt")
@@ -404,6 +438,35 @@ def test_an_optimizer_of_named_parameters_finds_their_names(layout: Any, named: 
         made = convert(source, tmp_path / "e", to="dcp", dcp_layout=layout, like=like, digest=False)
         assert not any("param_names" in note for note in made.notes)
     goes_on(made.next[1], (model, optimizer), named=True)
+
+
+@pytest.mark.parametrize("kind", ["anew", "weights", "two", "sgd"])
+def test_a_distributed_checkpoint_without_optimizer_state_is_loaded_so(kind: str, tmp_path: Path) -> None:
+    """torch asks for all that the optimizer has: what has none is loaded without one."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1) if kind == "sgd" else named_optimizer(model, False)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    if kind == "weights":
+        torch.save({"model_state_dict": model.state_dict()}, source)
+    if kind == "two":
+        held = torch.load(source, weights_only=True)
+        held["optimizer_g"] = held["optimizer_d"] = held.pop("optimizer_state_dict")
+        torch.save(held, source)
+    made = convert(source, tmp_path / "d", to="dcp", reset_optimizer=kind == "anew")
+    line = made.next[1]
+    assert ("get_model_state_dict" in line) is (kind != "sgd"), line
+    assert any("carried as it is" in note and "optimizer_g" in note for note in made.notes) is (kind == "two")
+    fresh = net()
+    theirs = torch.optim.SGD(fresh.parameters(), 0.5) if kind == "sgd" else named_optimizer(fresh, False)
+    from torch.distributed.checkpoint import state_dict
+
+    exec(
+        line.removesuffix(", and a new optimizer"),
+        {"torch": torch, "model": fresh, "optimizer": theirs, **vars(state_dict)},
+    )
+    assert all(torch.equal(fresh.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert kind != "sgd" or theirs.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])

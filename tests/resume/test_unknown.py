@@ -484,3 +484,17 @@ def test_without_the_extra_of_the_trainer() -> None:
     code += "from ckpttools.cli.app import main; sys.exit(main())"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0 and json.loads(ran.stdout)["resumes"], ran.stdout + ran.stderr
+
+
+def test_of_several_optimizers_it_is_said_whose_rates_are_told(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    made = {
+        f"optimizer_{name}": torch.optim.SGD(model.parameters(), lr).state_dict()
+        for name, lr in (("g", 1.0), ("d", 2.0))
+    }
+    torch.save({"model_state_dict": model.state_dict(), "global_step": 3, **made}, tmp_path / "a.pt")
+    whose = "of optimizer_g, the first of 2 optimizers"
+    assert whose in run("resume-check", tmp_path / "a.pt").out
+    assert whose in run("inspect", tmp_path / "a.pt").out
+    ran = run("convert", tmp_path / "a.pt", tmp_path / "z", "--to", "zero2")
+    assert ran.code == 2 and "optimizer_g, optimizer_d" in ran.err and "--like" not in ran.err, ran

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -507,3 +508,61 @@ def test_what_stays_and_where_it_goes_on_is_said_once(tmp_path: Path) -> None:
     ran = run("rebase-schedule", FIXTURES / "bundle/checkpoint-200", *options)
     assert "8 of them seen again" in ran.out
     assert "training_info.json's learning_rate is 0.01" in ran.out + ran.err
+
+
+def plain_file(path: Path, updates: int, schedule: Any = None, **more: Any) -> Path:
+    """Of plain training code, after so many updates of Adam."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = schedule(optimizer) if schedule is not None else None
+    for update in range(updates):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step(update / 10)  # as torch documents it: 10 batches an epoch
+    state = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
+    if scheduler is not None:
+        state["scheduler_state_dict"] = scheduler.state_dict()
+    torch.save({**state, **more}, path)
+    return path
+
+
+def test_warm_restarts_by_parts_of_an_epoch_are_no_contradiction(tmp_path: Path) -> None:
+    """Such a schedule counts epochs, whatever the batch: it stays, and what follows is the code's."""
+    restarts = partial(torch.optim.lr_scheduler.CosineAnnealingWarmRestarts, T_0=4)
+    source = plain_file(tmp_path / "a.pt", 26, restarts, global_step=26)
+    assert "rate-unexpected" not in run("verify", source).out
+    ran = run("resume-check", source)
+    assert ran.code == 0 and "stepped by parts of an epoch" in ran.out, ran
+    assert run("rebase-schedule", source, tmp_path / "b.pt", "--old-bs", 8, "--new-bs", 4).code == 0
+    before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "b.pt"))
+    assert after["scheduler_state_dict"] == before["scheduler_state_dict"]
+    assert after["global_step"] == 52
+    before["optimizer_state_dict"]["param_groups"][0]["lr"] *= 5  # another rate than T_cur gives
+    torch.save(before, source)
+    assert "rate-unexpected" in run("verify", source).out
+
+
+def test_the_batch_that_a_plain_file_states_is_read_and_follows(tmp_path: Path) -> None:
+    source = plain_file(
+        tmp_path / "a.pt",
+        10,
+        partial(torch.optim.lr_scheduler.CosineAnnealingWarmRestarts, T_0=4),
+        global_step=40,
+        train_batch_size=8,
+        gradient_accumulation_steps=4,
+    )
+    ran = run("rebase-schedule", source, tmp_path / "b.pt", "--new-bs", 4)
+    assert ran.code == 0 and "micro-batch 40" in ran.err, ran
+    made = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert made["train_batch_size"] == 4 and made["global_step"] == 80
+    assert run("rebase-schedule", source, "--old-bs", 16, "--new-bs", 4, "--dry-run").code == 2
+
+
+@pytest.mark.parametrize("options", [(), ("--unit", "update"), ("--unit", "micro", "--old-accum", 2)])
+def test_a_count_that_the_optimizer_does_not_share_is_said(options: Any, tmp_path: Path) -> None:
+    restarts = partial(torch.optim.lr_scheduler.CosineAnnealingWarmRestarts, T_0=4)
+    source = plain_file(tmp_path / "a.pt", 20, restarts, global_step=60)
+    ran = run("rebase-schedule", source, "--old-bs", 8, "--new-bs", 4, "--dry-run", *options)
+    said = "the counter is 60, and the optimizer made 20 updates" in ran.err + ran.out
+    assert ran.code == 0 and said is (not options), ran

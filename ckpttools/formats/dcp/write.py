@@ -32,7 +32,7 @@ from ckpttools.formats.dcp.roles import (
     TITAN,
     Names,
 )
-from ckpttools.formats.notes import left_out, one_copy
+from ckpttools.formats.notes import left_out, one_copy, unnamed
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Path as Keys
@@ -217,6 +217,7 @@ def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"Megatron's own keys and {FILE} are not written: Megatron does not load the result"
     if any(group.state and not group.hyper for group in checkpoint.groups):
         yield "no optimizer settings (lr, betas ...): the source does not have them"
+    yield from unnamed(checkpoint)
     yield from left_out(checkpoint)
     if checkpoint.settings:
         yield "the run's settings have no place in the format"

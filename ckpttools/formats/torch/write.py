@@ -19,7 +19,7 @@ from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
 from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
-from ckpttools.formats.notes import left_out, one_copy
+from ckpttools.formats.notes import left_out, one_copy, unnamed
 from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.formats.torch_optimizer import place_of, separate, state_of
 from ckpttools.plan import Plan
@@ -220,12 +220,10 @@ def _rest(
 
 def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
     layout = checkpoint.layout
-    if checkpoint.unnamed:
-        keys = ", ".join(map(escape, checkpoint.unnamed))
-        yield f"carried as it is: the optimizer's state under {keys}, whose parameters have no names"
-    elif not checkpoint.groups:
+    yield from unnamed(checkpoint)
+    if not checkpoint.groups and not checkpoint.unnamed:
         yield "no optimizer state: the source has none whose parameters are known by name"
-    elif not all(group.hyper for group in checkpoint.groups):
+    elif not checkpoint.unnamed and not all(group.hyper for group in checkpoint.groups):
         yield "no optimizer settings (lr, betas ...): the source does not have them"
     if checkpoint.optimizer:
         yield f"not kept: the optimizer's class ({escape(checkpoint.optimizer)})"

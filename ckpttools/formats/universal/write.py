@@ -79,7 +79,8 @@ def _group(checkpoint: Checkpoint, group: ParamGroup) -> Iterator[OutputFile]:
                 f"{escape(lacking)} has no '{escape(kind)}', which other parameters of its group have",
                 where=checkpoint.path,
                 why="load_universal joins a group's state, and stops at a parameter without it",
-                hint="was the parameter ever trained? leave the optimizer's state out: --reset-optimizer",
+                hint="never trained, or of a shape for which its class keeps other state? "
+                "--reset-optimizer leaves the state out",
             )
 
 

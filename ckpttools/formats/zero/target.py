@@ -172,5 +172,6 @@ def _incomplete(checkpoint: Checkpoint, kind: str, name: str) -> CkptError:
         f"{escape(name)} has no '{escape(kind)}', which other parameters of its group have",
         where=checkpoint.path,
         why="ZeRO keeps one flat vector for a group: it has no place for a parameter without state",
-        hint="was the parameter ever trained? leave the optimizer's state out, or extract the weights",
+        hint="never trained, or of a shape for which its class keeps other state? leave the optimizer's "
+        "state out, or extract the weights",
     )

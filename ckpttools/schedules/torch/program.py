@@ -25,7 +25,7 @@ from ckpttools.schedules.program import (
     too_long,
 )
 from ckpttools.schedules.torch.lengths import Rescaling, rescale
-from ckpttools.schedules.torch.rates import EITHER, annealing
+from ckpttools.schedules.torch.rates import EITHER, OPEN, annealing
 from ckpttools.schedules.torch.states import LAMBDA, PLATEAU, UNKNOWN, Node, node_of
 from ckpttools.schedules.torch.steps import can_jump, construct, jump, step
 
@@ -87,11 +87,34 @@ class TorchProgram(Program):
         return max((_count(node) for node in self.nodes), default=0)
 
     @property
+    def by_epoch(self) -> bool | None:
+        return True if self.in_fractions else None
+
+    @property
     def known(self) -> bool:
         return self.replays
 
     @property
+    def in_fractions(self) -> bool:
+        """Whether the code steps it by parts of an epoch, `step(epoch + batch / batches)` as torch documents
+        it for warm restarts: then T_cur is no whole number, and gives the saved rate.
+        """
+        (node, *others), groups = self.nodes, self.saved_groups
+        at = node.state.get("T_cur")
+        if (
+            others
+            or node.kind != "CosineAnnealingWarmRestarts"
+            or not isinstance(at, float)
+            or at.is_integer()
+        ):
+            return False
+        rates = OPEN[node.kind](node.state, list(groups), False)
+        return all(math.isclose(r, g["lr"], rel_tol=SAME) for r, g in zip(rates, groups, strict=True))
+
+    @property
     def unknown(self) -> str:
+        if self.in_fractions:
+            return "it is stepped by parts of an epoch, which the code counts"
         kind = _without_rate(self.nodes)
         return "the schedule has ended" if kind is None else _WHY[kind]
 
@@ -161,6 +184,8 @@ def recognise_torch(
             "the schedulers have made different numbers of steps: each counter is mapped by itself, and the "
             "learning rate is left as it is"
         )
+    if program.in_fractions:
+        return replace(program, replays=False).with_notes(f"{program.families[0]}: {program.unknown}")
     program = _with_anneal(program)
     found = replayed(program, program.count, near=True).groups
     if math.isnan(found[0]["lr"]) or _by_metric(nodes):

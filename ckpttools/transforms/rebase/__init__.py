@@ -129,6 +129,7 @@ def _notes(
 ) -> Iterator[str]:
     yield from training.notes
     yield from training.batch.notes
+    yield from _of_unit(training, request)
     yield from line.notes
     for each in found:
         yield from each.new.notes
@@ -146,6 +147,18 @@ def _notes(
         )
     yield from groups.notes_of_scaling(request, line, factor)
     yield from _of_ranks(training, line)
+
+
+def _of_unit(training: Training, request: Request) -> Iterator[str]:
+    """That plain training code may count something else than updates: the optimizer counted otherwise."""
+    steps = next((o.steps for o in training.optimizers if o.steps is not None), None)
+    if training.framework != "plain" or training.unit != "update" or request.unit is not None:
+        return
+    if None not in (steps, training.count) and steps != training.count:
+        yield (
+            f"the counter is {training.count}, and the optimizer made {steps} updates: it is taken as "
+            "a count of updates; --unit micro takes it as one of micro-batches"
+        )
 
 
 def _of_ranks(training: Training, line: Timeline) -> Iterator[str]:

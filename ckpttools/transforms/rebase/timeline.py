@@ -177,7 +177,9 @@ def _is_global(training: Training, request: Request, parts: int, notes: list[str
         expected = total if request.batch_is == "global" else micro
         _contradiction(f"--old-bs ({request.batch_is})", given, expected, notes)
         return request.batch_is == "global"
-    if given is None or given == micro:
+    if given is None:
+        return micro is None and total is not None  # the one size that is stated
+    if given == micro:
         return False
     if given == total:
         return True
