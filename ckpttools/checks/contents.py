@@ -21,7 +21,7 @@ from ckpttools.passes.ranges import Claims
 from ckpttools.passes.run import Digest, Passed, run
 from ckpttools.plan import Segment, SourceCheck
 from ckpttools.progress import Progress
-from ckpttools.tensors import ByteRange, TensorRef, Tiles, spans
+from ckpttools.tensors import ByteRange, Strided, TensorRef, Tiles, spans
 
 # optimizer state that is a running mean (or sum) of squares
 SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
@@ -78,14 +78,19 @@ def tasks_of(checked: Checked, copies: Sequence[Copy] = ()) -> list[data.Task]:
             tasks += [pair for pair in joined.tasks if claims.claim_all(list(data.sources(pair)))]
     for twins in _twins(found, (*checked.copies, *copies)):
         tasks.append(replace(twins, apart=claims.claim_all([twins.one, twins.other])))
+    views: list[data.ScanView] = []
     for joined in data.join(_scans(found, checked, claims)):
         whole = data.plain(joined)
+        if isinstance(whole, data.ScanView):
+            views.append(whole)  # what lies around its elements is left to others
+            continue
         assert isinstance(whole, data.Scan)
         free = claims.claim(whole.source)
         if free == [whole.source]:
             tasks.append(joined)
         elif free:
             tasks += _free_of(joined, free)
+    tasks += (view for view in views if not all(map(claims.covers, data.sources(view))))
     for record in _records(found):
         tasks += [data.Scan(source=part, dtype=None, name="") for part in claims.claim(record)]
     return tasks
@@ -104,17 +109,25 @@ def _pairs(found: Checkpoint) -> Iterator[data.Pair]:
                 yield from data.moments(name, mean, second[name])
 
 
-def _scans(found: Checkpoint, checked: Checked, claims: Claims) -> Iterator[data.Scan]:
+def _scans(found: Checkpoint, checked: Checked, claims: Claims) -> Iterator[data.Scan | data.ScanView]:
     """Every tensor of floats; what is left of files by their labels."""
+    views: set[Strided] = set()
     for name, ref in _tensors(found, [*checked.files, *checked.optimizers], claims):
         if not ref.dtype.is_float and not ref.dtype.name.startswith("complex"):
             continue
         padding = name.startswith(checked.padded)
         dtype, squares = None if padding else ref.dtype, name.endswith(SQUARES)
         for chunk in ref.chunks:
-            for span in spans(chunk) if isinstance(chunk, (ByteRange, Tiles)) else ():
-                if not claims.covers(span):
+            where = chunk.in_file_order() if isinstance(chunk, Strided) else chunk
+            if not isinstance(where, (ByteRange, Tiles, Strided)):
+                continue
+            free = [span for span in spans(where) if not claims.covers(span)]
+            if not isinstance(where, Strided):
+                for span in free:
                     yield data.Scan(source=span, dtype=dtype, name=name, squares=squares)
+            elif free and dtype is not None and where not in views:
+                views.add(where)
+                yield data.ScanView(source=where, dtype=dtype, name=name, squares=squares)
 
 
 def _free_of(task: data.Task, free: Sequence[ByteRange]) -> Iterator[data.Scan]:
@@ -240,9 +253,10 @@ def _within(
         places.setdefault(source.path, []).append(source)
     longest = max((source.nbytes for source in sources), default=0)
     for name, ref in (*found.master.items(), *_tensors(found, files)) if sources else ():
-        for chunk in ref.chunks:
-            if not isinstance(chunk, ByteRange):
+        for part in ref.chunks:
+            if not isinstance(part, (ByteRange, Strided)):
                 continue
+            (chunk,) = spans(part)
             near = places.get(chunk.path, [])
             for k in range(bisect_right(near, chunk.start - longest, key=_start), len(near)):
                 if near[k].start >= _end(chunk):

@@ -15,7 +15,7 @@ from ckpttools.errors import CkptError
 from ckpttools.findings import WARNING, Finding
 from ckpttools.location import Location
 from ckpttools.stores.files import bytes_of
-from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, DType, TensorRef
+from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, ByteRange, DType, Strided, TensorRef
 from ckpttools.training import Training
 
 if TYPE_CHECKING:
@@ -135,8 +135,9 @@ def _parts(found: Checkpoint, refs: Iterable[TensorRef]) -> Part:
     parts: Part = {}
     for ref in refs:
         for chunk in ref.chunks if ref.dtype.is_float else ():
-            if isinstance(chunk, ByteRange):
-                parts.setdefault(chunk.path, []).append((chunk, ref.dtype))
+            where = chunk.in_file_order() if isinstance(chunk, Strided) else chunk
+            if isinstance(where, ByteRange):
+                parts.setdefault(where.path, []).append((where, ref.dtype))
     if len(parts) > (found.layout.ranks or found.layout.dp_degree):
         parts = {next(iter(parts)): [place for part in parts.values() for place in part]}
     return {

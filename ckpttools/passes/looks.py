@@ -8,7 +8,7 @@ Two blocks that disagree are read once more, side by side, to say where.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import xxhash
 
@@ -24,6 +24,7 @@ from ckpttools.passes.tasks import (
     Pair,
     Result,
     Scan,
+    ScanView,
     Twins,
     Unlike,
     itemsizes,
@@ -206,3 +207,20 @@ def side_by_side(pair: Pair, reader: Reader, buffer: memoryview) -> Iterator[Res
             case Moments(dtype=dtype, name=name):
                 if count := holes(numpy_array(here, dtype), numpy_array(there, dtype)):
                     yield Odd(what="hole", path=other.path, name=f"{name} (exp_avg_sq)", count=count)
+
+
+def look_at_view(view: ScanView, reader: Reader, buffer: memoryview) -> Iterator[Result]:
+    """Read the elements of a view, a block of them at a time, and look at them; `buffer` holds a block."""
+    whole, dtype = view.source, view.dtype
+    step = BLOCK_NBYTES // dtype.itemsize
+    for first in range(0, whole.numel, step):
+        part = whole.cut(first * dtype.itemsize, min(step, whole.numel - first) * dtype.itemsize)
+        block = buffer[: part.nbytes]
+        reader.fill(block, (part,))
+        values, place = numpy_array(block, dtype), ByteRange(whole.path, 0, part.nbytes)
+        for found in odd_values(values, dtype, place, view.name, squares=view.squares):
+            if isinstance(found, NonFinite):
+                yield replace(found, byte=whole.byte_of(part.first + found.byte // dtype.itemsize))
+            else:
+                yield found
+        yield from patterns(values, dtype, place, view.name)

@@ -16,7 +16,7 @@ from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.location import Location
 from ckpttools.passes import threads
 from ckpttools.passes.hashes import FileHash, Ranges, Sink, Sinks
-from ckpttools.passes.looks import Look, Meetings, Side, look, side_by_side
+from ckpttools.passes.looks import Look, Meetings, Side, look, look_at_view, side_by_side
 from ckpttools.passes.read import Reader
 from ckpttools.passes.tasks import (
     BadChecksum,
@@ -27,6 +27,7 @@ from ckpttools.passes.tasks import (
     Plain,
     Result,
     Scan,
+    ScanView,
     Task,
     Twins,
     itemsizes,
@@ -72,9 +73,9 @@ def run(
     """Carry out the tasks, hold what is read against `checks` (all of whose bytes are read), and take the
     digests of the files in `hashes` and of ranges in them, whose bytes `sinks` are given, too.
 
-    The ranges of all tasks but twins that are not `apart` must be disjoint; each byte is read once, those of
-    the others and of blocks that differ from their partners once more. Raises CkptError where a file cannot
-    be read to its end, or leads out of the checkpoint.
+    The ranges of all tasks but views and twins that are not `apart` must be disjoint; each byte is read once,
+    those of the others and of blocks that differ from their partners once more. Raises CkptError where a file
+    cannot be read to its end, or leads out of the checkpoint.
     """
     return _Pass(list(tasks), list(checks), hashes or {}, progress, sinks or {}).run(threads.count(workers))
 
@@ -116,6 +117,7 @@ class _Pass:
         self.results: list[Result] = []
         self.meetings = Meetings()
         self.again: list[Pair] = [task for task in tasks if isinstance(task, Twins) and not task.apart]
+        self.views = [task for task in tasks if isinstance(task, ScanView)]
         self.joined = {id(task.whole): task for task in tasks if isinstance(task, Joined)}
         self.odd: dict[int, Joined] = {}  # of those, what must be looked at one by one
         self.checks: dict[Location, list[SourceCheck]] = {}
@@ -129,7 +131,7 @@ class _Pass:
         for number, task in enumerate(tasks):
             for span in _spans(plain(task), number):
                 spans.setdefault(span.source.path, []).append(span)
-        for path in spans:
+        for path in {*spans, *(view.source.path for view in self.views)}:
             refuse_outside(path)
         self.turns = {path: _Turns(path, ranges, sinks.get(path, ())) for path, ranges in hashes.items()}
         self.spans = spans
@@ -138,6 +140,7 @@ class _Pass:
         units = threads.by_turns(self.units_of(path) for path in list(self.spans))
         threads.in_threads(workers, self.work, units)
         threads.in_threads(workers, self.look_again, self.again)
+        threads.in_threads(workers, self.look_at_views, self.views)
         self.results += self.bad_checksums()
         if self.odd:
             one_by_one: list[Task] = [task for joined in self.odd.values() for task in joined.tasks]
@@ -232,6 +235,16 @@ class _Pass:
                 with self.lock:
                     self.results += found
 
+    def look_at_views(self, views: Iterable[ScanView]) -> None:
+        buffer = memoryview(bytearray(BLOCK_NBYTES))
+        with Reader() as reader:
+            for view in views:
+                found = list(look_at_view(view, reader, buffer))
+                with self.lock:
+                    self.results += found
+                    if self.progress is not None:
+                        self.progress.update(view.nbytes)
+
     def bad_checksums(self) -> Iterator[Result]:
         for path, found in self.checks.items():
             crcs = self.crcs[path]
@@ -245,7 +258,7 @@ def _spans(task: Plain, number: int) -> Iterator[_Span]:
     match task:
         case Scan(source=source):
             yield _Span(source, task, BLOCK_NBYTES)
-        case Twins(apart=False):
+        case Twins(apart=False) | ScanView():
             pass
         case pair:
             items = itemsizes(pair)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
-from ckpttools.tensors import FLOAT32, ByteRange, DType, TensorRef
+from ckpttools.tensors import FLOAT32, ByteRange, DType, Strided, TensorRef, spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,22 @@ class Scan:
     name: str
     squares: bool = False
     many: bool = False  # small tensors in one task
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanView:
+    """A view with holes between its elements, which are looked at as those of a `Scan` are. They are read by
+    themselves, whatever else is read of the bytes around them.
+    """
+
+    source: Strided
+    dtype: DType
+    name: str
+    squares: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +99,7 @@ class Moments:
 
 
 Pair = Compare | Twins | Moments
-Plain = Scan | Pair
+Plain = Scan | ScanView | Pair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +130,14 @@ def parts(task: Task) -> tuple[Plain, ...]:
 
 
 def sources(task: Task) -> tuple[ByteRange, ...]:
-    """What a task reads."""
-    one = plain(task)
-    return (one.source,) if isinstance(one, Scan) else sides(one)
+    """What a task reads; of a view, from its first element to its last."""
+    match plain(task):
+        case Scan() as scan:
+            return (scan.source,)
+        case ScanView() as view:
+            return tuple(spans(view.source))
+        case pair:
+            return sides(pair)
 
 
 def sides(pair: Pair) -> tuple[ByteRange, ByteRange]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
@@ -87,6 +87,35 @@ class Strided:
             first=self.first + start // self.itemsize,
             numel=nbytes // self.itemsize,
         )
+
+    def byte_of(self, element: int) -> int:
+        """Where in the file element `element` of the whole view begins."""
+        at = 0
+        for n, stride in zip(self.shape[::-1], self.strides[::-1], strict=True):
+            element, index = divmod(element, n)
+            at += index * stride
+        return self.start + at * self.itemsize
+
+    def in_file_order(self) -> ByteRange | Strided:
+        """The elements of a whole view, the smallest step innermost, and what it repeats at even steps once:
+        a range where it leaves no holes. A part of a view stays as it is.
+        """
+        if self.first or self.numel != math.prod(self.shape):
+            return self
+        levels = [(1, 1)]  # how many, and the step between them, from the smallest step on
+        for stride, n in sorted(zip(self.strides, self.shape, strict=True)):
+            numel, step = levels[-1]
+            if (
+                stride % step == 0 and stride <= numel * step
+            ):  # the next one begins where these end, or before
+                levels[-1] = numel + (n - 1) * stride // step, step
+            elif n > 1:
+                levels.append((n, stride))
+        if len(levels) == 1:
+            return ByteRange(self.path, self.start, levels[0][0] * self.itemsize)
+        shape = tuple(numel for numel, _ in levels[::-1])
+        strides = tuple(step for _, step in levels[::-1])
+        return replace(self, shape=shape, strides=strides, numel=math.prod(shape))
 
 
 @dataclass(frozen=True, slots=True)
