@@ -1,12 +1,13 @@
 """What went wrong in other people's runs and shows in names and shapes alone.
 
+    weights without data        ZeRO-3's placeholders, tensors on the meta device, a file without a tensor
     experts missing             an exporter left experts out, and the model loads with fresh ones
     LoRA weights without size   ZeRO-3's placeholders were saved instead of the gathered weights
     buffers of [world_size]     a merger joined what every rank had a copy of
     no optimizer state          groups with settings, steps done, and not one moment
     leftovers of other ranks    random states of more ranks than the ZeRO folder has (its own: shard-extra)
 
-Each is a warning: it says what is odd, and what usually makes it so.
+Each is a warning that says what is odd, and what usually makes it so; weights without data are an error.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from collections.abc import Iterator, Mapping, Set
 from itertools import islice
 
 from ckpttools.checkpoint import FP32, Checkpoint
+from ckpttools.containers.pickles import Object
 from ckpttools.errors import some
-from ckpttools.findings import WARNING, Finding
+from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats import Source
 from ckpttools.frameworks import FRAMEWORKS
 from ckpttools.stores.files import entries, is_file, is_folder
+from ckpttools.tree import Opaque, Value
 
 EXPERT = re.compile(r"(?P<layer>(?:.*\.)?(?:deepspeed_)?experts?)\.(?P<index>\d{1,9})\.(?P<rest>.+)")
 ROUTER = ("gate", "router", "router.classifier", "gate.wg", "router.layer")
@@ -45,8 +48,20 @@ def check_incidents(source: Source, found: Checkpoint, said: Set[str] = frozense
             why="the model would be loaded with fresh weights in their place, or not at all",
             hint="save or export again with all expert-parallel ranks",
         )
+    gone = list(_without_data(found))
+    for names, problem in gone:
+        yield Finding(
+            id="weights-empty",
+            severity=ERROR,
+            file=path,
+            where=names[0] if names else "",
+            message=problem,
+            why="the values are not here: a model that loads this has none, or fresh ones",
+            hint="save again with the weights gathered and loaded, or extract them from the run's own "
+            "checkpoint: ckpt extract",
+        )
     empty = [name for name, ref in found.tensors.items() if not ref.numel and LORA.search(name)]
-    if empty:
+    if empty and not gone:
         yield Finding(
             id="lora-empty",
             severity=WARNING,
@@ -87,6 +102,30 @@ def check_incidents(source: Source, found: Checkpoint, said: Set[str] = frozense
             why="they are left over from a save of another world size into the same folder",
             hint="move them away; look whether other files are older than the rest, too",
         )
+
+
+def _without_data(found: Checkpoint) -> Iterator[tuple[list[str], str]]:
+    """Names of weights that were saved without their values, and what is said of them."""
+    if not found.tensors and found.layout.format in ("hf", "safetensors"):  # others are not read at all
+        yield [], "not a single tensor is in it"
+    floats = {n: r for n, r in found.tensors.items() if r.dtype.is_float and n not in found.buffers}
+    weights = {name: ref for name, ref in floats.items() if name.endswith(".weight")}
+    for names in (floats if len(floats) > 1 else {}, weights):
+        if names and not any(ref.numel for ref in names.values()):
+            shown = f"{some(list(names))}: weights without a single element"
+            yield list(names), f"{shown}, as ZeRO-3 leaves what was not gathered"
+            break
+    meta = [name for name, value in found.extra_state.items() if _is_meta(value)]
+    if meta:
+        yield meta, f"{some(meta)}: on the meta device: saved without data"
+
+
+def _is_meta(value: Value) -> bool:
+    """A tensor on the meta device, or a parameter made of one."""
+    node = value.node if isinstance(value, Opaque) else None
+    if isinstance(node, Object) and node.is_a("torch._utils", "_rebuild_parameter") and node.args:
+        node = node.args[0]
+    return isinstance(node, Object) and node.is_a("torch._utils", "_rebuild_meta_tensor_no_storage")
 
 
 def _stale(source: Source, found: Checkpoint) -> list[str]:

@@ -20,6 +20,7 @@ from ckpttools.runs.find import paths
 
 RULES = {
     "experts-missing",
+    "weights-empty",
     "lora-empty",
     "buffer-repeated",
     "optimizer-empty",
@@ -196,6 +197,54 @@ def test_adapters_without_elements(tmp_path: Path) -> None:
     weights["none"] = torch.empty(0)
     save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     assert found(tmp_path / "adapter_model.safetensors") == {}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"a.weight": torch.empty(0), "b.weight": torch.empty(0)},
+        {"a.weight": torch.empty(0), "b.weight": torch.empty(0, 4), "b.bias": torch.randn(3)},
+        {"lm_head": torch.empty(0), "wte": torch.empty(0), "position_ids": torch.arange(3)},
+        {
+            "base_model.model.q.lora_A.weight": torch.empty(0),
+            "base_model.model.q.lora_B.weight": torch.empty(0),
+        },
+    ],
+)
+def test_weights_without_elements(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """What ZeRO-3 leaves of parameters that were not gathered."""
+    torch.save(weights, tmp_path / "a.pt")
+    torch.save({"model_state_dict": weights, "epoch": 1}, tmp_path / "b.pt")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text('{"model_type": "llama"}')
+    for path in ("hf/model.safetensors", "c.safetensors"):
+        save_file(weights, tmp_path / path, {"format": "pt"})
+    for name in ("a.pt", "b.pt", "hf", "c.safetensors"):
+        assert found(tmp_path / name) == {"weights-empty": next(iter(weights))}
+        assert not verify(tmp_path / name).ok
+
+
+def test_a_tensor_without_elements_beside_weights_is_good(tmp_path: Path) -> None:
+    for beside in ({"none": torch.empty(0)}, {"a.bias": torch.empty(0), "b.weight": torch.empty(0, 3)}):
+        torch.save({"a.weight": torch.randn(4, 2), **beside}, tmp_path / "a.pt")
+        assert found(tmp_path / "a.pt") == {} and verify(tmp_path / "a.pt").ok
+    torch.save({"none": torch.empty(0), "ids": torch.arange(3)}, tmp_path / "b.pt")
+    assert found(tmp_path / "b.pt") == {}
+
+
+def test_weights_on_the_meta_device(tmp_path: Path) -> None:
+    meta = torch.empty(2, 2, device="meta")
+    for weight in (meta, torch.nn.Parameter(meta)):
+        torch.save({"b.weight": torch.randn(2), "w.weight": weight}, tmp_path / "a.pt")
+        (finding,) = (f for f in verify(tmp_path / "a.pt").findings if f.severity == "error")
+        assert (finding.id, finding.where) == ("weights-empty", "w.weight")
+        assert "on the meta device: saved without data" in finding.message
+
+
+def test_a_file_of_weights_without_a_tensor(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "a.safetensors", {"format": "pt"})
+    assert found(tmp_path / "a.safetensors") == {"weights-empty": ""}
+    assert not verify(tmp_path / "a.safetensors").ok
 
 
 def test_buffers_that_a_merger_repeated(tmp_path: Path) -> None:
