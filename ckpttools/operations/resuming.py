@@ -26,7 +26,8 @@ from ckpttools.tree import Opaque, Value, at, leaves, same
 ALLOWED = re.compile(
     r"collections\.(OrderedDict|Counter)|builtins\.(bytearray|set|complex)|_codecs\.encode|torch\.(Size|Tensor|device"
     r"|nn\.parameter\.Parameter|serialization\._get_layout|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2"
-    r"|(storage\.)?\w+Storage|bool|q?u?int\d+|b?float\w+|complex\d+)"
+    r"|(storage\.)?\w+Storage|bool|q?u?int\d+|b?float\w+|complex\d+"
+    r"|per_(tensor|channel)_(affine|symmetric)|per_channel_affine_float_qparams)"
 )
 
 

@@ -20,9 +20,9 @@ def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float] = ()) ->
     """The weighted mean of every floating point tensor, from each one's best copy; the rest from the last.
 
     Products and sums are in float64, rounded once to the widest type that the name has, float32 for float16
-    with bfloat16. Integers, float8, counters and what else the checkpoints say are the last one's; notes
-    name that. `weights` are all 1 by default. Raises CkptError where names or shapes differ, UsageError for
-    weights that make no mean.
+    with bfloat16. Integers, float8, complex numbers, counters and what else the checkpoints say are the last
+    one's; notes name that. `weights` are all 1 by default. Raises CkptError where names or shapes differ,
+    UsageError for weights that make no mean.
     """
     _check_weights(checkpoints, weights)
     counted = list(weights) or [1.0] * len(checkpoints)
@@ -184,7 +184,10 @@ def _notes(
     yield f"the mean of {count} checkpoints{shares}: sums in float64, rounded once"
     yield f"counters, losses and configuration are those of the last, {escape(last.path)}"
     if kept:
-        yield f"{len(kept)} tensors are not averaged (integers, float8): the last one's; {escape(kept[0])}"
+        yield (
+            f"{len(kept)} tensors are not averaged (integers, float8, complex): the last one's; "
+            f"{escape(kept[0])}"
+        )
     if widened:
         how = "the widest, fp16 with bf16 in fp32"
         yield f"{len(widened)} tensors have several types: written in {how}; {escape(widened[0])}"

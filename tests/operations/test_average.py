@@ -114,6 +114,14 @@ def test_any_floats_are_averaged_as_numpy_does(
     shutil.rmtree(folder)
 
 
+def test_what_is_not_averaged_is_named(tmp_path: Path) -> None:
+    for i in range(2):
+        held = {"w.weight": torch.ones(2), "c": torch.complex(torch.ones(2), torch.ones(2))}
+        torch.save({"state_dict": held}, tmp_path / f"{i}.pt")
+    made = ckpttools.average(tmp_path / "0.pt", tmp_path / "1.pt", dst=tmp_path / "m.pt")
+    assert "1 tensors are not averaged (integers, float8, complex): the last one's; c" in made.notes
+
+
 def test_large_tensors_go_through_small_buffers(tmp_path: Path) -> None:
     """Several units and blocks, views and a change of type within the pieces of a tensor, several threads."""
     sides = [torch.randn(3, 700_001) for _ in range(3)]
