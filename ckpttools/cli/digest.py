@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -86,7 +87,7 @@ def _text(found: Digested, *, tensors: bool) -> list[str]:
             f"note: {len(digests.apart)} weights are not their rounded masters, the first "
             f"{escape(digests.apart[0])}; ckpt verify says more"
         )
-    lines += [f"note: not in the digests: {what}" for what in found.unnamed]
+    lines += [f"note: not in the digests: {what}" for what in (*found.unnamed, *map(escape, found.beside))]
     if tensors:
         each = [
             (digest, kind, name) for kind, named in digests.tensors.items() for name, digest in named.items()
@@ -113,7 +114,7 @@ def _json(found: Digested) -> dict[str, object]:
         "kinds": dict(digests.kinds),
         "tensors": {kind: dict(named) for kind, named in digests.tensors.items()},
         "apart": list(digests.apart),
-        "not_in_digests": list(found.unnamed),
+        "not_in_digests": [*found.unnamed, *found.beside],
         "checksums_verified": digests.checked,
     }
 
@@ -138,9 +139,7 @@ def compared(result: Compared) -> list[str]:
     if keys := list(dict.fromkeys(named)):
         shown = ", ".join(map(escape, keys[:SHOWN]))
         lines.append(f"NOT COMPARED: tensors that training code keeps under {shown}; ckpt prove does")
-    if keys := list(dict.fromkeys(key for side in both for key in side.extra_state)):
-        shown = ", ".join(map(escape, keys[:SHOWN]))
-        lines.append(f"NOT COMPARED: what the model's state holds beside tensors: {shown}; ckpt prove does")
+    lines += _beside(result)
     for what, same in (("hyper-parameters", _settings(result)), ("counters and schedule", result.counters)):
         said = {True: "equal", False: "not the same; ckpt diff names them", None: "not compared"}[same]
         lines.append(f"{what}: {said}")
@@ -148,6 +147,25 @@ def compared(result: Compared) -> list[str]:
         lines[-1] = "counters and schedule: neither holds any"
     lines.append(_verdict(result))
     return lines
+
+
+def _beside(result: Compared) -> Iterator[str]:
+    """What lies with the weights, and whether another command compares it."""
+    sides = (result.left, result.right)
+    known = [side.beside for side in sides]
+    keys = dict.fromkeys(key for side in sides for key in side.checkpoint.extra_state)
+    unseen = [key for key in keys if not all(each.get(key, True) for each in known)]
+    seen = [key for key in keys if key not in unseen]
+    unread = list(dict.fromkeys(place for side in sides for place in side.checkpoint.unread))
+    held, nobody = "what the model's state holds beside tensors", "no command looks into it"
+    for what, names, who in (
+        (held, seen, "ckpt prove does"),
+        (held, unseen, nobody),
+        ("what lies under keys that are no text", unread, nobody),
+    ):
+        if names:
+            shown = ", ".join(map(escape, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
+            yield f"NOT COMPARED: {what}: {shown}; {who}"
 
 
 def _settings(result: Compared) -> bool | None:
@@ -177,7 +195,8 @@ def _same(result: Compared) -> str:
     known = dict.fromkeys((*result.left.content.kinds, *result.right.content.kinds))
     if others := [kind for kind in known if kind not in result.equal]:
         return f"the same in {', '.join(result.equal)}; not asked for: {', '.join(others)}"
-    if rest := dict.fromkeys((*result.left.unnamed, *result.right.unnamed)):
+    sides = (result.left, result.right)
+    if rest := dict.fromkeys(what for side in sides for what in (*side.unnamed, *map(escape, side.beside))):
         return f"the same in {', '.join(result.equal)}; not asked for: {', '.join(rest)}"
     if known.keys() <= {WEIGHT, MASTER}:
         return "the same weights; neither holds any optimizer state"
@@ -198,7 +217,7 @@ def _compared_json(result: Compared) -> dict[str, object]:
             kind: str((result.left if is_left else result.right).path)
             for kind, is_left in result.one_sided.items()
         },
-        "not_compared": list(result.uncompared),
+        "not_compared": [*result.uncompared, *result.beside],
         "settings_equal": _settings(result),
         "counters_equal": result.counters,
     }

@@ -117,7 +117,7 @@ def _known(value: Value) -> Value:
 
 
 def opaque(checkpoint: Checkpoint) -> list[str]:
-    """Where objects lie that cannot be compared."""
+    """Where objects lie that cannot be compared, and keys under which nobody looks."""
     held = (
         checkpoint.extra_state,
         checkpoint.client,
@@ -125,7 +125,20 @@ def opaque(checkpoint: Checkpoint) -> list[str]:
         checkpoint.loss_scaler,
     )
     found = ((path, leaf) for value in held for path, leaf in leaves(value))
-    return [dotted_path(path) for path, leaf in found if isinstance(leaf, Opaque) and not inside(leaf)]
+    objects = [dotted_path(path) for path, leaf in found if isinstance(leaf, Opaque) and not inside(leaf)]
+    return [*objects, *checkpoint.unread]
+
+
+def state_beside(checkpoint: Checkpoint) -> dict[str, bool]:
+    """The keys of the model's state beside tensors under which there are tensors or objects, with whether
+    all of them can be compared.
+    """
+    out: dict[str, bool] = {}
+    for key, value in checkpoint.extra_state.items():
+        held = [leaf for _, leaf in leaves(value) if isinstance(leaf, TensorRef | Opaque)]
+        if held:
+            out[key] = all(isinstance(leaf, TensorRef) or bool(inside(leaf)) for leaf in held)
+    return out
 
 
 def client_tensors(checkpoint: Checkpoint) -> list[str]:

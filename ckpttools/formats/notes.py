@@ -39,9 +39,16 @@ def unnamed(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"carried as it is: the optimizer's state under {keys}, whose parameters have no names"
 
 
+def unread(checkpoint: Checkpoint) -> Iterator[str]:
+    """What only the source's own file can hold."""
+    if checkpoint.unread:
+        yield f"left out: what lies under keys that are no text ({some(checkpoint.unread)})"
+
+
 def unsaid(checkpoint: Checkpoint) -> Iterator[str]:
     """Of a DeepSpeed folder: what the source does not say, and the result needs."""
     yield from left_out(checkpoint)
+    yield from unread(checkpoint)
     if checkpoint.training.step is None:
         yield "global_steps is not known: written as 0"
 

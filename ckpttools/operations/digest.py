@@ -11,6 +11,7 @@ from ckpttools.checks import check_before_use
 from ckpttools.checks.changing import watched
 from ckpttools.compare.content import Content, content
 from ckpttools.compare.digests import Digests, digests, jobs_of, nbytes_of
+from ckpttools.compare.facts import state_beside
 from ckpttools.compare.pairs import Pair, pairs
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import Source
@@ -40,6 +41,13 @@ class Digested:
     def unnamed(self) -> tuple[str, ...]:
         """What it keeps of optimizers that the digests do not hold."""
         return unnamed(self.source, self.checkpoint)
+
+    @property
+    def beside(self) -> dict[str, bool]:
+        """What else lies with its weights, and the digests do not hold: tensors and objects in the model's
+        state, and keys that are no text; with whether `prove` compares it.
+        """
+        return state_beside(self.checkpoint) | dict.fromkeys(self.checkpoint.unread, False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +84,19 @@ class Compared:
         return () if self.partial else tuple(dict.fromkeys((*self.left.unnamed, *self.right.unnamed)))
 
     @property
+    def beside(self) -> dict[str, bool]:
+        """What lies with the weights of either and is in no digest, with whether `prove` compares it, unless
+        it was not asked for.
+        """
+        ours, theirs = self.left.beside, self.right.beside
+        keys = () if self.partial else dict.fromkeys((*ours, *theirs))
+        return {key: ours.get(key, True) and theirs.get(key, True) for key in keys}
+
+    @property
     def same(self) -> bool:
         """Whether each side holds all that the other does, and all of it is equal."""
-        return not (self.different or self.one_sided or self.uncompared) and bool(self.equal)
+        unknown = self.uncompared or self.beside
+        return not (self.different or self.one_sided or unknown) and bool(self.equal)
 
 
 def digest(

@@ -48,6 +48,7 @@ def average(checkpoints: Sequence[Checkpoint], weights: Sequence[float] = ()) ->
         last,
         tensors=tensors,
         layout=replace(last.layout, dtype=common_dtype(tensors)),
+        unread=tuple(dict.fromkeys(place for each in checkpoints for place in each.unread)),
         checks=tuple(dict.fromkeys(check for each in checkpoints for check in each.checks)),
         template=None,
         notes=tuple(_notes(len(checkpoints), weights, last, kept, widened)),

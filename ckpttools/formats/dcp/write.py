@@ -32,7 +32,7 @@ from ckpttools.formats.dcp.roles import (
     TITAN,
     Names,
 )
-from ckpttools.formats.notes import left_out, one_copy, unnamed
+from ckpttools.formats.notes import left_out, one_copy, unnamed, unread
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 from ckpttools.tree import Path as Keys
@@ -219,6 +219,7 @@ def _not_held(checkpoint: Checkpoint) -> Iterator[str]:
         yield "no optimizer settings (lr, betas ...): the source does not have them"
     yield from unnamed(checkpoint)
     yield from left_out(checkpoint)
+    yield from unread(checkpoint)
     if checkpoint.settings:
         yield "the run's settings have no place in the format"
     if checkpoint.training.saved_batch:

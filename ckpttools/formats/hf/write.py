@@ -13,7 +13,7 @@ from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, w
 from ckpttools.errors import escape, some
 from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, to_metadata, to_values
 from ckpttools.formats.hf.names import BIN, shard_names
-from ckpttools.formats.notes import counts, left_out
+from ckpttools.formats.notes import counts, left_out, unread
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
 
@@ -94,6 +94,7 @@ def _not_held(checkpoint: Checkpoint, *, uncounted: bool) -> Iterator[str]:
     if keys := [key for each in held if isinstance(each, FreeText) for key in each.keys]:
         yield f"not carried, as it may hold for the source alone: the text of its header under {some(keys)}"
     yield from left_out(checkpoint)
+    yield from unread(checkpoint)
     if lost:
         yield f"not carried, as a model's files have no place for it: {', '.join(lost)}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import fields
@@ -19,7 +19,7 @@ from ckpttools.formats.notes import holds_for
 from ckpttools.formats.ties import tied
 from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.location import Location
-from ckpttools.tree import Opaque, Value, put
+from ckpttools.tree import Opaque, Value, leaves, put
 
 
 def read(
@@ -57,17 +57,15 @@ def read(
         client = {name: decode(file, node) for name, node in root.named() if name not in beside}
     notes = [f"the prefix '{prefix}' of every name was removed"] if prefix else []
     extra = _extra_state(file, key, prefix)
-    odd = [name for name, value in extra.items() if _is_tensor(value)]
+    odd = [name for name, value in extra.items() if any(_is_tensor(leaf) for _, leaf in leaves(value))]
     if odd:
         many = f"{counted(len(odd), 'tensor')} {'is' if len(odd) == 1 else 'are'}"
         notes.append(f"{many} of a kind that is not read (sparse, quantised, conjugated ...): {some(odd)}")
     notes += slices(root.get(SLICED)) if root is not None else ()
-    unnamed = (
-        [name for name, _ in root.pairs if not isinstance(name, str)] if root is not None and key else []
-    )
-    if unnamed:
-        rest = some([plain(k) for k in unnamed])
-        notes.append(f"keys of the file that are no text ({rest}) are kept by a change of this file alone")
+    unread = list(dict.fromkeys(_unread(file, key)))
+    if unread:
+        fate = "are kept by a change of this file alone" if key else "are in nothing that is written"
+        notes.append(f"keys of the file that are no text ({some(unread)}) {fate}")
     if saved is not None and groups:
         if saved.rest:
             client = dict(put(client, (saved.path[0],), dict(saved.rest)))
@@ -109,6 +107,7 @@ def read(
         excludes_frozen=holds_for(client.get(EXCLUDES_FROZEN), tensors),
         training=state,
         extra_state=extra,
+        unread=tuple(unread),
         client=client,
         files=(FileRole(path=path, nbytes=file.size, role=held + also, dangers=file.dangers),),
         checks=tuple(file.checks()),
@@ -130,6 +129,16 @@ def _extra_state(file: TorchFile, key: str | None, prefix: str) -> Mapping[str, 
         return {}
     rest = {name: node for name, node in pairs.named() if file.view(node) is None}
     return {name.removeprefix(prefix): decode(file, node) for name, node in rest.items()}
+
+
+def _unread(file: TorchFile, key: str | None) -> Iterator[str]:
+    """The keys that are no text, of the weights' own dict and, where that lies in another, of the whole."""
+    held = [("", file.value)] + ([(key, under(file.value, key))] if key is not None else [])
+    for place, node in held:
+        pairs = fields.as_mapping(node)
+        for name, _ in pairs.pairs if pairs is not None else ():
+            if not isinstance(name, str):
+                yield f"{place}[{plain(name)}]"
 
 
 def _is_tensor(value: Value) -> bool:

@@ -19,7 +19,7 @@ from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
 from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
-from ckpttools.formats.notes import left_out, one_copy, unnamed
+from ckpttools.formats.notes import left_out, one_copy, unnamed, unread
 from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.formats.torch_optimizer import place_of, separate, state_of
 from ckpttools.plan import Plan
@@ -58,6 +58,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
             values[key] = kept(template.file, template.root.get(key), value, {})
     notes += _not_held(checkpoint)
     if template is None:
+        notes += unread(checkpoint)
         root: Dict | Object = Dict.of(values.items())
     else:
         # keys that are no text are nobody's: they stay, and whoever reads the file is told
@@ -112,6 +113,8 @@ def _module(checkpoint: Checkpoint, template: Template | None, notes: list[str])
     for name, value in values.items():
         known = nodes.get(value) if isinstance(value, TensorRef) else None
         pairs.append((name, encode(value, storages) if known is None else known))
+    if old is not None:  # as those of the whole file: nobody's, and they stay
+        pairs += [pair for pair in old.pairs if not isinstance(pair[0], str)]
     made.pairs = pairs
     return made
 

@@ -273,7 +273,7 @@ def _same_tree(made: Any, expected: Any) -> None:
 def test_keys_that_are_no_text_are_named(tmp_path: Path) -> None:
     torch.save({"model_state_dict": {"w": torch.ones(2)}, 7: "seven", "epoch": 3}, tmp_path / "a.pt")
     found = open_checkpoint(tmp_path / "a.pt")
-    assert any("no text (7)" in note for note in found.notes)
+    assert any("no text ([7])" in note for note in found.notes)
     changed = replace(found, training=replace(found.training, epoch=4))
     made = torch.load(written(changed, tmp_path / "b.pt"), weights_only=True)
     assert made[7] == "seven" and made["epoch"] == 4
