@@ -17,6 +17,7 @@ CONFIG_FILES = re.compile(
 )
 # a folder with one of them has a configuration
 HEADS = ("config.json", "adapter_config.json")
+DIFFUSERS = "diffusion_pytorch_model"  # how weights are called that diffusers loads, and not transformers
 
 
 def config_files(folder: Location) -> list[OutputFile]:

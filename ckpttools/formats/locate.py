@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.formats import pipelines
 from ckpttools.formats.format import Folder, Found, Inner, Source, unfinished
 from ckpttools.formats.table import FORMATS
 from ckpttools.formats.tags import LATEST, is_bundle, is_rest, named_tags, tags
@@ -142,11 +143,32 @@ def _folder(path: Location) -> Source:
                 refuse_outside(path / name)
                 inner = _folder(path / name)
                 return replace(inner, root=path, how=f"{how}; {inner.how}")
-    found = checkpoints(path)
+    found = [*checkpoints(path), *_in_parts(folder)]
+    for _, lost in lost_parts(folder) if len(found) < 2 else ():
+        raise lost
     for format in () if found else FORMATS:
         if (error := format.lacking(folder)) is not None:
             raise error
     return _only_one(path, found)
+
+
+def _in_parts(folder: Folder) -> list[Location]:
+    """The parts of a pipeline whose weights are called otherwise than a checkpoint's."""
+    parts = (folder.path / name for name in pipelines.components(folder) if name in folder.folders)
+    return [part for part in parts if not holds_one(part) and checkpoints(part)]
+
+
+def lost_parts(folder: Folder) -> list[tuple[Location, CkptError]]:
+    """What a pipeline lists and does not have: a folder, or the weights beside a model's configuration."""
+    lost: list[tuple[Location, CkptError]] = []
+    for name in pipelines.components(folder):
+        part = folder.path / name
+        if name not in folder.folders:
+            lost.append((part, pipelines.missing(part, "is not there")))
+        elif is_file(part / "config.json") and not (holds_one(part) or checkpoints(part)):
+            what = "has a configuration and no weights that are read"
+            lost.append((part, pipelines.missing(part, what)))
+    return lost
 
 
 def _only_one(path: Location, found: Sequence[Location]) -> Source:

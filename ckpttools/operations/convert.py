@@ -13,7 +13,7 @@ from ckpttools.checkpoint import EXCLUDES_FROZEN, FP32, STEP, Checkpoint, Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
-from ckpttools.formats.configs import HEADS
+from ckpttools.formats.configs import DIFFUSERS, HEADS
 from ckpttools.formats.counters import OPTIMIZER
 from ckpttools.formats.deepspeed import SLICED, slices
 from ckpttools.formats.notes import counts
@@ -155,7 +155,8 @@ def convert(
             checkpoint = cast(checkpoint, target) if target is not None else checkpoint
             config = Path(hf_config) if hf_config is not None else None
             plan = with_config(PLANS[to](checkpoint, Layout(format="hf")), config, source.root)
-            configured = any(file.path in HEADS for file in plan.files)
+            diffusers = checkpoint.layout.stem == DIFFUSERS
+            configured = not diffusers and any(file.path in HEADS for file in plan.files)
             lines = iter(advice.weights(dst, "safetensors", single=False, configured=configured)[1:])
         case "zero0" | "zero1" | "zero2" | "zero3" | "universal":
             checkpoint, layout = prepared(checkpoint, to, ranks, target)

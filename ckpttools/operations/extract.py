@@ -11,7 +11,7 @@ from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import PLANS, Source
-from ckpttools.formats.configs import HEADS, config_files
+from ckpttools.formats.configs import DIFFUSERS, HEADS, config_files
 from ckpttools.formats.deepspeed import SLICED, slices
 from ckpttools.location import Location
 from ckpttools.operations import advice
@@ -116,7 +116,8 @@ def write(
     plan = replace(plan, notes=(*weights.notes, *plan.notes))
     if not single:
         plan = with_config(plan, config, source.root)
-    configured = any(file.path in HEADS for file in plan.files)
+    diffusers = weights.layout.stem == DIFFUSERS
+    configured = not diffusers and any(file.path in HEADS for file in plan.files)
     state = weights.training
     counted = (state.step, state.epoch, state.train_loss, state.val_loss) != (None,) * 4
     kept = variant == "pt" and counted

@@ -12,15 +12,15 @@ from ckpttools.checks.changing import changing
 from ckpttools.checks.held import KEYS
 from ckpttools.checks.verdict import Delivered
 from ckpttools.errors import CkptError, UsageError
-from ckpttools.formats import locate
-from ckpttools.formats.locate import checkpoints
+from ckpttools.formats import Folder, locate
+from ckpttools.formats.locate import checkpoints, lost_parts
 from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location
 from ckpttools.numbered import numbers, shape
 from ckpttools.operations.writing import Bar
 from ckpttools.runs.find import paths
 from ckpttools.stores.files import entries, exists, is_folder, is_link, local, named
-from ckpttools.stores.links import absolute
+from ckpttools.stores.links import absolute, within
 from ckpttools.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -228,6 +228,20 @@ def verify_all(
             yield refused(each, changing(each) if gone else error)
     if len(paths) > 1:
         yield from _pointers(named(path))
+    if tag is None and not newest and paths != (named(path),):
+        yield from _lost_parts(named(path))
+
+
+def _lost_parts(path: Location) -> Iterator[Verdict]:
+    """What a pipeline of several models lists and does not have."""
+    if not is_folder(path):
+        return
+    try:
+        with within(path):
+            lost = lost_parts(Folder.of(path))
+    except CkptError as error:
+        lost = [(path, error)]
+    yield from (refused(part, error) for part, error in lost)
 
 
 def _pointers(folder: Location) -> Iterator[Verdict]:

@@ -1,8 +1,10 @@
-"""Hugging Face model folders: safetensors or pytorch_model.bin, single or sharded, and PEFT adapters.
+"""Hugging Face model folders: safetensors or pytorch_model.bin, single or sharded, PEFT adapters, and
+the models of diffusers pipelines.
 
     model.safetensors | model-00001-of-0000N.safetensors + model.safetensors.index.json
     pytorch_model.bin | pytorch_model-00001-of-0000N.bin + pytorch_model.bin.index.json
     adapter_model.safetensors | adapter_model.bin              (PEFT)
+    diffusion_pytorch_model[.VARIANT].safetensors | .bin, and their shards and indexes   (diffusers)
     config.json, tokenizer files, trainer_state.json           (carried as files)
 
 The index is {"metadata": {"total_size": bytes}, "weight_map": {tensor name: shard name}}.

@@ -15,7 +15,7 @@ from ckpttools.errors import CkptError, counted
 from ckpttools.findings import INFO, WARNING, Finding, of_error
 from ckpttools.formats.files import check_read
 from ckpttools.formats.format import Checked, Source
-from ckpttools.formats.hf.names import ADAPTER, INDEX, is_shard
+from ckpttools.formats.hf.names import ADAPTER, INDEX, SHARD, VARIANT
 from ckpttools.formats.hf.read import read
 from ckpttools.location import Location
 from ckpttools.stores.files import entries, is_file, is_folder
@@ -70,7 +70,7 @@ def check_configs(found: Checkpoint, folder: Location) -> Iterator[Finding]:
     elif is_file(folder / "generation_config.json"):
         yield _without(folder / "config.json", "a language model", "transformers")
     for entry in entries(folder):
-        if entry.name.endswith(".index.json"):
+        if entry.name.endswith(".index.json") and not VARIANT.fullmatch(entry.name):  # of other weights
             yield from _total_size(found, folder / entry.name)
 
 
@@ -172,7 +172,7 @@ def leftovers(folder: Location, names: list[str]) -> Iterator[Finding]:
                 hint="move away the one that is left over from another save",
             )
         for name in names:
-            if name not in used and is_shard(name) and name.endswith(kind):
+            if name not in used and SHARD.fullmatch(name) and name.endswith(kind):
                 yield Finding(
                     id="shard-unused",
                     severity=WARNING,

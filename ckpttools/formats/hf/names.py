@@ -6,10 +6,11 @@ import re
 from collections.abc import Collection
 
 from ckpttools.errors import CkptError
-from ckpttools.formats.configs import HEADS
+from ckpttools.formats.configs import DIFFUSERS, HEADS
 from ckpttools.formats.format import Folder, Found
 from ckpttools.location import Location
 
+ADAPTER = "adapter_model"
 # transformers' order (modeling_utils.py, _get_resolved_checkpoint_files): a single file before its own index
 # alone; adapters are PEFT's, consolidated.safetensors is a second copy in Mistral's repositories
 WEIGHTS = (
@@ -21,13 +22,24 @@ WEIGHTS = (
     "adapter_model.safetensors.index.json",
     "adapter_model.bin",
     "consolidated.safetensors",
+    f"{DIFFUSERS}.safetensors",
+    f"{DIFFUSERS}.safetensors.index.json",
+    f"{DIFFUSERS}.bin",
+    f"{DIFFUSERS}.bin.index.json",
 )
 SINGLE = tuple(name for name in WEIGHTS if not name.endswith(".json"))
 BESIDE = ("optimizer.pt", "optimizer.bin", "random_states_0.pkl")  # what trainers save with a model
-ADAPTER = "adapter_model"
 BIN = "bin"  # the layout's variant for torch files instead of safetensors
-SHARD = re.compile(r"(model|pytorch_model|adapter_model)-\d{5}-of-\d{5}\.(safetensors|bin)")
+SHARD = re.compile(rf"(model|pytorch_model|{ADAPTER}|{DIFFUSERS})-\d{{5}}-of-\d{{5}}\.(safetensors|bin)")
 INDEX = tuple(name for name in WEIGHTS if name.endswith(".json"))
+# diffusers names a variant (fp16, non_ema) in each file; where the variant stands changed with its versions
+VARIANT = re.compile(
+    rf"{DIFFUSERS}\.\w+\.(safetensors|bin)"
+    rf"|{DIFFUSERS}\.(safetensors|bin)\.(\w+\.index|index\.\w+)\.json"
+)
+VARIANT_SHARD = re.compile(
+    rf"{DIFFUSERS}(\.\w+-\d{{5}}-of-\d{{5}}|-\d{{5}}-of-\d{{5}}\.\w+)\.(safetensors|bin)"
+)
 ROLES = {
     "config.json": "the model's architecture",
     "generation_config.json": "defaults for text generation",
@@ -42,26 +54,36 @@ ROLES = {
 
 def weight_files(names: Collection[str]) -> tuple[str | None, str | None]:
     """The index or the single weights file that is a folder's model: one of them, or none."""
-    first = next((name for name in WEIGHTS if name in names), None)
-    return (first, None) if first in INDEX else (None, first)
+    first = next(iter(_weights(names)), None)
+    return (first, None) if first is not None and is_index(first) else (None, first)
 
 
 def not_read(names: Collection[str]) -> list[str]:
     """Other weights of a folder than its model."""
-    return [name for name in WEIGHTS if name in names and name not in weight_files(names)]
+    return [name for name in _weights(names) if name not in weight_files(names)]
+
+
+def _weights(names: Collection[str]) -> list[str]:
+    """What may be the folder's model, the first choice first."""
+    return [name for name in WEIGHTS if name in names] + sorted(filter(VARIANT.fullmatch, names))
+
+
+def is_index(name: str) -> bool:
+    return name in INDEX or (name.endswith(".json") and VARIANT.fullmatch(name) is not None)
 
 
 def names_it(name: str) -> bool:
     """Whether a file of that name holds a model's weights, or says in which files they are."""
-    return name in INDEX or is_weights(name)
+    return is_index(name) or is_weights(name)
 
 
 def is_shard(name: str) -> bool:
-    return SHARD.fullmatch(name) is not None
+    return any(pattern.fullmatch(name) for pattern in (SHARD, VARIANT_SHARD))
 
 
 def is_weights(name: str) -> bool:
-    return name in SINGLE or is_shard(name)
+    single = name in SINGLE or VARIANT.fullmatch(name) is not None
+    return is_shard(name) or (single and not is_index(name))
 
 
 def holds(folder: Folder) -> bool:
@@ -70,8 +92,8 @@ def holds(folder: Folder) -> bool:
 
 def recognise(folder: Folder) -> Found | None:
     """Raises CkptError for shards without their index."""
-    shards = [name for name in folder.names if SHARD.fullmatch(name)]
-    if shards and not any(name.endswith(".index.json") for name in folder.names):
+    shards = [name for name in folder.names if is_shard(name)]
+    if shards and not any(name.endswith(".index.json") or is_index(name) for name in folder.names):
         raise CkptError(
             "index-missing",
             f"{len(shards)} shards of a model, and no index",
@@ -85,7 +107,8 @@ def recognise(folder: Folder) -> Found | None:
 def recognise_file(path: Location) -> Found | None:
     if path.name.endswith(".safetensors"):
         return Found(path, "a safetensors file")
-    return Found(path.parent, "the folder of this index") if path.name.endswith(".index.json") else None
+    named = path.name.endswith(".index.json") or is_index(path.name)
+    return Found(path.parent, "the folder of this index") if named else None
 
 
 def lacking(folder: Folder) -> CkptError | None:

@@ -9,6 +9,7 @@ from ckpttools.containers import fields, jsons
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError, escape
+from ckpttools.formats.configs import DIFFUSERS
 from ckpttools.formats.hf.counters import FORMAT, KEYS, FreeText, aliases, from_metadata, integer
 from ckpttools.formats.hf.names import ADAPTER, ROLES, not_read, weight_files
 from ckpttools.formats.notes import holds_for
@@ -78,18 +79,19 @@ def read(path: Location) -> Checkpoint:
         model = index or next(iter(shards))
         notes.append(f"{model} is the model; other weights beside it are not read: {', '.join(others)}")
     ties = aliases(metadata, tensors)
-    adapter = all(name.startswith(ADAPTER) for name in shards)
+    own = (each for each in (ADAPTER, DIFFUSERS) if all(name.startswith(each) for name in shards))
+    stem = next(own, None)
     tensors |= {alias: tensors[owner] for alias, owner in ties.items()}
     return Checkpoint(
         path=path,
         layout=Layout(
             format="hf" if is_folder(path) else "safetensors",
             dtype=common_dtype(tensors),
-            stem=ADAPTER if adapter else None,
+            stem=stem,
         ),
         tensors=tensors,
         shared=tied(tensors) | ties,
-        excludes_frozen=adapter or holds_for(integer(metadata.get(EXCLUDES_FROZEN)), tensors),
+        excludes_frozen=stem == ADAPTER or holds_for(integer(metadata.get(EXCLUDES_FROZEN)), tensors),
         training=_training(path, metadata),
         files=tuple(files),
         checks=tuple(checks),

@@ -12,7 +12,7 @@ from ckpttools.containers.safetensors import safetensors_file
 from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
 from ckpttools.errors import escape, some
 from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, to_metadata, to_values
-from ckpttools.formats.hf.names import BIN, shard_names
+from ckpttools.formats.hf.names import ADAPTER, BIN, shard_names
 from ckpttools.formats.notes import counts, left_out, unread
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
@@ -39,7 +39,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     ties = {a: o for a, o in checkpoint.shared.items() if a in tensors and o in tensors}
     stored = tensors if binary else {name: ref for name, ref in tensors.items() if name not in ties}
     about = {FORMAT: "pt", **to_metadata(checkpoint.training), **ties}
-    if (checkpoint.excludes_frozen or checkpoint.left_out) and checkpoint.layout.stem is None:
+    if (checkpoint.excludes_frozen or checkpoint.left_out) and checkpoint.layout.stem != ADAPTER:
         about[EXCLUDES_FROZEN] = str(counts(checkpoint))
 
     def file(path: str, names: Sequence[str]) -> OutputFile:
