@@ -120,6 +120,7 @@ class Checkpoint:
     loss_scaler: Mapping[str, Value] = field(default_factory=dict)
     client: Mapping[str, Value] = field(default_factory=dict)
     settings: Mapping[str, Value] = field(default_factory=dict)
+    below: tuple[str, ...] = ()  # folders in its own with other weights, which are not read
     template: object = None
 
     @property

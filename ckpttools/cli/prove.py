@@ -71,7 +71,7 @@ def _text(proof: Proof, *, quiet: bool) -> list[str]:
         lines.append(f"  random states in {escape(side.path)}: {what} (not compared)")
     if proof.uncompared:
         rest = ", ".join(map(escape, proof.uncompared[:8]))
-        lines.append(f"  objects that are not looked into, and not compared: {rest}")
+        lines.append(f"  {_unread(proof)} not looked into, and not compared: {rest}")
     return [verdict, *lines]
 
 
@@ -84,10 +84,16 @@ def _exceptions(proof: Proof) -> list[str]:
         out.append(f"{kind} (only in {escape(side.path)})")
     if proof.unread:
         out.append(f"optimizer state ({'not compared' if proof.unnamed else 'found in neither'})")
-    if proof.uncompared and not (proof.unread and proof.unnamed):
-        out.append("objects that are not compared")
+    said = set(proof.unnamed) if proof.unread else set()
+    if set(proof.uncompared) - said:
+        out.append(f"{_unread(proof)} not compared")
     parts = dict.fromkeys(fact.part for fact in proof.facts)
     return out + [f"{part} ({', '.join(_named(proof, part))})" for part in parts]
+
+
+def _unread(proof: Proof) -> str:
+    below = proof.compared.left.checkpoint.below or proof.compared.right.checkpoint.below
+    return "objects or weights that are" if below else "objects that are"
 
 
 def _named(proof: Proof, part: str) -> list[str]:

@@ -117,7 +117,9 @@ def _known(value: Value) -> Value:
 
 
 def opaque(checkpoint: Checkpoint) -> list[str]:
-    """Where objects lie that cannot be compared, and keys under which nobody looks."""
+    """Where objects lie that cannot be compared, keys under which nobody looks, and the folders of weights that
+    are not read.
+    """
     held = (
         checkpoint.extra_state,
         checkpoint.client,
@@ -126,7 +128,8 @@ def opaque(checkpoint: Checkpoint) -> list[str]:
     )
     found = ((path, leaf) for value in held for path, leaf in leaves(value))
     objects = [dotted_path(path) for path, leaf in found if isinstance(leaf, Opaque) and not inside(leaf)]
-    return [*objects, *checkpoint.unread]
+    below = (f"the weights in {name}" for name in checkpoint.below)
+    return [*objects, *checkpoint.unread, *below]
 
 
 def state_beside(checkpoint: Checkpoint) -> dict[str, bool]:

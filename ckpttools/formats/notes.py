@@ -45,6 +45,12 @@ def unread(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"left out: what lies under keys that are no text ({some(checkpoint.unread)})"
 
 
+def not_read(checkpoint: Checkpoint) -> Iterator[str]:
+    """Weights that lie in folders below a model's and may belong to it."""
+    if checkpoint.below:
+        yield f"other weights below it are not read: {', '.join(map(escape, checkpoint.below))}"
+
+
 def unsaid(checkpoint: Checkpoint) -> Iterator[str]:
     """Of a DeepSpeed folder: what the source does not say, and the result needs."""
     yield from left_out(checkpoint)

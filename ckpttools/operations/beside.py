@@ -41,13 +41,14 @@ def left_behind(source: Source) -> Iterator[str]:
 
 def unnamed(source: Source, checkpoint: Checkpoint) -> tuple[str, ...]:
     """The optimizers whose parameters have no names, in its values or in files of their own, and what else is
-    kept of an optimizer that is not read: what a digest by name cannot hold.
+    kept of an optimizer, and of other weights, that is not read: what a digest by name cannot hold.
     """
     inside = (f"the optimizer under {escape(key)}" for key in checkpoint.unnamed)
     files = (place.file for place in _places(source, checkpoint) if place.file != source.target)
     beside = (escape(file.name) for file in files)
     found = (f"{what} (its parameters have no names)" for what in (*inside, *beside))
-    return tuple(dict.fromkeys((*found, *_unjoined(source))))
+    below = (f"the weights in {escape(name)}" for name in checkpoint.below)
+    return tuple(dict.fromkeys((*found, *_unjoined(source), *below)))
 
 
 def _unjoined(source: Source) -> Iterator[str]:

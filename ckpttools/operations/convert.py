@@ -16,7 +16,7 @@ from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, t
 from ckpttools.formats.configs import DIFFUSERS, HEADS
 from ckpttools.formats.counters import OPTIMIZER
 from ckpttools.formats.deepspeed import SLICED, slices
-from ckpttools.formats.notes import counts
+from ckpttools.formats.notes import counts, not_read
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
 from ckpttools.operations.beside import left_behind
@@ -93,7 +93,13 @@ def convert(
         )
     read, saved = checkpoint.notes, torch_optimizer.of(checkpoint)
     checkpoint, counted = _counted(checkpoint, source)
-    notes = [*slices(checkpoint.client.get(SLICED)), *_order(saved), *left_behind(source), *counted]
+    notes = [
+        *slices(checkpoint.client.get(SLICED)),
+        *_order(saved),
+        *left_behind(source),
+        *not_read(checkpoint),
+        *counted,
+    ]
     names = list(checkpoint.tensors)
     checkpoint = select(checkpoint, include=include, exclude=exclude)
     selected = list(checkpoint.tensors)

@@ -13,6 +13,7 @@ from ckpttools.errors import UsageError, escape
 from ckpttools.formats import PLANS, Source
 from ckpttools.formats.configs import DIFFUSERS, HEADS, config_files
 from ckpttools.formats.deepspeed import SLICED, slices
+from ckpttools.formats.notes import not_read
 from ckpttools.location import Location
 from ckpttools.operations import advice
 from ckpttools.operations.destination import default_dst
@@ -113,7 +114,7 @@ def write(
     variant = None if form != "pt" else "pt" if keyed else "bin"
     layout = Layout(format="hf", variant=variant, single=single, max_shard_size=max_shard_size)
     plan = PLANS[layout.format](weights, layout)
-    plan = replace(plan, notes=(*weights.notes, *plan.notes))
+    plan = replace(plan, notes=(*weights.notes, *plan.notes, *not_read(weights)))
     if not single:
         plan = with_config(plan, config, source.root)
     diffusers = weights.layout.stem == DIFFUSERS

@@ -16,12 +16,14 @@ the step, the epoch and the losses as strings. Nothing else of a training state 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.findings import Finding
 from ckpttools.formats.format import Checked, Format, Source
 from ckpttools.formats.hf import names
 from ckpttools.formats.hf.names import BIN, holds
+from ckpttools.formats.notes import not_read
 from ckpttools.location import Location
 from ckpttools.plan import Plan
 
@@ -41,7 +43,8 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
 def _read(source: Source) -> Checkpoint:
     from ckpttools.formats.hf.read import read  # of use to checkpoints of this format alone
 
-    return read(source.target)
+    checkpoint = read(source.target)
+    return replace(checkpoint, notes=(*checkpoint.notes, *not_read(checkpoint)))
 
 
 def _check(source: Source) -> Checked:

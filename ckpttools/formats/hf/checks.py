@@ -33,30 +33,33 @@ def check(source: Source) -> Checked:
     checked = check_read(found)
     if is_folder(source.target):
         checked.findings.extend(check_configs(found, source.target))
-        if found.layout.stem == ADAPTER:
-            checked.findings.extend(_other_adapters(source.target))
+        checked.findings.extend(_below(found, source.target))
     return checked
 
 
-def _other_adapters(folder: Location) -> Iterator[Finding]:
-    """PEFT saves the adapter called default beside the others' folders: their headers and configurations."""
+def _below(found: Checkpoint, folder: Location) -> Iterator[Finding]:
+    """The weights in folders of the model's: their headers and configurations. sentence-transformers saves
+    further layers there, and PEFT the other adapters beside the one called default.
+    """
     for entry in entries(folder):
         inner = folder / entry.name
-        if is_folder(entry) and is_file(inner / "adapter_config.json"):
-            try:
-                other = read(inner)
-            except CkptError as error:
-                yield of_error(error)
-                continue
-            yield from check_configs(other, inner)
-            yield Finding(
-                id="note",
-                severity=INFO,
-                file=str(inner),
-                message=f"another adapter of {counted(len(other.tensors), 'tensor')}, whose headers alone "
-                "were looked at",
-                hint="ckpt verify of its folder reads every byte of it",
-            )
+        lost = found.layout.stem == ADAPTER and is_folder(entry) and is_file(inner / "adapter_config.json")
+        if entry.name not in found.below and not lost:
+            continue
+        try:
+            other = read(inner)
+        except CkptError as error:
+            yield of_error(error)
+            continue
+        yield from check_configs(other, inner)
+        what = "another adapter" if other.layout.stem == ADAPTER else "other weights"
+        yield Finding(
+            id="note",
+            severity=INFO,
+            file=str(inner),
+            message=f"{what} of {counted(len(other.tensors), 'tensor')}, whose headers alone were looked at",
+            hint="ckpt verify of its folder reads every byte of it",
+        )
 
 
 def check_configs(found: Checkpoint, folder: Location) -> Iterator[Finding]:

@@ -40,6 +40,7 @@ VARIANT = re.compile(
 VARIANT_SHARD = re.compile(
     rf"{DIFFUSERS}(\.\w+-\d{{5}}-of-\d{{5}}|-\d{{5}}-of-\d{{5}}\.\w+)\.(safetensors|bin)"
 )
+RUN = re.compile(r"checkpoint-\d+")  # what the Trainer saves of a run beside its last model
 ROLES = {
     "config.json": "the model's architecture",
     "generation_config.json": "defaults for text generation",
@@ -70,6 +71,21 @@ def _weights(names: Collection[str]) -> list[str]:
 
 def is_index(name: str) -> bool:
     return name in INDEX or (name.endswith(".json") and VARIANT.fullmatch(name) is not None)
+
+
+def models_below(folder: Folder) -> tuple[str, ...]:
+    """Folders directly in a model's that hold weights, too: further layers (sentence-transformers), adapters.
+
+    Not the checkpoints of the Trainer, which are models of their own, nor what may not be looked into.
+    """
+    return tuple(name for name in sorted(folder.folders) if not RUN.fullmatch(name) and _holds(folder, name))
+
+
+def _holds(folder: Folder, name: str) -> bool:
+    try:
+        return holds(folder.inside(name))
+    except CkptError:
+        return False
 
 
 def names_it(name: str) -> bool:

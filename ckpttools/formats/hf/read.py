@@ -10,8 +10,9 @@ from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.configs import DIFFUSERS
+from ckpttools.formats.format import Folder
 from ckpttools.formats.hf.counters import FORMAT, KEYS, FreeText, aliases, from_metadata, integer
-from ckpttools.formats.hf.names import ADAPTER, ROLES, not_read, weight_files
+from ckpttools.formats.hf.names import ADAPTER, ROLES, models_below, not_read, weight_files
 from ckpttools.formats.notes import holds_for
 from ckpttools.formats.ties import tied
 from ckpttools.location import Location
@@ -96,6 +97,7 @@ def read(path: Location) -> Checkpoint:
         files=tuple(files),
         checks=tuple(checks),
         notes=tuple(notes),
+        below=models_below(Folder.of(path)) if is_folder(path) else (),
         template=(
             *torch_files,
             FreeText(tuple(key for key in metadata if key not in (*KEYS, FORMAT, EXCLUDES_FROZEN, *ties))),
