@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckpttools.containers import jsons
-from ckpttools.errors import CkptError, escape
+from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.location import Location
 from ckpttools.plan import Literal, OutputFile, Segment
 from ckpttools.stores.files import opened, truncated
@@ -110,8 +110,17 @@ def safetensors_file(path: str, tensors: Mapping[str, TensorRef], metadata: Mapp
     """A safetensors file with these tensors.
 
     Tensors are ordered by descending element size, then name, as the safetensors library does, so that
-    each one is aligned. Raises CkptError for a dtype that safetensors does not have.
+    each one is aligned. Raises CkptError for a dtype that safetensors does not have,
+    and Unsupported for a tensor of the name that its header keeps for itself.
     """
+    if METADATA in tensors:
+        raise Unsupported(
+            "name-reserved",
+            f"a tensor is called {METADATA}",
+            where=path,
+            why="a safetensors header keeps its notes under that name: the tensor could not be found again",
+            hint=f"leave it out with --exclude {METADATA}, or write a torch file, which has no such names",
+        )
     header: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
     segments: list[Segment] = []
     at = 0

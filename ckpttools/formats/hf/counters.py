@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ckpttools.checkpoint import EXCLUDES_FROZEN
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
 
 KEYS = ("step", "epoch", "train_loss", "val_loss")
 WEIGHTS, TORCH_KEYS = "model_state_dict", ("global_step", *KEYS[1:])  # of torch files, as training code saves
 FORMAT = "format"  # "pt": which framework's tensors these are
+RESERVED = (*KEYS, FORMAT, EXCLUDES_FROZEN)  # what a header says under them is no tied name
 _INTEGER = re.compile(r"-?\d{1,18}")
 
 
@@ -67,6 +69,6 @@ def aliases(metadata: Mapping[str, str], tensors: Mapping[str, TensorRef]) -> di
         for alias, owner in metadata.items()
         if owner in tensors
         and alias not in tensors
-        and alias not in (*KEYS, FORMAT)
+        and alias not in RESERVED
         and ("." in alias or "." not in owner)  # else free text that happens to name a tensor
     }

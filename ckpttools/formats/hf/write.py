@@ -11,7 +11,7 @@ from ckpttools.containers.pickles import Dict, Node
 from ckpttools.containers.safetensors import safetensors_file
 from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
 from ckpttools.errors import escape, some
-from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, to_metadata, to_values
+from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, aliases, to_metadata, to_values
 from ckpttools.formats.hf.names import ADAPTER, BIN, shard_names
 from ckpttools.formats.notes import counts, left_out, unread
 from ckpttools.plan import Literal, OutputFile, Plan
@@ -37,6 +37,8 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     kept = to_values(checkpoint.training) if layout.variant == KEYED and layout.single else {}
     tensors = checkpoint.best_copies()
     ties = {a: o for a, o in checkpoint.shared.items() if a in tensors and o in tensors}
+    if not binary:  # what a reader would not take for a tied name is stored itself
+        ties = aliases(ties, {name: ref for name, ref in tensors.items() if name not in ties})
     stored = tensors if binary else {name: ref for name, ref in tensors.items() if name not in ties}
     about = {FORMAT: "pt", **to_metadata(checkpoint.training), **ties}
     if (checkpoint.excludes_frozen or checkpoint.left_out) and checkpoint.layout.stem != ADAPTER:

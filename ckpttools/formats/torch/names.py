@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile
@@ -63,7 +65,7 @@ def no_weights(file: TorchFile, detail: str) -> UsageError:
         f"the weights lie under no name that training code usually gives: {detail}",
         where=file.path,
         why=f"named tensors lie under {shown}; the names looked for are {', '.join(WEIGHTS)}",
-        hint=f"say which ones: --key {escape(found[0][0])}",
+        hint=f"say which ones: --key {shlex.quote(escape(found[0][0]))}",
     )
 
 
