@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckpttools.containers import jsons
-from ckpttools.errors import CkptError, Unsupported, escape
+from ckpttools.errors import CkptError, Unsupported, counted, escape, some
 from ckpttools.location import Location
 from ckpttools.plan import Literal, OutputFile, Segment
 from ckpttools.stores.files import opened, truncated
@@ -24,6 +24,7 @@ from ckpttools.tensors import BY_SAFETENSORS, ByteRange, DType, TensorRef
 
 MAX_HEADER = 100_000_000
 METADATA = "__metadata__"
+PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits of an element, where several share a byte: not read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,9 @@ def _bad(path: Location, problem: str) -> CkptError:
 
 
 def read_safetensors(path: Location) -> SafetensorsFile:
-    """Read the header; tensor data is not read. Raises CkptError for a header that does not fit the file."""
+    """Read the header; tensor data is not read. Raises CkptError for a header that does not fit the file, and
+    Unsupported for one that does, of tensors whose elements are no whole bytes.
+    """
     with opened(path) as file:
         if file.size < 8:
             raise truncated(path, f"{file.size} bytes hold no header")
@@ -59,16 +62,21 @@ def read_safetensors(path: Location) -> SafetensorsFile:
     if raw[:1] != b"{":
         raise _bad(path, "the header does not start with '{'")
     header = jsons.parse(path, raw, "the header")
-    metadata = header.pop(METADATA, {})
+    metadata = header.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata  # null: the safetensors library takes it for none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _bad(path, "__metadata__ is not a map of strings")
     spans: list[tuple[int, int, str]] = []
     tensors: dict[str, TensorRef] = {}
+    packed: list[str] = []
     data = 8 + nbytes
     for name, entry in header.items():
         dtype, shape, start, end = _entry(path, name, entry)
         spans.append((start, end, name))
         chunks = (ByteRange(path, data + start, end - start),) if end > start else ()
+        if isinstance(dtype, str):
+            packed.append(f"{name} ({dtype})")
+            continue
         tensors[name] = TensorRef(dtype, shape, chunks)
     at = 0
     for start, end, name in sorted(spans):
@@ -85,14 +93,24 @@ def read_safetensors(path: Location) -> SafetensorsFile:
             why="the file was appended to, or its header was shortened",
             hint="copy the file again from where it was saved",
         )
+    if packed:
+        raise Unsupported(
+            "dtype-not-read",
+            f"{counted(len(packed), 'tensor')} of a kind that is not read: {some(packed)}",
+            where=path,
+            why="their elements are no whole bytes: nothing is known to be wrong with the file",
+            hint="the safetensors library opens it",
+        )
     return SafetensorsFile(path=path, size=size, tensors=tensors, metadata=metadata)
 
 
-def _entry(path: Location, name: str, entry: object) -> tuple[DType, tuple[int, ...], int, int]:
+def _entry(path: Location, name: str, entry: object) -> tuple[DType | str, tuple[int, ...], int, int]:
+    """None instead of an element type of PACKED."""
     where = f"tensor '{escape(name)}'"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, f"{where} has other fields than dtype, shape and data_offsets")
-    dtype = BY_SAFETENSORS.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    code = entry["dtype"] if isinstance(entry["dtype"], str) else ""
+    dtype: DType | str | None = code if code in PACKED else BY_SAFETENSORS.get(code)
     if dtype is None:
         raise _bad(path, f"{where} has the unknown dtype {escape(entry['dtype'])}")
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -101,7 +119,8 @@ def _entry(path: Location, name: str, entry: object) -> tuple[DType, tuple[int, 
     if not all(type(n) is int and 0 <= n < 2**63 for n in [*shape, *offsets]):
         raise _bad(path, f"{where} has a size or an offset that is no size")
     start, end = offsets
-    if len(shape) > 64 or math.prod(shape) * dtype.itemsize != end - start:
+    bits = PACKED[dtype] if isinstance(dtype, str) else 8 * dtype.itemsize
+    if len(shape) > 64 or math.prod(shape) * bits != 8 * (end - start):
         raise _bad(path, f"{where} has {end - start} bytes, its shape needs another number")
     return dtype, tuple(shape), start, end
 

@@ -269,3 +269,32 @@ def test_the_dtype_table_is_the_librarys() -> None:
         data = oracle.save({"a": torch.zeros(1, dtype=getattr(torch, dtype.name))})
         assert json.loads(data[8 : 8 + struct.unpack_from("<Q", data)[0]])["a"]["dtype"] == dtype.safetensors
     assert FLOAT32.safetensors == "F32"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "nbytes"), [("F4", [8], 4), ("F6_E2M3", [4], 3), ("F6_E3M2", [2, 2], 3)]
+)
+def test_elements_that_are_no_whole_bytes_are_not_damage(
+    dtype: str, shape: list[int], nbytes: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "packed.safetensors"
+    for size, id, code in ((nbytes, "dtype-not-read", 2), (nbytes + 1, "safetensors-header", 1)):
+        header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+        if code == 2:
+            with safe_open(path, "pt") as file:  # the library takes it
+                assert list(file.keys()) == ["a"]
+        with pytest.raises(CkptError) as refused:
+            read_safetensors(path)
+        assert (refused.value.id, refused.value.exit_code) == (id, code)
+
+
+def test_no_notes_may_be_null(tmp_path: Path) -> None:
+    header = json.dumps(
+        {"__metadata__": None, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    ).encode()
+    path = tmp_path / "null.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with safe_open(path, "pt") as file:
+        assert list(file.keys()) == ["a"] and not file.metadata()
+    assert read_safetensors(path).metadata == {}
