@@ -145,3 +145,14 @@ def test_extract_keeps_the_name_that_diffusers_looks_for(tmp_path: Path) -> None
     written = load_file(tmp_path / "out" / f"{STEM}.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
     assert written.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("name", ["flax_model.msgpack", "tf_model.h5", "tf_model-00001-of-00002.h5"])
+def test_weights_of_another_framework_are_not_called_lost(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(bytes(10))
+    for command in ("inspect", "verify"):
+        ran = run(command, tmp_path)
+        assert ran.code == 2 and "error[framework-not-read]" in ran.err and name in ran.err
+    (tmp_path / name).unlink()
+    assert "error[no-weights]" in run("inspect", tmp_path).err

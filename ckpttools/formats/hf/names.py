@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, Unsupported, some
 from ckpttools.formats.configs import DIFFUSERS, HEADS
 from ckpttools.formats.format import Folder, Found
 from ckpttools.location import Location
@@ -39,6 +39,9 @@ VARIANT = re.compile(
 )
 VARIANT_SHARD = re.compile(
     rf"{DIFFUSERS}(\.\w+-\d{{5}}-of-\d{{5}}|-\d{{5}}-of-\d{{5}}\.\w+)\.(safetensors|bin)"
+)
+OTHER_FRAMEWORKS = re.compile(
+    r"(diffusion_)?flax_model(-\d{5}-of-\d{5})?\.msgpack|tf_model(-\d{5}-of-\d{5})?\.h5"
 )
 RUN = re.compile(r"checkpoint-\d+")  # what the Trainer saves of a run beside its last model
 ROLES = {
@@ -128,10 +131,18 @@ def recognise_file(path: Location) -> Found | None:
 
 
 def lacking(folder: Folder) -> CkptError | None:
-    """A configuration alone, or what trainers save beside the weights."""
+    """A configuration alone or with another framework's weights, or what trainers save beside weights."""
     head = next((name for name in (*HEADS, *BESIDE) if name in folder.names), None)
     if head is None:
         return None
+    if others := [name for name in folder.names if OTHER_FRAMEWORKS.fullmatch(name)]:
+        return Unsupported(
+            "framework-not-read",
+            f"the weights are those of another framework: {some(others)}",
+            where=folder.path,
+            why="of a Hugging Face model the weights of torch are read, and none of them lies beside",
+            hint="load the model with the library that wrote it, and save it as safetensors",
+        )
     return CkptError(
         "no-weights",
         f"{head} is here, but no model weights",
