@@ -117,9 +117,7 @@ def _known(value: Value) -> Value:
 
 
 def opaque(checkpoint: Checkpoint) -> list[str]:
-    """Where objects lie that cannot be compared, keys under which nobody looks, and the folders of weights that
-    are not read.
-    """
+    """Where objects lie that cannot be compared, keys under which nobody looks, and unread folders."""
     held = (
         checkpoint.extra_state,
         checkpoint.client,

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ckpttools import frameworks
-from ckpttools.checkpoint import EXCLUDES_FROZEN, FP32, STEP, Checkpoint, Layout
+from ckpttools.checkpoint import EXCLUDES_FROZEN, STEP, Checkpoint, Layout
 from ckpttools.checks import check_before_use
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
 from ckpttools.formats.configs import DIFFUSERS, HEADS
-from ckpttools.formats.counters import OPTIMIZER
 from ckpttools.formats.deepspeed import SLICED, slices
 from ckpttools.formats.notes import counts, not_read
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
 from ckpttools.operations.beside import left_behind
+from ckpttools.operations.convertible import needs_names, needs_state, refuse_unnamed
 from ckpttools.operations.deepspeed_folder import UNIVERSAL, moments, prepared
 from ckpttools.operations.deepspeed_folder import plan as folder_plan
 from ckpttools.operations.extract import with_config
@@ -123,14 +123,14 @@ def convert(
     if (to in PREPARED) != (checkpoint.layout.zero_stage is not None) or to == "dcp":
         checkpoint = _one_schedule(checkpoint)
     if to != "hf" and list(checkpoint.tensors) != names:
-        _refuse_unnamed(checkpoint)
+        refuse_unnamed(checkpoint)
     if to == "pt" and checkpoint.layout.format != to:  # which every reader of such a file removes
         checkpoint, removed = unwrapped(checkpoint, torch_optimizer.PREFIXES)
         notes += [f"the prefix '{removed}' of every name was removed"] if removed else []
     if to not in ("pt", "hf") and not reset_optimizer:
-        _needs_names(checkpoint)
+        needs_names(checkpoint)
     if to in PREPARED and not reset_optimizer:
-        _needs_state(checkpoint)
+        needs_state(checkpoint)
     if to.startswith("zero") or to == UNIVERSAL or world_size is not None:
         refuse_quantised(checkpoint)
     if like is None and (to != checkpoint.layout.format or optimizer_class is not None):
@@ -296,62 +296,6 @@ def _order(saved: torch_optimizer.Saved | None) -> Iterator[str]:
         yield (
             f"the optimizer numbers its {len(names)} parameters: taken in the model's order and by shape, "
             f"from {escape(names[0])} to {escape(names[-1])} (--like takes the order of a run)"
-        )
-
-
-def _needs_names(checkpoint: Checkpoint) -> None:
-    """Refuse an optimizer without names where state is saved by name, before it is lost with a note."""
-    if checkpoint.groups or not any(checkpoint.client.get(key) for key in OPTIMIZER):
-        return
-    saved = torch_optimizer.of(checkpoint)
-    problem = saved.problem if saved is not None else None
-    order = "--like CHECKPOINT takes their order from a checkpoint of a run with the same groups; "
-    raise Unsupported(
-        "no-groups",
-        f"which parameters the optimizer has is not known{f': {problem}' if problem else ''}",
-        where=checkpoint.path,
-        why="it numbers them, and master weights and state are saved by name",
-        hint=f"{order if saved is not None else ''}--reset-optimizer leaves the state out",
-    )
-
-
-def _needs_state(checkpoint: Checkpoint) -> None:
-    """Refuse groups of an optimizer that keeps moments, without any after steps were made, and moments
-    without settings: DeepSpeed takes the groups from the file as they are.
-    """
-    if any(group.state.keys() - {FP32} and not group.hyper for group in checkpoint.groups):
-        raise Unsupported(
-            "state-incomplete",
-            "the optimizer has state and no settings (lr, betas ...)",
-            where=checkpoint.path,
-            why="DeepSpeed loads the groups as the file has them, and would stop at its first step",
-            hint="--like CHECKPOINT takes them from a checkpoint of the run that goes on; --reset-optimizer "
-            "begins optimizer and schedule anew",
-        )
-    done = (checkpoint.training.step or 0) - (checkpoint.training.skipped_steps or 0)
-    groups = [group for group in checkpoint.groups if group.params]
-    if done <= 0 or not groups or not all("betas" in group.hyper for group in groups):
-        return
-    if not any(group.scalars or group.state.keys() - {FP32} for group in groups):
-        raise Unsupported(
-            "state-incomplete",
-            f"the optimizer has settings and no state after {done} steps",
-            where=checkpoint.path,
-            why="DeepSpeed would begin its moments anew in the middle of a schedule, without a word",
-            hint="use a checkpoint that holds it; --reset-optimizer begins optimizer and schedule anew",
-        )
-
-
-def _refuse_unnamed(checkpoint: Checkpoint) -> None:
-    """Other tensors than the file's, and an optimizer that means them by their places: raises Unsupported."""
-    if checkpoint.unnamed:
-        raise Unsupported(
-            "no-groups",
-            f"which parameters the optimizer under '{escape(checkpoint.unnamed[0])}' has is not known",
-            where=checkpoint.path,
-            why="it numbers them: with other tensors or names its state would be another parameter's",
-            hint="--like CHECKPOINT takes their order from a run with the same groups, "
-            "--reset-optimizer leaves the state out",
         )
 
 

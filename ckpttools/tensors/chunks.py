@@ -100,14 +100,12 @@ class Strided:
         """The elements of a whole view, the smallest step innermost, and what it repeats at even steps once:
         a range where it leaves no holes. A part of a view stays as it is.
         """
-        if self.first or self.numel != math.prod(self.shape):
+        if self.first or not self.numel or self.numel != math.prod(self.shape):
             return self
         levels = [(1, 1)]  # how many, and the step between them, from the smallest step on
         for stride, n in sorted(zip(self.strides, self.shape, strict=True)):
             numel, step = levels[-1]
-            if (
-                stride % step == 0 and stride <= numel * step
-            ):  # the next one begins where these end, or before
+            if stride % step == 0 and stride <= numel * step:  # it begins where these end, or before
                 levels[-1] = numel + (n - 1) * stride // step, step
             elif n > 1:
                 levels.append((n, stride))
