@@ -9,8 +9,10 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from commands import run
 from faults.layout import regions
 from support import FIXTURES
 
@@ -403,3 +405,15 @@ def test_more_than_4_gib(tmp_path: Path, big: int) -> None:
     reader = torch._C.PyTorchFileReader(str(path))
     assert reader.get_record("version") == b"3\n"
     path.unlink()
+
+
+@pytest.mark.parametrize("name", ["arrays.npz", "arrays.pt"])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_archive_of_numpy_is_not_called_damaged(
+    name: str, save: Callable[..., None], tmp_path: Path
+) -> None:
+    with (tmp_path / name).open("wb") as file:
+        save(file, a=np.ones(3), b=np.zeros(2))
+    for command in ("inspect", "verify"):
+        ran = run(command, tmp_path / name)
+        assert ran.code == 2 and "error[not-a-checkpoint]" in ran.err and "NumPy" in ran.err

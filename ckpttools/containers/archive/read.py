@@ -22,7 +22,7 @@ from ckpttools.containers.archive.layout import (
     flags_of,
     header_nbytes,
 )
-from ckpttools.errors import CkptError, escape
+from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.stores.files import File
 
 MAX_HELD = (256 << 20) + (1 << 20)  # a pickle of the largest size that is read, and its neighbours
@@ -47,9 +47,17 @@ def read_archive(file: File) -> Archive:
 
     Refuses anything that torch's writer or Python's zipfile would not produce: overlaps, gaps,
     duplicates, two roots, bytes after the end, headers that contradict the directory. Folders, which other
-    programs list too, are passed over.
+    programs list too, are passed over. Raises UsageError for an archive of NumPy's.
     """
     entries, directory = read_directory(file)
+    if entries and all("/" not in entry[0] and entry[0].endswith(".npy") for entry in entries):
+        raise UsageError(
+            "not-a-checkpoint",
+            "a NumPy archive (.npz), not a file of torch.save",
+            where=file.path,
+            why="every record is a .npy array: no tensor of torch is in it",
+            hint="numpy.load opens it",
+        )
     entries.sort(key=lambda entry: entry[1])
     hold_beginning(file, entries, directory)
     records: dict[str, Record] = {}
