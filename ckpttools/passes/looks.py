@@ -212,7 +212,8 @@ def side_by_side(pair: Pair, reader: Reader, buffer: memoryview) -> Iterator[Res
 def look_at_view(view: ScanView, reader: Reader, buffer: memoryview) -> Iterator[Result]:
     """Read the elements of a view, a block of them at a time, and look at them; `buffer` holds a block."""
     whole, dtype = view.source, view.dtype
-    step = BLOCK_NBYTES // dtype.itemsize
+    # so few that one read holds them with the gaps between them: else `gather` may take them one by one
+    step = BLOCK_NBYTES // 16 // dtype.itemsize
     for first in range(0, whole.numel, step):
         part = whole.cut(first * dtype.itemsize, min(step, whole.numel - first) * dtype.itemsize)
         block = buffer[: part.nbytes]
