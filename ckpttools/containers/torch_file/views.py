@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from ckpttools.tensors import DTYPES, ByteRange, Chunk, DType, Literal, Strided,
 
 MAX_DIMS = 64
 _LISTS, _MAPPINGS = (tuple, list), (Object, Dict)
+# types of half a byte, of bits, of half a complex64 and of quantised numbers: c10/core/ScalarType.h
+NOT_READ = re.compile(r"complex32|float4_e2m1fn_x2|bit|bits\w+|u?int[1-7]|quint4x2|quint2x4|qu?int\d+")
 
 
 class View:
@@ -174,6 +177,8 @@ def _rebuilt(node: Object, depth: int = 0) -> View | None:
         case "_rebuild_tensor" | "_rebuild_tensor_v2" if len(node.args) >= 4:
             storage, offset, shape, strides = node.args[:4]
             dtype, marks = None, node.args[6:7]
+        case "_rebuild_tensor_v3" if len(node.args) >= 7 and _is_not_read(node.args[6]):
+            return None
         case "_rebuild_tensor_v3" if len(node.args) >= 7:
             storage, offset, shape, strides = node.args[:4]
             dtype, marks = _dtype(node.args[6]), node.args[7:8]
@@ -195,6 +200,11 @@ def _rebuilt(node: Object, depth: int = 0) -> View | None:
         if (last + 1) * dtype.itemsize > storage.nbytes:
             raise Reject(f"a tensor reaches to element {last} of a storage of {storage.numel}")
     return View(storage, dtype, start, dims, steps)
+
+
+def _is_not_read(node: Node) -> bool:
+    """A type of torch's with no numbers that anybody here could look at."""
+    return isinstance(node, Global) and node.module == "torch" and bool(NOT_READ.fullmatch(node.name))
 
 
 def _dtype(node: Node) -> DType:

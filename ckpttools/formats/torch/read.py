@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
-from ckpttools.containers.pickles import Dict, Global, Object, plain
+from ckpttools.containers.pickles import Dict, plain
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.containers.torch_file.modules import under
 from ckpttools.errors import UsageError, counted, escape, some
@@ -17,7 +17,7 @@ from ckpttools.formats.counters import training
 from ckpttools.formats.deepspeed import SLICED, names_of, slices
 from ckpttools.formats.notes import holds_for
 from ckpttools.formats.ties import tied
-from ckpttools.formats.torch.names import find_weights, strip
+from ckpttools.formats.torch.names import find_weights, is_rebuilt, strip
 from ckpttools.location import Location
 from ckpttools.tree import Opaque, Value, leaves, put
 
@@ -57,7 +57,9 @@ def read(
         client = {name: decode(file, node) for name, node in root.named() if name not in beside}
     notes = [f"the prefix '{prefix}' of every name was removed"] if prefix else []
     extra = _extra_state(file, key, prefix)
-    odd = [name for name, value in extra.items() if any(_is_tensor(leaf) for _, leaf in leaves(value))]
+    inside = ((name, leaf) for name, value in extra.items() for _, leaf in leaves(value))
+    odd = [name for name, leaf in inside if isinstance(leaf, Opaque) and is_rebuilt(leaf.node)]
+    odd = list(dict.fromkeys(odd))
     if odd:
         many = f"{counted(len(odd), 'tensor')} {'is' if len(odd) == 1 else 'are'}"
         notes.append(f"{many} of a kind that is not read (sparse, quantised, conjugated ...): {some(odd)}")
@@ -139,11 +141,3 @@ def _unread(file: TorchFile, key: str | None) -> Iterator[str]:
         for name, _ in pairs.pairs if pairs is not None else ():
             if not isinstance(name, str):
                 yield f"{place}[{plain(name)}]"
-
-
-def _is_tensor(value: Value) -> bool:
-    """Whether torch makes a tensor of it, which is none of plain bytes."""
-    cls = value.node.cls if isinstance(value, Opaque) and isinstance(value.node, Object) else None
-    if not isinstance(cls, Global) or cls.module not in ("torch._utils", "torch._tensor"):
-        return False
-    return cls.name.startswith("_rebuild_")

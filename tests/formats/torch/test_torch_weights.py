@@ -164,6 +164,9 @@ def odd_tensors() -> dict[str, torch.Tensor]:
         "negated": complex_.conj().imag,
         "sparse": torch.eye(3).to_sparse(),
         "meta": torch.empty(3, device="meta"),
+        "half a complex number": torch.zeros(2, dtype=torch.complex32),
+        "four bits": torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "bits": torch.zeros(4, dtype=torch.uint8).view(torch.bits8),
     }
 
 
@@ -177,6 +180,16 @@ def test_tensors_that_are_no_plain_bytes_are_not_read_as_such(
     assert list(checkpoint.extra_state) == [kind]
     (note,) = checkpoint.notes
     assert note.startswith("1 tensor is of a kind that is not read") and kind in note
+
+
+@pytest.mark.parametrize("kind", [kind for kind in odd_tensors() if kind != "meta"])
+def test_a_file_of_such_alone_says_so(kind: str, saved: Callable[[object], Path]) -> None:
+    path = saved({"w": odd_tensors()[kind]})
+    assert torch.load(path, weights_only=True).keys() == {"w"}
+    with pytest.raises(UsageError, match="without model weights") as error:
+        open_checkpoint(path)
+    assert error.value.why is not None and "of a kind that is not read" in error.value.why
+    assert error.value.id == "not-a-checkpoint"
 
 
 def test_empty_tensors_are_not_tied(saved: Callable[[object], Path]) -> None:
