@@ -119,6 +119,8 @@ def _scans(found: Checkpoint, checked: Checked, claims: Claims) -> Iterator[data
         dtype, squares = None if padding else ref.dtype, name.endswith(SQUARES)
         for chunk in ref.chunks:
             where = chunk.in_file_order() if isinstance(chunk, Strided) else chunk
+            if isinstance(where, Strided) and where.nbytes > where.end - where.start:
+                (where,) = spans(where)  # it overlaps itself: its elements are more than there are bytes
             if not isinstance(where, (ByteRange, Tiles, Strided)):
                 continue
             free = [span for span in spans(where) if not claims.covers(span)]

@@ -108,13 +108,14 @@ def _without_data(found: Checkpoint) -> Iterator[tuple[list[str], str]]:
     """Names of weights that were saved without their values, and what is said of them."""
     if not found.tensors and found.layout.format in ("hf", "safetensors"):  # others are not read at all
         yield [], "not a single tensor is in it"
-    floats = {n: r for n, r in found.tensors.items() if r.dtype.is_float and n not in found.buffers}
-    weights = {name: ref for name, ref in floats.items() if name.endswith(".weight")}
-    for names in (floats if len(floats) > 1 else {}, weights):
-        if names and not any(ref.numel for ref in names.values()):
-            shown = f"{some(list(names))}: weights without a single element"
-            yield list(names), f"{shown}, as ZeRO-3 leaves what was not gathered"
-            break
+    left = [name for name, ref in found.tensors.items() if ref.dtype.is_float and ref.shape == (0,)]
+    # what is small stays whole under ZeRO-3 (stage3_param_persistence_threshold): norms, biases
+    names = [name for name in left if name.endswith(".weight") and not LORA.search(name)]
+    if len(left) > 1 and not any(ref.numel for ref in found.tensors.values() if ref.dtype.is_float):
+        names = left
+    if len(names) > 1:
+        shown = f"{some(names)}: weights without a single element"
+        yield names, f"{shown}, as ZeRO-3 leaves what was not gathered"
     meta = [name for name, value in found.extra_state.items() if _is_meta(value)]
     if meta:
         yield meta, f"{some(meta)}: on the meta device: saved without data"

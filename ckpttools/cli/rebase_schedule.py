@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     default="auto",
     show_default=True,
     help="What the sizes count: samples per GPU and step, or of a whole update. auto: what matches SRC, "
-    "or what it states alone; else per-gpu.",
+    "else per-gpu.",
 )
 @number("--old-accum", help="Gradient accumulation of SRC; read from it, else 1.")
 @number("--new-accum", help="The new gradient accumulation; the old one by default.")

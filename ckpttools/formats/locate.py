@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ckpttools.errors import CkptError, UsageError, escape
+from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import pipelines
 from ckpttools.formats.format import Folder, Found, Inner, Source, unfinished
 from ckpttools.formats.table import FORMATS
@@ -163,11 +163,18 @@ def lost_parts(folder: Folder) -> list[tuple[Location, CkptError]]:
     lost: list[tuple[Location, CkptError]] = []
     for name in pipelines.components(folder):
         part = folder.path / name
+        try:
+            refuse_outside(part)
+        except CkptError as error:
+            lost.append((part, error))
+            continue
         if name not in folder.folders:
             lost.append((part, pipelines.missing(part, "is not there")))
         elif is_file(part / "config.json") and not (holds_one(part) or checkpoints(part)):
+            refusals = (format.lacking(folder.inside(name)) for format in FORMATS)
+            other = next((error for error in refusals if isinstance(error, Unsupported)), None)
             what = "has a configuration and no weights that are read"
-            lost.append((part, pipelines.missing(part, what)))
+            lost.append((part, other or pipelines.missing(part, what)))
     return lost
 
 

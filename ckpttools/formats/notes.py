@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 
 from ckpttools.checkpoint import Checkpoint
-from ckpttools.errors import escape, some
+from ckpttools.errors import counted, escape, some
 
 
 def counts(checkpoint: Checkpoint) -> int:
@@ -37,6 +37,13 @@ def unnamed(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.unnamed:
         keys = ", ".join(map(escape, checkpoint.unnamed))
         yield f"carried as it is: the optimizer's state under {keys}, whose parameters have no names"
+
+
+def of_other_kinds(names: Sequence[str]) -> Iterator[str]:
+    """Tensors of a torch file that are none of plain bytes."""
+    if names:
+        many = f"{counted(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'}"
+        yield f"{many} of a kind that is not read (sparse, quantised, conjugated ...): {some(names)}"
 
 
 def unread(checkpoint: Checkpoint) -> Iterator[str]:

@@ -13,6 +13,7 @@ from ckpttools.location import Location
 from ckpttools.stores.links import plain_name
 
 INDEX = "model_index.json"
+WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "Processor", "Extractor", "Scheduler")
 
 
 def components(folder: Folder) -> list[str]:
@@ -20,12 +21,17 @@ def components(folder: Folder) -> list[str]:
     if INDEX not in folder.files:
         return []
     listed = jsons.read(folder.path / INDEX)
-    return [plain_name(name, folder.path / INDEX) for name, value in listed.items() if _is_part(value)]
+    return [plain_name(name, folder.path / INDEX) for name, value in listed.items() if _is_part(name, value)]
 
 
-def _is_part(value: object) -> bool:
-    """`[null, null]` is a part that was left out on purpose."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
+def _is_part(name: str, value: object) -> bool:
+    """Whether it is a model. `[null, null]` is a part that was left out on purpose; tokenizers and schedulers
+    have no weights, and may lie in the pipeline's own folder.
+    """
+    if name.startswith("_") or not isinstance(value, list) or len(value) != 2:
+        return False
+    _, kind = value
+    return all(isinstance(each, str) for each in value) and not kind.endswith(WITHOUT_WEIGHTS)
 
 
 def missing(place: Location, what: str) -> CkptError:

@@ -203,7 +203,7 @@ def test_adapters_without_elements(tmp_path: Path) -> None:
     "weights",
     [
         {"a.weight": torch.empty(0), "b.weight": torch.empty(0)},
-        {"a.weight": torch.empty(0), "b.weight": torch.empty(0, 4), "b.bias": torch.randn(3)},
+        {"a.weight": torch.empty(0), "b.weight": torch.empty(0), "ln.weight": torch.randn(3)},
         {"lm_head": torch.empty(0), "wte": torch.empty(0), "position_ids": torch.arange(3)},
         {
             "base_model.model.q.lora_A.weight": torch.empty(0),
@@ -230,15 +230,26 @@ def test_a_tensor_without_elements_beside_weights_is_good(tmp_path: Path) -> Non
         assert found(tmp_path / "a.pt") == {} and verify(tmp_path / "a.pt").ok
     torch.save({"none": torch.empty(0), "ids": torch.arange(3)}, tmp_path / "b.pt")
     assert found(tmp_path / "b.pt") == {}
+    layer = torch.nn.Linear(0, 4).state_dict()  # of a condition that a run does without
+    torch.save(
+        {**{f"cond.{name}": value for name, value in layer.items()}, "w": torch.randn(2)}, tmp_path / "c.pt"
+    )
+    torch.save({"head.w": torch.randn(2), "crit.weight": torch.empty(0)}, tmp_path / "d.pt")
+    boxes = {"boxes": torch.empty(0, 4), "scores": torch.empty(0)}
+    torch.save({"ids": torch.arange(3), **boxes}, tmp_path / "e.pt")
+    assert all(found(tmp_path / f"{name}.pt") == {} for name in "cde")
 
 
 def test_weights_on_the_meta_device(tmp_path: Path) -> None:
     meta = torch.empty(2, 2, device="meta")
     for weight in (meta, torch.nn.Parameter(meta)):
         torch.save({"b.weight": torch.randn(2), "w.weight": weight}, tmp_path / "a.pt")
-        (finding,) = (f for f in verify(tmp_path / "a.pt").findings if f.severity == "error")
-        assert (finding.id, finding.where) == ("weights-empty", "w.weight")
-        assert "on the meta device: saved without data" in finding.message
+        (tmp_path / "hf").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "a.pt", tmp_path / "hf/pytorch_model.bin")
+        for path in (tmp_path / "a.pt", tmp_path / "hf"):
+            (finding,) = (f for f in verify(path).findings if f.severity == "error")
+            assert (finding.id, finding.where) == ("weights-empty", "w.weight")
+            assert "on the meta device: saved without data" in finding.message
 
 
 def test_a_file_of_weights_without_a_tensor(tmp_path: Path) -> None:

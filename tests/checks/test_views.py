@@ -178,3 +178,17 @@ def _elements(where: ByteRange | Strided) -> list[int]:
 def test_a_view_of_any_size_that_repeats_one_element(tmp_path: Path) -> None:
     torch.save({"a.weight": torch.randn(4, 4), "w": torch.ones(1).expand(10**9, 10**9)}, tmp_path / "a.pt")
     assert problems(tmp_path / "a.pt") == []
+
+
+def test_a_view_that_overlaps_itself_is_read_no_more_than_once(tmp_path: Path) -> None:
+    """Of a hostile file a view has a million times as many elements as there are."""
+    side = 2**14
+    base = torch.zeros(5 * side + 1)
+    torch.save({"w": torch.as_strided(base, (side, side), (2, 3))}, tmp_path / "a.pt")
+    source = locate(tmp_path / "a.pt")
+    tasks = tasks_of(Checked([], source.format.read(source), [read_torch_file(tmp_path / "a.pt")]))
+    assert sum(task.nbytes for task in tasks) < 2 * base.nbytes
+    assert problems(tmp_path / "a.pt") == []
+    base[2] = NAN
+    torch.save({"w": torch.as_strided(base, (side, side), (2, 3))}, tmp_path / "a.pt")
+    assert [(id, where) for _, id, where in problems(tmp_path / "a.pt")] == [("nonfinite", "w")]

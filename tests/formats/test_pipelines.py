@@ -156,3 +156,31 @@ def test_weights_of_another_framework_are_not_called_lost(name: str, tmp_path: P
         assert ran.code == 2 and "error[framework-not-read]" in ran.err and name in ran.err
     (tmp_path / name).unlink()
     assert "error[no-weights]" in run("inspect", tmp_path).err
+
+
+def test_parts_without_weights_of_torch_are_not_called_lost(pipeline: Path) -> None:
+    """A scheduler may lie in the pipeline's own folder, where diffusers looks; tokenizers have no weights."""
+    (pipeline / "scheduler" / "scheduler_config.json").rename(pipeline / "scheduler_config.json")
+    (pipeline / "scheduler").rmdir()
+    (pipeline / "tokenizer").mkdir()
+    (pipeline / "tokenizer/config.json").write_text("{}")
+    index = json.loads((pipeline / "model_index.json").read_text())
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "_ignore_files": ["a.bin", "b.bin"]}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    ran = run("verify", pipeline)
+    assert ran.code == 0 and "3 of 3 checkpoints are good" in ran.out, ran
+    for folder in ("unet", "vae"):
+        (pipeline / folder / f"{STEM}.safetensors").unlink()
+        (pipeline / folder / "model.onnx").write_bytes(b"x")
+    ran = run("verify", pipeline)
+    assert ran.code == 2 and "framework-not-read" in ran.out and "component-missing" not in ran.out, ran
+    assert run("inspect", pipeline).code == 2
+
+
+def test_a_part_that_is_a_link_is_not_passed_over(pipeline: Path, tmp_path: Path) -> None:
+    for name in ("unet", "vae"):
+        (pipeline / name).rename(tmp_path / name)
+        (pipeline / name).symlink_to(tmp_path / name)
+    ran = run("verify", pipeline)
+    assert ran.code == 1 and ran.out.count("[link-outside]") == 2, ran
+    assert run("inspect", pipeline).code == 1

@@ -551,12 +551,18 @@ def test_the_batch_that_a_plain_file_states_is_read_and_follows(tmp_path: Path) 
         global_step=40,
         train_batch_size=8,
         gradient_accumulation_steps=4,
+        world_size=1,
     )
-    ran = run("rebase-schedule", source, tmp_path / "b.pt", "--new-bs", 4)
+    ran = run("rebase-schedule", source, tmp_path / "b.pt", "--old-bs", 8, "--new-bs", 4)
     assert ran.code == 0 and "micro-batch 40" in ran.err, ran
     made = torch.load(tmp_path / "b.pt", weights_only=True)
     assert made["train_batch_size"] == 4 and made["global_step"] == 80
     assert run("rebase-schedule", source, "--old-bs", 16, "--new-bs", 4, "--dry-run").code == 2
+    for lacks in ("world_size", "gradient_accumulation_steps"):  # it stands for 1 nowhere
+        other = {key: value for key, value in torch.load(source, weights_only=True).items() if key != lacks}
+        torch.save(other, tmp_path / "c.pt")
+        ran = run("rebase-schedule", tmp_path / "c.pt", "--new-bs", 4, "--dry-run")
+        assert ran.code == 2 and "batch-unknown" in ran.err, ran
 
 
 @pytest.mark.parametrize("options", [(), ("--unit", "update"), ("--unit", "micro", "--old-accum", 2)])

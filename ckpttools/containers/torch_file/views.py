@@ -202,6 +202,14 @@ def _rebuilt(node: Object, depth: int = 0) -> View | None:
     return View(storage, dtype, start, dims, steps)
 
 
+def is_rebuilt(node: Node) -> bool:
+    """Whether torch makes a tensor of it; where it is not read, one that is none of plain bytes."""
+    cls = node.cls if isinstance(node, Object) else None
+    if not isinstance(cls, Global) or cls.module not in ("torch._utils", "torch._tensor"):
+        return False
+    return cls.name.startswith("_rebuild_")
+
+
 def _is_not_read(node: Node) -> bool:
     """A type of torch's with no numbers that anybody here could look at."""
     return isinstance(node, Global) and node.module == "torch" and bool(NOT_READ.fullmatch(node.name))

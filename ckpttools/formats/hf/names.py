@@ -42,6 +42,7 @@ VARIANT_SHARD = re.compile(
 )
 OTHER_FRAMEWORKS = re.compile(
     r"(diffusion_)?flax_model(-\d{5}-of-\d{5})?\.msgpack|tf_model(-\d{5}-of-\d{5})?\.h5"
+    r"|.+\.onnx|openvino_\w+\.bin"
 )
 RUN = re.compile(r"checkpoint-\d+")  # what the Trainer saves of a run beside its last model
 ROLES = {

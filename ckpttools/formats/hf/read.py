@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers import fields, jsons
+from ckpttools.containers.nodes import decode
+from ckpttools.containers.pickles import Object
 from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
+from ckpttools.containers.torch_file.views import is_rebuilt
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.configs import DIFFUSERS
 from ckpttools.formats.format import Folder
 from ckpttools.formats.hf.counters import FORMAT, KEYS, FreeText, aliases, from_metadata, integer
 from ckpttools.formats.hf.names import ADAPTER, ROLES, models_below, not_read, weight_files
-from ckpttools.formats.notes import holds_for
+from ckpttools.formats.notes import holds_for, of_other_kinds
 from ckpttools.formats.ties import tied
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
@@ -28,6 +31,7 @@ from ckpttools.stores.files import (
 from ckpttools.stores.links import plain_name
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
+from ckpttools.tree import Value
 
 
 def read(path: Location) -> Checkpoint:
@@ -79,6 +83,8 @@ def read(path: Location) -> Checkpoint:
     if others:
         model = index or next(iter(shards))
         notes.append(f"{model} is the model; other weights beside it are not read: {', '.join(others)}")
+    extra = {name: value for file in torch_files for name, value in _other_kinds(file)}
+    notes += of_other_kinds(list(extra))
     ties = aliases(metadata, tensors)
     own = (each for each in (ADAPTER, DIFFUSERS) if all(name.startswith(each) for name in shards))
     stem = next(own, None)
@@ -93,6 +99,7 @@ def read(path: Location) -> Checkpoint:
         tensors=tensors,
         shared=tied(tensors) | ties,
         excludes_frozen=stem == ADAPTER or holds_for(integer(metadata.get(EXCLUDES_FROZEN)), tensors),
+        extra_state=extra,
         training=_training(path, metadata),
         files=tuple(files),
         checks=tuple(checks),
@@ -172,6 +179,14 @@ def _read_shard(
     root = fields.mapping(path, torch_file.value, "the file's value")
     views = ((name, torch_file.view(node)) for name, node in root.named())
     return {name: view.ref for name, view in views if view is not None}
+
+
+def _other_kinds(file: TorchFile) -> Iterator[tuple[str, Value]]:
+    """Tensors of a torch file that are not read."""
+    root = fields.mapping(file.path, file.value, "the file's value")
+    for name, node in root.named():
+        if is_rebuilt(node) and isinstance(node, Object) and file.view(node) is None:
+            yield name, decode(file, node)
 
 
 def _other_files(folder: Location, known: set[str]) -> list[FileRole]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 
 from ckpttools.containers import fields
-from ckpttools.containers.pickles import Global, Node, Object
+from ckpttools.containers.pickles import Node
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.containers.torch_file.modules import candidates, named_views, state_of, under, what_it_is
-from ckpttools.errors import UsageError, escape, some
+from ckpttools.containers.torch_file.views import is_rebuilt
+from ckpttools.errors import UsageError, escape
+from ckpttools.formats.notes import of_other_kinds
 from ckpttools.formats.torch_optimizer import PREFIXES
 from ckpttools.tensors import TensorRef
 
@@ -54,12 +56,11 @@ def no_weights(file: TorchFile, detail: str) -> UsageError:
     shown = ", ".join(f"{escape(key)} ({n} tensors)" for key, n in found[:12])
     if not found:
         odd = [key for key, value in root.named() if is_rebuilt(value)] if root is not None else []
-        kind = "are of a kind that is not read (sparse, quantised, conjugated ...)"
         return UsageError(
             "not-a-checkpoint",
             f"a torch file without model weights: {detail}",
             where=file.path,
-            why=f"its tensors {kind}: {some(odd)}" if odd else "nothing in it holds named tensors",
+            why=next(of_other_kinds(odd), "nothing in it holds named tensors"),
             hint="name the file that holds the model",
         )
     return UsageError(
@@ -69,14 +70,6 @@ def no_weights(file: TorchFile, detail: str) -> UsageError:
         why=f"named tensors lie under {shown}; the names looked for are {', '.join(WEIGHTS)}",
         hint=f"say which ones: --key {shlex.quote(escape(found[0][0]))}",
     )
-
-
-def is_rebuilt(node: Node) -> bool:
-    """Whether torch makes a tensor of it; where it is not read, one that is none of plain bytes."""
-    cls = node.cls if isinstance(node, Object) else None
-    if not isinstance(cls, Global) or cls.module not in ("torch._utils", "torch._tensor"):
-        return False
-    return cls.name.startswith("_rebuild_")
 
 
 def strip(tensors: dict[str, TensorRef]) -> tuple[dict[str, TensorRef], str]:

@@ -10,14 +10,15 @@ from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Dict, plain
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.containers.torch_file.modules import under
-from ckpttools.errors import UsageError, counted, escape, some
+from ckpttools.containers.torch_file.views import is_rebuilt
+from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats import torch_optimizer as optimizer
 from ckpttools.formats.buffers import BUFFERS, untrained
 from ckpttools.formats.counters import training
 from ckpttools.formats.deepspeed import SLICED, names_of, slices
-from ckpttools.formats.notes import holds_for
+from ckpttools.formats.notes import holds_for, of_other_kinds
 from ckpttools.formats.ties import tied
-from ckpttools.formats.torch.names import find_weights, is_rebuilt, strip
+from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.location import Location
 from ckpttools.tree import Opaque, Value, leaves, put
 
@@ -59,10 +60,7 @@ def read(
     extra = _extra_state(file, key, prefix)
     inside = ((name, leaf) for name, value in extra.items() for _, leaf in leaves(value))
     odd = [name for name, leaf in inside if isinstance(leaf, Opaque) and is_rebuilt(leaf.node)]
-    odd = list(dict.fromkeys(odd))
-    if odd:
-        many = f"{counted(len(odd), 'tensor')} {'is' if len(odd) == 1 else 'are'}"
-        notes.append(f"{many} of a kind that is not read (sparse, quantised, conjugated ...): {some(odd)}")
+    notes += of_other_kinds(list(dict.fromkeys(odd)))
     notes += slices(root.get(SLICED)) if root is not None else ()
     unread = list(dict.fromkeys(_unread(file, key)))
     if unread:

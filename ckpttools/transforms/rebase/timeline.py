@@ -123,6 +123,8 @@ def batches(training: Training, request: Request, notes: list[str]) -> tuple[Bat
         if name in unknown and getattr(request, f"new_{option}") is not None:
             raise _unknown(name, f"--new-{option} is given, and the old number cannot be compared with it")
     is_global = _is_global(training, request, accumulation * ranks, notes)
+    if is_global and unknown and request.batch_is == "auto":
+        raise _unknown(min(unknown), "it states the batch of a whole update, and not how that is made")
     old = _old(training, request, accumulation, ranks, is_global=is_global)
     new = Batch(
         micro=old.micro,
