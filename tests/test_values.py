@@ -31,10 +31,11 @@ from ckpttools.tensors import (
     TensorRef,
     Zeros,
 )
+from ckpttools.transforms.cast import DTYPE_NAMES
 from ckpttools.values import cast, nonfinite, numpy_dtype, repeats, same_after_cast, same_before_cast
 
 FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_float]
-TARGETS = [dtype for dtype in FLOATS if dtype.name != "float8_e8m0fnu"]
+TARGETS = [dtype for dtype in FLOATS if dtype in DTYPE_NAMES.values()]  # all that --dtype takes
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED_TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -23,6 +23,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpttools.errors import UsageError
 from ckpttools.formats import locate, read
@@ -30,7 +31,9 @@ from ckpttools.runs.find import Entry
 from ckpttools.runs.find import paths as checkpoints_below
 from ckpttools.runs.kinds import kind
 from ckpttools.stores.files import local
-from ckpttools.trainer.config import Config
+
+if TYPE_CHECKING:
+    from ckpttools.trainer.config import Config
 
 POINTER = "last_checkpoint"
 HF_CONFIG = "hf_config"

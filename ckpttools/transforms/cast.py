@@ -9,10 +9,9 @@ from ckpttools.checkpoint import Checkpoint, common_dtype
 from ckpttools.errors import UsageError, escape
 from ckpttools.tensors import DTYPES, DType, TensorRef
 
-# what --dtype takes, in torch's words and in short
-DTYPE_NAMES = {d.short: d for d in DTYPES.values() if d.is_float} | {
-    d.name: d for d in DTYPES.values() if d.is_float
-}
+# what --dtype takes, in torch's words and in short; float8_e8m0fnu, powers of two, is for scales
+_TARGETS = [d for d in DTYPES.values() if d.is_float and d.name != "float8_e8m0fnu"]
+DTYPE_NAMES = {d.short: d for d in _TARGETS} | {d.name: d for d in _TARGETS}
 
 
 # the largest finite value; that of bfloat16 counts as float32's
@@ -24,7 +23,6 @@ LARGEST = {
     "float8_e5m2": 57344.0,
     "float8_e4m3fnuz": 240.0,
     "float8_e5m2fnuz": 57344.0,
-    "float8_e8m0fnu": 1.7e38,
 }
 
 
