@@ -14,7 +14,21 @@ from random import Random
 import pytest
 from faults.all import FAULTS
 from faults.clean import VARIATIONS, clean, made
-from faults.core import HF, PT, TRIED, ZERO, Base, Outcome, bases, sweep, table, verdict_of
+from faults.core import (
+    DCP,
+    HF,
+    PT,
+    TRIED,
+    UNIVERSAL,
+    ZERO,
+    ZERO3,
+    Base,
+    Outcome,
+    bases,
+    sweep,
+    table,
+    verdict_of,
+)
 
 from ckpttools.findings import ERROR, INFO
 
@@ -49,7 +63,7 @@ def test_thousands_of_faults_are_found_and_located(tmp_path: Path) -> None:
     assert len(found) >= 2000
     assert {o.fault for o in found} == set(FAULTS)
     used = {o.base for o in found}
-    assert {base.kind for base in bases() if base.name in used} == {ZERO, PT, HF}
+    assert {base.kind for base in bases() if base.name in used} == {ZERO, PT, HF, ZERO3, DCP, UNIVERSAL}
     versions = {base.version for base in bases() if base.version.startswith("deepspeed-")}
     assert len(versions) >= 4 and all(any(name.startswith(v) for name in used) for v in versions)
     missed = [o for o in found if not o.good]

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import pytest
 import torch
 from support import FIXTURES, as_torch, identical, truth_of
 
-from ckpttools.formats import open_checkpoint
+from ckpttools.errors import Unsupported
+from ckpttools.execute import execute
+from ckpttools.formats import open_checkpoint, zero3
 from ckpttools.operations.convert import TARGETS, convert
 
 ORACLES = Path(__file__).parents[1] / "oracles"
@@ -46,6 +49,17 @@ def written(source: Path, folder: Path, to: str, **options: Any) -> Path:
     name = "run.pt" if to == "pt" else "run"
     folder.mkdir(parents=True)
     return convert(source, folder / name, to=to, **options).destination  # type: ignore[arg-type]
+
+
+def of_stage_3(source: Path, folder: Path) -> Path:
+    """A folder of the same model that tells which tensor is a frozen parameter: torch's own do not."""
+    found = open_checkpoint(source)
+    with pytest.raises(Unsupported, match="frozen is in no parameter group"):
+        written(source, folder / "refused", "zero3")
+    known = {"frozen": frozenset({"frozen"}), "buffers": frozenset({"count", "mask", "mean"})}
+    told = replace(found, **known, roles_guessed=False, template=None)
+    execute(zero3.plan(told, replace(found.layout, dp_degree=2)), folder / "tag", source=source)
+    return folder / "tag"
 
 
 CASES = [  # what DeepSpeed saved, as what it is written, what loads it, on how many ranks
@@ -97,7 +111,8 @@ def test_torch_goes_on_after_a_way_through_another_format(
     ours = FIXTURES / "dcp" / source
     layout = {"titan": "titan", "accelerate": "accelerate"}.get(str(options.get("dcp_layout")))
     torchs = written(ours, tmp_path / "same", "dcp", dcp_layout=layout) if layout else ours
-    between = written(ours, tmp_path / "between", through)
+    like = of_stage_3(ours, tmp_path / "like") if through == "zero3" else None
+    between = written(ours, tmp_path / "between", through, like=like)
     made = written(between, tmp_path / "out", "dcp", **options)
     losses = []
     for i, folder in enumerate((torchs, made)):
