@@ -20,11 +20,26 @@ def remove_file(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def remove_whole(path: Path) -> None:
-    """A file, or a folder with all that is in it. Raises OSError; what is left then has its name of GONE."""
+def remove_whole(path: Path, beside: Path | None = None) -> None:
+    """A file, or a folder with all that is in it; `beside` is a small file that goes first, and comes back
+    where the other cannot go. Raises OSError; what is left then has its name of GONE.
+    """
+    first = _renamed(beside) if beside is not None and beside.exists() else None
+    try:
+        gone = _renamed(path)
+    except OSError:
+        if beside is not None and first is not None:
+            first.rename(beside)
+        raise
+    delete(gone)
+    if first is not None:
+        delete(first)
+
+
+def _renamed(path: Path) -> Path:
     gone = path.with_name(f".ckpt-gone-{os.urandom(8).hex()}")
     path.rename(gone)
-    delete(gone)
+    return gone
 
 
 def delete(path: Path) -> None:

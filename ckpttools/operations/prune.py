@@ -12,20 +12,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ckpttools import checks, manifest, runs
 from ckpttools.checks import Verdict
 from ckpttools.errors import CkptError, UsageError, escape
-from ckpttools.execute.removing import delete, freed, remove_file, remove_whole
+from ckpttools.execute.removing import delete, freed, remove_whole
 from ckpttools.location import Location, below
 from ckpttools.operations import slim as slimming
-from ckpttools.operations.replacing import somebodys
+from ckpttools.operations.replacing import holding, somebodys
 from ckpttools.operations.slim import Slim
 from ckpttools.operations.writing import Bar
 from ckpttools.runs import needs, pins
 from ckpttools.runs.find import Entry
-from ckpttools.runs.retain import Decision, Policy, decide, require_best
+from ckpttools.runs.kinds import is_counted
+from ckpttools.runs.retain import Decision, Policy, decide, require_best, states_best
 from ckpttools.stores.files import is_file, is_folder, is_link, local, size_of, small_text, walk
 from ckpttools.stores.links import resolved
 
@@ -130,6 +131,10 @@ def plan_of(
         if not any(d.good for d in decisions):
             notes.append(f"{escape(run[0].run)}: nothing is removed, no checkpoint of it is known to be good")
             decisions = [_stays(d, "no checkpoint of the run is known to be good") for d in decisions]
+        unknown = policy.best is not None and not any(states_best(entry, policy) for entry in run)
+        if unknown and any(d.goes for d in decisions):
+            notes.append(f"{escape(run[0].run)}: nothing is removed, none of it states how good it is")
+            decisions = [_stays(d, "it may be the best: none of the run states it") for d in decisions]
         if slim:
             decisions = [_slimmed(decision, slimmed) for decision in decisions]
         if not verified:  # headers that are whole say nothing of the rest
@@ -156,9 +161,13 @@ def _slimmed(decision: Decision, slimmed: dict[Path, Slim]) -> Decision:
     if decision.entry.resumes is False:
         return _stays(decision, "it holds weights alone")
     try:
-        slimmed[path] = slimming.planned(path)
+        planned = slimming.planned(path)
     except CkptError as error:
         return _stays(decision, f"its weights cannot be kept: {error.message}")
+    if any(each.destination == planned.destination for each in slimmed.values()):
+        name = escape(planned.destination.name)
+        return _stays(decision, f"its weights cannot be kept: {name} is to be another's")
+    slimmed[path] = planned
     return decision
 
 
@@ -185,7 +194,7 @@ def _held(
     pin = pins.above(path, folder)
     if pin is not None:
         yield str(pin)
-    elif any(place == whole or whole in place.parents for place in map(resolved, around.pinned)):
+    elif any(whole in place.parents for place in map(resolved, around.pinned)):
         yield "pinned: something in it"
     try:
         for place, text in needs.pointers(run, folder):
@@ -198,14 +207,24 @@ def _held(
         yield why
     if resolved(path) == resolved(folder) or any(path in other.parents for other in everything):
         yield "other checkpoints are in it, or it is the folder itself"
+    if whole in (here := resolved(Path()), *here.parents):
+        yield "the working directory is in it"
     if is_folder(path) and not is_link(path):
         try:
             own = [each for each in somebodys(path) if not _is_card(each, newest / below(each, path))]
+            own += sorted(place for place in holding(path) if _is_anothers(below(place, path), newest))
         except CkptError as error:
             yield error.message
         else:
             if own:
                 yield f"it holds what is somebody's own: {escape(below(own[0], path))}"
+
+
+def _is_anothers(place: str, newest: Path) -> bool:
+    """Whether a folder with weights within a checkpoint is none that its run writes again and again, as the
+    newest has it, but another run's, or one of its checkpoints."""
+    inside = place not in ("", ".")
+    return inside and (not is_folder(newest / place) or any(map(is_counted, PurePath(place).parts)))
 
 
 def _is_card(path: Location, newest: Path) -> bool:
@@ -252,9 +271,7 @@ def _remove(entry: Entry, run: Path, folder: Path) -> None:
     path = local(entry.path)
     _refuse_changed(entry, run, folder)
     with _removing(path):
-        if not is_folder(path):
-            remove_file(local(manifest.beside(path)))
-        remove_whole(path)
+        remove_whole(path, None if is_folder(path) else local(manifest.beside(path)))
 
 
 def _refuse_changed(entry: Entry, run: Path, folder: Path) -> None:

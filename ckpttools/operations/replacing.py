@@ -28,15 +28,21 @@ from ckpttools.frameworks import POINTERS, STATED
 from ckpttools.location import Location, Stored, below
 from ckpttools.plan import Plan
 from ckpttools.runs import pins
-from ckpttools.siblings import MANIFEST, PIN, is_ours
+from ckpttools.siblings import MANIFEST, is_ours
 from ckpttools.stores.disk import look
-from ckpttools.stores.files import entries, is_file, is_folder, local, size_of, walk
+from ckpttools.stores.files import entries, is_file, is_folder, size_of
 from ckpttools.stores.links import absolute, within
 
 # by DeepSpeed, the HF Trainer, accelerate, MMEngine and bundles, beside what a format reads
 BESIDE = {*POINTERS, "zero_to_fp32.py", "zero_to_torch.py", *STATED}
 # with a configuration or a tokenizer and no weights: verl's, and the modules of sentence-transformers
 CONFIG_FOLDERS = re.compile(r"huggingface|\d+_[A-Z]\w*")
+# in which frameworks put parts of one checkpoint
+PARTS = re.compile(
+    r"global_step\d+|deepspeed|hf_model|pytorch_model(_fsdp)?(_\d+)?|optimizer(_\d+)?|checkpoint"
+    rf"|actor|critic|reference|{CONFIG_FOLDERS.pattern}"
+)
+STATES = "zero"  # of universal checkpoints: a folder for each parameter
 TOKENIZERS = {"tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model"}
 
 
@@ -60,16 +66,15 @@ def replaceable(dst: Location, plan: Plan) -> str:
 def refuse_pinned(dst: Path) -> None:
     """Raises UsageError where somebody keeps what is there, or something in it."""
     pin = pins.above(dst, Path(absolute(dst).anchor))
-    look_inside = pin is None and is_folder(dst)
-    inside = [local(p) for p, entry in walk(dst) if entry.name.startswith(PIN)] if look_inside else []
-    if pin is not None or inside:
-        kept = pin.path if pin is not None else inside[0].with_name(inside[0].stem.removeprefix(PIN))
+    inside = next(pins.inside(dst), None) if pin is None and is_folder(dst) else None
+    kept = pin.path if pin is not None else inside
+    if kept is not None:
         raise UsageError(
             "pinned",
-            f"it is {pin}" if pin is not None else f"what is in it is pinned: {escape(inside[0].name)}",
+            f"it is {pin}" if pin is not None else f"what is in it is pinned: {escape(kept.name)}",
             where=dst,
             why="a pinned checkpoint is neither replaced nor removed",
-            hint=f"choose another destination, or give it free first: ckpt unpin {kept}",
+            hint=f"choose another destination, or give it free first: ckpt unpin {escape(kept, 4000)}",
         )
 
 
@@ -98,8 +103,8 @@ def _folder(dst: Location, plan: Plan) -> str:
         raise _refused(dst, "a folder, where a file is to be written")
     begun = _sent(dst)
     files = [each for each in files if begun is None or each[0] not in begun]
-    for format in FORMATS:
-        places = {path.parent for path, _ in files if format.is_weights(path.name)}
+    kinds = [{path.parent for path, _ in files if each.is_weights(path.name)} for each in FORMATS]
+    for places in (*kinds, _places(dst, files)):
         if len(places) > 1:
             raise _refused(dst, f"it holds several checkpoints: {', '.join(sorted(map(escape, places)))}")
     listed = _listed(files)
@@ -122,6 +127,26 @@ def _sent(dst: Location) -> set[Stored] | None:
     return sent(dst)
 
 
+def holding(folder: Location) -> set[Location]:
+    """The folder, and those within that have weights or state of their own: parts of one checkpoint that
+    frameworks put into folders of known names lie where the rest of it does.
+    """
+    return _places(folder, list(_files(folder)))
+
+
+def _places(folder: Location, files: list[tuple[Location, bool]]) -> set[Location]:
+    found = set()
+    for path in (path for path, _ in files if _is_part(path)):
+        place = path.parent
+        states = [above for above in path.parents if above.name == STATES and folder in above.parents]
+        if states and not _is_weights(path):
+            place = states[-1].parent
+        while place != folder and PARTS.fullmatch(place.name):
+            place = place.parent
+        found.add(place)
+    return found
+
+
 def somebodys(folder: Location) -> list[Location]:
     """What lies in a checkpoint's folder that no framework would write again."""
     files = list(_files(folder))
@@ -129,7 +154,7 @@ def somebodys(folder: Location) -> list[Location]:
 
 
 def _own(folder: Location, files: list[tuple[Location, bool]], known: set[Location]) -> list[Location]:
-    weights = [path for path, _ in files if any(format.is_weights(path.name) for format in FORMATS)]
+    weights = [path for path, _ in files if _is_weights(path)]
     # frameworks write beside weights, above them, and in few folders else; a name alone says less elsewhere
     places = {folder, *(place for path in weights for place in path.parents)}
 
@@ -142,6 +167,10 @@ def _own(folder: Location, files: list[tuple[Location, bool]], known: set[Locati
 
 def _is_part(path: Location) -> bool:
     return any(format.names_it(path) for format in FORMATS)
+
+
+def _is_weights(path: Location) -> bool:
+    return any(format.is_weights(path.name) for format in FORMATS)
 
 
 def _files(folder: Location) -> Iterator[tuple[Location, bool]]:

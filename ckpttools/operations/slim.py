@@ -14,7 +14,8 @@ from ckpttools import checks
 from ckpttools.checks import check_before_use
 from ckpttools.compare.content import WEIGHT
 from ckpttools.compare.digests import digests
-from ckpttools.errors import CkptError, UsageError
+from ckpttools.errors import CkptError, UsageError, some
+from ckpttools.formats import read
 from ckpttools.operations.destination import default_dst
 from ckpttools.operations.digest import Digested, compare
 from ckpttools.operations.extract import extract
@@ -22,7 +23,9 @@ from ckpttools.operations.source import find
 from ckpttools.operations.writing import Bar, Writing
 from ckpttools.stores.files import exists
 from ckpttools.stores.links import within
+from ckpttools.tensors import TensorRef
 from ckpttools.transforms.select import weights_only
+from ckpttools.tree import Key, tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,7 @@ class Slim:
 def planned(path: Path) -> Slim:
     """What keeps a checkpoint's weights. Raises CkptError where they cannot be, or the place is taken."""
     dst = default_dst(path, "weights", "")
+    _refuse_more(path)
     if exists(dst):
         _refuse_other(path, dst)
         return Slim(destination=dst, nbytes=0)
@@ -60,6 +64,28 @@ def carry_out(path: Path, kept: Slim, *, workers: int = 0, bar: Bar | None = Non
             why="the checkpoint itself was left as it is",
             hint="ckpt verify says more; remove the copy, and run ckpt prune again",
         )
+
+
+def _refuse_more(path: Path) -> None:
+    """Raises CkptError where a checkpoint has other weights than those that are kept: an average of them, a
+    second network."""
+    source = find(path)
+    with within(source.root):
+        checkpoint = read(source)
+    others = [key for key, value in checkpoint.client.items() if any(map(_is_weight, tensors(value)))]
+    if others := [*others, *checkpoint.below, *checkpoint.unread]:
+        raise UsageError(
+            "slim-partial",
+            f"it has other weights as well: {some(others)}",
+            where=path,
+            why="what is written beside it holds the model's alone, and the others would be gone",
+            hint="prune without --slim, or pin it: ckpt pin",
+        )
+
+
+def _is_weight(found: tuple[tuple[Key, ...], TensorRef]) -> bool:
+    path, _ = found
+    return bool(path) and str(path[-1]).rpartition(".")[2] in ("weight", "bias")
 
 
 def _refuse_other(path: Path, dst: Path, workers: int = 0) -> None:

@@ -20,8 +20,8 @@ from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location, below
 from ckpttools.numbered import numbers, shape
 from ckpttools.runs.find import Entry, common, runs
-from ckpttools.stores.files import entries, exists, small_text
-from ckpttools.stores.links import absolute
+from ckpttools.stores.files import entries, exists, is_file, small_text
+from ckpttools.stores.links import absolute, resolved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +54,7 @@ def choice(found: list[list[Entry]], folder: Location) -> Choice:
         return replace(_furthest(found[0]), why="the folder is itself a checkpoint", notes=notes)
     for place in dict.fromkeys((folder, run)):
         for name in POINTERS:
-            if any(entry.name == name for entry in entries(place)):
-                named = _pointed(place, name)
+            if (named := _named(place, name, found[0] if found else [])) is not None:
                 notes = (*among, *_behind(named.path, found[0] if found else []), *_pointers(place))
                 return replace(named, notes=notes)
     if not found:
@@ -190,7 +189,7 @@ def _unfit(found: list[Entry], path: Location) -> Iterator[str]:
 
 def _pointers(place: Location) -> Iterator[str]:
     """Two pointers that name different checkpoints."""
-    names = {entry.name for entry in entries(place)}
+    names = {entry.name for entry in entries(place) if is_file(entry) and not entry.is_symlink()}
     if all(name in names for name in POINTERS):
         first, second = (PurePath(small_text(place / name, 4096).strip()).name for name in POINTERS)
         if first != second:
@@ -237,6 +236,19 @@ def nothing(folder: Location) -> CkptError:
         why = f"nothing in it or below looks like one; what {pointer} names lies elsewhere, or is gone"
         hint = f"ckpt latest {escape(folder)} says where"
     return UsageError("no-checkpoints", "the folder holds no checkpoints", where=folder, why=why, hint=hint)
+
+
+def _named(place: Location, name: str, found: list[Entry]) -> Choice | None:
+    """What a pointer names; people make links of that name, too, to the checkpoint itself."""
+    entry = next((entry for entry in entries(place) if entry.name == name), None)
+    if entry is None:
+        return None
+    if entry.is_symlink() and isinstance(place, Path):
+        target = resolved(place / name)
+        led = next((each.path for each in found if resolved(each.path) == target), None)
+        if led is not None:
+            return Choice(path=led, why=f"{name} is a link to {escape(led.name)}")
+    return _pointed(place, name) if is_file(entry) else None
 
 
 def _pointed(folder: Location, name: str) -> Choice:

@@ -7,13 +7,15 @@
     last.ckpt, final_model.pt                                           final
 
 A series is what one run writes again and again: its names differ in these numbers, and in what was measured,
-alone. Any other number may be a seed, a fold or a setting (fold=1-epoch=3.ckpt, lr=0.01-step=9.ckpt): another
-one makes another series, and a name of which nothing says what its number counts (rep_1.pt) is of none.
+alone. Any other number may be a seed, a fold or a setting (fold=1-epoch=3.ckpt, lr=0.01-step=9.ckpt), and so
+may all but the last of several steps or epochs (warmup_steps=100-step=9): another one makes another series,
+and a name of which nothing says what its number counts (rep_1.pt) is of none.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable, Iterable
 from typing import Literal
 
 from ckpttools.runs.find import Entry
@@ -23,9 +25,22 @@ Kind = Literal["step", "epoch", "best", "final"]
 
 _BEST = re.compile(r"(^|[^a-z])best([^a-z]|$)", re.IGNORECASE)
 _FINAL = re.compile(r"(^|[^a-z])(final|last)([^a-z]|$)", re.IGNORECASE)
-_STEP = re.compile(r"(?:iteration|(?<![a-z])iter|(?<![a-z])(?:global)?steps?)[-_=]?\d+", re.IGNORECASE)
+_ITER = re.compile(r"(?:iteration|(?<![a-z])iter)[-_=]?\d+", re.IGNORECASE)
+_STEP = re.compile(r"(?<![a-z])(?:global)?steps?[-_=]?\d+", re.IGNORECASE)
 _EPOCH = re.compile(r"(?:epoch|(?<![a-z])ep)[-_=]?\d+", re.IGNORECASE)
 _PLAIN = re.compile(r"(?:checkpoint|ckpt|model|snapshot)[-_](\d+)", re.IGNORECASE)
+# before a number of steps or epochs that is a setting
+_SETTING = re.compile(
+    r"(?<![a-z])(?:warm_?up|accum[a-z]*|grad[a-z]*|max|min|total|num|n|decay|pre_?train(?:ed|ing)?|freeze|frozen"
+    r"|unfreeze|start|from|init|every|per|hold|cycle)[-_]?",
+    re.IGNORECASE,
+)
+# a file of several that are saved together, by its rank or by what it holds
+_ROLE = re.compile(
+    r"(?<![a-z])(?:(?:rank|shard|part|[dtpm]p)[-_=]?\d+|(?:net)?[gd]|generator|discriminator|model|net|weights"
+    r"|optim(?:izer)?|sched(?:uler)?|ema|state|unet|vae|encoder|decoder)(?![a-z])",
+    re.IGNORECASE,
+)
 # Lightning writes what was measured into names, too: epoch=3-step=99-val_loss=0.12
 _MEASURED = re.compile(
     r"[a-z_/.]*(?<![a-z])(?:loss|acc|accuracy|err|error|f1|auc|auroc|m?iou|m?ap|ppl|perplexity|bleu|[wc]er|psnr"
@@ -41,9 +56,9 @@ def kind(entry: Entry) -> Kind | None:
         return "best"
     if _FINAL.search(name):
         return "final"
-    if _STEP.search(name):
+    if _last(_ITER, name) or _last(_STEP, name):
         return "step"
-    if _EPOCH.search(name):
+    if _last(_EPOCH, name):
         return "epoch"
     plain = _PLAIN.search(name)
     if plain is None:
@@ -65,9 +80,52 @@ def series(entry: Entry) -> str | None:
         return None
     if entry.problem is None and kind(entry) is None:
         return None  # of a damaged one the others of its series tell
-    left = _EPOCH.sub("", _STEP.sub("", name))
-    left = _PLAIN.sub("", name) if left == name else left
-    return None if left == name else re.sub(r"[-_]+", "_", _MEASURED.sub("", left))
+    found = counts(name)
+    return re.sub(r"[-_]+", "_", _MEASURED.sub("", _without(name, found))) if found else None
+
+
+def together(entry: Entry) -> Hashable | None:
+    """What the files of one save share, each of another series: model_step_9.pt and optimizer_step_9.pt, the
+    files of ranks. None where `series` is."""
+    own = series(entry)
+    return None if own is None else (_ROLE.sub("", own), *point(entry))
+
+
+def point(entry: Entry) -> tuple[str, ...]:
+    """What the name counts: ("epoch3", "step99")."""
+    name = entry.path.name.lower()
+    said = (re.sub(r"[-_=]", "", name[slice(*each)]) for each in counts(name))
+    return tuple(re.sub(r"(?<!\d)0+(?=\d)", "", each) for each in said)
+
+
+def is_counted(name: str) -> bool:
+    """Whether a name is one of those that a run gives to its checkpoints, by what it counts."""
+    return bool(counts(name))
+
+
+def counts(name: str) -> tuple[tuple[int, int], ...]:
+    """Where in a name its own counters are: the last step, and the last epoch, that are no settings."""
+    found = tuple(sorted(filter(None, (_last(pattern, name) for pattern in (_ITER, _STEP, _EPOCH)))))
+    plain = None if found else _last(_PLAIN, name)
+    return found if plain is None else (plain,)
+
+
+def _last(pattern: re.Pattern[str], name: str) -> tuple[int, int] | None:
+    spans = [match.span() for match in pattern.finditer(name)]
+    spans = [(at, end) for at, end in spans if not any(m.end() == at for m in _SETTING.finditer(name, 0, at))]
+    return spans[-1] if spans else None
+
+
+def _without(name: str, spans: Iterable[tuple[int, int]]) -> str:
+    for at, end in sorted(spans, reverse=True):
+        name = name[:at] + name[end:]
+    return name
+
+
+def measured(entry: Entry) -> dict[str, float]:
+    """What was measured, as its name says: Lightning's epoch=3-val_loss=0.12.ckpt."""
+    said = (match[0].rpartition("=") for match in _MEASURED.finditer(entry.path.name))
+    return {name.strip("-_"): float(value) for name, _, value in said}
 
 
 def ahead(entry: Entry) -> int:
@@ -75,5 +133,5 @@ def ahead(entry: Entry) -> int:
     0 where the name says what it counts, or nothing is stated."""
     name, epoch = entry.path.name, entry.state.epoch
     plain = _PLAIN.search(name)
-    says = plain is None or _STEP.search(name) or _EPOCH.search(name) or kind(entry) != "epoch"
+    says = plain is None or plain.span() not in counts(name) or kind(entry) != "epoch"
     return 0 if says or plain is None or epoch is None else int(plain[1][:18]) - int(epoch)

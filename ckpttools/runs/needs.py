@@ -3,6 +3,7 @@
     latest, last_checkpoint, latest_universal, last_verified    in the run, above it, or beside the folder
     symbolic links               from anywhere below, or from beside, into a checkpoint
     adapter_config.json          base_model_name_or_path: an adapter is nothing without it
+    *.index.json                 shards that lie in another checkpoint
     the best, as the framework says in the checkpoints themselves
 
 A name is enough: a path that was true on another machine still keeps the checkpoint that is called so.
@@ -10,7 +11,7 @@ A name is enough: a path that was true on another machine still keeps the checkp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -20,19 +21,20 @@ from ckpttools.errors import CkptError, escape
 from ckpttools.frameworks import POINTERS
 from ckpttools.location import Entry as StoreEntry
 from ckpttools.location import Location
+from ckpttools.runs import pins
 from ckpttools.runs.find import Entry
 from ckpttools.siblings import GONE, PIN, VERIFIED
 from ckpttools.stores.files import entries, is_file, local, small_text, walk
 from ckpttools.stores.links import resolved
 
 NAMING = (*POINTERS, "latest_universal", VERIFIED)
-ADAPTER = "adapter_config.json"
+ADAPTER, INDEX = "adapter_config.json", ".index.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Around:
     """What lies below a folder, beside its checkpoints. `links` are (link, real target); `bases` are
-    (file, the path that it states); `pinned` the folders with pins in them; `left` is half deleted."""
+    (file, the path that it states); `pinned` what pins keep; `left` is half deleted."""
 
     links: tuple[tuple[Path, Path], ...]
     bases: tuple[tuple[Path, str], ...]
@@ -53,9 +55,11 @@ def around(folder: Path) -> Around:
             continue
         links += _link(path, entry)
         if entry.name.startswith(PIN):
-            pinned.append(path.parent)
-        if entry.name == ADAPTER and (base := _stated(path, "base_model_name_or_path")):
-            bases.append((path, base))
+            pinned += pins.kept_by(path)
+        if entry.name == ADAPTER and (base := _stated(path).get("base_model_name_or_path")):
+            bases.append((path, str(base)))
+        if entry.name.endswith(INDEX) and isinstance(shards := _stated(path).get("weight_map"), dict):
+            bases += [(path, shard) for shard in set(map(str, shards.values())) if "/" in shard]
     beside = resolved(folder).parent
     with suppress(CkptError):  # links from where nobody may look
         links += [link for entry in entries(beside) for link in _link(beside / entry.name, entry)]
@@ -70,12 +74,11 @@ def _link(path: Path, entry: StoreEntry) -> Iterator[tuple[Path, Path]]:
             return
 
 
-def _stated(path: Location, key: str) -> str | None:
+def _stated(path: Location) -> Mapping[str, object]:
     try:
-        found = jsons.read(path, allow_nan=True).get(key)
+        return jsons.read(path, allow_nan=True)
     except CkptError:
-        return None
-    return found if isinstance(found, str) else None
+        return {}
 
 
 def stated_best(run: Sequence[Entry]) -> dict[str, str]:
@@ -104,7 +107,8 @@ def needed(path: Path, found: Around) -> str | None:
             return f"{escape(link.name)} is a link to it"
     for file, base in found.bases:
         if names(base, path) and resolved(file.parent) != whole:
-            return f"the adapter in {escape(file.parent.name)} needs it"
+            what = "adapter" if file.name == ADAPTER else "index of shards"
+            return f"the {what} in {escape(file.parent.name)} needs it"
     return None
 
 

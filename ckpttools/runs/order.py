@@ -23,13 +23,13 @@ def newest_first(
     name: Callable[[T], str],
     time: Callable[[T], int],
 ) -> list[T]:
-    """The items by `count`; those without one between them, by name or time."""
+    """The items by `count`, at one count by name or time; those without one between them, as well."""
     counts = {item: count(item) for item in items}
-    out = sorted(
-        (item for item in items if counts[item] is not None),
-        key=lambda item: (counts[item] or (), time(item)),
-        reverse=True,
-    )
+    told: dict[tuple[float, ...], list[T]] = {}
+    for item in items:
+        if (at := counts[item]) is not None:
+            told.setdefault(at, []).append(item)
+    out = [item for at in sorted(told, reverse=True) for item in _level(told[at], name, time)]
     rest = [item for item in items if counts[item] is None]
     kinds = Counter(shape(name(item)) for item in rest)
     # the most common kind of name first: the others find their place among them
@@ -40,6 +40,12 @@ def newest_first(
     for item in rest:
         out.insert(_place(item, out, counted, name, time), item)
     return out
+
+
+def _level(items: list[T], name: Callable[[T], str], time: Callable[[T], int]) -> list[T]:
+    """Those with one count: by the numbers in their names where these are alike, else by time."""
+    alike = len({shape(name(item)) for item in items}) == 1
+    return sorted(items, key=lambda item: (numbers(name(item)) if alike else [], time(item)), reverse=True)
 
 
 def _place(item: T, out: list[T], counted: Set[T], name: Callable[[T], str], time: Callable[[T], int]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
 from ckpttools.location import Location, Stored
 from ckpttools.siblings import PIN, THEIRS
-from ckpttools.stores.files import exists, is_link
+from ckpttools.stores.files import entries, exists, is_link, local, walk
 from ckpttools.stores.links import resolved
 
 FORMAT, VERSION = "ckpttools-pin", 1
@@ -53,6 +54,24 @@ def _place(whole: Path) -> Path:
     if whole.parent.name in THEIRS:
         return whole.parent.with_name(f"{PIN}{whole.parent.name}-{whole.name}.json")
     return whole.with_name(f"{PIN}{whole.name}.json")
+
+
+def kept_by(note: Path) -> tuple[Path, ...]:
+    """What a note can keep: it lies beside a checkpoint, or beside the framework's own folder with it."""
+    name = note.name.removeprefix(PIN).removesuffix(".json")
+    held = [
+        note.with_name(each) / name.removeprefix(f"{each}-") for each in THEIRS if name.startswith(f"{each}-")
+    ]
+    return tuple(path for path in (*held, note.with_name(name)) if exists(path)) or (note.with_name(name),)
+
+
+def inside(folder: Path) -> Iterator[Path]:
+    """What is pinned in a folder, whose notes may lie beside it."""
+    whole = resolved(folder)
+    notes = [local(path) for path, entry in walk(whole) if entry.name.startswith(PIN)]
+    if whole.name in THEIRS:
+        notes += [whole.parent / e.name for e in entries(whole.parent) if e.name.startswith(PIN)]
+    yield from (path for note in notes for path in kept_by(note) if whole in path.parents)
 
 
 def of(path: Location) -> Pin | None:

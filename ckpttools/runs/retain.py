@@ -1,10 +1,11 @@
 """Which checkpoints of a run stay: a policy over what is known of each, nothing touched.
 
 A checkpoint may go only if all of this holds: it is one of a series (kinds.py), older than as many good ones
-of its series as shall stay, of the same model as these, not the one that was written last, holds nothing that
-is somebody's own, and nothing pins, names or needs it. A damaged one counts as nothing: it takes no place,
-and one that is newer than those that stay is left alone, for it may be written at this moment. What is not
-known keeps a checkpoint.
+of its series as shall stay, of the same model as these, not the one that was written last, alone at its point
+of its series, not saved together with one that stays, holds nothing that is somebody's own, and nothing pins,
+names or needs it. A damaged one counts as nothing: it takes no place, and one that is newer than those that
+stay, by its number or by its time, is left alone, for it may be written at this moment. What is not known
+keeps a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from ckpttools.errors import UsageError, escape
 from ckpttools.runs.find import COUNTERS, Entry
-from ckpttools.runs.kinds import ahead, kind, series
+from ckpttools.runs.kinds import ahead, kind, measured, point, series, together
 from ckpttools.stores.files import is_link
 
 COPIED = 60 * 10**9  # ns; a copy of a run has the times of copying, which say nothing of the run
@@ -106,9 +107,13 @@ def decide(
         for at in members:
             if at < limit and at not in taken:
                 reasons[at].append(_unproven(known.get(at)) if taken else "none of its series is good")
-            _keep_points(found[at], policy, now, reasons[at])
+            _keep_points(found[at], policy, reasons[at])
+        _keep_alike(found, members, reasons)
+    latest = max((entry.time for entry in found), default=0)
     for at, entry in enumerate(found):
         own = series(entry)
+        if policy.within is not None and now - entry.time / 1e9 <= policy.within:
+            reasons[at].append("younger than asked for")
         if is_link(entry.path):
             reasons[at].append("it is a link")
         elif own is None:
@@ -118,8 +123,13 @@ def decide(
                 reasons[at].append(f"it could not be looked at: {entry.problem.message}")
             elif at < limits.get(own, len(found)):
                 reasons[at].append(f"damaged, and nothing older stays for it: {entry.problem.message}")
+            elif entry.time == latest:
+                reasons[at].append(
+                    f"damaged, and written last, so perhaps not to its end: {entry.problem.message}"
+                )
         elif entry.model is None:
             reasons[at].append("its tensors do not look like a model's")
+    _keep_together(found, reasons)
     for at in range(len(found)):  # what stays is looked at, so that a damaged one is told
         if reasons[at] and found[at].problem is None:
             is_good(at)
@@ -155,15 +165,40 @@ def _unproven(good: bool | None) -> str:
     return "damaged: not counted, and left alone" if good is False else "whether it is good is not known"
 
 
-def _keep_points(entry: Entry, policy: Policy, now: float, reasons: list[str]) -> None:
+def _keep_alike(found: Sequence[Entry], members: list[int], reasons: dict[int, list[str]]) -> None:
+    """Two of one series at one point are perhaps of two runs, which differ in what looks like a measure."""
+    points: dict[tuple[str, ...], list[int]] = {}
+    for at in members:
+        points.setdefault(point(found[at]), []).append(at)
+    for alike in points.values():
+        for at in alike if len(alike) > 1 else ():
+            other = found[next(each for each in alike if each != at)].path.name
+            reasons[at].append(
+                f"{escape(other)} is at the same point: whether they are of one run is not known"
+            )
+
+
+def _keep_together(found: Sequence[Entry], reasons: dict[int, list[str]]) -> None:
+    """What was saved together stays together: the files of ranks, a model and its optimizer."""
+    saves: dict[Hashable, list[int]] = {}
+    for at, entry in enumerate(found):
+        if (save := together(entry)) is not None:
+            saves.setdefault(save, []).append(at)
+    for members in saves.values():
+        staying = [found[at] for at in members if reasons[at]]
+        if staying and len({series(found[at]) for at in members}) > 1:
+            why = f"saved together with {escape(staying[0].path.name)}, which stays"
+            for at in members:
+                reasons[at] = reasons[at] or [why]
+
+
+def _keep_points(entry: Entry, policy: Policy, reasons: list[str]) -> None:
     if policy.every is not None:
         counted = next(((c, v) for c in COUNTERS if (v := entry.count(c)) is not None), None)
         if counted is None:
             reasons.append("it states no step, so whether it is one of every is not known")
         elif counted[1] % policy.every == 0:
             reasons.append(f"{counted[0]} {counted[1]} is a multiple of {policy.every}")
-    if policy.within is not None and now - entry.time / 1e9 <= policy.within:
-        reasons.append("younger than asked for")
 
 
 def _keep_best(
@@ -177,10 +212,15 @@ def _keep_best(
     state the same the oldest: a later one may repeat what was measured before it."""
     asked = [_metric(policy.best)] if policy.best else []
     for name, sign in (*((name, 1) for name in VAL), *asked):
-        told = [at for at in members if (v := found[at].metrics.get(name)) is not None and math.isfinite(v)]
-        told.sort(key=lambda at: (sign * found[at].metrics[name], -at))
+        values = {at: v for at in members if math.isfinite(v := _value(found[at], name))}
+        told = sorted(values, key=lambda at: (sign * values[at], -at))
         for at in _first(told, 1, good):
-            reasons[at].append(f"the best by {escape(name)}: {found[at].metrics[name]:.6g}")
+            reasons[at].append(f"the best by {escape(name)}: {values[at]:.6g}")
+
+
+def _value(entry: Entry, name: str) -> float:
+    """A metric as the checkpoint states it, or its name; NaN where neither does."""
+    return entry.metrics.get(name, measured(entry).get(name, math.nan))
 
 
 def _metric(text: str) -> tuple[str, int]:
@@ -209,13 +249,19 @@ def best_of(found: Sequence[Entry]) -> Entry | None:
     return None
 
 
+def states_best(entry: Entry, policy: Policy) -> bool:
+    """Whether it says how good it is by what the best is asked for."""
+    names = {_metric(policy.best)[0]} if policy.best else set(VAL)
+    return any(math.isfinite(_value(entry, name)) for name in names)
+
+
 def require_best(found: Iterable[Entry], policy: Policy) -> None:
     """Raises UsageError where a best is asked for and nothing states it."""
     if policy.best is None:
         return
-    names = {_metric(policy.best)[0]} if policy.best else set(VAL)
-    stated = {name for entry in found for name in entry.metrics}
-    if not names & stated:
+    found = list(found)
+    stated = {name for entry in found for name in (*entry.metrics, *measured(entry))}
+    if not any(states_best(entry, policy) for entry in found):
         asked = escape(policy.best) if policy.best else "a validation loss"
         raise UsageError(
             "best-unknown",

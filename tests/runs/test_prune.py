@@ -406,9 +406,9 @@ def test_two_prunes_at_once_do_not_speak_of_permissions(
 
     folder, remove = make(tmp_path, 1, 2, 12), prune.remove_whole
 
-    def after_another(path: Path) -> None:
+    def after_another(path: Path, beside: Path | None = None) -> None:
         path.unlink()
-        remove(path)
+        remove(path, beside)
 
     monkeypatch.setattr(prune, "remove_whole", after_another)
     with pytest.raises(ckpttools.UsageError, match="prune-changed"):
