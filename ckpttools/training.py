@@ -291,6 +291,12 @@ class Training:
             yield from stated(what, value if isinstance(value, int) else None, "the rebase that made it")
 
 
+def noted_arguments(marked: Mapping[str, object] | None, count: int | None) -> dict[str, object]:
+    """The arguments of the new run as the rebase notes them that made this very checkpoint."""
+    found = marked.get("arguments") if marked is not None and marked.get("count") == count else None
+    return {str(key): value for key, value in found.items()} if isinstance(found, Mapping) else {}
+
+
 # the fields that a format fills
 _STATED = (
     *("step", "iteration", "epoch", "samples", "skipped_steps"),

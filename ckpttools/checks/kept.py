@@ -32,8 +32,8 @@ def check_kept(found: Checkpoint, training: Training) -> Iterator[Finding]:
         held = optimizer.held()
         place = optimizer.places[0]
         file, where = str(place.file), ".".join(map(str, (*place.at[:-1], "state")))
-        if _is_empty(held, optimizer) and training.count:
-            yield _none(file, where, optimizer, training)
+        if _is_empty(held, optimizer) and (made := _made(training)):
+            yield _none(file, where, optimizer, made)
         if found.groups:
             continue
         listed = list(zip(optimizer.groups, held.params, strict=False))
@@ -46,15 +46,23 @@ def _is_empty(held: Held, optimizer: OptimizerSettings) -> bool:
     return bool(held.params) and not any(held.state.values()) and any(map(keeps_state, optimizer.groups))
 
 
-def _none(file: str, where: str, optimizer: OptimizerSettings, training: Training) -> Finding:
-    unit = "updates" if training.unit == "update" else "iterations"
+def _made(training: Training) -> str:
+    """What a run has made as far as it says so; "" where it has not begun."""
+    if training.count:
+        return f"{training.count} {'updates' if training.unit == 'update' else 'iterations'}"
+    counts = (saved.states[0].get("last_epoch") for saved in training.schedules)
+    steps = max((each for each in counts if isinstance(each, int)), default=0)
+    return f"{steps} steps of its schedule" if steps > 0 and training.count is None else ""
+
+
+def _none(file: str, where: str, optimizer: OptimizerSettings, made: str) -> Finding:
     return Finding(
         id="optimizer-empty",
         severity=WARNING,
         file=file,
         where=where,
-        message=f"settings of {counted(len(optimizer.groups), 'parameter group')} after {training.count} "
-        f"{unit}, and no state of any parameter",
+        message=f"settings of {counted(len(optimizer.groups), 'parameter group')} after {made}, and no "
+        "state of any parameter",
         why="a resume begins the optimizer anew, and the loss jumps",
         hint="use a checkpoint that holds it, unless it was left out on purpose",
     )

@@ -69,8 +69,9 @@ def _read(folder: Location, *, updates: int | None = None, skipped: int = 0) -> 
             if repeats is None:  # stepped otherwise: by epoch, say, which nothing here counts
                 saved.append(replace(found, unit=None))
                 continue
-            saved.append(replace(found, repeats=repeats))
-            if updates is None and i == 0 and isinstance(steps, int) and steps % repeats == 0:
+            follows = known if marked is None else _noted_unit(marked, i) == "update"
+            saved.append(replace(found, unit="update" if known else None, repeats=repeats))
+            if follows and updates is None and i == 0 and isinstance(steps, int) and steps % repeats == 0:
                 made = steps // repeats  # Adam's own count stays behind when a checkpoint is rebased
     return Training(
         framework="accelerate",
@@ -101,7 +102,8 @@ def _accumulated(folder: Location, names: list[str]) -> Iterator[Counter]:
 def _repeats(steps: object, updates: int | None, skipped: int, ranks: int) -> int | None:
     """How often the scheduler was stepped for each update: once per process, or just once; None for neither.
 
-    Where no optimizer counted its updates, it is accelerate's default: once per process.
+    Where no optimizer counted its updates, it is accelerate's default: once per process. Whether it was
+    stepped for each update at all is not known then.
     """
     if updates is None or not isinstance(steps, int):
         return 1 if not isinstance(steps, int) or steps % ranks else ranks
@@ -114,6 +116,12 @@ def _noted(marked: Mapping[str, object], i: int) -> int:
     found = marked.get("schedule_repeats")
     noted = found[i] if isinstance(found, list) and i < len(found) else 1
     return noted if isinstance(noted, int) and 1 <= noted <= 1 << 20 else 1
+
+
+def _noted_unit(marked: Mapping[str, object], i: int) -> object:
+    """What the schedule follows, as a rebase noted it."""
+    found = marked.get("schedule_units")
+    return found[i] if isinstance(found, list) and i < len(found) else None
 
 
 def _numbered(folder: Location, names: list[str], stem: str) -> list[Location]:

@@ -36,6 +36,7 @@ from ckpttools.training import (
     StepList,
     Training,
     merge,
+    noted_arguments,
 )
 
 STATE = "trainer_state.json"
@@ -58,7 +59,9 @@ def read(saved: Saved) -> Training:
     folder = saved.place
     if saved.engine is None:
         return _read(folder, deepspeed=False)
-    own = replace(saved.engine, schedules=_of_arguments(folder, saved.engine.schedules))
+    own = saved.engine
+    noted = noted_arguments(own.marked, own.count)
+    own = replace(own, schedules=_of_arguments(folder, own.schedules, noted))
     return merge(_read(folder, deepspeed=True), own)
 
 
@@ -68,6 +71,8 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
     state = jsons.read(path, allow_nan=True)
     arguments = read_arguments(folder / ARGUMENTS)
     step, total = _whole(state.get("global_step")), _whole(state.get("max_steps"))
+    marked = None if deepspeed else marked_beside(folder)
+    restated = _restated(arguments, noted_arguments(marked, step))
     epochs = _epochs(_whole(state.get("num_train_epochs")), arguments)
     planned = arguments.get("max_steps")
     by_epochs = not (isinstance(planned, int) and planned > 0)
@@ -99,18 +104,18 @@ def _read(folder: Location, *, deepspeed: bool) -> Training:
         losses=tuple(_losses(log)),
         best=_best(state),
         optimizers=() if deepspeed else tuple(torch_optimizer(folder / OPTIMIZER)),
-        schedules=tuple(_schedule(folder / "scheduler.pt", arguments, total)),
+        schedules=tuple(_schedule(folder / "scheduler.pt", restated, total)),
         batch_fields=tuple(_batch_field(path, state)),
         batch_names=(
             ("micro", "per_device_train_batch_size", "TrainingArguments"),
             ("accumulation", "gradient_accumulation_steps", "TrainingArguments"),
         ),
-        configuration=configuration(arguments),
+        configuration=configuration(restated),
         outside=("save_steps, eval_steps and logging_steps, where they are numbers of steps",),
         notes=() if arguments else (f"{ARGUMENTS} is not here: which schedule it was is not known",),
         # DeepSpeed's model file holds the note where there is one
         marker=None if deepspeed else Place(file=folder / MARKER_FILE, at=()),
-        marked=None if deepspeed else marked_beside(folder),
+        marked=marked,
     )
 
 
@@ -229,11 +234,23 @@ def _schedule(path: Location, arguments: Mapping[str, object], total: int | None
             yield _of_trainer(found, arguments, total)
 
 
-def _of_arguments(folder: Location, saved: tuple[SavedSchedule, ...]) -> tuple[SavedSchedule, ...]:
+def _of_arguments(
+    folder: Location, saved: tuple[SavedSchedule, ...], noted: Mapping[str, object]
+) -> tuple[SavedSchedule, ...]:
     """Schedules that DeepSpeed saved for the Trainer, with what the Trainer's arguments say of them."""
-    arguments = read_arguments(folder / ARGUMENTS)
+    arguments = _restated(read_arguments(folder / ARGUMENTS), noted)
     total = _whole(jsons.read(folder / STATE, allow_nan=True).get("max_steps"))
     return tuple(_of_trainer(each, arguments, total) for each in saved)
+
+
+def _restated(arguments: Mapping[str, object], noted: Mapping[str, object]) -> dict[str, object]:
+    """The arguments that a rebase asks the new run to have: those of the old one are still in the file."""
+    found = dict(arguments)
+    for name, value in noted.items():
+        key, _, inner = name.partition(".")
+        old = found.get(key)
+        found[key] = {**(old if isinstance(old, Mapping) else {}), inner: value} if inner else value
+    return found
 
 
 def _of_trainer(saved: SavedSchedule, arguments: Mapping[str, object], total: int | None) -> SavedSchedule:

@@ -90,6 +90,7 @@ def batch(
     moves: list[tuple[str, int, int]] = []
     whole: int | float | None = epochs
     if training is not None:
+        training = _as_counted(training, accum)
         dataset_size, whole = dataset_size or training.size, epochs or training.epochs
         drop_last = training.drop_last if drop_last is None else drop_last
         iteration = _iteration(training, accum) if iteration is None else iteration
@@ -102,7 +103,8 @@ def batch(
         moves = [("iteration", iteration, steps.position(iteration))]
     batches = [old, new] if changed else [old]
     counted = data is not None and "ranks" not in unknown
-    runs = [lengths(batch, data, whole) for batch in batches] if counted and data is not None else []
+    flush = training is not None and training.remainder == "flush"
+    runs = [lengths(each, data, whole, flush=flush) for each in batches] if counted and data else []
     means = [meaning(iteration, run) for run in runs] if iteration is not None else []
     kept = ways(old, new.micro, new_gpus) if changed and not unknown else []
     return Batches(
@@ -130,6 +132,13 @@ def _read(src: Location, tag: str | None) -> tuple[Training, tuple[str, ...]]:
     checkpoint = read(source)
     said = tuple(warning(*danger) for danger in dangers(source, checkpoint))
     return frameworks.read(source, checkpoint), said
+
+
+def _as_counted(training: Training, accumulation: int | None) -> Training:
+    """With the unit of its counter that a rebase takes it to have."""
+    from ckpttools.transforms.rebase.counters import with_unit
+
+    return with_unit(training, None, accumulation)
 
 
 def _iteration(training: Training, accumulation: int | None) -> int | None:

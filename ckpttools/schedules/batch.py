@@ -17,7 +17,9 @@ MOST = 12  # ways that are shown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """What a run comes to: `iterations` are micro-batches per rank, `updates` whole accumulations of them."""
+    """What a run comes to: `iterations` are micro-batches per rank, `updates` whole accumulations of them, or
+    those of each epoch with a last one of fewer.
+    """
 
     batch: Batch
     per_epoch: int
@@ -25,11 +27,16 @@ class Lengths:
     updates: int | None
 
 
-def lengths(batch: Batch, data: Data, epochs: float | None) -> Lengths:
-    """Raises UsageError where an epoch has no whole batch and partial ones are dropped."""
+def lengths(batch: Batch, data: Data, epochs: float | None, *, flush: bool = False) -> Lengths:
+    """`flush`: each epoch ends with an update. Raises UsageError where an epoch has no whole batch and
+    partial ones are dropped.
+    """
     per_epoch = data.batches(batch)
     iterations = None if epochs is None else math.ceil(per_epoch * epochs)
     updates = None if iterations is None else iterations // batch.accumulation
+    if flush and iterations is not None:
+        whole, rest = divmod(iterations, per_epoch)
+        updates = whole * -(-per_epoch // batch.accumulation) + -(-rest // batch.accumulation)
     return Lengths(batch=batch, per_epoch=per_epoch, iterations=iterations, updates=updates)
 
 

@@ -63,6 +63,11 @@ def _three(o: Any, u: Unit, n: int) -> Any:
     return lrs.SequentialLR(o, parts, [a, b])
 
 
+def _nested(o: Any, u: Unit, n: int) -> Any:
+    inner = lrs.SequentialLR(o, [lrs.LinearLR(o, 0.1, 1.0, u(1)), lrs.ConstantLR(o, 0.5, u(2))], [u(1)])
+    return lrs.SequentialLR(o, [inner, lrs.CosineAnnealingLR(o, u(EPOCHS) - u(2))], [u(2)])
+
+
 def _chained(o: Any, u: Unit, n: int) -> Any:
     return lrs.ChainedScheduler(
         [
@@ -108,6 +113,7 @@ FAMILIES: dict[str, tuple[str, Build]] = {
     ),
     "SequentialLR warmup, cosine": ("sgd", _warm_cosine),
     "SequentialLR of three": ("sgd", _three),
+    "SequentialLR in SequentialLR": ("sgd", _nested),
     "ChainedScheduler": ("sgd", _chained),
     "SequentialLR of a chain": ("sgd", _chained_in_sequential),
 }

@@ -113,11 +113,12 @@ def node_of(state: object, groups: Sequence[State], depth: int = 0, budget: list
             raise damaged(f"{kind} without schedulers")
         children = tuple(node_of(s, groups, depth + 1, budget) for s in inner)
     node = Node(kind, state, children)
-    _check(node, groups)
+    _check(node, groups, before=-max(1, depth))
     return node
 
 
-def _check(node: Node, groups: Sequence[State]) -> None:
+def _check(node: Node, groups: Sequence[State], before: int) -> None:
+    """`before`: the least last_epoch; each SequentialLR around takes back one more step of what waits."""
     s, kind = node.state, node.kind
     if kind == SEQUENTIAL:
         stones = s["_milestones"]
@@ -150,9 +151,9 @@ def _check(node: Node, groups: Sequence[State]) -> None:
         return
     if kind == UNKNOWN:
         if "last_epoch" in s:
-            whole(s, "last_epoch", least=-1, where=kind)
+            whole(s, "last_epoch", least=before, where=kind)
         return
-    whole(s, "last_epoch", least=-1, where=kind)
+    whole(s, "last_epoch", least=before, where=kind)
     if kind in (SEQUENTIAL, PLATEAU, LAMBDA):
         return
     reals(s, "base_lrs", len(groups), where=kind)

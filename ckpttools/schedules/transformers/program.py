@@ -210,7 +210,9 @@ def recognise_trainer(
     if not program.total and name not in ("constant", "constant_with_warmup", "inverse_sqrt"):
         return recognise_torch(states, groups, about)
     found = [
-        tried.compared(tried._at(program.count).groups, by=f"{name} of {program.total} updates gives")
+        tried.compared(
+            tried._at(program.count).groups, "_last_lr", by=f"{name} of {program.total} updates gives"
+        )
         for lr in _defaults(about, state["base_lrs"])
         for tried in (replace(program, about={**about, "learning_rate": lr}),)
     ]

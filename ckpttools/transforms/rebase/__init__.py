@@ -60,7 +60,7 @@ class Rebased:
 def rebase(training: Training, request: Request) -> Rebased:
     """Everything that another batch size changes in a checkpoint. Raises UsageError with a reason."""
     marks.refuse_repeated(training, request)
-    training = _with_unit(training, request)
+    training = counters.with_unit(training, request.unit, request.old_accum)
     line = timeline(training, request)
     _refuse_finished(training, line)
     _refuse_unscheduled(training, request)
@@ -73,7 +73,8 @@ def rebase(training: Training, request: Request) -> Rebased:
     # a later edit of the same place counts: two frameworks may have saved the same schedule
     edits = {(e.place.file, e.place.at): e for e in _edits(training, request, line, found, factor)}
     if edits and training.marker is not None:
-        for edit in marks.mark(training, line, request, count, [each.noted for each in found]):
+        noted = [each.noted for each in found]
+        for edit in marks.mark(training, line, request, count, noted, _arguments(found)):
             edits[edit.place.file, edit.place.at] = edit
     settings = [setting for each in found for setting in each.new.settings]
     if training.epochs is not None:  # a run that is set by epochs finds its number of steps itself
@@ -93,6 +94,12 @@ def rebase(training: Training, request: Request) -> Rebased:
         notes=tuple(dict.fromkeys(_notes(training, request, line, found, factor, changed=bool(edits)))),
         moved=tuple((each.old, each.new, each.steps) for each in found if each.steps is not None),
     )
+
+
+def _arguments(found: Iterable[Scheduled]) -> dict[str, object]:
+    """What the Trainer's arguments are to be: of its schedules nothing else is saved."""
+    trainers = (each for each in found if each.saved.framework == "transformers")
+    return {setting.name: setting.new for each in trainers for setting in each.new.settings}
 
 
 def _ahead(training: Training, line: Timeline) -> int:
@@ -172,26 +179,6 @@ def _of_ranks(training: Training, line: Timeline) -> Iterator[str]:
 
 
 # --- before anything else -------------------------------------------------------------------------------
-
-
-def _with_unit(training: Training, request: Request) -> Training:
-    """With the main counter's unit as asked for, or as the optimizer's own count of updates shows it.
-
-    Plain training code may count micro-batches or updates and does not say which.
-    """
-    unit = request.unit
-    accumulation, count = request.old_accum or training.batch.accumulation or 1, training.count
-    steps = next((o.steps for o in training.optimizers if o.steps is not None), None)
-    if unit is None and training.framework == "plain" and accumulation > 1 and count is not None:
-        unit = "micro" if steps is not None and count != steps == count // accumulation else None
-    if unit is None or unit == training.unit:
-        return training
-    counters = (replace(c, unit=unit) if c.unit == training.unit else c for c in training.counters)
-    saved = (replace(s, unit=unit) if s.unit == training.unit else s for s in training.schedules)
-    logs = (replace(h, unit=unit) if h.unit == training.unit else h for h in training.histories)
-    return replace(
-        training, unit=unit, counters=tuple(counters), schedules=tuple(saved), histories=tuple(logs)
-    )
 
 
 def _refuse_finished(training: Training, line: Timeline) -> None:

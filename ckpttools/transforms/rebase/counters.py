@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ckpttools.schedules import Setting
-from ckpttools.schedules.lengths import Batch, Steps, nearest
+from ckpttools.schedules.lengths import Batch, Steps, Unit, nearest
 from ckpttools.training import BatchField, Counter, Edit, StepList, Training
 from ckpttools.transforms.rebase.timeline import Request, Timeline
 
@@ -95,3 +95,22 @@ def batch_edits(field: BatchField, new: Batch) -> Iterator[Edit]:
     if value != field.value:
         for place in field.places:
             yield Edit(place=place, old=field.value, new=value, why="batch")
+
+
+def with_unit(training: Training, unit: Unit | None, accumulation: int | None) -> Training:
+    """With the main counter's unit as asked for, or as the optimizer's own count of updates shows it.
+
+    Plain training code may count micro-batches or updates and does not say which.
+    """
+    accumulation, count = accumulation or training.batch.accumulation or 1, training.count
+    steps = next((o.steps for o in training.optimizers if o.steps is not None), None)
+    if unit is None and training.framework == "plain" and accumulation > 1 and count is not None:
+        unit = "micro" if steps is not None and count != steps == count // accumulation else None
+    if unit is None or unit == training.unit:
+        return training
+    counters = (replace(c, unit=unit) if c.unit == training.unit else c for c in training.counters)
+    saved = (replace(s, unit=unit) if s.unit == training.unit else s for s in training.schedules)
+    logs = (replace(h, unit=unit) if h.unit == training.unit else h for h in training.histories)
+    return replace(
+        training, unit=unit, counters=tuple(counters), schedules=tuple(saved), histories=tuple(logs)
+    )

@@ -8,7 +8,7 @@ from typing import Literal
 from ckpttools.errors import UsageError
 from ckpttools.schedules.evidence import Known, known, stated
 from ckpttools.schedules.lengths import Unit
-from ckpttools.training import ABSENT, Edit, SavedSchedule, Training
+from ckpttools.training import ABSENT, Edit, SavedSchedule, Training, noted_arguments
 from ckpttools.transforms.rebase.timeline import Request, Timeline
 
 # a schedule's unit, and how often it is stepped for each
@@ -55,11 +55,14 @@ def mark(
     request: Request,
     count: int | None,
     schedules: Sequence[NotedSchedule],
+    arguments: Mapping[str, object],
 ) -> Iterator[Edit]:
-    """The note of this rebase: batches, counts, and how each schedule is stepped."""
+    """The note of this rebase: batches, counts, how each schedule is stepped, and the arguments that the new
+    run is to have, of which files beside still have the old ones.
+    """
     assert training.marker is not None
     batches = {"from": line.shown(line.old), "to": line.shown(line.new)}
-    noted = {
+    noted: dict[str, object] = {
         **{
             key: {"micro": batch.micro, "gpus": batch.ranks, "accumulation": batch.accumulation}
             for key, batch in batches.items()
@@ -70,5 +73,7 @@ def mark(
         "schedule_units": [unit for unit, _ in schedules],
         "schedule_repeats": [repeats for _, repeats in schedules],
     }
+    if known := {**noted_arguments(training.marked, training.count), **arguments}:
+        noted["arguments"] = known
     old = ABSENT if training.marked is None else training.marked
     yield Edit(place=training.marker, old=old, new=noted, why="marker")
