@@ -39,7 +39,9 @@ OPENPCDET = Framework(
     finds=False,
 )
 ACCELERATE = Framework(
-    script="train_accelerate", place=lambda folder, case: folder / "checkpoints" / f"checkpoint_{case.at}"
+    script="train_accelerate",
+    place=lambda folder, case: folder / "checkpoints" / f"checkpoint_{case.at}",
+    options=("--schedule-unit", "update"),  # SGD counts none
 )
 TRAINER = Framework(script="train_trainer", place=lambda folder, case: folder / f"checkpoint-{case.at}")
 FRAMEWORKS = {

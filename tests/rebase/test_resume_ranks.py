@@ -41,6 +41,7 @@ ACCELERATE = Framework(
     script="train_accelerate",
     place=lambda folder, case: folder / "checkpoints" / f"checkpoint_{case.at}",
     launcher="torchrun",
+    options=("--schedule-unit", "update"),  # SGD counts none
 )
 FRAMEWORKS = {"deepspeed": DEEPSPEED, "trainer": TRAINER, "accelerate": ACCELERATE}
 
