@@ -29,7 +29,10 @@ def remove_whole(path: Path, beside: Path | None = None) -> None:
         gone = _renamed(path)
     except OSError:
         if beside is not None and first is not None:
-            first.rename(beside)
+            if os.path.lexists(path):
+                first.rename(beside)
+            else:
+                delete(first)  # another process was faster: nothing is left that it would speak of
         raise
     delete(gone)
     if first is not None:

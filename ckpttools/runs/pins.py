@@ -59,6 +59,8 @@ def _place(whole: Path) -> Path:
 def kept_by(note: Path) -> tuple[Path, ...]:
     """What a note can keep: it lies beside a checkpoint, or beside the framework's own folder with it."""
     name = note.name.removeprefix(PIN).removesuffix(".json")
+    if name in ("", ".", ".."):
+        return (note,)  # no checkpoint is called so: what was meant may be anything beside it
     held = [
         note.with_name(each) / name.removeprefix(f"{each}-") for each in THEIRS if name.startswith(f"{each}-")
     ]

@@ -275,3 +275,16 @@ def test_a_pin_keeps_the_folder_that_it_lies_beside(tmp_path: Path) -> None:
     path = Path(shutil.copytree(TRAINER / "checkpoint-2", tmp_path / "ckpt"))
     assert run("pin", path / "model.safetensors").code == 0
     assert list(pins.inside(path)) == [path / "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_a_note_that_names_nothing_keeps_the_folder(tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(TRAINER, tmp_path / "run"))
+    (folder / "checkpoint-2" / f".ckpt-pin-{name}.json").write_text("{}")
+    assert gone(folder) == set() and run("prune", folder, "--keep-last", 1, "--yes").code == 0
+    ran = run("extract", TRAINER / "checkpoint-4", folder / "checkpoint-2", "--force")
+    assert (
+        ran.code == 2
+        and "error[pinned]" in ran.err
+        and (folder / "checkpoint-2" / "model.safetensors").exists()
+    )

@@ -405,6 +405,8 @@ def test_two_prunes_at_once_do_not_speak_of_permissions(
     from ckpttools.operations import prune
 
     folder, remove = make(tmp_path, 1, 2, 12), prune.remove_whole
+    for name in ("iter_1", "iter_2"):
+        assert run("verify", folder / f"{name}.pth", "--write-manifest", "-q").code == 0
 
     def after_another(path: Path, beside: Path | None = None) -> None:
         path.unlink()
@@ -414,6 +416,11 @@ def test_two_prunes_at_once_do_not_speak_of_permissions(
     with pytest.raises(ckpttools.UsageError, match="prune-changed"):
         ckpttools.prune(folder, keep_last=1)
     assert (folder / "iter_12.pth").exists()
+    left = {path.name for path in folder.iterdir()} - {"iter_12.pth"}
+    assert left in (
+        {"iter_1.pth", "iter_1.pth.ckpt-manifest.json"},
+        {"iter_2.pth", "iter_2.pth.ckpt-manifest.json"},
+    )
 
 
 def test_killed_at_any_moment_no_half_checkpoint_is_left(tmp_path: Path) -> None:
