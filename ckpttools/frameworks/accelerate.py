@@ -56,9 +56,10 @@ def _read(folder: Location, *, updates: int | None = None, skipped: int = 0) -> 
     ranks = sum(RANDOM.fullmatch(name) is not None for name in names)
     files = [] if updates is not None else _numbered(folder, names, "optimizer")
     optimizers = [each for path in files for each in torch_optimizer(path)]
-    made = updates if updates is not None else optimizers[0].steps if optimizers else None
-    known = made is not None
     marked = None if updates is not None else marked_beside(folder)
+    own = optimizers[0].steps if optimizers else None
+    made = updates if updates is not None else _since(own, marked)
+    known = made is not None
     saved: list[SavedSchedule] = []
     for i, path in enumerate(_numbered(folder, names, "scheduler")):
         for found in parts.schedules(read_torch_file(path), "torch", "update"):
@@ -69,10 +70,8 @@ def _read(folder: Location, *, updates: int | None = None, skipped: int = 0) -> 
             if repeats is None:  # stepped otherwise: by epoch, say, which nothing here counts
                 saved.append(replace(found, unit=None))
                 continue
-            follows = known if marked is None else _noted_unit(marked, i) == "update"
-            saved.append(replace(found, unit="update" if known else None, repeats=repeats))
-            if follows and updates is None and i == 0 and isinstance(steps, int) and steps % repeats == 0:
-                made = steps // repeats  # Adam's own count stays behind when a checkpoint is rebased
+            follows = known and (marked is None or _noted_unit(marked, i) == "update")
+            saved.append(replace(found, unit="update" if follows else None, repeats=repeats))
     return Training(
         framework="accelerate",
         unit="update",
@@ -111,8 +110,18 @@ def _repeats(steps: object, updates: int | None, skipped: int, ranks: int) -> in
     return next(each, None)
 
 
+def _since(own: int | None, marked: Mapping[str, object] | None) -> int | None:
+    """The updates of the run, from those that its optimizer counted itself: no rebase moves these."""
+    if marked is None:
+        return own
+    position, then = marked.get("count"), marked.get("counted", marked.get("old_count"))
+    if own is None or not isinstance(position, int) or not isinstance(then, int):
+        return None
+    return position + own - then
+
+
 def _noted(marked: Mapping[str, object], i: int) -> int:
-    """The same, as a rebase noted it."""
+    """How often the scheduler is stepped for each update, as a rebase noted it."""
     found = marked.get("schedule_repeats")
     noted = found[i] if isinstance(found, list) and i < len(found) else 1
     return noted if isinstance(noted, int) and 1 <= noted <= 1 << 20 else 1

@@ -53,6 +53,57 @@ def test_accelerate_with_sgd_does_not_say_what_its_scheduler_follows(tmp_path: P
     assert epochs(parts, 6) == epochs(prepared(2), 9)[3:]
 
 
+@pytest.mark.parametrize("unit", ["update", "epoch"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_rebase_of_accelerate_is_known_for_what_it_is(tmp_path: Path, name: str, unit: str) -> None:
+    """Twice is refused; the unit that was said once holds for another on top, and where training went on."""
+    from accelerate import Accelerator
+
+    def train(into: str, epochs: int, batch: int, begin: Path | None = None) -> list[float]:
+        model = torch.nn.Linear(2, 1)
+        settings = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1, **settings)
+        schedule = StepLR(optimizer, 2 if unit == "epoch" else 80 // batch, 0.5)
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(40, 2)), batch)
+        made = Accelerator(cpu=True)
+        model, optimizer, schedule, loader = made.prepare(model, optimizer, schedule, data)
+        if begin is not None:
+            made.load_state(str(begin))
+        rates = []
+        for _ in range(epochs):
+            rates.append(optimizer.param_groups[0]["lr"])
+            for (inputs,) in loader:
+                made.backward(model(inputs).sum())
+                optimizer.step()
+                if unit == "update":
+                    schedule.step()
+            if unit == "epoch":
+                schedule.step()
+        made.save_state(str(tmp_path / into))
+        return rates
+
+    whole = train("whole", 9, 4)
+    assert train("old", 3, 4) == whole[:3]
+    size = ("--dataset-size", 40, "--old-accum", 1)
+    said = ("--schedule-unit", unit, "--lr-scaling", "linear")
+    rebase = "rebase-schedule"
+    assert (
+        run(rebase, tmp_path / "old", tmp_path / "new", "--old-bs", 4, "--new-bs", 2, *size, *said).code == 0
+    )
+    again = run(rebase, tmp_path / "new", tmp_path / "x", "--old-bs", 2, "--new-bs", 4, *size, *said)
+    assert (
+        again.code == 2 and "error[rebased-already]" in again.err and "from a batch of 4 = 4 x" in again.err
+    )
+    assert train("on", 6, 2, tmp_path / "new") == [rate / 2 for rate in whole[3:]]
+    for source, epochs in (("new", 3), ("on", 9)):
+        more = said if source == "on" else ("--again", *said[2:])
+        back = (rebase, tmp_path / source, tmp_path / f"{source}-4", "--old-bs", 2, "--new-bs", 4)
+        assert run(*back, *size, *more).code == 0
+        assert train("last", 9 - epochs, 4, tmp_path / f"{source}-4") == whole[epochs:]
+    third = run(rebase, tmp_path / "new-4", tmp_path / "y", "--old-bs", 4, "--new-bs", 2, *size)
+    assert third.code == 2 and "error[rebased-already]" in third.err
+
+
 def test_batch_takes_a_counter_for_what_a_rebase_takes_it(tmp_path: Path) -> None:
     """28 micro-batches: Adam made 7 updates of 4."""
     weight = torch.nn.Parameter(torch.ones(2, 2))

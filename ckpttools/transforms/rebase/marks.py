@@ -57,8 +57,9 @@ def mark(
     schedules: Sequence[NotedSchedule],
     arguments: Mapping[str, object],
 ) -> Iterator[Edit]:
-    """The note of this rebase: batches, counts, how each schedule is stepped, and the arguments that the new
-    run is to have, of which files beside still have the old ones.
+    """The note of this rebase: batches, counts (`counted` is the optimizer's own, which stays), how each
+    schedule is stepped, and the arguments that the new run is to have, of which files beside still have the
+    old ones.
     """
     assert training.marker is not None
     batches = {"from": line.shown(line.old), "to": line.shown(line.new)}
@@ -69,6 +70,7 @@ def mark(
         },
         "count": count,
         "old_count": training.count,
+        "counted": training.optimizers[0].steps if training.optimizers else None,
         "lr_scaling": request.lr_scaling,
         "schedule_units": [unit for unit, _ in schedules],
         "schedule_repeats": [repeats for _, repeats in schedules],
