@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
@@ -18,8 +19,7 @@ STEP = "step"  # what the usual optimizers count
 PARAM_NAMES = "param_names"  # in groups of torch >= 2.6, of optimizers made from named parameters
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParamGroup:
+class ParamGroup(Struct, frozen=True, kw_only=True):
     """One parameter group of the optimizer.
 
     `params` maps each fully qualified name to its shape, in the group's canonical order (the order of the
@@ -48,8 +48,7 @@ class ParamGroup:
         return frozenset(("exp_avg_sq",)) if unread else frozenset()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class Layout(Struct, frozen=True, kw_only=True):
     """How the state is spread over files."""
 
     format: str  # "zero2", "pt", "hf" ...: the name that `ckpt inspect` prints
@@ -70,8 +69,7 @@ class Layout:
     stem: str | None = None  # of the weight files, where it is not the usual one: "adapter_model" (PEFT)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRole:
+class FileRole(Struct, frozen=True, kw_only=True):
     """What one file of the checkpoint is, for people; `dangers` what loading it would run, None where it was
     not looked at.
     """
@@ -82,8 +80,7 @@ class FileRole:
     dangers: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(Struct, frozen=True, kw_only=True):
     """A logical, unpartitioned description; nothing is loaded.
 
     `tensors` are the model's weights and buffers as saved, by name; tied names share their chunks.

@@ -13,14 +13,14 @@ The id is stable: `ckpt explain ID` tells more about it.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from itertools import islice
+
+from msgspec import Struct
 
 from ckpttools.location import Location
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
+class Problem(Struct, frozen=True, kw_only=True):
     """What an error and a finding have in common. `ckpt explain ID` tells what the id means."""
 
     id: str

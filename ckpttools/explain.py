@@ -7,8 +7,9 @@ that says what is wrong and why, and one that begins with "What to do:". A new i
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ckpttools.stores.files import small_text
 
@@ -17,8 +18,7 @@ MEND = "What to do: "
 _SENTENCE = re.compile(r"(.+?[.:!?])(\s|$)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
+class Explanation(Struct, frozen=True, kw_only=True):
     """`kind` is where the id appears; `meaning` what is wrong and why; `mend` what to do."""
 
     kind: str

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from ckpttools.errors import CkptError, Problem, UsageError
 
 ERROR, WARNING, INFO = "error", "warning", "info"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding(Problem):
+class Finding(Problem, frozen=True, kw_only=True):
     """A problem that was found, and how bad it is. `where` is a tensor, rank, record or field within `file`.
 
     An error means that the checkpoint must not be relied on; a warning that a person should look; an

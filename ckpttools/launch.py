@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True)
-class Worker:
+class Worker(Struct, frozen=True):
     """Worker `rank` of `world`. `waits`: the others run at the same time, so that it can wait for them.
 
     `job` is the same for all workers of one launch and for no other launch; "" where the launcher names none.

@@ -7,10 +7,11 @@ there, and what it holds, only `ckpttools.stores` says.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from errno import EINVAL
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple, Protocol
+
+from msgspec import Struct
 
 
 class Stat(NamedTuple):
@@ -32,8 +33,7 @@ class Entry(Protocol):
     def is_symlink(self) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(Struct, frozen=True):
     """A name in a store that has no links."""
 
     name: str
@@ -94,8 +94,7 @@ class Store(Protocol):
         """Raise as `open` does, without opening."""
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Stored:
+class Stored(Struct, frozen=True):
     """A key in a store; keys are absolute, `/run/model.pt`."""
 
     store: Store

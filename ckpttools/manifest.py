@@ -20,7 +20,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
@@ -33,8 +34,7 @@ FORMAT, VERSION = "ckpttools-manifest", 1
 UNUSABLE = "manifest-unusable"  # it says nothing of the files, neither good nor bad
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(Struct, frozen=True, kw_only=True):
     """One file: its size, its digest and those of its tensors."""
 
     size: int
@@ -42,8 +42,7 @@ class Entry:
     tensors: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class Difference(Struct, frozen=True, kw_only=True):
     """A file that is not what the manifest says. `tensors` are those that changed, as far as they tell."""
 
     name: str
@@ -54,8 +53,7 @@ class Difference:
 Named = Mapping[str, Mapping[str, str]]  # kind -> name -> digest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Content:
+class Content(Struct, frozen=True, kw_only=True):
     """The digest of what the files hold, and that of each tensor. `apart` as in `compare.digests`."""
 
     state: str

@@ -6,15 +6,15 @@ prints a plan, `execute` carries it out; nothing in between can make them differ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
+
+from msgspec import Struct
 
 from ckpttools.location import Location
 from ckpttools.tensors import ByteRange, Cast, Chunk, Literal, Mean, Source, Strided, Tiles, Zeros
 
 
-@dataclass(frozen=True, slots=True)
-class Sealed:
+class Sealed(Struct, frozen=True):
     """Bytes that no file holds, with checksums among them: an archive's headers and its directory.
 
     A hole (at, first, last) is four zeros at `at`, for the CRC-32, little-endian, of segments `first` to
@@ -43,8 +43,7 @@ __all__ = [
 Segment = Chunk | Sealed
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputFile:
+class OutputFile(Struct, frozen=True, kw_only=True, dict=True):
     """One file. `path` is relative to the destination, with `/`; "" is the destination itself.
 
     The checksums of `Sealed` segments are of segments that are not `Sealed` themselves.
@@ -58,8 +57,7 @@ class OutputFile:
         return sum(segment.nbytes for segment in self.segments)
 
 
-@dataclass(frozen=True, slots=True)
-class SourceCheck:
+class SourceCheck(Struct, frozen=True):
     """A checksum that the source states for one of its byte ranges; `what` names it for a message."""
 
     source: ByteRange
@@ -67,8 +65,7 @@ class SourceCheck:
     what: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Part(Struct, frozen=True, kw_only=True):
     """One writer's share of a plan: the work that begins in bytes `start` to `end` of its files, one file
     after another. The parts of all ranks of a world make the plan.
     """
@@ -79,8 +76,7 @@ class Part:
     end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Struct, frozen=True, kw_only=True):
     """What a command will write.
 
     `notes` name everything that is dropped, recomputed or rounded. `checks` are verified while the

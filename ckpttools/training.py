@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckpttools.errors import escape
 from ckpttools.location import Location
@@ -19,8 +21,7 @@ from ckpttools.schedules.lengths import Remainder, Unit
 from ckpttools.tree import Key, Value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Place(Struct, frozen=True, kw_only=True):
     """A value inside a file: the keys and indices that lead to it from the file's root."""
 
     file: Location
@@ -34,8 +35,7 @@ class Place:
         return shown.removeprefix(".")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Edit:
+class Edit(Struct, frozen=True, kw_only=True):
     """One value of one file that becomes another; `why` is shown to people.
 
     An `old` of `ABSENT` means that the key is new.
@@ -67,8 +67,7 @@ def equal(old: object, new: object) -> bool:
 Role = Literal["position", "inside", "total", "warmup", "samples", "skipped"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counter:
+class Counter(Struct, frozen=True, kw_only=True):
     """A whole number that counts micro-batches or updates. It counts `value + offset` of them.
 
     One that `config` names is a setting of the new run, to be made there by hand; `places` hold copies.
@@ -85,8 +84,7 @@ class Counter:
     config: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class Held(Struct, frozen=True, kw_only=True):
     """What a torch optimizer keeps, as its file has it: the numbers of each group's parameters, and for a
     number what is kept, by its dotted name.
     """
@@ -95,8 +93,7 @@ class Held:
     state: Mapping[Key, Mapping[str, Value]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerSettings:
+class OptimizerSettings(Struct, frozen=True, kw_only=True, eq=False):
     """The param_groups of one optimizer, without tensors and `params`, and every place that holds them.
 
     A rank of ZeRO restores its own copy, so each shard is a place. `base` holds settings that a framework
@@ -109,10 +106,22 @@ class OptimizerSettings:
     base: Place | None = None
     base_group: Mapping[str, object] | None = None
     # reads the updates that the optimizer itself has counted: tensors, of no use to a listing
-    counts: Callable[[], list[int | float]] = field(default=list, compare=False, repr=False)
+    counts: Callable[[], list[int | float]] = list
     # reads what it keeps, where its parameters may have no names
-    held: Callable[[], Held] = field(default=Held, compare=False, repr=False)
+    held: Callable[[], Held] = Held
     first_update: bool = True  # whether the saved lr is the one of the first resumed update
+
+    def _said(self) -> tuple[object, ...]:
+        """All but how to read more."""
+        return self.name, self.groups, self.places, self.base, self.base_group, self.first_update
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OptimizerSettings) and self._said() == other._said()
+
+    __hash__ = None  # type: ignore[assignment]  # groups are mappings
+
+    def __repr__(self) -> str:
+        return f"OptimizerSettings{self._said()}"
 
     @property
     def steps(self) -> int | None:
@@ -128,8 +137,7 @@ def first_of(optimizers: Sequence[OptimizerSettings]) -> str:
     return f"of {escape(optimizers[0].name)}, the first of {len(optimizers)} optimizers"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SavedSchedule:
+class SavedSchedule(Struct, frozen=True, kw_only=True):
     """Scheduler states that act on one optimizer, in the order in which they are stepped.
 
     `framework` says how to read them (`schedules.recognise`). `unit` is None where neither the framework
@@ -148,8 +156,7 @@ class SavedSchedule:
     config_places: tuple[Place, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchField:
+class BatchField(Struct, frozen=True, kw_only=True):
     """A saved batch setting."""
 
     name: str
@@ -158,8 +165,7 @@ class BatchField:
     places: tuple[Place, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepList:
+class StepList(Struct, frozen=True, kw_only=True):
     """Step numbers of the past that must stay in order with the new ones: a log's history."""
 
     name: str
@@ -168,8 +174,7 @@ class StepList:
     unit: Unit
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Best:
+class Best(Struct, frozen=True, kw_only=True):
     """What a framework calls its best checkpoint so far by a metric: the path, as it was on the machine that
     trained. `score` is the metric there, `less` whether less of it is better; None where that is not said."""
 
@@ -179,8 +184,7 @@ class Best:
     less: bool | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class Training(Struct, frozen=True, kw_only=True):
     """All of that for one checkpoint. Numbers are None where the checkpoint does not say.
 
     A format fills what stands in its own files under the usual names, `step` to `keys`; the framework that
@@ -323,12 +327,12 @@ def merge(first: Training, *others: Training) -> Training:
     The first part that knows a number counts, tuples are joined; what cannot be unknown is the first's.
     """
     found: dict[str, Any] = {}
-    for entry in fields(Training):
-        values = [getattr(part, entry.name) for part in (first, *others)]
+    for name in Training.__struct_fields__:
+        values = [getattr(part, name) for part in (first, *others)]
         if isinstance(values[0], tuple):
-            found[entry.name] = tuple(item for each in values for item in each)
+            found[name] = tuple(item for each in values for item in each)
         else:
-            found[entry.name] = next((value for value in values if value is not None), None)
+            found[name] = next((value for value in values if value is not None), None)
     own = ("framework", "unit", "remainder", "drop_last", "configuration", "scheduled", "follows", "endless")
     kept = {name: getattr(first, name) for name in own}
     if first.batch_names:  # whoever drives DeepSpeed configures it

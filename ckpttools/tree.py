@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckpttools.tensors import TensorRef
 
@@ -21,8 +22,7 @@ Value = Any  # the union above: recursive unions cost more in casts than they ca
 MAX_DEPTH = 64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Opaque:
+class Opaque(Struct, frozen=True, eq=False):
     """A saved object that is no plain value: `node` is the container's own, `shown` names it for people.
 
     It is known by its identity, never looked into, and written back only by a format of the same container.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from ckpttools.errors import Unsupported
 from ckpttools.tensors import DTYPES, FLOAT32, FLOAT64, DType
@@ -189,8 +189,7 @@ def is_rounded(block: Array, dtype: DType) -> bool:
     return bool((cast(cast(block, FLOAT32, dtype), dtype, FLOAT32) == block).all())
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
+class Places(Struct, frozen=True):
     """A set of elements of a block: one bit for each, or all of them, or none."""
 
     bits: bytes | bool

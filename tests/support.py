@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -118,8 +117,8 @@ def tensor_differences(
 
 def differences(a: Checkpoint, b: Checkpoint, *, but: tuple[str, ...] = ()) -> list[str]:
     """Where two checkpoints differ in content; `but` names fields of Layout that may."""
-    left = {f.name: getattr(a.layout, f.name) for f in dataclasses.fields(a.layout)}
-    right = {f.name: getattr(b.layout, f.name) for f in dataclasses.fields(b.layout)}
+    left = {name: getattr(a.layout, name) for name in a.layout.__struct_fields__}
+    right = {name: getattr(b.layout, name) for name in b.layout.__struct_fields__}
     out = [f"layout.{k}: {left[k]} != {right[k]}" for k in left if k not in but and left[k] != right[k]]
     for field in ("training", "shared", "frozen", "buffers"):
         x, y = getattr(a, field), getattr(b, field)

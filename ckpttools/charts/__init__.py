@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 Point = tuple[float, float]
 # of points: what a checkpoint is
@@ -20,8 +21,7 @@ State = Literal["good", "unverified", "damaged", "pinned", "pruned"]
 MOST = 300  # points of a line
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class Line(Struct, frozen=True, kw_only=True):
     """`slot` is its colour and dash: the same for the lines of one run. A `faint` one is background."""
 
     name: str
@@ -30,8 +30,7 @@ class Line:
     faint: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dot:
+class Dot(Struct, frozen=True, kw_only=True):
     """A point of its own, such as a checkpoint; `label` says all of it."""
 
     x: float
@@ -40,8 +39,7 @@ class Dot:
     state: State = "unverified"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
+class Panel(Struct, frozen=True, kw_only=True):
     """`lanes` names whole values of y, from 0: then the axis has no numbers. `floor` is where y begins, None
     for the least of what is drawn."""
 
@@ -53,8 +51,7 @@ class Panel:
     height: int = 220
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
+class Chart(Struct, frozen=True, kw_only=True):
     """Panels one above the other over the same axis."""
 
     title: str

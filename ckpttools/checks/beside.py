@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import PurePath
+
+from msgspec import Struct, field
 
 from ckpttools.containers import jsons
 from ckpttools.containers.fields import as_mapping
@@ -33,8 +34,7 @@ JSON_FILES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Beside:
+class Beside(Struct, frozen=True):
     """What the headers of the files around a checkpoint show, the checksums that the pass over the bytes is
     to verify, and the files that hold an optimizer's state.
     """

@@ -7,7 +7,8 @@ tensor in it differs: the cause leads, "and N tensors differ in consequence".
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.errors import some
 from ckpttools.findings import ERROR, Finding

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools import manifest
 from ckpttools.checkpoint import Checkpoint
@@ -24,8 +26,7 @@ if TYPE_CHECKING:
     from ckpttools.passes.run import Digest
 
 
-@dataclass(frozen=True, slots=True)
-class Stated:
+class Stated(Struct, frozen=True):
     """What every manifest that is there says: its place and its entries; and what is wrong with manifests."""
 
     manifests: list[tuple[Location, dict[str, Entry]]]

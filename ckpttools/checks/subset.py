@@ -9,8 +9,9 @@ import random
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
+
+from msgspec import Struct
 
 from ckpttools.errors import UsageError
 from ckpttools.location import Location
@@ -22,8 +23,7 @@ T = TypeVar("T")
 MOST = 1_000_000  # parts
 
 
-@dataclass(frozen=True, slots=True)
-class Subset:
+class Subset(Struct, frozen=True):
     """The `number`th of `parts`, or a `share` of the bytes."""
 
     text: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.errors import CkptError
 from ckpttools.findings import ERROR, WARNING, Finding, of_error
@@ -15,8 +16,7 @@ class Delivered(Exception):
     """What this process has found is with another one, which says the verdict."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(Struct, frozen=True, kw_only=True):
     """The result for one checkpoint: `ok` unless something of severity error was found."""
 
     path: Location

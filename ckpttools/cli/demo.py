@@ -11,12 +11,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 
 import click
+from msgspec import Struct
 
 from ckpttools.cli import render
 from ckpttools.cli.options import FOLDER, JSON, QUIET
@@ -80,8 +80,7 @@ def command(folder: Path | None, keep: bool, as_json: bool, quiet: bool) -> int:
     return 0 if ok else 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class Compared(Struct, frozen=True, kw_only=True):
     """How far a resumed run is from the one that was never interrupted, and how far it may be."""
 
     of: str

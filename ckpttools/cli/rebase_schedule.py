@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +87,7 @@ def command(src: Path, dst: Location | None, plot: Path | None, tag: str | None,
     from ckpttools.operations.rebase import write as write_rebased
     from ckpttools.transforms.rebase import Request
 
-    asked = {field.name: options.pop(field.name) for field in fields(Request) if field.name in options}
+    asked = {name: options.pop(name) for name in Request.__struct_fields__ if name in options}
     if plot is not None:
         _check_plot(plot, src)
     ready = prepare(src, dst, Request(**asked), tag)

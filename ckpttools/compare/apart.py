@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.compare.stream import Stream, in_threads, place
 from ckpttools.passes.apart import Sums, sums
@@ -16,8 +17,7 @@ from ckpttools.values import Array
 _PART = 4 * 1024 * 1024  # elements of a tensor that one thread goes through at a time
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Apart:
+class Apart(Struct, frozen=True, kw_only=True):
     """`equal` elements of `numel` have the same bits (the same value, where the types differ).
 
     `largest` is the largest absolute difference, NaN where one is; `relative` the norm of the difference over

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import xxhash
+from msgspec import Struct
 
 from ckpttools.checkpoint import FP32, PARAM_NAMES, Checkpoint
 from ckpttools.containers.pickles import Persistent, Reject, dumps, walk
@@ -40,8 +40,7 @@ Held = Mapping[str, Mapping[str, TensorRef | Value]]  # kind -> name -> a tensor
 Read = Callable[[TensorRef], object]  # a tensor inside a value, as a number or a text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Content:
+class Content(Struct, frozen=True, kw_only=True):
     """`held` has a TensorRef for what is a tensor; `tied` maps an alias to its owner.
 
     In `counts` are the kinds that are kept beside the tensors of the parameters' shapes: there, a tensor of

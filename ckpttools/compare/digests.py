@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 
 import xxhash
+from msgspec import Struct
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.compare.content import (
@@ -48,8 +48,7 @@ from ckpttools.values import Array, cast, comparable, nonfinite, numpy_array
 APART = "weight, apart"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Digests:
+class Digests(Struct, frozen=True, kw_only=True):
     """`tensors` has one digest per kind and name, `kinds` one per kind; `dtypes` the type of each tensor.
 
     `apart` are the 16-bit weights that are not their rounded masters. `checked` counts the checksums of the
@@ -60,9 +59,9 @@ class Digests:
     settings: str
     counters: str
     kinds: Mapping[str, str]
-    tensors: Mapping[str, Mapping[str, str]] = field(repr=False)
-    dtypes: Mapping[str, Mapping[str, str]] = field(repr=False)
-    tied: Mapping[str, str] = field(repr=False)
+    tensors: Mapping[str, Mapping[str, str]]
+    dtypes: Mapping[str, Mapping[str, str]]
+    tied: Mapping[str, str]
     apart: tuple[str, ...] = ()
     checked: int = 0
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
 from ckpttools.compare.content import hyper, inside, plain, progress, told
@@ -29,8 +30,7 @@ class _Unknown:
 UNKNOWN = _Unknown()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fact:
+class Fact(Struct, frozen=True, kw_only=True):
     """Something that the two say otherwise; UNKNOWN for what one of them does not say."""
 
     part: str

@@ -13,7 +13,8 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, Unsupported, counted, escape, some
@@ -27,8 +28,7 @@ METADATA = "__metadata__"
 PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits of an element, where several share a byte: not read
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SafetensorsFile:
+class SafetensorsFile(Struct, frozen=True, kw_only=True):
     path: Location
     size: int
     tensors: Mapping[str, TensorRef]

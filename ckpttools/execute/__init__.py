@@ -25,8 +25,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.execute import copy, preflight, staging, units
 from ckpttools.execute.claims import compare
@@ -42,8 +44,7 @@ from ckpttools.progress import Progress
 __all__ = ["Report", "Staged", "Written", "WrittenFile", "commit", "execute", "prepare", "validate", "write"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenFile:
+class WrittenFile(Struct, frozen=True, kw_only=True):
     """`path` as in the plan; `crc32` of the whole file, taken from the bytes as they were written."""
 
     path: str
@@ -51,8 +52,7 @@ class WrittenFile:
     crc32: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(Struct, frozen=True, kw_only=True):
     """What was done. `nbytes_read` counts source bytes, also those read only for a checksum or between
     the elements of a view."""
 
@@ -63,8 +63,7 @@ class Report:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Staged:
+class Staged(Struct, frozen=True, kw_only=True):
     """A plan that is being carried out at `path`, beside `dst`: plain data, the same for every writer."""
 
     plan: Plan

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+from msgspec import Struct
 
 from ckpttools.checksums import Share, crc32, joined
 from ckpttools.execute import system, units
@@ -23,8 +24,7 @@ from ckpttools.tensors import ByteRange, Cast, Mean
 from ckpttools.values import BLOCK_NBYTES
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class Written(Struct, frozen=True, kw_only=True):
     """What one part came to, as plain data: another process may commit it.
 
     `files` has for each file of the plan the shares of its CRC-32s (`StagedFile.crcs`), `checks` those of the

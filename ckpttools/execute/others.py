@@ -6,7 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.execute import Finish
@@ -23,8 +24,7 @@ Is = Callable[[Location, str], bool]
 Finishes = Callable[[str, Callable[[], None]], Finish]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Job(Struct, frozen=True, kw_only=True):
     """What this worker does for whom. `is_result` tells whether a destination is the result of the plan with
     this digest: another worker may have committed already. `alone`: it is the only process of the job, so
     that what an ended one left of another plan may go. `reads`: all workers read back together what was

@@ -21,10 +21,11 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from msgspec import Struct
 
 from ckpttools import __version__
 from ckpttools.errors import CkptError, NotAsWritten, UsageError, escape
@@ -47,8 +48,7 @@ _ALONE = "alone"
 _DONE = "done-"  # of the ledger that a committing worker took
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
+class Spread(Struct, frozen=True, kw_only=True):
     """What came of it. `report` is that of the worker that committed; None for the others."""
 
     digest: str

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
@@ -19,8 +20,7 @@ from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
+class Shard(Struct, frozen=True, kw_only=True):
     """A rank's optimizer file. `steps` are the updates that the optimizer has made, for each of its flat
     vectors, None where it does not count; `kinds` its state, of all of them.
     """
@@ -32,8 +32,7 @@ class Shard:
     kinds: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class Engine(Struct, frozen=True, kw_only=True):
     """A whole folder: the model file, of rank 0 where each has one, and the optimizer files of all ranks."""
 
     model: TorchFile

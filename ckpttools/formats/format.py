@@ -7,7 +7,8 @@ are asked in the order of the table, and the first that knows a folder has it: w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile
@@ -23,8 +24,7 @@ from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Folder:
+class Folder(Struct, frozen=True, kw_only=True):
     """A folder by the names in it, sorted: all that a format is recognised by."""
 
     path: Location
@@ -66,24 +66,21 @@ def unfinished(path: Location) -> UsageError:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """A checkpoint recognised: the tag folder, the file or the folder, and why this one, for people."""
 
     target: Location
     how: str
 
 
-@dataclass(frozen=True, slots=True)
-class Inner:
+class Inner(Struct, frozen=True):
     """A folder that is a wrapping: the checkpoint is what the folder `name` in it means."""
 
     name: str
     how: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copy:
+class Copy(Struct, frozen=True, kw_only=True):
     """One tensor and its copy: names, and where they lie."""
 
     name: str
@@ -92,8 +89,7 @@ class Copy:
     copy: TensorRef
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """What the headers show: findings, the checkpoint if it can be put together, and its torch files.
 
     The rest is for the pass over the bytes, and for what it finds: tensors that lie in the files twice, the
@@ -116,8 +112,7 @@ def _no_torch_files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[Tor
     return None, ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Format:
+class Format(Struct, frozen=True, kw_only=True, eq=False):
     """One format. `holds` and `recognise` go by names alone, `read` and `check` by headers.
 
     `recognise` raises CkptError for what is of this format and is broken, or is not read. `check` reports
@@ -160,8 +155,7 @@ class Format:
     keys: Callable[[Checkpoint], tuple[str, str]] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class Source(Struct, frozen=True, kw_only=True):
     """A checkpoint found. `root` is what belongs to it as a whole: the folder given, or `target` itself."""
 
     format: Format

@@ -8,16 +8,16 @@ spread over groups, shapes decide, and only where they leave one answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+
+from msgspec import Struct
 
 from ckpttools.errors import some
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Ids:
+class Ids(Struct, frozen=True):
     """The names of each group's ids, or why they are not known."""
 
     names: tuple[tuple[str, ...], ...] = ()

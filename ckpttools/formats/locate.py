@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import pipelines

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers import fields
@@ -29,8 +31,7 @@ from ckpttools.tree import Value
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelStates:
+class ModelStates(Struct, frozen=True, kw_only=True):
     """A model file, decoded: of the whole, or of a rank of stage 3, where `weights` holds parameters as
     tensors without elements, whole buffers, and `fragments` the rank's parts of what is frozen.
     """

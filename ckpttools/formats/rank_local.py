@@ -7,8 +7,9 @@ resumed on as many ranks; no other partitions and no other format have a place f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
+
+from msgspec import Struct
 
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.pickles import Node
@@ -22,8 +23,7 @@ from ckpttools.tensors import TensorRef
 from ckpttools.tree import Path, Value, dotted, leaves
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(Struct, frozen=True):
     """A value inside the state of a flat parameter, and the keys that lead to it."""
 
     path: Path
@@ -45,8 +45,7 @@ def state_of(file: TorchFile, kept: Iterable[tuple[str, Node]]) -> State:
     return {dotted(leaf.path): leaf for leaf in found}
 
 
-@dataclass(frozen=True, slots=True)
-class Unaccounted:
+class Unaccounted(Struct, frozen=True):
     """A kind of state of a group that cannot be cut for other ranks, and why; `rank` shows it."""
 
     group: int

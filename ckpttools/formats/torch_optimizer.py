@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ckpttools.checkpoint import FP32, PARAM_NAMES, STEP, Checkpoint, ParamGroup
 from ckpttools.containers.edit import at
@@ -21,8 +22,7 @@ from ckpttools.tree import Path as Keys
 PREFIXES = ("module.", "_orig_mod.")  # that DDP and torch.compile put before names
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
+class Saved(Struct, frozen=True, kw_only=True):
     """What a file keeps of an optimizer. `groups` are empty, and `problem` says why, where its parameters
     have no names; `rest` is what the optimizer's dict holds beside state and groups.
     """

@@ -19,7 +19,8 @@ framework, rules, parts   what they share; progress: all that in one line
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.containers.torch_file import is_torch_file, read_torch_file
 from ckpttools.frameworks import parts

@@ -9,7 +9,8 @@ is as many times more as gradients are accumulated. A key that fits neither is n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers import jsons

@@ -10,7 +10,8 @@ A resume takes the tag in `latest`; without that file nothing is loaded, with a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile

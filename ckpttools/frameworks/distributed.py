@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, ParamGroup
 from ckpttools.containers.torch_file import FORMS, scalar

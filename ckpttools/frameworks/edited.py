@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.edit import at, edited, files_of, value

@@ -6,7 +6,8 @@ A field that is left out says that the framework has no such thing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import fields
@@ -22,8 +23,7 @@ from ckpttools.training import Training, merge
 SHOWN = 12
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
+class Saved(Struct, frozen=True, kw_only=True):
     """A checkpoint as it was found. `place` is the file or folder that a framework's own files lie in.
 
     `file` is a single torch file, or the model file of a ZeRO folder (rank 0's); `zero` says which, and
@@ -45,16 +45,14 @@ class Saved:
         return training if self.engine is None else merge(training, self.engine)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Brief:
+class Brief(Struct, frozen=True, kw_only=True):
     """What a listing shows: whether optimizer state is there, counters, the last of each loss, the best."""
 
     resumes: bool
     training: Training
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Framework:
+class Framework(Struct, frozen=True, kw_only=True):
     """`name` is the `framework` of the Training that `read` gives; `title` is for people. `brief` reads less;
     it is given no `engine`, and None where it is part of what `read` finds.
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from shlex import quote
+
+from msgspec.structs import replace
 
 from ckpttools.containers import fields
 from ckpttools.containers.edit import at

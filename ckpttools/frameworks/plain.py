@@ -6,8 +6,9 @@ They lie under the usual names. Whether the step counts updates or batches is no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from shlex import quote
+
+from msgspec.structs import replace
 
 from ckpttools.containers import fields
 from ckpttools.containers.edit import at, place

@@ -8,8 +8,10 @@ What is not known is left out of the line, and null in the values.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from fractions import Fraction
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools import schedules
 from ckpttools.checkpoint import Checkpoint
@@ -22,8 +24,7 @@ from ckpttools.training import SavedSchedule, Training, first_of
 UNITS = {"micro": "iteration", "update": "step"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class Progress(Struct, frozen=True, kw_only=True):
     """`rates` are the learning rates of the optimizer's groups; `schedules` are in words."""
 
     unit: str

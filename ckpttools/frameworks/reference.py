@@ -9,8 +9,9 @@ sample whatever its batch size. Epochs drop their last, incomplete global batch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from shlex import quote
+
+from msgspec.structs import replace
 
 from ckpttools.containers.edit import place
 from ckpttools.containers.torch_file import TorchFile

@@ -10,9 +10,10 @@ Rules were seen in runs of the libraries, and in their sources.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
+
+from msgspec import Struct
 
 from ckpttools.location import Location
 
@@ -47,8 +48,7 @@ class About(Enum):
     SETTING = "other settings"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class Rule(Struct, frozen=True, kw_only=True):
     """What a framework does with another batch, and where the schedule's constants come from.
 
     `saved` says that they come from the checkpoint; `strict` that names are compared while loading; `prefix`
@@ -73,8 +73,7 @@ class Rule:
     equal: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class Setting(Struct, frozen=True, kw_only=True):
     """Settings of a framework's configuration, by a pattern of their paths, and what another value does."""
 
     pattern: str
@@ -83,8 +82,7 @@ class Setting:
     why: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lack:
+class Lack(Struct, frozen=True, kw_only=True):
     """A file that a resume needs and that is not there, or a mark that the save was not finished."""
 
     about: About
@@ -94,8 +92,7 @@ class Lack:
     hint: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AutoResume:
+class AutoResume(Struct, frozen=True, kw_only=True):
     """What one framework's own rule would take in a folder; `path` is None where it finds nothing."""
 
     framework: str

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.errors import escape

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct, field
 
 from ckpttools import checks, manifest, runs
 from ckpttools.checks import Verdict, refused
@@ -28,8 +29,7 @@ from ckpttools.stores.files import is_folder, local, stat, walk
 log = logging.getLogger("ckpttools")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
+class Rules(Struct, frozen=True, kw_only=True):
     """`keep_last` and `keep_best` as in `ckpt prune`; neither: nothing is removed. On damage a run goes on
     with an error in the log ("log"), or stops ("raise")."""
 
@@ -44,8 +44,7 @@ class Rules:
         return [json.dumps([self.keep_last, self.per_kind, self.keep_best])]
 
 
-@dataclass(slots=True, kw_only=True)
-class Guard:
+class Guard(Struct, kw_only=True):
     """Of one run, on its main process. `seconds` is what the run itself waited for it, altogether."""
 
     rules: Rules

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.errors import UsageError
 from ckpttools.location import Location
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
     from ckpttools.training import Training
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batches:
+class Batches(Struct, frozen=True, kw_only=True):
     """The batch, and the new one where one was asked for; `runs` and `means` of each, where they are known.
 
     `moves` are counters and where they go under the new batch; `unknown` which of ranks, accumulation and

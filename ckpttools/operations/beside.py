@@ -9,8 +9,9 @@ knows the names nothing is compared by guess: the file is named as not compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import chain
+
+from msgspec.structs import replace
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import PARAM_NAMES, Checkpoint, ParamGroup

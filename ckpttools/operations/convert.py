@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
+
+from msgspec.structs import replace
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import EXCLUDES_FROZEN, STEP, Checkpoint, Layout

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from itertools import compress
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import FP32, PARAM_NAMES, STEP, Checkpoint, Layout, ParamGroup, common_dtype
 from ckpttools.errors import Unsupported, escape

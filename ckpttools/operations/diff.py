@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import check_before_use
@@ -28,8 +30,7 @@ from ckpttools.tensors import TensorRef
 from ckpttools.tree import Value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changed:
+class Changed(Struct, frozen=True, kw_only=True):
     """A tensor or number that is not the same in both.
 
     `what` is "changed", "added" (only on the right), "removed", "reshaped" or "retyped". `left` and `right`
@@ -44,8 +45,7 @@ class Changed:
     apart: Apart | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Diff:
+class Diff(Struct, frozen=True, kw_only=True):
     """`layout` is how each is stored, which makes no difference; `equal` counts what is the same, by kind.
 
     `tensors` has those that changed, the farthest apart first; `checked` counts checksums found right;

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.checks import check_before_use
@@ -24,14 +26,16 @@ from ckpttools.stores.files import named
 from ckpttools.stores.links import within
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Digested:
+class Digested(Struct, frozen=True, kw_only=True):
     """`path` and what it holds; `digests.state` is the digest of the whole."""
 
     path: Location
-    source: Source = field(repr=False)
-    checkpoint: Checkpoint = field(repr=False)
-    digests: Digests = field(repr=False)
+    source: Source
+    checkpoint: Checkpoint
+    digests: Digests
+
+    def __repr__(self) -> str:
+        return f"Digested({str(self.path)!r}, {self.digests.state!r})"
 
     @property
     def content(self) -> Content:
@@ -50,8 +54,7 @@ class Digested:
         return state_beside(self.checkpoint) | dict.fromkeys(self.checkpoint.unread, False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class Difference(Struct, frozen=True, kw_only=True):
     """A tensor or number that is not the same in both; "" where one side does not have it."""
 
     kind: str
@@ -60,8 +63,7 @@ class Difference:
     right: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class Compared(Struct, frozen=True, kw_only=True):
     """Two checkpoints by their digests. `equal` counts what is the same, by kind.
 
     `one_sided` are the kinds that one side does not hold at all, with True where it is the left one that

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ckpttools import frameworks, runs
 from ckpttools.checkpoint import Checkpoint
@@ -41,8 +42,7 @@ SECRET = re.compile(
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Best:
+class Best(Struct, frozen=True, kw_only=True):
     """A loss: its last value and its least, and after how many of the run's steps that was."""
 
     name: str
@@ -51,8 +51,7 @@ class Best:
     at: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Experiment:
+class Experiment(Struct, frozen=True, kw_only=True):
     """One run. None is what nothing says.
 
     `tag` is the name that its folder was given. `settings` are by dotted names. `batch` is the effective one,
@@ -76,7 +75,7 @@ class Experiment:
     log: Log
     span: tuple[int, int]
     parent: str | None = None
-    training: Training | None = field(default=None, repr=False)
+    training: Training | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -96,8 +95,7 @@ class Experiment:
         return None if not self.per_step else tuple((at * self.per_step, v) for at, v in series.points)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Experiments:
+class Experiments(Struct, frozen=True, kw_only=True):
     """Runs side by side, the newest first; `differing` are the settings that are not the same in all, and
     `closed` is what may not be read.
     """

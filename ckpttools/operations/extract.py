@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.checks import check_before_use

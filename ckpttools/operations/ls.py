@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools import checks, runs
 from ckpttools.checks import Verdict, refused
@@ -34,8 +35,7 @@ ORDERS: dict[str, Callable[[Entry], object]] = {
 SORTS = ("progress", *ORDERS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
+class Listed(Struct, frozen=True, kw_only=True):
     """A checkpoint and what is to be known of it. `why` tells what is damaged, or why it is pinned."""
 
     entry: Entry
@@ -44,8 +44,7 @@ class Listed:
     why: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Run(Struct, frozen=True, kw_only=True):
     """The checkpoints of a run. `notes` say where times, names or pointers disagree with the order."""
 
     path: Location

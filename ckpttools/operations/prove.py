@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from ckpttools.checks.changing import watched
 from ckpttools.compare.facts import RANDOM, Fact, differences, opaque, random_states
@@ -21,8 +22,7 @@ from ckpttools.training import Training
 Verdict = Literal["same", "except", "different"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
+class Proof(Struct, frozen=True, kw_only=True):
     """`compared` holds weights, moments and steps against each other, `facts` what else is said otherwise.
 
     `random` are the random states that each side has, `uncompared` the objects of training code that nobody

@@ -10,9 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePath
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckpttools import checks, manifest, runs
 from ckpttools.checks import Verdict
@@ -33,8 +35,7 @@ from ckpttools.stores.links import resolved
 CARD, CARD_NBYTES = "README.md", 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pruning:
+class Pruning(Struct, frozen=True, kw_only=True):
     """What a prune removes, or removed. `nbytes` is what that frees: a file with another hard link frees
     nothing. `left` is what an interrupted prune left, which goes as well. `slimmed` maps what goes to the
     folder that keeps its weights. `verified`: every byte of what stays was read."""

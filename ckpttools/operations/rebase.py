@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ckpttools import frameworks
 from ckpttools.checks import check_before_use
@@ -20,8 +20,7 @@ from ckpttools.transforms.rebase import Rebased, Request
 from ckpttools.transforms.rebase import rebase as rebased
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rebase:
+class Rebase(Struct, frozen=True, kw_only=True):
     """A rebase that was worked out, and not written yet: what changes, and how to go on afterwards."""
 
     source: Source

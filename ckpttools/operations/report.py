@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ckpttools import pages
 from ckpttools.errors import UsageError
@@ -19,8 +20,7 @@ from ckpttools.stores.files import named
 OURS = (pages.SIGNATURE.encode(),)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(Struct, frozen=True, kw_only=True):
     """The page that was written. `damaged` counts the checkpoints in it that are, as far as was looked."""
 
     destination: Path

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.checks import check_before_use
 from ckpttools.errors import CkptError, UsageError

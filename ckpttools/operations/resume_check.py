@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools import resume
 from ckpttools.checks import verify
@@ -22,8 +24,7 @@ from ckpttools.schedules.lengths import check_sizes
 from ckpttools.stores.files import named
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trainer:
+class Trainer(Struct, frozen=True, kw_only=True):
     """A trainer above this library, with a configuration and a rule of its own: `ckpt train`."""
 
     owns: Callable[[Path], bool]  # whether a configuration file is its

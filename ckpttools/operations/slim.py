@@ -7,8 +7,9 @@ byte of them is what the checkpoint holds: a name says nothing of what was writt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ckpttools import checks
 from ckpttools.checks import check_before_use
@@ -28,8 +29,7 @@ from ckpttools.transforms.select import weights_only
 from ckpttools.tree import Key, tensors
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slim:
+class Slim(Struct, frozen=True, kw_only=True):
     """Where the weights go, and the bytes that they take anew: 0 where they are there already."""
 
     destination: Path

@@ -18,7 +18,6 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -249,7 +248,8 @@ def _encoded(passed: Passed, checks: Sequence[SourceCheck]) -> dict[str, Any]:
         return str(value)  # where it lies
 
     results = [
-        {"kind": type(result).__name__} | {f.name: plain(getattr(result, f.name)) for f in fields(result)}
+        {"kind": type(result).__name__}
+        | {name: plain(getattr(result, name)) for name in result.__struct_fields__}
         for result in passed.results
     ]
     return {"results": results, "digests": [[str(path), list(d)] for path, d in passed.digests.items()]}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
+
+from msgspec import Struct
 
 from ckpttools import manifest
 from ckpttools.launch import Worker, worker
@@ -42,8 +43,7 @@ class Check(Protocol):
         """After that: of a manifest and its place, what to tell, and the manifest. May raise CkptError."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Writing:
+class Writing(Struct, frozen=True, kw_only=True):
     """How to write. `dry_run` makes the plan and stops; `workers` threads copy, 0 chooses; `spread`: which of
     the many processes that write the same this is.
     """
@@ -55,8 +55,7 @@ class Writing:
     spread: Worker | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class Written(Struct, frozen=True, kw_only=True):
     """What an operation wrote at `destination`, or, where `seconds` is None, would write.
 
     `checked` counts the checksums of the source that were compared and found right; `next` are the commands

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.charts import Chart
 from ckpttools.explain import EXPLANATIONS
@@ -13,14 +14,12 @@ from ckpttools.findings import Finding
 Cell = str | int | float | None | dict[str, object]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
+class Figure(Struct, frozen=True, kw_only=True):
     chart: Chart
     caption: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class Table(Struct, frozen=True, kw_only=True):
     """The first cell of a row is its heading; `numbers` are the columns that hold figures."""
 
     caption: str
@@ -30,8 +29,7 @@ class Table:
     folded: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class Told(Struct, frozen=True, kw_only=True):
     """A finding and what it means."""
 
     id: str
@@ -42,8 +40,7 @@ class Told:
     mend: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
+class Section(Struct, frozen=True, kw_only=True):
     id: str
     title: str
     text: tuple[str, ...] = ()
@@ -56,8 +53,7 @@ class Section:
         return not (self.text or self.charts or self.tables or self.findings)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gathered:
+class Gathered(Struct, frozen=True, kw_only=True):
     """A page's content. `how` says how much was read; `damaged` counts checkpoints."""
 
     title: str

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+from msgspec import Struct
 
 from ckpttools.values import UNSIGNED, Array
 
 _STEP = 32 * 1024  # elements: their float64 copies stay in the cache
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sums:
+class Sums(Struct, frozen=True, kw_only=True):
     """What of two runs of elements adds up, in float64.
 
     `equal` counts elements of the same bits (of the same value, where the types differ). `largest` is the

@@ -8,9 +8,10 @@ Two blocks that disagree are read once more, side by side, to say where.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import xxhash
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.passes.read import Reader
 from ckpttools.passes.tasks import (
@@ -58,8 +59,7 @@ MAX_KEPT = 64 << 20  # bytes of the places that wait for their partner
 Left = bytes | Places  # what one side of a pair leaves behind
 
 
-@dataclass(slots=True)
-class Side:
+class Side(Struct):
     """A block of one side of a pair, which begins at element `first` of it."""
 
     pair: Pair

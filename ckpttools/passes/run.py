@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from msgspec import Struct, field
 
 from ckpttools.checksums import RangeCrcs, crc32
 from ckpttools.location import Location
@@ -53,8 +54,7 @@ class Digest(NamedTuple):
     tensors: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Passed:
+class Passed(Struct, frozen=True, kw_only=True):
     """What a pass found, in no particular order, and the digests that it was asked for."""
 
     results: list[Result] = field(default_factory=list)

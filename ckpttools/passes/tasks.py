@@ -7,17 +7,18 @@ master weight has a 16-bit (or fp32) copy in the model file, both are compared.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.location import Location
 from ckpttools.plan import SourceCheck
 from ckpttools.tensors import FLOAT32, ByteRange, DType, Strided, TensorRef, spans
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scan:
+class Scan(Struct, frozen=True, kw_only=True):
     """A range to be read; with a dtype, its elements are looked at. `name` says what it is a part of.
 
     `squares` are running means of squares, which cannot be negative.
@@ -34,8 +35,7 @@ class Scan:
         return self.source.nbytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScanView:
+class ScanView(Struct, frozen=True, kw_only=True):
     """A view with holes between its elements, which are looked at as those of a `Scan` are. They are read by
     themselves, whatever else is read of the bytes around them.
     """
@@ -50,8 +50,7 @@ class ScanView:
         return self.source.nbytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compare:
+class Compare(Struct, frozen=True, kw_only=True):
     """Master weights (fp32) and the same elements of the model file, in `dtype`."""
 
     master: ByteRange
@@ -66,8 +65,7 @@ class Compare:
         return self.master.nbytes + self.model.nbytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Twins:
+class Twins(Struct, frozen=True, kw_only=True):
     """Two copies of the same tensor, which must be equal byte for byte.
 
     Where some bytes belong to another task too (not `apart`), both are read once more.
@@ -84,8 +82,7 @@ class Twins:
         return self.one.nbytes + self.other.nbytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moments:
+class Moments(Struct, frozen=True, kw_only=True):
     """The same elements of Adam's exp_avg and exp_avg_sq: a mean of gradients and a mean of their squares."""
 
     mean: ByteRange
@@ -102,8 +99,7 @@ Pair = Compare | Twins | Moments
 Plain = Scan | ScanView | Pair
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Joined:
+class Joined(Struct, frozen=True, kw_only=True):
     """Small tasks of one kind whose bytes follow each other, on both sides of pairs: `whole` is all of them
     at once, which costs no more than one. Where something is odd about it, each of `tasks` is carried out.
     """
@@ -160,8 +156,7 @@ def itemsizes(pair: Pair) -> tuple[int, int]:
             return 1, 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NonFinite:
+class NonFinite(Struct, frozen=True, kw_only=True):
     """NaN or Inf in a block of a tensor; `byte` is where the first one lies in the file."""
 
     path: Location
@@ -171,8 +166,7 @@ class NonFinite:
     inf: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Odd:
+class Odd(Struct, frozen=True, kw_only=True):
     """Elements that training does not make. `what`: "wild" are finite and beyond any sense, "negative" are
     squares below zero, a "hole" is zeros in a mean of squares where the mean itself is not zero.
     """
@@ -183,8 +177,7 @@ class Odd:
     what: Literal["wild", "negative", "hole"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unlike:
+class Unlike(Struct, frozen=True, kw_only=True):
     """Two copies of the same tensor that differ."""
 
     path: Location
@@ -192,8 +185,7 @@ class Unlike:
     twin: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mismatch:
+class Mismatch(Struct, frozen=True, kw_only=True):
     """A model weight that is not its master weight, rounded. `element` counts within the parameter."""
 
     master: Location
@@ -203,13 +195,11 @@ class Mismatch:
     dtype: DType
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BadChecksum:
+class BadChecksum(Struct, frozen=True, kw_only=True):
     check: SourceCheck
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Constant:
+class Constant(Struct, frozen=True, kw_only=True):
     """A block whose `count` elements all have the same bits: `value`."""
 
     path: Location
@@ -218,8 +208,7 @@ class Constant:
     value: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Denormal:
+class Denormal(Struct, frozen=True, kw_only=True):
     """Numbers smaller than the type can hold in full, in a block that is flooded with them."""
 
     path: Location

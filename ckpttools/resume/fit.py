@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.errors import some
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, About
@@ -11,8 +12,7 @@ from ckpttools.resume.forecast import Difference, Mismatch, Moment, Problem, Ref
 from ckpttools.resume.model import Model, Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fit:
+class Fit(Struct, frozen=True, kw_only=True):
     """How two sets of tensors differ; `aliases` are tied names of the new model."""
 
     missing: tuple[str, ...]  # in the checkpoint

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from enum import IntEnum, auto
 from typing import Literal
+
+from msgspec import Struct, field
 
 from ckpttools.frameworks.rules import IMPOSSIBLE, SAFE, About, AutoResume, Class, worst
 from ckpttools.location import Location
@@ -42,8 +43,7 @@ class Moment(IntEnum):
         return "at the first update" if self is Moment.UPDATE else "while loading"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
+class Refusal(Struct, frozen=True, kw_only=True):
     """The error that the framework raises: its class and the beginning or core of its text.
 
     What is met first, by `moment`, is what the user sees.
@@ -54,8 +54,7 @@ class Refusal:
     text: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class Difference(Struct, frozen=True, kw_only=True):
     """One setting that is another in the new run. `refusal` is what the framework raises because of it."""
 
     about: About
@@ -68,8 +67,7 @@ class Difference:
     refusal: Refusal | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mismatch:
+class Mismatch(Struct, frozen=True, kw_only=True):
     """A tensor of the checkpoint and of the new model that do not fit."""
 
     name: str
@@ -78,8 +76,7 @@ class Mismatch:
     wanted: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Overridden:
+class Overridden(Struct, frozen=True, kw_only=True):
     """A value of the new configuration that has no effect, because the checkpoint's is used."""
 
     setting: str
@@ -91,8 +88,7 @@ class Overridden:
     hint: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class Check(Struct, frozen=True, kw_only=True):
     """A line of the check-list: True, False, or None where it cannot be told."""
 
     about: About | str
@@ -122,8 +118,7 @@ def _shown(value: object) -> str:
     return "nothing" if value is None else str(value)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
+class Rates(Struct, frozen=True, kw_only=True):
     """Learning rates per parameter group: of the first resumed update, and of the one after it.
 
     `next` is None where it is not forecast; `note` then says why.
@@ -135,8 +130,7 @@ class Rates:
     last: bool = False  # the run ends with the first update
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
+class Forecast(Struct, frozen=True, kw_only=True):
     """Everything that is known before the job starts."""
 
     path: Location

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+
+from msgspec import Struct, field
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
@@ -16,8 +17,7 @@ from ckpttools.stores.files import is_file, is_folder
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
+class Tensor(Struct, frozen=True, kw_only=True):
     shape: Shape
     dtype: str  # short: "bf16"
 
@@ -25,8 +25,7 @@ class Tensor:
         return f"{self.dtype} {list(self.shape)}".lstrip()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class Model(Struct, frozen=True, kw_only=True):
     """The new run's model. `shared` maps an alias to its owner.
 
     `dtypes_known` is False where a configuration alone was read; `where` is the path that it came from.

@@ -6,13 +6,13 @@ Whatever is not said is taken as unchanged. A ds_config's "auto" (Hugging Face) 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ckpttools.resume.model import Model
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stated:
+class Stated(Struct, frozen=True, kw_only=True):
     """What a configuration says in the terms of any trainer; None: it does not say.
 
     `micro` is the batch per rank, `steps` the length in the trainer's own unit. `values` is all of an
@@ -32,8 +32,7 @@ class Stated:
     unread: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewRun:
+class NewRun(Struct, frozen=True, kw_only=True):
     """`config` is a ds_config; `arguments` are TrainingArguments; `settings` those of `ckpt train`;
     `stated` is what any of them says of batch, learning rate and length.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools import frameworks as training_of
 from ckpttools import runs
@@ -24,8 +26,7 @@ from ckpttools.resume.rates import rates as rates_of
 from ckpttools.stores.files import is_file, is_folder
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class Target(Struct, frozen=True, kw_only=True):
     """A checkpoint that was found; `saved` is None where it is no DeepSpeed engine's.
 
     `path` is what was asked about; `one` is one checkpoint, which `ckpt verify` understands.

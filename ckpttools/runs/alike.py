@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.torch_file import TorchFile
@@ -31,8 +33,7 @@ MANY = 8  # saves of a kind from which on the first is looked at closely
 TRIES = 4  # times that a kind is learnt anew: a number that needs more bytes makes another pickle
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(Struct, frozen=True):
     """A checkpoint that was read whole, with what its files have in common with others."""
 
     path: Location

@@ -10,8 +10,10 @@ furthest on and holds what a resume needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.checks.verdict import Verdict
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
@@ -24,8 +26,7 @@ from ckpttools.stores.files import entries, exists, is_file, small_text
 from ckpttools.stores.links import absolute, resolved
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Choice(Struct, frozen=True, kw_only=True):
     """The checkpoint that was chosen and why; which newer ones were passed over, each with the reason.
 
     `notes` say where modification time, names, counters and pointers disagree.

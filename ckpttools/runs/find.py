@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
+
+from msgspec import Struct, field
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint
@@ -38,8 +39,7 @@ CLOSED = ("no-permission", "upload-unfinished")  # what may be whole, and is not
 NUMBERED = re.compile(r"checkpoint-\d+")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Entry:
+class Entry(Struct, frozen=True, kw_only=True, eq=False):
     """A checkpoint of a run, as far as its headers say.
 
     `resumes` is whether it holds optimizer state, None where that is not known. `time` is that of its newest

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePath
+
+from msgspec import Struct
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, escape
@@ -31,8 +32,7 @@ NAMING = (*POINTERS, "latest_universal", VERIFIED)
 ADAPTER, INDEX = "adapter_config.json", ".index.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Around:
+class Around(Struct, frozen=True, kw_only=True):
     """What lies below a folder, beside its checkpoints. `links` are (link, real target); `bases` are
     (file, the path that it states); `pinned` what pins keep; `left` is half deleted."""
 

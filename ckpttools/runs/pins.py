@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError
@@ -24,8 +25,7 @@ from ckpttools.stores.links import resolved
 FORMAT, VERSION = "ckpttools-pin", 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pin:
+class Pin(Struct, frozen=True, kw_only=True):
     """`when` is UTC, as ISO 8601 has it; None where the file does not say."""
 
     path: Location

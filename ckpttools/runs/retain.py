@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.errors import UsageError, escape
 from ckpttools.runs.find import COUNTERS, Entry
@@ -25,8 +26,7 @@ VAL = ("val_loss", "eval_loss", "val/loss", "validation_loss", "valid_loss")
 _LESS = ("loss", "ppl", "perplexity", "error", "err", "wer", "cer", "mae", "mse", "rmse")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class Policy(Struct, frozen=True, kw_only=True):
     """`best` is a metric, or METRIC:min, METRIC:max; "" the validation loss. `within` is in seconds."""
 
     last: int | None = None
@@ -56,8 +56,7 @@ class Policy:
                 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(Struct, frozen=True, kw_only=True):
     """`reasons` are why it stays; without one it goes. `good` is what `decide` was told; None where that was
     not looked at, or cannot be told."""
 

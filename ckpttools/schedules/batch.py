@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
+
+from msgspec import Struct
 
 from ckpttools.schedules.lengths import Batch, Data
 
@@ -15,8 +16,7 @@ MAX_RANKS = 4096
 MOST = 12  # ways that are shown
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lengths:
+class Lengths(Struct, frozen=True, kw_only=True):
     """What a run comes to: `iterations` are micro-batches per rank, `updates` whole accumulations of them, or
     those of each epoch with a last one of fewer.
     """
@@ -40,8 +40,7 @@ def lengths(batch: Batch, data: Data, epochs: float | None, *, flush: bool = Fal
     return Lengths(batch=batch, per_epoch=per_epoch, iterations=iterations, updates=updates)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Meaning:
+class Meaning(Struct, frozen=True, kw_only=True):
     """Where an iteration number lies in a run: epochs done, the share of the run, samples seen."""
 
     iteration: int
@@ -60,8 +59,7 @@ def meaning(iteration: int, run: Lengths) -> Meaning:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class Way(Struct, frozen=True, kw_only=True):
     """One way to come to an effective batch; `off` is by how much it misses it, as a share of it."""
 
     batch: Batch

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.schedules.program import State, computing
 
@@ -14,8 +15,7 @@ Formula = Callable[[Sequence[State], int], None]
 Mark = Callable[[Sequence[State], Sequence[State], int], None]
 
 
-@dataclass(slots=True)
-class ClosedMachine:
+class ClosedMachine(Struct):
     """A formula in motion. `count` is the number of steps made."""
 
     states: list[State]

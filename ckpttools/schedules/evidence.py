@@ -10,8 +10,9 @@ nothing decides is None: it is not 1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from ckpttools.schedules.lengths import Unit
 
@@ -25,8 +26,7 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Fact:
+class Fact(Struct, frozen=True):
     """`source` says that `what` is `least` to `most`. Counters, which hold the past, overrule no setting."""
 
     what: What
@@ -81,8 +81,7 @@ def of_deepspeed(settings: Mapping[str, int], ranks: int) -> tuple[Fact, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class Known(Struct, frozen=True, kw_only=True):
     """A batch as far as it is known; `by` names what decided each part, `notes` what contradicts it."""
 
     micro: int | None = None
@@ -148,8 +147,7 @@ def _complete(found: dict[str, int], by: dict[str, str]) -> None:
 # --- another number of ranks --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class Kept(Struct, frozen=True, kw_only=True):
     """Settings that keep an effective batch on other ranks (None where none do), and what to say."""
 
     micro: int | None = None

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
+
+from msgspec import Struct
 
 from ckpttools.errors import UsageError
 
@@ -29,8 +30,7 @@ Unit = Literal["micro", "update"]
 Remainder = Literal["flush", "floor", "running", "drop"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Batch(Struct, frozen=True, kw_only=True):
     """`micro` samples per rank and forward pass; an update sums `accumulation` of them on every rank."""
 
     micro: int
@@ -52,8 +52,7 @@ class Batch:
         return f"{self.total} = {self.micro} x {ranks} x {self.accumulation} accumulated"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
+class Data(Struct, frozen=True, kw_only=True):
     """A dataset of `size` samples; `drop_last` leaves out the loader's last, partial batch."""
 
     size: int
@@ -85,8 +84,7 @@ def updates(batches: int, accumulation: int, remainder: Remainder) -> Fraction:
             return whole
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clock:
+class Clock(Struct, frozen=True, kw_only=True):
     """A counter: the samples that one unit stands for, and the units of an epoch.
 
     `epoch` is None for a stream without epochs. `size` is what an epoch shows of the data: its last unit
@@ -123,8 +121,7 @@ class Clock:
         return epochs * self.size + inside
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
+class Steps(Struct, frozen=True, kw_only=True):
     """One counter under two batch sizes: where a count and a length of the old run lie in the new one.
 
     `old_total` and `new_total` are the run's lengths in units, where they are known: the old end maps to the

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol, Self
 
+from msgspec import Struct
+
 from ckpttools.errors import UsageError
 from ckpttools.schedules.lengths import Steps, nearest
 
@@ -29,8 +31,7 @@ LIVE = ("lr", "momentum", "betas")
 ABSOLUTE = ("initial_lr", "max_lr", "min_lr")
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(Struct, frozen=True):
     """A value that the checkpoint does not hold and that the user must set in `where` for the new run."""
 
     name: str

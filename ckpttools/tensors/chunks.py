@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.location import Location
 from ckpttools.tensors.dtypes import DType
@@ -27,8 +29,7 @@ class ByteRange(NamedTuple):
         return ByteRange(self.path, self.start + start, nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Zeros:
+class Zeros(Struct, frozen=True):
     """`nbytes` zero bytes that no file holds."""
 
     nbytes: int
@@ -37,8 +38,7 @@ class Zeros:
         return Zeros(nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Literal:
+class Literal(Struct, frozen=True):
     """Bytes that no file holds: headers, pickles, JSON, a step that was an int."""
 
     data: bytes
@@ -51,8 +51,7 @@ class Literal:
         return Literal(self.data[start : start + nbytes])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Strided:
+class Strided(Struct, frozen=True, kw_only=True):
     """Elements `first` to `first + numel` (in C order) of a view that is not contiguous on disk.
 
     The element at index (i, j, ...) is the `itemsize` bytes at `start + itemsize * (i * strides[0] + ...)`.
@@ -116,8 +115,7 @@ class Strided:
         return replace(self, shape=shape, strides=strides, numel=math.prod(shape))
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(Struct, frozen=True):
     """A part of an array that lies in C order from byte `start` of a file: `shape` elements at `origin`."""
 
     path: Location
@@ -126,8 +124,7 @@ class Box:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
+class Tiles(Struct, frozen=True, kw_only=True):
     """Elements `first` to `first + numel` (in C order) of an array that lies in boxes, which fill it.
 
     A tensor split along two dimensions is few boxes, but as ranges in C order one for each row of each box.
@@ -182,8 +179,7 @@ def spans(chunk: Source) -> Iterator[ByteRange]:
             yield from chunk.ranges
 
 
-@dataclass(frozen=True, slots=True)
-class Cast:
+class Cast(Struct, frozen=True):
     """The elements of `chunks` converted from one dtype to another, rounding to nearest even."""
 
     chunks: tuple[Source, ...]
@@ -205,8 +201,7 @@ class Cast:
         return Cast(inner, self.source, self.target)
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(Struct, frozen=True):
     """One of the runs of elements that a `Mean` is taken of, and how much it counts."""
 
     chunks: tuple[Source, ...]
@@ -214,8 +209,7 @@ class Term:
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
-class Mean:
+class Mean(Struct, frozen=True):
     """The weighted mean of as many elements of each term: products and sums in float64, in the order of the
     terms, divided by the sum of the weights, and rounded to `target` at the end.
     """

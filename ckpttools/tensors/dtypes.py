@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DType:
+class DType(Struct, frozen=True, kw_only=True, eq=False):
     """An element type. `name` is torch's (`bfloat16`), `short` the command line's (`bf16`).
 
     There is one of each, known by its identity: refs are compared and hashed by the hundred thousand.

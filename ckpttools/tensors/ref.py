@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
+
+from msgspec import Struct
 
 from ckpttools.tensors.chunks import ByteRange, Cast, Chunk, Mean, Source, cut_chunks, join_chunks
 from ckpttools.tensors.dtypes import EXACT, DType
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(Struct, frozen=True):
     """A tensor that has not been read: the value is the concatenation of its chunks."""
 
     dtype: DType

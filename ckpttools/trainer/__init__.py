@@ -3,7 +3,7 @@
 It exists to produce checkpoints as training teams have them, and to prove that a resharded or edited
 checkpoint trains on exactly where the original would have. One file per idea:
 
-    typed, config      YAML -> frozen dataclasses, by msgspec; an error carries the path into the data
+    typed, config      YAML -> frozen Structs, by msgspec; an error carries the path into the data
     batch, order       who computes which sample of which update: pure arithmetic
     text, model        bytes of real text as tokens; Llama or GPT-2 from a config
     ds_config          our config -> DeepSpeed's

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
+
+from msgspec import Struct, field, to_builtins
+from msgspec.structs import replace
 
 from ckpttools.errors import UsageError
 from ckpttools.trainer.typed import Meta, assign, bad, decode, unaliased
@@ -18,8 +19,7 @@ Share = Annotated[float, Meta(ge=0, lt=1, description="a number from 0 up to 1")
 Samples = Annotated[int, Meta(ge=0, description="a number of samples, or 0 for none")]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class Model(Struct, frozen=True, kw_only=True):
     """A causal language model, or a classifier of images, built from a config with random weights."""
 
     family: Literal["llama", "gpt2", "vit"] = "llama"
@@ -30,8 +30,7 @@ class Model:
     tie_embeddings: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
+class Data(Struct, frozen=True, kw_only=True):
     """`source` is `stdlib` or `path:FILE` (.txt or .jsonl); a sample is `sequence_length` bytes.
 
     With `digits`, the images that scikit-learn ships, a sample is an image, and the model must be a `vit`.
@@ -44,8 +43,7 @@ class Data:
     validation_samples: Samples = 32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Batch(Struct, frozen=True, kw_only=True):
     """global = micro x ranks x accumulation; leave out micro or accumulation and it is derived."""
 
     global_batch_size: Positive = 16
@@ -53,8 +51,7 @@ class Batch:
     gradient_accumulation_steps: Positive | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Optimizer:
+class Optimizer(Struct, frozen=True, kw_only=True):
     """AdamW; weight decay acts on matrices and embeddings only."""
 
     lr: float = 3e-3
@@ -65,8 +62,7 @@ class Optimizer:
     gradient_clipping: float = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+class Schedule(Struct, frozen=True, kw_only=True):
     """Linear warmup from 0, then a cosine to `min_ratio` x lr, or a straight line to 0.
 
     DeepSpeed's schedulers give the first two updates a learning rate of 0.
@@ -78,16 +74,14 @@ class Schedule:
     total_steps: Positive | None = None  # None: epochs x updates per epoch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Zero:
+class Zero(Struct, frozen=True, kw_only=True):
     """DeepSpeed's partitioning; stage 0 is no DeepSpeed: plain torch, with DDP where there are ranks."""
 
     stage: Annotated[Literal[0, 1, 2, 3], Meta(description="0, 1, 2 or 3")] = 2
     round_robin_gradients: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Save:
+class Save(Struct, frozen=True, kw_only=True):
     """Step checkpoints every `save_steps` updates (0: none) and one at the end of each epoch."""
 
     save_steps: Updates = 100
@@ -96,8 +90,7 @@ class Save:
     group: str = ""  # of `experiment`: output/GROUP/CONFIG/TAG; "": the config's own folder
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BestModel:
+class BestModel(Struct, frozen=True, kw_only=True):
     """best_model.pt, in addition, whenever the validation loss is the lowest so far.
 
     With `save_best_only` the epoch checkpoints of other epochs are left out, and step checkpoints.
@@ -107,8 +100,7 @@ class BestModel:
     save_best_only: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class Evaluation(Struct, frozen=True, kw_only=True):
     """Every epoch's end evaluates all held-out samples. What is done besides."""
 
     partial_eval_during_training: bool = False  # an eighth of them, before each step checkpoint
@@ -116,8 +108,7 @@ class Evaluation:
     eval_best_model_only: bool = False  # at the end: the best model in place of the last one
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class Training(Struct, frozen=True, kw_only=True):
     """What is kept, what is evaluated, what is logged. `skip_evaluation` overrules the rest (policy.py)."""
 
     save_total_limit: Positive | None = None  # per kind; also written max_keep_ckpts
@@ -131,8 +122,7 @@ class Training:
     tensorboard: bool = True  # where it is installed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Config(Struct, frozen=True, kw_only=True):
     """Everything that defines a run."""
 
     experiment: str = ""  # "": the config file's name
@@ -153,9 +143,7 @@ class Config:
 
     def plain(self) -> dict[str, Any]:
         """As dicts, lists and scalars: what config.yaml and the checkpoints hold."""
-        data = dataclasses.asdict(self)
-        data["freeze"] = list(self.freeze)
-        return data
+        return cast(dict[str, Any], to_builtins(self))
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -193,11 +181,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         error.where = str(path)
         raise
     experiment = config.save.layout == "experiment"
-    return dataclasses.replace(
+    return replace(
         config,
         experiment=config.experiment or path.stem,
         work_dirs=config.work_dirs or ("output" if experiment else "work_dirs"),
-        save=dataclasses.replace(
+        save=replace(
             config.save, group=config.save.group or (path.absolute().parent.name if experiment else "")
         ),
     )

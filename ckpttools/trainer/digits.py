@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckpttools.errors import UsageError
 from ckpttools.trainer.config import Data
@@ -12,8 +13,7 @@ from ckpttools.trainer.config import Data
 CLASSES, SIDE = 10, 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Digits:
+class Digits(Struct, frozen=True, kw_only=True):
     """`images` is (n, 8, 8) of fp32 in 0..1, `labels` (n,) of int64; the rest as text.Samples has it."""
 
     images: Any

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckpttools.trainer import folders
 from ckpttools.trainer.config import Config
@@ -26,8 +26,7 @@ from ckpttools.trainer.state import Progress, client_state
 from ckpttools.trainer.task import Task
 
 
-@dataclass(slots=True, kw_only=True)
-class Training:
+class Training(Struct, kw_only=True):
     """One rank's part of a run."""
 
     config: Config
@@ -75,7 +74,7 @@ class Training:
         # fp64, so that the order of summing does not show in the logged value
         total, asked = summed([total, float(self.asked.by is not None)], self.engine.device)
         before = self.progress
-        self.progress = dataclasses.replace(
+        self.progress = replace(
             before,
             iteration=before.iteration + 1,
             samples_seen=before.samples_seen + len(ids),
@@ -112,7 +111,7 @@ class Training:
         improved = False
         if self.policy.evaluates:
             improved = self._validate(f"epoch {epoch}/{self.config.epochs} done")
-        self.progress = dataclasses.replace(self.progress, epoch=epoch, samples_in_epoch=0)
+        self.progress = replace(self.progress, epoch=epoch, samples_in_epoch=0)
         name = self._name(folders.epoch_name, epoch)
         saves = self.config.save.epochs and (improved or not self.policy.only_best)
         if saves:
@@ -126,7 +125,7 @@ class Training:
         loss, best = measured["val_loss"], self.progress.best_val_loss
         improved = self.progress.improves(loss)
         self.monitor.evaluated(self.progress, text, measured)
-        self.progress = dataclasses.replace(
+        self.progress = replace(
             self.progress,
             val_loss=loss,
             metrics={name: value for name, value in measured.items() if name != "val_loss"},

@@ -8,15 +8,15 @@ that a log says why the run did something else than its configuration.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.trainer.config import Config
 
 PART = 8  # a partial evaluation takes every eighth of the held-out samples
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class Policy(Struct, frozen=True, kw_only=True):
     """`limit` is the number of checkpoints of each kind that stay. `notes` are the overrides."""
 
     evaluates: bool  # at the end of each epoch

@@ -17,11 +17,11 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from msgspec import Struct
 
 from ckpttools import checks, runs
 from ckpttools.checkpoint import Layout
@@ -46,8 +46,7 @@ from ckpttools.trainer.split import split
 from ckpttools.transforms.select import weights_only
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saving:
+class Saving(Struct, frozen=True, kw_only=True):
     """How one run saves. `limit` checkpoints of each kind stay; None: all."""
 
     run: Path

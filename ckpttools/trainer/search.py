@@ -6,8 +6,9 @@ has an older good one nor be loaded: every byte is checked first, as `ckpt verif
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ckpttools import runs
 from ckpttools.checks import verify
@@ -20,8 +21,7 @@ from ckpttools.trainer import folders
 SHOWN = 8  # names of checkpoints, before the rest is only counted
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Found(Struct, frozen=True, kw_only=True):
     """The checkpoint that was chosen, None where there is none, and the sentences that say why."""
 
     path: Path | None

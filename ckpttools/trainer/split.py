@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.errors import UsageError
 from ckpttools.trainer.config import Batch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
+class Split(Struct, frozen=True, kw_only=True):
     """How one update's samples are cut; `micro * world * accumulation` is the global batch size."""
 
     micro: int

@@ -7,9 +7,11 @@ once. Where torchrun started the ranks by itself, rank 0 decides.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools import runs
 from ckpttools.errors import UsageError, counted
@@ -26,8 +28,7 @@ DECISION = "start.json"
 Mode = Literal["resume", "reset", "weights", "evaluate"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class Start(Struct, frozen=True, kw_only=True):
     """The decision, and the sentences that explain it.
 
     `mode` is what is taken of `checkpoint`: all of it; weights and position ("reset"); weights alone; or it

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.formats import locate, read
@@ -22,8 +23,7 @@ FORMAT_VERSION = 1
 Data = Samples | Digits
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class Progress(Struct, frozen=True, kw_only=True):
     """A position in training; `epoch` counts completed epochs, so it is also the running one's index."""
 
     epoch: int = 0

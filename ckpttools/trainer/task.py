@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import Struct
 from torch.nn.functional import cross_entropy
 
 from ckpttools.trainer import digits, text
@@ -23,8 +23,7 @@ def read(config: Config) -> Data:
     return source(config.data, config.batch.global_batch_size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class Task(Struct, frozen=True, kw_only=True):
     """`data` on a device. The model is what is called: an engine, or a module."""
 
     data: Data

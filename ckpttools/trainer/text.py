@@ -7,8 +7,9 @@ import json
 import sysconfig
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ckpttools.errors import UsageError
 from ckpttools.trainer.config import Data
@@ -17,8 +18,7 @@ END_OF_DOCUMENT = 256  # after the 256 byte values
 VOCAB_SIZE = 257
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
+class Samples(Struct, frozen=True, kw_only=True):
     """Token ids (int16), and the numbers of the samples to train on and of those held out."""
 
     tokens: array[int]

@@ -1,33 +1,25 @@
-"""Plain data (from YAML) to frozen dataclasses, once, by msgspec; an error names the path into the data.
+"""Plain data (from YAML) to frozen values, once, by msgspec; an error names the path into the data.
 
-The dataclasses say in their annotations what a value may be; a `Meta` also says it in words.
+Their classes say in their annotations what a value may be; a `Meta` also says it in words.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ckpttools.errors import UsageError
+import msgspec
 
-try:
-    import msgspec
-except ImportError:
-    raise UsageError(
-        "train-requires",
-        "reading a configuration of `ckpt train` needs msgspec, which is not installed",
-        hint="pip install 'ckpttools[train]'",
-    ) from None
+from ckpttools.errors import UsageError
 
 T = TypeVar("T")
 Meta = msgspec.Meta
 
 
 def decode(cls: type[T], data: object, path: str = "") -> T:
-    """A dataclass from a mapping, field by field; a field that is left out keeps its default, and so does a
+    """A Struct from a mapping, field by field; a field that is left out keeps its default, and so does a
     section that is left empty. Numbers may be text: YAML 1.1 reads 3e-4, which has no dot, so.
     """
     if not isinstance(data, Mapping):
@@ -106,8 +98,8 @@ def _join(path: str, key: object) -> str:
 
 
 def _value(want: Any, value: object, path: str) -> object:
-    if dataclasses.is_dataclass(want):
-        return decode(typing.cast(type[object], want), {} if value is None else value, path)
+    if isinstance(want, type) and issubclass(want, msgspec.Struct):
+        return decode(want, {} if value is None else value, path)
     try:
         return msgspec.convert(value, want, strict=False)
     except msgspec.ValidationError:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from msgspec.structs import replace
 
 from ckpttools.errors import CkptError, UsageError, counted
 from ckpttools.trainer import config as settings

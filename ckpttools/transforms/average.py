@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from math import isfinite
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, common_dtype
 from ckpttools.errors import CkptError, UsageError, escape, some

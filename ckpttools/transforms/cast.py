@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import inf
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, common_dtype
 from ckpttools.errors import UsageError, escape

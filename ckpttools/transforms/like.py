@@ -7,7 +7,8 @@ place for is named, what it needs and does not get is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import STEP, Checkpoint, ParamGroup
 from ckpttools.errors import CkptError, UsageError, escape, some
@@ -165,7 +166,7 @@ def _group(checkpoint: Checkpoint, wanted: ParamGroup) -> ParamGroup:
         scalars[STEP] = counted(scalars[STEP], tensor=tensor)
     return replace(
         wanted,
-        state={kind: in_order(refs) for kind, refs in state.items()},  # type: ignore[misc]
+        state={kind: in_order(refs) for kind, refs in state.items()},
         scalars={kind: in_order(values) for kind, values in scalars.items()},
         paths=paths,
     )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
 from math import isfinite
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import FP32, STEP, Checkpoint, ParamGroup
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
@@ -26,8 +28,7 @@ COUNTED = frozenset(("k", "weight_sum", "lr_max", "scheduled_lr", "d", "d_max", 
 _MOMENTS = frozenset(("exp_avg", "exp_avg_sq"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Class:
+class Class(Struct, frozen=True, kw_only=True):
     """An optimizer class: settings that it reads and others do not save, with its defaults; whether it counts
     in tensors; the kinds of state that it needs, and that it keeps at times; kinds that another class of the
     same arithmetic calls otherwise.

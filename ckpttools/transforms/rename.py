@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import TypeVar
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, ParamGroup
 from ckpttools.errors import UsageError, escape

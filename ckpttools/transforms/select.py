@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Literal, TypeVar
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import FP32, Checkpoint, ParamGroup, common_dtype
 from ckpttools.errors import UsageError, escape

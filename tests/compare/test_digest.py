@@ -7,13 +7,13 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import xxhash
 from commands import run
+from msgspec.structs import replace
 from safetensors.torch import load_file
 from support import FIXTURES, RANK_LOCAL, ZERO_FIXTURES, as_torch, bits, name_of, resharded, variant_of
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools import tree
 from ckpttools.checkpoint import Checkpoint, ParamGroup
@@ -133,9 +133,9 @@ def content_differences(a: Checkpoint, b: Checkpoint, *, but: tuple[str, ...] = 
     for field in VALUES:
         if field not in but:
             yield from _values(field, getattr(a, field), getattr(b, field))
-    for each in dataclasses.fields(a.training):
-        if each.name not in but and each.name != "saved_batch":
-            yield from _values(each.name, getattr(a.training, each.name), getattr(b.training, each.name))
+    for name in a.training.__struct_fields__:
+        if name not in but and name != "saved_batch":
+            yield from _values(name, getattr(a.training, name), getattr(b.training, name))
     yield from _refs("tensors", a.tensors, b.tensors)
     if len(a.groups) != len(b.groups):
         yield f"{len(a.groups)} groups != {len(b.groups)}"

@@ -5,12 +5,12 @@ the source's own files add. What a format has no place for is named in the notes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from changes import CHANGES, Change, content_differences
+from msgspec.structs import replace
 from support import FIXTURES
 
 from ckpttools.checkpoint import Checkpoint

@@ -3,13 +3,13 @@ the source's own files add."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from changes import CHANGES, Change, content_differences, reordered
+from msgspec.structs import replace
 from support import FIXTURES, RANK_LOCAL, ZERO_FIXTURES, name_of, variant_of
 
 from ckpttools.checkpoint import Checkpoint

@@ -7,11 +7,11 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from msgspec.structs import replace
 from support import RANK_LOCAL, resharded, variant_of
 from torch.serialization import skip_data
 from torch.utils.serialization import config as torch_config

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import run
+from msgspec.structs import replace
 from support import FIXTURES
 
 import ckpttools

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from commands import run
+from msgspec.structs import replace
 from support import FIXTURES, truth_of
 from train_on import TOLERANCE, Job, apart, in_deepspeed, plain, plain_run, same_tensors, stage
 

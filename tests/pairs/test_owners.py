@@ -12,12 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from support import FIXTURES, as_torch, identical, truth_of
 
 from ckpttools.errors import Unsupported

@@ -7,13 +7,13 @@ and compared by digest: weights, master weights, moments, steps, settings and co
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from support import FIXTURES, RANK_LOCAL, REFUSED, as_torch, identical, name_of
 
 from ckpttools.checkpoint import Checkpoint

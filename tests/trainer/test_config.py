@@ -95,7 +95,7 @@ def test_an_empty_section_and_null_keep_the_defaults(tmp_path: Path) -> None:
 
 
 def test_a_configuration_is_told_by_the_names_that_it_has() -> None:
-    assert set(SETTINGS) == Config.__dataclass_fields__.keys()
+    assert set(SETTINGS) == set(Config.__struct_fields__)
 
 
 def test_deepspeed_section_is_merged() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.containers.archive.directory import hold_end
 from ckpttools.containers.archive.layout import CENTRAL, STORAGE_ALIGNMENT, Archive, Entry, Record
@@ -13,8 +14,7 @@ from ckpttools.stores.files import File
 _ROOT = re.compile(rb"[A-Za-z0-9_=+-][A-Za-z0-9_.=+-]*")
 
 
-@dataclass(frozen=True, slots=True)
-class Directory:
+class Directory(Struct, frozen=True):
     """The directory of an archive that was read, as bytes to compare with: each entry without its checksum
     and its root, and whether it has data. `entries` are those of the records, in the directory's order.
     """

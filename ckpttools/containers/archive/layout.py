@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from ckpttools.location import Location
 from ckpttools.tensors import ByteRange
@@ -45,8 +46,7 @@ class Record(NamedTuple):
     predicted: bool = False  # `start` and `end` follow from torch's rules: the header was not read yet
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Archive:
+class Archive(Struct, frozen=True, kw_only=True):
     path: Location
     size: int
     root: str

@@ -15,7 +15,8 @@ Nothing is looked up: a name that the file spells differently from Python's own 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.containers.pickles.arguments import CHECKS, computed, stored, worst
 from ckpttools.containers.pickles.known import FILLED
@@ -32,8 +33,7 @@ from ckpttools.containers.pickles.nodes import Dict, Global, Node, Object, Persi
 from ckpttools.errors import escape
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(Struct, frozen=True):
     """One callable: `what` is one line for people, with everything from the file escaped."""
 
     verdict: Verdict

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from ckpttools.errors import CkptError
 
@@ -20,8 +21,7 @@ class Reject(CkptError):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Global:
+class Global(Struct, frozen=True):
     """A name in the file: `module.name`. Never looked up."""
 
     module: str
@@ -152,15 +152,13 @@ class Object(Pairs):
         return node
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Persistent:
+class Persistent(Struct, frozen=True, eq=False):
     """A persistent id: torch uses one per storage."""
 
     pid: Node
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Set:
+class Set(Struct, frozen=True, eq=False):
     """A set or frozenset literal of protocol 4."""
 
     members: list[Node]
@@ -178,17 +176,16 @@ MISSING = _Missing()
 Node = object
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pickle:
+class Pickle(Struct, frozen=True, kw_only=True):
     """One pickle: its value, where it ended, and every callable that loading it would have called."""
 
     value: Node
     end: int  # bytes consumed
     protocol: int
     # the first call of each callable; every call of those in ARGUMENTS_DECIDE and of computed ones
-    calls: list[Object] = field(repr=False)
-    names: list[Global] = field(repr=False)  # every name that loading resolves, called or not, each once
-    changed: list[Object] = field(repr=False)  # what is given items, pairs or a state after its call
+    calls: list[Object]
+    names: list[Global]  # every name that loading resolves, called or not, each once
+    changed: list[Object]  # what is given items, pairs or a state after its call
 
 
 _MAPPINGS = {"OrderedDict", "defaultdict", "Counter"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Set as Keys
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.containers.pickles.cursor import unpack_u16
 from ckpttools.containers.pickles.machine import Machine
@@ -22,8 +23,7 @@ _unpack_f64 = struct.Struct(">d").unpack_from
 Trail = dict[int | None, "Trail | int"]
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+class Template(Struct, frozen=True):
     """`literals` surround the numbers, in file order; `trail` says where in the value they lie."""
 
     literals: tuple[bytes, ...]
@@ -76,8 +76,7 @@ class Template:
         return _filled(value, self.trail, numbers)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Spot:
+class _Spot(Struct, frozen=True, eq=False):
     """Stands for a number: from its opcode to the byte after it."""
 
     at: int

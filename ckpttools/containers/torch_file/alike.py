@@ -8,7 +8,9 @@ other numbers in those places, is read by comparing bytes; any other difference 
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.containers.archive import Directory, read_record
 from ckpttools.containers.pickles import MAX_BYTES, Template
@@ -20,8 +22,7 @@ from ckpttools.stores.files import opened
 FRAMED = 4  # the protocol since which a pickle states lengths of its parts
 
 
-@dataclass(frozen=True, slots=True)
-class Alike:
+class Alike(Struct, frozen=True):
     """What the files of a run have in common, from one of them."""
 
     file: TorchFile

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.containers.pickles import MAX_BYTES, Dict, Global, Node, Pickle, Reject, dumps, loads
 from ckpttools.containers.torch_file.storages import Storage, same, storage_id

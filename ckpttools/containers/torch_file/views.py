@@ -6,8 +6,9 @@ import math
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from ckpttools.containers.archive import Archive, Record
 from ckpttools.containers.pickles import Dict, Global, Node, Object, Pickle, Reject
@@ -81,8 +82,7 @@ class Deflations(Protocol):
     def range(self, record: Record) -> ByteRange: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TorchFile:
+class TorchFile(Struct, frozen=True, kw_only=True):
     """A torch file, header read: `value` is the tree of nodes, with `Storage` nodes at its leaves."""
 
     path: Location
@@ -94,7 +94,7 @@ class TorchFile:
     deflated: Deflations | None = None  # where records that another program compressed are read
     stray: tuple[str, ...] = ()  # storages that no tensor is in
     borrowed: bool = False  # the nodes are those of a file that is alike: their storages lie in this one
-    _views: dict[int, View] = field(default_factory=dict, repr=False)
+    _views: dict[int, View] = field(default_factory=dict)
 
     @property
     def root(self) -> str | None:

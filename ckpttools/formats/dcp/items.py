@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.containers.archive import (
     CRC_AT,
@@ -48,8 +49,7 @@ KNOWN = 100_000
 _DESCRIPTOR = struct.Struct("<IIII")
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """An item to be read. With a dtype it is a piece of a tensor of this shape, else an object."""
 
     key: str
@@ -58,8 +58,7 @@ class Wanted:
     shape: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(Struct, frozen=True):
     """Where a piece's elements are, and the checksum that its item states for them, if it has one."""
 
     chunk: Source
@@ -155,8 +154,7 @@ def read_piece(window: File, wanted: Wanted) -> tuple[TorchFile, Data]:
     return file, Data(chunk, check and SourceCheck(check.source, check.crc32, _what(wanted)))  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, slots=True)
-class Alike:
+class Alike(Struct, frozen=True):
     """An item of a piece that was looked at in full: its bytes around the data, which those of other items of
     the same type, shape and length are, too. The data's checksum, twice in what comes after it, is left out.
     """

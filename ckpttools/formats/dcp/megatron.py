@@ -10,7 +10,8 @@ dist_checkpointing/serialization.py and strategies/common.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, FileRole
 from ckpttools.containers import fields, jsons

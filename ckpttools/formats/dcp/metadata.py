@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Global, Node, Object, Reject, dumps, loads
@@ -40,8 +41,7 @@ MODULE = "torch.distributed.checkpoint.metadata"
 DERIVED = ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(Struct, frozen=True):
     """A torch file within the data file `file`, and how it was compressed, if it was."""
 
     file: str
@@ -50,8 +50,7 @@ class Item:
     transforms: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """A box of a tensor, and the item that holds it; None where no entry says where."""
 
     offsets: tuple[int, ...]
@@ -63,15 +62,13 @@ class Piece:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     dtype: DType
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metadata:
+class Metadata(Struct, frozen=True, kw_only=True):
     """Decoded: nothing of the pickle is kept but `judgements`, what loading it would do.
 
     `objects` are the values that are no tensors; the item is None where no entry says where it lies.
@@ -83,7 +80,7 @@ class Metadata:
     paths: Mapping[str, Keys] | None
     stray: tuple[Item, ...] = ()  # items that belong to nothing
     nbytes: int = 0
-    judgements: tuple[Judgement, ...] = field(default=(), repr=False)
+    judgements: tuple[Judgement, ...] = ()
 
     @property
     def keys(self) -> Iterator[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, common_dtype
 from ckpttools.containers.pickles.judge import dangers
@@ -36,22 +37,20 @@ from ckpttools.tree import Value
 LOSS_SCALER = "loss_scaler"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Part(Struct, frozen=True, kw_only=True):
     """One folder with a `.metadata`; `values` has what each key stands for."""
 
     folder: Location
     metadata: Metadata
-    data: Mapping[Item, Data | Value] = field(repr=False)
-    values: Mapping[str, Value] = field(repr=False)
+    data: Mapping[Item, Data | Value]
+    values: Mapping[str, Value]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
+class Template(Struct, frozen=True, kw_only=True):
     """What writing a distributed checkpoint again can take from the one that was read."""
 
     names: Names
-    parts: tuple[Part, ...] = field(repr=False)
+    parts: tuple[Part, ...]
 
 
 def read(path: Location) -> Checkpoint:

@@ -15,7 +15,8 @@ All of it may lie under one more key (`app` in torch's tutorial), beside which c
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ckpttools.checkpoint import FP32, PARAM_NAMES, ParamGroup
 from ckpttools.containers.fields import bad_field
@@ -36,8 +37,7 @@ BUCKETS, CHAINED = "distributed", "chained_"  # Megatron's: distrib_optimizer.py
 MASTERS = {"fp32_param": FP32}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Names:
+class Names(Struct, frozen=True, kw_only=True):
     """Under which keys the model and the optimizer lie: what only this format needs to write them again."""
 
     prefix: Keys = ()
@@ -46,8 +46,7 @@ class Names:
     optimizer: str = "optimizer"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Roles:
+class Roles(Struct, frozen=True, kw_only=True):
     names: Names
     style: str
     tensors: Mapping[str, TensorRef]

@@ -16,7 +16,8 @@ the step, the epoch and the losses as strings. Nothing else of a training state 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.findings import Finding

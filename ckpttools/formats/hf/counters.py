@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN
 from ckpttools.tensors import TensorRef
@@ -17,8 +18,7 @@ RESERVED = (*KEYS, FORMAT, EXCLUDES_FROZEN)  # what a header says under them is 
 _INTEGER = re.compile(r"-?\d{1,18}")
 
 
-@dataclass(frozen=True, slots=True)
-class FreeText:
+class FreeText(Struct, frozen=True):
     """The keys of a header under which other tools keep what is theirs. It may hold for these very bytes only
     (how they are quantised), so it is named and not carried.
     """

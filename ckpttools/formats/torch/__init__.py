@@ -12,7 +12,7 @@ Source: torch/optim/optimizer.py (state_dict, load_state_dict) of torch 2.13.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile, is_torch_file

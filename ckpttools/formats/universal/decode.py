@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.containers import fields
 from ckpttools.containers.nodes import decode
@@ -18,8 +19,7 @@ PARAM = "param"  # the key of the tensor in a parameter's file
 PARALLEL = ("is_expert_param", "ep_num_experts", "vocab_tensor", "param_n_sub_params", "sub_param_shape")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(Struct, frozen=True, kw_only=True):
     """zero/optimizer_state.pt. `groups` are the settings of the parameter groups, `members` the sub-groups of
     each, and `steps` what is kept per sub-group, where it was made from ZeRO-3.
     """
@@ -32,8 +32,7 @@ class Settings:
     steps: tuple[Value, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(Struct, frozen=True):
     """A parameter's file: the tensor in it, or, of step.pt, the value."""
 
     file: TorchFile

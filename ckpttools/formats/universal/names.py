@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import tags
@@ -24,8 +25,7 @@ STAGE3_NAME = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 MAX_DEPTH = 64  # of folders below zero/: a parameter's name may hold slashes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UniversalFiles:
+class UniversalFiles(Struct, frozen=True, kw_only=True):
     """The files of one tag folder. `params` has, by parameter and kind, what lies below zero/; `stage3` the
     model files of ZeRO-3 by rank.
     """

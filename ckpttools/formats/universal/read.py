@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import FP32, STEP, Checkpoint, FileRole, Layout, ParamGroup, common_dtype
 from ckpttools.containers import fields
@@ -34,8 +36,7 @@ class Attempt(Protocol):
     def __call__(self, path: Location, action: Callable[[], T]) -> T | None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Universal:
+class Universal(Struct, frozen=True, kw_only=True):
     """A whole tag folder, decoded. `models` are that of stages 1 and 2 where there is one, then those of
     stage 3 by rank; `states` what was read, by parameter and kind.
     """

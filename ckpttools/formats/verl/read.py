@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.checkpoint import Checkpoint, Layout, common_dtype
 from ckpttools.containers import fields
@@ -26,8 +27,7 @@ ROLES = {
 REBUILD = Global("torch._tensor", "_rebuild_from_type_v2")
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
+class Files(Struct, frozen=True):
     """The files of a folder, by kind and rank."""
 
     ranks: int

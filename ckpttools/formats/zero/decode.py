@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Node, Object
@@ -25,8 +26,7 @@ MOST = 1 << 62  # elements of a partition
 Addresses = dict[str, tuple[int, int]]  # name -> (numel, start) within a rank's partition
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rank:
+class Rank(Struct, frozen=True, kw_only=True):
     """One optimizer file, decoded. Lists are per parameter group."""
 
     dp_rank: int

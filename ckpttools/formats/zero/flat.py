@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+
+from msgspec import Struct
 
 from ckpttools.formats.deepspeed import original
 
@@ -37,8 +38,7 @@ class Slices:
         return {name: (numel, start) for _, name, numel, start in sorted(found)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlatGroup:
+class FlatGroup(Struct, frozen=True, kw_only=True, dict=True):
     """One group's flat vector over `ranks` partitions.
 
     `names` are in flat order, `numels` their sizes and `gaps` the alignment zeros after each of them.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Dict, Node, Object
@@ -18,8 +19,7 @@ from ckpttools.formats.zero.names import ZeroFiles
 from ckpttools.location import Location
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ZeroFolder:
+class ZeroFolder(Struct, frozen=True, kw_only=True):
     """A whole tag folder, decoded; the opaque remainder that the writer needs."""
 
     files: ZeroFiles

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats import rank_files, tags
@@ -11,8 +11,7 @@ from ckpttools.formats.rank_files import OPTIM, STAGE3_MODEL, TagFolder
 from ckpttools.location import Location
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ZeroFiles:
+class ZeroFiles(Struct, frozen=True, kw_only=True):
     """The files of one tag folder. `optim` is by rank, in numeric order."""
 
     folder: Location

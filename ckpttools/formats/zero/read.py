@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import FP32, Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers import fields

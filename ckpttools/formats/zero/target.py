@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
+
+from msgspec import Struct
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
 from ckpttools.errors import CkptError, Unsupported, escape
@@ -20,8 +21,7 @@ from ckpttools.tree import Value
 ALIGNED_BYTES = 16  # zero_optimization.parameter_alignment: each parameter starts on such a multiple
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(Struct, frozen=True, kw_only=True, dict=True):
     """What the files of a folder are made from. `template` is the folder that was read, where there is
     one."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup, common_dtype
 from ckpttools.containers import fields
@@ -44,8 +46,7 @@ DYNAMIC = "dynamic_loss_scale"
 CONFIGURED = {"min_scale": "min_loss_scale", "delayed_shift": "hysteresis", "cur_hysteresis": "hysteresis"}
 
 
-@dataclass(frozen=True, slots=True)
-class Stage0:
+class Stage0(Struct, frozen=True):
     """The model file, as it was read."""
 
     file: TorchFile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node
@@ -14,8 +14,7 @@ from ckpttools.location import Location
 from ckpttools.tensors import TensorRef
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
+class Shard(Struct, frozen=True, kw_only=True):
     """A rank's optimizer file. `fp32` and `states` are per sub-group, `groups` and `members` per parameter
     group.
     """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.containers import fields
 from ckpttools.errors import CkptError, some
@@ -19,8 +20,7 @@ from ckpttools.location import Location
 from ckpttools.tensors import TensorRef, join_chunks
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Zero3Folder:
+class Zero3Folder(Struct, frozen=True, kw_only=True):
     """A whole tag folder, decoded."""
 
     files: Zero3Files

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ckpttools.errors import CkptError
 from ckpttools.formats.format import Folder
@@ -10,8 +10,7 @@ from ckpttools.formats.rank_files import STAGE3_MODEL, TagFolder
 from ckpttools.location import Location
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Zero3Files:
+class Zero3Files(Struct, frozen=True, kw_only=True):
     """The files of one tag folder, by rank in numeric order."""
 
     folder: Location

@@ -7,7 +7,8 @@ on every load. Frozen parameters and buffers are as saved, buffers those of rank
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.checkpoint import FP32, Checkpoint, FileRole, Layout, ParamGroup
 from ckpttools.containers.nodes import decode

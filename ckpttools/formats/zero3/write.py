@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.checkpoint import FP32, Checkpoint, Layout, ParamGroup
 from ckpttools.containers.nodes import encode, ordered, put_node
@@ -37,8 +38,7 @@ from ckpttools.tensors import DTYPES, FLOAT32, Chunk, DType, TensorRef, Zeros, j
 from ckpttools.tree import Value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class Target(Struct, frozen=True, kw_only=True):
     """What the files are made from: `cuts` are the sub-groups' names, per parameter group."""
 
     checkpoint: Checkpoint

@@ -12,7 +12,8 @@ rates        the learning rates of the first two updates
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.errors import counted
 from ckpttools.frameworks.rules import IMPOSSIBLE, About

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+
+from msgspec import Struct
 
 from ckpttools.errors import escape
 from ckpttools.formats.deepspeed import original
@@ -16,8 +17,7 @@ from ckpttools.resume.model import Shape, matches
 from ckpttools.resume.new_run import NewRun, section, whole
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Triple:
+class Triple(Struct, frozen=True, kw_only=True):
     """micro x accumulation x ranks = total, as DeepSpeed completes it; `problem` where it refuses."""
 
     total: int | None = None
@@ -69,8 +69,7 @@ def shard_name(dtype: str) -> str:
     return f"{'bf16_' if dtype == 'bf16' else ''}zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(Struct, frozen=True, kw_only=True, dict=True):
     """What was saved, and what the new run makes of it. `config` is the new ds_config, or the saved one."""
 
     saved: Saved
@@ -312,8 +311,7 @@ class Case:
         return self.scheduler not in (self.old_scheduler, "client")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
+class Trained(Struct, frozen=True, kw_only=True, dict=True):
     """Two sets of trained parameters that differ; at stage 0 only their numbers are saved."""
 
     before: list[str]

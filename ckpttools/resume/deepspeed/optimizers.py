@@ -9,7 +9,8 @@ torch/optim/*.py; each row was seen with DeepSpeed 0.19.8 on real checkpoints.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.frameworks.rules import CAREFUL, IMPOSSIBLE, SAFE, Class
 from ckpttools.resume.forecast import Moment, Refusal
@@ -25,8 +26,7 @@ L2 = " with L2 decay"
 UNNAMED = "DeepSpeed's Adam"  # one of NATIVE, by what it wrote
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reads:
+class Reads(Struct, frozen=True, kw_only=True):
     """What a class reads of a saved state, in its order.
 
     `load` are state names read while loading, if there is any state; `eager` if even an empty state is looked
@@ -103,8 +103,7 @@ _SIGNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(Struct, frozen=True, kw_only=True):
     """A change of the optimizer's class, judged."""
 
     cls: Class

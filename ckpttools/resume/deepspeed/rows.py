@@ -9,15 +9,15 @@ the launch, of which class, with which text, and in which function. Texts are te
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.frameworks.rules import IMPOSSIBLE, About, Class
 from ckpttools.resume.deepspeed.case import Case
 from ckpttools.resume.forecast import Difference, Moment, Refusal
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(Struct, frozen=True, kw_only=True):
     about: About
     setting: str
     when: Callable[[Case], object]  # holds where it gives something true: `x` in the templates

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.containers import fields
 from ckpttools.containers.pickles import Node, Object, plain
@@ -31,8 +32,7 @@ from ckpttools.stores.files import entries, is_folder
 STAGE3 = re.compile(r"zero_pp_rank_0_mp_rank_00_model_states\.pt")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
+class Saved(Struct, frozen=True, kw_only=True):
     """A saved engine. `groups` are trainable parameters by name, per group, in flat order."""
 
     folder: Location

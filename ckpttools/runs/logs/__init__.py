@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ckpttools.errors import CkptError
 from ckpttools.location import Location
@@ -39,8 +40,7 @@ MAX_FILES = 200
 _SKIPPED = frozenset(("node_modules", ".git", "__pycache__", "wandb"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Series:
+class Series(Struct, frozen=True, kw_only=True):
     """Values over the run's own count, in order. `samples` are those seen at each, where the log says so."""
 
     name: str
@@ -49,8 +49,7 @@ class Series:
     source: Location
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Log:
+class Log(Struct, frozen=True, kw_only=True):
     """Everything that was logged, by name; `notes` say what could not be read. `seconds` is how long logging
     went on, None where no log has times."""
 

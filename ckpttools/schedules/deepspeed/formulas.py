@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckpttools.schedules.program import State, damaged, real, whole
 
@@ -34,8 +35,7 @@ RATES: dict[str, dict[str, float | None]] = {
 SECOND_BETA = 0.99  # OneCycle writes it beside the cycled one
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Values:
+class Values(Struct, frozen=True, kw_only=True):
     """What a scheduler writes into the groups; `betas` only where it cycles them."""
 
     lrs: Sequence[float]

@@ -7,9 +7,10 @@ Relations that the constructors make hold again: total_iters == end - begin - 1,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
+
+from msgspec import Struct, field
 
 from ckpttools.schedules.lengths import Steps, nearest
 from ckpttools.schedules.mmengine.steps import NEVER, UNKNOWN
@@ -17,8 +18,7 @@ from ckpttools.schedules.program import State, damaged, rescaled, rounding
 from ckpttools.schedules.torch.lengths import one_cycle_phases, powered
 
 
-@dataclass(slots=True)
-class Rescaling:
+class Rescaling(Struct):
     """How to move lengths, and what had to be rounded."""
 
     steps: Steps

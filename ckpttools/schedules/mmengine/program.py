@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from msgspec import Struct
+
 from ckpttools.errors import UsageError
 from ckpttools.schedules.lengths import Steps
 from ckpttools.schedules.mmengine.config import converted, kind_named, matching, written_schedulers
@@ -33,8 +35,7 @@ from ckpttools.schedules.program import (
 from ckpttools.schedules.torch.rates import EITHER, annealing
 
 
-@dataclass(slots=True)
-class MMEngineMachine:
+class MMEngineMachine(Struct):
     """`epoch` iterations make one epoch; None where every scheduler counts the same thing."""
 
     states: list[State]

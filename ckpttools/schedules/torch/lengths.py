@@ -8,8 +8,9 @@ repeats (step_size, T_0, a cycle) is rescaled by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from fractions import Fraction
+
+from msgspec import Struct, field
 
 from ckpttools.errors import some
 from ckpttools.schedules.lengths import Steps, nearest
@@ -17,8 +18,7 @@ from ckpttools.schedules.program import State, damaged, rescaled, rounding
 from ckpttools.schedules.torch.states import PLATEAU, UNKNOWN, Node
 
 
-@dataclass(slots=True)
-class Rescaling:
+class Rescaling(Struct):
     """How to move lengths, and what had to be rounded."""
 
     steps: Steps

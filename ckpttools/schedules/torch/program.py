@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from msgspec import Struct
+
 from ckpttools.errors import UsageError
 from ckpttools.schedules.lengths import Steps
 from ckpttools.schedules.program import (
@@ -34,8 +36,7 @@ SAME = 1e-6
 NEAR = 10_000  # steps after which closed forms answer where the last digits do not matter
 
 
-@dataclass(slots=True)
-class TorchMachine:
+class TorchMachine(Struct):
     """Schedulers that are stepped in list order every unit."""
 
     states: list[State]

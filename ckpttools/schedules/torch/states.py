@@ -15,8 +15,9 @@ Source: torch 2.13, torch/optim/lr_scheduler.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckpttools.errors import Unsupported
 from ckpttools.schedules.program import State, damaged, real, reals, whole
@@ -67,8 +68,7 @@ FIELDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 DEPTH, NODES = 20, 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Struct, frozen=True):
     """One scheduler: `state` is changed in place by `step`."""
 
     kind: str

@@ -16,7 +16,9 @@ correction must go on from there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.errors import UsageError
 from ckpttools.schedules import Setting
@@ -34,8 +36,7 @@ ADAM = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rebased:
+class Rebased(Struct, frozen=True, kw_only=True):
     """What changes. `settings` and `outside` are the new run's, which no checkpoint can carry."""
 
     timeline: Timeline

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ckpttools.schedules import Setting
 from ckpttools.schedules.lengths import Batch, Steps, Unit, nearest

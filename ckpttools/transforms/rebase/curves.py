@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckpttools.schedules import Program
 from ckpttools.schedules.lengths import Clock, Steps
@@ -11,8 +12,7 @@ from ckpttools.schedules.lengths import Clock, Steps
 Moved = tuple[Program, Program, Steps]  # a schedule before and after, and how its counts map
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
+class Curve(Struct, frozen=True, kw_only=True):
     """A learning rate per unit, of the first parameter group, and the samples seen before each."""
 
     samples: tuple[float, ...]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools import schedules
 from ckpttools.errors import UsageError
@@ -16,8 +18,7 @@ from ckpttools.transforms.rebase.timeline import Request, Timeline
 from ckpttools.tree import Key
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scheduled:
+class Scheduled(Struct, frozen=True, kw_only=True):
     """One saved schedule with its program before and after; no steps where it counts epochs."""
 
     saved: SavedSchedule

@@ -7,9 +7,11 @@ and refused where two answers are possible.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.schedules.evidence import Known
@@ -27,8 +29,7 @@ from ckpttools.schedules.lengths import (
 from ckpttools.training import Training
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(Struct, frozen=True, kw_only=True):
     """What is asked for; None is what the checkpoint says, and for the new run what the old one had."""
 
     old_bs: int | None = None
@@ -50,8 +51,7 @@ class Request:
     again: bool = False  # although the checkpoint was rebased before
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
+class Timeline(Struct, frozen=True, kw_only=True):
     """Old and new batch, and for each unit how its counts map."""
 
     old: Batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from msgspec.structs import replace
 from support import FIXTURES, as_torch, differences, identical, name_of
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -36,7 +36,7 @@ STYLES = ("nested", "flat", "titan", "accelerate")
 
 
 def written(checkpoint: Checkpoint, out: Path, **layout: object) -> Path:
-    plan = ours.plan(checkpoint, dataclasses.replace(checkpoint.layout, **layout))  # type: ignore[arg-type]
+    plan = ours.plan(checkpoint, replace(checkpoint.layout, **layout))  # type: ignore[arg-type]
     execute(plan, out)
     return out
 
@@ -53,7 +53,7 @@ def truth_of(path: Path) -> dict[str, object]:
 @pytest.mark.parametrize("path", SAMPLES, ids=name_of)
 def test_read_again_it_is_what_it_was(path: Path, kept: bool, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path)
-    source = checkpoint if kept else dataclasses.replace(checkpoint, template=None)
+    source = checkpoint if kept else replace(checkpoint, template=None)
     again = open_checkpoint(written(source, tmp_path / "out"))
     assert differences(checkpoint, again, but=("ranks",)) == []  # a copy on every rank is written once
     for one, two in zip(checkpoint.groups, again.groups, strict=True):
@@ -83,7 +83,7 @@ def changed(change: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
 def rename(c: Checkpoint) -> Checkpoint:
     new = {name: f"net.{name}" for name in c.tensors}
     groups = tuple(
-        dataclasses.replace(
+        replace(
             g,
             params={new[n]: s for n, s in g.params.items()},
             state={k: {new[n]: r for n, r in v.items()} for k, v in g.state.items()},
@@ -91,7 +91,7 @@ def rename(c: Checkpoint) -> Checkpoint:
         for g in c.groups
     )
     tensors = {new[name]: ref for name, ref in c.tensors.items()}
-    return dataclasses.replace(
+    return replace(
         c,
         tensors=tensors,
         groups=groups,
@@ -103,39 +103,37 @@ def rename(c: Checkpoint) -> Checkpoint:
 
 def cast(c: Checkpoint) -> Checkpoint:
     tensors = {n: ref.cast(BFLOAT16) if ref.dtype is FLOAT32 else ref for n, ref in c.tensors.items()}
-    return dataclasses.replace(c, tensors=tensors, layout=dataclasses.replace(c.layout, dtype="bf16"))
+    return replace(c, tensors=tensors, layout=replace(c.layout, dtype="bf16"))
 
 
 def step(c: Checkpoint) -> Checkpoint:
-    return dataclasses.replace(
-        c, training=dataclasses.replace(c.training, step=999, epoch=2.5, val_loss=0.5, samples=12)
-    )
+    return replace(c, training=replace(c.training, step=999, epoch=2.5, val_loss=0.5, samples=12))
 
 
 def rate(c: Checkpoint) -> Checkpoint:
-    groups = tuple(dataclasses.replace(g, hyper={**g.hyper, "lr": 123.0}) for g in c.groups)
-    return dataclasses.replace(c, groups=groups)
+    groups = tuple(replace(g, hyper={**g.hyper, "lr": 123.0}) for g in c.groups)
+    return replace(c, groups=groups)
 
 
 def tied(c: Checkpoint) -> Checkpoint:
-    return dataclasses.replace(c, shared={"head.weight": "emb.weight"})
+    return replace(c, shared={"head.weight": "emb.weight"})
 
 
 def reordered(c: Checkpoint) -> Checkpoint:
-    return dataclasses.replace(c, groups=c.groups[::-1])
+    return replace(c, groups=c.groups[::-1])
 
 
 def client(c: Checkpoint) -> Checkpoint:
     more = {"note": "é", "table": {"a": [1, {"b": (None, 2.0)}]}, "sizes": ((1, 2), [3])}
-    return dataclasses.replace(c, client={**c.client, **more}, loss_scaler={"scale": 1024.0, "growth": 3})
+    return replace(c, client={**c.client, **more}, loss_scaler={"scale": 1024.0, "growth": 3})
 
 
 def no_optimizer(c: Checkpoint) -> Checkpoint:
-    return dataclasses.replace(c, groups=(), buffers=frozenset(), frozen=frozenset())
+    return replace(c, groups=(), buffers=frozenset(), frozen=frozenset())
 
 
 def extra(c: Checkpoint) -> Checkpoint:
-    return dataclasses.replace(c, extra_state={"up._extra_state": b"amax", "down._extra_state": None})
+    return replace(c, extra_state={"up._extra_state": b"amax", "down._extra_state": None})
 
 
 CHANGES = (rename, cast, step, rate, tied, reordered, client, no_optimizer, extra)
@@ -148,7 +146,7 @@ def test_every_change_is_in_what_is_written(
 ) -> None:
     checkpoint = changed(change)
     if not kept:
-        checkpoint = dataclasses.replace(checkpoint, template=None)
+        checkpoint = replace(checkpoint, template=None)
     again = open_checkpoint(written(checkpoint, tmp_path / "out"))
     assert differences(checkpoint, again) == []
     assert same(dict(again.loss_scaler), dict(checkpoint.loss_scaler))
@@ -161,8 +159,8 @@ def test_every_change_is_in_what_is_written(
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     once = ours.plan(changed(tied))
     owner = changed(tied).tensors["emb.weight"]
-    apart = {"head.weight": dataclasses.replace(owner)}  # equal, and another object
-    twice = changed(lambda c: dataclasses.replace(c, shared={}, tensors={**c.tensors, **apart}))
+    apart = {"head.weight": replace(owner)}  # equal, and another object
+    twice = changed(lambda c: replace(c, shared={}, tensors={**c.tensors, **apart}))
     assert once.nbytes < ours.plan(twice).nbytes
     out = written(changed(tied), tmp_path / "out")
     assert open_checkpoint(out).shared == {"head.weight": "emb.weight"}
@@ -177,10 +175,9 @@ def test_masters_are_written_instead_of_16_bit_weights(tmp_path: Path) -> None:
     checkpoint = changed(lambda c: c)
     master = {name: checkpoint.tensors[name] for group in checkpoint.groups for name in group.params}
     groups = tuple(
-        dataclasses.replace(g, state={**g.state, "fp32": {n: master[n] for n in g.params}})
-        for g in checkpoint.groups
+        replace(g, state={**g.state, "fp32": {n: master[n] for n in g.params}}) for g in checkpoint.groups
     )
-    low = dataclasses.replace(cast(checkpoint), groups=groups, template=None)
+    low = replace(cast(checkpoint), groups=groups, template=None)
     plan = ours.plan(low)
     assert any("fp32 masters" in note for note in plan.notes)
     execute(plan, tmp_path / "out")
@@ -200,21 +197,21 @@ def test_equal_contents_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_what_the_format_cannot_hold_is_said() -> None:
     checkpoint = changed(
-        lambda c: dataclasses.replace(
+        lambda c: replace(
             c,
             optimizer="SGD",
             frozen=frozenset({"frozen"}),
             roles_guessed=False,
             client={**c.client, "model": 3, "nothing": {}},
-            training=dataclasses.replace(c.training, saved_batch={"global": 8}),
+            training=replace(c.training, saved_batch={"global": 8}),
         )
     )
     notes = "\n".join(ours.plan(checkpoint).notes)
     for what in ("SGD", "'model'", "'nothing'", "batch"):
         assert what in notes
-    accelerates = ours.plan(checkpoint, dataclasses.replace(checkpoint.layout, variant="accelerate"))
+    accelerates = ours.plan(checkpoint, replace(checkpoint.layout, variant="accelerate"))
     assert "which 1 weights are frozen has no place in the format" in accelerates.notes
-    flat = ours.plan(checkpoint, dataclasses.replace(checkpoint.layout, variant="flat"))
+    flat = ours.plan(checkpoint, replace(checkpoint.layout, variant="flat"))
     assert any("which parameters make a group is not kept" in note for note in flat.notes)
 
 
@@ -242,7 +239,7 @@ def test_from_a_zero_folder(name: str, tmp_path: Path) -> None:
 def test_a_count_of_the_training_code_stays_beside_the_engines(tmp_path: Path) -> None:
     """The counters and the schedule lie among the client's values then: no difference."""
     source = open_checkpoint(FIXTURES / "deepspeed-0.19.8/z2_bf16_ws2")
-    source = dataclasses.replace(source, client={**source.client, "step": 99})
+    source = replace(source, client={**source.client, "step": 99})
     execute(ours.plan(source), tmp_path / "out", source=source.path)
     again = open_checkpoint(tmp_path / "out")
     assert again.training.step == source.training.step == 3
@@ -270,7 +267,7 @@ def test_keys_that_would_be_the_same_are_refused() -> None:
 def test_50_000_small_tensors_are_planned_in_little(tmp_path: Path) -> None:
     """What all items share is kept once: a plan of many small tensors must not hold their headers."""
     ref = TensorRef(FLOAT32, (4, 3), (Zeros(48),))
-    tensors = {f"layer.{i}.weight": dataclasses.replace(ref) for i in range(50_000)}
+    tensors = {f"layer.{i}.weight": replace(ref) for i in range(50_000)}
     plan = ours.plan(Checkpoint(path=tmp_path, layout=Layout(format="pt"), tensors=tensors))
     literals = {id(s.data): len(s.data) for f in plan.files[:-1] for s in f.segments if hasattr(s, "data")}
     assert sum(literals.values()) < 10_000
@@ -358,7 +355,7 @@ def test_torch_trains_on_from_it(source: str, style: str, kind: str, ranks: int,
 def test_accelerate_trains_on_from_it(tmp_path: Path) -> None:
     job = JOB.with_name("dcp_accelerate.py")
     launched(2, "save", str(tmp_path / "saved"), str(tmp_path / "one.json"), job=job)
-    checkpoint = dataclasses.replace(open_checkpoint(tmp_path / "saved"), template=None)
+    checkpoint = replace(open_checkpoint(tmp_path / "saved"), template=None)
     out = written(checkpoint, tmp_path / "out", variant="accelerate", dp_degree=3)
     launched(2, "load", str(out), str(tmp_path / "two.json"), job=job)
     one, two = ((tmp_path / name).read_text() for name in ("one.json", "two.json"))

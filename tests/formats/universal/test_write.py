@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import run
+from msgspec.structs import replace
 from support import FIXTURES, differences, torch_folder, tree_differences
 
 from ckpttools.checks import verify

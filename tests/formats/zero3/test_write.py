@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import run
+from msgspec.structs import replace
 from support import FIXTURES, ZERO3_SAMPLES, differences, identical, name_of
 
 from ckpttools.checkpoint import Checkpoint
