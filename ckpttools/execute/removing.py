@@ -27,12 +27,14 @@ def remove_whole(path: Path, beside: Path | None = None) -> None:
     first = _renamed(beside) if beside is not None and beside.exists() else None
     try:
         gone = _renamed(path)
+    except FileNotFoundError:  # another process was faster: nothing is left that it would speak of
+        if first is not None:
+            with suppress(OSError):
+                delete(first)
+        raise
     except OSError:
         if beside is not None and first is not None:
-            if os.path.lexists(path):
-                first.rename(beside)
-            else:
-                delete(first)  # another process was faster: nothing is left that it would speak of
+            first.rename(beside)
         raise
     delete(gone)
     if first is not None:

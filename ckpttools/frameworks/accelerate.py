@@ -115,10 +115,13 @@ def _since(own: int | None, marked: Mapping[str, object] | None) -> int | None:
     """The updates of the run, from those that its optimizer counted itself: no rebase moves these."""
     if marked is None:
         return own
+    # without `counted`: a note of the first rebase, and nothing was trained since
     position, then = marked.get("count"), marked.get("counted", marked.get("old_count"))
-    if own is None or not isinstance(position, int) or not isinstance(then, int):
+    if own is None or type(position) is not int or type(then) is not int:
         return None
-    return position + own - then
+    if "counted" not in marked and then != own:
+        return None
+    return position + own - then if 0 <= then <= own and 0 <= position <= parts.MOST else None
 
 
 def _noted(marked: Mapping[str, object], i: int) -> int:

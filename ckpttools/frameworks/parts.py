@@ -24,6 +24,7 @@ from ckpttools.tree import Key, dotted, leaves
 
 MARKER = "ckpttools_rebase"
 MARKER_FILE = "ckpt-rebase.json"  # where a folder has no file that could hold the note
+MOST = 10**15  # that any run counts
 
 
 def integer(file: TorchFile, *keys: Key) -> int | None:
@@ -51,7 +52,7 @@ def counter(
     if found is None:
         return
     name = ".".join(map(str, keys))
-    if found + offset < 0 or found > 10**15:
+    if found + offset < 0 or found > MOST:
         raise CkptError(
             "counter-wild",
             f"{name} is {found}",

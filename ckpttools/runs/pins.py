@@ -16,7 +16,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from ckpttools.containers import jsons
-from ckpttools.errors import CkptError
+from ckpttools.errors import CkptError, UsageError
 from ckpttools.location import Location, Stored
 from ckpttools.siblings import PIN, THEIRS
 from ckpttools.stores.files import entries, exists, is_link, local, walk
@@ -57,10 +57,19 @@ def _place(whole: Path) -> Path:
 
 
 def kept_by(note: Path) -> tuple[Path, ...]:
-    """What a note can keep: it lies beside a checkpoint, or beside the framework's own folder with it."""
+    """What a note can keep: it lies beside a checkpoint, or beside the framework's own folder with it.
+
+    Raises UsageError for one that names nothing.
+    """
     name = note.name.removeprefix(PIN).removesuffix(".json")
     if name in ("", ".", ".."):
-        return (note,)  # no checkpoint is called so: what was meant may be anything beside it
+        raise UsageError(
+            "pinned",
+            "a pin names no checkpoint",
+            where=note,
+            why="what it is to keep cannot be told, so nothing around it is replaced or removed",
+            hint=f"rename it to {PIN}NAME.json, or remove it if nothing was meant",
+        )
     held = [
         note.with_name(each) / name.removeprefix(f"{each}-") for each in THEIRS if name.startswith(f"{each}-")
     ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct, field, to_builtins
-from msgspec.structs import replace
+from msgspec import Struct, field
+from msgspec.structs import asdict, replace
 
 from ckpttools.errors import UsageError
 from ckpttools.trainer.typed import Meta, assign, bad, decode, unaliased
@@ -143,7 +144,13 @@ class Config(Struct, frozen=True, kw_only=True):
 
     def plain(self) -> dict[str, Any]:
         """As dicts, lists and scalars: what config.yaml and the checkpoints hold."""
-        return cast(dict[str, Any], to_builtins(self))
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Struct):
+        return {name: _plain(inner) for name, inner in asdict(value).items()}
+    return list(value) if isinstance(value, tuple) else copy.deepcopy(value)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -102,6 +102,11 @@ def test_a_rebase_of_accelerate_is_known_for_what_it_is(tmp_path: Path, name: st
         assert train("last", 9 - epochs, 4, tmp_path / f"{source}-4") == whole[epochs:]
     third = run(rebase, tmp_path / "new-4", tmp_path / "y", "--old-bs", 4, "--new-bs", 2, *size)
     assert third.code == 2 and "error[rebased-already]" in third.err
+    note = tmp_path / "new" / "ckpt-rebase.json"
+    for count, counted in ((10**400, 1), (-5, 30), (1, 10**11), (60, True), (True, 30), ("60", 30)):
+        note.write_text(json.dumps({**json.loads(note.read_text()), "count": count, "counted": counted}))
+        said = json.loads(run("inspect", tmp_path / "new", "--json").out)
+        assert said["step"] is None and run("resume-check", tmp_path / "new").code in (0, 1)
 
 
 def test_batch_takes_a_counter_for_what_a_rebase_takes_it(tmp_path: Path) -> None:

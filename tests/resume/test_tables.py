@@ -25,7 +25,7 @@ def test_a_row_says_when_what_and_where(row: Row) -> None:
             at = Case if field.startswith("c.") else None
             assert at is not None or field[0] == "x", field
             name = field.split(".")[1] if at is not None else ""
-            assert not name or name in Case.__dict__ or name in Case.__dataclass_fields__, field
+            assert not name or name in Case.__dict__ or name in Case.__struct_fields__, field
 
 
 def test_the_last_row_of_a_question_is_reached() -> None:

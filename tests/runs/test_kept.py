@@ -277,14 +277,13 @@ def test_a_pin_keeps_the_folder_that_it_lies_beside(tmp_path: Path) -> None:
     assert list(pins.inside(path)) == [path / "model.safetensors"]
 
 
+@pytest.mark.parametrize("within", ["", "checkpoint-2"])
 @pytest.mark.parametrize("name", ["", ".", ".."])
-def test_a_note_that_names_nothing_keeps_the_folder(tmp_path: Path, name: str) -> None:
+def test_a_note_that_names_nothing_keeps_all_around_it(tmp_path: Path, name: str, within: str) -> None:
     folder = Path(shutil.copytree(TRAINER, tmp_path / "run"))
-    (folder / "checkpoint-2" / f".ckpt-pin-{name}.json").write_text("{}")
-    assert gone(folder) == set() and run("prune", folder, "--keep-last", 1, "--yes").code == 0
-    ran = run("extract", TRAINER / "checkpoint-4", folder / "checkpoint-2", "--force")
-    assert (
-        ran.code == 2
-        and "error[pinned]" in ran.err
-        and (folder / "checkpoint-2" / "model.safetensors").exists()
-    )
+    (folder / within / f".ckpt-pin-{name}.json").write_text("{}")
+    replace = ("extract", TRAINER / "checkpoint-4", folder / within, "--force")
+    for command in (("prune", folder, "--keep-last", 1, "--yes"), replace):
+        ran = run(*command)
+        assert ran.code == 2 and "error[pinned]: a pin names no checkpoint" in ran.err
+    assert (folder / "checkpoint-2" / "model.safetensors").exists()
