@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ckpttools.passes.read import load
+from ckpttools.stores.disk import binary
 from ckpttools.stores.files import bytes_of
 from ckpttools.tensors import ByteRange, TensorRef
 from ckpttools.values import Array, numpy_dtype
@@ -22,7 +23,8 @@ def array(ref: TensorRef) -> Array:
         case (ByteRange(Path() as path, start, nbytes),) if nbytes == ref.nbytes and nbytes:
             # touching a mapping past the end would end the process
             bytes_of(ByteRange(path, start + nbytes - 1, 1))
-            flat = np.memmap(path, numpy_dtype(ref.dtype), mode="r", offset=start, shape=(ref.numel,))
+            with binary(path) as file:
+                flat = np.memmap(file, numpy_dtype(ref.dtype), mode="r", offset=start, shape=(ref.numel,))
             return flat.reshape(ref.shape)
     found = load(ref)
     found.flags.writeable = False

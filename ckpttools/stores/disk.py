@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from ckpttools.location import Entry, NotAFile, Stat
 from ckpttools.stores.direct import SMALLEST_READ, open_cold, read, refused
@@ -53,6 +54,10 @@ class DiskFile:
     def reads(self, ranges: Iterable[tuple[int, int]]) -> int:
         return 0
 
+    def handed_over(self) -> BinaryIO:
+        """As Python's own file, which closes it; for a library that maps it."""
+        return os.fdopen(self._fd, "rb")
+
     def close(self) -> None:
         os.close(self._fd)
         if self._cold is not None and self._cold >= 0:
@@ -92,6 +97,11 @@ class Disk:
 
 
 DISK = Disk()
+
+
+def binary(path: Path) -> BinaryIO:
+    """A regular file of which a range is known already. Raises OSError, NotAFile."""
+    return DISK.open(str(path), known=True).handed_over()
 
 
 def look(path: Path) -> os.stat_result:
