@@ -89,7 +89,7 @@ class _Writer:
             return
         match node:  # what there is most of, first
             case str():
-                self.write_text(node)
+                self.write_string(node)
             case bool():
                 self.out.append(b"\x88" if node else b"\x89")
             case int():
@@ -249,7 +249,7 @@ class _Writer:
         """What `is_short` at once, in the order that `todo` would give."""
         out = self.out
         if isinstance(node, str):
-            self.write_text(node)
+            self.write_string(node)
         elif node is None or isinstance(node, bool):
             out.append(b"N" if node is None else b"\x88" if node else b"\x89")
         elif isinstance(node, int):
@@ -279,7 +279,7 @@ class _Writer:
                 out.append(b"Q")
             self.memo[id(node)] = self.put()
 
-    def write_text(self, text: str) -> None:
+    def write_string(self, text: str) -> None:
         if (known := self.texts.get(text)) is not None:
             self.get(known)
             return
