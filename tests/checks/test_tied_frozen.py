@@ -79,6 +79,7 @@ def test_an_owner_that_never_was_is_still_found(tmp_path: Path) -> None:
         assert [f.where for f in found] == ["head.weight"]
 
 
+@pytest.mark.heavy
 @pytest.mark.distributed
 def test_the_trainer_resumes_what_was_resharded(tmp_path: Path) -> None:
     """The same master weights, and the step after the last: as they were saved on two ranks, now on three."""

@@ -93,7 +93,6 @@ DEFAULT = {
     "trainer": [
         *cases(("linear",), (HALF,), (16,)),
         *cases(("cosine-zero", "WarmupDecayLR-zero"), (DOUBLE,), (16,)),
-        *cases(("cosine-zero",), (ACCUMULATED,), (3,)),
     ],
     "accelerate": [*cases(("OneCycleLR",), (DOUBLE,), (3,))],
 }

@@ -62,6 +62,7 @@ def test_bundles_of_zero3_with_a_limit(launch: Launch, tmp_path: Path) -> None:
 R9 = ("epoch", "global_step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict")
 
 
+@pytest.mark.heavy
 def test_one_process_then_ddp_then_zero(launch: Launch, tmp_path: Path) -> None:
     whole = sets(zero__stage=0, save__layout="monolithic", precision="fp32")
     launch.train(tmp_path, *whole, "--work-dir=whole", nproc=1)
@@ -99,6 +100,7 @@ def test_one_process_then_ddp_then_zero(launch: Launch, tmp_path: Path) -> None:
         assert pieces[step] == pytest.approx(values, rel=2e-4), step
 
 
+@pytest.mark.heavy
 def test_an_experiment_goes_on_under_its_tag(launch: Launch, config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kitti"
     folder.mkdir()

@@ -73,6 +73,7 @@ def test_a_save_that_fails_leaves_what_was_there(launch: Launch, whole: Path, tm
     assert not list(run.glob(".*ckpt-tmp*"))
 
 
+@pytest.mark.heavy
 def test_weights_and_position_alone(launch: Launch, whole: Path, tmp_path: Path) -> None:
     source = whole / "iter_000012.pth"
     said = launch.train(
@@ -96,6 +97,7 @@ def test_from_a_folder_of_transformers(launch: Launch, whole: Path, tmp_path: Pa
     assert losses(tmp_path / "run")[1][0] < losses(whole)[1][0] - 1.5
 
 
+@pytest.mark.heavy
 def test_more_epochs_than_planned(launch: Launch, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     said = launch.train(tmp_path, "--work-dir=run", "--resume", "--set=epochs=3")

@@ -264,14 +264,14 @@ def test_keys_that_would_be_the_same_are_refused() -> None:
     assert caught.value.id == "names-collide"
 
 
-def test_50_000_small_tensors_are_planned_in_little(tmp_path: Path) -> None:
+def test_many_small_tensors_are_planned_in_little(tmp_path: Path) -> None:
     """What all items share is kept once: a plan of many small tensors must not hold their headers."""
     ref = TensorRef(FLOAT32, (4, 3), (Zeros(48),))
-    tensors = {f"layer.{i}.weight": replace(ref) for i in range(50_000)}
+    tensors = {f"layer.{i}.weight": replace(ref) for i in range(10_000)}
     plan = ours.plan(Checkpoint(path=tmp_path, layout=Layout(format="pt"), tensors=tensors))
     literals = {id(s.data): len(s.data) for f in plan.files[:-1] for s in f.segments if hasattr(s, "data")}
     assert sum(literals.values()) < 10_000
-    assert plan.files[-1].nbytes < 10_000_000
+    assert plan.files[-1].nbytes < 2_000_000
 
 
 # --- torch takes it -----------------------------------------------------------------------------------
