@@ -19,6 +19,7 @@ from ckpttools.tensors import TensorRef
 from ckpttools.tree import Key, Value, dotted, leaves, put
 from ckpttools.tree import Path as Keys
 
+ROW, COL = "_row", "_col"
 PREFIXES = ("module.", "_orig_mod.")  # that DDP and torch.compile put before names
 
 
@@ -180,12 +181,22 @@ def _own(name: str, tensors: Mapping[str, TensorRef]) -> str | None:
 
 def _shape(state: Mapping[str, Value], whole: set[str]) -> Shape | None:
     """The shape that the tensors kept for a parameter agree on, None where there is none or several."""
-    shapes = {
-        value.shape
-        for kind, value in state.items()
-        if kind in whole and isinstance(value, TensorRef)  # a 0-d tensor of other kinds is a count
-    }
+    shapes: set[Shape | None] = set()
+    for kind, value in state.items():
+        if kind in whole and isinstance(value, TensorRef):  # a 0-d tensor of other kinds is a count
+            shapes.add(_factored(state, kind) if kind.endswith((ROW, COL)) else value.shape)
     return shapes.pop() if len(shapes) == 1 else None
+
+
+def _factored(state: Mapping[str, Value], kind: str) -> Shape | None:
+    """The shape of a parameter whose second moment is kept as its means over columns and over rows: each
+    lacks a dimension, and of a square matrix they are alike (transformers, optimization.py, Adafactor).
+    """
+    name = kind.removesuffix(ROW).removesuffix(COL)
+    row, col = state.get(name + ROW), state.get(name + COL)
+    if not isinstance(row, TensorRef) or not isinstance(col, TensorRef) or not row.shape or not col.shape:
+        return None
+    return (*row.shape, col.shape[-1]) if row.shape[:-1] == col.shape[:-1] else None
 
 
 def _group(

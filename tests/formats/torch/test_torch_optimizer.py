@@ -310,3 +310,31 @@ def test_every_parameter_has_a_step_of_its_own(tmp_path: Path) -> None:
         if isinstance(value, torch.Tensor)
     ]
     assert len({value.data_ptr() for value in tensors}) == len(tensors) > 0
+
+
+@pytest.mark.parametrize("beta1", [None, 0.9])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_means_over_rows_and_columns_are_no_parameters(beta1: Any, frozen: bool, tmp_path: Path) -> None:
+    """Of a square matrix both are as long as its bias (transformers' Adafactor)."""
+    from transformers.optimization import Adafactor
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+    for name, p in model.named_parameters():
+        p.requires_grad_(not (frozen and name.endswith("bias")))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = Adafactor(named.values(), lr=0.1, relative_step=False, scale_parameter=False, beta1=beta1)
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    torch.save(
+        {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()},
+        tmp_path / "a.pt",
+    )
+    (group,) = open_checkpoint(tmp_path / "a.pt").groups
+    assert list(group.params) == list(named)
+    for name, p in named.items():
+        for kind in ("exp_avg_sq_row", "exp_avg_sq_col"):
+            kept = group.scalars.get(kind, {}).get(name)
+            assert (kept is None) == (p.ndim == 1)
+            if isinstance(kept, TensorRef):
+                assert torch.equal(as_torch(kept), optimizer.state[p][kind])
