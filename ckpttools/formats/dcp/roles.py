@@ -14,7 +14,7 @@ All of it may lie under one more key (`app` in torch's tutorial), beside which c
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from msgspec import Struct, field
 
@@ -34,6 +34,7 @@ MODEL = ("model", "module", "model_state_dict", "state_dict", "model_state", "ne
 OPTIMIZER = ("optimizer", "optim", "optimizer_state_dict", "optimizer_state", "optim_state_dict")
 STATE, GROUPS, PARAMS = "state", "param_groups", "params"
 BUCKETS, CHAINED = "distributed", "chained_"  # Megatron's: distrib_optimizer.py, ChainedOptimizer
+EXTRA_STATE = "_extra_state"
 MASTERS = {"fp32_param": FP32}
 
 
@@ -117,11 +118,12 @@ def roles(where: Location, root: Mapping[Key, Value]) -> Roles:
     extra: dict[str, Value] = {}
     notes: list[str] = []
     if model_key is not None:
-        for path, leaf in leaves(rest.pop(model_key)):
+        for path, leaf in _of_model(rest.pop(model_key)):
             (tensors if isinstance(leaf, TensorRef) else extra)[".".join(map(str, path))] = leaf
     else:
         tensors = {str(k): v for k, v in rest.items() if isinstance(v, TensorRef)}
-        rest = {key: value for key, value in rest.items() if not isinstance(value, TensorRef)}
+        extra = {str(k): v for k, v in rest.items() if k not in tensors and str(k).endswith(EXTRA_STATE)}
+        rest = {k: v for k, v in rest.items() if str(k) not in tensors and str(k) not in extra}
     if not tensors and optimizer_key is None:
         raise _no_weights(where, root)
     groups: tuple[ParamGroup, ...] = ()
@@ -153,6 +155,20 @@ def roles(where: Location, root: Mapping[Key, Value]) -> Roles:
         client={str(key): value for key, value in (*rest.items(), *beside.items())},
         notes=tuple(notes),
     )
+
+
+def _of_model(node: Mapping[Key, Value], below: Keys = ()) -> Iterator[tuple[Keys, Value]]:
+    """The values of a model's state: tensors, and what a module gives as its extra state, which is one value
+    whatever is in it (torch/nn/modules/module.py, _EXTRA_STATE_KEY_SUFFIX).
+    """
+    for key, value in node.items():
+        path = (*below, key)
+        if str(key).endswith(EXTRA_STATE):
+            yield path, value
+        elif isinstance(value, Mapping) and value:
+            yield from _of_model(value, path)
+        else:
+            yield from (((*path, *inner), leaf) for inner, leaf in leaves(value))
 
 
 def _below(root: Mapping[Key, Value]) -> tuple[Keys, Mapping[Key, Value], dict[Key, Value]]:

@@ -24,6 +24,7 @@ from ckpttools.execute import execute
 from ckpttools.findings import INFO
 from ckpttools.formats import dcp as ours
 from ckpttools.formats import open_checkpoint
+from ckpttools.operations.convert import convert
 from ckpttools.tensors import BFLOAT16, FLOAT32, TensorRef, Zeros
 from ckpttools.training import Training
 from ckpttools.tree import same
@@ -154,6 +155,38 @@ def test_every_change_is_in_what_is_written(
     assert {k for k, v in checkpoint.client.items() if k not in again.client} == set()
     for key in ("note", "table", "sizes"):
         assert same(again.client.get(key), checkpoint.client.get(key))
+
+
+class Scaled(torch.nn.Linear):
+    """With extra state as quantising modules keep it."""
+
+    extra: object = None
+
+    def get_extra_state(self) -> object:
+        return {"amax": torch.arange(3.0), "calls": 3, "table": {"a": [1, torch.ones(2)]}}
+
+    def set_extra_state(self, state: object) -> None:
+        self.extra = state
+
+
+@pytest.mark.parametrize("style", ["nested", "titan"])
+def test_extra_state_is_one_value_whatever_is_in_it(style: str, tmp_path: Path) -> None:
+    """Its tensors are no weights, and a model loads it from a file that is made of the folder."""
+    model = torch.nn.Sequential(Scaled(2, 3), Scaled(3, 2))
+    state = model.state_dict()
+    dcp.save(state if style == "titan" else {"model": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    found = open_checkpoint(tmp_path / "dcp")
+    assert sorted(found.tensors) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    convert(tmp_path / "dcp", tmp_path / "a.pt", to="pt")
+    new = torch.nn.Sequential(Scaled(2, 3), Scaled(3, 2))
+    new.load_state_dict(torch.load(tmp_path / "a.pt")["model_state_dict"])
+    convert(tmp_path / "a.pt", tmp_path / "b", to="dcp", dcp_layout=style)
+    other = torch.nn.Sequential(Scaled(2, 3), Scaled(3, 2))
+    into = other.state_dict()
+    dcp.load(into if style == "titan" else {"model": into}, checkpoint_id=tmp_path / "b", no_dist=True)
+    other.load_state_dict(into)
+    for made in (*new, *other):
+        assert repr(made.extra) == repr(made.get_extra_state())
 
 
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
