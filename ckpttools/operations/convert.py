@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from msgspec.structs import replace
 
 from ckpttools import frameworks
-from ckpttools.checkpoint import EXCLUDES_FROZEN, STEP, Checkpoint, Layout
+from ckpttools.checkpoint import EXCLUDES_FROZEN, STEP, Checkpoint, Layout, ParamGroup
 from ckpttools.checks import check_before_use
 from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
@@ -96,12 +96,11 @@ def convert(
     checkpoint, counted = _counted(checkpoint, source)
     notes = [
         *slices(checkpoint.client.get(SLICED)),
-        *_order(saved),
         *left_behind(source),
         *not_read(checkpoint),
         *counted,
     ]
-    names = list(checkpoint.tensors)
+    names, said = list(checkpoint.tensors), _order(saved)
     checkpoint = select(checkpoint, include=include, exclude=exclude)
     selected = list(checkpoint.tensors)
     for pattern, replacement in rename:
@@ -112,10 +111,11 @@ def convert(
         other = check_before_use(find(Path(like), None))
         if saved is not None and (saved.by_place or not saved.groups) and not reset_optimizer:
             called = dict(zip(selected, checkpoint.tensors, strict=True))
-            checkpoint = _ordered(checkpoint, source, other, called)
+            checkpoint, said = _ordered(checkpoint, source, other, called)
         checkpoint = like_of(checkpoint, other, fresh=reset_optimizer)
         if to in PREPARED or not other.master:  # else that run's single copy would be the masters, too
             dtype = dtype or other.layout.dtype
+    notes[:0] = said
     if reset_optimizer:
         checkpoint = anew(checkpoint)
         anew_from = ": they start anew from these settings" if checkpoint.groups else ""
@@ -290,35 +290,59 @@ def _check_usage(
             raise UsageError("bad-usage", problem, where=option, why=why, hint=hint)
 
 
-def _order(saved: torch_optimizer.Saved | None) -> Iterator[str]:
+def _order(saved: torch_optimizer.Saved | None) -> list[str]:
     """How the optimizer's parameters got their names, where it does not name them itself."""
-    if saved is not None and saved.by_place and saved.groups:
-        names = [name for group in saved.groups for name in group.params]
-        yield (
-            f"the optimizer numbers its {len(names)} parameters: taken in the model's order and by shape, "
-            f"from {escape(names[0])} to {escape(names[-1])} (--like takes the order of a run)"
-        )
+    if saved is None or not saved.by_place or not saved.groups:
+        return []
+    return [_taken(saved.groups, "the model's order and by shape", " (--like takes the order of a run)")]
+
+
+def _taken(groups: Iterable[ParamGroup], order: str, more: str = "") -> str:
+    names = [name for group in groups for name in group.params]
+    return (
+        f"the optimizer numbers its {len(names)} parameters: taken in {order}, from {escape(names[0])} to "
+        f"{escape(names[-1])}{more}"
+    )
 
 
 def _ordered(
     checkpoint: Checkpoint, source: Source, other: Checkpoint, called: Mapping[str, str]
-) -> Checkpoint:
-    """With an optimizer that numbers its parameters as in the order of the other run. `called` says what the
-    file's names have become.
+) -> tuple[Checkpoint, list[str]]:
+    """With an optimizer that numbers its parameters as in the order of the other run, where they fit that
+    one, and what there is to say about it. `called` says what the file's names have become.
     """
     theirs = {new: old for old, new in matched_names(checkpoint, other).items()}
     in_file = {new: old for old, new in called.items()}
     ours = [[theirs.get(name, name) for name in group.params] for group in other.groups]
-    if not ours:
-        return checkpoint
-    known = read(replace(source, order=[[in_file.get(name, name) for name in names] for names in ours]))
-    known = rename_all(known, lambda name: called.get(name, name))
-    return replace(checkpoint, groups=known.groups, client=known.client)
+    there = escape(other.path.name)
+    if ours:
+        known = read(replace(source, order=[[in_file.get(name, name) for name in names] for names in ours]))
+        known = rename_all(known, lambda name: called.get(name, name))
+        if known.groups:
+            said = [_taken(known.groups, f"the order of {there}")] if any(ours) else []
+            before, after = (list(_trained(each)) for each in (checkpoint, known))
+            if before and [name for name in after if name in set(before)] != before:
+                said.append(
+                    f"careful: they fit the model's order, from {escape(before[0])}, too: where that is the "
+                    "optimizer's, convert to dcp without --like, and that with it"
+                )
+            return replace(checkpoint, groups=known.groups, client=known.client), said
+        if not checkpoint.groups:
+            return replace(checkpoint, client=known.client), []
+    if not checkpoint.groups:
+        return checkpoint, []
+    return checkpoint, [_taken(checkpoint.groups, "the model's order and by shape")]
+
+
+def _trained(checkpoint: Checkpoint) -> Iterator[str]:
+    return (name for group in checkpoint.groups for name in group.params)
 
 
 def _renamed(checkpoint: Checkpoint, pattern: str, replacement: str) -> Checkpoint:
     """One rule: a regular expression and what takes its place in every name (`\\1` for a group of it)."""
     rule = f"{escape(pattern)}={escape(replacement)}"
+    prefix = escape(checkpoint.layout.prefix)
+    without = f" ('{prefix}' is taken off where it is read, and put back in a .pt)" if prefix else ""
     try:
         if not any(re.search(pattern, name) for name in checkpoint.tensors):
             raise UsageError(
@@ -326,7 +350,7 @@ def _renamed(checkpoint: Checkpoint, pattern: str, replacement: str) -> Checkpoi
                 f"'{rule}' fits no name",
                 where=checkpoint.path,
                 why="nothing would be renamed: a slip of the pattern is likely",
-                hint=f"the first name is {escape(next(iter(checkpoint.tensors), ''))}; "
+                hint=f"the first name is {escape(next(iter(checkpoint.tensors), ''))}{without}; "
                 "ckpt inspect --tensors lists them",
             )
         return rename_all(checkpoint, lambda name: re.sub(pattern, replacement, name))

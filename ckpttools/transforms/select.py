@@ -50,13 +50,14 @@ def select(
     if len(names) == len(every):
         return checkpoint
     left = len(every) - len(names)
-    state = _state(checkpoint, names)
     shared = _ties(checkpoint.shared, names)
     heirs = _heirs(checkpoint, names, shared)
+    state = _state(checkpoint, names | heirs.keys())
+    places = {name: at for at, name in enumerate(every)}
     return replace(
         checkpoint,
         tensors=_only(checkpoint.tensors, names),
-        groups=tuple(_group(group, names, heirs) for group in checkpoint.groups),
+        groups=tuple(_group(group, names, heirs, places) for group in checkpoint.groups),
         shared=shared,
         frozen=checkpoint.frozen & names,
         buffers=checkpoint.buffers & names,
@@ -91,9 +92,18 @@ def _only(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def _group(group: ParamGroup, names: Collection[str], heirs: Mapping[str, str]) -> ParamGroup:
+def _group(
+    group: ParamGroup, names: Collection[str], heirs: Mapping[str, str], places: Mapping[str, int]
+) -> ParamGroup:
+    """An heir stands where an optimizer that is made from what is left has it: in the model's order, where
+    the group is in that order.
+    """
+    known = [places[name] for name in group.params]
+    sorts = known == sorted(known) and not heirs.keys().isdisjoint(group.params)
+
     def only(values: Mapping[str, T]) -> dict[str, T]:
-        return _only({heirs.get(name, name): value for name, value in values.items()}, names)
+        held = _only({heirs.get(name, name): value for name, value in values.items()}, names)
+        return {name: held[name] for name in sorted(held, key=places.__getitem__)} if sorts else held
 
     return replace(
         group,

@@ -92,6 +92,31 @@ def test_an_ambiguous_order_is_refused_and_like_gives_it(tmp_path: Path) -> None
     assert any("parameter groups and their settings are those of b.pt" in note for note in made.notes)
 
 
+def test_like_says_whose_order_is_taken(tmp_path: Path) -> None:
+    """Two orders fit: that of the other run is taken, and what helps where it is the wrong one is true."""
+    torch.manual_seed(0)
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    named = list(model.named_parameters())
+    swapped = [*named[:2], *named[4:6], *named[2:4], *named[6:]]  # two layers of one shape
+    target = saved(tmp_path / "b.pt", model, torch.optim.AdamW(swapped, lr=0.1))
+    made = convert(source, tmp_path / "made.pt", to="pt", like=target)
+    said = [note for note in made.notes if "order" in note]
+    assert [note.split(",")[0] for note in said] == [
+        "the optimizer numbers its 8 parameters: taken in the order of b.pt",
+        "careful: they fit the model's order",
+    ]
+    first = convert(source, tmp_path / "first", to="dcp")
+    again = convert(first.destination, tmp_path / "again.pt", to="pt", like=target)
+    assert not any("order" in note for note in again.notes)
+    (group,) = open_checkpoint(again.destination).groups
+    assert list(group.params) == [name for name, _ in swapped]
+    for name, p in named:
+        assert identical(as_torch(group.state["exp_avg"][name]), optimizer.state[p]["exp_avg"])
+
+
 @pytest.mark.parametrize("to", ["pt", "zero2"])
 def test_like_with_names_or_without_state(to: Any, tmp_path: Path) -> None:
     """An optimizer that numbers its parameters: its order is read for the names that they get, and its state
@@ -1113,3 +1138,26 @@ def test_names_of_a_compiled_model_become_those_that_a_file_is_read_with(tmp_pat
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     found = found.get("model_state_dict", found)
     assert set(found) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("to", ["pt", "dcp", "zero2"])
+def test_the_state_of_an_owner_that_is_left_out_is_the_heirs(to: Any, tmp_path: Path) -> None:
+    """It stands where a model without the owner has it, and a new optimizer of that model reads it there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 4))
+    model[3].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    trained(optimizer, model)
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    made = convert(source, tmp_path / "made", to=to, exclude=["0.*"])
+    assert not any("state of" in note or note.startswith("left out") for note in made.notes)
+    (group,) = open_checkpoint(made.destination).groups
+    rest = {f"{i}.{name}": p for i in (1, 2, 3) for name, p in model[i].named_parameters()}
+    assert list(group.params) == list(rest)
+    for name, p in rest.items():
+        assert identical(as_torch(group.state["exp_avg"][name]), optimizer.state[p]["exp_avg"])
+    if to == "pt":
+        state = torch.load(made.destination)["optimizer_state_dict"]
+        new = torch.optim.AdamW(rest.values(), lr=0.1)
+        new.load_state_dict(state)
+        assert all(torch.equal(new.state[p]["exp_avg"], optimizer.state[p]["exp_avg"]) for p in rest.values())

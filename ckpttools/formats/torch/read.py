@@ -44,7 +44,8 @@ def read(
             f"its optimizer is not that of the other run: {saved.problem}",
             where=path,
             why="the order of parameters of another optimizer would put its state on the wrong ones",
-            hint="name a checkpoint of a run with the same model and the same parameter groups",
+            hint="name a checkpoint of a run with the same model and the same parameter groups; where this "
+            "optimizer was made in the model's order, convert to dcp without --like, and that with it",
         )
     groups = saved.groups if saved is not None else ()
     state = training(file, root) if root is not None and key else training(file, Dict())
