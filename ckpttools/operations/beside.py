@@ -9,7 +9,8 @@ knows the names nothing is compared by guess: the file is named as not compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import accumulate, chain
+from operator import truediv
 
 from msgspec.structs import replace
 
@@ -32,11 +33,13 @@ Opened = tuple[Source, Checkpoint]
 
 
 def left_behind(source: Source) -> Iterator[str]:
-    """A note that names the files of the run beside a folder's weights: they are not read."""
-    if source.format.resumes or not is_folder(source.target):
-        return
-    names = (entry.name for entry in entries(source.target) if is_file(entry))
-    if held := sorted(filter(SIDE_FILES.fullmatch, names)):
+    """A note that names the files of the run in a checkpoint's folder and in those around it: of what they
+    hold, a new checkpoint has the counters at most.
+    """
+    around = accumulate(filter(None, source.inner.split("/")), truediv, initial=source.root)
+    found = (entry for folder in around if is_folder(folder) for entry in entries(folder))
+    names = {entry.name for entry in found if is_file(entry)}
+    if held := sorted(name for name in names if SIDE_FILES.fullmatch(name) or name in frameworks.STATED):
         yield f"not carried: {some(held, 12)}, the run's files beside the weights"
 
 

@@ -23,6 +23,8 @@ from ckpttools.findings import ERROR, WARNING
 from ckpttools.formats import open_checkpoint
 from ckpttools.operations.convert import TARGETS, convert
 from ckpttools.operations.digest import digest
+from ckpttools.operations.reshard import reshard
+from ckpttools.operations.writing import Writing
 from ckpttools.tensors import TensorRef
 
 SAMPLES = FIXTURES / "deepspeed-0.19.8"
@@ -1124,8 +1126,33 @@ def test_files_of_the_run_beside_the_weights_are_named(to: Any, tmp_path: Path) 
         n for n in convert(source, tmp_path / "x", to=to, digest=False).notes if "beside" in n and "not" in n
     ]
     assert "optimizer.pt" in note and "scheduler.pt" in note and "rng_state.pth" in note
+    assert "trainer_state.json" in note
     again = convert(FIXTURES / "hf/single", tmp_path / "y", to=to, digest=False)
     assert not any("beside the weights" in note for note in again.notes)
+
+
+@pytest.mark.parametrize("to", ["zero2", "pt", "dcp", "hf"])
+@pytest.mark.parametrize(
+    ("source", "files"),
+    [
+        (
+            "hf-trainer/deepspeed/checkpoint-4",
+            "rng_state.pth, scheduler.pt, trainer_state.json, training_args.bin",
+        ),
+        ("accelerate/deepspeed", "random_states_0.pkl, scheduler.bin"),
+        ("bundle/checkpoint-200", "training_info.json"),
+    ],
+)
+def test_files_of_the_run_around_a_tag_folder_are_named(
+    source: str, files: str, to: Any, tmp_path: Path
+) -> None:
+    """DeepSpeed's own there are not, and a reshard, which copies them, does not call them missing."""
+    ranks = 1 if to == "zero2" else None
+    made = convert(FIXTURES / source, tmp_path / "x", to=to, world_size=ranks, digest=False)
+    said = f"not carried: {files}, the run's files beside the weights"
+    assert [note for note in made.notes if "the run's files" in note] == [said]
+    again = reshard(FIXTURES / source, world_size=2, how=Writing(dry_run=True))
+    assert not any("the run's files" in note for note in again.notes)
 
 
 def test_names_of_a_compiled_model_become_those_that_a_file_is_read_with(tmp_path: Path) -> None:
