@@ -50,7 +50,9 @@ def command(
     and counters have digests of their own.
 
     With --compare, exit code 0: each holds all that the other does, and it is equal; 1: something differs,
-    or one side does not hold a kind at all, which is named. Weights that were extracted are compared so:
+    or one side does not hold a kind at all, which is named. What is in no digest (tensors that training code
+    keeps, such as an average of the weights) is read and compared too. Weights that were extracted are
+    compared so:
 
         ckpt digest run/checkpoint-20 --compare weights --kind weight --kind master
     """
@@ -121,8 +123,6 @@ def _json(found: Digested) -> dict[str, object]:
 
 def compared(result: Compared) -> list[str]:
     """What is equal, what differs and what only one side holds; of the names, the first."""
-    from ckpttools.compare.facts import client_tensors
-
     lines = [f"equal: {number} of {kind}" for kind, number in result.equal.items() if number]
     lines += [
         f"DIFFERENT: {each.kind} {escape(each.name, 300)}{_only(each.left, each.right)}"
@@ -134,15 +134,11 @@ def compared(result: Compared) -> list[str]:
         side = result.left if is_left else result.right
         lines.append(f"NOT COMPARED: {kind}, which only {escape(side.path)} holds")
     lines += [f"NOT COMPARED: {what}; ckpt prove does" for what in result.uncompared]
-    both = (result.left.checkpoint, result.right.checkpoint)
-    named = (key for side in both for key in client_tensors(side) if key not in side.unnamed)
-    if keys := list(dict.fromkeys(named)):
-        shown = ", ".join(map(escape, keys[:SHOWN]))
-        lines.append(f"NOT COMPARED: tensors that training code keeps under {shown}; ckpt prove does")
     lines += _beside(result)
     for what, same in (("hyper-parameters", _settings(result)), ("counters and schedule", result.counters)):
         said = {True: "equal", False: "not the same; ckpt diff names them", None: "not compared"}[same]
         lines.append(f"{what}: {said}")
+    both = (result.left.checkpoint, result.right.checkpoint)
     if not any(value not in (None, {}, []) for side in both for value in side.training.stated.values()):
         lines[-1] = "counters and schedule: neither holds any"
     lines.append(_verdict(result))
@@ -150,22 +146,21 @@ def compared(result: Compared) -> list[str]:
 
 
 def _beside(result: Compared) -> Iterator[str]:
-    """What lies with the weights, and whether another command compares it."""
-    sides = (result.left, result.right)
-    known = [side.beside for side in sides]
-    keys = dict.fromkeys(key for side in sides for key in side.checkpoint.extra_state)
-    unseen = [key for key in keys if not all(each.get(key, True) for each in known)]
-    seen = [key for key in keys if key not in unseen]
-    unread = list(dict.fromkeys(place for side in sides for place in side.checkpoint.unread))
-    held, nobody = "what the model's state holds beside tensors", "no command looks into it"
-    for what, names, who in (
-        (held, seen, "ckpt prove does"),
-        (held, unseen, nobody),
-        ("what lies under keys that are no text", unread, nobody),
-    ):
+    """What is in no digest: whether it is equal, and what no command looks into."""
+    from ckpttools.compare.facts import CLIENT
+
+    keys, unread = result.beside, {*result.left.checkpoint.unread, *result.right.checkpoint.unread}
+    if (seen := [key for key in keys if keys[key]]) and all(d.kind != CLIENT for d in result.different):
+        yield f"equal: what lies beside, in no digest: {_named(seen)}"
+    objects = [key for key in keys if not keys[key] and key not in unread]
+    no_text = [key for key in keys if key in unread]
+    for what, names in (("objects", objects), ("what lies under keys that are no text", no_text)):
         if names:
-            shown = ", ".join(map(escape, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
-            yield f"NOT COMPARED: {what}: {shown}; {who}"
+            yield f"NOT COMPARED: {what}: {_named(names)}; no command looks into it"
+
+
+def _named(keys: list[str]) -> str:
+    return ", ".join(map(escape, keys[:SHOWN])) + (", ..." if len(keys) > SHOWN else "")
 
 
 def _settings(result: Compared) -> bool | None:
@@ -193,10 +188,10 @@ def _same(result: Compared) -> str:
     from ckpttools.compare.content import MASTER, WEIGHT
 
     known = dict.fromkeys((*result.left.content.kinds, *result.right.content.kinds))
-    if others := [kind for kind in known if kind not in result.equal]:
-        return f"the same in {', '.join(result.equal)}; not asked for: {', '.join(others)}"
     sides = (result.left, result.right)
-    if rest := dict.fromkeys(what for side in sides for what in (*side.unnamed, *map(escape, side.beside))):
+    beside = (what for side in sides for what in (*side.unnamed, *map(escape, side.beside)))
+    others = [kind for kind in known if kind not in result.equal]
+    if rest := [*others, *dict.fromkeys(beside)] if result.partial else others:
         return f"the same in {', '.join(result.equal)}; not asked for: {', '.join(rest)}"
     if known.keys() <= {WEIGHT, MASTER}:
         return "the same weights; neither holds any optimizer state"
@@ -217,7 +212,7 @@ def _compared_json(result: Compared) -> dict[str, object]:
             kind: str((result.left if is_left else result.right).path)
             for kind, is_left in result.one_sided.items()
         },
-        "not_compared": [*result.uncompared, *result.beside],
+        "not_compared": [*result.uncompared, *(key for key, seen in result.beside.items() if not seen)],
         "settings_equal": _settings(result),
         "counters_equal": result.counters,
     }

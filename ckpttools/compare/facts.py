@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from msgspec import Struct
 
@@ -86,13 +86,14 @@ def _same(a: object, b: object) -> bool:
     return (a == b and type(a) is type(b)) or (a != a and b != b)
 
 
-def _client(checkpoint: Checkpoint) -> Iterator[tuple[str, object]]:
-    """What training code saved, and the model beside tensors, but for what the counters say already."""
-    for key, value in checkpoint.extra_state.items():
-        yield key, plain(_known(value), shown)
+def _client(checkpoint: Checkpoint, only: Collection[str] | None = None) -> Iterator[tuple[str, object]]:
+    """What training code saved, and the model beside tensors, but for what the counters say already; of
+    `only` these keys, where they are given.
+    """
     said = {*_names(checkpoint), EXCLUDES_FROZEN}  # the one is ours: other formats tell it otherwise
-    for key, value in checkpoint.client.items():
-        if key not in said:
+    own = ((key, value) for key, value in checkpoint.client.items() if key not in said)
+    for key, value in (*checkpoint.extra_state.items(), *own):
+        if only is None or key in only:
             yield key, plain(_known(value), shown)
 
 
@@ -131,22 +132,37 @@ def opaque(checkpoint: Checkpoint) -> list[str]:
 
 
 def state_beside(checkpoint: Checkpoint) -> dict[str, bool]:
-    """The keys of the model's state beside tensors under which there are tensors or objects, with whether
-    all of them can be compared.
+    """The keys under which the model's state holds something beside tensors, and training code tensors of its
+    own (an average of the weights, for instance), with whether all of it can be compared.
     """
+    kept = {key: checkpoint.client[key] for key in client_tensors(checkpoint)}
     out: dict[str, bool] = {}
-    for key, value in checkpoint.extra_state.items():
-        held = [leaf for _, leaf in leaves(value) if isinstance(leaf, TensorRef | Opaque)]
+    for key, value in (*checkpoint.extra_state.items(), *kept.items()):
+        held = [leaf for _, leaf in leaves(value) if leaf is not None]
         if held:
-            out[key] = all(isinstance(leaf, TensorRef) or bool(inside(leaf)) for leaf in held)
+            known = (not isinstance(leaf, Opaque) or bool(inside(leaf)) for leaf in held)
+            out[key] = all(known) and out.get(key, True)
     return out
 
 
 def client_tensors(checkpoint: Checkpoint) -> list[str]:
-    """The keys of training code's own state with tensors in it: an average of the weights, for instance."""
-    held = checkpoint.client.items()
+    """The keys of training code's own state with tensors in it, but for random states and for optimizers
+    without names.
+    """
+    held, unnamed = checkpoint.client.items(), checkpoint.unnamed
     found = (key for key, value in held if any(isinstance(leaf, TensorRef) for _, leaf in leaves(value)))
-    return [key for key in found if not RANDOM.search(key)]
+    return [key for key in found if not RANDOM.search(key) and key not in unnamed]
+
+
+def differences_beside(a: Checkpoint, b: Checkpoint) -> tuple[Fact, ...]:
+    """What is not the same in both of `state_beside` of either, each tensor by its digest. An empty container
+    is nothing: some formats cannot hold one.
+    """
+    keys = (state_beside(a).keys() | state_beside(b).keys()) - {*a.unnamed, *b.unnamed}
+    found = _unequal(CLIENT, dict(_client(a, keys)), dict(_client(b, keys)))
+    return tuple(
+        fact for fact in found if not all(side in (UNKNOWN, {}, []) for side in (fact.left, fact.right))
+    )
 
 
 def random_states(checkpoint: Checkpoint) -> list[str]:

@@ -9,8 +9,7 @@ knows the names nothing is compared by guess: the file is named as not compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import accumulate, chain
-from operator import truediv
+from itertools import chain
 
 from msgspec.structs import replace
 
@@ -36,7 +35,8 @@ def left_behind(source: Source) -> Iterator[str]:
     """A note that names the files of the run in a checkpoint's folder and in those around it: of what they
     hold, a new checkpoint has the counters at most.
     """
-    around = accumulate(filter(None, source.inner.split("/")), truediv, initial=source.root)
+    above = (source.target, *source.target.parents)
+    around = (folder for folder in above if source.root in (folder, *folder.parents))
     found = (entry for folder in around if is_folder(folder) for entry in entries(folder))
     names = {entry.name for entry in found if is_file(entry)}
     if held := sorted(name for name in names if SIDE_FILES.fullmatch(name) or name in frameworks.STATED):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 
@@ -13,7 +14,7 @@ from ckpttools.checks import check_before_use
 from ckpttools.checks.changing import watched
 from ckpttools.compare.content import Content, content
 from ckpttools.compare.digests import Digests, digests, jobs_of, nbytes_of
-from ckpttools.compare.facts import state_beside
+from ckpttools.compare.facts import UNKNOWN, differences_beside, state_beside
 from ckpttools.compare.pairs import Pair, pairs
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import Source
@@ -48,8 +49,8 @@ class Digested(Struct, frozen=True, kw_only=True):
 
     @property
     def beside(self) -> dict[str, bool]:
-        """What else lies with its weights, and the digests do not hold: tensors and objects in the model's
-        state, and keys that are no text; with whether `prove` compares it.
+        """What else it keeps that the digests do not hold: what lies in the model's state beside tensors,
+        tensors of training code, and keys that are no text; with whether it can be compared.
         """
         return state_beside(self.checkpoint) | dict.fromkeys(self.checkpoint.unread, False)
 
@@ -64,7 +65,8 @@ class Difference(Struct, frozen=True, kw_only=True):
 
 
 class Compared(Struct, frozen=True, kw_only=True):
-    """Two checkpoints by their digests. `equal` counts what is the same, by kind.
+    """Two checkpoints by their digests. `equal` counts what is the same, by kind; `different` has values
+    of "client state" too, which are in no digest.
 
     `one_sided` are the kinds that one side does not hold at all, with True where it is the left one that
     holds them: they are not counted as equal. `settings` and `counters` say whether those are the same, and
@@ -87,9 +89,7 @@ class Compared(Struct, frozen=True, kw_only=True):
 
     @property
     def beside(self) -> dict[str, bool]:
-        """What lies with the weights of either and is in no digest, with whether `prove` compares it, unless
-        it was not asked for.
-        """
+        """What either keeps that is in no digest, if all was asked for, with whether it can be compared."""
         ours, theirs = self.left.beside, self.right.beside
         keys = () if self.partial else dict.fromkeys((*ours, *theirs))
         return {key: ours.get(key, True) and theirs.get(key, True) for key in keys}
@@ -97,7 +97,7 @@ class Compared(Struct, frozen=True, kw_only=True):
     @property
     def same(self) -> bool:
         """Whether each side holds all that the other does, and all of it is equal."""
-        unknown = self.uncompared or self.beside
+        unknown = self.uncompared or not all(self.beside.values())
         return not (self.different or self.one_sided or unknown) and bool(self.equal)
 
 
@@ -151,10 +151,30 @@ def digested(
 
 
 def compare(left: Digested, right: Digested, kinds: Collection[str] = ()) -> Compared:
-    """What two checkpoints hold, each tensor against the same one of the other; only `kinds`, if any.
+    """What two checkpoints hold, each tensor against the same one of the other; only `kinds`, if any, else
+    what is in no digest too, which is read for that.
 
-    Raises UsageError for a kind that neither holds.
+    Raises UsageError for a kind that neither holds, CkptError where a file cannot be read.
     """
+    found = by_digests(left, right, kinds)
+    if kinds:
+        return found
+    facts = differences_beside(left.checkpoint, right.checkpoint)
+    beside = (
+        Difference(kind=each.part, name=each.name, left=_said(each.left), right=_said(each.right))
+        for each in facts
+    )
+    return replace(found, different=(*found.different, *beside))
+
+
+def _said(value: object) -> str:
+    if value is UNKNOWN:
+        return ""
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def by_digests(left: Digested, right: Digested, kinds: Collection[str] = ()) -> Compared:
+    """`compare` of what is in the digests, which reads nothing; `same` says no more than that."""
     a, b = left.content, right.content
     known = {*a.kinds, *b.kinds}
     for kind in kinds:

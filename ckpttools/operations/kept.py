@@ -26,7 +26,7 @@ from ckpttools.compare.digests import Job, Jobs, Passing, Results, digests, jobs
 from ckpttools.errors import escape
 from ckpttools.formats import Source
 from ckpttools.location import Location
-from ckpttools.operations.digest import Difference, Digested, compare
+from ckpttools.operations.digest import Difference, Digested, by_digests
 from ckpttools.operations.origins import Origins
 from ckpttools.operations.sidecar import written_wrong
 from ckpttools.operations.source import find
@@ -128,7 +128,7 @@ def _digested(source: Source, checkpoint: Checkpoint, how: Writing, jobs: Jobs, 
 
 def _compared(wanted: Digested, made: Digested, *, whole: bool) -> str:
     """What to tell. Raises CkptError "written-wrong"."""
-    found = compare(wanted, made)
+    found = by_digests(wanted, made)
     lost = [each for each in found.different if _is_lost(wanted, made, each)]
     wrong = [each for each in found.different if each not in lost]
     left = [kind for kind in found.one_sided if kind not in (WEIGHT, MASTER)]

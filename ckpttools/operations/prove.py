@@ -12,7 +12,7 @@ from ckpttools.compare.facts import RANDOM, Fact, differences, opaque, random_st
 from ckpttools.formats import Source
 from ckpttools.location import Location
 from ckpttools.operations.beside import both
-from ckpttools.operations.digest import Compared, Digested, compare, digested, opened
+from ckpttools.operations.digest import Compared, Digested, by_digests, digested, opened
 from ckpttools.operations.source import tags_for
 from ckpttools.operations.writing import Bar
 from ckpttools.stores.files import entries, is_file, is_folder, named
@@ -87,7 +87,7 @@ def prove(
         b = digested(right, two[0], theirs, workers=workers, bar=bar)
     found = differences(a.checkpoint, b.checkpoint)
     return Proof(
-        compared=compare(a, b),
+        compared=by_digests(a, b),
         facts=found,
         random=(_random(a), _random(b)),
         unnamed=unnamed,

@@ -237,25 +237,57 @@ def test_reshard_holds_the_result_against_the_source(tmp_path: Path) -> None:
     assert ran.code == 0 and f"digest {of(GROUPS).state}" in ran.err
 
 
-def test_tensors_that_training_code_keeps_beside_are_said_not_to_be_compared(tmp_path: Path) -> None:
-    """An average of the weights, of which the digests know nothing."""
-    for name, factor in (("a.pt", 1.0), ("b.pt", 2.0)):
-        ema = {"w.weight": factor * torch.ones(2, 2)}
-        rng = {"torch": torch.get_rng_state()}
-        tree = {"model": {"w.weight": torch.ones(2, 2)}, "average": {"shadow": ema}, "rng_state": rng}
-        torch.save({**tree, "global_step": 1}, tmp_path / name)
-    ran = run("digest", tmp_path / "a.pt", "--compare", tmp_path / "b.pt")
-    assert ran.code == 0 and "NOT COMPARED: tensors that training code keeps under average;" in ran.out
-    assert run("prove", tmp_path / "a.pt", tmp_path / "b.pt").code == 1
+@pytest.mark.parametrize("where", ["average", "optimizer_state_dict", "_extra_state"])
+@pytest.mark.parametrize("other", ["another", "gone", "same"])
+def test_what_is_in_no_digest_is_named_and_compared(where: str, other: str, tmp_path: Path) -> None:
+    """An average of the weights, a tensor that the optimizer's dict has beside the state, a plain value in
+    the model's: text, JSON and exit code say the same of it. Random states do not count.
+    """
+    for name, factor in (("a.pt", 1.0), ("b.pt", 1.0 if other == "same" else 2.0)):
+        torch.manual_seed(int(factor))
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
+        tree = {
+            "model": {"weight": torch.ones(2, 2), "bias": torch.ones(2)},
+            "optimizer_state_dict": optimizer,
+        }
+        tree |= {"global_step": 1, "rng_state": {"torch": torch.get_rng_state()}}
+        if other != "gone" or name == "a.pt":
+            beside = {"extra": factor if where == "_extra_state" else factor * torch.ones(2, 2)}
+            place = tree["model"] if where == "_extra_state" else tree
+            place[where] = {**place.get(where, {}), **beside}  # type: ignore[attr-defined,index]
+        torch.save(tree, tmp_path / name)
+    a, b = tmp_path / "a.pt", tmp_path / "b.pt"
+    assert f"note: not in the digests: {where}" in run("digest", a).out
+    ran = run("digest", a, "--compare", b)
+    document = json.loads(run("digest", a, "--compare", b, "--json").out)
+    assert document["left"]["not_in_digests"] == [where] and document["not_compared"] == []
+    names = [f"{each['kind']} {each['name']}" for each in document["different"]]
+    if other == "same":
+        assert ran.code == 0 and document["ok"] and not names
+        assert f"equal: what lies beside, in no digest: {where}" in ran.out
+    else:
+        assert ran.code == 1 and not document["ok"] and names == [f"client state {where}.extra"]
+        only = ", only in the first" if other == "gone" else ""
+        assert f"DIFFERENT: client state {where}.extra{only}\n" in ran.out and ran.out.endswith("different\n")
+    assert run("prove", a, b).code == (other != "same")
+    ran = run("digest", a, "--compare", b, "--kind", "weight")
+    assert ran.code == 0 and f"not asked for: {where}" in ran.out
 
 
-def test_what_the_models_state_holds_beside_tensors_is_compared_or_said_not_to_be(tmp_path: Path) -> None:
+def test_an_empty_dict_that_a_format_cannot_hold_is_no_difference(tmp_path: Path) -> None:
+    source = FIXTURES / "lightning/file"
+    ckpttools.convert(source, tmp_path / "dcp", to="dcp")
+    assert run("digest", source, "--compare", tmp_path / "dcp").code == 0
+
+
+def test_what_the_models_state_holds_beside_tensors_is_compared(tmp_path: Path) -> None:
     """TransformerEngine keeps the scales of its float8 there."""
     for name, scale in (("a.pt", 1.0), ("b.pt", 2.0)):
         model = {"w.weight": torch.ones(2, 2), "w._extra_state": {"scale": scale}}
         torch.save({"model_state_dict": model}, tmp_path / name)
     ran = run("digest", tmp_path / "a.pt", "--compare", tmp_path / "b.pt")
-    assert "NOT COMPARED: what the model's state holds beside tensors: w._extra_state;" in ran.out
+    assert ran.code == 1 and "DIFFERENT: client state w._extra_state.scale" in ran.out
     ran = run("prove", tmp_path / "a.pt", tmp_path / "b.pt")
     assert ran.code == 1 and "w._extra_state.scale  1  2" in ran.out
     assert run("diff", tmp_path / "a.pt", tmp_path / "b.pt").code == 1

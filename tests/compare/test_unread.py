@@ -97,10 +97,11 @@ def test_weights_that_nobody_looks_into_are_never_called_equal(kind: str, tmp_pa
     assert "of a kind that is not read" in run("verify", a).out
 
 
-def test_tensors_in_the_models_state_are_compared_by_prove_alone(tmp_path: Path) -> None:
+def test_tensors_in_the_models_state_are_compared_where_all_is_asked_for(tmp_path: Path) -> None:
     a, b = saved(tmp_path, "a", lambda x: {"w.weight": W, "_extra_state": {"amax": x}})
     ran = run("digest", a, "--compare", b)
-    assert ran.code == 1 and "beside tensors: _extra_state; ckpt prove does" in ran.out
+    assert ran.code == 1 and "DIFFERENT: client state _extra_state.amax" in ran.out
+    assert "equal: what lies beside, in no digest: _extra_state" in run("digest", a, "--compare", a).out
     assert run("digest", a, "--compare", b, "--kind", "weight").code == 0
     ran = run("prove", a, b)
     assert ran.code == 1 and "_extra_state.amax" in ran.out
