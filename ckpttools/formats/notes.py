@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import counted, escape, some
+from ckpttools.tree import Path, Value, tensors
 
 
 def counts(checkpoint: Checkpoint) -> int:
@@ -37,6 +38,22 @@ def unnamed(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.unnamed:
         keys = ", ".join(map(escape, checkpoint.unnamed))
         yield f"carried as it is: the optimizer's state under {keys}, whose parameters have no names"
+
+
+def by_name(client: Mapping[str, Value], names: Collection[str], options: Sequence[str]) -> Iterator[str]:
+    """Tensors of the training code's own under `names` of weights, or names that end so (an average of them),
+    which `options` change in the model alone.
+    """
+    keys = [key for key, value in client.items() if any(_is_of(path, names) for path, _ in tensors(value))]
+    if keys and options:
+        was, it = ("it was", "it") if len(keys) == 1 else ("they were", "them")
+        does = f"{' and '.join(options)} {'does' if len(options) == 1 else 'do'} not"
+        yield f"{some(keys, 12)}: carried as {was}, {does} reach {it}"
+
+
+def _is_of(path: Path, names: Collection[str]) -> bool:
+    ends = (key.split(".", i)[i] for key in path if isinstance(key, str) for i in range(key.count(".") + 1))
+    return any(end in names for end in ends)
 
 
 def of_other_kinds(names: Sequence[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
 from ckpttools.formats.configs import DIFFUSERS, HEADS
 from ckpttools.formats.deepspeed import SLICED, slices
-from ckpttools.formats.notes import counts, not_read
+from ckpttools.formats.notes import by_name, counts, not_read
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
 from ckpttools.operations.beside import left_behind
@@ -101,6 +101,9 @@ def convert(
         *counted,
     ]
     names, said = list(checkpoint.tensors), _order(saved)
+    include, exclude, rename = tuple(include), tuple(exclude), tuple(rename)
+    asked = {"--include": include, "--exclude": exclude, "--rename": rename, "--dtype": dtype}
+    options = [option for option, given in asked.items() if given]
     checkpoint = select(checkpoint, include=include, exclude=exclude)
     selected = list(checkpoint.tensors)
     for pattern, replacement in rename:
@@ -136,6 +139,8 @@ def convert(
         refuse_quantised(checkpoint)
     if like is None and (to != checkpoint.layout.format or optimizer_class is not None):
         checkpoint = for_class(checkpoint, optimizer_class)
+    if to != "hf" and dcp_layout != "accelerate":  # these have no place for them, which is said
+        notes += by_name(checkpoint.client, {*names}, options)
     if to in ("pt", "dcp"):
         notes += _replaced(checkpoint)
     target = dtype_named(dtype)

@@ -1155,6 +1155,38 @@ def test_files_of_the_run_around_a_tag_folder_are_named(
     assert not any("the run's files" in note for note in again.notes)
 
 
+@pytest.mark.parametrize("to", ["zero2", "pt", "dcp", "hf"])
+def test_averages_of_the_weights_that_options_do_not_reach_are_named(to: Any, tmp_path: Path) -> None:
+    """By names of the model, with a wrapper's prefix or without; other tensors of training code are not."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    trained(optimizer, model)
+    copies = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ema = {"decay": 0.9, "module": {f"module.{name}": tensor for name, tensor in copies.items()}}
+    other = {"seen": torch.arange(3), "means": [torch.ones(2)]}
+    source = saved(tmp_path / "a.pt", model, optimizer, ema_state_dict=copies, ema=ema, other=other)
+
+    def said(name: str, **more: Any) -> list[str]:
+        ranks = 2 if to == "zero2" else None
+        made = convert(source, tmp_path / name, to=to, world_size=ranks, digest=False, **more)
+        return [note for note in made.notes if "carried as" in note]
+
+    assert said("as-it-is") == []
+    renamed = said("renamed", rename=[(r"^0\.", "first.")])
+    both = said("both", dtype="bf16", exclude=iter(["3.bias"]))
+    if to == "hf":
+        assert renamed == both == []
+    else:
+        what = "ema_state_dict, ema: carried as they were,"
+        assert renamed == [f"{what} --rename does not reach them"]
+        assert both == [f"{what} --exclude and --dtype do not reach them"]
+    if to == "pt":
+        kept = torch.load(tmp_path / "both", weights_only=True)["ema_state_dict"]
+        assert identical(kept["3.bias"], copies["3.bias"])
+    if to == "dcp":
+        assert said("accelerate", dtype="bf16", dcp_layout="accelerate") == []
+
+
 def test_names_of_a_compiled_model_become_those_that_a_file_is_read_with(tmp_path: Path) -> None:
     """torch.compile's `_orig_mod.` is removed by whoever reads a single file: the result must verify."""
     model = net()
