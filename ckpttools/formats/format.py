@@ -22,6 +22,7 @@ from ckpttools.stores.links import refuse_outside
 from ckpttools.stores.once import kept
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Training
+from ckpttools.tree import Path
 
 
 class Folder(Struct, frozen=True, kw_only=True):
@@ -112,6 +113,14 @@ def _no_torch_files(checkpoint: Checkpoint) -> tuple[TorchFile | None, tuple[Tor
     return None, ()
 
 
+class Places(Struct, frozen=True, kw_only=True):
+    """Where the parts lie in what is written, if they are there."""
+
+    weights: Path
+    optimizer: Path
+    scheduler: Path
+
+
 class Format(Struct, frozen=True, kw_only=True, eq=False):
     """One format. `holds` and `recognise` go by names alone, `read` and `check` by headers.
 
@@ -150,9 +159,8 @@ class Format(Struct, frozen=True, kw_only=True, eq=False):
     tagged: bool = False  # lies in the tag folders of a save folder, one of which `--tag` names
     resumes: bool = True  # has a place for the optimizer's state in its own files
     weights_alone: bool = False  # reads no more, where the folder has an optimizer's state too
-    # of a file whose weights lie under a key, which `--key` names: the keys of weights and of the optimizer's
-    # state in the file that `plan` makes
-    keys: Callable[[Checkpoint], tuple[str, str]] | None = None
+    keyed: bool = False  # a file whose weights lie under a key, which `--key` names
+    keys: Callable[[Checkpoint, Layout], Places] | None = None  # of what `plan` makes
 
 
 class Source(Struct, frozen=True, kw_only=True):
@@ -167,7 +175,7 @@ class Source(Struct, frozen=True, kw_only=True):
     order: Sequence[Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
-        if self.key is not None and self.format.keys is None:
+        if self.key is not None and not self.format.keyed:
             raise UsageError(
                 "bad-usage",
                 "--key says where the weights lie in a single file of torch.save",

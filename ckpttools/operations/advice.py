@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 
 from ckpttools import frameworks
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.errors import CkptError
 from ckpttools.formats import Source
+from ckpttools.formats.format import Places
 from ckpttools.location import Location
+from ckpttools.tree import Path
 
 
 def verify(dst: Location) -> str:
@@ -29,8 +32,9 @@ def _launch(source: Source, checkpoint: Checkpoint, dst: Location, ranks: int | 
         training = frameworks.read(source, checkpoint)
     except CkptError:
         return f"resume your training code from {str(dst)!r}"
-    if checkpoint.layout.format == "dcp":
-        return distributed(checkpoint.layout.variant, dst)
+    if checkpoint.layout.format == "dcp" and source.format.keys is not None:
+        keys = source.format.keys(checkpoint, checkpoint.layout)
+        return distributed(checkpoint.layout.variant, dst, keys)
     launch = frameworks.framework_of(training).launch
     return launch(dst, "N" if ranks is None else ranks, not source.inner)
 
@@ -51,7 +55,14 @@ def weights(
     return (verify(dst), load)
 
 
-def distributed(variant: str | None, dst: Location, *, partial: bool = False, optimizer: bool = True) -> str:
+def distributed(
+    variant: str | None,
+    dst: Location,
+    keys: Places,
+    *,
+    partial: bool = False,
+    optimizer: bool = True,
+) -> str:
     """The code that loads a distributed checkpoint, by the layout of its state (formats.dcp.roles), `partial`
     where what is frozen is not in it, `optimizer` where the state of one is.
     """
@@ -67,15 +78,26 @@ def distributed(variant: str | None, dst: Location, *, partial: bool = False, op
     if not optimizer:  # torch asks for all that the optimizer has
         return (
             "model_state = get_model_state_dict(model); "
-            f"torch.distributed.checkpoint.load({{'model': model_state}}, checkpoint_id={path}); "
+            f"torch.distributed.checkpoint.load({nested({keys.weights: 'model_state'})}, "
+            f"checkpoint_id={path}); "
             f"set_model_state_dict(model, model_state{strict}), and a new optimizer"
         )
     asked = {"flatten_optimizer_state_dict": variant == "flat", "ignore_frozen_params": partial}
     wanted = [f"{key}=True" for key, value in asked.items() if value] + ["strict=False"] * partial
     options = f", options=StateDictOptions({', '.join(wanted)})" if wanted else ""
+    both = nested({keys.weights: "model_state", keys.optimizer: "optim_state"})
     return (
         f"model_state, optim_state = get_state_dict(model, optimizer{options}); "
-        f"torch.distributed.checkpoint.load({{'model': model_state, 'optimizer': optim_state}}, "
+        f"torch.distributed.checkpoint.load({both}, "
         f"checkpoint_id={path}); set_state_dict(model, optimizer, model_state_dict=model_state, "
         f"optim_state_dict=optim_state{options})"
     )
+
+
+def nested(code: Mapping[Path, str]) -> str:
+    """The code of a dict with these values at their paths, which differ in their last keys alone."""
+    inner = ", ".join(f"{path[-1]!r}: {value}" for path, value in code.items())
+    (above,) = {path[:-1] for path in code}
+    for key in reversed(above):
+        inner = f"{key!r}: {{{inner}}}"
+    return f"{{{inner}}}"

@@ -16,6 +16,7 @@ from ckpttools.errors import CkptError, Unsupported, UsageError, escape
 from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
 from ckpttools.formats.configs import DIFFUSERS, HEADS
 from ckpttools.formats.deepspeed import SLICED, slices
+from ckpttools.formats.format import Places
 from ckpttools.formats.notes import by_name, counts, not_read
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
@@ -148,8 +149,10 @@ def convert(
     match to:
         case "pt":
             checkpoint = _single(checkpoint, target)
-            plan = PLANS[to](checkpoint, Layout(format="pt"))
-            lines = resuming.single_file(checkpoint, dst, *_keys(to, checkpoint))
+            layout = Layout(format="pt")
+            plan = PLANS[to](checkpoint, layout)
+            keys = _keys(to, checkpoint, layout)
+            lines = resuming.single_file(checkpoint, dst, keys)
         case "dcp":
             layout = Layout(format="dcp", dp_degree=world_size or 1, mesh=sizes, variant=dcp_layout)
             if world_size is not None:
@@ -159,9 +162,8 @@ def convert(
                 checkpoint = replace(checkpoint, template=None)
             checkpoint = _single(checkpoint, target)
             plan = PLANS[to](checkpoint, layout)
-            partial = bool(checkpoint.left_out) or checkpoint.excludes_frozen
-            found = resuming.finds_state(checkpoint)
-            lines = iter([advice.distributed(dcp_layout, dst, partial=partial, optimizer=found)])
+            keys = _keys(to, checkpoint, layout)
+            lines = resuming.distributed(checkpoint, dcp_layout, dst, keys)
         case "hf":
             checkpoint = weights_only(checkpoint)
             checkpoint = cast(checkpoint, target) if target is not None else checkpoint
@@ -243,10 +245,10 @@ def _one_schedule(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, training=replace(state, scheduler=alone, keys=keys))
 
 
-def _keys(to: str, checkpoint: Checkpoint) -> tuple[str, str]:
-    """Those of the weights and of the optimizer's state in the file that is made."""
+def _keys(to: str, checkpoint: Checkpoint, layout: Layout) -> Places:
+    """Where the parts lie in what is made."""
     (keys,) = (format.keys for format in FORMATS if format.keys is not None and to in format.targets)
-    return keys(checkpoint)
+    return keys(checkpoint, layout)
 
 
 def _check_usage(

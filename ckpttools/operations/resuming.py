@@ -7,20 +7,22 @@ deepspeed.initialize makes of it. Lines that name `engine` come after it was mad
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from typing import Any
 
 from ckpttools.checkpoint import FP32, STEP, Checkpoint, Layout
 from ckpttools.containers.pickles import Global, walk
 from ckpttools.containers.pickles.names import name_of
-from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape, some
 from ckpttools.formats.deepspeed import scheduler_state, sub_group_size
+from ckpttools.formats.format import Places
 from ckpttools.location import Location
+from ckpttools.operations import advice
 from ckpttools.operations.deepspeed_folder import ORDERS
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Opaque, Value, at, leaves, same
+from ckpttools.transforms.optimizers import BEFORE_THE_FIRST
+from ckpttools.tree import Opaque, Path, Value, at, leaves, same
 
 # what torch.load takes with weights_only=True (torch/_weights_only_unpickler.py, 2.13)
 ALLOWED = re.compile(
@@ -31,24 +33,64 @@ ALLOWED = re.compile(
 )
 
 
-def single_file(checkpoint: Checkpoint, dst: Location, weights: str, optimizer: str) -> Iterator[str]:
-    """torch.load and load_state_dict. `weights` and `optimizer` are the keys of the state dicts."""
+def single_file(checkpoint: Checkpoint, dst: Location, keys: Places) -> Iterator[str]:
+    """torch.load and load_state_dict."""
     yield from _own_classes(checkpoint, dst)
     yield f"saved = torch.load({str(dst)!r}, weights_only=True)"
     loose = ", strict=False" if checkpoint.excludes_frozen or checkpoint.left_out else ""
-    yield f"model.load_state_dict(saved[{weights!r}]{loose})"
+    yield f"model.load_state_dict({_item('saved', keys.weights)}{loose})"
     if checkpoint.groups:
-        yield f"optimizer.load_state_dict(saved[{optimizer!r}])"
-    state = checkpoint.training
-    if state.scheduler:
-        path = state.keys.get("scheduler", ())
-        # where the writer puts it
-        kept = isinstance(checkpoint.template, TorchFile) or len(path) > 1
-        at = "saved" + "".join(f"[{key!r}]" for key in (path if kept and path else ("scheduler_state_dict",)))
-        if isinstance(state.scheduler, list):
-            yield f"for scheduler, state in zip(schedulers, {at}): scheduler.load_state_dict(state)"
+        yield f"optimizer.load_state_dict({_item('saved', keys.optimizer)})"
+    yield from _schedule(checkpoint.training.scheduler, _item("saved", keys.scheduler))
+
+
+def distributed(checkpoint: Checkpoint, variant: str | None, dst: Location, keys: Places) -> Iterator[str]:
+    """torch.distributed.checkpoint.load of the layout `variant`."""
+    partial = bool(checkpoint.left_out) or checkpoint.excludes_frozen
+    optimizer = finds_state(checkpoint)
+    yield advice.distributed(variant, dst, keys, partial=partial, optimizer=optimizer)
+    scheduler = checkpoint.training.scheduler
+    if variant in (None, "nested", "flat") and scheduler:  # the others keep it in files of their own
+        load = (
+            f"state = {advice.nested({keys.scheduler: _asked(scheduler)})}; "
+            f"torch.distributed.checkpoint.load(state, checkpoint_id={str(dst)!r})"
+        )
+        yield from _schedule(scheduler, _item("state", keys.scheduler), load)
+
+
+def _asked(scheduler: Value) -> str:
+    """The code of what torch is asked for: the keys that are there, as another torch has others. What holds
+    dicts or tensors has to be as torch flattens it.
+    """
+    if isinstance(scheduler, list):
+        return "[each.state_dict() for each in schedulers]"
+    if any(isinstance(leaf, TensorRef) for _, leaf in leaves(scheduler)) or any(
+        isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(v, Mapping) for v in value))
+        for value in scheduler.values()
+    ):
+        return "scheduler.state_dict()"
+    return f"dict.fromkeys({[*map(str, scheduler)]})"
+
+
+def _item(name: str, path: Path) -> str:
+    return name + "".join(f"[{key!r}]" for key in path)
+
+
+def _schedule(saved: Value, item: str, load: str = "") -> Iterator[str]:
+    """What loads a schedule: `saved` is its state, `item` the code of it once the line `load` has run."""
+    if isinstance(saved, Mapping) and saved.keys() == BEFORE_THE_FIRST.keys():
+        first = f"{load}; " if load else ""
+        yield (
+            "# the schedule is one of deepspeed.runtime.lr_schedules, and torch's take its state without a "
+            f"word and stay where they are: where yours is of DeepSpeed's class, {first}"
+            f"scheduler.load_state_dict({item}); set one of torch's by hand"
+        )
+    elif saved:
+        yield from [load] * bool(load)
+        if isinstance(saved, list):
+            yield f"for scheduler, state in zip(schedulers, {item}): scheduler.load_state_dict(state)"
         else:
-            yield f"scheduler.load_state_dict({at})"
+            yield f"scheduler.load_state_dict({item})"
 
 
 def engine(checkpoint: Checkpoint, layout: Layout, dst: Location) -> Iterator[str]:

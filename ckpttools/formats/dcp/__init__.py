@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.formats.dcp import names
-from ckpttools.formats.format import Checked, Format, Source
+from ckpttools.formats.format import Checked, Format, Places, Source
 from ckpttools.plan import Plan
 
 __all__ = ["FORMAT", "plan"]
@@ -26,6 +26,12 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     from ckpttools.formats.dcp.write import plan
 
     return plan(checkpoint, layout)
+
+
+def _keys(checkpoint: Checkpoint, layout: Layout) -> Places:
+    from ckpttools.formats.dcp.write import keys_of
+
+    return keys_of(checkpoint, layout)
 
 
 def _read(source: Source) -> Checkpoint:
@@ -52,4 +58,5 @@ FORMAT = Format(
     inner=lambda target: [part for part in names.parts(target) if part != target],
     plan=plan,
     targets=("dcp",),
+    keys=_keys,
 )

@@ -22,7 +22,7 @@ def training(client: Mapping[str, Value]) -> Training:
         value = next((value for _, value in _found(client, name)), None)
         if value is not None:
             found[name] = value
-    scheduler = next((key for key in counters.SCHEDULER if isinstance(client.get(key), Mapping)), None)
+    scheduler = _scheduler(client)
     return Training(**found, scheduler=client[scheduler] if scheduler else {})
 
 
@@ -41,10 +41,19 @@ def with_state(client: Mapping[str, Value], state: Training, *, own: bool) -> di
             held = []  # that one counts iterations, of which there are several for each update
         if value is not None and (not held or held[0][1] != value):
             out = put(out, held[0][0] if held and own else names[:1], value)
-    scheduler = next((key for key in counters.SCHEDULER if isinstance(client.get(key), Mapping)), None)
+    scheduler = _scheduler(client)
     if state.scheduler and (scheduler is None or client[scheduler] is not state.scheduler):
-        out = put(out, (scheduler or counters.SCHEDULER[0],), state.scheduler)
+        out = put(out, (scheduler_key(client),), state.scheduler)
     return dict(out)
+
+
+def scheduler_key(client: Mapping[str, Value]) -> str:
+    """Under which `with_state` writes the schedule."""
+    return _scheduler(client) or counters.SCHEDULER[0]
+
+
+def _scheduler(client: Mapping[str, Value]) -> str | None:
+    return next((key for key in counters.SCHEDULER if isinstance(client.get(key), Mapping)), None)
 
 
 def _found(client: Mapping[str, Value], name: str) -> Iterator[tuple[Keys, Value]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from ckpttools.checkpoint import EXCLUDES_FROZEN, FP32, PARAM_NAMES, Checkpoint, Layout, ParamGroup
 from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
-from ckpttools.formats.dcp.counters import with_state
+from ckpttools.formats.dcp.counters import scheduler_key, with_state
 from ckpttools.formats.dcp.items import Writer
 from ckpttools.formats.dcp.megatron import FILE, MEGATRON
 from ckpttools.formats.dcp.metadata import Item, Metadata, Piece, Tensor, write_metadata
@@ -32,6 +32,7 @@ from ckpttools.formats.dcp.roles import (
     TITAN,
     Names,
 )
+from ckpttools.formats.format import Places
 from ckpttools.formats.notes import left_out, one_copy, unnamed, unread
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef
@@ -46,7 +47,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     """
     if layout is None:
         layout = checkpoint.layout if checkpoint.layout.format == "dcp" else Layout(format="dcp")
-    style = layout.variant if layout.variant in STYLES else NESTED
+    style = _style(layout)
     mesh = layout.mesh or (layout.dp_degree,)
     if min(mesh) < 1:
         raise UsageError(
@@ -67,10 +68,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     optimizer = [
         ((*names.prefix, *path), value) for path, value in _optimizer(checkpoint, names, style, notes)
     ]
-    client = [
-        (path if path[0] in names.beside else (*names.prefix, *path), value)
-        for path, value in _client(checkpoint, names, notes)
-    ]
+    client = [(_client_path(names, path), value) for path, value in _client(checkpoint, names, notes)]
     notes += _not_held(checkpoint)
     buffers = told(checkpoint) if style != ACCELERATE else None
     if checkpoint.frozen and buffers is None and not checkpoint.roles_guessed:  # which a reader does again
@@ -93,6 +91,22 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     return Plan(files=tuple(files), notes=tuple(dict.fromkeys(notes)), checks=checkpoint.checks)
 
 
+def keys_of(checkpoint: Checkpoint, layout: Layout) -> Places:
+    """Where the parts lie in the folder that `plan` makes, but for accelerate's two."""
+    template = checkpoint.template if isinstance(checkpoint.template, Template) else None
+    names = _names(_style(layout), template)
+    scheduler = scheduler_key(checkpoint.client)
+    return Places(
+        weights=names.prefix if names.model is None else (*names.prefix, names.model),
+        optimizer=(*names.prefix, names.optimizer),
+        scheduler=_client_path(names, (scheduler,)),
+    )
+
+
+def _style(layout: Layout) -> str:
+    return layout.variant if layout.variant in STYLES else NESTED
+
+
 def _names(style: str, template: Template | None) -> Names:
     """The keys of the source's own where it has the same style, else the usual ones."""
     if style == TITAN:
@@ -105,6 +119,10 @@ def _names(style: str, template: Template | None) -> Names:
 
 def _model_path(names: Names, name: str) -> Keys:
     return (*names.prefix, name) if names.model is None else (*names.prefix, names.model, name)
+
+
+def _client_path(names: Names, path: Keys) -> Keys:
+    return path if path[0] in names.beside else (*names.prefix, *path)
 
 
 def _weights(checkpoint: Checkpoint, notes: list[str]) -> Iterator[tuple[str, TensorRef]]:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, Layout
 from ckpttools.containers.torch_file import TorchFile, is_torch_file
-from ckpttools.formats.format import Checked, Format, Found, Source
+from ckpttools.formats.format import Checked, Format, Found, Places, Source
 from ckpttools.location import Location
 from ckpttools.plan import Plan
 from ckpttools.training import Training
@@ -30,7 +30,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     return plan(checkpoint, layout)
 
 
-def _keys(checkpoint: Checkpoint) -> tuple[str, str]:
+def _keys(checkpoint: Checkpoint, layout: Layout) -> Places:
     from ckpttools.formats.torch.write import keys_of
 
     return keys_of(checkpoint)
@@ -76,6 +76,7 @@ FORMAT = Format(
     check=_check,
     plan=plan,
     targets=("pt",),
+    keyed=True,
     keys=_keys,
     torch_files=_files,
     state=_state,

@@ -19,12 +19,13 @@ from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import Storage, TorchFile, write_torch_file
 from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
+from ckpttools.formats.format import Places
 from ckpttools.formats.notes import left_out, one_copy, unnamed, unread
 from ckpttools.formats.torch.names import find_weights, strip
 from ckpttools.formats.torch_optimizer import place_of, separate, state_of
 from ckpttools.plan import Plan
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Key, Value, dotted, leaves, put, same, tensors
+from ckpttools.tree import Key, Path, Value, dotted, leaves, put, same, tensors
 
 # fields of Training whose key is another than their name
 COUNTERS = {"scheduler": "scheduler_state_dict", "step": "global_step", "samples": "global_samples"}
@@ -47,7 +48,7 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     values: dict[str, Node] = {}
     values[template.weights if template else "model_state_dict"] = _module(checkpoint, template, notes)
     if checkpoint.groups:
-        path = template.optimizer if template and template.optimizer else ("optimizer_state_dict",)
+        path = _optimizer_path(template)
         values[str(path[0])] = _optimizer(checkpoint, template, path)
     if (buffers := told(checkpoint)) is not None:
         values[BUFFERS] = buffers
@@ -67,11 +68,25 @@ def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
     return Plan(files=(file,), notes=tuple(dict.fromkeys(notes)), checks=checkpoint.checks)
 
 
-def keys_of(checkpoint: Checkpoint) -> tuple[str, str]:
-    """The keys of the weights and of the optimizer's state in the file that `plan` makes."""
+def keys_of(checkpoint: Checkpoint) -> Places:
+    """Where the parts lie in the file that `plan` makes."""
     found = _template(checkpoint)
-    optimizer = str(found.optimizer[0]) if found is not None and found.optimizer else "optimizer_state_dict"
-    return found.weights if found is not None else "model_state_dict", optimizer
+    return Places(
+        weights=(found.weights if found is not None else "model_state_dict",),
+        optimizer=_optimizer_path(found),
+        scheduler=_place(checkpoint, found, "scheduler"),
+    )
+
+
+def _optimizer_path(template: Template | None) -> Path:
+    return template.optimizer if template and template.optimizer else ("optimizer_state_dict",)
+
+
+def _place(checkpoint: Checkpoint, template: Template | None, field: str) -> Path:
+    """Where a field of Training lies: in the place that it had in the file that was read, if one was."""
+    usual = (COUNTERS.get(field, field),)
+    path = checkpoint.training.keys.get(field, usual)
+    return path if template is not None or len(path) > 1 else usual
 
 
 def _template(checkpoint: Checkpoint) -> Template | None:
@@ -214,10 +229,8 @@ def _rest(
             notes.append(f"'{escape(key)}' among the client's values is not written: the name is taken")
         del out[key]
     for field, value in state.stated.items():
-        usual = COUNTERS.get(field, field)
         if value not in (None, {}, []):
-            path = state.keys.get(field, (usual,))
-            out = put(out, path if template is not None or len(path) > 1 else (usual,), value)
+            out = put(out, _place(checkpoint, template, field), value)
     return out
 
 
