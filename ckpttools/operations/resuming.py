@@ -41,6 +41,11 @@ def single_file(checkpoint: Checkpoint, dst: Location, keys: Places) -> Iterator
     yield f"model.load_state_dict({_item('saved', keys.weights)}{loose})"
     if checkpoint.groups:
         yield f"optimizer.load_state_dict({_item('saved', keys.optimizer)})"
+    elif _loads_by_position(at(checkpoint.client, *keys.optimizer)):
+        yield (
+            f"optimizer.load_state_dict({_item('saved', keys.optimizer)})"
+            "  # by position: of the same parameters, in the same order"
+        )
     yield from _schedule(checkpoint.training.scheduler, _item("saved", keys.scheduler))
 
 
@@ -74,6 +79,13 @@ def _asked(scheduler: Value) -> str:
 
 def _item(name: str, path: Path) -> str:
     return name + "".join(f"[{key!r}]" for key in path)
+
+
+def _loads_by_position(value: Value) -> bool:
+    """Whether Optimizer.load_state_dict takes it: state by numbers, and groups that list the numbers."""
+    groups = at(value, "param_groups")
+    listed = isinstance(groups, list) and all(isinstance(at(group, "params"), list) for group in groups)
+    return listed and isinstance(at(value, "state"), Mapping)
 
 
 def _schedule(saved: Value, item: str, load: str = "") -> Iterator[str]:

@@ -132,6 +132,18 @@ def test_a_list_of_one_optimizer_is_loaded(tmp_path: Path) -> None:
         assert identical(each["exp_avg"], state[i]["exp_avg"]), i
 
 
+def test_an_optimizer_without_names_is_loaded_by_its_place(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.AdamW([{"params": model.last.weight}, {"params": model.first.weight}])
+    trained(model, optimizer, 3)
+    made = convert(saved(tmp_path / "run.pt", model, optimizer), tmp_path / "out.pt", to="pt")
+    assert any("whose parameters have no names" in note for note in made.notes)
+    again = Net()
+    fresh = torch.optim.AdamW([{"params": again.last.weight}, {"params": again.first.weight}])
+    carried_out(made.next[1:], model=again, optimizer=fresh)
+    assert trained(again, fresh, 2) == trained(model, optimizer, 2)
+
+
 def test_a_distributed_checkpoint_is_asked_for_by_its_own_keys(tmp_path: Path) -> None:
     made = convert(FIXTURES / "dcp/app_ws2", tmp_path / "out", to="dcp")
     net, optimizer = dcp_job.build(["plain"])
