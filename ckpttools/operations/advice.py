@@ -62,11 +62,15 @@ def distributed(
     *,
     partial: bool = False,
     optimizer: bool = True,
+    stateless: bool = False,
 ) -> str:
     """The code that loads a distributed checkpoint, by the layout of its state (formats.dcp.roles), `partial`
-    where what is frozen is not in it, `optimizer` where the state of one is.
+    where what is frozen is not in it, `optimizer` where the state of one is, `stateless` where parameters of
+    it have none.
     """
     path = repr(str(dst))
+    planner = ", planner=torch.distributed.checkpoint.DefaultLoadPlanner(allow_partial_load=True)"
+    planner = planner if stateless else ""
     strict = ", options=StateDictOptions(strict=False)" if partial else ""
     if variant == "accelerate":
         return (
@@ -89,7 +93,7 @@ def distributed(
     return (
         f"model_state, optim_state = get_state_dict(model, optimizer{options}); "
         f"torch.distributed.checkpoint.load({both}, "
-        f"checkpoint_id={path}); set_state_dict(model, optimizer, model_state_dict=model_state, "
+        f"checkpoint_id={path}{planner}); set_state_dict(model, optimizer, model_state_dict=model_state, "
         f"optim_state_dict=optim_state{options})"
     )
 

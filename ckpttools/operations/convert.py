@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from ckpttools import frameworks
 from ckpttools.checkpoint import EXCLUDES_FROZEN, STEP, Checkpoint, Layout, ParamGroup
 from ckpttools.checks import check_before_use
-from ckpttools.errors import CkptError, Unsupported, UsageError, escape
+from ckpttools.errors import CkptError, Unsupported, UsageError, escape, some
 from ckpttools.formats import FORMATS, PLANS, Source, read, refuse_rank_local, torch_optimizer
 from ckpttools.formats.configs import DIFFUSERS, HEADS
 from ckpttools.formats.deepspeed import SLICED, slices
@@ -162,6 +162,7 @@ def convert(
                 checkpoint = replace(checkpoint, template=None)
             checkpoint = _single(checkpoint, target)
             plan = PLANS[to](checkpoint, layout)
+            notes += _stateless(resuming.without_state(checkpoint))
             keys = _keys(to, checkpoint, layout)
             lines = resuming.distributed(checkpoint, dcp_layout, dst, keys)
         case "hf":
@@ -249,6 +250,15 @@ def _keys(to: str, checkpoint: Checkpoint, layout: Layout) -> Places:
     """Where the parts lie in what is made."""
     (keys,) = (format.keys for format in FORMATS if format.keys is not None and to in format.targets)
     return keys(checkpoint, layout)
+
+
+def _stateless(names: tuple[str, ...]) -> Iterator[str]:
+    """What torch makes of a folder without the state of parameters that its optimizer trains."""
+    if names:
+        yield (
+            f"no optimizer state for {some(names)}, without a gradient so far: torch asks for it, and fails "
+            "without allow_partial_load, which leaves what a new optimizer has there, with a step of 1"
+        )
 
 
 def _check_usage(

@@ -53,7 +53,8 @@ def distributed(checkpoint: Checkpoint, variant: str | None, dst: Location, keys
     """torch.distributed.checkpoint.load of the layout `variant`."""
     partial = bool(checkpoint.left_out) or checkpoint.excludes_frozen
     optimizer = finds_state(checkpoint)
-    yield advice.distributed(variant, dst, keys, partial=partial, optimizer=optimizer)
+    stateless = bool(without_state(checkpoint))
+    yield advice.distributed(variant, dst, keys, partial=partial, optimizer=optimizer, stateless=stateless)
     scheduler = checkpoint.training.scheduler
     if variant in (None, "nested", "flat") and scheduler:  # the others keep it in files of their own
         load = (
@@ -188,6 +189,19 @@ def _is_literal(value: Value) -> bool:
         isinstance(leaf, Opaque | TensorRef) or (isinstance(leaf, float) and not isfinite(leaf))
         for _, leaf in leaves(value)
     )
+
+
+def without_state(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The parameters for which the optimizer has kept nothing, where it keeps something for others like them:
+    they never got a gradient.
+    """
+    out: list[str] = []
+    for group in checkpoint.groups if finds_state(checkpoint) else ():
+        kinds = (*group.scalars.values(), *(refs for kind, refs in group.state.items() if kind != FP32))
+        held = {name for names in kinds for name in names}
+        # SGD without momentum keeps none
+        out += [n for n in group.params if n not in held and (held or group.hyper.get("momentum") != 0)]
+    return tuple(out)
 
 
 def finds_state(checkpoint: Checkpoint) -> bool:

@@ -153,6 +153,22 @@ def test_a_distributed_checkpoint_is_asked_for_by_its_own_keys(tmp_path: Path) -
     assert dcp_job.train(net, optimizer, 3, 5) == pytest.approx(expected, rel=2e-6)
 
 
+@pytest.mark.parametrize("layout", [None, "flat"])
+def test_parameters_without_a_gradient_do_not_stop_torch(layout: Any, tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.01)
+    trained(model, optimizer, 3)
+    source = saved(tmp_path / "run.pt", model, optimizer)
+    made = convert(source, tmp_path / "out", to="dcp", dcp_layout=layout)
+    (note,) = (note for note in made.notes if "without a gradient" in note)
+    assert "unused.weight, unused.bias" in note and "a step of 1" in note
+    again = Net()
+    fresh = torch.optim.AdamW(again.named_parameters())
+    carried_out(made.next[1:], model=again, optimizer=fresh)
+    assert fresh.state[again.unused.bias]["step"] == 1 and not fresh.state[again.unused.bias]["exp_avg"].any()
+    assert trained(again, fresh, 2) == trained(model, optimizer, 2)
+
+
 @pytest.mark.parametrize("to", ["pt", "dcp"])
 def test_a_schedule_of_deepspeeds_is_not_given_to_torchs(to: Any, tmp_path: Path) -> None:
     from deepspeed.runtime.lr_schedules import WarmupLR
