@@ -21,7 +21,7 @@ from ckpttools.formats.notes import by_name, counts, not_read
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
 from ckpttools.operations.beside import left_behind
-from ckpttools.operations.convertible import needs_names, needs_state, refuse_unnamed
+from ckpttools.operations.convertible import lacks, needs_names, needs_state, refuse_unnamed
 from ckpttools.operations.deepspeed_folder import UNIVERSAL, moments, prepared
 from ckpttools.operations.deepspeed_folder import plan as folder_plan
 from ckpttools.operations.extract import with_config
@@ -144,6 +144,9 @@ def convert(
         notes += by_name(checkpoint.client, {*names}, options)
     if to in ("pt", "dcp"):
         notes += _replaced(checkpoint)
+    lacking = None if reset_optimizer or to not in ("pt", "dcp") else lacks(checkpoint)
+    if lacking is not None:
+        notes.append(f"{lacking}: no torch optimizer goes on from that, and no line below loads it")
     target = dtype_named(dtype)
     ranks = world_size or checkpoint.layout.ranks or checkpoint.layout.dp_degree
     match to:
@@ -152,7 +155,7 @@ def convert(
             layout = Layout(format="pt")
             plan = PLANS[to](checkpoint, layout)
             keys = _keys(to, checkpoint, layout)
-            lines = resuming.single_file(checkpoint, dst, keys)
+            lines = resuming.single_file(checkpoint, dst, keys, optimizer=lacking is None)
         case "dcp":
             layout = Layout(format="dcp", dp_degree=world_size or 1, mesh=sizes, variant=dcp_layout)
             if world_size is not None:
@@ -164,7 +167,7 @@ def convert(
             plan = PLANS[to](checkpoint, layout)
             notes += _stateless(resuming.without_state(checkpoint))
             keys = _keys(to, checkpoint, layout)
-            lines = resuming.distributed(checkpoint, dcp_layout, dst, keys)
+            lines = resuming.distributed(checkpoint, dcp_layout, dst, keys, optimizer=lacking is None)
         case "hf":
             checkpoint = weights_only(checkpoint)
             checkpoint = cast(checkpoint, target) if target is not None else checkpoint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckpttools.checkpoint import FP32, Checkpoint
+from ckpttools.checkpoint import FP32, STEP, Checkpoint
 from ckpttools.errors import Unsupported, escape
 from ckpttools.formats import torch_optimizer
 from ckpttools.formats.counters import OPTIMIZER
@@ -24,11 +24,23 @@ def needs_names(checkpoint: Checkpoint) -> None:
     )
 
 
+def lacks(checkpoint: Checkpoint) -> str | None:
+    """What the state of the optimizer lacks for any optimizer to go on from it, None where it has all."""
+    lacking = ["settings (lr, betas ...)"] * _unset(checkpoint) + ["a count of steps"] * _uncounted(
+        checkpoint
+    )
+    if lacking:
+        return f"the optimizer has state without {' and '.join(lacking)}"
+    if (done := _forgotten(checkpoint)) is not None:
+        return f"the optimizer has settings and no state after {done} steps"
+    return None
+
+
 def needs_state(checkpoint: Checkpoint) -> None:
     """Refuse groups of an optimizer that keeps moments, without any after steps were made, and moments
     without settings: DeepSpeed takes the groups from the file as they are.
     """
-    if any(group.state.keys() - {FP32} and not group.hyper for group in checkpoint.groups):
+    if _unset(checkpoint):
         raise Unsupported(
             "state-incomplete",
             "the optimizer has state and no settings (lr, betas ...)",
@@ -37,11 +49,7 @@ def needs_state(checkpoint: Checkpoint) -> None:
             hint="--like CHECKPOINT takes them from a checkpoint of the run that goes on; --reset-optimizer "
             "begins optimizer and schedule anew",
         )
-    done = (checkpoint.training.step or 0) - (checkpoint.training.skipped_steps or 0)
-    groups = [group for group in checkpoint.groups if group.params]
-    if done <= 0 or not groups or not all("betas" in group.hyper for group in groups):
-        return
-    if not any(group.scalars or group.state.keys() - {FP32} for group in groups):
+    if (done := _forgotten(checkpoint)) is not None:
         raise Unsupported(
             "state-incomplete",
             f"the optimizer has settings and no state after {done} steps",
@@ -49,6 +57,30 @@ def needs_state(checkpoint: Checkpoint) -> None:
             why="DeepSpeed would begin its moments anew in the middle of a schedule, without a word",
             hint="use a checkpoint that holds it; --reset-optimizer begins optimizer and schedule anew",
         )
+
+
+def _unset(checkpoint: Checkpoint) -> bool:
+    """Whether there are moments without settings."""
+    return any(group.state.keys() - {FP32} and not group.hyper for group in checkpoint.groups)
+
+
+def _uncounted(checkpoint: Checkpoint) -> bool:
+    """Whether there are Adam's moments, and neither a parameter nor its group has the step."""
+    return any(
+        {"exp_avg", "exp_avg_sq"} <= group.state.keys() - group.idle
+        and STEP not in group.scalars
+        and STEP not in group.hyper
+        for group in checkpoint.groups
+    )
+
+
+def _forgotten(checkpoint: Checkpoint) -> int | None:
+    """The steps after which an optimizer that keeps moments has none; None where it has, or made no step."""
+    done = (checkpoint.training.step or 0) - (checkpoint.training.skipped_steps or 0)
+    groups = [group for group in checkpoint.groups if group.params]
+    if done <= 0 or not groups or not all("betas" in group.hyper for group in groups):
+        return None
+    return None if any(group.scalars or group.state.keys() - {FP32} for group in groups) else done
 
 
 def refuse_unnamed(checkpoint: Checkpoint) -> None:

@@ -33,13 +33,15 @@ ALLOWED = re.compile(
 )
 
 
-def single_file(checkpoint: Checkpoint, dst: Location, keys: Places) -> Iterator[str]:
-    """torch.load and load_state_dict."""
+def single_file(
+    checkpoint: Checkpoint, dst: Location, keys: Places, *, optimizer: bool = True
+) -> Iterator[str]:
+    """torch.load and load_state_dict; without `optimizer` no line loads its state."""
     yield from _own_classes(checkpoint, dst)
     yield f"saved = torch.load({str(dst)!r}, weights_only=True)"
     loose = ", strict=False" if checkpoint.excludes_frozen or checkpoint.left_out else ""
     yield f"model.load_state_dict({_item('saved', keys.weights)}{loose})"
-    if checkpoint.groups:
+    if checkpoint.groups and optimizer:
         yield f"optimizer.load_state_dict({_item('saved', keys.optimizer)})"
     elif _loads_by_position(at(checkpoint.client, *keys.optimizer)):
         yield (
@@ -49,10 +51,12 @@ def single_file(checkpoint: Checkpoint, dst: Location, keys: Places) -> Iterator
     yield from _schedule(checkpoint.training.scheduler, _item("saved", keys.scheduler))
 
 
-def distributed(checkpoint: Checkpoint, variant: str | None, dst: Location, keys: Places) -> Iterator[str]:
-    """torch.distributed.checkpoint.load of the layout `variant`."""
+def distributed(
+    checkpoint: Checkpoint, variant: str | None, dst: Location, keys: Places, *, optimizer: bool = True
+) -> Iterator[str]:
+    """torch.distributed.checkpoint.load of the layout `variant`; without `optimizer` no line loads it."""
     partial = bool(checkpoint.left_out) or checkpoint.excludes_frozen
-    optimizer = finds_state(checkpoint)
+    optimizer = optimizer and finds_state(checkpoint)
     stateless = bool(without_state(checkpoint))
     yield advice.distributed(variant, dst, keys, partial=partial, optimizer=optimizer, stateless=stateless)
     scheduler = checkpoint.training.scheduler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 from collections.abc import Iterable, Mapping
@@ -167,6 +168,27 @@ def test_parameters_without_a_gradient_do_not_stop_torch(layout: Any, tmp_path: 
     carried_out(made.next[1:], model=again, optimizer=fresh)
     assert fresh.state[again.unused.bias]["step"] == 1 and not fresh.state[again.unused.bias]["exp_avg"].any()
     assert trained(again, fresh, 2) == trained(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("to", ["pt", "dcp"])
+def test_no_line_loads_state_that_no_optimizer_goes_on_from(to: Any, tmp_path: Path) -> None:
+    """Megatron's, whose settings and step lie elsewhere."""
+    made = convert(FIXTURES / "megatron/iter_0000003", tmp_path / "out", to=to)
+    lacking = "state without settings (lr, betas ...) and a count of steps"
+    assert any(lacking in note for note in made.notes), made.notes
+    assert not any("optimizer.load" in line or "optim_state" in line for line in made.next)
+    if to == "dcp":
+        return
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        theirs = torch.load(made.destination, weights_only=True)
+        model = shell(theirs["model_state_dict"])
+        carried_out(made.next[1:], model=model)
+    for name, weight in model.state_dict().items():
+        assert identical(weight, theirs["model_state_dict"][name]), name
+    groups = [{"params": [model.get_parameter(n) for n in group["param_names"]]}
+              for group in theirs["optimizer_state_dict"]["param_groups"]]  # fmt: skip
+    with pytest.raises(KeyError, match="step"):
+        torch.optim.AdamW(groups).load_state_dict(theirs["optimizer_state_dict"])
 
 
 @pytest.mark.parametrize("to", ["pt", "dcp"])
