@@ -90,6 +90,7 @@ CLASSES: Mapping[str, Class] = {
         needs=frozenset(("momentum_buffer",)),
     ),
 }
+_COUPLED = "weight decay was part of the gradients: make {} with adam_w_mode=False, or it is decoupled"
 # what AdamW and FusedAdam read: each ignores what only the other does
 _ANY_ADAM = Class(defaults={**_ADAM, "bias_correction": True})
 
@@ -112,13 +113,23 @@ def for_class(checkpoint: Checkpoint, name: str | None = None) -> Checkpoint:
     groups = checkpoint.groups
     if name is not None:
         groups = tuple(_kept_by(checkpoint, name, group) for group in groups)
-        checkpoint = replace(checkpoint, optimizer=None if checkpoint.optimizer is None else name)
+        optimizer = None if checkpoint.optimizer is None else name
+        notes = (*checkpoint.notes, *[_COUPLED.format(name)] * any(_coupled(each, name) for each in groups))
+        checkpoint = replace(checkpoint, optimizer=optimizer, notes=notes)
     return replace(checkpoint, groups=tuple(_complete(group, name) for group in groups))
 
 
 def _kept_by(checkpoint: Checkpoint, name: str, group: ParamGroup) -> ParamGroup:
     """The group with its state as the class calls it."""
     cls = CLASSES[name]
+    if group.hyper.get("maximize") and "maximize" not in cls.defaults:
+        raise Unsupported(
+            "optimizer-differs",
+            f"a group has maximize, which {name} does not read",
+            where=checkpoint.path,
+            why="its updates would go the other way: what was maximised would be minimised from there on",
+            hint="name the class that the state is of, or leave the option out",
+        )
 
     def called(kind: str) -> str:
         return cls.renamed.get(kind, kind) if cls.renamed.get(kind) not in group.state else kind
@@ -134,6 +145,14 @@ def _kept_by(checkpoint: Checkpoint, name: str, group: ParamGroup) -> ParamGroup
             hint="name the class that the state is of, or begin anew: --reset-optimizer",
         )
     return replace(group, state=state)
+
+
+def _coupled(group: ParamGroup, name: str) -> bool:
+    """Whether a group's weight decay is part of its gradients, and the class goes by how it is made: its
+    adam_w_mode is True by default, and no setting of groups (deepspeed/ops/adam, fused_adam and cpu_adam).
+    """
+    decays = group.hyper.get("decoupled_weight_decay") is False and bool(group.hyper.get("weight_decay"))
+    return decays and name in ("FusedAdam", "DeepSpeedCPUAdam")
 
 
 def _shown(kinds: Collection[str]) -> str:

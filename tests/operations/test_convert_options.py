@@ -728,6 +728,26 @@ def test_a_class_that_keeps_other_state_is_refused(name: str, tmp_path: Path) ->
     convert(SAMPLES / "z2_bf16_ws2", tmp_path / "x", to="zero2", optimizer_class=name, reset_optimizer=True)
 
 
+@pytest.mark.parametrize("name", ["FusedAdam", "DeepSpeedCPUAdam", "Adam"])
+def test_a_class_that_does_not_read_maximize_is_refused(name: str, tmp_path: Path) -> None:
+    """Nor what torch's Adam does with weight decay: that is said, as the class may be made for it."""
+    model = net()
+    for maximize, decay in ((True, 0.0), (False, 0.1), (False, 0.0)):
+        optimizer = torch.optim.Adam(model.named_parameters(), maximize=maximize, weight_decay=decay)
+        trained(optimizer, model)
+        source = saved(tmp_path / "a.pt", model, optimizer)
+        dst = tmp_path / f"{maximize}{decay}"
+        if maximize and name != "Adam":
+            with pytest.raises(CkptError) as caught:
+                convert(source, dst, to="zero2", world_size=2, optimizer_class=name)
+            assert caught.value.id == "optimizer-differs" and "maximize" in caught.value.message
+            assert not dst.exists()
+            continue
+        made = convert(source, dst, to="zero2", world_size=2, optimizer_class=name)
+        told = any(f"make {name} with adam_w_mode=False" in note for note in made.notes)
+        assert told == (bool(decay) and name != "Adam")
+
+
 @pytest.mark.parametrize("to", FOLDERS)
 def test_quantised_state_is_refused_by_name(to: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
