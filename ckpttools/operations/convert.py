@@ -21,7 +21,7 @@ from ckpttools.formats.notes import by_name, counts, not_read
 from ckpttools.location import Location
 from ckpttools.operations import advice, kept, resuming
 from ckpttools.operations.beside import left_behind
-from ckpttools.operations.convertible import lacks, needs_names, needs_state, refuse_unnamed
+from ckpttools.operations.convertible import lacks, needs_names, needs_state, needs_weights, refuse_unnamed
 from ckpttools.operations.deepspeed_folder import UNIVERSAL, moments, prepared
 from ckpttools.operations.deepspeed_folder import plan as folder_plan
 from ckpttools.operations.extract import with_config
@@ -134,6 +134,8 @@ def convert(
         notes += [f"the prefix '{removed}' of every name was removed"] if removed else []
     if to not in ("pt", "hf") and not reset_optimizer:
         needs_names(checkpoint)
+    if to not in ("dcp", "hf"):
+        needs_weights(checkpoint)
     if to in PREPARED and not reset_optimizer:
         needs_state(checkpoint)
     if to.startswith("zero") or to == UNIVERSAL or world_size is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ckpttools.checkpoint import FP32, STEP, Checkpoint
-from ckpttools.errors import Unsupported, escape
+from ckpttools.errors import CkptError, Unsupported, escape, some
 from ckpttools.formats import torch_optimizer
 from ckpttools.formats.counters import OPTIMIZER
+from ckpttools.transforms.select import without_weights
 
 
 def needs_names(checkpoint: Checkpoint) -> None:
@@ -22,6 +23,22 @@ def needs_names(checkpoint: Checkpoint) -> None:
         why="it numbers them, and master weights and state are saved by name",
         hint=f"{order if saved is not None else ''}--reset-optimizer leaves the state out",
     )
+
+
+def needs_weights(checkpoint: Checkpoint) -> None:
+    """Refuse optimizer state of weights that are not there: accelerate's and others' folders of it alone."""
+    best = checkpoint.best_copies()
+    lacking = [name for group in checkpoint.groups for name in group.params if name not in best]
+    if not best:
+        raise without_weights(checkpoint)
+    if lacking:
+        raise CkptError(
+            "tensor-missing",
+            f"the optimizer trains {some(lacking)}, and there is no weight of that name",
+            where=checkpoint.path,
+            why="weights and state would be of different models",
+            hint="copy all files of the checkpoint again, from one save; or --reset-optimizer",
+        )
 
 
 def lacks(checkpoint: Checkpoint) -> str | None:

@@ -170,13 +170,7 @@ def weights_only(checkpoint: Checkpoint, source: Copy | None = None) -> Checkpoi
         short = (BFLOAT16, FLOAT16)
         tensors = {name: ref.cast(FLOAT32) if ref.dtype in short else ref for name, ref in best.items()}
     if not tensors:
-        raise UsageError(
-            "nothing-selected",
-            "the checkpoint holds no weights, only the optimizer's state",
-            where=checkpoint.path,
-            why="weights lie in other files of the same save",
-            hint="name the folder or the file that holds the model",
-        )
+        raise without_weights(checkpoint)
     if checkpoint.groups:
         scaler = " and the loss scaler" if checkpoint.loss_scaler else ""
         notes.append(f"not carried: the optimizer's state{scaler} (weights only)")
@@ -188,4 +182,14 @@ def weights_only(checkpoint: Checkpoint, source: Copy | None = None) -> Checkpoi
         loss_scaler={},
         layout=replace(checkpoint.layout, dtype=common_dtype(tensors)),
         notes=tuple(notes),
+    )
+
+
+def without_weights(checkpoint: Checkpoint) -> UsageError:
+    return UsageError(
+        "nothing-selected",
+        "the checkpoint holds no weights, only the optimizer's state",
+        where=checkpoint.path,
+        why="weights lie in other files of the same save",
+        hint="name the folder or the file that holds the model",
     )

@@ -1240,3 +1240,11 @@ def test_the_state_of_an_owner_that_is_left_out_is_the_heirs(to: Any, tmp_path: 
         new = torch.optim.AdamW(rest.values(), lr=0.1)
         new.load_state_dict(state)
         assert all(torch.equal(new.state[p]["exp_avg"], optimizer.state[p]["exp_avg"]) for p in rest.values())
+
+
+@pytest.mark.parametrize("to", [*FOLDERS, "pt", "hf"])
+def test_state_without_weights_becomes_nothing_else(to: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        convert(FIXTURES / "dcp/accelerate_ws2/optimizer_0", tmp_path / "made", to=to)
+    assert caught.value.id == "nothing-selected" and "no weights" in caught.value.message
+    assert not list(tmp_path.iterdir())
