@@ -18,29 +18,15 @@ from ckpttools.checkpoint import PARAM_NAMES, Checkpoint, ParamGroup
 from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode
 from ckpttools.containers.torch_file import read_torch_file
-from ckpttools.errors import CkptError, escape, some
+from ckpttools.errors import CkptError, escape
 from ckpttools.formats import Source
-from ckpttools.formats.locate import SIDE_FILES
 from ckpttools.plan import SourceCheck
-from ckpttools.stores.files import entries, is_file, is_folder
 from ckpttools.stores.links import within
 from ckpttools.tensors import TensorRef
 from ckpttools.training import Place
 from ckpttools.tree import Key, Value, dotted, leaves
 
 Opened = tuple[Source, Checkpoint]
-
-
-def left_behind(source: Source) -> Iterator[str]:
-    """A note that names the files of the run in a checkpoint's folder and in those around it: of what they
-    hold, a new checkpoint has the counters at most.
-    """
-    above = (source.target, *source.target.parents)
-    around = (folder for folder in above if source.root in (folder, *folder.parents))
-    found = (entry for folder in around if is_folder(folder) for entry in entries(folder))
-    names = {entry.name for entry in found if is_file(entry)}
-    if held := sorted(name for name in names if SIDE_FILES.fullmatch(name) or name in frameworks.STATED):
-        yield f"not carried: {some(held, 12)}, the run's files beside the weights"
 
 
 def unnamed(source: Source, checkpoint: Checkpoint) -> tuple[str, ...]:

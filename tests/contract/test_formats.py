@@ -17,7 +17,7 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.execute import execute
 from ckpttools.formats import FORMATS, PLANS, Format, counters, locate, open_checkpoint, read
 from ckpttools.formats.deepspeed import NEW_SCALER
-from ckpttools.operations.convert import TARGETS
+from ckpttools.operations.request import TARGETS
 from ckpttools.training import Training
 from ckpttools.transforms.select import weights_only
 from ckpttools.tree import Value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -21,8 +22,9 @@ from ckpttools.checks import verify
 from ckpttools.errors import CkptError, UsageError
 from ckpttools.findings import ERROR, WARNING
 from ckpttools.formats import open_checkpoint
-from ckpttools.operations.convert import TARGETS, convert
+from ckpttools.operations.convert import convert
 from ckpttools.operations.digest import digest
+from ckpttools.operations.request import TARGETS
 from ckpttools.operations.reshard import reshard
 from ckpttools.operations.writing import Writing
 from ckpttools.tensors import TensorRef
@@ -1161,6 +1163,7 @@ def test_files_of_the_run_beside_the_weights_are_named(to: Any, tmp_path: Path) 
         ),
         ("accelerate/deepspeed", "random_states_0.pkl, scheduler.bin"),
         ("bundle/checkpoint-200", "training_info.json"),
+        ("accelerate/deepspeed/pytorch_model", "random_states_0.pkl, scheduler.bin"),
     ],
 )
 def test_files_of_the_run_around_a_tag_folder_are_named(
@@ -1173,6 +1176,18 @@ def test_files_of_the_run_around_a_tag_folder_are_named(
     assert [note for note in made.notes if "the run's files" in note] == [said]
     again = reshard(FIXTURES / source, world_size=2, how=Writing(dry_run=True))
     assert not any("the run's files" in note for note in again.notes)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_around_a_tag_that_may_not_be_listed_is_named(tmp_path: Path) -> None:
+    save = shutil.copytree(FIXTURES / "accelerate/deepspeed", tmp_path / "save")
+    save.chmod(0o311)
+    try:
+        made = convert(save / "pytorch_model", tmp_path / "x", to="pt", digest=False)
+    finally:
+        save.chmod(0o755)
+    said = f"unknown whether files of the run lie in {save}: the folder may not be listed"
+    assert said in made.notes
 
 
 @pytest.mark.parametrize("to", ["zero2", "pt", "dcp", "hf"])

@@ -23,7 +23,8 @@ from support import FIXTURES, as_torch, identical, truth_of
 from ckpttools.errors import Unsupported
 from ckpttools.execute import execute
 from ckpttools.formats import open_checkpoint, zero3
-from ckpttools.operations.convert import TARGETS, convert
+from ckpttools.operations.convert import convert
+from ckpttools.operations.request import TARGETS
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 SAMPLES = FIXTURES / "deepspeed-0.19.8"

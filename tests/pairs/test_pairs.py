@@ -23,8 +23,9 @@ from ckpttools.compare.digests import shown
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.formats import Source, open_checkpoint
 from ckpttools.operations import convert as operation
-from ckpttools.operations.convert import TARGETS, convert
+from ckpttools.operations.convert import convert
 from ckpttools.operations.digest import Digested, compare, digest
+from ckpttools.operations.request import TARGETS
 
 from . import sources
 
