@@ -84,7 +84,7 @@ def distributed(
             "model_state = get_model_state_dict(model); "
             f"torch.distributed.checkpoint.load({nested({keys.weights: 'model_state'})}, "
             f"checkpoint_id={path}); "
-            f"set_model_state_dict(model, model_state{strict}), and a new optimizer"
+            f"set_model_state_dict(model, model_state{strict})  # with a new optimizer"
         )
     asked = {"flatten_optimizer_state_dict": variant == "flat", "ignore_frozen_params": partial}
     wanted = [f"{key}=True" for key, value in asked.items() if value] + ["strict=False"] * partial

@@ -43,11 +43,9 @@ def single_file(
     yield f"model.load_state_dict({_item('saved', keys.weights)}{loose})"
     if checkpoint.groups and optimizer:
         yield f"optimizer.load_state_dict({_item('saved', keys.optimizer)})"
-    elif _loads_by_position(at(checkpoint.client, *keys.optimizer)):
-        yield (
-            f"optimizer.load_state_dict({_item('saved', keys.optimizer)})"
-            "  # by position: of the same parameters, in the same order"
-        )
+    else:
+        held = {key: checkpoint.client[key] for key in checkpoint.unnamed}
+        yield from _by_position([f"saved{path}" for path in _paths(held)])
     yield from _schedule(checkpoint.training.scheduler, _item("saved", keys.scheduler))
 
 
@@ -86,11 +84,28 @@ def _item(name: str, path: Path) -> str:
     return name + "".join(f"[{key!r}]" for key in path)
 
 
-def _loads_by_position(value: Value) -> bool:
-    """Whether Optimizer.load_state_dict takes it: state by numbers, and groups that list the numbers."""
+def _by_position(states: list[str]) -> Iterator[str]:
+    """What loads the optimizers whose states these expressions are."""
+    said = "  # by position: of the same parameters, in the same order"
+    if len(states) == 1:
+        yield f"optimizer.load_state_dict({states[0]}){said}"
+    elif states:
+        each = f"for optimizer, state in zip(optimizers, ({', '.join(states)}))"
+        yield f"{each}: optimizer.load_state_dict(state){said}"
+
+
+def _paths(value: Value, depth: int = 3) -> Iterator[str]:
+    """The places, as code, of what Optimizer.load_state_dict takes: state and groups, both by numbers."""
     groups = at(value, "param_groups")
-    listed = isinstance(groups, list) and all(isinstance(at(group, "params"), list) for group in groups)
-    return listed and isinstance(at(value, "state"), Mapping)
+    if isinstance(groups, list) and isinstance(at(value, "state"), Mapping):
+        if all(isinstance(at(group, "params"), list) for group in groups):
+            yield ""
+        return
+    inner = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, each in inner if depth else ():
+        yield from (f"[{key!r}]{path}" for path in _paths(each, depth - 1))
 
 
 def _schedule(saved: Value, item: str, load: str = "") -> Iterator[str]:

@@ -67,7 +67,7 @@ def carried_out(lines: Iterable[str], **names: Any) -> dict[str, Any]:
     """The lines as they stand, where `names` are what training code has; what they leave behind."""
     after = {**vars(state_dict), "torch": torch, **names}
     for line in lines:
-        exec(line.removesuffix(", and a new optimizer"), after)
+        exec(line, after)
     return after
 
 
@@ -143,6 +143,26 @@ def test_an_optimizer_without_names_is_loaded_by_its_place(tmp_path: Path) -> No
     fresh = torch.optim.AdamW([{"params": again.last.weight}, {"params": again.first.weight}])
     carried_out(made.next[1:], model=again, optimizer=fresh)
     assert trained(again, fresh, 2) == trained(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("kept", ["keys", "list", "dict"])
+def test_several_optimizers_are_loaded_by_their_places(kept: str, tmp_path: Path) -> None:
+    model = Net()
+    optimizers = [torch.optim.AdamW([each.weight]) for each in (model.last, model.first)]
+    for optimizer in optimizers:
+        trained(model, optimizer, 2)
+    last, first = (optimizer.state_dict() for optimizer in optimizers)
+    states = {
+        "keys": {"optimizer_b": last, "optimizer_a": first},
+        "list": {"optimizer_states": [last, first]},
+        "dict": {"optimizers": {"b": last, "a": first}},
+    }
+    torch.save({"model_state_dict": model.state_dict(), **states[kept]}, tmp_path / "run.pt")
+    made = convert(tmp_path / "run.pt", tmp_path / "out.pt", to="pt")
+    again = Net()
+    fresh = [torch.optim.AdamW([each.weight]) for each in (again.last, again.first)]
+    carried_out(made.next[1:], model=again, optimizers=fresh)
+    assert [trained(again, each, 2) for each in fresh] == [trained(model, each, 2) for each in optimizers]
 
 
 def test_a_distributed_checkpoint_is_asked_for_by_its_own_keys(tmp_path: Path) -> None:
