@@ -1,9 +1,9 @@
 """Plain values as a checkpoint holds them, without loss: what every format reads into and writes from.
 
-A `Value` is None, bool, int, float, str, bytes, a tuple, a list, a dict (or OrderedDict) with str and int
-keys, a `TensorRef` for a tensor, or `Opaque` for anything else. Tuples stay tuples, a tensor of one element
-stays a tensor (with its dtype), and an object of an unknown class is carried for the format that can write
-it back.
+A `Value` is None, bool, int, float, str, bytes, a tuple, a list, a dict (OrderedDict, Counter) with str
+and int keys, a `TensorRef` for a tensor, or `Opaque` for anything else. Tuples stay tuples, a tensor of one
+element stays a tensor (with its dtype), and an object of an unknown class is carried for the format that can
+write it back.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ and is written back as it was read.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 
 from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping
@@ -14,7 +14,7 @@ from ckpttools.containers.torch_file import Storage, TorchFile, new_storage, ten
 from ckpttools.tensors import TensorRef, join_chunks
 from ckpttools.tree import MAX_DEPTH, At, AtTuple, Key, Opaque, Value, same
 
-ORDERED = Global("collections", "OrderedDict")
+ORDERED, COUNTER = Global("collections", "OrderedDict"), Global("collections", "Counter")
 
 
 def ordered(pairs: Iterable[tuple[Node, Node]]) -> Object:
@@ -78,6 +78,10 @@ class _Decoder:
                 return view.ref
             if node.cls == ORDERED and not (node.args or node.items or node.has_state) and keyed(node):
                 return OrderedDict((key, self.value(inner, depth)) for key, inner in node.pairs)
+            if node.cls == COUNTER and not (node.pairs or node.items or node.has_state):
+                (held,) = node.args if len(node.args) == 1 else (None,)
+                if isinstance(held, Dict) and keyed(held) and all(type(n) is int for _, n in held.pairs):
+                    return Counter(dict(held.pairs))
             return Opaque(node, str(node.cls) if isinstance(node.cls, Global) else "an object")
         return Opaque(node, str(node) if isinstance(node, Global) else f"a {type(node).__name__.lower()}")
 
@@ -98,6 +102,8 @@ def encode(value: Value, storages: dict[object, Storage] | None = None) -> Node:
             node = Object("reduce", ORDERED, ())
             node.pairs = [(key, encode(inner, storages)) for key, inner in value.items()]
             return node
+        case Counter():
+            return Object("reduce", COUNTER, (Dict.of(value.items()),))
         case Mapping():
             return Dict.of((key, encode(inner, storages)) for key, inner in value.items())
         case list():

@@ -7,6 +7,7 @@ deepspeed.initialize makes of it. Lines that name `engine` come after it was mad
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import isfinite
 from typing import Any
@@ -59,25 +60,41 @@ def distributed(
     yield advice.distributed(variant, dst, keys, partial=partial, optimizer=optimizer, stateless=stateless)
     scheduler = checkpoint.training.scheduler
     if variant in (None, "nested", "flat") and scheduler:  # the others keep it in files of their own
+        item = _item("state", keys.scheduler)
+        tensors = any(isinstance(leaf, TensorRef) for _, leaf in leaves(scheduler))
+        asked = "scheduler.state_dict()" if tensors else _asked(scheduler)
         load = (
-            f"state = {advice.nested({keys.scheduler: _asked(scheduler)})}; "
+            f"state = {advice.nested({keys.scheduler: asked})}; "
             f"torch.distributed.checkpoint.load(state, checkpoint_id={str(dst)!r})"
         )
-        yield from _schedule(scheduler, _item("state", keys.scheduler), load)
+        yield from _schedule(scheduler, item, "; ".join((load, *_counters(scheduler, item))))
 
 
-def _asked(scheduler: Value) -> str:
-    """The code of what torch is asked for: the keys that are there, as another torch has others. What holds
-    dicts or tensors has to be as torch flattens it.
+def _asked(value: Value) -> str:
+    """The code of what torch is asked for: the keys that are there, as another torch has others, and as its
+    planner flattens what holds dicts.
     """
-    if isinstance(scheduler, list):
-        return "[each.state_dict() for each in schedulers]"
-    if any(isinstance(leaf, TensorRef) for _, leaf in leaves(scheduler)) or any(
-        isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(v, Mapping) for v in value))
-        for value in scheduler.values()
-    ):
-        return "scheduler.state_dict()"
-    return f"dict.fromkeys({[*map(str, scheduler)]})"
+    if isinstance(value, Mapping):
+        if not any(_is_entered(inner) for inner in value.values()):
+            return f"dict.fromkeys({[*map(str, value)]})"
+        return f"{{{', '.join(f'{str(key)!r}: {_asked(inner)}' for key, inner in value.items())}}}"
+    if _is_entered(value):
+        return f"[{', '.join(map(_asked, value))}]"
+    return "None"
+
+
+def _is_entered(value: Value) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(map(_is_entered, value)))
+
+
+def _counters(value: Value, item: str) -> Iterator[str]:
+    """Back to numbers what are texts in a distributed checkpoint: MultiStepLR's milestones."""
+    if isinstance(value, Counter):
+        pairs = f"{{int(key): times for key, times in {item}.items()}}"
+        yield f"{item} = collections.Counter({pairs})"
+    elif isinstance(value, Mapping | list):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _counters(inner, f"{item}[{key!r}]")
 
 
 def _item(name: str, path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import shlex
 from collections.abc import Iterable, Mapping
@@ -65,7 +66,7 @@ def test_each_can_be_carried_out(name: str, tmp_path: Path) -> None:
 
 def carried_out(lines: Iterable[str], **names: Any) -> dict[str, Any]:
     """The lines as they stand, where `names` are what training code has; what they leave behind."""
-    after = {**vars(state_dict), "torch": torch, **names}
+    after = {**vars(state_dict), "torch": torch, "collections": collections, **names}
     for line in lines:
         exec(line, after)
     return after
@@ -237,6 +238,9 @@ SCHEDULERS: dict[str, Any] = {
     "LambdaLR": lambda o: [lr_scheduler.LambdaLR(o, lambda epoch: 1 / (epoch + 1))],
     "SequentialLR": lambda o: [
         lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o), lr_scheduler.StepLR(o, 1)], [2])
+    ],
+    "SequentialLR of MultiStepLR": lambda o: [
+        lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o), lr_scheduler.MultiStepLR(o, [2, 2])], [2])
     ],
     "two": lambda o: [lr_scheduler.StepLR(o, 2), lr_scheduler.ExponentialLR(o, 0.9)],
 }

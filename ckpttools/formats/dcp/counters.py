@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +15,29 @@ from ckpttools.tree import Value, at, put
 
 # what the values may be; those of the others are whole numbers
 _KINDS: dict[str, tuple[type, ...]] = dict.fromkeys(("epoch", "train_loss", "val_loss"), (int, float))
+
+
+MILESTONES = "milestones"
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
+
+
+def with_milestones(value: Value) -> Value:
+    """With the milestones of each MultiStepLR in it as its class keeps them, a Counter of numbers.
+
+    torch's planner makes text of every key (torch/distributed/checkpoint/_traverse.py, 2.13), and a scheduler
+    that was given text would never lower its rate.
+    """
+    if isinstance(value, list):
+        return [with_milestones(inner) for inner in value]
+    if type(value) is not dict:
+        return value
+    made = {key: with_milestones(inner) for key, inner in value.items()}
+    stones = made.get(MILESTONES)
+    if type(stones) is dict and {"gamma", "last_epoch"} <= made.keys():
+        texts = [isinstance(key, str) and _NUMBER.fullmatch(key) for key in stones]
+        if all(texts) and all(type(times) is int for times in stones.values()):
+            made[MILESTONES] = Counter({int(key): times for key, times in stones.items()})
+    return made
 
 
 def training(client: Mapping[str, Value]) -> Training:

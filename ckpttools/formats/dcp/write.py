@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from ckpttools.checkpoint import EXCLUDES_FROZEN, FP32, PARAM_NAMES, Checkpoint, Layout, ParamGroup
 from ckpttools.errors import UsageError, escape, some
 from ckpttools.formats.buffers import BUFFERS, told
-from ckpttools.formats.dcp.counters import scheduler_key, with_state
+from ckpttools.formats.dcp.counters import MILESTONES, scheduler_key, with_state
 from ckpttools.formats.dcp.items import Writer
 from ckpttools.formats.dcp.megatron import FILE, MEGATRON
 from ckpttools.formats.dcp.metadata import Item, Metadata, Piece, Tensor, write_metadata
@@ -201,7 +201,7 @@ def _flattened(path: Keys, value: Value, notes: list[str]) -> Iterator[tuple[Key
     if isinstance(value, Mapping):
         if not value:
             notes.append(f"'{escape(_dotted(path))}' is an empty dict, which the format cannot hold")
-        if not all(isinstance(key, str) for key in value):
+        if path[-1] != MILESTONES and not all(isinstance(key, str) for key in value):
             notes.append(f"the keys of '{escape(_dotted(path))}' that are no text are written as text")
         for key, inner in value.items():
             yield from _flattened((*path, str(key)), inner, notes)

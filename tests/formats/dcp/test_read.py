@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from commands import run
 from support import FIXTURES, as_torch, identical, name_of
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.optim import lr_scheduler
 
 from ckpttools.checks import verify
 from ckpttools.errors import CkptError, Unsupported, UsageError
@@ -288,3 +291,50 @@ def test_a_tie_that_may_be_a_frozen_copy_is_said(tmp_path: Path) -> None:
     assert any("target.weight is taken for another name of online.weight" in note for note in found.notes)
     again = convert(tmp_path / "d", tmp_path / "e", to="dcp").destination
     assert not [note for note in open_checkpoint(again).notes if "taken for" in note]  # there they are one
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_milestones_that_torch_saved_as_text_are_numbers(nested: bool, tmp_path: Path) -> None:
+    """torch's planner makes text of every key, and a schedule with text for milestones keeps its rate."""
+    model = torch.nn.Linear(3, 2)
+
+    def anew() -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+        steps = lr_scheduler.MultiStepLR(optimizer, [3, 5, 5], 0.5)
+        if not nested:
+            return optimizer, steps
+        return optimizer, lr_scheduler.SequentialLR(
+            optimizer, [lr_scheduler.ConstantLR(optimizer), steps], [2]
+        )
+
+    def rates(
+        optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler, steps: int
+    ) -> list[float]:
+        found = []
+        for _ in range(steps):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            scheduler.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    optimizer, scheduler = anew()
+    rates(optimizer, scheduler, 4)
+    weights, state = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": state, "scheduler": scheduler.state_dict()}
+    dcp.save(saved, checkpoint_id=tmp_path / "torchs")
+    assert verify(tmp_path / "torchs", workers=1).findings == ()
+    convert(tmp_path / "torchs", tmp_path / "run.pt", to="pt")
+    back = convert(tmp_path / "run.pt", tmp_path / "back", to="dcp")
+    assert [note for note in back.notes if "milestones" in note] == []
+    assert keys(tmp_path / "back") >= {key for key in keys(tmp_path / "torchs") if key.startswith("sched")}
+    fresh, again = anew()
+    held = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert held["scheduler"] == scheduler.state_dict()
+    fresh.load_state_dict(held["optimizer_state_dict"])
+    again.load_state_dict(held["scheduler"])
+    assert rates(fresh, again, 6) == rates(optimizer, scheduler, 6)
+
+
+def keys(folder: Path) -> set[str]:
+    return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
