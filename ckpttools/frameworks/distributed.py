@@ -9,6 +9,7 @@ the folder anew. What its `step` counts is not saved; how many ranks trained is 
 
 from __future__ import annotations
 
+import collections
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -58,7 +59,7 @@ def read(saved: Saved) -> Training:
             ("micro", "the data loader's batch_size", code),
             ("accumulation", "gradient accumulation", code),
         ),
-        outside=("whatever else in your training code counts steps",),
+        outside=(*_built(held), "whatever else in your training code counts steps"),
         marker=client.below(MARKER),
         marked=marked if isinstance(marked, Mapping) else None,
     )
@@ -127,6 +128,17 @@ def _schedules(held: Checkpoint) -> Iterator[SavedSchedule]:
             place = _place(held, CLIENT, key)
             yield SavedSchedule(name=key, framework="torch", states=(state,), places=(place,))
             return
+
+
+def _built(held: Checkpoint) -> Iterator[str]:
+    """What a schedule must be built with, as torch asks the files for the keys of the one that it fills."""
+    if any(_has_milestones(held.client.get(key)) for key in SCHEDULER):
+        yield "MultiStepLR's milestones, as they are now: torch finds what was saved by their numbers"
+
+
+def _has_milestones(value: Value) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return isinstance(value, collections.Counter) or any(map(_has_milestones, inner))
 
 
 def _plain(value: Value) -> object:

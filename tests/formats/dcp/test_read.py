@@ -20,6 +20,7 @@ from ckpttools.errors import CkptError, Unsupported, UsageError
 from ckpttools.findings import INFO
 from ckpttools.formats import locate, open_checkpoint
 from ckpttools.operations.convert import convert
+from ckpttools.operations.rebase import rebase
 from ckpttools.tensors import TensorRef, Tiles
 
 from .compare import edited, unlike
@@ -321,9 +322,14 @@ def test_milestones_that_torch_saved_as_text_are_numbers(nested: bool, tmp_path:
     optimizer, scheduler = anew()
     rates(optimizer, scheduler, 4)
     weights, state = get_state_dict(model, optimizer)
-    saved = {"model": weights, "optimizer": state, "scheduler": scheduler.state_dict()}
+    saved = {"model": weights, "optimizer": state, "scheduler": scheduler.state_dict(), "step": 4}
     dcp.save(saved, checkpoint_id=tmp_path / "torchs")
     assert verify(tmp_path / "torchs", workers=1).findings == ()
+    _, changed = rebase(tmp_path / "torchs", tmp_path / "half", new_bs=4, old_bs=8)
+    assert any("milestones" in said for said in changed.outside)
+    (state,) = open_checkpoint(tmp_path / "half").schedules
+    made = open_checkpoint(tmp_path / "half").client[state]
+    assert (made["_schedulers"][1] if nested else made)["milestones"] == {6: 1, 10: 2}
     convert(tmp_path / "torchs", tmp_path / "run.pt", to="pt")
     back = convert(tmp_path / "run.pt", tmp_path / "back", to="dcp")
     assert [note for note in back.notes if "milestones" in note] == []
