@@ -119,11 +119,17 @@ def inside(value: Opaque) -> str:
     """
     node: Any = value.node
     try:
-        if any(isinstance(held, Persistent) for held in walk(node)):
+        if holds_tensors(value):
             return ""
         return str(xxhash.xxh3_64_hexdigest(dumps(node)))
     except (Reject, TypeError):
         return ""
+
+
+def holds_tensors(value: Opaque) -> bool:
+    """Whether there are tensors in an object of a torch file."""
+    node: Any = value.node
+    return any(isinstance(held, Persistent) for held in walk(node))
 
 
 def hyper(checkpoint: Checkpoint, read: Read) -> Iterator[tuple[frozenset[str], dict[str, object]]]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from msgspec import Struct
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
-from ckpttools.compare.content import hyper, inside, plain, progress, told
+from ckpttools.compare.content import holds_tensors, hyper, inside, plain, progress, told
 from ckpttools.compare.digests import shown
 from ckpttools.formats import counters
 from ckpttools.tensors import TensorRef
@@ -150,8 +150,12 @@ def client_tensors(checkpoint: Checkpoint) -> list[str]:
     without names.
     """
     held, unnamed = checkpoint.client.items(), checkpoint.unnamed
-    found = (key for key, value in held if any(isinstance(leaf, TensorRef) for _, leaf in leaves(value)))
+    found = (key for key, value in held if any(_is_tensor(leaf) for _, leaf in leaves(value)))
     return [key for key in found if not RANDOM.search(key) and key not in unnamed]
+
+
+def _is_tensor(leaf: Value) -> bool:
+    return isinstance(leaf, TensorRef) or (isinstance(leaf, Opaque) and holds_tensors(leaf))
 
 
 def differences_beside(a: Checkpoint, b: Checkpoint) -> tuple[Fact, ...]:

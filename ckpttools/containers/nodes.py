@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 
-from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping
+from ckpttools.containers.pickles import Dict, Global, Node, Object, Persistent, as_mapping, walk
 from ckpttools.containers.torch_file import Storage, TorchFile, new_storage, tensor_node
 from ckpttools.tensors import TensorRef, join_chunks
 from ckpttools.tree import MAX_DEPTH, At, AtTuple, Key, Opaque, Value, same
@@ -29,6 +29,7 @@ def decode(file: TorchFile, node: Node) -> Value:
     return _Decoder(file).value(node, MAX_DEPTH)
 
 
+_STATE = "node_state"  # of an OrderedDict: its attributes as a node, as state_dict() has `_metadata`
 _PLAIN, _CONTAINERS = (str, int, float, bytes, type(None)), (list, tuple, dict)
 _UNFOLDED, _FOLDS = 100_000, 16  # items of a value in which nothing is shared, and times each may be reached
 
@@ -76,12 +77,17 @@ class _Decoder:
             view = self.file.view(node)
             if view is not None:
                 return view.ref
-            if node.cls == ORDERED and not (node.args or node.items or node.has_state) and keyed(node):
-                return OrderedDict((key, self.value(inner, depth)) for key, inner in node.pairs)
+            if node.cls == ORDERED and not (node.args or node.items) and keyed(node):
+                held = OrderedDict((key, self.value(inner, depth)) for key, inner in node.pairs)
+                if not node.has_state:
+                    return held
+                if not any(isinstance(each, Persistent) for each in walk(node.state)):
+                    vars(held)[_STATE] = node.state
+                    return held
             if node.cls == COUNTER and not (node.pairs or node.items or node.has_state):
-                (held,) = node.args if len(node.args) == 1 else (None,)
-                if isinstance(held, Dict) and keyed(held) and all(type(n) is int for _, n in held.pairs):
-                    return Counter(dict(held.pairs))
+                (pairs,) = node.args if len(node.args) == 1 else (None,)
+                if isinstance(pairs, Dict) and keyed(pairs) and all(type(n) is int for _, n in pairs.pairs):
+                    return Counter(dict(pairs.pairs))
             return Opaque(node, str(node.cls) if isinstance(node.cls, Global) else "an object")
         return Opaque(node, str(node) if isinstance(node, Global) else f"a {type(node).__name__.lower()}")
 
@@ -101,6 +107,7 @@ def encode(value: Value, storages: dict[object, Storage] | None = None) -> Node:
         case OrderedDict():
             node = Object("reduce", ORDERED, ())
             node.pairs = [(key, encode(inner, storages)) for key, inner in value.items()]
+            node.state = vars(value).get(_STATE, node.state)
             return node
         case Counter():
             return Object("reduce", COUNTER, (Dict.of(value.items()),))

@@ -16,7 +16,7 @@ CONFIG_FILES = re.compile(
     r"chat_template\.(jinja|json)"
 )
 # a folder with one of them has a configuration
-HEADS = ("config.json", "adapter_config.json")
+CONFIG, ADAPTER_CONFIG = HEADS = ("config.json", "adapter_config.json")
 DIFFUSERS = "diffusion_pytorch_model"  # how weights are called that diffusers loads, and not transformers
 
 

@@ -21,7 +21,7 @@ def no_groups(checkpoint: Checkpoint, made: str = "a ZeRO folder") -> CkptError:
             f"which parameters the optimizers under {some(checkpoint.unnamed)} have is not known",
             where=checkpoint.path,
             why=f"{made} is made of the parameter groups of one optimizer, by name",
-            hint="--reset-optimizer leaves their state out",
+            hint="--reset-optimizer --like CHECKPOINT leaves their state out and takes the groups of a run",
         )
     return Unsupported(
         "no-groups",

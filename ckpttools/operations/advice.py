@@ -40,16 +40,19 @@ def _launch(source: Source, checkpoint: Checkpoint, dst: Location, ranks: int | 
 
 
 def weights(
-    dst: Location, form: str, *, single: bool, configured: bool, keyed: bool = False
+    dst: Location, form: str, *, single: bool, configured: bool, keyed: bool = False, fp32: bool = False
 ) -> tuple[str, ...]:
-    """How weights are loaded: a folder by transformers where its configuration is there, else a file."""
+    """How weights are loaded: a folder by transformers where its configuration is there, else a file.
+
+    transformers casts to the dtype of the configuration, which is the training's: `fp32` weights say theirs.
+    """
     path = repr(str(dst))
     if single and form == "safetensors":
         load = f"safetensors.torch.load_file({path})"
     elif single:
         load = f"torch.load({path}, weights_only=True)" + ("['model_state_dict']" if keyed else "")
     elif configured:
-        load = f"transformers.AutoModel.from_pretrained({path})"
+        load = f"transformers.AutoModel.from_pretrained({path}{', dtype=torch.float32' * fp32})"
     else:
         return (verify(dst),)
     return (verify(dst), load)

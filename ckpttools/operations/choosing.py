@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, ParamGroup
 from ckpttools.checks import check_before_use
-from ckpttools.errors import UsageError, escape
+from ckpttools.errors import Unsupported, UsageError, escape, some
 from ckpttools.formats import Source, read, refuse_rank_local, torch_optimizer
 from ckpttools.operations.request import Request
 from ckpttools.operations.source import find
@@ -27,12 +27,18 @@ def chosen(checkpoint: Checkpoint, source: Source, asked: Request) -> tuple[Chec
     saved = torch_optimizer.of(checkpoint)
     order = _order(saved)
     checkpoint = select(checkpoint, include=asked.include, exclude=asked.exclude)
-    selected = list(checkpoint.tensors)
+    selected, trained = list(checkpoint.tensors), list(_trained(checkpoint))
     for pattern, replacement in asked.rename:
         checkpoint = _renamed(checkpoint, pattern, replacement)
     if asked.goes_on:
         refuse_rank_local(checkpoint)
     if asked.like is None:
+        if asked.rename and asked.by_position and trained:
+            _refuse_other_order(checkpoint, trained)
+            order.append(
+                "the renamed parameters are restored by position: the new model must have them in this order "
+                "(--like takes the order of a run)"
+            )
         return checkpoint, asked, order
     other = check_before_use(find(asked.like, None))
     if saved is not None and (saved.by_place or not saved.groups) and asked.goes_on:
@@ -42,6 +48,23 @@ def chosen(checkpoint: Checkpoint, source: Source, asked: Request) -> tuple[Chec
     if asked.is_engine or not other.master:  # else that run's single copy would be the masters, too
         asked = replace(asked, dtype=asked.dtype or other.layout.dtype)
     return checkpoint, asked, order
+
+
+def _refuse_other_order(checkpoint: Checkpoint, before: list[str]) -> None:
+    """Names that change places: a model that has them in the order as before gets one's state for another."""
+    after = list(_trained(checkpoint))
+    both = {*before} & {*after}
+    was, now = ([name for name in names if name in both] for names in (before, after))
+    if was != now:
+        moved = [a for a, b in zip(was, now, strict=True) if a != b]
+        raise Unsupported(
+            "names-ambiguous",
+            f"--rename puts {some(moved)} in another order",
+            where=checkpoint.path,
+            why="these files are loaded by position: a model that has its parameters in the order as before "
+            "would get the state, and in ZeRO folders the weights, of others",
+            hint="--like CHECKPOINT takes the order of the run that loads it; universal and dcp go by name",
+        )
 
 
 def _order(saved: torch_optimizer.Saved | None) -> list[str]:

@@ -129,7 +129,8 @@ def _fitted(checkpoint: Checkpoint, asked: Request, names: Collection[str]) -> t
     if asked.reset_optimizer:
         checkpoint = anew(checkpoint)
         anew_from = ": they start anew from these settings" if checkpoint.groups else ""
-        notes.append(f"optimizer and schedule are left out, as asked for{anew_from}")
+        counted = "; updates count from 0 again, and epochs go on" if checkpoint.training.step == 0 else ""
+        notes.append(f"optimizer and schedule are left out, as asked for{anew_from}{counted}")
     checkpoint = _saying_what_is_left_out(checkpoint)
     if asked.is_engine != (checkpoint.layout.zero_stage is not None) or asked.to == "dcp":
         checkpoint = _one_schedule(checkpoint)

@@ -8,11 +8,11 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from ckpttools.checkpoint import Checkpoint, Layout
+from ckpttools.checkpoint import Checkpoint, Layout, common_dtype
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import PLANS, Source
-from ckpttools.formats.configs import DIFFUSERS, HEADS, config_files
+from ckpttools.formats.configs import ADAPTER_CONFIG, CONFIG, DIFFUSERS, HEADS, config_files
 from ckpttools.formats.deepspeed import SLICED, slices
 from ckpttools.formats.notes import not_read
 from ckpttools.location import Location
@@ -23,6 +23,7 @@ from ckpttools.operations.writing import Writing, Written, carry_out
 from ckpttools.plan import Plan
 from ckpttools.stores.files import is_file, is_folder, named
 from ckpttools.stores.links import refuse_outside, within
+from ckpttools.tensors import FLOAT32
 from ckpttools.transforms.cast import cast, dtype_named
 from ckpttools.transforms.rename import rename
 from ckpttools.transforms.select import Copy, select, weights_only
@@ -119,11 +120,12 @@ def write(
     if not single:
         plan = with_config(plan, config, source.root)
     diffusers = weights.layout.stem == DIFFUSERS
-    configured = not diffusers and any(file.path in HEADS for file in plan.files)
+    configured = not diffusers and is_configured(plan)
     state = weights.training
     counted = (state.step, state.epoch, state.train_loss, state.val_loss) != (None,) * 4
     kept = variant == "pt" and counted
-    steps = advice.weights(dst, form, single=single, configured=configured, keyed=kept)
+    fp32 = common_dtype(weights.tensors) == FLOAT32.short
+    steps = advice.weights(dst, form, single=single, configured=configured, keyed=kept, fp32=fp32)
     return carry_out(src, dst, plan, how or Writing(), label=label, next=steps)
 
 
@@ -151,6 +153,13 @@ def form_of(asked: Form | None, dst: Location | None) -> Form:
     return asked or by_name or "safetensors"
 
 
+def is_configured(plan: Plan) -> bool:
+    """Whether transformers loads what is written."""
+    names = {file.path for file in plan.files}
+    is_adapter = any(name.startswith("adapter_model") for name in names)
+    return (ADAPTER_CONFIG if is_adapter else CONFIG) in names
+
+
 def with_config(plan: Plan, asked: Path | None, root: Location) -> Plan:
     """Configuration and tokenizer from the folder asked for, else from beside the checkpoint."""
     near = (root, root / "hf_model", root / "hf_config")
@@ -164,6 +173,13 @@ def with_config(plan: Plan, asked: Path | None, root: Location) -> Plan:
         with within(root):
             refuse_outside(folder)
     files = config_files(folder)
+    is_adapter = any(file.path.startswith("adapter_model") for file in plan.files)
+    if not is_adapter and {CONFIG, ADAPTER_CONFIG} <= {file.path for file in files}:
+        files = [
+            file for file in files if file.path != ADAPTER_CONFIG
+        ]  # transformers would look for an adapter
+        note = f"not copied: {ADAPTER_CONFIG}, as the weights are a model's"
+        plan = replace(plan, notes=(*plan.notes, note))
     if asked is not None and not files:
         raise UsageError(
             "no-config",

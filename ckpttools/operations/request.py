@@ -100,6 +100,11 @@ class Request(Struct, frozen=True, kw_only=True):
         return self.to != "hf" and not self.reset_optimizer
 
     @property
+    def by_position(self) -> bool:
+        """Whether what is written is loaded by the order of the parameters: ZeRO's masters, torch's state."""
+        return self.to in ("zero1", "zero2", "zero3") or (self.goes_on and self.to in ("pt", "zero0"))
+
+    @property
     def changing_names(self) -> tuple[str, ...]:
         """The options that were given which change what tensors there are, how they are called or stored."""
         given = {

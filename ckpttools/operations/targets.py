@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ckpttools.checkpoint import STEP, Checkpoint, Layout
+from ckpttools.checkpoint import STEP, Checkpoint, Layout, common_dtype
 from ckpttools.errors import some
 from ckpttools.formats import FORMATS, PLANS, Source
-from ckpttools.formats.configs import DIFFUSERS, HEADS
+from ckpttools.formats.configs import DIFFUSERS
 from ckpttools.formats.format import Places
 from ckpttools.operations import advice, resuming
 from ckpttools.operations.convertible import lacks
 from ckpttools.operations.deepspeed_folder import moments, prepared
 from ckpttools.operations.deepspeed_folder import plan as folder_plan
-from ckpttools.operations.extract import with_config
+from ckpttools.operations.extract import is_configured, with_config
 from ckpttools.operations.request import Request
 from ckpttools.plan import Plan
-from ckpttools.tensors import DType, TensorRef
+from ckpttools.tensors import FLOAT32, DType, TensorRef
 from ckpttools.transforms.cast import cast
 from ckpttools.transforms.reshard import without_positions
 from ckpttools.transforms.select import weights_only
@@ -81,8 +81,9 @@ def _weights(checkpoint: Checkpoint, source: Source, asked: Request) -> Planned:
     checkpoint = cast(checkpoint, dtype) if dtype is not None else checkpoint
     plan = with_config(PLANS["hf"](checkpoint, Layout(format="hf")), asked.hf_config, source.root)
     diffusers = checkpoint.layout.stem == DIFFUSERS
-    configured = not diffusers and any(file.path in HEADS for file in plan.files)
-    lines = advice.weights(asked.dst, "safetensors", single=False, configured=configured)
+    configured = not diffusers and is_configured(plan)
+    fp32 = common_dtype(checkpoint.tensors) == FLOAT32.short
+    lines = advice.weights(asked.dst, "safetensors", single=False, configured=configured, fp32=fp32)
     return Planned(checkpoint, plan, (), lines[1:])
 
 

@@ -1263,3 +1263,85 @@ def test_state_without_weights_becomes_nothing_else(to: Any, tmp_path: Path) -> 
         convert(FIXTURES / "dcp/accelerate_ws2/optimizer_0", tmp_path / "made", to=to)
     assert caught.value.id == "nothing-selected" and "no weights" in caught.value.message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["pt", "zero0", "zero1", "zero2", "zero3", "universal", "dcp", "hf"])
+def test_names_that_change_places_are_refused_where_places_count(to: Any, tmp_path: Path) -> None:
+    """A model that has them in the order as before would get one's state, and ZeRO's masters, for another."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    ranks = 1 if to in ("zero1", "zero2", "zero3") else None
+    swap = [(r"^a\.", "T."), (r"^b\.", "a."), (r"^T\.", "b.")]
+    if to in ("universal", "dcp", "hf"):
+        made = convert(source, tmp_path / "out", to=to, world_size=ranks, rename=swap)
+        assert not any("by position" in note for note in made.notes)
+        return
+    with pytest.raises(CkptError, match="another order") as raised:
+        convert(source, tmp_path / "out", to=to, world_size=ranks, rename=swap)
+    assert "--like" in raised.value.hint
+    assert not (tmp_path / "out").exists()
+    other = convert(source, tmp_path / "like", to=to, world_size=ranks).destination
+    made = convert(source, tmp_path / "out", to=to, world_size=ranks, rename=swap, like=other)
+    (group,) = open_checkpoint(made.destination).groups
+    assert list(group.params) == ["a.weight", "a.bias", "b.weight", "b.bias"]
+    made = convert(source, tmp_path / "new", to=to, world_size=ranks, rename=[("^a", "z")])
+    assert any("restored by position" in note for note in made.notes)
+
+
+def test_what_lies_beside_the_weights_under_one_key_goes_along(tmp_path: Path) -> None:
+    one, two = nn.Linear(2, 2), nn.Linear(3, 1)
+    parts = {"model": {"G": one.state_dict(), "D": two.state_dict()}, "a.b": {"c": 1}, "epoch": 1}
+    torch.save(parts, tmp_path / "gan.pt")
+    convert(tmp_path / "gan.pt", tmp_path / "out.pt", to="pt", key="model.G")
+    held = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert identical(held["model_state_dict"]["weight"], one.weight.detach())
+    assert held["model"].keys() == {"D"}
+    assert identical(held["model"]["D"]["weight"], two.weight.detach())
+    assert held["a.b"] == {"c": 1}
+    made = convert(tmp_path / "gan.pt", tmp_path / "hf", to="hf", key="model.G")
+    assert any("model" in note and "not carried" in note for note in made.notes)
+    with torch.no_grad():
+        two.weight.add_(1)
+    torch.save(parts, tmp_path / "other.pt")
+    ran = run("digest", tmp_path / "gan.pt", "--key", "model.G", "--compare", tmp_path / "other.pt")
+    assert ran.code == 1
+    assert "client state model.D.weight" in ran.out
+
+
+def test_a_state_dict_beside_the_model_is_compared_and_kept_with_its_versions(tmp_path: Path) -> None:
+    """That of a module has the versions of its parts as an attribute."""
+    model, mean = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), nn.Sequential(nn.Linear(2, 2))
+    parts = {"model": model.state_dict(), "ema": mean.state_dict()}
+    torch.save(parts, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "b.pt", to="pt")
+    back = torch.load(tmp_path / "b.pt", weights_only=True)["ema"]
+    assert back._metadata == parts["ema"]._metadata  # type: ignore[attr-defined]
+    assert all(identical(back[name], value) for name, value in parts["ema"].items())
+    torch.save({**parts, "ema": dict(mean.state_dict())}, tmp_path / "plain.pt")
+    assert run("digest", tmp_path / "a.pt", "--compare", tmp_path / "plain.pt").code == 0
+    with torch.no_grad():
+        mean[0].weight.add_(1)
+    torch.save(parts, tmp_path / "c.pt")
+    ran = run("digest", tmp_path / "a.pt", "--compare", tmp_path / "c.pt")
+    assert ran.code == 1
+    assert "client state ema.0.weight" in ran.out
+
+
+def test_steps_that_stage_3_makes_one_are_named(tmp_path: Path) -> None:
+    """Rates that are tensors are alike where their values are."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    optimizer = torch.optim.AdamW([{"params": each.parameters(), "lr": torch.tensor(1e-3)} for each in model])
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    notes = convert(source, tmp_path / "same", to="universal").notes
+    assert not any("apart" in note or "steps differ" in note for note in notes)
+    held = torch.load(source, weights_only=True)
+    for number in held["optimizer_state_dict"]["param_groups"][1]["params"]:
+        held["optimizer_state_dict"]["state"][number]["step"] += 3
+    torch.save(held, source)
+    assert any("steps differ" in note for note in convert(source, tmp_path / "apart", to="universal").notes)

@@ -61,6 +61,28 @@ def test_each_can_be_carried_out(name: str, tmp_path: Path) -> None:
         assert str(tmp_path / target) in step
 
 
+def test_weights_of_32_bits_stay_so_where_the_configuration_says_bf16(tmp_path: Path) -> None:
+    """transformers casts to the dtype of the configuration; an adapter's does not lie beside a model."""
+    import transformers
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=8, vocab_size=16)
+    config.dtype = "bfloat16"
+    model = transformers.GPT2LMHeadModel(config).float()
+    config.save_pretrained(folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    torch.save(model.state_dict(), folder / "model.pt")
+    ran = run("convert", folder / "model.pt", tmp_path / "out", "--to", "hf", "--hf-config", folder, "--json")
+    assert ran.code == 0, ran.err
+    said = json.loads(ran.out)
+    assert any("not copied: adapter_config.json" in note for note in said["notes"])
+    (line,) = (step for step in said["next"] if "transformers" in step)
+    after: dict[str, Any] = {"transformers": transformers, "torch": torch}
+    exec(f"loaded = {line}", after)
+    assert identical(after["loaded"].wte.weight.detach(), model.transformer.wte.weight.detach())
+
+
 # --- the lines of Python with which torch goes on ------------------------------------------------------
 
 

@@ -51,12 +51,15 @@ def read(
     state = training(file, root) if root is not None and key else training(file, Dict())
     client: dict[str, Value] = {}
     if root is not None and key:
-        beside = {key.partition(".")[0] if key not in root else key}
+        above = key if key in root else next((n for n in root.names() if key.startswith(f"{n}.")), key)
+        beside = {above}
         beside |= {BUFFERS} if buffers_of(root) is not None else set()
         beside |= {path[0] for path in state.keys.values() if len(path) == 1}
         if groups and saved is not None and not saved.rest:
             beside.add(str(saved.path[0]))  # it is in the groups
         client = {name: decode(file, node) for name, node in root.named() if name not in beside}
+        if above != key and (rest := _beside(decode(file, root.get(above)), key[len(above) + 1 :])):
+            client[above] = rest
     notes = [f"the prefix '{prefix}' of every name was removed"] if prefix else []
     extra = _extra_state(file, key, prefix)
     inside = ((name, leaf) for name, value in extra.items() for _, leaf in leaves(value))
@@ -115,6 +118,19 @@ def read(
         notes=tuple(notes),
         template=file,
     )
+
+
+def _beside(value: Value, key: str) -> Value:
+    """What a value holds beside what a dotted path leads to, whose keys may have dots; None for nothing."""
+    if not isinstance(value, dict):
+        return None
+    out = {}
+    for name, inner in value.items():
+        if isinstance(name, str) and key.startswith(f"{name}."):
+            inner = _beside(inner, key[len(name) + 1 :])
+        if name != key and inner is not None:
+            out[name] = inner
+    return out or None
 
 
 def buffers_of(root: fields.Mapping | None) -> frozenset[str] | None:

@@ -23,7 +23,7 @@ from ckpttools.formats.universal.decode import PARAM
 from ckpttools.formats.universal.names import SETTINGS, STAGE3_NAME, SUFFIX, ZERO, folder_of
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.tensors import FLOAT32, TensorRef
-from ckpttools.tree import Value, same
+from ckpttools.tree import Value
 
 ADAM = {"exp_avg", "exp_avg_sq"}  # what stage 3 loads, and all that it loads
 
@@ -132,7 +132,7 @@ def shared_settings(groups: Iterable[ParamGroup]) -> dict[str, Value]:
     return {
         key: value
         for key, value in every[0].items()
-        if all(key in other and same(value, other[key]) for other in every[1:])
+        if all(key in other and equal(value, other[key]) for other in every[1:])
     }
 
 
@@ -161,6 +161,10 @@ def _notes(checkpoint: Checkpoint) -> Iterator[str]:
     differ = dict.fromkeys(k for group in checkpoint.groups for k in group.hyper if k not in shared)
     if differ:
         yield f"stage 3 loads the settings that all groups share: {', '.join(map(escape, differ))} are apart"
+    trained = (group for group in checkpoint.groups if group.params)
+    steps = [next(iter(group.scalars.get(STEP, {}).values()), None) for group in trained]
+    if not all(equal(step, steps[0]) for step in steps):
+        yield "stage 3 loads one step for all, the first group's, and the groups' steps differ"
     lost = [n for n in checkpoint.tensors if n in checkpoint.frozen | checkpoint.buffers]
     if lost:
         yield (
