@@ -17,6 +17,7 @@ CONFIG_FILES = re.compile(
 )
 # a folder with one of them has a configuration
 CONFIG, ADAPTER_CONFIG = HEADS = ("config.json", "adapter_config.json")
+ADAPTER = "adapter_model"  # how the weights of an adapter are called
 DIFFUSERS = "diffusion_pytorch_model"  # how weights are called that diffusers loads, and not transformers
 
 

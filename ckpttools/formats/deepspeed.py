@@ -52,6 +52,7 @@ NEW_SCALER: Mapping[str, Value] = {
     "raise_error_at_min_scale": True,
     "dtype": Opaque(Global("torch", "float16"), "torch.float16"),
 }
+ADAM = {"exp_avg", "exp_avg_sq"}  # the state that load_universal takes under stage 3, and all that it takes
 SLICED = "mp_world_size"  # how many ranks the model is sliced over
 
 

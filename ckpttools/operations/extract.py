@@ -12,7 +12,7 @@ from ckpttools.checkpoint import Checkpoint, Layout, common_dtype
 from ckpttools.checks import check_before_use
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import PLANS, Source
-from ckpttools.formats.configs import ADAPTER_CONFIG, CONFIG, DIFFUSERS, HEADS, config_files
+from ckpttools.formats.configs import ADAPTER, ADAPTER_CONFIG, CONFIG, DIFFUSERS, HEADS, config_files
 from ckpttools.formats.deepspeed import SLICED, slices
 from ckpttools.formats.notes import not_read
 from ckpttools.location import Location
@@ -155,9 +155,12 @@ def form_of(asked: Form | None, dst: Location | None) -> Form:
 
 def is_configured(plan: Plan) -> bool:
     """Whether transformers loads what is written."""
-    names = {file.path for file in plan.files}
-    is_adapter = any(name.startswith("adapter_model") for name in names)
-    return (ADAPTER_CONFIG if is_adapter else CONFIG) in names
+    head = ADAPTER_CONFIG if _is_adapter(plan) else CONFIG
+    return any(file.path == head for file in plan.files)
+
+
+def _is_adapter(plan: Plan) -> bool:
+    return any(file.path.startswith(ADAPTER) for file in plan.files)
 
 
 def with_config(plan: Plan, asked: Path | None, root: Location) -> Plan:
@@ -173,11 +176,9 @@ def with_config(plan: Plan, asked: Path | None, root: Location) -> Plan:
         with within(root):
             refuse_outside(folder)
     files = config_files(folder)
-    is_adapter = any(file.path.startswith("adapter_model") for file in plan.files)
-    if not is_adapter and {CONFIG, ADAPTER_CONFIG} <= {file.path for file in files}:
-        files = [
-            file for file in files if file.path != ADAPTER_CONFIG
-        ]  # transformers would look for an adapter
+    found = [file.path for file in files]
+    if not _is_adapter(plan) and CONFIG in found and ADAPTER_CONFIG in found:
+        del files[found.index(ADAPTER_CONFIG)]  # transformers would look for an adapter
         note = f"not copied: {ADAPTER_CONFIG}, as the weights are a model's"
         plan = replace(plan, notes=(*plan.notes, note))
     if asked is not None and not files:

@@ -16,7 +16,7 @@ from ckpttools.checkpoint import FP32, STEP, Checkpoint, Layout
 from ckpttools.containers.pickles import Global, walk
 from ckpttools.containers.pickles.names import name_of
 from ckpttools.errors import escape, some
-from ckpttools.formats.deepspeed import scheduler_state, sub_group_size
+from ckpttools.formats.deepspeed import ADAM, scheduler_state, sub_group_size
 from ckpttools.formats.format import Places
 from ckpttools.location import Location
 from ckpttools.operations import advice
@@ -174,6 +174,8 @@ def engine(checkpoint: Checkpoint, layout: Layout, dst: Location) -> Iterator[st
 
 def _stage3(checkpoint: Checkpoint) -> Iterator[str]:
     """What stage 3 gets wrong: settings of the first group for all, one tensor as the step of all."""
+    if {kind for group in checkpoint.groups for kind in group.state} - {FP32} != ADAM:
+        return  # it takes no other state
     hypers = [group.hyper for group in checkpoint.groups]
     keys = dict.fromkeys(key for hyper in hypers for key in hyper)
     unlike = [

@@ -1345,3 +1345,27 @@ def test_steps_that_stage_3_makes_one_are_named(tmp_path: Path) -> None:
         held["optimizer_state_dict"]["state"][number]["step"] += 3
     torch.save(held, source)
     assert any("steps differ" in note for note in convert(source, tmp_path / "apart", to="universal").notes)
+
+
+def test_no_line_is_for_a_stage_that_takes_no_such_state(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 0.5}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    made = convert(saved(tmp_path / "a.pt", model, optimizer), tmp_path / "out", to="universal")
+    assert any("stages 1 and 2 alone load it" in note for note in made.notes)
+    assert not any("stage 3" in line for line in made.next)
+
+
+def test_a_group_without_parameters_is_named_where_the_layout_has_none(tmp_path: Path) -> None:
+    """torch fails to load the flat layout into an optimizer with such a group, its own as well."""
+    model = nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW([{"params": model.parameters()}, {"params": []}])
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    source = saved(tmp_path / "a.pt", model, optimizer)
+    made = convert(source, tmp_path / "flat", to="dcp", dcp_layout="flat")
+    assert any("group without parameters" in note for note in made.notes)
+    made = convert(source, tmp_path / "nested", to="dcp")
+    assert not any("group without parameters" in note for note in made.notes)

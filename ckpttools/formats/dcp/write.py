@@ -162,6 +162,11 @@ def _optimizer(
             for key, value in hyper.items():
                 yield from _flattened((names.optimizer, GROUPS, g, key), value, notes)
             yield (names.optimizer, GROUPS, g, PARAMS), list(group.params)
+    if flat and not all(group.params for group in checkpoint.groups):
+        notes.append(
+            "a parameter group without parameters is not kept, and torch cannot load the flat layout into an "
+            "optimizer that has one: --dcp-layout nested"
+        )
     if flat and not all_named and checkpoint.layout.variant not in (FLAT, TITAN):
         notes.append("the optimizer's state is flattened: which parameters make a group is not kept")
     if checkpoint.groups and not all_named and not spare and checkpoint.layout.format != "dcp":

@@ -13,9 +13,10 @@ from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers import jsons
 from ckpttools.errors import CkptError, counted
 from ckpttools.findings import INFO, WARNING, Finding, of_error
+from ckpttools.formats.configs import ADAPTER
 from ckpttools.formats.files import check_read
 from ckpttools.formats.format import Checked, Source
-from ckpttools.formats.hf.names import ADAPTER, INDEX, SHARD, VARIANT
+from ckpttools.formats.hf.names import INDEX, SHARD, VARIANT
 from ckpttools.formats.hf.read import read
 from ckpttools.location import Location
 from ckpttools.stores.files import entries, is_file, is_folder

@@ -6,11 +6,10 @@ import re
 from collections.abc import Collection
 
 from ckpttools.errors import CkptError, Unsupported, some
-from ckpttools.formats.configs import DIFFUSERS, HEADS
+from ckpttools.formats.configs import ADAPTER, DIFFUSERS, HEADS
 from ckpttools.formats.format import Folder, Found
 from ckpttools.location import Location
 
-ADAPTER = "adapter_model"
 # transformers' order (modeling_utils.py, _get_resolved_checkpoint_files): a single file before its own index
 # alone; adapters are PEFT's, consolidated.safetensors is a second copy in Mistral's repositories
 WEIGHTS = (

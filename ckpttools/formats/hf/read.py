@@ -12,10 +12,10 @@ from ckpttools.containers.safetensors import read_safetensors
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.containers.torch_file.views import is_rebuilt
 from ckpttools.errors import CkptError, escape
-from ckpttools.formats.configs import DIFFUSERS
+from ckpttools.formats.configs import ADAPTER, DIFFUSERS
 from ckpttools.formats.format import Folder
 from ckpttools.formats.hf.counters import FORMAT, KEYS, FreeText, aliases, from_metadata, integer
-from ckpttools.formats.hf.names import ADAPTER, ROLES, models_below, not_read, weight_files
+from ckpttools.formats.hf.names import ROLES, models_below, not_read, weight_files
 from ckpttools.formats.notes import holds_for, of_other_kinds
 from ckpttools.formats.ties import tied
 from ckpttools.location import Location

@@ -11,8 +11,9 @@ from ckpttools.containers.pickles import Dict, Node
 from ckpttools.containers.safetensors import safetensors_file
 from ckpttools.containers.torch_file import Storage, new_storage, tensor_node, write_torch_file
 from ckpttools.errors import escape, some
+from ckpttools.formats.configs import ADAPTER
 from ckpttools.formats.hf.counters import FORMAT, WEIGHTS, FreeText, aliases, to_metadata, to_values
-from ckpttools.formats.hf.names import ADAPTER, BIN, shard_names
+from ckpttools.formats.hf.names import BIN, shard_names
 from ckpttools.formats.notes import counts, left_out, unread
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import TensorRef

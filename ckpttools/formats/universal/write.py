@@ -16,7 +16,7 @@ from ckpttools.containers.pickles import Dict, Node, Object
 from ckpttools.containers.torch_file import tensor_node, write_torch_file
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.cutting import equal, no_groups
-from ckpttools.formats.deepspeed import STAGE, new_root, new_scaler, version_of
+from ckpttools.formats.deepspeed import ADAM, STAGE, new_root, new_scaler, version_of
 from ckpttools.formats.notes import unsaid
 from ckpttools.formats.rank_files import MODEL_NAME
 from ckpttools.formats.universal.decode import PARAM
@@ -24,8 +24,6 @@ from ckpttools.formats.universal.names import SETTINGS, STAGE3_NAME, SUFFIX, ZER
 from ckpttools.plan import OutputFile, Plan
 from ckpttools.tensors import FLOAT32, TensorRef
 from ckpttools.tree import Value
-
-ADAM = {"exp_avg", "exp_avg_sq"}  # what stage 3 loads, and all that it loads
 
 
 def plan(checkpoint: Checkpoint, layout: Layout | None = None) -> Plan:
