@@ -24,12 +24,17 @@ def ordered(pairs: Iterable[tuple[Node, Node]]) -> Object:
     return node
 
 
+class StateDict(OrderedDict[Node, Value]):
+    """An OrderedDict that has attributes, as module.state_dict() has `_metadata`: they stay a node."""
+
+    attributes: Node
+
+
 def decode(file: TorchFile, node: Node) -> Value:
     """A node as a plain value; tensors as `TensorRef`, unread. A node that occurs twice is decoded once."""
     return _Decoder(file).value(node, MAX_DEPTH)
 
 
-_STATE = "node_state"  # of an OrderedDict: its attributes as a node, as state_dict() has `_metadata`
 _PLAIN, _CONTAINERS = (str, int, float, bytes, type(None)), (list, tuple, dict)
 _UNFOLDED, _FOLDS = 100_000, 16  # items of a value in which nothing is shared, and times each may be reached
 
@@ -78,16 +83,17 @@ class _Decoder:
             if view is not None:
                 return view.ref
             if node.cls == ORDERED and not (node.args or node.items) and keyed(node):
-                held = OrderedDict((key, self.value(inner, depth)) for key, inner in node.pairs)
+                pairs = [(key, self.value(inner, depth)) for key, inner in node.pairs]
                 if not node.has_state:
-                    return held
+                    return OrderedDict(pairs)
                 if not any(isinstance(each, Persistent) for each in walk(node.state)):
-                    vars(held)[_STATE] = node.state
+                    held = StateDict(pairs)
+                    held.attributes = node.state
                     return held
             if node.cls == COUNTER and not (node.pairs or node.items or node.has_state):
-                (pairs,) = node.args if len(node.args) == 1 else (None,)
-                if isinstance(pairs, Dict) and keyed(pairs) and all(type(n) is int for _, n in pairs.pairs):
-                    return Counter(dict(pairs.pairs))
+                (of,) = node.args if len(node.args) == 1 else (None,)
+                if isinstance(of, Dict) and keyed(of) and all(type(n) is int for _, n in of.pairs):
+                    return Counter(dict(of.pairs))
             return Opaque(node, str(node.cls) if isinstance(node.cls, Global) else "an object")
         return Opaque(node, str(node) if isinstance(node, Global) else f"a {type(node).__name__.lower()}")
 
@@ -107,7 +113,8 @@ def encode(value: Value, storages: dict[object, Storage] | None = None) -> Node:
         case OrderedDict():
             node = Object("reduce", ORDERED, ())
             node.pairs = [(key, encode(inner, storages)) for key, inner in value.items()]
-            node.state = vars(value).get(_STATE, node.state)
+            if isinstance(value, StateDict):
+                node.state = value.attributes
             return node
         case Counter():
             return Object("reduce", COUNTER, (Dict.of(value.items()),))

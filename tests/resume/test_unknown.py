@@ -499,4 +499,5 @@ def test_of_several_optimizers_it_is_said_whose_rates_are_told(tmp_path: Path) -
     assert whose in run("resume-check", tmp_path / "a.pt").out
     assert whose in run("inspect", tmp_path / "a.pt").out
     ran = run("convert", tmp_path / "a.pt", tmp_path / "z", "--to", "zero2")
-    assert ran.code == 2 and "optimizer_g, optimizer_d" in ran.err and "--like" not in ran.err, ran
+    assert ran.code == 2 and "optimizer_g, optimizer_d" in ran.err, ran
+    assert "--reset-optimizer --like CHECKPOINT" in ran.err, "--like alone is refused as well"
