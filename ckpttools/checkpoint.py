@@ -118,6 +118,7 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     client: Mapping[str, Value] = field(default_factory=dict)
     settings: Mapping[str, Value] = field(default_factory=dict)
     below: tuple[str, ...] = ()  # folders in its own with other weights, which are not read
+    several: bool = False  # more ranks than the first ones have weights of their own, which are not read
     template: object = None
 
     @property

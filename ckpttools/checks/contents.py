@@ -14,7 +14,7 @@ from ckpttools.checks.patterns import check_patterns
 from ckpttools.containers.torch_file import TorchFile, labelled
 from ckpttools.errors import CkptError, some
 from ckpttools.findings import ERROR, INFO, WARNING, Finding, of_error
-from ckpttools.formats.format import Checked, Copy
+from ckpttools.formats.format import OPTIMIZER_STATE, Checked, Copy
 from ckpttools.location import Location
 from ckpttools.passes import tasks as data
 from ckpttools.passes.hashes import Ranges
@@ -26,7 +26,6 @@ from ckpttools.tensors import ByteRange, Strided, TensorRef, Tiles, spans
 
 # optimizer state that is a running mean (or sum) of squares
 SQUARES = ("(exp_avg_sq)", "(max_exp_avg_sq)", "(square_avg)", ".exp_avg_sq", ".max_exp_avg_sq")
-OPTIMIZER_STATE = ("state[", "state.")  # in a file that is an optimizer's state_dict
 SHOWN = 20  # findings of one kind and file, before the rest is only counted
 # of data.Odd: id, severity, what its elements are, hint
 ODD = {

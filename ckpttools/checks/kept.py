@@ -16,6 +16,8 @@ from ckpttools.tree import Value
 
 PARTIAL = "state-partial"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# a key of the groups of torch's Adam and SGD, and what they keep in the shape of a parameter
+SHAPED = {"amsgrad": MOMENTS, "nesterov": ("momentum_buffer",)}
 
 
 def check_kept(found: Checkpoint, training: Training) -> Iterator[Finding]:
@@ -25,7 +27,7 @@ def check_kept(found: Checkpoint, training: Training) -> Iterator[Finding]:
         having = {name for pair in kinds for held in pair for values in held.values() for name in values}
         own = [(group.hyper, tuple(group.params)) for group in found.groups]
         yield from _partial(str(found.path), "", own, having)
-        yield from _shapes(found)
+        yield from sizes(found)
         if found.training.step:
             return  # checks/incidents.py says that all is empty
     for optimizer in training.optimizers:
@@ -124,10 +126,10 @@ def _unlike(file: str, where: str, optimizer: OptimizerSettings, held: Held) -> 
             yield _of_shape(file, f"{where}[{number}].exp_avg", one.shape, "exp_avg_sq", other.shape)
 
 
-def _shapes(found: Checkpoint) -> Iterator[Finding]:
-    """torch's Adam loads moments of any shape, and fails at its first update."""
+def sizes(found: Checkpoint) -> Iterator[Finding]:
+    """torch's Adam and SGD load moments of any shape, and fail at their first update."""
     for group in found.groups:
-        for kind in MOMENTS if "amsgrad" in group.hyper else ():
+        for kind in (kind for key in SHAPED.keys() & group.hyper.keys() for kind in SHAPED[key]):
             for name, ref in group.scalars.get(kind, {}).items():
                 if isinstance(ref, TensorRef) and ref.shape and name in found.tensors:
                     shape = found.tensors[name].shape

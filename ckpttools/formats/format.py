@@ -90,6 +90,9 @@ class Copy(Struct, frozen=True, kw_only=True):
     copy: TensorRef
 
 
+OPTIMIZER_STATE = ("state[", "state.")  # labels in a file that is an optimizer's state_dict begin so
+
+
 class Checked(Struct, frozen=True):
     """What the headers show: findings, the checkpoint if it can be put together, and its torch files.
 

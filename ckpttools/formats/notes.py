@@ -70,7 +70,9 @@ def unread(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def not_read(checkpoint: Checkpoint) -> Iterator[str]:
-    """Weights that lie in folders below a model's and may belong to it."""
+    """Weights that lie in folders below a model's and may belong to it, and those of other ranks."""
+    if checkpoint.several:
+        yield "weights that several ranks have are taken from the first: ckpt verify compares them"
     if checkpoint.below:
         yield f"other weights below it are not read: {', '.join(map(escape, checkpoint.below))}"
 

@@ -11,6 +11,7 @@ from ckpttools.containers.edit import at
 from ckpttools.containers.nodes import decode, encode
 from ckpttools.containers.pickles import Dict, Node
 from ckpttools.containers.torch_file import TorchFile, tensor_node
+from ckpttools.containers.torch_file.modules import candidates
 from ckpttools.errors import escape
 from ckpttools.formats.buffers import is_buffer
 from ckpttools.formats.counters import OPTIMIZER
@@ -51,6 +52,12 @@ def of(checkpoint: Checkpoint) -> Saved | None:
     """What a single file says about its optimizer, None where it has none or is no such file."""
     file = checkpoint.template
     return read(file, checkpoint.tensors, checkpoint.shared) if isinstance(file, TorchFile) else None
+
+
+def keys_of_weights(checkpoint: Checkpoint) -> list[str]:
+    """Where weights may lie in a single file."""
+    file = checkpoint.template
+    return [key for key, _ in candidates(file)] if isinstance(file, TorchFile) else []
 
 
 def read(

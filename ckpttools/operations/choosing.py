@@ -9,7 +9,9 @@ from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, ParamGroup
 from ckpttools.checks import check_before_use
+from ckpttools.checks.kept import sizes
 from ckpttools.errors import Unsupported, UsageError, escape, some
+from ckpttools.findings import raised
 from ckpttools.formats import Source, read, refuse_rank_local, torch_optimizer
 from ckpttools.operations.request import Request
 from ckpttools.operations.source import find
@@ -25,7 +27,7 @@ def chosen(checkpoint: Checkpoint, source: Source, asked: Request) -> tuple[Chec
     their names.
     """
     saved = torch_optimizer.of(checkpoint)
-    order = _order(saved)
+    order, whose = _order(saved), list(_whose(checkpoint, source, asked))
     checkpoint = select(checkpoint, include=asked.include, exclude=asked.exclude)
     selected, trained = list(checkpoint.tensors), list(_trained(checkpoint))
     for pattern, replacement in asked.rename:
@@ -39,7 +41,7 @@ def chosen(checkpoint: Checkpoint, source: Source, asked: Request) -> tuple[Chec
                 "the renamed parameters are restored by position: the new model must have them in this order "
                 "(--like takes the order of a run)"
             )
-        return checkpoint, asked, order
+        return checkpoint, asked, [*order, *whose]
     other = check_before_use(find(asked.like, None))
     if saved is not None and (saved.by_place or not saved.groups) and asked.goes_on:
         called = dict(zip(selected, checkpoint.tensors, strict=True))
@@ -47,7 +49,7 @@ def chosen(checkpoint: Checkpoint, source: Source, asked: Request) -> tuple[Chec
     checkpoint = like_of(checkpoint, other, fresh=asked.reset_optimizer)
     if asked.is_engine or not other.master:  # else that run's single copy would be the masters, too
         asked = replace(asked, dtype=asked.dtype or other.layout.dtype)
-    return checkpoint, asked, order
+    return checkpoint, asked, [*order, *whose]
 
 
 def _refuse_other_order(checkpoint: Checkpoint, before: list[str]) -> None:
@@ -72,6 +74,26 @@ def _order(saved: torch_optimizer.Saved | None) -> list[str]:
     if saved is None or not saved.by_place or not saved.groups:
         return []
     return [_taken(saved.groups, "the model's order and by shape", " (--like takes the order of a run)")]
+
+
+def _whose(checkpoint: Checkpoint, source: Source, asked: Request) -> Iterator[str]:
+    """Of a file with several models and one optimizer, where --key says which model. Raises CkptError where
+    it does not fit.
+    """
+    if not asked.goes_on:
+        return
+    for unfit in sizes(checkpoint):
+        raise raised(unfit)
+    if source.key is None or not checkpoint.groups:
+        return
+    keys = [key for key in torch_optimizer.keys_of_weights(checkpoint) if key != source.key]
+    others = ((key, read(replace(source, key=key))) for key in keys)
+    fit = [key for key, other in others if other.groups and not any(sizes(other))]
+    if fit:
+        yield (
+            f"careful: the optimizer is taken for that of '{escape(source.key)}', and fits {some(fit)} as "
+            "well: where it is another's, --reset-optimizer leaves its state out"
+        )
 
 
 def _taken(groups: Iterable[ParamGroup], order: str, more: str = "") -> str:

@@ -707,6 +707,34 @@ def test_one_model_of_several_is_named_by_its_key(tmp_path: Path) -> None:
     assert all(torch.equal(written[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("names", [False, True])
+def test_an_optimizer_that_fits_another_model_of_the_file_too(names: bool, tmp_path: Path) -> None:
+    student, teacher, small = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(student.named_parameters() if names else student.parameters())
+    student(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    models = {name: each.state_dict() for name, each in (("student", student), ("small", small))}
+    saved = {**models, "optimizer": optimizer.state_dict(), "step": 1}
+    torch.save({**saved, "teacher": teacher.state_dict()}, tmp_path / "two.pt")
+    torch.save(saved, tmp_path / "one.pt")
+
+    def said(file: str, key: str, to: str, *words: str) -> str:
+        ran = run("convert", tmp_path / file, tmp_path / "x", "--dry-run", "--key", key, "--to", to, *words)
+        assert ran.code == 0, ran
+        return ran.out + ran.err
+
+    for to in ("pt", "zero2", "dcp"):
+        told = said("two.pt", "teacher", to)
+        assert "taken for that of 'teacher', and fits student as well" in told and "small" not in told
+        assert "as well" not in said("one.pt", "student", to)
+        ran = run("convert", tmp_path / "two.pt", tmp_path / f"{to}-small", "--key", "small", "--to", to)
+        unfit = "[2, 3], and its parameter [2, 2]" if names else "whose parameters have no names"
+        unfit = unfit if names or to == "pt" else "which parameters the optimizer has is not known"
+        assert (ran.code == 0) == (not names and to == "pt") and unfit in ran.err, ran
+    assert "as well" not in said("two.pt", "teacher", "hf")
+    assert "as well" not in said("two.pt", "teacher", "pt", "--reset-optimizer")
+
+
 def test_adagrad_is_called_otherwise_by_deepspeed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = net()

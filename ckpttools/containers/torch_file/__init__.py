@@ -14,7 +14,7 @@ A storage is a persistent id `('storage', <class>, key, location, numel)`; a ten
 from ckpttools.containers.torch_file.dangers import dangers_in, dangers_of
 from ckpttools.containers.torch_file.read import is_torch_file, read_opened, read_torch_file
 from ckpttools.containers.torch_file.storages import Storage
-from ckpttools.containers.torch_file.views import FORMS, TorchFile, View, labelled, scalar, size
+from ckpttools.containers.torch_file.views import FORMS, TorchFile, View, labelled, scalar, size, slots
 from ckpttools.containers.torch_file.write import (
     new_storage,
     size_node,
@@ -38,6 +38,7 @@ __all__ = [
     "scalar",
     "size",
     "size_node",
+    "slots",
     "stored",
     "tensor_node",
     "write_torch_file",

@@ -210,6 +210,14 @@ def is_rebuilt(node: Node) -> bool:
     return cls.name.startswith("_rebuild_")
 
 
+def slots(node: Node) -> Dict | None:
+    """What a tensor of a class of its own holds in slots: of a DTensor `_local_tensor` and `_spec`."""
+    if not isinstance(node, Object) or not node.is_a("torch._tensor", "_rebuild_from_type_v2"):
+        return None
+    held = node.args[3] if len(node.args) == 4 else None
+    return held[1] if isinstance(held, tuple) and len(held) == 2 and isinstance(held[1], Dict) else None
+
+
 def _is_not_read(node: Node) -> bool:
     """A type of torch's with no numbers that anybody here could look at."""
     return isinstance(node, Global) and node.module == "torch" and bool(NOT_READ.fullmatch(node.name))
@@ -264,7 +272,10 @@ def labelled(file: TorchFile) -> Iterator[tuple[str, View]]:
                 step = key if isinstance(key, str) else f"[{key}]" if isinstance(key, int) else "[...]"
                 inside.append((f"{label}.{step}" if label and isinstance(key, str) else label + step, value))
             if isinstance(node, Object):
-                inside += [(label, part) for part in (node.args, node.items, node.state) if _holds(part)]
+                local = [own.get("_local_tensor")] if (own := slots(node)) is not None else []
+                inside += [
+                    (label, part) for part in (*local, node.args, node.items, node.state) if _holds(part)
+                ]
         todo.extend(reversed(inside))
 
 

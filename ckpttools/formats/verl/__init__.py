@@ -3,6 +3,7 @@
     model_world_size_{N}_rank_{R}.pt           the rank's part of each weight, the whole shape, the mesh
     optim_world_size_{N}_rank_{R}.pt           the same of the optimizer's state
     extra_state_world_size_{N}_rank_{R}.pt     learning rate schedule, random states
+    fsdp_config.json                           FSDP's version, the number of ranks
     huggingface/                               configuration, tokenizer
 
 A DTensor is a call of `_rebuild_from_type_v2` with `_local_tensor` and `_spec`: where it is `Shard(0)`,
@@ -15,7 +16,7 @@ Source: verl/utils/checkpoint/fsdp_checkpoint_manager.py; torch/distributed/tens
 
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.formats.format import Checked, Folder, Format, Found, Source, no_file
-from ckpttools.formats.verl.names import NAME, holds
+from ckpttools.formats.verl.names import CONFIG, NAME, holds
 
 __all__ = ["FORMAT"]
 
@@ -39,7 +40,7 @@ def _check(source: Source) -> Checked:
 FORMAT = Format(
     name="verl",
     holds=holds,
-    names_it=lambda path: path.name == "fsdp_config.json" or NAME.fullmatch(path.name) is not None,
+    names_it=lambda path: path.name == CONFIG or NAME.fullmatch(path.name) is not None,
     is_part=lambda name: NAME.fullmatch(name) is not None,
     recognise=_recognise,
     recognise_file=no_file,

@@ -6,7 +6,7 @@ from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.findings import of_error
 from ckpttools.formats.files import Attempts, archive_roots, check_files
-from ckpttools.formats.format import Checked
+from ckpttools.formats.format import OPTIMIZER_STATE, Checked
 from ckpttools.formats.verl.read import checkpoint, copies, find
 from ckpttools.location import Location
 
@@ -27,4 +27,5 @@ def check(path: Location) -> Checked:
     found = [*read.values()]
     attempt.findings += [*check_files(found), *archive_roots(found)]
     whole = attempt(lambda: checkpoint(path, files, read)) if len(read) == len(paths) else None
-    return Checked(attempt.findings, whole, found, tuple(copies(files, read)) if whole is not None else ())
+    twins = tuple(copies(files, read)) if whole is not None else ()
+    return Checked(attempt.findings, whole, found, twins, state=OPTIMIZER_STATE)

@@ -9,6 +9,7 @@ from ckpttools.formats.format import Folder
 NAME = re.compile(
     r"(?P<kind>model|optim|extra_state)_world_size_(?P<ranks>\d{1,6})_rank_(?P<rank>\d{1,6})\.pt"
 )
+CONFIG = "fsdp_config.json"  # of rank 0: FSDP's version and the number of ranks
 
 
 def holds(folder: Folder) -> bool:

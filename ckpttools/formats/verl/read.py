@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from msgspec import Struct
 
 from ckpttools.checkpoint import Checkpoint, Layout, common_dtype
-from ckpttools.containers import fields
+from ckpttools.containers import fields, jsons
 from ckpttools.containers.edit import at
 from ckpttools.containers.pickles import Global, Node, Object
-from ckpttools.containers.torch_file import TorchFile, read_torch_file
+from ckpttools.containers.torch_file import TorchFile, read_torch_file, slots
 from ckpttools.errors import CkptError, Unsupported, escape
 from ckpttools.formats.format import Copy, Folder
 from ckpttools.formats.rank_files import role_of, unchecked
 from ckpttools.formats.ties import tied
-from ckpttools.formats.verl.names import NAME
+from ckpttools.formats.verl.names import CONFIG, NAME
 from ckpttools.location import Location
 from ckpttools.tensors import TensorRef, cat
 
@@ -36,8 +36,10 @@ class Files(Struct, frozen=True):
 
 def find(path: Location) -> Files:
     """Raises CkptError where files are missing, or of several numbers of ranks."""
-    found = [match for name in Folder.of(path).names if (match := NAME.fullmatch(name))]
+    names = Folder.of(path).names
+    found = [match for name in names if (match := NAME.fullmatch(name))]
     sizes = {int(match["ranks"]) for match in found}
+    stated = fields.integer(jsons.read(path / CONFIG).get("world_size")) if CONFIG in names else None
     if len(sizes) != 1:
         raise CkptError(
             "shard-mixed",
@@ -50,6 +52,14 @@ def find(path: Location) -> Files:
     for match in found:
         paths.setdefault(match["kind"], {})[int(match["rank"])] = path / match.string
     (ranks,) = sizes
+    if stated not in (None, ranks):
+        raise CkptError(
+            "shard-mixed",
+            f"{CONFIG} is of {stated} ranks, and the other files of {ranks}",
+            where=path,
+            why="a save by another number of ranks began in this folder, or files were moved",
+            hint="copy the files of one save to a folder of their own",
+        )
     fields.ranks(path, ranks, "world_size in the files' names")
     for kind, of_kind in paths.items():
         missing = sorted(set(range(ranks)) - set(of_kind))
@@ -77,9 +87,10 @@ def checkpoint(path: Location, files: Files, read: dict[Location, TorchFile]) ->
     """The whole from files that were read."""
     models = [read[each] for each in files.paths["model"].values()]
     roots = [fields.mapping(file.path, file.value, "the file's value") for file in models]
-    tensors = {
-        name: next(_wholes(models, [root.get(name) for root in roots], name)) for name, _ in roots[0].named()
+    wholes = {
+        name: [*_wholes(models, [root.get(name) for root in roots], name)] for name, _ in roots[0].named()
     }
+    tensors = {name: each[0] for name, each in wholes.items()}
     every = [(kind, rank, read[p]) for kind, of_kind in files.paths.items() for rank, p in of_kind.items()]
     return Checkpoint(
         path=path,
@@ -98,6 +109,7 @@ def checkpoint(path: Location, files: Files, read: dict[Location, TorchFile]) ->
             *unchecked([file for _, _, file in every]),
             "of the weights alone: the optimizer's state of the ranks is checked, and not joined",
         ),
+        several=any(len(each) > 1 for each in wholes.values()),
         template=tuple(file for _, _, file in every),
     )
 
@@ -168,14 +180,9 @@ def _rows(rows: int, ranks: int, shards: int) -> list[int]:
     return [max(0, min(each, rows - rank % shards * each)) for rank in range(ranks)]
 
 
-def _spec(node: Node) -> fields.Mapping | None:
-    state = node.args[3] if isinstance(node, Object) and len(node.args) == 4 else None
-    return fields.as_mapping(state[1]) if isinstance(state, tuple) and len(state) == 2 else None
-
-
 def _placements(node: Node) -> list[int | None]:
     """For each dimension of the mesh the one that is split, None where nothing is, -1 for what is unknown."""
-    own = _spec(node)
+    own = slots(node)
     spec = own.get("_spec") if own is not None else None
     found = at(spec.state, "placements") if isinstance(spec, Object) and spec.has_state else None
     out: list[int | None] = []
@@ -196,7 +203,7 @@ def _shape(file: TorchFile, node: Object, name: str) -> tuple[int, ...]:
 
 
 def _local(file: TorchFile, node: Node, name: str) -> TensorRef:
-    own = _spec(node)
+    own = slots(node)
     view = file.view(own.get("_local_tensor")) if own is not None else None
     if view is None:
         raise fields.bad_field(file.path, name, "is no tensor of this rank")

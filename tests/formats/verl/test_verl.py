@@ -44,6 +44,45 @@ def test_ranks_that_hold_the_same_are_compared(tmp_path: Path) -> None:
     assert "copies-differ" in {f.id for f in verify(folder).findings if f.severity == "error"}
 
 
+def test_of_what_several_ranks_have_the_first_is_said_to_be_taken(tmp_path: Path) -> None:
+    said = "several ranks have are taken from the first"
+    assert said in run("extract", REPLICAS, tmp_path / "a.safetensors").err
+    assert said in run("convert", REPLICAS, tmp_path / "b", "--to", "hf").err
+    assert said not in run("extract", ACTOR, tmp_path / "c.safetensors").err
+
+
+@pytest.mark.parametrize("kind, value", [("exp_avg", float("nan")), ("exp_avg_sq", -1.0)])
+def test_values_of_the_optimizer_are_judged(kind: str, value: float, tmp_path: Path) -> None:
+    """Its state is not joined, and is what training goes on with."""
+    folder = shutil.copytree(ACTOR, tmp_path / "actor")
+    file = folder / "optim_world_size_2_rank_1.pt"
+    saved = torch.load(file, weights_only=False)
+    state = next(iter(saved["state"].values()))
+    state[kind]._local_tensor.view(-1)[0] = value
+    torch.save(saved, file)
+    (wrong,) = (f for f in verify(folder).findings if f.severity == "error")
+    assert wrong.id == ("nonfinite" if kind == "exp_avg" else "negative-square")
+    assert wrong.where.endswith(f".{kind}") and wrong.file.endswith(file.name)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"FSDP_version": 2, "world_size": 4}', "fsdp_config.json is of 4 ranks, and the other files of 2"),
+        ('{"FSDP_version": 2, "wor', "fsdp_config.json"),
+    ],
+)
+def test_the_number_of_ranks_that_the_configuration_states(text: str, said: str, tmp_path: Path) -> None:
+    """verl's own merger goes by it, and loads other files or none."""
+    folder = shutil.copytree(ACTOR, tmp_path / "actor")
+    (folder / "fsdp_config.json").write_text(text)
+    for words in (["verify", folder], ["inspect", folder], ["extract", folder, tmp_path / "w"]):
+        ran = run(*words)
+        assert ran.code in (1, 2) and said in ran.out + ran.err, ran
+    (folder / "fsdp_config.json").unlink()
+    assert verify(folder).ok, "saved before verl wrote one"
+
+
 @pytest.mark.parametrize("placement", ["Shard", "Replicate"])
 @pytest.mark.parametrize("change", ["dtype", "shape"])
 def test_parts_that_do_not_belong_together(placement: str, change: str, tmp_path: Path) -> None:
