@@ -16,6 +16,7 @@ from ckpttools.containers.pickles.nodes import (
     Pickle,
     Reject,
     Set,
+    shared,
 )
 
 MAX_MEMO = 5_000_000
@@ -189,7 +190,7 @@ class Machine(Cursor):
         self.count_call()
         key = (module, name)
         if key not in self.globals:
-            self.globals[key] = Global(module, name)
+            self.globals[key] = shared(module, name)
         return self.globals[key]
 
     def global_text(self) -> Global:

@@ -31,6 +31,18 @@ class Global(Struct, frozen=True):
         return f"{self.module}.{self.name}"
 
 
+_SHARED: dict[tuple[str, str], Global] = {}
+_MOST_SHARED = 1000  # no hostile file fills the memory
+
+
+def shared(module: str, name: str) -> Global:
+    """One for all files that say it: a checkpoint may have hundreds of thousands."""
+    made = _SHARED.get((module, name)) or Global(module, name)
+    if len(_SHARED) < _MOST_SHARED:
+        _SHARED[module, name] = made
+    return made
+
+
 FEW = 4  # pairs among which one is found as fast without an index
 
 

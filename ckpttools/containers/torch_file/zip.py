@@ -41,7 +41,7 @@ def read_zip(file: File, archive: Archive) -> TorchFile:
     _check_deflated(file, archive)
     data = read_record(file, records["data.pkl"], MAX_BYTES)
     storages: dict[str, Storage] = {}
-    deflated = DeflatedRecords(archive)
+    deflated = DeflatedRecords(archive) if any(record.method for record in records.values()) else None
 
     def storage(pid: Node) -> Node:
         kind, dtype, key, location, numel = storage_id(pid)
@@ -54,7 +54,7 @@ def read_zip(file: File, archive: Archive) -> TorchFile:
                     file.path,
                     f"storage {key} has {record.size} bytes where {numel * dtype.itemsize} are declared",
                 )
-            source = deflated.range(record) if record.method else archive.range(record)
+            source = deflated.range(record) if deflated and record.method else archive.range(record)
             chunks = (source,) if record.size else ()
             storages[key] = Storage(kind, dtype, numel, chunks, location, f"data/{key}")
         return same(storages[key], kind, numel, key)
