@@ -4,6 +4,8 @@ equal.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ckpttools.checkpoint import Checkpoint
 from ckpttools.containers.pickles import plain
 from ckpttools.errors import CkptError, Unsupported, escape, some
@@ -51,6 +53,10 @@ def equal(a: Value, b: Value) -> bool:
         return (a.dtype, a.shape) == (b.dtype, b.shape) and _same_bytes(a, b)
     if isinstance(a, Opaque) and isinstance(b, Opaque):
         return plain(a.node) == plain(b.node)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
     return same(a, b)
 
 

@@ -8,9 +8,9 @@ from itertools import compress
 from msgspec.structs import replace
 
 from ckpttools.checkpoint import FP32, PARAM_NAMES, STEP, Checkpoint, Layout, ParamGroup, common_dtype
-from ckpttools.errors import Unsupported, escape
+from ckpttools.errors import Unsupported, escape, some
 from ckpttools.formats import PLANS
-from ckpttools.formats.deepspeed import LR_SCHEDULER, NEW_SCALER
+from ckpttools.formats.deepspeed import LR_SCHEDULER, NEW_SCALER, OWN_KEYS, SLICED
 from ckpttools.formats.engine import number_of
 from ckpttools.plan import Literal, OutputFile, Plan
 from ckpttools.tensors import BFLOAT16, FLOAT16, FLOAT32, DType, TensorRef
@@ -35,7 +35,7 @@ PER_GROUP = {
 
 def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -> tuple[Checkpoint, Layout]:
     """What the folder's format is to write, and how: masters from the best copy, weights in `dtype`."""
-    checkpoint = _counted(_whole(_of_32_bits(checkpoint)))
+    checkpoint = _counted(_whole(_of_32_bits(_of_the_client(checkpoint))))
     best, old = checkpoint.best_copies(), checkpoint.layout
     odd = (n for group in checkpoint.groups for n in group.params if not castable(best[n].dtype))
     if to != "zero0" and (name := next(odd, None)) is not None:
@@ -99,6 +99,16 @@ def prepared(checkpoint: Checkpoint, to: str, ranks: int, dtype: DType | None) -
         writer=old.writer,
     )
     return made, layout
+
+
+def _of_the_client(checkpoint: Checkpoint) -> Checkpoint:
+    """Without values of training code under names that the engine has for its own: it would load these."""
+    taken = [key for key in checkpoint.client if key in OWN_KEYS and key != SLICED]
+    if not taken:
+        return checkpoint
+    client = {key: value for key, value in checkpoint.client.items() if key not in taken}
+    note = f"not written: {some(taken)} among the client's values, as DeepSpeed keeps its own under the name"
+    return replace(checkpoint, client=client, notes=(*checkpoint.notes, note))
 
 
 def _whole(checkpoint: Checkpoint) -> Checkpoint:

@@ -26,6 +26,9 @@ _ADAM: Mapping[str, Value] = {"amsgrad": False, "capturable": False, **_FUSED}
 # what schedule-free and Prodigy optimizers count in their groups
 COUNTED = frozenset(("k", "weight_sum", "lr_max", "scheduled_lr", "d", "d_max", "d_numerator", "d_denom"))
 _MOMENTS = frozenset(("exp_avg", "exp_avg_sq"))
+# settings of classes that count in tensors, or are loaded by such; torch's SparseAdam has none of them, nor
+# have transformers' Adafactor and most of training code's own, which compute with ints
+_OF_TENSORS = frozenset(("amsgrad", "foreach", "capturable", "bias_correction"))
 
 
 class Class(Struct, frozen=True, kw_only=True):
@@ -99,8 +102,8 @@ def for_class(checkpoint: Checkpoint, name: str | None = None) -> Checkpoint:
     """The checkpoint with groups that are complete for the class `name`, and steps as it keeps them.
 
     Without a name groups of Adam's family get what torch's and DeepSpeed's classes read, others stay, and
-    steps become tensors. Raises UsageError for a class that is not known, Unsupported for one that keeps
-    other state.
+    steps become tensors; a class of the training code's own that counts in ints goes on with ints. Raises
+    UsageError for a class that is not known, Unsupported for one that keeps other state.
     """
     if name is not None and name not in CLASSES:
         raise UsageError(
@@ -116,7 +119,8 @@ def for_class(checkpoint: Checkpoint, name: str | None = None) -> Checkpoint:
         optimizer = None if checkpoint.optimizer is None else name
         notes = (*checkpoint.notes, *[_COUPLED.format(name)] * any(_coupled(each, name) for each in groups))
         checkpoint = replace(checkpoint, optimizer=optimizer, notes=notes)
-    return replace(checkpoint, groups=tuple(_complete(group, name) for group in groups))
+    made = (group if name is None and _is_own(group) else _complete(group, name) for group in groups)
+    return replace(checkpoint, groups=tuple(made))
 
 
 def _kept_by(checkpoint: Checkpoint, name: str, group: ParamGroup) -> ParamGroup:
@@ -157,6 +161,12 @@ def _coupled(group: ParamGroup, name: str) -> bool:
 
 def _shown(kinds: Collection[str]) -> str:
     return ", ".join(map(escape, sorted(kinds))) or "none"
+
+
+def _is_own(group: ParamGroup) -> bool:
+    """Whether the state is of a class that neither torch's nor DeepSpeed's Adam reads, and counts in ints."""
+    ints = any(type(step) is int for step in group.scalars.get(STEP, {}).values())
+    return ints and bool(group.hyper) and not group.hyper.keys() & _OF_TENSORS
 
 
 def _complete(group: ParamGroup, name: str | None) -> ParamGroup:

@@ -21,17 +21,24 @@ MILESTONES = "milestones"
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
-def with_milestones(value: Value) -> Value:
-    """With the milestones of each MultiStepLR in it as its class keeps them, a Counter of numbers.
+def with_numbers(value: Value) -> Value:
+    """With the milestones of each MultiStepLR in it as its class keeps them, a Counter of numbers, and the
+    state of each optimizer that numbers its parameters under these numbers.
 
-    torch's planner makes text of every key (torch/distributed/checkpoint/_traverse.py, 2.13), and a scheduler
-    that was given text would never lower its rate.
+    torch's planner makes text of every key (torch/distributed/checkpoint/_traverse.py, 2.13): a scheduler
+    that was given text would never lower its rate, and an optimizer begins anew without a word.
     """
     if isinstance(value, list):
-        return [with_milestones(inner) for inner in value]
+        return [with_numbers(inner) for inner in value]
     if type(value) is not dict:
         return value
-    made = {key: with_milestones(inner) for key, inner in value.items()}
+    made = {key: with_numbers(inner) for key, inner in value.items()}
+    state, groups = made.get("state"), made.get("param_groups")
+    if type(state) is dict and isinstance(groups, list) and state:
+        listed = (group.get("params") for group in groups if isinstance(group, dict))
+        ids = {str(i): i for each in listed if isinstance(each, list) for i in each if type(i) is int}
+        if state.keys() <= ids.keys():
+            made["state"] = {ids[str(key)]: inner for key, inner in state.items()}
     stones = made.get(MILESTONES)
     if type(stones) is dict and {"gamma", "last_epoch"} <= made.keys():
         texts = [isinstance(key, str) and _NUMBER.fullmatch(key) for key in stones]

@@ -10,7 +10,7 @@ from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint, FileRole, Layout, 
 from ckpttools.containers.pickles.judge import dangers
 from ckpttools.errors import CkptError, escape
 from ckpttools.formats.buffers import BUFFERS, untrained
-from ckpttools.formats.dcp.counters import training, with_milestones
+from ckpttools.formats.dcp.counters import training, with_numbers
 from ckpttools.formats.dcp.items import Data, Items, Wanted
 from ckpttools.formats.dcp.megatron import with_common
 from ckpttools.formats.dcp.metadata import Item, Metadata, read_metadata
@@ -139,7 +139,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
     tensors = {name: held.tensors[shared.get(name, name)] for name in held.tensors}
     frozen, buffers = untrained(tensors, trained, shared)
     shards = [sum(p.numel > 0 for p in t.pieces) for each in found for t in each.metadata.tensors.values()]
-    client = {key: with_milestones(value) for key, value in held.client.items()}
+    client = {key: with_numbers(value) for key, value in held.client.items()}
     stated = client.get(BUFFERS)
     if isinstance(stated, list) and trained:
         del client[BUFFERS]

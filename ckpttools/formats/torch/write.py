@@ -224,8 +224,9 @@ def _rest(
     """Counters and what training code saved, by key, in the order of the file that was read."""
     state = checkpoint.training
     out: dict[str, Value] = dict(checkpoint.client)
+    optimizer = _optimizer_path(template)
     for key in [each for each in out if each in taken]:
-        if not _beside(checkpoint, key):
+        if key not in optimizer or not _beside(checkpoint, key):
             notes.append(f"'{escape(key)}' among the client's values is not written: the name is taken")
         del out[key]
     for field, value in state.stated.items():
