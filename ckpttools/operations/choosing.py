@@ -24,8 +24,11 @@ from ckpttools.transforms.select import select
 def chosen(checkpoint: Checkpoint, source: Source, asked: Request) -> tuple[Checkpoint, Request, list[str]]:
     """The tensors that are asked for under the names that they get, with the names, groups and settings of
     the run `asked.like`; what is asked for then, with that run's dtype; how the optimizer's parameters got
-    their names.
+    their names. Raises CkptError where moments do not fit their parameters.
     """
+    if asked.goes_on:
+        for unfit in sizes(checkpoint):
+            raise raised(unfit)
     saved = torch_optimizer.of(checkpoint)
     order, whose = _order(saved), list(_whose(checkpoint, source, asked))
     checkpoint = select(checkpoint, include=asked.include, exclude=asked.exclude)
@@ -77,14 +80,8 @@ def _order(saved: torch_optimizer.Saved | None) -> list[str]:
 
 
 def _whose(checkpoint: Checkpoint, source: Source, asked: Request) -> Iterator[str]:
-    """Of a file with several models and one optimizer, where --key says which model. Raises CkptError where
-    it does not fit.
-    """
-    if not asked.goes_on:
-        return
-    for unfit in sizes(checkpoint):
-        raise raised(unfit)
-    if source.key is None or not checkpoint.groups:
+    """Of a file with several models and one optimizer, where --key says which model."""
+    if not asked.goes_on or source.key is None or not checkpoint.groups:
         return
     keys = [key for key in torch_optimizer.keys_of_weights(checkpoint) if key != source.key]
     others = ((key, read(replace(source, key=key))) for key in keys)

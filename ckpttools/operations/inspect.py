@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckpttools.operations.opened import Opened, open
+from ckpttools.operations.opened import Opened
+from ckpttools.operations.opened import open as open_checkpoint
 
 
 def inspect(path: str | Path, *, tag: str | None = None) -> Opened:
@@ -13,4 +14,4 @@ def inspect(path: str | Path, *, tag: str | None = None) -> Opened:
     >>> inspect("fixtures/hf-trainer/plain/checkpoint-2").checkpoint.training.step
     2
     """
-    return open(path, tag)
+    return open_checkpoint(path, tag)

@@ -12,7 +12,14 @@ set -euo pipefail
 venv=${1:?usage: mmengine_env.sh DIR}
 [ -e "$venv/ready" ] && exit
 "${PYTHON:-python3.11}" -m venv --clear "$venv"
-"$venv/bin/pip" install -q torch==2.13.0 click isal ml_dtypes numpy tqdm xxhash 'setuptools<80' wheel ninja
+ours=$("$venv/bin/python" - "$(dirname "$0")/../../pyproject.toml" <<'READ'
+import sys, tomllib
+from pathlib import Path
+print(*tomllib.loads(Path(sys.argv[1]).read_text())["project"]["dependencies"])
+READ
+)
+# shellcheck disable=SC2086  # one word for each requirement
+"$venv/bin/pip" install -q torch==2.13.0 $ours 'setuptools<80' wheel ninja
 DS_ACCELERATOR=cpu DS_BUILD_OPS=0 "$venv/bin/pip" install -q --no-build-isolation \
     mmengine==0.10.7 deepspeed==0.15.4
 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES='' "$venv/bin/python" -c \
