@@ -87,9 +87,9 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     `shared` maps an alias to its owner, `frozen` and `buffers` name entries of `tensors`,
     `left_out` parameters that the model has and the files do not (name -> shape). `excludes_frozen`: frozen
     ones were left out, and no file names them. `roles_guessed`: nothing in the files tells buffers from
-    frozen weights, so that `frozen` may name buffers. `extra_state` is what
-    the model's state holds beside tensors. `unread` are the places of keys that are no text, of the weights
-    or of the whole: what lies under them is nowhere else in here.
+    frozen weights, so that `frozen` may name buffers. `groups_guessed`: nor which parameters make a group,
+    and in which order. `extra_state` is what the model's state holds beside tensors. `unread` are the places
+    of keys that are no text, of the weights or of the whole: what lies under them is nowhere else in here.
     `optimizer` is the class of the optimizer where the files name it ("AdamW"). `loss_scaler` is its state
     as plain values. `client` is what training code saved beside all that, by key; `settings` the run's
     configuration as saved (ds_config). `template` is what the
@@ -106,6 +106,7 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     frozen: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
     roles_guessed: bool = False
+    groups_guessed: bool = False
     left_out: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     excludes_frozen: bool = False
     extra_state: Mapping[str, Value] = field(default_factory=dict)

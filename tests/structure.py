@@ -173,11 +173,11 @@ def opening() -> list[str]:
 
 
 def opens(called: str) -> bool:
-    """`open` itself, os.stat ..., path.is_file ...; what an entry of a listing knows was looked up before."""
+    """`open` itself, os.stat ..., path.is_file ..."""
     before, _, name = called.rpartition(".")
     if before in ("", "os", "os.path"):
         return called == "open" or before == "os.path" or (before == "os" and name in SYSTEM)
-    return name in OPENING and before.rpartition(".")[2] not in ("entry", "store")
+    return name in OPENING and before.rpartition(".")[2] != "store"
 
 
 def changing() -> list[str]:

@@ -16,7 +16,7 @@ from ckpttools.errors import CkptError, UsageError, escape
 from ckpttools.findings import ERROR, Finding
 from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location, Stat
-from ckpttools.stores.files import entries, is_folder, stat
+from ckpttools.stores.files import entries, is_folder, is_link, stat
 
 MAX_DEPTH = 4  # folders below a checkpoint
 # rewritten by every save of a run, also where the checkpoint at hand is left alone
@@ -156,7 +156,7 @@ def _stamps(path: Location, depth: int) -> Iterator[tuple[Location, Stat | None]
         place = path / entry.name
         if is_folder(entry):
             yield place, None
-            if depth and not entry.is_symlink():
+            if depth and not is_link(entry):
                 yield from _stamps(place, depth - 1)
         else:
             yield from _stamps(place, 0)

@@ -14,7 +14,7 @@ from ckpttools.cli import render
 from ckpttools.cli.options import FOLLOW, PLACE, STATS, ask, shown
 from ckpttools.errors import escape
 from ckpttools.location import Location, below
-from ckpttools.stores.files import entries, is_folder
+from ckpttools.stores.files import entries, is_folder, is_link
 
 if TYPE_CHECKING:
     from ckpttools.operations.ls import Listed, Run
@@ -55,7 +55,7 @@ def command(folder: Location, tree: bool, **options: Any) -> int:
         for note in render.notes_text(run.notes):
             render.say(note if len(found) == 1 else f"{escape(run.path)}: {note}", quiet=quiet)
     for entry in entries(folder):
-        if entry.is_symlink() and is_folder(entry):
+        if is_link(entry) and is_folder(entry):
             lists = f"ckpt ls {escape(quote(str(folder / entry.name)), 4000)}"
             render.say(f"note: {escape(entry.name)} is a link, which is not followed: {lists}", quiet=quiet)
     return 0 if ok else 1

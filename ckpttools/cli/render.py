@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from unicodedata import east_asian_width
 
 import click
 
@@ -51,7 +50,11 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> str:
 
 def width(text: str) -> int:
     """Columns of a terminal: Chinese characters take two."""
-    return len(text) if text.isascii() else sum(1 + (east_asian_width(c) in "WF") for c in text)
+    if text.isascii():
+        return len(text)
+    from unicodedata import east_asian_width
+
+    return sum(1 + (east_asian_width(c) in "WF") for c in text)
 
 
 def document(value: object) -> None:

@@ -12,7 +12,7 @@ from ckpttools.compare.content import holds_tensors, hyper, inside, plain, progr
 from ckpttools.compare.digests import shown
 from ckpttools.formats import counters
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Opaque, Value, leaves
+from ckpttools.tree import Key, Opaque, Value, leaves
 from ckpttools.tree import dotted as dotted_path
 
 RANDOM = re.compile(r"(^|[^a-z])(rng|random)", re.IGNORECASE)  # rng_state, random_states, torch_rng ...
@@ -64,6 +64,24 @@ def _hyper(a: Checkpoint, b: Checkpoint) -> Iterator[Fact]:
             if names & others or (not names and not others and i == j):
                 where = f"group {i}" if i == j else f"group {i}, {j} there"
                 yield from _unequal(HYPER, ours, theirs, f"{where}: ")
+    yield from grouped(a, b)
+
+
+def grouped(a: Checkpoint, b: Checkpoint) -> Iterator[Fact]:
+    """Parameter groups in another number or order, where the files say which there are: torch and DeepSpeed
+    load them by position.
+    """
+    if not a.groups or not b.groups or a.groups_guessed or b.groups_guessed:
+        return
+    if len(a.groups) != len(b.groups):
+        yield Fact(part=HYPER, name="number of groups", left=len(a.groups), right=len(b.groups))
+    ours, theirs = ([name for group in side.groups for name in group.params] for side in (a, b))
+    both = {*ours} & {*theirs}
+    ours, theirs = ([name for name in names if name in both] for names in (ours, theirs))
+    for place, (one, two) in enumerate(zip(ours, theirs, strict=True)):
+        if one != two:
+            yield Fact(part=HYPER, name=f"order of the parameters, from place {place}", left=one, right=two)
+            return
 
 
 def _unequal(
@@ -113,8 +131,13 @@ def _known(value: Value) -> Value:
     if isinstance(value, Opaque):
         return value if inside(value) else None
     if isinstance(value, Mapping):
-        return {key: _known(inner) for key, inner in value.items()}
+        return {_as_text(key): _known(inner) for key, inner in value.items()}
     return [_known(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _as_text(key: Key) -> str:
+    """10 and '10' are two keys."""
+    return key if isinstance(key, str) else f"{key} ({type(key).__name__})"
 
 
 def opaque(checkpoint: Checkpoint) -> list[str]:

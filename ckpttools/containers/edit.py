@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from ckpttools.containers import jsons
 from ckpttools.containers.fields import bounded
-from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping
+from ckpttools.containers.pickles import Dict, Global, Node, Object, as_mapping, plain
 from ckpttools.containers.torch_file import (
     FORMS,
     Storage,
@@ -236,7 +236,7 @@ def _scalar(file: TorchFile, old: Object, new: int | float) -> Node:
     if old.cls in _SCALARS:
         form, _ = _numpy(old)
         assert form is not None
-        made = Object(old.how, old.cls, (old.args[0], _encoded(_packed(file.path, form, new))), old.kwargs)
+        made = Object(old.how, old.cls, (old.args[0], _encoded(packed(file.path, form, new))), old.kwargs)
         made.state = old.state
         return made
     view = file.view(old)
@@ -250,7 +250,7 @@ def _encoded(raw: bytes) -> Object:
 
 
 def _tensor(path: Location, old: Object, view: View, new: int | float) -> Node:
-    raw = _packed(path, FORMS[view.dtype.name], new)
+    raw = packed(path, FORMS[view.dtype.name], new)
     storage: Storage = new_storage(view.dtype, 1, [Literal(raw)])
     made = tensor_node(TensorRef(view.dtype, view.shape, ()), storage)
     if old.is_a("torch._utils", "_rebuild_parameter"):
@@ -258,7 +258,7 @@ def _tensor(path: Location, old: Object, view: View, new: int | float) -> Node:
     return made
 
 
-def _packed(path: Location, form: str, new: int | float) -> bytes:
+def packed(path: Location, form: str, new: int | float) -> bytes:
     try:
         return struct.pack(form, new)
     except (struct.error, OverflowError) as error:
@@ -301,3 +301,14 @@ def files_of(edits: Iterable[Edit]) -> dict[Location, list[Edit]]:
 
 def place(file: TorchFile, *keys: Key) -> Place:
     return Place(file=file.path, at=keys)
+
+
+def alike(a: object, b: object) -> bool:
+    """Whether values of two files are equal: objects by what is shown of them, tensors by shape and type."""
+    if isinstance(a, Opaque) and isinstance(b, Opaque):
+        return plain(a.node) == plain(b.node)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return a == b or (a != a and b != b)

@@ -66,7 +66,7 @@ def _leftmost(ids: Sequence[Shape | None], shapes: Sequence[Shape]) -> list[int]
 def _several(groups: Sequence[Sequence[Shape | None]], model: Mapping[str, Shape]) -> Ids:
     """A shape is known where one group has all parameters of it; they are in the model's order there."""
     if any(shape is None for group in groups for shape in group):
-        return Ids(problem="parameters without state have no shape, and there are several groups")
+        return Ids(problem="parameters have no state of their shape, and there are several groups")
     named: dict[Shape | None, list[str]] = {}
     for name, shape in model.items():
         named.setdefault(shape, []).append(name)

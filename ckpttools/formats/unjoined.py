@@ -26,7 +26,7 @@ from ckpttools.formats.format import Checked, Format, Source, no_file
 from ckpttools.formats.rank_files import LAYER, MODEL, OPTIM, PADDED, STAGE3_MODEL
 from ckpttools.formats.tags import ANY
 from ckpttools.location import Location, below
-from ckpttools.stores.files import entries, is_file, is_folder, size_of
+from ckpttools.stores.files import entries, is_file, is_folder, is_link, size_of
 
 NUMBERS = re.compile(r"(?<=rank_)\d+|(?<=layer_)\d+|(?<=expert_)\d+|(?<=model_)\d+(?=-model)")
 EXPERT = re.compile(
@@ -133,7 +133,7 @@ def _torch_paths(folder: Location, depth: int = 6) -> Iterator[Location]:
         path = folder / entry.name
         if is_file(entry) and path.suffix in (".pt", ".pth", ".bin"):
             yield path
-        elif is_folder(entry) and not entry.is_symlink() and depth:
+        elif is_folder(entry) and not is_link(entry) and depth:
             yield from _torch_paths(path, depth - 1)
 
 

@@ -10,13 +10,13 @@ the folder anew. What its `step` counts is not saved; how many ranks trained is 
 from __future__ import annotations
 
 import collections
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 from msgspec.structs import replace
 
 from ckpttools.checkpoint import Checkpoint, ParamGroup
+from ckpttools.containers.edit import packed
 from ckpttools.containers.torch_file import FORMS, scalar
 from ckpttools.errors import Unsupported
 from ckpttools.formats.counters import DATASET, EPOCH, PLACES, SCHEDULER, STEP, TOTAL
@@ -192,7 +192,7 @@ def _like(path: Location, old: Value, new: object) -> Value:
             why="the library would find another type than it saved",
             hint="--counters-only leaves schedules alone",
         )
-    raw = struct.pack(FORMS[old.dtype.name], new)
+    raw = packed(path, FORMS[old.dtype.name], new)
     return TensorRef(old.dtype, old.shape, (Literal(raw),))
 
 

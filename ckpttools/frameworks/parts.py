@@ -10,9 +10,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from ckpttools.containers import jsons
-from ckpttools.containers.edit import Opaque, at, place, value
+from ckpttools.containers.edit import alike, at, place, value
 from ckpttools.containers.nodes import decode
-from ckpttools.containers.pickles import Node, as_mapping, plain
+from ckpttools.containers.pickles import Node, as_mapping
 from ckpttools.containers.torch_file import TorchFile, read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.frameworks.rules import CAREFUL, About, Lack
@@ -190,7 +190,7 @@ def same_groups(found: Sequence[OptimizerSettings]) -> OptimizerSettings:
     """The one optimizer whose settings every rank holds. Raises CkptError where they disagree."""
     first = found[0]
     for other in found[1:]:
-        if not _alike(other.groups, first.groups):
+        if not alike(other.groups, first.groups):
             raise CkptError(
                 "ranks-disagree",
                 "the ranks hold different optimizer settings",
@@ -199,17 +199,6 @@ def same_groups(found: Sequence[OptimizerSettings]) -> OptimizerSettings:
                 hint="ckpt verify says more; use an older checkpoint",
             )
     return replace(first, places=tuple(place for each in found for place in each.places))
-
-
-def _alike(a: object, b: object) -> bool:
-    """Whether values of two files are equal: objects by what is shown of them, tensors by shape and type."""
-    if isinstance(a, Opaque) and isinstance(b, Opaque):
-        return plain(a.node) == plain(b.node)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_alike, a, b))
-    return a == b or (a != a and b != b)
 
 
 def random_lacks(names: set[str], stem: str) -> Iterator[Lack]:

@@ -20,7 +20,7 @@ from ckpttools.frameworks.client import INFO, restated
 from ckpttools.location import Location
 from ckpttools.plan import OutputFile, Plan, copy_file
 from ckpttools.siblings import MANIFEST
-from ckpttools.stores.files import entries, is_file, is_folder, size_of
+from ckpttools.stores.files import entries, is_file, is_folder, is_link, size_of
 from ckpttools.stores.links import within
 
 CARRIED_FOLDERS = ("hf_model", "hf_config")
@@ -106,5 +106,5 @@ def tree(folder: Location, prefix: str = "", depth: int = 8) -> Iterator[OutputF
     for entry in entries(folder):
         if is_file(entry) and not entry.name.endswith(MANIFEST):
             yield copy_file(folder / entry.name, prefix + entry.name, size_of(folder / entry.name))
-        elif is_folder(entry) and not entry.is_symlink() and depth:
+        elif is_folder(entry) and not is_link(entry) and depth:
             yield from tree(folder / entry.name, f"{prefix}{entry.name}/", depth - 1)

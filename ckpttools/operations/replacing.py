@@ -30,7 +30,7 @@ from ckpttools.plan import Plan
 from ckpttools.runs import pins
 from ckpttools.siblings import MANIFEST, is_ours
 from ckpttools.stores.disk import look
-from ckpttools.stores.files import entries, is_file, is_folder, size_of
+from ckpttools.stores.files import entries, is_file, is_folder, is_link, size_of
 from ckpttools.stores.links import absolute, within
 
 # by DeepSpeed, the HF Trainer, accelerate, MMEngine and bundles, beside what a format reads
@@ -176,7 +176,7 @@ def _is_weights(path: Location) -> bool:
 def _files(folder: Location) -> Iterator[tuple[Location, bool]]:
     """Everything below a folder that is no folder; whether it is a regular file."""
     for entry in entries(folder):
-        path, is_plain = folder / entry.name, not entry.is_symlink()
+        path, is_plain = folder / entry.name, not is_link(entry)
         if is_plain and is_folder(entry):
             yield from _files(path)
         else:

@@ -118,8 +118,8 @@ def _stateless(names: tuple[str, ...]) -> Iterator[str]:
     """What torch makes of a folder without the state of parameters that its optimizer trains."""
     if names:
         yield (
-            f"no optimizer state for {some(names)}, without a gradient so far: torch asks for it, and fails "
-            "without allow_partial_load, which leaves what a new optimizer has there, with a step of 1"
+            f"no optimizer state for {some(names)}, without a gradient so far: torch asks for it, and the "
+            "line below leaves what a new optimizer has there, with a step of 1 (allow_partial_load)"
         )
 
 
@@ -130,6 +130,11 @@ def _what_loads(checkpoint: Checkpoint, to: str, optimizer_class: str | None) ->
         yield (
             "steps are tensors, as torch's optimizers keep them; for DeepSpeed's own: "
             "--optimizer-class FusedAdam or DeepSpeedCPUAdam"
+        )
+    if checkpoint.groups and (others := checkpoint.unnamed):
+        yield (
+            f"an engine has one optimizer: what lies under {some(others)} goes on as a value of training "
+            "code, which load_checkpoint gives back in client_state"
         )
     if to != "zero0" and any("ns_coefficients" in group.hyper for group in checkpoint.groups):
         yield (

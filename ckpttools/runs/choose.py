@@ -22,7 +22,7 @@ from ckpttools.frameworks import POINTERS
 from ckpttools.location import Location, below
 from ckpttools.numbered import numbers, shape
 from ckpttools.runs.find import Entry, common, runs
-from ckpttools.stores.files import entries, exists, is_file, small_text
+from ckpttools.stores.files import entries, exists, is_file, is_link, small_text
 from ckpttools.stores.links import absolute, resolved
 
 
@@ -190,7 +190,7 @@ def _unfit(found: list[Entry], path: Location) -> Iterator[str]:
 
 def _pointers(place: Location) -> Iterator[str]:
     """Two pointers that name different checkpoints."""
-    names = {entry.name for entry in entries(place) if is_file(entry) and not entry.is_symlink()}
+    names = {entry.name for entry in entries(place) if is_file(entry) and not is_link(entry)}
     if all(name in names for name in POINTERS):
         first, second = (PurePath(small_text(place / name, 4096).strip()).name for name in POINTERS)
         if first != second:
@@ -230,7 +230,7 @@ def nothing(folder: Location) -> CkptError:
     why = "neither a pointer file nor anything that looks like a checkpoint is in it or below"
     hint = "name the run's own folder, where its checkpoints lie"
     listed = entries(folder)
-    if links := [entry.name for entry in listed if entry.is_symlink()]:
+    if links := [entry.name for entry in listed if is_link(entry)]:
         why += f"; links that lead out of it are not followed: {', '.join(map(escape, links[:5]))}"
         hint = "name what the link leads to; files that are links are read with --follow-symlinks"
     if pointer := next((entry.name for entry in listed if entry.name in POINTERS), None):
@@ -244,7 +244,7 @@ def _named(place: Location, name: str, found: list[Entry]) -> Choice | None:
     entry = next((entry for entry in entries(place) if entry.name == name), None)
     if entry is None:
         return None
-    if entry.is_symlink() and isinstance(place, Path):
+    if is_link(entry) and isinstance(place, Path):
         target = resolved(place / name)
         led = next((each.path for each in found if resolved(each.path) == target), None)
         if led is not None:

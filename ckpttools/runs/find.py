@@ -28,7 +28,7 @@ from ckpttools.runs.alike import Kinds
 from ckpttools.runs.cores import each
 from ckpttools.runs.order import newest_first
 from ckpttools.siblings import is_ours
-from ckpttools.stores.files import entries, is_file, is_folder, stat
+from ckpttools.stores.files import entries, is_file, is_folder, is_link, stat
 from ckpttools.stores.links import within
 from ckpttools.stores.once import anew, once
 from ckpttools.training import Best, Training
@@ -191,7 +191,7 @@ def _runs(folder: Location, depth: int) -> Iterator[tuple[Location, list[Locatio
     deeper: list[Location] = []
     for entry in listed:
         path = folder / entry.name
-        inside = is_folder(entry) and not entry.is_symlink() and not entry.name.startswith(".")
+        inside = is_folder(entry) and not is_link(entry) and not entry.name.startswith(".")
         if not inside or is_ours(entry.name):
             continue
         try:
@@ -356,7 +356,7 @@ def extent(path: Location) -> tuple[int, int]:
             if is_file(entry):
                 found = stat(path / entry.name)
                 time, nbytes = max(time, found.mtime_ns), nbytes + found.size
-            elif is_folder(entry) and not entry.is_symlink():
+            elif is_folder(entry) and not is_link(entry):
                 below, more = extent(path / entry.name)
                 deeper, nbytes = max(deeper, below), nbytes + more
         return time or deeper or stat(path).mtime_ns, nbytes

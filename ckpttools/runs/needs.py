@@ -25,7 +25,7 @@ from ckpttools.location import Location
 from ckpttools.runs import pins
 from ckpttools.runs.find import Entry
 from ckpttools.siblings import GONE, PIN, VERIFIED
-from ckpttools.stores.files import entries, is_file, local, small_text, walk
+from ckpttools.stores.files import entries, is_file, is_link, local, small_text, walk
 from ckpttools.stores.links import resolved
 
 NAMING = (*POINTERS, "latest_universal", VERIFIED)
@@ -67,7 +67,7 @@ def around(folder: Path) -> Around:
 
 
 def _link(path: Path, entry: StoreEntry) -> Iterator[tuple[Path, Path]]:
-    if entry.is_symlink():
+    if is_link(entry):
         try:
             yield path, resolved(path)
         except (OSError, RuntimeError):  # a link in circles

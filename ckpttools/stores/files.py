@@ -342,10 +342,10 @@ def small_text(path: Location, limit: int) -> str:
         raise CkptError("text-damaged", "the file is not UTF-8 text", where=path) from None
 
 
-def is_link(path: Location) -> bool:
-    """Whether a path is itself a symbolic link, wherever it leads."""
+def is_link(at: Location | Entry) -> bool:
+    """Whether it is itself a symbolic link, wherever it leads."""
     try:
-        return isinstance(path, Path) and path.is_symlink()
+        return not isinstance(at, Stored) and at.is_symlink()
     except (OSError, ValueError):
         return False
 

@@ -55,6 +55,7 @@ def like(checkpoint: Checkpoint, other: Checkpoint, *, fresh: bool = False) -> C
         frozen=other.frozen,
         buffers=other.buffers,
         roles_guessed=other.roles_guessed,
+        groups_guessed=(other if groups else checkpoint).groups_guessed,
         left_out=other.left_out,
         excludes_frozen=other.excludes_frozen,
         settings=other.settings or checkpoint.settings,

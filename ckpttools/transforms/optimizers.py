@@ -14,7 +14,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from ckpttools.checkpoint import FP32, STEP, Checkpoint, ParamGroup
-from ckpttools.errors import CkptError, Unsupported, UsageError, escape
+from ckpttools.errors import CkptError, Unsupported, UsageError, escape, some
 from ckpttools.suggest import did_you_mean
 from ckpttools.tensors import FLOAT32, Literal, TensorRef
 from ckpttools.tree import Value
@@ -25,6 +25,7 @@ _FUSED: Mapping[str, Value] = {**_TORCH, "fused": None}
 _ADAM: Mapping[str, Value] = {"amsgrad": False, "capturable": False, **_FUSED}
 # what schedule-free and Prodigy optimizers count in their groups
 COUNTED = frozenset(("k", "weight_sum", "lr_max", "scheduled_lr", "d", "d_max", "d_numerator", "d_denom"))
+_EXACT = 2**24  # a 32-bit float holds every whole number up to it
 _MOMENTS = frozenset(("exp_avg", "exp_avg_sq"))
 # settings of classes that count in tensors, or are loaded by such; torch's SparseAdam has none of them, nor
 # have transformers' Adafactor and most of training code's own, which compute with ints
@@ -119,8 +120,11 @@ def for_class(checkpoint: Checkpoint, name: str | None = None) -> Checkpoint:
         optimizer = None if checkpoint.optimizer is None else name
         notes = (*checkpoint.notes, *[_COUPLED.format(name)] * any(_coupled(each, name) for each in groups))
         checkpoint = replace(checkpoint, optimizer=optimizer, notes=notes)
-    made = (group if name is None and _is_own(group) else _complete(group, name) for group in groups)
-    return replace(checkpoint, groups=tuple(made))
+    made = tuple(group if name is None and _is_own(group) else _complete(group, name) for group in groups)
+    if any(map(_rounded, groups, made)):
+        note = "steps beyond 2^24 are rounded: torch counts in 32-bit floats, which do not hold all of them"
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
+    return replace(checkpoint, groups=made)
 
 
 def _kept_by(checkpoint: Checkpoint, name: str, group: ParamGroup) -> ParamGroup:
@@ -179,6 +183,16 @@ def _complete(group: ParamGroup, name: str | None) -> ParamGroup:
     if STEP in scalars:
         scalars[STEP] = counted(scalars[STEP], tensor=cls.tensor_step)
     return replace(group, hyper=hyper, scalars=scalars)
+
+
+def _rounded(before: ParamGroup, after: ParamGroup) -> bool:
+    """Whether a step has become a tensor that does not hold it."""
+    steps, now = before.scalars.get(STEP, {}), after.scalars.get(STEP, {})
+    ints = ((name, step) for name, step in steps.items() if type(step) is int and step >= _EXACT)
+    return any(
+        isinstance(now[name], TensorRef) and step != struct.unpack("<f", _fp32(step))[0]
+        for name, step in ints
+    )
 
 
 def counted(steps: Mapping[str, Value], *, tensor: bool) -> dict[str, Value]:
@@ -261,7 +275,23 @@ def _tensor(value: Value) -> Value:
     """A count as torch keeps it; exact to 2^24, as there."""
     if type(value) not in (int, float):
         return value
-    return TensorRef(FLOAT32, (), (Literal(struct.pack("<f", value)),))
+    return TensorRef(FLOAT32, (), (Literal(_fp32(value)),))
+
+
+def _fp32(step: float) -> bytes:
+    try:
+        return struct.pack("<f", step)
+    except (OverflowError, struct.error):
+        raise _no_count(step) from None
+
+
+def _no_count(step: float) -> CkptError:
+    return CkptError(
+        "nonfinite",
+        f"a parameter's step is {some([step])}, and no optimizer counts so far",
+        why="no count of updates is known to put in its place",
+        hint="ckpt verify names the file; an older checkpoint, or --reset-optimizer",
+    )
 
 
 def _int(value: Value) -> Value:
@@ -272,10 +302,5 @@ def _int(value: Value) -> Value:
 
     step = load(value).reshape(-1)[0].item()
     if not isfinite(step):
-        raise CkptError(
-            "nonfinite",
-            f"a parameter's step is {step}, and the optimizer that will load it keeps a whole number",
-            why="no count of updates is known to put in its place",
-            hint="ckpt verify names the file; an older checkpoint, or --reset-optimizer",
-        )
+        raise _no_count(step)
     return int(step)

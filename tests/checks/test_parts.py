@@ -293,3 +293,25 @@ def test_the_numbers_in_a_name_are_no_measure(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert "shard-missing" in {finding.id for finding in verify(tmp_path).findings}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB; 16 TB without a bound
+
+
+@pytest.mark.parametrize(("sample", "at"), [("z2_bf16_ws2", "param_groups"), ("z3_bf16_ws2", "deeper")])
+def test_nan_among_settings_is_no_difference_of_ranks(sample: str, at: str, tmp_path: Path) -> None:
+    """A best loss that is not known yet, in every rank's file; another rate is a difference."""
+    folder = shutil.copytree(ZERO / sample, tmp_path / "run")
+
+    def set_all(key: str, values: tuple[float, ...]) -> set[str]:
+        for path, value in zip(sorted(folder.glob("*/*optim_states.pt")), values, strict=True):
+            state = torch.load(path, weights_only=False)
+            kept = state["optimizer_state_dict"]
+            kept = kept if at == "param_groups" else kept["optimizer_state_dict"]
+            groups = (
+                kept["base_optimizer_state"]["param_groups"] if at == "param_groups" else kept["param_groups"]
+            )
+            for group in groups:
+                group[key] = value
+            torch.save(state, path)
+        return ids(folder)
+
+    assert "ranks-differ" not in set_all("best", (float("nan"), float("nan")))
+    assert "ranks-differ" in set_all("best", (float("nan"), 2.0))

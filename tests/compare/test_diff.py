@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -258,3 +259,44 @@ def test_an_optimizer_whose_parameters_have_no_names_is_said_and_not_only_remove
         torch.save({"model_state_dict": kept, "optimizer_state_dict": adam.state_dict()}, tmp_path / name)
     ran = run("diff", tmp_path / "a.pt", tmp_path / "b.pt")
     assert ran.code == 1 and "not compared: b.pt (its parameters have no names)" in ran.out, ran.out
+
+
+def _trained(path: Path, order: Sequence[int], **beside: object) -> Path:
+    """A model of two layers with a parameter group for each of `order`; None of them has parameters of 9."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    layers = {i: list(layer.parameters()) for i, layer in enumerate(model)}
+    groups = [{"params": layers.get(i, []), "weight_decay": 0.1 * i} for i in order]
+    optimizer = torch.optim.AdamW(groups)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
+    torch.save({**state, "global_step": 1, **beside}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("order", "what"), [([1, 0], "order of the parameters, from place 0"), ([0, 1, 9], "number of groups")]
+)
+def test_groups_in_another_order_or_number_are_said(order: list[int], what: str, tmp_path: Path) -> None:
+    """torch and DeepSpeed load groups by position: one would get the settings and state of another."""
+    a, b = _trained(tmp_path / "a.pt", [0, 1]), _trained(tmp_path / "b.pt", order)
+    proof = ckpttools.prove(a, b)
+    assert proof.verdict == "except" and [fact.name for fact in proof.facts] == [what]
+    assert what in run("diff", a, b).out and "equal" not in run("diff", a, b).out.splitlines()
+    ran = run("digest", a, "--compare", b)
+    assert ran.code == 0 and "hyper-parameters: not the same" in ran.out
+    for to in ("dcp", "universal"):
+        assert run("convert", b, tmp_path / to, "--to", to).code == 0
+    assert ckpttools.prove(b, tmp_path / "dcp").verdict == "same"
+    # flattened, which groups there are is not in the files
+    if what.startswith("order"):
+        assert run("convert", b, tmp_path / "flat", "--to", "dcp", "--dcp-layout", "flat").code == 0
+        assert ckpttools.prove(a, tmp_path / "flat").verdict == "same"
+
+
+def test_keys_that_are_numbers_are_not_their_text(tmp_path: Path) -> None:
+    a, b = (_trained(tmp_path / f"{i}.pt", [0], seen={key: 5}) for i, key in enumerate((10, "10")))
+    proof = ckpttools.prove(a, b)
+    assert proof.verdict == "except"
+    assert [fact.name for fact in proof.facts] == ["seen.10 (int)", "seen.10"]

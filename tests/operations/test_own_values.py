@@ -170,3 +170,38 @@ def test_a_value_under_the_name_of_the_weights_is_named(tmp_path: Path) -> None:
     assert run("convert", tmp_path / "a.pt", tmp_path / "z", "--to", "zero2").code == 0
     ran = run("convert", tmp_path / "z", tmp_path / "b.pt", "--to", "pt")
     assert ran.code == 0 and "'model_state_dict' among the client's values is not written" in ran.err, ran
+
+
+@pytest.mark.parametrize("to", [*ENGINES, "dcp"])
+def test_a_count_that_no_32_bits_hold_is_not_rounded_in_silence(to: str, tmp_path: Path) -> None:
+    model, optimizer = made(torch.optim.AdamW)
+    trained(model, [optimizer])
+    for count in (2**24, 2**24 + 1, 10**40):
+        state = optimizer.state_dict()
+        for each in state["state"].values():
+            each["step"] = count
+        file = tmp_path / f"{count}.pt"
+        torch.save({"model_state_dict": model.state_dict(), "optimizer_state_dict": state}, file)
+        ran = run("convert", file, tmp_path / f"to{count}", "--to", to)
+        if count == 10**40:
+            assert ran.code == 1 and "error[nonfinite]: a parameter's step is 1000" in ran.err
+        else:
+            assert ran.code == 0 and ("steps beyond 2^24 are rounded" in ran.err) == (count > 2**24), ran
+        if count > 2**24:
+            assert (tmp_path / f"to{count}").exists() == (count < 10**40)
+    as_ints = run("convert", file.with_name(f"{2**24 + 1}.pt"), tmp_path / "ints", "--to", "zero2",
+                  "--optimizer-class", "FusedAdam")  # fmt: skip
+    assert as_ints.code == 0 and "rounded" not in as_ints.err
+
+
+def test_the_other_of_two_optimizers_is_named(tmp_path: Path) -> None:
+    model, optimizer = made(torch.optim.AdamW)
+    other = torch.optim.AdamW(model.parameters())
+    trained(model, [optimizer])
+    trained(model, [other])
+    both = {"optimizer_state_dict": optimizer.state_dict(), "optimizer_b": other.state_dict()}
+    torch.save({"model_state_dict": model.state_dict(), **both}, tmp_path / "a.pt")
+    for to in ENGINES:
+        ran = run("convert", tmp_path / "a.pt", tmp_path / to, "--to", to)
+        assert ran.code == 0 and "under optimizer_b goes on as a value of training code" in ran.err
+        assert there_and_back(tmp_path / "a.pt", to, "--force")["optimizer_b"]["state"].keys() == {0, 1, 2, 3}

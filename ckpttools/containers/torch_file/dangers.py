@@ -12,7 +12,7 @@ from ckpttools.containers.pickles import MAX_BYTES, Pickle, loads
 from ckpttools.containers.pickles.judge import dangers, judge
 from ckpttools.errors import CkptError, Unsupported
 from ckpttools.location import Location
-from ckpttools.stores.files import File, entries, is_file, is_folder, opened
+from ckpttools.stores.files import File, entries, is_file, is_folder, is_link, opened
 
 _PICKLE_STARTS = b"\x80c(]}i"  # a protocol, a name, MARK, a list, a dict, INST
 _MAX_BARE = 64 << 20
@@ -49,7 +49,7 @@ def dangers_in(path: Location, depth: int = 0) -> list[tuple[Location, str]]:
         return [(path, what) for what in dangers_of(path)]
     found: list[tuple[Location, str]] = []
     for entry in entries(path):
-        if is_file(entry) or (depth and is_folder(entry) and not entry.is_symlink()):
+        if is_file(entry) or (depth and is_folder(entry) and not is_link(entry)):
             found += dangers_in(path / entry.name, depth - 1)
     return found
 

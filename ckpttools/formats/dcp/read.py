@@ -24,7 +24,7 @@ from ckpttools.formats.dcp.names import (
     parts,
 )
 from ckpttools.formats.dcp.pieces import assembled, check_pieces
-from ckpttools.formats.dcp.roles import ACCELERATE, Names, guessed, roles, tree
+from ckpttools.formats.dcp.roles import ACCELERATE, FLAT, TITAN, Names, guessed, roles, tree
 from ckpttools.formats.dcp.shards import read_shards
 from ckpttools.formats.format import Folder
 from ckpttools.formats.notes import holds_for
@@ -167,6 +167,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
         buffers=buffers,
         excludes_frozen=holds_for(client.get(EXCLUDES_FROZEN), tensors),
         roles_guessed=not isinstance(stated, list),
+        groups_guessed=bool(held.groups) and held.style in (FLAT, TITAN),
         extra_state=held.extra,
         files=tuple(role for each in found for role in _files(each)),
         checks=tuple(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from ckpttools.containers import fields
+from ckpttools.containers.edit import alike
 from ckpttools.containers.pickles import Node, plain
 from ckpttools.containers.torch_file import TorchFile
 from ckpttools.errors import escape
@@ -72,13 +73,13 @@ def same_on_all_ranks(folder: Zero3Folder) -> Findings:
         for key in SHARD_KEYS:
             yield from _differ(shard.file, shard.dp_rank, key, shard.state.get(key), head.state.get(key))
         mine, theirs = (tuple(plain(group) for group in each.groups) for each in (shard, head))
-        if mine != theirs:
+        if not alike(mine, theirs):
             message = f"rank {shard.dp_rank} has other settings than rank 0"
             yield found("ranks-differ", shard.file.path, "param_groups", message)
 
 
 def _differ(file: TorchFile, rank: int, key: str, mine: Node, theirs: Node) -> Findings:
-    if plain(mine) != plain(theirs):
+    if not alike(plain(mine), plain(theirs)):
         says, said = (escape(repr(plain(node)), 80) for node in (mine, theirs))
         yield found("ranks-differ", file.path, key, f"rank {rank} says {says}, rank 0 says {said}")
 

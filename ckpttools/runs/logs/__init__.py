@@ -22,7 +22,7 @@ from ckpttools.location import Location
 from ckpttools.runs.logs import events, lines
 from ckpttools.runs.logs.record import Record
 from ckpttools.siblings import is_ours
-from ckpttools.stores.files import is_file, stat, walk
+from ckpttools.stores.files import is_file, is_link, stat, walk
 
 LOSS = ("loss", "train_loss", "train/loss", "Loss/train", "loss/train", "train_loss_step", "train_loss_epoch")
 VAL = (
@@ -116,7 +116,7 @@ def _files(
     names = {each.name for each in others}
     for path, entry in walk(home, into=lambda name: name not in _SKIPPED | names and not is_ours(name)):
         kind = _kind(path.parent, entry.name)
-        if kind is not None and count < MAX_FILES and is_file(entry) and not entry.is_symlink():
+        if kind is not None and count < MAX_FILES and is_file(entry) and not is_link(entry):
             found[kind].append(path)
             count += 1
     found["trainer_state"] += states

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ckpttools.containers.edit import alike
 from ckpttools.containers.pickles import plain
 from ckpttools.findings import ERROR, WARNING, Finding
 from ckpttools.formats.engine import number_of
@@ -193,7 +194,7 @@ def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
                 for key in ("loss_scaler", "dynamic_loss_scale", "clip_grad", "overflow")
             ),
         ):
-            if mine != theirs:
+            if not alike(mine, theirs):
                 yield found(
                     "ranks-differ",
                     rank.file.path,
@@ -208,7 +209,7 @@ def same_on_all_ranks(folder: ZeroFolder) -> Iterator[Finding]:
                 f"optimizer_state_dict.{name}",
                 f"rank {lacks.dp_rank} lacks what rank {has.dp_rank} has",
             )
-        if plain(rank.root.get("ds_config")) != plain(first.root.get("ds_config")):
+        if not alike(plain(rank.root.get("ds_config")), plain(first.root.get("ds_config"))):
             yield contradiction(rank.file.path, "ds_config", "differs from that of rank 0")
         mine_step, first_step = steps(rank), steps(first)
         # a step that is not there at all is missing state, and named as that
