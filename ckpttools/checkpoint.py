@@ -90,6 +90,7 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     frozen weights, so that `frozen` may name buffers. `groups_guessed`: nor which parameters make a group,
     and in which order. `extra_state` is what the model's state holds beside tensors. `unread` are the places
     of keys that are no text, of the weights or of the whole: what lies under them is nowhere else in here.
+    `text_keys`: its files hold keys of dicts as text, numbers too.
     `optimizer` is the class of the optimizer where the files name it ("AdamW"). `loss_scaler` is its state
     as plain values. `client` is what training code saved beside all that, by key; `settings` the run's
     configuration as saved (ds_config). `template` is what the
@@ -107,6 +108,7 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     buffers: frozenset[str] = frozenset()
     roles_guessed: bool = False
     groups_guessed: bool = False
+    text_keys: bool = False
     left_out: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     excludes_frozen: bool = False
     extra_state: Mapping[str, Value] = field(default_factory=dict)

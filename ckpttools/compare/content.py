@@ -18,7 +18,7 @@ from msgspec import Struct
 from ckpttools.checkpoint import FP32, PARAM_NAMES, Checkpoint
 from ckpttools.containers.pickles import Persistent, Reject, dumps, walk
 from ckpttools.tensors import TensorRef
-from ckpttools.tree import Opaque, Value
+from ckpttools.tree import Key, Opaque, Value
 
 WEIGHT, MASTER = "weight", "master"
 # of param_groups: how an implementation computes, or what a container needs, not what is computed
@@ -38,6 +38,7 @@ _INDEX = re.compile(r"\[(\d+)\]")
 
 Held = Mapping[str, Mapping[str, TensorRef | Value]]  # kind -> name -> a tensor, or a plain value
 Read = Callable[[TensorRef], object]  # a tensor inside a value, as a number or a text
+Keys = Callable[[Key], str]
 
 
 class Content(Struct, frozen=True, kw_only=True):
@@ -93,17 +94,19 @@ def number(value: float) -> object:
     return int(value) if whole else value
 
 
-def plain(value: Value, read: Read, depth: int = 64) -> object:
-    """A value as JSON-ready data in which equal means the same in any container: a tuple is a list."""
+def plain(value: Value, read: Read, keys: Keys = str, depth: int = 64) -> object:
+    """A value as JSON-ready data in which equal means the same in any container: a tuple is a list, and
+    `keys` gives a key's text.
+    """
     match value:
         case bool() | int() | float():
             return number(value)
         case TensorRef():
             return read(value)
         case Mapping() if depth > 0:
-            return {str(key): plain(inner, read, depth - 1) for key, inner in value.items()}
+            return {keys(key): plain(inner, read, keys, depth - 1) for key, inner in value.items()}
         case list() | tuple() if depth > 0:
-            return [plain(inner, read, depth - 1) for inner in value]
+            return [plain(inner, read, keys, depth - 1) for inner in value]
         case bytes() | bytearray():
             return value.hex()
         case None | str():
@@ -132,11 +135,13 @@ def holds_tensors(value: Opaque) -> bool:
     return any(isinstance(held, Persistent) for held in walk(node))
 
 
-def hyper(checkpoint: Checkpoint, read: Read) -> Iterator[tuple[frozenset[str], dict[str, object]]]:
+def hyper(
+    checkpoint: Checkpoint, read: Read, keys: Keys = str
+) -> Iterator[tuple[frozenset[str], dict[str, object]]]:
     """For each parameter group its names and its hyper-parameters, without how they are computed with."""
     for group in checkpoint.groups:
         kept = {key: value for key, value in group.hyper.items() if key not in NEUTRAL and value is not None}
-        yield frozenset(group.params), {key: plain(value, read) for key, value in kept.items()}
+        yield frozenset(group.params), {key: plain(value, read, keys) for key, value in kept.items()}
 
 
 def told(values: Mapping[str, object]) -> dict[str, object]:
@@ -148,7 +153,7 @@ def told(values: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def progress(checkpoint: Checkpoint, read: Read) -> dict[str, dict[str, object]]:
+def progress(checkpoint: Checkpoint, read: Read, keys: Keys = str) -> dict[str, dict[str, object]]:
     """Counters, losses, schedule, batch and loss scale by part and name; what is not known is left out."""
     state = checkpoint.training
     counters: dict[str, object] = {
@@ -168,7 +173,7 @@ def progress(checkpoint: Checkpoint, read: Read) -> dict[str, dict[str, object]]
         "optimizer": {"class": checkpoint.optimizer},
     }
     return {
-        part: {key: plain(value, read) for key, value in found.items() if value is not None}
+        part: {key: plain(value, read, keys) for key, value in found.items() if value is not None}
         for part, found in parts.items()
     }
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from msgspec import Struct
 
 from ckpttools.checkpoint import EXCLUDES_FROZEN, Checkpoint
-from ckpttools.compare.content import holds_tensors, hyper, inside, plain, progress, told
+from ckpttools.compare.content import Keys, holds_tensors, hyper, inside, plain, progress, told
 from ckpttools.compare.digests import shown
 from ckpttools.formats import counters
 from ckpttools.tensors import TensorRef
@@ -45,18 +45,28 @@ def differences(a: Checkpoint, b: Checkpoint) -> tuple[Fact, ...]:
 
 
 def _differences(a: Checkpoint, b: Checkpoint) -> Iterator[Fact]:
-    left, right = progress(a, shown), progress(b, shown)
+    keys = keys_of(a, b)
+    left, right = progress(a, shown, keys), progress(b, shown, keys)
     for part in left:
         yield from _unequal(part, left[part], right[part])
-    yield from _hyper(a, b)
-    for fact in _unequal(CLIENT, dict(_client(a)), dict(_client(b))):
+    yield from _hyper(a, b, keys)
+    for fact in _unequal(CLIENT, dict(_client(a, keys)), dict(_client(b, keys))):
         if not RANDOM.search(fact.name):
             yield fact
 
 
-def _hyper(a: Checkpoint, b: Checkpoint) -> Iterator[Fact]:
+def keys_of(a: Checkpoint, b: Checkpoint) -> Keys:
+    """10 and '10' are two keys, where the files of both can tell."""
+    return str if a.text_keys or b.text_keys else _told_apart
+
+
+def _told_apart(key: Key) -> str:
+    return key if isinstance(key, str) else f"{key} ({type(key).__name__})"
+
+
+def _hyper(a: Checkpoint, b: Checkpoint, keys: Keys) -> Iterator[Fact]:
     """Groups are matched by the parameters that they share: their order and number may differ."""
-    left, right = list(hyper(a, shown)), list(hyper(b, shown))
+    left, right = list(hyper(a, shown, keys)), list(hyper(b, shown, keys))
     if not left or not right:
         return  # the missing optimizer state itself is said
     for i, (names, ours) in enumerate(left):
@@ -68,8 +78,8 @@ def _hyper(a: Checkpoint, b: Checkpoint) -> Iterator[Fact]:
 
 
 def grouped(a: Checkpoint, b: Checkpoint) -> Iterator[Fact]:
-    """Parameter groups in another number or order, where the files say which there are: torch and DeepSpeed
-    load them by position.
+    """Parameter groups in another number, order or division, where the files say which there are: files of
+    torch.optim and of ZeRO are loaded by position.
     """
     if not a.groups or not b.groups or a.groups_guessed or b.groups_guessed:
         return
@@ -78,10 +88,22 @@ def grouped(a: Checkpoint, b: Checkpoint) -> Iterator[Fact]:
     ours, theirs = ([name for group in side.groups for name in group.params] for side in (a, b))
     both = {*ours} & {*theirs}
     ours, theirs = ([name for name in names if name in both] for names in (ours, theirs))
-    for place, (one, two) in enumerate(zip(ours, theirs, strict=True)):
-        if one != two:
-            yield Fact(part=HYPER, name=f"order of the parameters, from place {place}", left=one, right=two)
-            return
+    moved = next((i for i, (one, two) in enumerate(zip(ours, theirs, strict=True)) if one != two), None)
+    if moved is not None:
+        name = f"order of the parameters, from place {moved}"
+        yield Fact(part=HYPER, name=name, left=ours[moved], right=theirs[moved])
+    elif len(a.groups) == len(b.groups):
+        for i, pair in enumerate(zip(a.groups, b.groups, strict=True)):
+            one, two = (sum(name in both for name in group.params) for group in pair)
+            if one != two:
+                yield Fact(part=HYPER, name=f"group {i}: number of parameters", left=one, right=two)
+
+
+def rekeyed(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether the schedules have keys that are numbers on one side and text on the other."""
+    keys = keys_of(a, b)
+    ours, theirs = (_flat(progress(side, str, keys)["schedule"]).keys() for side in (a, b))
+    return ours != theirs
 
 
 def _unequal(
@@ -104,7 +126,9 @@ def _same(a: object, b: object) -> bool:
     return (a == b and type(a) is type(b)) or (a != a and b != b)
 
 
-def _client(checkpoint: Checkpoint, only: Collection[str] | None = None) -> Iterator[tuple[str, object]]:
+def _client(
+    checkpoint: Checkpoint, keys: Keys, only: Collection[str] | None = None
+) -> Iterator[tuple[str, object]]:
     """What training code saved, and the model beside tensors, but for what the counters say already; of
     `only` these keys, where they are given.
     """
@@ -112,7 +136,7 @@ def _client(checkpoint: Checkpoint, only: Collection[str] | None = None) -> Iter
     own = ((key, value) for key, value in checkpoint.client.items() if key not in said)
     for key, value in (*checkpoint.extra_state.items(), *own):
         if only is None or key in only:
-            yield key, plain(_known(value), shown)
+            yield key, plain(_known(value), shown, keys)
 
 
 def _names(checkpoint: Checkpoint) -> Iterator[str]:
@@ -131,13 +155,8 @@ def _known(value: Value) -> Value:
     if isinstance(value, Opaque):
         return value if inside(value) else None
     if isinstance(value, Mapping):
-        return {_as_text(key): _known(inner) for key, inner in value.items()}
+        return {key: _known(inner) for key, inner in value.items()}
     return [_known(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _as_text(key: Key) -> str:
-    """10 and '10' are two keys."""
-    return key if isinstance(key, str) else f"{key} ({type(key).__name__})"
 
 
 def opaque(checkpoint: Checkpoint) -> list[str]:
@@ -185,8 +204,8 @@ def differences_beside(a: Checkpoint, b: Checkpoint) -> tuple[Fact, ...]:
     """What is not the same in both of `state_beside` of either, each tensor by its digest. An empty container
     is nothing: some formats cannot hold one.
     """
-    keys = (state_beside(a).keys() | state_beside(b).keys()) - {*a.unnamed, *b.unnamed}
-    found = _unequal(CLIENT, dict(_client(a, keys)), dict(_client(b, keys)))
+    keys, only = keys_of(a, b), (state_beside(a).keys() | state_beside(b).keys()) - {*a.unnamed, *b.unnamed}
+    found = _unequal(CLIENT, dict(_client(a, keys, only)), dict(_client(b, keys, only)))
     return tuple(
         fact for fact in found if not all(side in (UNKNOWN, {}, []) for side in (fact.left, fact.right))
     )

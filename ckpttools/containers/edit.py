@@ -75,11 +75,22 @@ def at(root: Node, *keys: Key) -> Node:
     return node
 
 
-def value(file: TorchFile, node: Node, depth: int = MAX_DEPTH) -> object:
+def value(file: TorchFile, node: Node) -> object:
     """The node as plain values: numbers, text, lists, tuples, dicts with str and int keys; else Opaque.
 
-    Numpy scalars and tensors of one element become numbers, read from the file.
+    Numpy scalars and tensors of one element become numbers, read from the file. What is shared stays shared:
+    a small file can say a list of lists that would be endless otherwise.
     """
+    return _value(file, node, MAX_DEPTH, {})
+
+
+def _value(file: TorchFile, node: Node, depth: int, known: dict[int, object]) -> object:
+    if id(node) not in known:
+        known[id(node)] = _new_value(file, node, depth, known)
+    return known[id(node)]
+
+
+def _new_value(file: TorchFile, node: Node, depth: int, known: dict[int, object]) -> object:
     if depth < 0:
         raise UsageError(
             "schedule-damaged",
@@ -92,14 +103,15 @@ def value(file: TorchFile, node: Node, depth: int = MAX_DEPTH) -> object:
     if isinstance(node, int):
         return bounded(node)
     if isinstance(node, list):
-        return [value(file, item, depth - 1) for item in node]
+        return [_value(file, item, depth - 1, known) for item in node]
     if isinstance(node, tuple):
-        return tuple(value(file, item, depth - 1) for item in node)
+        return tuple(_value(file, item, depth - 1, known) for item in node)
     if (pairs := as_mapping(node)) is not None:
         keys = [key for key, _ in pairs.pairs]
         if not all(isinstance(key, str | int) for key in keys):
             return Opaque(node)
-        return {key: value(file, pairs.get(key), depth - 1) for key in keys if isinstance(key, str | int)}
+        inner = ((key, pairs.get(key)) for key in keys if isinstance(key, str | int))
+        return {key: _value(file, held, depth - 1, known) for key, held in inner}
     if isinstance(node, Object):
         number = _number(file, node)
         return Opaque(node) if number is None else number
@@ -305,10 +317,21 @@ def place(file: TorchFile, *keys: Key) -> Place:
 
 def alike(a: object, b: object) -> bool:
     """Whether values of two files are equal: objects by what is shown of them, tensors by shape and type."""
+    return _alike(a, b, set())
+
+
+def _alike(a: object, b: object, seen: set[tuple[int, int]]) -> bool:
+    """`seen` are pairs of containers that are equal, or being looked at: shared ones are looked at once."""
     if isinstance(a, Opaque) and isinstance(b, Opaque):
-        return plain(a.node) == plain(b.node)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return a == b or (a != a and b != b)
+        return alike(plain(a.node), plain(b.node))
+    if not isinstance(a, Mapping | list | tuple):
+        return bool(a == b or (a != a and b != b))
+    if (id(a), id(b)) in seen:
+        return True
+    seen.add((id(a), id(b)))
+    if isinstance(a, Mapping):
+        return (
+            isinstance(b, Mapping) and a.keys() == b.keys() and all(_alike(a[key], b[key], seen) for key in a)
+        )
+    pairs = zip(a, b, strict=True) if isinstance(b, list | tuple) and len(a) == len(b) else None
+    return pairs is not None and all(_alike(one, two, seen) for one, two in pairs)

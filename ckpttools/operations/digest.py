@@ -14,7 +14,7 @@ from ckpttools.checks import check_before_use
 from ckpttools.checks.changing import watched
 from ckpttools.compare.content import Content, content
 from ckpttools.compare.digests import Digests, digests, jobs_of, nbytes_of
-from ckpttools.compare.facts import UNKNOWN, differences_beside, grouped, state_beside
+from ckpttools.compare.facts import UNKNOWN, differences_beside, grouped, rekeyed, state_beside
 from ckpttools.compare.pairs import Pair, pairs
 from ckpttools.errors import UsageError, escape
 from ckpttools.formats import Source
@@ -198,15 +198,15 @@ def by_digests(left: Digested, right: Digested, kinds: Collection[str] = ()) -> 
         found = list(_different(of_kind, left.digests, right.digests))
         different += found
         equal[kind] = len(of_kind) - len(found)
-    regrouped = any(grouped(left.checkpoint, right.checkpoint))
+    both = left.checkpoint, right.checkpoint
     return Compared(
         left=left,
         right=right,
         equal=equal,
         different=tuple(different),
         one_sided=one_sided,
-        settings=left.digests.settings == right.digests.settings and not regrouped,
-        counters=left.digests.counters == right.digests.counters,
+        settings=left.digests.settings == right.digests.settings and not any(grouped(*both)),
+        counters=left.digests.counters == right.digests.counters and not rekeyed(*both),
         partial=bool(kinds),
     )
 

@@ -69,7 +69,7 @@ def _distributed(checkpoint: Checkpoint, asked: Request) -> Planned:
         checkpoint = replace(checkpoint, template=None)
     checkpoint = _of_one_copy(checkpoint, asked.weights_dtype)
     plan = PLANS["dcp"](checkpoint, layout)
-    notes += _stateless(resuming.without_state(checkpoint))
+    notes += _stateless(resuming.without_state(checkpoint), variant)
     keys = _keys("dcp", checkpoint, layout)
     lines = resuming.distributed(checkpoint, variant, asked.dst, keys, optimizer=goes_on)
     return Planned(checkpoint, plan, tuple(notes), tuple(lines))
@@ -114,12 +114,14 @@ def _replaced(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"the training code's global_step ({own}) gives way to the updates that were made ({step})"
 
 
-def _stateless(names: tuple[str, ...]) -> Iterator[str]:
+def _stateless(names: tuple[str, ...], variant: str | None) -> Iterator[str]:
     """What torch makes of a folder without the state of parameters that its optimizer trains."""
     if names:
+        partly = "allow_partial_load, which leaves what a new optimizer has there, with a step of 1"
+        ours = variant in (None, "nested", "flat")
         yield (
-            f"no optimizer state for {some(names)}, without a gradient so far: torch asks for it, and the "
-            "line below leaves what a new optimizer has there, with a step of 1 (allow_partial_load)"
+            f"no optimizer state for {some(names)}, without a gradient so far: torch asks for it, "
+            + (f"and the line below has {partly}" if ours else f"and fails without {partly}")
         )
 
 

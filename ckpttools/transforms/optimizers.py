@@ -188,10 +188,12 @@ def _complete(group: ParamGroup, name: str | None) -> ParamGroup:
 def _rounded(before: ParamGroup, after: ParamGroup) -> bool:
     """Whether a step has become a tensor that does not hold it."""
     steps, now = before.scalars.get(STEP, {}), after.scalars.get(STEP, {})
-    ints = ((name, step) for name, step in steps.items() if type(step) is int and step >= _EXACT)
+    large = (
+        (name, step) for name, step in steps.items() if type(step) in (int, float) and abs(step) > _EXACT
+    )
     return any(
         isinstance(now[name], TensorRef) and step != struct.unpack("<f", _fp32(step))[0]
-        for name, step in ints
+        for name, step in large
     )
 
 
@@ -301,6 +303,6 @@ def _int(value: Value) -> Value:
     from ckpttools.passes.read import load  # numpy
 
     step = load(value).reshape(-1)[0].item()
-    if not isfinite(step):
+    if not isinstance(step, int | float) or not isfinite(step):
         raise _no_count(step)
     return int(step)

@@ -295,8 +295,57 @@ def test_groups_in_another_order_or_number_are_said(order: list[int], what: str,
         assert ckpttools.prove(a, tmp_path / "flat").verdict == "same"
 
 
+def test_groups_of_the_same_parameters_divided_otherwise(tmp_path: Path) -> None:
+    """torch refuses to load groups of other sizes."""
+
+    def saved(name: str, *sizes: int) -> Path:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        left = iter(model.parameters())
+        groups = [{"params": [next(left) for _ in range(size)]} for size in sizes]
+        state = {"model_state_dict": model.state_dict()}
+        state["optimizer_state_dict"] = torch.optim.SGD(groups, lr=0.1, momentum=0.9).state_dict()
+        for i, parameter in enumerate(model.parameters()):
+            kept = {"momentum_buffer": torch.full_like(parameter, 0.5)}
+            state["optimizer_state_dict"]["state"][i] = kept
+        torch.save({**state, "global_step": 1}, tmp_path / name)
+        return tmp_path / name
+
+    a, b = saved("a.pt", 3, 1), saved("b.pt", 2, 2)
+    found = [(fact.name, fact.left, fact.right) for fact in ckpttools.prove(a, b).facts]
+    assert found == [("group 0: number of parameters", 3, 2), ("group 1: number of parameters", 1, 2)]
+    c, d = saved("c.pt", 4, 0), saved("d.pt", 0, 4)
+    assert {fact.name for fact in ckpttools.prove(c, d).facts} >= {"group 0: number of parameters"}
+    assert "hyper-parameters: not the same" in run("digest", a, "--compare", b).out
+
+
 def test_keys_that_are_numbers_are_not_their_text(tmp_path: Path) -> None:
     a, b = (_trained(tmp_path / f"{i}.pt", [0], seen={key: 5}) for i, key in enumerate((10, "10")))
     proof = ckpttools.prove(a, b)
     assert proof.verdict == "except"
     assert [fact.name for fact in proof.facts] == ["seen.10 (int)", "seen.10"]
+    ema = {key: {key: torch.ones(3)} for key in (0, 7)}
+    c = _trained(tmp_path / "c.pt", [0], ema=ema, seen={10: 5, "11": 6}, deep=[{3: 4}])
+    for layout in ("nested", "flat", "titan"):  # torch makes text of all keys there
+        made = tmp_path / layout
+        assert run("convert", c, made, "--to", "dcp", "--dcp-layout", layout).code == 0
+        assert ckpttools.prove(c, made).verdict == "same"
+        ran = run("digest", c, "--compare", made)
+        assert ran.code == 0 and "in no digest: ema" in ran.out, ran
+
+
+def test_milestones_that_are_text_are_others(tmp_path: Path) -> None:
+    """torch's MultiStepLR looks for numbers: with text, its rate would never fall."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    schedule = torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([parameter], lr=0.1), [2, 5])
+    state = schedule.state_dict()
+    text = {**state, "milestones": {str(key): count for key, count in state["milestones"].items()}}
+    a = _trained(tmp_path / "a.pt", [0, 1], scheduler_state_dict=state)
+    b = _trained(tmp_path / "b.pt", [0, 1], scheduler_state_dict=text)
+    names = {fact.name for fact in ckpttools.prove(a, b).facts}
+    assert names == {"milestones.2 (int)", "milestones.5 (int)", "milestones.2", "milestones.5"}
+    ran = run("digest", a, "--compare", b)
+    assert ran.code == 0 and "counters and schedule: not the same" in ran.out
+    assert run("convert", a, tmp_path / "dcp", "--to", "dcp").code == 0
+    assert ckpttools.prove(a, tmp_path / "dcp").verdict == "same"
+    assert "counters and schedule: equal" in run("digest", a, "--compare", tmp_path / "dcp").out

@@ -14,7 +14,7 @@ import torch
 from support import FIXTURES, name_of, tree_differences
 
 from ckpttools.checks import verify
-from ckpttools.containers.edit import Opaque, edited, value
+from ckpttools.containers.edit import Opaque, alike, edited, value
 from ckpttools.containers.torch_file import read_torch_file
 from ckpttools.errors import CkptError
 from ckpttools.execute import execute
@@ -154,3 +154,27 @@ def test_json_keeps_everything_else(tmp_path: Path) -> None:
     assert (tmp_path / "out/trainer_state.json").read_text().splitlines()[1] == path.read_text().splitlines()[
         1
     ]
+
+
+def test_lists_that_share_lists_are_looked_at_once(tmp_path: Path) -> None:
+    """Twenty-eight of them are a few hundred bytes, and a quarter of a milliard values one by one."""
+    read: list[Any] = []
+    for depth in (8, 28):
+        for last in (1.0, 1.0, 2.0):
+            kept: list[Any] = [last]
+            for _ in range(depth):
+                kept = [kept, kept]
+            torch.save({"kept": kept}, tmp_path / "a.pt")
+            file = read_torch_file(tmp_path / "a.pt")
+            found = value(file, file.value)
+            assert isinstance(found, dict) and found["kept"][0] is found["kept"][1]
+            read.append(found)
+        one, same, other = read[-3:]
+        assert alike(one, same) and not alike(one, other)
+
+
+def test_nan_is_alike_wherever_it_lies() -> None:
+    nan = float("nan")
+    for make in (lambda x: x, lambda x: [1, {"a": (x,)}], lambda x: {"b": [x, x]}):
+        assert alike(make(nan), make(float("nan"))) and not alike(make(nan), make(1.0))
+    assert alike([1, 2], (1, 2)) and not alike([1, 2], [1]) and not alike({"a": 1}, [1])

@@ -176,7 +176,7 @@ def test_a_value_under_the_name_of_the_weights_is_named(tmp_path: Path) -> None:
 def test_a_count_that_no_32_bits_hold_is_not_rounded_in_silence(to: str, tmp_path: Path) -> None:
     model, optimizer = made(torch.optim.AdamW)
     trained(model, [optimizer])
-    for count in (2**24, 2**24 + 1, 10**40):
+    for count in (2**24, 2**24 + 1, 2.0**24 + 1, 10**40):
         state = optimizer.state_dict()
         for each in state["state"].values():
             each["step"] = count

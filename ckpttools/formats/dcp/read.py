@@ -167,6 +167,7 @@ def checkpoint(path: Location, found: tuple[Part, ...]) -> Checkpoint:
         buffers=buffers,
         excludes_frozen=holds_for(client.get(EXCLUDES_FROZEN), tensors),
         roles_guessed=not isinstance(stated, list),
+        text_keys=True,
         groups_guessed=bool(held.groups) and held.style in (FLAT, TITAN),
         extra_state=held.extra,
         files=tuple(role for each in found for role in _files(each)),
